@@ -1,0 +1,79 @@
+"""How every main starts: flags from the signature of ``main``, bad input told in one sentence.
+
+``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
+config file (``--config file.py:args``, single keys with ``--config.key=value``), every other
+parameter is a text flag, optional if it has a default.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mofi_jax.errors import BadInput
+
+_HELP = {
+    "workdir": "Folder of this run; the same command with the same folder resumes.",
+    "model": "A training run folder, an exported folder, or a named baseline.",
+    "out": "Folder to write.",
+}
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Parses the command line, calls ``main`` and exits; BadInput exits with code 2."""
+    config = None
+    optional: dict[str, Any] = {}
+    required = []
+    for name, parameter in inspect.signature(main).parameters.items():
+        if name == "config":
+            config = config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
+            continue
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        flags.DEFINE_string(name, default, _HELP.get(name, name.replace("_", " ")))
+        (required.append(name) if default is None and parameter.default is not None else None)
+        optional[name] = default
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise BadInput(f"Unexpected argument {rest[1]!r}: flags are written --name=value.")
+            if config is not None and flags.FLAGS["config"].value is None:
+                raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
+            missing = [f"--{n}" for n in required if not flags.FLAGS[n].value]
+            if missing:
+                raise BadInput(f"{' and '.join(missing)} missing: see --help for what they mean.")
+            return rest
+        except Exception as error:  # noqa: BLE001  a config file may raise anything
+            if isinstance(error, (AttributeError, KeyError)) and "config" in str(error):
+                complain(_unknown_key(error))
+            complain(error)
+
+    def call(argv: Sequence[str]) -> Any:
+        del argv
+        kwargs = {name: flags.FLAGS[name].value for name in optional}
+        if config is not None:
+            flags.FLAGS.config.lock()
+            kwargs["config"] = flags.FLAGS.config
+        try:
+            return main(**kwargs)
+        except BadInput as error:
+            complain(error)
+
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    app.run(call, flags_parser=parse)
+
+
+def _unknown_key(error: BaseException) -> str:
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    return f"The configuration does not accept this: {text.rstrip('.')}; see the file's docstring."
+
+
+def complain(error: BaseException | str) -> None:
+    """Prints one line on stderr and exits with code 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,294 @@
+"""Picture operations on numpy examples, and the mini-language that names them.
+
+``build("decode|flip|random_resized_crop(224)")`` gives a function ``(example, rng) -> example``
+that applies the operations from left to right to ``example["image"]``.  Arguments are Python literals.
+Every operation is a pure function of the picture and the generator, so that resuming and the number
+of workers change no pixel.  Nothing here imports jax: data workers must never start it.
+"""
+
+import ast
+import functools
+import inspect
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mofi_jax.errors import BadInput
+
+cv2.setNumThreads(0)  # the pipeline has its own threads
+
+Operation = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
+
+OPERATIONS: dict[str, Callable[..., Operation]] = {}
+
+
+class UndecodableImage(ValueError):
+    """Bytes that are not a whole picture; ``reason`` is one short word for counters."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decodes any common picture format strictly.
+
+    JPEG (also CMYK and grey), PNG (also palette, 16 bit), WebP and the first frame of GIF; alpha is
+    laid over white.  Pillow does it, because OpenCV fills what is missing of a truncated JPEG with
+    grey and says nothing.
+
+    Returns:
+      uint8 [height, width, 3], RGB.
+
+    Raises:
+      UndecodableImage: reason "empty", "not_a_picture", "truncated" or "corrupt".
+    """
+    if not data:
+        raise UndecodableImage("empty")
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise UndecodableImage("too_many_pixels") from None
+    except Exception:  # noqa: BLE001  Pillow's parsers raise whatever the bytes lead them to
+        raise UndecodableImage("not_a_picture") from None
+    try:
+        picture.load()
+        return _to_rgb(picture)
+    except Exception as error:  # noqa: BLE001
+        words = str(error).lower()
+        cut_short = "truncated" in words or "not enough" in words or "unexpected end" in words
+        raise UndecodableImage("truncated" if cut_short else "corrupt") from None
+
+
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        # Pillow clips 16-bit grey to 255 on conversion; keep the high byte instead.
+        high = np.clip(np.asarray(picture, np.int64) >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(high[..., None], 3, axis=-1)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
+    """uint8 [h, w, 3] RGB -> JPEG bytes; the same bytes for the same input and library version."""
+    ok, data = cv2.imencode(
+        ".jpg", np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    if not ok:
+        raise UndecodableImage("not_encodable")
+    return data.tobytes()
+
+
+def build(spec: str) -> Callable[[Mapping[str, Any], np.random.Generator | None], dict[str, Any]]:
+    """Compiles a specification such as ``decode|resize_short(224)|center_crop(224)``.
+
+    Returns:
+      A picklable function ``(example, rng) -> example`` that replaces ``example["image"]``.
+
+    Raises:
+      BadInput: an unknown operation, a wrong argument, or something that is not a literal.
+    """
+    parse(spec)  # complain now, not in a data worker
+    return functools.partial(_apply, spec)
+
+
+def _apply(
+    spec: str, example: Mapping[str, Any], rng: np.random.Generator | None = None
+) -> dict[str, Any]:
+    image = example["image"]
+    for operation in parse(spec):
+        image = operation(image, rng)
+    return {**example, "image": image}
+
+
+@functools.lru_cache(maxsize=64)
+def parse(spec: str) -> tuple[Operation, ...]:
+    """The operations of a specification, in order; raises BadInput as `build` does."""
+    operations = []
+    for part in spec.split("|"):
+        try:
+            node = ast.parse(part.strip(), mode="eval").body
+            name = node.func.id if isinstance(node, ast.Call) else node.id
+            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            args = [ast.literal_eval(a) for a in call.args]
+            kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        except (SyntaxError, AttributeError, ValueError):
+            raise BadInput(
+                f"The picture operation {part.strip()!r} in {spec!r} cannot be read: write "
+                "name or name(literal, key=literal), separated by |."
+            ) from None
+        if name not in OPERATIONS:
+            raise BadInput(
+                f"Unknown picture operation {name!r} in {spec!r}: choose from "
+                f"{', '.join(sorted(OPERATIONS))}."
+            )
+        try:
+            operations.append(OPERATIONS[name](*args, **kwargs))
+        except TypeError:
+            raise BadInput(
+                f"Wrong arguments in {part.strip()!r} of {spec!r}: the operation is "
+                f"{name}{inspect.signature(OPERATIONS[name])}."
+            ) from None
+    return tuple(operations)
+
+
+def _register(factory: Callable[..., Operation]) -> Callable[..., Operation]:
+    OPERATIONS[factory.__name__] = factory
+    return factory
+
+
+@_register
+def decode() -> Operation:
+    """Bytes -> RGB.  OpenCV for JPEG (twice as fast as Pillow), the strict decoder for the rest."""
+
+    def apply(data: bytes, rng: np.random.Generator | None) -> np.ndarray:
+        if data[:2] == b"\xff\xd8":
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if image is not None:
+                return image[..., ::-1]
+        return decode_rgb(data)
+
+    return apply
+
+
+def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarray:
+    interpolation = {
+        # Shrinking with INTER_AREA is antialiased; growing with it is nearest-neighbour.
+        "area": cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC,
+        "bilinear": cv2.INTER_LINEAR,
+    }[method]
+    return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+@_register
+def resize_short(size: int, method: str = "area") -> Operation:
+    """Short side to ``size``, aspect kept.  ``area`` is antialiased, ``bilinear`` is not.
+
+    ``bilinear`` is the arithmetic of the released MOFI evaluation (tensor resize with
+    ``antialias=False``, apple/ml-mofi eval/utils.py), up to rounding to uint8.
+    """
+    if method not in ("area", "bilinear"):
+        raise TypeError(method)
+
+    def apply(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        height, width = image.shape[:2]
+        short = min(height, width)
+        return _resize(
+            image, max(size, width * size // short), max(size, height * size // short), method
+        )
+
+    return apply
+
+
+@_register
+def center_crop(size: int) -> Operation:
+    """The ``size`` x ``size`` square in the middle; the picture must be at least as large."""
+
+    def apply(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        top, left = (image.shape[0] - size + 1) // 2, (image.shape[1] - size + 1) // 2
+        return image[top : top + size, left : left + size]
+
+    return apply
+
+
+@_register
+def random_resized_crop(
+    size: int,
+    scale: tuple[float, float] = (0.3, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Operation:
+    """A random part of the picture (share of its area, aspect), resized to ``size`` x ``size``."""
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width = image.shape[:2]
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
+        w = int(np.clip(round(np.sqrt(area * aspect)), 1, width))
+        h = int(np.clip(round(np.sqrt(area / aspect)), 1, height))
+        top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        return _resize(image[top : top + h, left : left + w], size, size, "area")
+
+    return apply
+
+
+@_register
+def flip(probability: float = 0.5) -> Operation:
+    """Left-right mirror with the given probability."""
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return image[:, ::-1] if rng.random() < probability else image
+
+    return apply
+
+
+@_register
+def new_view(
+    size: int, scale: tuple[float, float] = (0.5, 1.0), rotate: float = 30.0, tolerance: int = 12
+) -> Operation:
+    """The subject of a picture with a plain border, seen anew on another plain background.
+
+    The background is what is connected to the corners within ``tolerance`` grey levels; the rest
+    is scaled (longest side over ``size``), rotated by up to ``rotate`` degrees, placed at random
+    inside the square and laid over a random colour.  A picture without a plain border moves as a whole.
+    """
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width = image.shape[:2]
+        subject = np.dstack([image, _subject_mask(image, tolerance)])
+        share = rng.uniform(*scale)
+        angle = np.deg2rad(rng.uniform(-rotate, rotate))
+        fine = 2 * size  # draw at twice the size and shrink with INTER_AREA: antialiasing
+        factor = share * fine / max(height, width)
+        cos, sin = factor * np.cos(angle), factor * np.sin(angle)
+        room = fine * (1 - share) / 2
+        at_x, at_y = fine / 2 + rng.uniform(-room, room, 2)
+        matrix = np.array(
+            [
+                [cos, -sin, at_x - cos * width / 2 + sin * height / 2],
+                [sin, cos, at_y - sin * width / 2 - cos * height / 2],
+            ]
+        )
+        subject = cv2.warpAffine(subject, matrix, (fine, fine), flags=cv2.INTER_LINEAR)
+        subject = cv2.resize(subject, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
+        # The colour channels were not premultiplied: the rim mixes with the old background, as it
+        # does in a picture cut out by hand.
+        alpha = subject[..., 3:] / 255.0
+        background = rng.uniform(0, 255, 3).astype(np.float32)
+        return (subject[..., :3] * alpha + background * (1 - alpha) + 0.5).astype(np.uint8)
+
+    return apply
+
+
+def _subject_mask(image: np.ndarray, tolerance: int) -> np.ndarray:
+    """255 where the picture is not connected to its corners by near-equal colour."""
+    height, width = image.shape[:2]
+    canvas = np.ascontiguousarray(image)
+    mask = np.zeros((height + 2, width + 2), np.uint8)
+    flags = 4 | (255 << 8) | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE
+    for corner in ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)):
+        if not mask[corner[1] + 1, corner[0] + 1]:
+            cv2.floodFill(canvas, mask, corner, 0, (tolerance,) * 3, (tolerance,) * 3, flags)
+    return 255 - mask[1:-1, 1:-1]
+
+
+@_register
+def light(brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.3) -> Operation:
+    """Random factors on brightness, contrast and saturation, each within 1 +- its argument."""
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        b, c, s = (1 + rng.uniform(-x, x) for x in (brightness, contrast, saturation))
+        pixels = image.astype(np.float32)
+        mean = pixels.mean()
+        pixels = (pixels - mean) * c + mean
+        grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        pixels = (grey[..., None] + (pixels - grey[..., None]) * s) * b
+        return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+    return apply

@@ -1,0 +1,397 @@
+"""THE example schema: what one record of a data set holds, how it is written and how it is read.
+
+Records are `tf.train.Example` messages described by TFDS features, in ArrayRecord shards, so that
+`tfds.data_source("i2e", data_dir=W)` opens them by name without TensorFlow. TFDS's semi-internal
+classes (serialiser, identity, split template) are used in this module alone. It knows nothing of
+pixels (`mofi_jax.data.ops`) and nothing of batches (`mofi_jax.data.pipeline`).
+
+A data set is a folder `DATA_DIR/NAME/VERSION/` with
+
+    NAME-SPLIT.array_record-NNNNN-of-NNNNN   records
+    dataset_info.json  features.json         TFDS metadata: shard lengths, bytes, features
+    tokenizer.json                           the tokenizer of its captions (`data.tokenizer`)
+    entities.parquet                         the vocabulary, row = entity id (labelled sets only)
+"""
+
+import dataclasses
+import functools
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mofi_jax import errors
+
+ENTITIES_FILE = "entities.parquet"
+TOKENIZER_FILE = "tokenizer.json"
+VERSION = "1.0.0"
+
+# JPEG does not compress further, and one record per group is what makes random reads cheap.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+# ------------------------------------------------------------------------------------- the schema
+
+
+@functools.cache
+def features():
+    """The TFDS features of a record (`tfds.features.FeaturesDict`).
+
+    key: unique in the data set. image: RGB JPEG bytes. text: the caption. entity_ids int32[k]:
+    rows of the vocabulary, empty in an unlabelled set. entity_scores float32[k]: the score of each
+    label (cosine by CLIP, or the prior when chosen by text). source: where the pair came from.
+    width, height: pixels of `image` as stored.
+    """
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "key": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "text": tfds.features.Text(),
+            "entity_ids": tfds.features.Sequence(np.int32),
+            "entity_scores": tfds.features.Sequence(np.float32),
+            "source": tfds.features.Text(),
+            "width": np.int32,
+            "height": np.int32,
+        }
+    )
+
+
+@functools.cache
+def _serializer():
+    from tensorflow_datasets.core import example_serializer
+
+    return example_serializer.ExampleSerializer(features().get_serialized_info())
+
+
+def serialize(example: Mapping[str, Any]) -> bytes:
+    """Encodes one example (the keys of `features`, image as JPEG bytes) as a `tf.train.Example`.
+
+    Equal examples give equal bytes: protobuf leaves the order of map entries open unless asked.
+
+    Raises:
+      ValueError: ids and scores of different length, or an image that is not JPEG bytes.
+    """
+    if len(example["entity_ids"]) != len(example["entity_scores"]):
+        raise ValueError(f"record {example['key']!r} has unequal numbers of labels and scores")
+    if not bytes(example["image"][:3]) == b"\xff\xd8\xff":
+        raise ValueError(f"record {example['key']!r} holds an image that is not JPEG bytes")
+    encoded = {
+        "key": example["key"].encode(),
+        "image": example["image"],
+        "text": example["text"].encode(),
+        "entity_ids": np.asarray(example["entity_ids"], np.int32),
+        "entity_scores": np.asarray(example["entity_scores"], np.float32),
+        "source": example["source"].encode(),
+        "width": np.int32(example["width"]),
+        "height": np.int32(example["height"]),
+    }
+    return _serializer().get_tf_example(encoded).SerializeToString(deterministic=True)
+
+
+def parse(record: bytes) -> dict[str, Any]:
+    """Decodes what `serialize` wrote: str, JPEG bytes, int32[k], float32[k] and int values.
+
+    Reads the protobuf directly, eight times faster than TFDS's general parser, which also decodes
+    pixels and returns lists.
+
+    Raises:
+      ValueError: a field is missing.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    fields = tf_example_pb2.Example.FromString(record).features.feature
+    try:
+        return {
+            "key": fields["key"].bytes_list.value[0].decode(),
+            "image": fields["image"].bytes_list.value[0],
+            "text": fields["text"].bytes_list.value[0].decode(),
+            "entity_ids": np.array(fields["entity_ids"].int64_list.value, np.int32),
+            "entity_scores": np.array(fields["entity_scores"].float_list.value, np.float32),
+            "source": fields["source"].bytes_list.value[0].decode(),
+            "width": fields["width"].int64_list.value[0],
+            "height": fields["height"].int64_list.value[0],
+        }
+    except IndexError:
+        missing = sorted(
+            set(features()) - {name for name in fields if fields[name].WhichOneof("kind")}
+        )
+        raise ValueError(f"record lacks the fields {', '.join(missing)}") from None
+
+
+def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
+    """Raises BadInput when a record's labels `ids` int[k] are not all in [0, num_entities)."""
+    if len(ids) and (ids.min() < 0 or ids.max() >= num_entities):
+        bad = int(ids.max() if ids.max() >= num_entities else ids.min())
+        raise errors.BadInput(
+            f"Record {key!r} carries entity id {bad}, beyond the vocabulary of {num_entities} "
+            f"entities ({ENTITIES_FILE}); use the {ENTITIES_FILE} that was written with the shards."
+        )
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def shard_name(name: str, split: str, index: int, count: int) -> str:
+    """File name of shard `index` of `count`, as TFDS expects it."""
+    return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_metadata(
+    directory: epath.PathLike,
+    *,
+    name: str,
+    version: str = VERSION,
+    split: str = "train",
+    shard_lengths: Sequence[int],
+    num_bytes: int,
+    description: str = "",
+) -> None:
+    """Writes features.json and dataset_info.json, which make `directory` a TFDS data set.
+
+    Args:
+      directory: the folder of the version, which holds (or will hold) the shards.
+      name: data set name, which is the shards' prefix.
+      version: three numbers, the name of `directory`.
+      split: split name.
+      shard_lengths: records of each shard.
+      num_bytes: sum of the records' sizes.
+      description: one paragraph for people.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_info, naming, splits
+
+    directory = epath.Path(directory)
+    identity = dataset_info.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(version),
+        data_dir=str(directory),
+        module_name="mofi_jax.data.records",
+    )
+    info = dataset_info.DatasetInfo(builder=identity, description=description, features=features())
+    info.set_file_format("array_record")
+    template = naming.ShardedFileTemplate(
+        data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+    split_info = splits.SplitInfo(
+        name=split,
+        shard_lengths=[int(length) for length in shard_lengths],
+        num_bytes=int(num_bytes),
+        filename_template=template,
+    )
+    info.set_splits(splits.SplitDict([split_info]))
+    # dataset_info.json is what makes readers believe in the data set: it comes last, and whole.
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".metadata-") as temporary:
+        temporary = epath.Path(temporary)
+        info.write_to_directory(temporary)
+        for file in ("features.json", "dataset_info.json"):
+            (temporary / file).rename(directory / file)
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+class Source:
+    """Random access to the records of one split: `len(source)`, `source[i]` -> `parse`'s dict.
+
+    Picklable, and safe to read from several threads; use `open_source` to make one.
+    """
+
+    def __init__(self, raw, directory: epath.Path):
+        self._raw = raw
+        self.directory = directory
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        # ArrayRecord answers a position beyond the end with another error than iteration expects.
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return parse(self._raw[index])
+
+    def __repr__(self) -> str:
+        return f"Source({str(self.directory)!r}, {len(self)} records)"
+
+
+def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
+    """The folder of the newest version of data set `name` ("i2e" or "i2e/config") in `data_dir`.
+
+    Raises:
+      BadInput: remote path, no such data set, or one without metadata.
+    """
+    if "://" in str(data_dir):
+        raise errors.BadInput(
+            f"Cannot read {data_dir}: ArrayRecord opens local files only; copy the data set to a "
+            "local disk or mount the bucket with gcsfuse, and give that path."
+        )
+    root = epath.Path(data_dir) / name
+    if not root.is_dir():
+        raise errors.BadInput(
+            f"There is no data set {name!r} in {data_dir} (looked for the folder {root}); check "
+            "the path, or write it with data_prep.build_i2e."
+        )
+    versions = []
+    for child in root.iterdir():
+        is_version = re.fullmatch(r"\d+\.\d+\.\d+", child.name)
+        if is_version and (child / "dataset_info.json").exists():
+            versions.append(([int(number) for number in child.name.split(".")], child))
+    if not versions:
+        raise errors.BadInput(
+            f"{root} holds no finished version (a folder such as {VERSION}/ with "
+            "dataset_info.json); run data_prep.build_i2e again, which resumes where it stopped."
+        )
+    return max(versions)[1]
+
+
+def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> Source:
+    """Opens a data set after checking every shard against the metadata.
+
+    Args:
+      data_dir: folder that holds `name/version/`.
+      name: data set name.
+      split: split, or a TFDS slice of it such as "train[:90%]".
+
+    Raises:
+      BadInput: data set, split or shard missing; shard cut short or damaged; remote path.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import decode
+
+    directory = find_directory(data_dir, name)
+    try:
+        builder = tfds.builder_from_directory(directory)
+        instructions = builder.info.splits[split].file_instructions
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise errors.BadInput(
+            f"Cannot read split {split!r} of {directory}: {reason}; check the split's name and the "
+            "folder's dataset_info.json."
+        ) from error
+    if not instructions:
+        raise errors.BadInput(f"Split {split!r} of {directory} is empty; ask for a larger one.")
+    for instruction in instructions:
+        _check_shard(epath.Path(instruction.filename), instruction.examples_in_shard)
+    raw = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+    return Source(raw, directory)
+
+
+def _check_shard(path: epath.Path, length: int) -> None:
+    """Raises BadInput unless the shard at `path` opens and holds `length` records.
+
+    ArrayRecord's reader constructs on a truncated file, reports 0 records and raises nothing.
+    """
+    from array_record.python import array_record_module
+
+    if not path.exists():
+        raise errors.BadInput(
+            f"Shard {path} is missing; copy it again, or delete {path.parent} and run "
+            "data_prep.build_i2e again."
+        )
+    reader = array_record_module.ArrayRecordReader(str(path))
+    found = None
+    if reader.ok():
+        found = reader.num_records()
+        reader.close()  # on a damaged file this would raise
+    if found != length:
+        state = "is cut short or damaged" if found is None else f"holds {found} records"
+        raise errors.BadInput(
+            f"Shard {path} {state}, where dataset_info.json promises {length} records; copy it "
+            f"again, or delete {path.parent} and run data_prep.build_i2e again."
+        )
+
+
+# -------------------------------------------------------------------------------------- vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Entities:
+    """The vocabulary of a labelled data set; row i is entity id i.
+
+    qids: the knowledge base's identifiers. names, descriptions: English; a description may be "".
+    counts int64[e]: images per entity, never increasing.
+    """
+
+    qids: list[str]
+    names: list[str]
+    descriptions: list[str]
+    counts: np.ndarray
+
+    def __post_init__(self):
+        lengths = {len(self.qids), len(self.names), len(self.descriptions), len(self.counts)}
+        if len(lengths) != 1:
+            raise ValueError(f"columns of unequal length: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.qids)
+
+    def text(self, i: int, with_description: bool = False) -> str:
+        """The entity in words: "name", or "name, description" (MOFI, section 3.2)."""
+        if with_description and self.descriptions[i]:
+            return f"{self.names[i]}, {self.descriptions[i]}"
+        return self.names[i]
+
+
+def write_entities(path: epath.PathLike, entities: Entities) -> None:
+    """Writes entities.parquet: id int32, qid, name, description, image_count int64.
+
+    Raises:
+      ValueError: not in vocabulary order (descending count, then qid), or a qid occurs twice.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    order = [(-int(count), qid) for count, qid in zip(entities.counts, entities.qids, strict=True)]
+    if order != sorted(order):
+        raise ValueError("entities must come by descending count, then by qid")
+    if len(set(entities.qids)) != len(entities):
+        raise ValueError("a qid occurs twice in the vocabulary")
+    table = pa.table(
+        {
+            "id": pa.array(np.arange(len(entities), dtype=np.int32)),
+            "qid": pa.array(entities.qids, pa.string()),
+            "name": pa.array(entities.names, pa.string()),
+            "description": pa.array(entities.descriptions, pa.string()),
+            "image_count": pa.array(np.asarray(entities.counts, np.int64)),
+        }
+    )
+    pq.write_table(table, str(path), compression="zstd")
+
+
+def read_entities(path: epath.PathLike) -> Entities:
+    """Reads entities.parquet.
+
+    Raises:
+      BadInput: no such file, not a vocabulary, or ids that are not 0, 1, 2, ...
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not epath.Path(path).exists():
+        raise errors.BadInput(
+            f"There is no vocabulary at {path}; a labelled data set carries {ENTITIES_FILE} beside "
+            "its shards: copy it too."
+        )
+    columns = ["id", "qid", "name", "description", "image_count"]
+    try:
+        table = pq.read_table(str(path), columns=columns)
+        ids, counts = (table[c].to_numpy() for c in ("id", "image_count"))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise errors.BadInput(
+            f"{path} is not a vocabulary with the columns {', '.join(columns)} "
+            f"({str(error).partition(chr(10))[0]}); write it with data_prep.build_i2e."
+        ) from error
+    if not np.array_equal(ids, np.arange(len(ids))):
+        raise errors.BadInput(
+            f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
+        )
+    return Entities(
+        qids=table["qid"].to_pylist(),
+        names=table["name"].to_pylist(),
+        descriptions=[text or "" for text in table["description"].to_pylist()],
+        counts=counts.astype(np.int64),
+    )

@@ -1,0 +1,210 @@
+"""Text to token ids: any Hugging Face tokenizer.json, or a byte-level BPE trained on the data.
+
+A row of ids is always ``bos, pieces..., eos, pad...``. The EOS appears exactly once, so that every
+pooling rule in use finds the same position: "first EOS" (ours, Hugging Face), "largest id" (OpenAI,
+open_clip; it needs an EOS with the highest id) and "last token that is no padding" (axlearn). This
+file knows nothing of models; it only promises ids below `Tokenizer.vocab_size`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int32
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mofi_jax.errors import BadInput
+
+PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+
+# For a tokenizer.json without a tokenizer_config.json beside it: the names in common use.
+KNOWN_NAMES = {
+    "bos": (BOS, "<s>", "<bos>", "[CLS]", "[BOS]"),
+    "eos": (EOS, "</s>", "<eos>", "[SEP]", "[EOS]"),
+    "pad": (PAD, "<pad>", "[PAD]"),
+}
+_BYTES = 256
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> None:
+    """Trains a byte-level BPE and writes it as a Hugging Face tokenizer.json.
+
+    Text is brought to NFKC, lower case and single spaces. The three special tokens get the highest
+    ids, the EOS the very highest. The bytes written depend on `texts` and `vocab_size` alone; the
+    file appears complete or not at all.
+
+    Args:
+      texts: the texts, in any order.
+      vocab_size: ids wanted, special tokens included; a small corpus may give fewer.
+      path: where to write.
+
+    Raises:
+      BadInput: no text at all, or a vocabulary too small for the 256 bytes and 3 special tokens.
+    """
+    specials = [PAD, BOS, EOS]
+    if vocab_size < _BYTES + len(specials):
+        raise BadInput(
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: set it to "
+            f"{_BYTES + len(specials)} (every byte and {len(specials)} special tokens) or more."
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    # The leading space makes the first word of a text the same pieces as in the middle of one.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for text in texts:
+            count += 1
+            yield _encodable(text)
+
+    tokenizer.train_from_iterator(
+        counted(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(specials),
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    if not count:
+        raise BadInput(f"There is no text to train {path} on: give at least one caption.")
+    # Added after training, because the trainer would give them the lowest ids (and EOS the 2 that
+    # transformers reads as "pool at the largest id").
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(s, special=True, normalized=False) for s in specials]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}",
+        special_tokens=[(s, tokenizer.token_to_id(s)) for s in (BOS, EOS)],
+    )
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(tokenizer.to_str(pretty=True))
+    temporary.replace(path)
+
+
+class Tokenizer:
+    """A tokenizer.json made into fixed-length rows of ids.
+
+    Special tokens are found by the names that a tokenizer_config.json beside the file gives
+    (`bos_token`, `eos_token`, `pad_token`), else by the names in common use. Where a foreign
+    tokenizer pads with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal
+    attention what stands after the EOS changes nothing, and each row keeps exactly one EOS.
+
+    Attributes:
+      vocab_size: highest id in use, plus one.
+      bos_id, eos_id, pad_id: the special ids.
+      context_length: length of a row.
+      fingerprint: sha256 of the file, in hexadecimal.
+    """
+
+    def __init__(self, path: epath.PathLike, context_length: int):
+        """Reads the file.
+
+        Raises:
+          BadInput: no such file, not a tokenizer, special tokens that cannot be found, or a
+            context shorter than BOS, one piece and EOS.
+        """
+        if context_length < 3:
+            raise BadInput(
+                f"context_length={context_length} leaves no room for text between BOS and EOS: "
+                "set it to 3 or more."
+            )
+        self.path = epath.Path(path)
+        self.context_length = context_length
+        try:
+            data = self.path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise BadInput(
+                f"There is no tokenizer at {self.path}: give the path of a tokenizer.json."
+            ) from error
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot read.
+            raise BadInput(
+                f"{self.path} is not a tokenizer.json ({error}): write it again or copy it anew."
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # A caption that spells "<|endoftext|>" is text like any other, not a second EOS.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.bos_id, self.eos_id, self.pad_id = _special_ids(self.path, vocabulary)
+
+    def __reduce__(self):
+        return Tokenizer, (str(self.path), self.context_length)
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n t"]:
+        """Rows ``bos, pieces, eos, pad...`` of length `context_length`; long texts lose their end."""
+        rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
+        encodings = self._tokenizer.encode_batch_fast(
+            [_encodable(t) for t in texts], add_special_tokens=False
+        )
+        special = (self.bos_id, self.eos_id)
+        for row, encoding in zip(rows, encodings, strict=True):
+            # A foreign model may spell its special tokens through merges; ours never does.
+            pieces = [i for i in encoding.ids if i not in special][: self.context_length - 2]
+            row[: len(pieces) + 2] = [self.bos_id, *pieces, self.eos_id]
+        return rows
+
+    def token(self, token_id: int) -> str:
+        """The spelling of one id, e.g. of `eos_id`."""
+        return self._tokenizer.id_to_token(token_id)
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates (file names, non-UTF-8 captions) have no UTF-8 form: they become '?'."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int, int]:
+    """BOS, EOS and PAD ids from tokenizer_config.json beside the file, else from known names."""
+    config_path = path.parent / "tokenizer_config.json"
+    config = {}
+    if config_path.exists():
+        try:
+            config = json.loads(config_path.read_text())
+        except ValueError as error:
+            raise BadInput(
+                f"{config_path} is not JSON ({error}): write it again, or remove it."
+            ) from error
+    ids = {}
+    for kind, known in KNOWN_NAMES.items():
+        name = config.get(f"{kind}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        names = known if name is None else (name, *known)
+        ids[kind] = next((vocabulary[n] for n in names if n in vocabulary), None)
+    if ids["eos"] is not None and ids["bos"] in (None, ids["eos"]):
+        # OPT and GPT-2 name one token for both; pooling at the first EOS needs two different ones.
+        ids["bos"] = next(
+            (
+                vocabulary[n]
+                for n in KNOWN_NAMES["bos"]
+                if vocabulary.get(n, ids["eos"]) != ids["eos"]
+            ),
+            None,
+        )
+    if ids["bos"] is None or ids["eos"] is None:
+        raise BadInput(
+            f"{path} has no distinct tokens for begin and end of text: name them as bos_token and "
+            f"eos_token in {config_path}."
+        )
+    if ids["pad"] in (None, ids["eos"]):
+        ids["pad"] = 0 if ids["eos"] != 0 else ids["bos"]
+    return ids["bos"], ids["eos"], ids["pad"]

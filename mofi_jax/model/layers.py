@@ -1,0 +1,160 @@
+"""Building blocks of both towers: attention, MLP, pre-LN block, and the scanned stack of blocks.
+
+Parameterised exactly as Hugging Face CLIPModel (q, k, v and out with bias, two-layer MLP, LayerNorm
+before each), so that weights move in both directions without loss.  Matrix products run in the
+compute dtype, LayerNorm statistics and the softmax in float32.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+}
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis; statistics in float32 whatever the compute dtype."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """x @ kernel (+ bias) over the last ``len(inputs)`` axes of x; kernel [*inputs, *outputs]."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        std: float,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+    ):
+        kernel = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
+        self.kernel = nnx.Param(kernel)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+        self.contracted = len(inputs)
+        self.use_bias = use_bias
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        return y + self.bias[...].astype(x.dtype) if self.use_bias else y
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+        shape = (heads, width // heads)
+        make = functools.partial(Projection, use_bias=True, rngs=rngs)
+        self.query = make((width,), shape, std=std)
+        self.key = make((width,), shape, std=std)
+        self.value = make((width,), shape, std=std)
+        self.out = make(shape, (width,), std=out_std)
+
+    def __call__(
+        self, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None
+    ) -> Float[Array, "b n w"]:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk",
+            query * query.shape[-1] ** -0.5,
+            key,
+            preferred_element_type=jnp.float32,
+        )
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, value))
+
+
+class Mlp(nnx.Module):
+    """width -> 4 width -> width."""
+
+    def __init__(
+        self, width: int, *, activation: str, std: float, out_std: float, rngs: nnx.Rngs
+    ):
+        self.fc1 = Projection((width,), (4 * width,), std=std, use_bias=True, rngs=rngs)
+        self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "b n w"]) -> Float[Array, "b n w"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release)."""
+
+    def __init__(
+        self, width: int, heads: int, *, layers: int, activation: str, eps: float, rngs: nnx.Rngs
+    ):
+        std, out_std = width**-0.5, width**-0.5 * (2 * layers) ** -0.5
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads, std=std, out_std=out_std, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=eps)
+        self.mlp = Mlp(
+            width, activation=activation, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None
+    ) -> Float[Array, "b n w"]:
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def make_stack(
+    width: int,
+    heads: int,
+    layers: int,
+    *,
+    activation: str,
+    eps: float,
+    rngs: nnx.Rngs,
+) -> Block:
+    """``layers`` blocks as one Block whose parameters carry a leading layer axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(width, heads, layers=layers, activation=activation, eps=eps, rngs=rngs)
+
+    return create(rngs)
+
+
+def run_stack(
+    blocks: Block, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None, *, remat: str
+) -> Float[Array, "b n w"]:
+    """Scans over the layer axis, so that compile time does not grow with depth.
+
+    Args:
+      remat: "none" keeps all activations for the backward pass, "full" keeps each block's input
+        and recomputes the rest.
+    """
+    graph, params = nnx.split(blocks)
+
+    def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graph, layer)(x, mask), None
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, x, params)[0]

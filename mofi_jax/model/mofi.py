@@ -1,0 +1,205 @@
+"""MOFI: an image tower and a text tower with one shared embedding space.
+
+Functions of (config, params, inputs) for everyone outside ``model/``; NNX stays inside.  The tower
+shapes are those of the release (apple/ml-mofi README: image 86/303/631 M, text 64/124/354 M
+parameters without projections), the arithmetic is that of Hugging Face CLIPModel.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from mofi_jax.errors import BadInput
+from mofi_jax.model import image, layers, text
+
+Params = dict[str, Any]
+TOWERS = {"image": image.ImageTower, "text": text.TextTower}
+
+# CLIP's initial temperature and cap (arXiv 2103.00020 section 2.5; axlearn vision/clip.py).
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """Shape of one transformer; its MLPs are four times as wide."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MofiConfig:
+    """Everything that decides the shapes and the arithmetic of both towers.
+
+    Attributes:
+      image_size, patch_size: pixels; the size is a multiple of the patch.
+      image, text: tower shapes.
+      vocab_size, context_length, eos_id: of the tokenizer; texts pool at the first ``eos_id``.
+      embed_dim: size of the shared embedding.
+      activation: "gelu" (exact), "gelu_tanh" or "quick_gelu".
+      dtype: of matrix products, "bfloat16" or "float32"; parameters are always float32.
+      remat: "none" or "full", see `layers.run_stack`.
+    """
+
+    image_size: int
+    patch_size: int
+    image: TowerConfig
+    text: TowerConfig
+    vocab_size: int
+    context_length: int
+    eos_id: int
+    embed_dim: int
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise BadInput(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
+                "change config.model.image_size or the variant."
+            )
+        for name in ("image", "text"):
+            tower = getattr(self, name)
+            if tower.width % tower.heads:
+                raise BadInput(
+                    f"The {name} tower's width {tower.width} does not divide into {tower.heads} "
+                    f"heads: change config.model.{name}."
+                )
+        choices = {
+            "activation": tuple(layers.ACTIVATIONS),
+            "dtype": ("bfloat16", "float32"),
+            "remat": ("none", "full"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise BadInput(
+                    f"config.model.{key}={getattr(self, key)!r} is unknown: choose from "
+                    f"{', '.join(allowed)}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MofiConfig":
+        values = dict(values)
+        values["image"] = TowerConfig(**values["image"])
+        values["text"] = TowerConfig(**values["text"])
+        return cls(**values)
+
+
+# Shapes by name: patch, image tower, text tower, embedding.  B, L and H are MOFI's (depth and width
+# follow from the published parameter counts), Ti and S are for small machines.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Ti/16": {
+        "patch_size": 16,
+        "image": TowerConfig(192, 12, 3),
+        "text": TowerConfig(192, 6, 3),
+        "embed_dim": 192,
+    },
+    "S/16": {
+        "patch_size": 16,
+        "image": TowerConfig(384, 12, 6),
+        "text": TowerConfig(384, 12, 6),
+        "embed_dim": 384,
+    },
+    "B/16": {
+        "patch_size": 16,
+        "image": TowerConfig(768, 12, 12),
+        "text": TowerConfig(512, 12, 8),
+        "embed_dim": 512,
+    },
+    "L/14": {
+        "patch_size": 14,
+        "image": TowerConfig(1024, 24, 16),
+        "text": TowerConfig(768, 12, 12),
+        "embed_dim": 768,
+    },
+    "H/14": {
+        "patch_size": 14,
+        "image": TowerConfig(1280, 32, 16),
+        "text": TowerConfig(1024, 24, 16),
+        "embed_dim": 1024,
+    },
+}
+
+
+@functools.lru_cache(maxsize=32)
+def _graph(config: MofiConfig, tower: str) -> nnx.GraphDef:
+    """The tower without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: TOWERS[tower](config, rngs=nnx.Rngs(0))))[0]
+
+
+def create(
+    config: MofiConfig, key: jax.Array, *, towers: tuple[str, ...] = ("image", "text")
+) -> Params:
+    """New float32 parameters; run it under jit with ``out_shardings`` to create them sharded.
+
+    Args:
+      towers: which towers to make; supervised training needs no text tower.
+
+    Returns:
+      {"image": ..., "text": ..., "logit_scale": scalar}; the layout of each tower is
+      ``{"blocks": {...}, "projection": {"kernel": [w, d]}, ...}`` with block leaves stacked [L, ...].
+    """
+    params: Params = {}
+    for name in towers:
+        tower_key = jax.random.fold_in(key, list(TOWERS).index(name))
+        tower = TOWERS[name](config, rngs=nnx.Rngs(params=tower_key))
+        params[name] = nnx.to_pure_dict(nnx.state(tower, nnx.Param))
+    if "text" in towers:
+        params["logit_scale"] = jnp.asarray(INITIAL_LOGIT_SCALE, jnp.float32)
+    return params
+
+
+def _run(config: MofiConfig, params: Params, tower: str, inputs: jax.Array) -> jax.Array:
+    if tower not in params:
+        raise BadInput(
+            f"This model has no {tower} tower: it was trained without one; train with "
+            "task=contrastive or task=multitask."
+        )
+    embeddings = _merge(config, params[tower], tower)(inputs)
+    norm = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return embeddings / jnp.maximum(norm, 1e-12)
+
+
+def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
+    return nnx.merge(_graph(config, tower), params)
+
+
+def embed_images(
+    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"]
+) -> Float[Array, "b d"]:
+    """uint8 RGB pictures -> float32 L2-normalised embeddings."""
+    return _run(config, params, "image", images)
+
+
+def embed_texts(
+    config: MofiConfig, params: Params, tokens: Int[Array, "b t"]
+) -> Float[Array, "b d"]:
+    """int32 token ids -> float32 L2-normalised embeddings."""
+    return _run(config, params, "text", tokens)
+
+
+def logit_scale(params: Params) -> Float[Array, ""]:
+    """The contrastive temperature's inverse, capped at 100."""
+    return jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
+
+
+def parameter_count(config: MofiConfig, tower: str, *, with_projection: bool = True) -> int:
+    """Number of parameters of one tower; the released table counts without the projection."""
+    shapes = jax.eval_shape(lambda k: create(config, k, towers=(tower,)), jax.random.key(0))[tower]
+    if not with_projection:
+        shapes = {k: v for k, v in shapes.items() if k != "projection"}
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,53 @@
+"""The text tower: a causal transformer, pooled at the first end-of-text token."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mofi_jax.model import layers
+
+
+class TextTower(nnx.Module):
+    """Token ids -> embeddings before normalisation; Hugging Face CLIPTextModel's arithmetic.
+
+    Args:
+      config: a `mofi_jax.model.mofi.MofiConfig`.
+    """
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        width = config.text.width
+        normal = jax.random.normal
+        self.token_embedding = nnx.Param(
+            0.02 * normal(rngs.params(), (config.vocab_size, width), jnp.float32)
+        )
+        self.position_embedding = nnx.Param(
+            0.01 * normal(rngs.params(), (config.context_length, width), jnp.float32)
+        )
+        self.blocks = layers.make_stack(
+            width,
+            config.text.heads,
+            config.text.layers,
+            activation=config.activation,
+            eps=config.layer_norm_eps,
+            rngs=rngs,
+        )
+        self.final_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = layers.Projection(
+            (width,), (config.embed_dim,), std=width**-0.5, use_bias=False, rngs=rngs
+        )
+        self.config = config
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
+        config = self.config
+        length = tokens.shape[1]
+        x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        x = layers.run_stack(
+            self.blocks, x.astype(jnp.dtype(config.dtype)), causal, remat=config.remat
+        )
+        # What follows the end-of-text token cannot reach it through the causal mask, so padding
+        # needs no mask of its own.
+        end = jnp.argmax(tokens == config.eos_id, axis=1)
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return self.projection(self.final_norm(pooled)).astype(jnp.float32)

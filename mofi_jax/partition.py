@@ -1,0 +1,110 @@
+"""Where arrays live: the mesh, the path rules for parameters, a host's batch to the devices.
+
+This file knows nothing of models or losses beyond the names of parameters.  Mesh axes:
+
+* ``replica``: across slices or hosts; batch only.
+* ``fsdp``: batch and parameters.
+* ``tensor``: wide matrices; 1 unless asked for.
+
+The batch is split over (replica, fsdp); the class table over all axes on its class dimension.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mofi_jax.errors import BadInput
+
+BATCH_AXES = ("replica", "fsdp")
+ALL_AXES = ("replica", "fsdp", "tensor")
+
+# Ordered, first match wins, applied to parameters and optimizer moments alike (their paths end in
+# the parameter's path).  Each entry names the axis for each dimension counted from the last one, so
+# that a leading layer axis of a scanned stack needs no rule of its own.
+RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r"entity_table$", (ALL_AXES, None)),
+    (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
+    (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
+    (r"token_embedding$", (None, "fsdp")),
+    (r"patch_embedding/kernel$", (None, "fsdp")),
+    (r"projection/kernel$", ("fsdp", None)),
+    (r".*", ()),
+)
+
+
+def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """Builds the mesh over all devices; one size may be -1 and takes what the others leave.
+
+    Raises:
+      BadInput: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [replica, fsdp, tensor]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if -1 in sizes or int(np.prod(sizes)) != devices:
+        raise BadInput(
+            f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover {devices} "
+            "devices: make the sizes multiply to that number or set one of them to -1."
+        )
+    # Auto axes, spelled out once for the whole project: jax.make_mesh defaults to Explicit axes.
+    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of pieces into which the batch dimension is split."""
+    return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension over the batch axes, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def padded_rows(rows: int, mesh: Mesh) -> int:
+    """Rows of the class table, rounded up so that every device holds the same number."""
+    return -(-rows // mesh.size) * mesh.size
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as 'image/blocks/mlp/fc1/kernel'."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec of one array by the first rule that matches; what does not divide stays whole."""
+    if not shape:
+        return PartitionSpec()
+    axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[max(0, len(axes) - len(shape)) :]
+    spec = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = (axis,) if isinstance(axis, str) else (axis or ())
+        pieces = int(np.prod([mesh.shape[n] for n in names]))
+        spec.append(axis if pieces > 1 and size % pieces == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by the path rules."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)),
+        tree,
+    )
+
+
+def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Each host's part of the batch -> global arrays, leading dimension over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

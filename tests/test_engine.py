@@ -1,0 +1,232 @@
+"""The engine: resume, manifests, failures, kill -9, and bytes that do not depend on the workers."""
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from data_prep import engine
+from mofi_jax import errors
+
+SETTINGS = {"version": 1, "suffix": "!"}
+
+
+def shout(task, outputs, settings):
+    """Upper-cases a text file; counts its calls in a file that is no output."""
+    with open(outputs.workdir / "calls.txt", "a") as calls:
+        calls.write(task.name + "\n")
+    text = pathlib.Path(task.inputs[0]).read_text()
+    if text == "broken":
+        raise KeyError("no such word")
+    if text == "bad":
+        raise errors.BadInput("word.txt holds the word bad: write another.")
+    if text == "die":
+        os._exit(9)
+    outputs.path(f"shout/{task.name}.txt").write_text(text.upper() + settings["suffix"])
+    if text == "two":
+        outputs.path(f"shout/{task.name}.extra").write_text("extra")
+    outputs.write_rejects([(text, "too_loud")])
+    return {"words": 1, "letters": len(text)}
+
+
+def make_tasks(folder, words):
+    folder.mkdir(exist_ok=True)
+    tasks = []
+    for number, word in enumerate(words):
+        path = folder / f"{number}.txt"
+        if not path.exists() or path.read_text() != word:
+            path.write_text(word)
+        tasks.append(engine.Task(f"{number:05d}", (path,)))
+    return tasks
+
+
+def calls(workdir):
+    path = workdir / "calls.txt"
+    names = sorted(path.read_text().split()) if path.exists() else []
+    path.unlink(missing_ok=True)
+    return names
+
+
+def digests(workdir, pattern="**/*"):
+    return {
+        str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(workdir.glob(pattern))
+        if path.is_file() and path.name != "calls.txt" and not path.name.startswith(".")
+    }
+
+
+def test_outputs_manifest_and_counts(tmp_path):
+    tasks = make_tasks(tmp_path / "in", ["one", "two"])
+    work = tmp_path / "work"
+    manifests = engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert (work / "shout/00001.txt").read_text() == "TWO!"
+    assert engine.total_counts(manifests) == {"words": 2, "letters": 6}
+    on_disk = json.loads((work / "shout/00000.json").read_text())
+    assert on_disk == manifests[0]
+    assert on_disk["inputs"][0]["sha256"] == hashlib.sha256(b"one").hexdigest()
+    for entry in on_disk["outputs"]:
+        assert engine.sha256(work / entry["path"]) == entry["sha256"]
+    assert not (work / ".tmp").exists() or not list((work / ".tmp").iterdir())
+
+
+def test_finished_shards_are_skipped_and_changes_redone(tmp_path):
+    words = ["one", "two", "three"]
+    tasks, work = make_tasks(tmp_path / "in", words), tmp_path / "work"
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert calls(work) == ["00000", "00001", "00002"]
+    first = digests(work)
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert calls(work) == []
+
+    # Touched but equal: hashed, kept.
+    os.utime(tmp_path / "in" / "0.txt", (1, 1))
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert calls(work) == [] and digests(work) == first
+
+    # A changed input, a changed output of the same size, a lost output, other settings.
+    tasks = make_tasks(tmp_path / "in", ["one", "TWO", "three"])
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert calls(work) == ["00001"]
+    assert not (work / "shout/00001.extra").exists(), "an output no longer written is removed"
+    (work / "shout/00002.txt").write_text("THREE?")
+    (work / "shout/00000.txt").unlink()
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    assert calls(work) == ["00000", "00002"]
+    assert (work / "shout/00002.txt").read_text() == "THREE!"
+    engine.map_shards("shout", shout, tasks, work, {**SETTINGS, "suffix": "?"})
+    assert calls(work) == ["00000", "00001", "00002"]
+
+
+def test_shards_without_a_task_are_removed(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["one", "two"]), tmp_path / "work"
+    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    (work / "shout/notes.json").write_text('{"mine": 1}')
+    engine.map_shards("shout", shout, tasks[:1], work, SETTINGS)
+    left = set(digests(work))
+    assert left == {
+        "shout/00000.txt",
+        "shout/00000.json",
+        "shout/notes.json",
+        "rejects/shout-00000.parquet",
+    }
+
+
+def test_workers_do_not_change_a_byte(tmp_path):
+    words = ["one", "two", "three", "four", "five"]
+    tasks = make_tasks(tmp_path / "in", words)
+    for workers in (1, 2):
+        engine.map_shards("shout", shout, tasks, tmp_path / f"w{workers}", SETTINGS, workers)
+    assert digests(tmp_path / "w1") == digests(tmp_path / "w2")
+    assert len(calls(tmp_path / "w2")) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_names_stage_and_shard_and_keeps_the_rest(tmp_path, workers):
+    tasks, work = make_tasks(tmp_path / "in", ["one", "broken"]), tmp_path / "work"
+    with pytest.raises(engine.ShardError, match="stage shout, shard 00001: KeyError.*such word"):
+        engine.map_shards("shout", shout, tasks, work, SETTINGS, workers)
+    assert not (work / "shout/00001.json").exists()
+    calls(work)
+    tasks = make_tasks(tmp_path / "in", ["one", "fixed"])
+    engine.map_shards("shout", shout, tasks, work, SETTINGS, workers)
+    assert "00001" in calls(work)
+    assert (work / "shout/00001.txt").read_text() == "FIXED!"
+
+
+def test_bad_input_passes_through_processes(tmp_path):
+    tasks = make_tasks(tmp_path / "in", ["one", "bad"])
+    with pytest.raises(errors.BadInput, match="word.txt holds the word bad"):
+        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS, 2)
+
+
+def test_a_worker_that_dies_is_told(tmp_path):
+    tasks = make_tasks(tmp_path / "in", ["die", "die"])
+    with pytest.raises(engine.ShardError, match="stage shout: a worker process died"):
+        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS, 2)
+
+
+def test_a_missing_input_is_told(tmp_path):
+    tasks = make_tasks(tmp_path / "in", ["one"])
+    (tmp_path / "in" / "0.txt").unlink()
+    with pytest.raises(errors.BadInput, match="shard 00000: the file .*0.txt is missing: restore"):
+        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["one"]), tmp_path / "work"
+    work.mkdir()
+    with (
+        engine._locked(work),
+        pytest.raises(errors.BadInput, match="in use by another run: wait for it"),
+    ):
+        engine.map_shards("shout", shout, tasks, work, SETTINGS)
+
+
+def dawdle(task, outputs, settings):
+    """Writes its output in three pieces with a pause between them."""
+    with open(outputs.path(f"dawdle/{task.name}.txt"), "w") as file:
+        for piece in ("a", "b", "c"):
+            file.write(piece * 1000)
+            file.flush()
+            time.sleep(0.05)
+    outputs.path(f"dawdle/{task.name}.second").write_text(task.name)
+    return {"files": 2}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(tmp_path, workers):
+    tasks = make_tasks(tmp_path / "in", [str(number) for number in range(6)])
+    engine.map_shards("dawdle", dawdle, tasks, tmp_path / "whole", SETTINGS)
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {[str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parent)]}
+        import test_engine
+        from data_prep import engine
+        import pathlib
+        if __name__ == "__main__":
+            tasks = test_engine.make_tasks(pathlib.Path({str(tmp_path / "in")!r}), list("012345"))
+            engine.map_shards("dawdle", test_engine.dawdle, tasks, {str(tmp_path / "killed")!r},
+                              {SETTINGS}, {workers})
+        """)
+    )
+    work = tmp_path / "killed"
+    for goal in (1, 3):  # kill in the middle of the first shard, and when some are finished
+        process = subprocess.Popen(
+            [sys.executable, script], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            started = len(list(work.glob(".tmp/*/dawdle/*.txt")))
+            if started and started + len(list(work.glob("dawdle/*.json"))) >= goal:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, "finished before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # The workers of the dead process end by themselves.
+        while _members(process.pid):
+            time.sleep(0.02)
+    assert len(list(work.glob("dawdle/*.json"))) < 6
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    assert digests(work) == digests(tmp_path / "whole")
+
+
+def _members(session: int) -> list[int]:
+    """The processes, other than zombies, of a session."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
