@@ -1,11 +1,13 @@
 """What all configs share: the parser of the text behind the colon, and shared fragments."""
 
 import ast
+import dataclasses
 from typing import Any
 
 import ml_collections
 
 from mofi_jax.errors import BadInput
+from mofi_jax.model import mofi
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -42,3 +44,85 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             )
         values[name] = value
     return ml_collections.ConfigDict(values)
+
+
+TASKS = ("supervised", "contrastive", "multitask")
+
+# OPT's vocabulary, which the released checkpoints' text towers fit (50,265 and 50,272 both do): the
+# nominal size wherever no tokenizer is at hand, as in the size test and the planner.
+NOMINAL_VOCAB_SIZE = 50_272
+
+
+def model(variant: str, *, image_size: int, context_length: int) -> ml_collections.ConfigDict:
+    """The shape of a named variant, every number spelled out so that each can be overridden."""
+    if variant not in mofi.VARIANTS:
+        raise BadInput(
+            f"Unknown variant {variant!r}: choose from {', '.join(sorted(mofi.VARIANTS))}."
+        )
+    shape = mofi.VARIANTS[variant]
+    return ml_collections.ConfigDict(
+        {
+            "image_size": image_size,
+            "patch_size": shape["patch_size"],
+            "image": dataclasses.asdict(shape["image"]),
+            "text": dataclasses.asdict(shape["text"]),
+            "embed_dim": shape["embed_dim"],
+            "context_length": context_length,
+            # axlearn vision/clip.py: LayerNorm epsilon 1e-5; exact GELU as OpenCLIP's H/14.
+            "activation": "gelu",
+            "layer_norm_eps": 1e-5,
+            "dtype": "bfloat16",
+            "remat": "full",
+        }
+    )
+
+
+def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
+    """``config.model`` and a tokenizer's sizes -> the model's own configuration."""
+    return mofi.MofiConfig.from_dict(
+        {**config.to_dict(), "vocab_size": vocab_size, "eos_id": eos_id}
+    )
+
+
+def losses(task: str, *, scale: float, margin: float, block_size: int) -> dict[str, dict[str, Any]]:
+    """Task name -> weighted losses; multitask weighs both equally (lambda 0.5 in the paper's sum)."""
+    if task not in TASKS:
+        raise BadInput(f"Unknown task {task!r}: choose from {', '.join(TASKS)}.")
+    entity = {"weight": 1.0, "scale": scale, "margin": margin, "block_size": block_size}
+    contrastive = {"weight": 1.0}
+    if task == "supervised":
+        return {"entity": entity}
+    if task == "contrastive":
+        return {"contrastive": contrastive}
+    return {"entity": {**entity, "weight": 0.5}, "contrastive": {"weight": 0.5}}
+
+
+def mesh() -> dict[str, int]:
+    """All devices on the fsdp axis (`mofi_jax.partition.make_mesh`)."""
+    return {"replica": 1, "fsdp": -1, "tensor": 1}
+
+
+def validate(config: Any) -> None:
+    """Checks the values of a finished training config.
+
+    Raises:
+      BadInput: names the first key whose value cannot work.
+    """
+    checks = [
+        ("batch_size", config.batch_size > 0, "a positive number"),
+        ("losses", len(config.losses) > 0, "at least one task"),
+        ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
+        ("data.max_labels", config.data.max_labels > 0, "a positive number"),
+        ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
+    ]
+    for name, task in config.losses.items():
+        checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))
+        if name == "entity":
+            checks += [
+                ("losses.entity.scale", task.scale > 0, "a positive scale"),
+                ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
+                ("losses.entity.block_size", task.block_size > 0, "a positive number"),
+            ]
+    for key, fine, wanted in checks:
+        if not fine:
+            raise BadInput(f"config.{key} must be {wanted}: change it in the config file or flag.")

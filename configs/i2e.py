@@ -4,13 +4,15 @@
     python -m data_prep.build_i2e --config configs/i2e.py:sample --workdir W --config.clip=RUN
 
 prepare the bundled sample: first its raw pairs (seconds), on which a CLIP model is trained (see
-`configs/quickstart.py`), then the labelled set with that model (under a minute on 2 cores). One's own
-pairs and knowledge base:
+`configs/quickstart.py`), then the labelled set with that model (under a minute on 2 cores). One's
+own pairs and knowledge base:
 
-    python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,kb=KB --workdir W --config.clip=RUN
+    python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,kb=KB --workdir W \\
+        --config.clip=RUN
 
-PAIRS is a folder of img2dataset tars (`.tar` or `.tar.gz`), KB a file `.jsonl`, `.jsonl.gz` or a folder
-made by `data_prep.build_kb`. Arguments: sample | folder=PATH,kb=PATH, dataset=i2e|i2t, labels=clip|text.
+PAIRS is a folder of img2dataset tars (`.tar` or `.tar.gz`), KB a file `.jsonl` or `.jsonl.gz`, or
+a folder made by `data_prep.build_kb`. Arguments: sample | folder=PATH,kb=PATH, dataset=i2e|i2t,
+labels=clip|text.
 """
 
 import os
@@ -54,7 +56,10 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.clip = ml_collections.config_dict.placeholder(str)  # run folder or Hugging Face folder
     config.template = "{name}, {description}"
     config.batch_size = 256  # pictures or texts per call of the model
-    config.min_score = 0.0  # cosine below which a candidate is not chosen
+    config.prototype_weight = 1.0  # of the fit to the entity's other pictures, beside that to text
+    config.prior_weight = 0.5  # of log p(entity | name) where a name is ambiguous
+    config.min_fit = 0.0  # standard deviations above the data set's pictures
+    config.min_score = 0.0  # cosine between picture and text
     config.max_labels = 1  # per picture; "close to 1" in the paper's data
 
     # Fewer pictures than this and an entity is no class. 5 is the recalled value of the paper; the
@@ -63,7 +68,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
 
     # Shards
     config.jpeg_quality = 95
-    config.max_side = 128 if args.sample else 512  # px of the longer side; larger is shrunk
+    config.max_side = 128 if args.sample else 512  # px of the shorter side; larger is shrunk
     config.shard_examples = 500 if args.sample else 10_000
     config.vocab_size = 2_000 if args.sample else 32_000  # of the tokenizer trained on the captions
     config.seed = 0  # of the global order of the examples

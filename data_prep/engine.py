@@ -5,16 +5,16 @@ A stage is a module-level function
     function(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]
 
 that reads `task.inputs`, writes every file under the name that `outputs.path("folder/name")` gives,
-and returns its counts. Its output bytes may depend on the inputs and the settings alone: no clock, no
-worker id, no `hash()`. The engine does the rest, shard by shard:
+and returns its counts. Its output bytes may depend on the inputs and the settings alone: no clock,
+no worker id, no `hash()`. The engine does the rest, shard by shard:
 
     temporary names -> fsync -> rename -> manifest `W/STAGE/NAME.json`, written last
 
 so that a kill at any moment leaves either a finished shard or one that is done again. A manifest
 holds the sha256 of all inputs and outputs, the settings and the counts; a shard whose manifest
 matches is skipped. Beside it lies `.NAME.stat.json` with sizes and modification times: while these
-are unchanged nothing is hashed again, so that running a finished stage again costs a few stat calls.
-A shard whose files were touched or copied is hashed and, where the bytes are the same, kept.
+are unchanged nothing is hashed again, so that a finished stage run again costs a few stat calls. A
+shard whose files were touched or copied is hashed and, where the bytes are the same, kept.
 
 The work directory is on a local or mounted file system: rename and flock have to work.
 """
@@ -69,7 +69,7 @@ class Outputs:
         self.workdir = epath.Path(workdir)
         self.stage = stage
         self.shard = shard
-        self._folder = self.workdir / ".tmp" / f"{stage}-{shard}-{os.getpid()}"
+        self._folder = self.workdir / stage / ".tmp" / f"{shard}-{os.getpid()}"
         self.names: list[str] = []
 
     def path(self, name: str) -> epath.Path:
@@ -87,7 +87,7 @@ class Outputs:
         pq.write_table(table, os.fspath(self.path(name)), compression="zstd")
 
     def write_rejects(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Writes `rejects/STAGE-SHARD.parquet` from rows (key, reason), also when there are none."""
+        """Writes `rejects/STAGE-SHARD.parquet` from rows (key, reason), also from none."""
         import pyarrow as pa
 
         table = pa.table(
@@ -147,8 +147,8 @@ def map_shards(
     if len(set(names)) != len(names):
         raise ValueError(f"stage {stage}: two tasks of one name in {names}")
     (workdir / stage).mkdir(parents=True, exist_ok=True)
-    with _locked(workdir):
-        shutil.rmtree(workdir / ".tmp", ignore_errors=True)
+    with _locked(workdir / stage):
+        shutil.rmtree(workdir / stage / ".tmp", ignore_errors=True)
         _remove_strays(workdir, stage, set(names))
         manifests: dict[str, dict] = {}
         jobs = []
@@ -185,7 +185,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def write_durably(path: epath.Path, data: bytes) -> None:
     """Writes a file so that after a kill or power cut it is there in full or not at all."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.tmp"  # one name: a kill leaves nothing behind for long
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -307,8 +307,8 @@ def _describe(
     digest = _hash(path)
     if digest is None:
         raise errors.BadInput(
-            f"{where}: the file {os.fspath(path)} is missing: restore it, or remove the manifests of"
-            " the stage that writes it and run again."
+            f"{where}: the file {os.fspath(path)} is missing: restore it, or run the stage that"
+            " writes it again."
         )
     size, _ = _stat(path)
     return {"path": _record_path(workdir, name), "bytes": size, "sha256": digest}
@@ -317,7 +317,7 @@ def _describe(
 def _finished(
     workdir: epath.Path, stage: str, task: Task, settings: dict, hash_changed: bool
 ) -> dict | None:
-    """The manifest of a finished shard whose inputs, settings and outputs are unchanged, or None."""
+    """The manifest of a shard whose inputs, settings and outputs are unchanged, or None."""
     manifest = _read_json(workdir / stage / f"{task.name}.json")
     if manifest is None or manifest.get("settings") != settings:
         return None
@@ -383,14 +383,14 @@ def _remove_strays(workdir: epath.Path, stage: str, names: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(workdir: epath.Path) -> Iterator[None]:
-    with open(workdir / ".lock", "w") as file:
+def _locked(folder: epath.Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise errors.BadInput(
-                f"--workdir={os.fspath(workdir)} is in use by another run: wait for it, or name"
-                " another folder."
+                f"The folder {os.fspath(folder)} is in use by another run: wait for it, or name"
+                " another --workdir."
             ) from error
         yield
 
@@ -402,7 +402,7 @@ def _execute(
         return
     progress = tqdm.tqdm(total=done + len(jobs), initial=done, desc=stage, unit="shard")
     with progress:
-        if workers <= 1:
+        if min(workers, len(jobs)) <= 1:  # starting a process costs a second
             for job in jobs:
                 yield job.task.name, _run_job(job)
                 progress.update()

@@ -269,7 +269,7 @@ def new_view(
 def _subject_mask(image: np.ndarray, tolerance: int) -> np.ndarray:
     """255 where the picture is not connected to its corners by near-equal colour."""
     height, width = image.shape[:2]
-    canvas = np.ascontiguousarray(image)
+    canvas = image.copy()  # Pillow hands out read-only arrays, floodFill wants its own
     mask = np.zeros((height + 2, width + 2), np.uint8)
     flags = 4 | (255 << 8) | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE
     for corner in ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)):

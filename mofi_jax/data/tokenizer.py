@@ -151,7 +151,7 @@ class Tokenizer:
         return Tokenizer, (str(self.path), self.context_length)
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n t"]:
-        """Rows ``bos, pieces, eos, pad...`` of length `context_length`; long texts lose their end."""
+        """Rows ``bos, pieces, eos, pad...`` of `context_length` ids; long texts lose their end."""
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
         encodings = self._tokenizer.encode_batch_fast(
             [_encodable(t) for t in texts], add_special_tokens=False

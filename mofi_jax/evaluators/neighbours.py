@@ -5,13 +5,13 @@ metric needs no sort: the rank of a relevant row follows from the number of rows
 so one matrix product per (query block, index block) and a few sums are all there is, and memory
 stays at block x block whatever the size of the index.
 
-Scores are dot products in float32 at the highest matmul precision: bf16 products make ties, and ties
-make ranks arbitrary.  This file knows nothing of pictures, classes or metrics.
+Scores are dot products in float32 at the highest matmul precision: bf16 products make ties, and
+ties make ranks arbitrary.  This file knows nothing of pictures, classes or metrics.
 """
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
 
-Ties = Literal["mean", "optimistic", "pessimistic"]
+TIES = ("mean", "optimistic", "pessimistic")
 NO_ROW = -1  # pads lists of row numbers
 
 
@@ -31,9 +31,9 @@ class Index:
     """Features on the mesh; make one with `build_index`.
 
     Attributes:
-      features: float32 [blocks, shards, rows, d], split over all mesh axes on `shards`.  Row i of the
-        original array is at i in row-major order of the first three dimensions; what lies beyond
-        `size` is padding.
+      features: float32 [blocks, shards, rows, d], split over all mesh axes on `shards`.  Row i of
+        the original array is at i in row-major order of the first three dimensions; what lies
+        beyond `size` is padding.
       size: number of real rows.
       mesh: the devices that hold it.
     """
@@ -79,7 +79,7 @@ class RankCounts:
             equal=self.equal - (score == self.scores),
         )
 
-    def ranks(self, ties: Ties = "mean") -> Float[np.ndarray, "q r"]:
+    def ranks(self, ties: str = "mean") -> Float[np.ndarray, "q r"]:
         """1-based ranks of the relevant rows, ascending in each line, NaN at the end as padding.
 
         Args:
@@ -89,7 +89,7 @@ class RankCounts:
         real = self.rows != NO_ROW
         if ties == "mean":
             ranks = 1.0 + self.greater + 0.5 * self.equal
-        elif ties in ("optimistic", "pessimistic"):
+        elif ties in TIES:
             # Among equal scores the relevant rows keep some order of their own: count those before.
             order = np.argsort(-self.scores, axis=1, kind="stable")
             sorted_scores = np.take_along_axis(self.scores, order, axis=1)
@@ -102,26 +102,25 @@ class RankCounts:
             if ties == "pessimistic":
                 ranks = ranks + self.equal - siblings
         else:
-            raise BadInput(
-                f"Unknown tie policy {ties!r}: choose mean, optimistic or pessimistic for `ties`."
-            )
+            raise BadInput(f"Unknown tie policy {ties!r}: choose {', '.join(TIES)}.")
         return np.sort(np.where(real, ranks, np.nan), axis=1)
 
 
 def build_index(
-    mesh: Mesh, features: Float[np.ndarray, "e d"], *, block_size: int = 8192
+    features: Float[np.ndarray, "e d"], *, mesh: Mesh | None = None, block_size: int = 4096
 ) -> Index:
     """Spreads features over the devices; every host passes the same array.
 
     Args:
-      mesh: the devices.
       features: one row per picture, L2-normalised if the score is to be the cosine.
+      mesh: the devices to use; all of them if None.
       block_size: index rows scored at a time, over all devices together.
 
     Raises:
       BadInput: no rows, or numbers that are not finite.  NaN compares false with everything and
         would otherwise give every relevant row rank 1.
     """
+    mesh = partition.make_mesh() if mesh is None else mesh
     _check_finite(features, "index")
     size, shards = len(features), mesh.size
     rows = -(-min(block_size, size) // shards)
@@ -162,17 +161,11 @@ def count_ranks(
     _check_finite(queries, "query")
     if len(relevant) and relevant.max() >= index.size:
         raise ValueError(f"relevant row {relevant.max()} of an index of {index.size} rows")
-    query_block = min(query_block, len(queries))
-    parts = []
-    for start in range(0, len(queries), query_block):
-        part = _rank_counts(
-            index.features,
-            jnp.int32(index.size),
-            _replicate(index.mesh, _pad(queries[start : start + query_block], query_block, 0)),
-            _replicate(index.mesh, _pad(relevant[start : start + query_block], query_block, NO_ROW)),
-            mesh=index.mesh,
-        )
-        parts.append(part)  # fetched below: the next block is dispatched meanwhile
+    # All blocks are dispatched before the first result is fetched.
+    parts = [
+        _rank_counts(index.features, index.size, *block, mesh=index.mesh)
+        for block in _query_blocks(index.mesh, query_block, queries, relevant)
+    ]
     scores, greater, equal = (
         np.concatenate([np.asarray(a) for a in arrays])[: len(queries)]
         for arrays in zip(*parts, strict=True)
@@ -211,18 +204,10 @@ def top_k(
         )
     if excluded is None:
         excluded = np.full(len(queries), NO_ROW, np.int32)
-    query_block = min(query_block, len(queries))
-    parts = []
-    for start in range(0, len(queries), query_block):
-        part = _top_k(
-            index.features,
-            jnp.int32(index.size),
-            _replicate(index.mesh, _pad(queries[start : start + query_block], query_block, 0)),
-            _replicate(index.mesh, _pad(excluded[start : start + query_block], query_block, NO_ROW)),
-            k=k,
-            mesh=index.mesh,
-        )
-        parts.append(part)
+    parts = [
+        _top_k(index.features, index.size, *block, k=k, mesh=index.mesh)
+        for block in _query_blocks(index.mesh, query_block, queries, excluded)
+    ]
     rows, scores = (
         np.concatenate([np.asarray(a) for a in arrays])[: len(queries)]
         for arrays in zip(*parts, strict=True)
@@ -234,7 +219,7 @@ def top_k(
 
 
 def _scores(queries, block, number, size):
-    """Scores float32 [q, shards, rows] of one index block, -inf at padding; row numbers [shards, rows]."""
+    """Scores float32 [q, shards, rows] of one index block, -inf at padding, and its row numbers."""
     shards, rows, _ = block.shape
     row_numbers = (number * shards * rows + jnp.arange(shards * rows)).reshape(shards, rows)
     scores = jnp.einsum(
@@ -288,20 +273,19 @@ def _rank_counts(features, size, queries, relevant, *, mesh):
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
 def _top_k(features, size, queries, excluded, *, k, mesh):
     """(row numbers, scores), each [q, k], replicated."""
-    blocks, shards, rows, _ = features.shape
+    blocks, _, rows, _ = features.shape
     local_k = min(k, rows)
 
     def visit(best, block_and_number):
         scores, row_numbers = _scores(queries, *block_and_number, size)
         scores = jnp.where(row_numbers == excluded[:, None, None], -jnp.inf, scores)
-        # First among the rows of each device, then among the winners: a top-k over the sharded
-        # dimension would gather all scores on every device.
-        local, at = jax.lax.top_k(scores, local_k)
-        found = jnp.take_along_axis(
-            jnp.broadcast_to(row_numbers, scores.shape), at, axis=2, mode="clip"
-        )
-        # top_k prefers the first of equals: earlier blocks, then earlier shards, so row numbers.
-        scores = jnp.concatenate([best[1], local.reshape(len(queries), -1)], axis=1)
+        # First among the rows of each device, then among the winners.  A sort, because XLA splits
+        # one along its other dimensions, whereas it gathers all scores for a top_k.
+        row_numbers = jnp.broadcast_to(row_numbers, scores.shape)
+        scores, found = jax.lax.sort((-scores, row_numbers), dimension=2, num_keys=1)
+        scores, found = -scores[:, :, :local_k], found[:, :, :local_k]
+        # Both steps prefer the first of equals: earlier blocks, then shards, so lower row numbers.
+        scores = jnp.concatenate([best[1], scores.reshape(len(queries), -1)], axis=1)
         found = jnp.concatenate([best[0], found.reshape(len(queries), -1)], axis=1)
         scores, at = jax.lax.top_k(scores, k)
         return (jnp.take_along_axis(found, at, axis=1), scores), None
@@ -317,14 +301,24 @@ def _top_k(features, size, queries, excluded, *, k, mesh):
 # ------------------------------------------------------------------------------------ on the host
 
 
-def _pad(array: np.ndarray, length: int, value) -> np.ndarray:
-    """Fills the leading dimension up to `length`, so that one compiled program serves every block."""
-    missing = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
-    return np.pad(array, missing, constant_values=value)
+def _query_blocks(
+    mesh: Mesh, length: int, queries: np.ndarray, rows: np.ndarray
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Replicated blocks of queries and their row numbers, the last one filled up to equal length.
+
+    One shape means one compiled program.
+    """
+    length = min(length, len(queries))
+    for start in range(0, len(queries), length):
+        block = np.zeros((length, *queries.shape[1:]), np.float32)
+        block_rows = np.full((length, *rows.shape[1:]), NO_ROW, np.int32)
+        count = min(length, len(queries) - start)
+        block[:count] = queries[start : start + count]
+        block_rows[:count] = rows[start : start + count]
+        yield _replicate(mesh, block), _replicate(mesh, block_rows)
 
 
 def _replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    array = array.astype(np.int32 if np.issubdtype(array.dtype, np.integer) else np.float32)
     return jax.make_array_from_callback(
         array.shape, partition.replicated(mesh), lambda at: array[at]
     )

@@ -1,0 +1,43 @@
+# make quickstart   the whole recipe on the bundled sample, in runs/quickstart/
+# make test         lint and every test
+# make smoke        imports everything and trains one step (used for other Python versions)
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test smoke format clean
+
+quickstart: $(VENV)/.core
+	$(RUN) quickstart.py
+
+test: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest
+
+smoke: $(VENV)/.core
+	$(RUN) -m pip install -q pytest beartype
+	$(RUN) -m pytest tests/test_imports.py tests/test_train.py -k "import or one_step"
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+
+# A stamp a kind of install, so that a changed requirements file is installed again.
+$(VENV)/.core: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: run make with PYTHON=python3.11 or newer." >&2; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements.txt requirements-test.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: run make with PYTHON=python3.11 or newer." >&2; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-test.txt
+	touch $@ $(VENV)/.core

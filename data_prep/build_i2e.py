@@ -1,0 +1,129 @@
+"""Prepares data: image-text pairs in, ArrayRecord shards and a data card out.
+
+    python -m data_prep.build_i2e --config configs/i2e.py:sample,dataset=i2t --workdir W
+    python -m data_prep.build_i2e --config configs/i2e.py:sample --workdir W --config.clip=RUN
+
+dataset=i2t writes the raw pairs, i2t/; dataset=i2e finds and chooses entities and writes the
+labelled pairs, i2e/. The stages below read top to bottom; each skips what is finished, so the same
+command run again, after a kill too, does only what is missing and ends in the same bytes.
+W/result.json holds the counts of every stage, the sha256 of all shards and the seconds of this run.
+"""
+
+import hashlib
+import json
+import os
+import time
+
+import ml_collections
+from absl import logging
+from etils import epath
+
+from data_prep import (
+    engine,
+    filters,
+    knowledge_base,
+    linking,
+    report,
+    selection,
+    shards,
+    sources,
+    vocabulary,
+)
+from mofi_jax import cli, errors
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> dict:
+    """Runs all stages of `config.dataset`; returns what result.json holds.
+
+    Raises:
+      BadInput: anything about the configuration or the input that makes it impossible.
+    """
+    started = time.monotonic()
+    validate(config)
+    workdir = epath.Path(os.path.abspath(workdir))
+    stages: dict[str, dict[str, int]] = {}
+
+    # ------------------------------------------------------------------------------------- pairs
+    stages["pairs"] = engine.total_counts(sources.run(config, workdir))
+
+    # ---------------------------------------------------------------------------------- entities
+    if config.dataset == "i2e":
+        knowledge_base.prepare(config, workdir)
+        stages["links"] = engine.total_counts(linking.run(config, workdir))
+        stages["labels"] = engine.total_counts(selection.run(config, workdir))
+        stages["labels_final"] = engine.total_counts(filters.run(config, workdir))
+        stages["vocabulary"] = engine.total_counts(vocabulary.run(config, workdir))
+
+    # ------------------------------------------------------------------------------------ shards
+    written = shards.run(config, workdir, config.dataset)
+    stages["shards"] = engine.total_counts(written)
+    if config.dataset == "i2e":
+        report.run(config, workdir)
+
+    result = {
+        "dataset": config.dataset,
+        "stages": stages,
+        "shards_sha256": digest(written),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    engine.write_durably(workdir / "result.json", text.encode())
+    for stage, counts in stages.items():
+        logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
+    return result
+
+
+def digest(manifests: list[dict]) -> str:
+    """One sha256 over the paths and the sha256 of all outputs of the manifests."""
+    lines = sorted(f"{o['sha256']}  {o['path']}\n" for m in manifests for o in m["outputs"])
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every key before anything is written.
+
+    Raises:
+      BadInput: naming the first key that cannot be used.
+    """
+    _check(config.dataset in ("i2e", "i2t"), config, "dataset", "choose i2e or i2t")
+    sources.find_tars(config.pairs)
+    least = {
+        "workers": 1,
+        "min_side": 1,
+        "max_aspect": 1,
+        "max_pixels": 1,
+        "max_caption_chars": 1,
+        "max_side": 1,
+        "shard_examples": 1,
+        "vocab_size": 300,
+    }
+    if config.dataset == "i2e":
+        least |= {"max_candidates": 1, "batch_size": 1, "max_labels": 1, "min_images": 1}
+    for key, value in least.items():
+        _check(config[key] >= value, config, key, f"give at least {value}")
+    _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")
+    if config.dataset == "i2t":
+        return
+    knowledge_base.check_source(config.knowledge_base)
+    _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
+    if config.labels == "clip":
+        _check(
+            bool(config.clip) and os.path.isdir(config.clip),
+            config,
+            "clip",
+            "name the folder of a trained run or of a Hugging Face CLIP model, or take"
+            " --config.labels=text",
+        )
+        try:
+            config.template.format(name="", description="")
+        except (KeyError, IndexError, ValueError):
+            _check(False, config, "template", "use {name} and {description} and no other braces")
+
+
+def _check(holds: bool, config: ml_collections.ConfigDict, key: str, remedy: str) -> None:
+    if not holds:
+        raise errors.BadInput(f"config.{key}={config[key]!r} cannot be used: {remedy}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,103 @@
+"""Measures a finished model: one table, result.json with protocol cards, pictures of neighbours.
+
+    python -m mofi_jax.evaluate --config configs/eval.py:sample --model W [--out D]
+
+W is a training run, an exported Hugging Face folder, or ``raw_pixels``, the baseline that compares
+pictures by their pixels.  D (by default W/evaluation) receives
+
+    gallery_NAME.png  queries and neighbours, for every retrieval evaluator
+    result.json       {"model", "metrics": {evaluator: {metric: value}},
+                       "protocols": {evaluator: card}, "left_out": {evaluator: reason}, "seconds"}
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+
+from mofi_jax import cli, inference, telemetry
+from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common as evaluation
+from mofi_jax.evaluators import retrieval
+
+RAW_PIXELS = "raw_pixels"
+
+
+def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) -> None:
+    """Evaluates `model` by `config` and writes to the folder `out`."""
+    start = time.monotonic()
+
+    # ---------------------------------------------------------------------- model
+    if model == RAW_PIXELS:
+        if config.preprocess:
+            raise BadInput(
+                "config.preprocess does not apply to raw_pixels: set config.raw_pixels_size."
+            )
+        towers = inference.RawPixels(config.raw_pixels_size)
+        params, description = {}, "raw pixels"
+        out = epath.Path(out or f"runs/evaluation/{RAW_PIXELS}")
+    else:
+        loaded = inference.load(model, batch_size=config.batch_size)
+        towers, params, description = loaded.towers, loaded.params, loaded.description
+        if config.preprocess:
+            towers = dataclasses.replace(towers, preprocess=config.preprocess)
+        out = epath.Path(out or epath.Path(model) / "evaluation")
+
+    # ---------------------------------------------------------------------- evaluators
+    suite = evaluation.build_all(towers, config.evaluators.to_dict())
+    if not suite.evaluators:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in suite.skipped.items())
+        raise BadInput(f"No evaluator of --config applies to {model} ({reasons}): use another one.")
+    scores = evaluation.run_all(suite.evaluators, params)
+
+    # ---------------------------------------------------------------------- results
+    # Galleries ask the devices for neighbours, so every host takes part and one writes.
+    for name, evaluator in suite.evaluators.items():
+        if isinstance(evaluator, retrieval.Evaluator):
+            evaluator.gallery(params, out / f"gallery_{name}.png")
+    if jax.process_index() != 0:
+        return
+    metrics: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        name, _, metric = key.partition("/")
+        metrics.setdefault(name, {})[metric] = value
+    print(table(description, metrics, suite.skipped), flush=True)
+    telemetry.write_json(
+        out / "result.json",
+        {
+            "model": description,
+            "metrics": metrics,
+            "protocols": {name: e.card() for name, e in suite.evaluators.items()},
+            "left_out": suite.skipped,
+            "seconds": round(time.monotonic() - start, 1),
+        },
+    )
+    logging.info("written: %s", out)
+
+
+def table(
+    title: str, metrics: Mapping[str, Mapping[str, float]], left_out: Mapping[str, str]
+) -> str:
+    """The numbers for people: a line per evaluator and metric, four decimals."""
+    rows = [
+        (name, metric, f"{value:.4f}")
+        for name, values in metrics.items()
+        for metric, value in values.items()
+    ]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [title, "-" * max(len(title), sum(wide) + 4)]
+    previous = ""
+    for name, metric, value in rows:
+        shown = name if name != previous else ""
+        lines.append(f"{shown:<{wide[0]}}  {metric:<{wide[1]}}  {value:>{wide[2]}}")
+        previous = name
+    lines += [f"{name}: left out, {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

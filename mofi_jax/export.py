@@ -1,0 +1,231 @@
+"""Exports a model and proves that what was written reads back the same.
+
+    python -m mofi_jax.export --model runs/quickstart/multitask --format hf --out exported
+
+writes a folder that `transformers.CLIPModel.from_pretrained` and `mofi_jax.inference.load` open,
+and in it result.json, the parity report: the largest and mean difference of L2-normalised
+embeddings, for pictures and texts, between the model and each reader of the folder, in float32.
+Readers are our own and, where torch and transformers are installed, theirs. A difference above 1e-4
+is a failure: the folder does not appear and the exit code is not 0.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mofi_jax import cli, inference
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.errors import BadInput
+from mofi_jax.interop import huggingface
+from mofi_jax.model import image as image_lib
+from mofi_jax.model import mofi
+
+FORMATS = ("hf",)
+MAX_ABS_DIFF = 1e-4
+PICTURES = 8
+
+# Texts around every edge of a tokenizer: none, one letter, other scripts, composed characters,
+# spelt special tokens, longer than any context.
+TEXTS = (
+    "",
+    "a",
+    "a photo of a cat",
+    "Ein schwarzer Großpudel, 2019",
+    "富士山と桜",
+    "e\u0301 ﬁ ½ 👩‍🔬",
+    "<|endoftext|> <|startoftext|> </s>",
+    "  spaces\tand\nlines  ",
+    "a very long caption about a black dog in the snow " * 20,
+)
+
+# Of pictures and of texts, each float32 [n, d], L2-normalised.
+Embeddings = tuple[np.ndarray, np.ndarray]
+# From pictures, uint8 [n, s, s, 3], and texts.
+Reader = Callable[[np.ndarray, tuple[str, ...]], Embeddings]
+
+
+class ParityError(RuntimeError):
+    """What was written does not give the same embeddings."""
+
+
+def main(model: str, out: str, format: str = "hf") -> None:
+    """Exports the model folder `model` to the new folder `out`.
+
+    Raises:
+      BadInput: unknown format, `out` taken by something else, or a model that the format cannot
+        express.
+      ParityError: a reader differs by more than 1e-4.
+    """
+    if format not in FORMATS:
+        raise BadInput(
+            f"--format={format} is unknown: choose {' or '.join(FORMATS)} (Hugging Face CLIPModel)."
+        )
+    target = epath.Path(out)
+    taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if taken and not (target / huggingface.PREPROCESS).exists():
+        raise BadInput(
+            f"--out={out} holds something else than an export: name a folder that is new or empty."
+        )
+    loaded = inference.load(model)
+    mark = uuid.uuid4().hex[:8]
+    temporary = target.with_name(f".{target.name}-{mark}")
+    replaced = target.with_name(f".{target.name}-{mark}-replaced")
+    try:
+        report = export(loaded, temporary)
+        report["model"] = str(model)
+        (temporary / "result.json").write_text(json.dumps(report, indent=2) + "\n")
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+    finally:
+        for folder in (temporary, replaced):
+            if folder.exists():
+                folder.rmtree()
+    logging.info(
+        "wrote %s, read back by %s with a largest difference of %.1e",
+        target,
+        " and ".join(report["reader"]),
+        report["max_abs_diff"],
+    )
+
+
+def export(model: inference.Model, folder: epath.PathLike) -> dict[str, Any]:
+    """Writes the Hugging Face folder and compares; returns the parity report.
+
+    Raises:
+      BadInput: a model that CLIPModel cannot express.
+      ParityError: a reader differs by more than `MAX_ABS_DIFF`.
+    """
+    towers = model.towers
+    params = jax.tree.map(np.asarray, model.params)
+    huggingface.write(
+        folder,
+        huggingface.Clip(
+            config=towers.config,
+            params=params,
+            tokenizer=towers.tokenizer,
+            entities=towers.entities,
+            preprocess=towers.preprocess,
+        ),
+    )
+    pictures = probe_pictures(towers.config.image_size)
+    expected = _reference(towers.config, params, towers.tokenizer)(pictures, TEXTS)
+    readers: dict[str, Reader] = {"mofi_jax": _own_reader(folder)}
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        readers["transformers"] = _transformers_reader(folder)
+    differences = {
+        name: _compare(reader(pictures, TEXTS), expected) for name, reader in readers.items()
+    }
+    report = {
+        "format": "hf",
+        "reader": list(readers),
+        "max_abs_diff": max(d[kind]["max"] for d in differences.values() for kind in d),
+        "differences": differences,
+        "asked": MAX_ABS_DIFF,
+        "probes": {"image": len(pictures), "text": len(TEXTS)},
+        "versions": _versions(),
+        "tokenizer": towers.tokenizer.fingerprint,
+        "vocab_size": towers.config.vocab_size,
+    }
+    # Written so that not-a-number fails too.
+    if not report["max_abs_diff"] <= MAX_ABS_DIFF:
+        raise ParityError(
+            f"The exported model differs by {report['max_abs_diff']:.1e} where {MAX_ABS_DIFF:.0e} "
+            f"is allowed: {differences}."
+        )
+    return report
+
+
+def _compare(found: Embeddings, expected: Embeddings) -> dict[str, dict[str, float]]:
+    """Absolute differences, and the smallest cosine between an embedding and its counterpart."""
+    report = {}
+    for kind, ours, theirs in zip(("image", "text"), expected, found, strict=True):
+        gap = np.abs(theirs - ours)
+        report[kind] = {
+            "max": float(np.max(gap)),
+            "mean": float(np.mean(gap)),
+            "min_cosine": float(np.min(np.sum(ours * theirs, axis=-1))),
+        }
+    return report
+
+
+def probe_pictures(size: int) -> np.ndarray:
+    """uint8 [PICTURES, size, size, 3]: flat colours, noise and smooth pictures, always the same."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (PICTURES - 4, size, size, 3))
+    y, x = np.mgrid[0 : 1 : size * 1j, 0 : 1 : size * 1j]
+    smooth = [np.stack([y, x, 1 - y], -1), np.stack([y * x, np.sin(9 * y) ** 2, x], -1)]
+    flat = [np.zeros((size, size, 3)), np.ones((size, size, 3))]
+    return np.concatenate([noise, 255 * np.array(flat + smooth)]).astype(np.uint8)
+
+
+def _reference(
+    config: mofi.MofiConfig, params: mofi.Params, tokenizer: tokenizer_lib.Tokenizer
+) -> Reader:
+    """The model's own functions in float32, also on accelerators that would round products."""
+    config = mofi.MofiConfig.from_dict(config.to_dict() | {"dtype": "float32", "remat": "none"})
+    params = {name: params[name] for name in ("image", "text")}
+
+    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> Embeddings:
+        with jax.default_matmul_precision("highest"):
+            image = jax.jit(mofi.embed_images, static_argnums=0)(config, params, pictures)
+            text = jax.jit(mofi.embed_texts, static_argnums=0)(
+                config, params, tokenizer(list(texts))
+            )
+        return np.asarray(image), np.asarray(text)
+
+    return read
+
+
+def _own_reader(folder: epath.PathLike) -> Reader:
+    clip = huggingface.read(folder)
+    return _reference(clip.config, clip.params, clip.tokenizer)
+
+
+def _transformers_reader(folder: epath.PathLike) -> Reader:
+    """Other people's reader, where it is installed; this project never requires it."""
+    import torch
+    import transformers
+
+    model = transformers.CLIPModel.from_pretrained(str(folder), torch_dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+
+    def unit(output: Any) -> np.ndarray:
+        # transformers 5 returns an object, transformers 4 the tensor.
+        vectors = getattr(output, "pooler_output", output)
+        return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> Embeddings:
+        mean, std = (np.float32(v) for v in (image_lib.PIXEL_MEAN, image_lib.PIXEL_STD))
+        pixels = (pictures.astype(np.float32) / 255 - mean) / std
+        ids = tokenizer(list(texts), padding="max_length", truncation=True)["input_ids"]
+        with torch.no_grad():
+            image = model.get_image_features(
+                pixel_values=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+            )
+            text = model.get_text_features(input_ids=torch.tensor(ids))
+        return unit(image), unit(text)
+
+    return read
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("mofi_jax", "jax", "flax", "safetensors", "tokenizers", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+if __name__ == "__main__":
+    cli.run(main)

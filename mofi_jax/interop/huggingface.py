@@ -1,0 +1,272 @@
+"""Hugging Face CLIPModel folders, both directions: what each file holds and how it is read back.
+
+Weights are mapped by `clip_weights`, config.json by `clip_config`. Neither PyTorch nor transformers
+is needed in either direction.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import tokenizers
+from absl import logging
+from etils import epath
+from safetensors import numpy as safetensors_numpy
+
+from mofi_jax.data import ops, records
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.errors import BadInput
+from mofi_jax.interop import clip_config, clip_weights, model_card
+from mofi_jax.model import image as image_lib
+from mofi_jax.model import mofi
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ENTITY_TABLE_FILE = "entity_table.safetensors"
+PREPROCESS = "preprocess.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What a folder holds, in our terms.
+
+    Attributes:
+      config: with dtype float32, the dtype of the weights; choose another for speed.
+      params: numpy float32 tree of `mofi.create`'s layout, with `entity_table` if classified.
+      tokenizer, entities: None where the folder has none.
+      preprocess: picture operations (`data.ops`) from bytes to uint8 [s, s, 3].
+    """
+
+    config: mofi.MofiConfig
+    params: mofi.Params
+    tokenizer: tokenizer_lib.Tokenizer | None
+    entities: records.Entities | None
+    preprocess: str
+
+
+# ----------------------------------------------------------------------------------- preprocessing
+
+
+def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
+    """preprocessor_config.json: the nearest that CLIPImageProcessor can express.
+
+    It always antialiases; the exact operations are in preprocess.json beside it.
+    """
+    resize = re.search(r"resize_short\((\d+)", preprocess)
+    bilinear = resize and "bilinear" in preprocess
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": int(resize.group(1)) if resize else image_size},
+        "resample": 2 if bilinear else 3,  # Pillow's numbers for bilinear and bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image_lib.PIXEL_MEAN),
+        "image_std": list(image_lib.PIXEL_STD),
+    }
+
+
+def _read_preprocess(folder: epath.Path, image_size: int) -> str:
+    """The picture operations: preprocess.json if ours, else nearest to preprocessor_config.json.
+
+    A folder with neither (weights alone) gets the short side and centre crop of every CLIP.
+    """
+    if (folder / PREPROCESS).exists():
+        spec = _read_json(folder / PREPROCESS).get("preprocess")
+        if not isinstance(spec, str):
+            raise BadInput(
+                f"{folder / PREPROCESS} lacks the key preprocess: export the model again."
+            )
+        ops.parse(spec)
+        return spec
+    path = folder / "preprocessor_config.json"
+    resize = image_size
+    if path.exists():
+        values = _read_json(path)
+        for key, expected in (
+            ("image_mean", image_lib.PIXEL_MEAN),
+            ("image_std", image_lib.PIXEL_STD),
+        ):
+            if not np.allclose(values.get(key, expected), expected, atol=1e-4):
+                raise BadInput(
+                    f"{path} normalises with {key} {values[key]} and this model with "
+                    f"{list(expected)}: fold the difference into the weights or use another model."
+                )
+        size, crop = values.get("size", image_size), values.get("crop_size", image_size)
+        resize = size.get("shortest_edge") if isinstance(size, dict) else size
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        if resize is None or resize < image_size or crop != image_size:
+            raise BadInput(
+                f"{path} has size {size} and crop_size {crop}: only a short side (shortest_edge) "
+                f"and centre crop to the model's {image_size} pixels can be read: add {PREPROCESS}."
+            )
+    else:
+        logging.warning("%s has no preprocessing file: short side to %d.", folder, image_size)
+    return f"decode|resize_short({resize})|center_crop({image_size})"
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def is_folder(path: epath.PathLike) -> bool:
+    """Whether the path looks like a folder that `read` is for."""
+    return (epath.Path(path) / "config.json").exists()
+
+
+def read(folder: epath.PathLike) -> Clip:
+    """Reads a CLIPModel folder: ours, or any with config.json and safetensors weights.
+
+    float16 and bfloat16 weights become float32; sharded weights are read by their index.
+
+    Raises:
+      BadInput: a file or field missing or damaged, or weights that do not fit the configuration.
+    """
+    folder = epath.Path(folder)
+    values = _read_json(folder / "config.json")
+    tokenizer = None
+    if (folder / records.TOKENIZER_FILE).exists():
+        length = (values.get("text_config") or {}).get("max_position_embeddings") or 0
+        tokenizer = tokenizer_lib.Tokenizer(folder / records.TOKENIZER_FILE, length)
+    config = clip_config.from_config(values, folder / "config.json", tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: "
+            "put the tokenizer of this model beside it."
+        )
+    params = clip_weights.from_state_dict(config, _read_weights(folder), folder)
+    entities = None
+    if (folder / ENTITY_TABLE_FILE).exists():
+        entities = records.read_entities(folder / records.ENTITIES_FILE)
+        table = _load(folder / ENTITY_TABLE_FILE).get(clip_weights.ENTITY_TABLE)
+        if table is None or table.shape != (len(entities), config.embed_dim):
+            raise BadInput(
+                f"{folder / ENTITY_TABLE_FILE} is not a table of {len(entities)} entities x "
+                f"{config.embed_dim}: export the model again."
+            )
+        params[clip_weights.ENTITY_TABLE] = table
+    preprocess = _read_preprocess(folder, config.image_size)
+    return Clip(config, params, tokenizer, entities, preprocess)
+
+
+def write(folder: epath.PathLike, clip: Clip) -> None:
+    """Writes the folder that `transformers.CLIPModel.from_pretrained` and `read` load.
+
+    Files: model.safetensors (float32), config.json, tokenizer files, preprocessor_config.json and
+    preprocess.json, README.md (model card), and for a classified model entities.parquet with
+    entity_table.safetensors (real rows only).
+
+    Raises:
+      BadInput: what CLIPModel cannot express: a missing tower or tokenizer, an EOS with the id 2.
+    """
+    folder = epath.Path(folder)
+    state = clip_weights.to_state_dict(clip.config, clip.params)
+    if clip.tokenizer is None:
+        raise BadInput(
+            "The model has no tokenizer, without which its text tower is of no use: put its "
+            f"{records.TOKENIZER_FILE} into the folder of the model."
+        )
+    config = clip_config.to_config(clip.config, clip.tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors_numpy.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "preprocessor_config.json",
+        _to_preprocessor(clip.preprocess, clip.config.image_size),
+    )
+    _write_json(folder / PREPROCESS, {"preprocess": clip.preprocess})
+    _write_tokenizer(folder, clip.tokenizer)
+    table = clip.params.get(clip_weights.ENTITY_TABLE)
+    if table is not None and clip.entities is not None:
+        rows = np.ascontiguousarray(np.asarray(table, np.float32)[: len(clip.entities)])
+        safetensors_numpy.save_file({clip_weights.ENTITY_TABLE: rows}, folder / ENTITY_TABLE_FILE)
+        records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
+    (folder / "README.md").write_text(model_card.text(clip))
+
+
+def _write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """tokenizer.json as it is, unless it does not frame texts with BOS and EOS by itself."""
+    text = tokenizer.path.read_text()
+    backend = tokenizers.Tokenizer.from_str(text)
+    backend.no_truncation()
+    backend.no_padding()
+    names = {k: tokenizer.token(getattr(tokenizer, f"{k}_id")) for k in ("bos", "eos", "pad")}
+    pieces = backend.encode("a", add_special_tokens=False).ids
+    if backend.encode("a").ids != [tokenizer.bos_id, *pieces, tokenizer.eos_id]:
+        backend = tokenizers.Tokenizer.from_str(text)
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[names["bos"], "$A", names["eos"]],
+            special_tokens=[
+                (names["bos"], tokenizer.bos_id),
+                (names["eos"], tokenizer.eos_id),
+            ],
+        )
+        text = backend.to_str(pretty=True)
+    (folder / records.TOKENIZER_FILE).write_text(text)
+    special = {f"{kind}_token": name for kind, name in names.items()}
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            # The generic class: transformers' CLIPTokenizer would rebuild CLIP's own pipeline.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "model_max_length": tokenizer.context_length,
+            "padding_side": "right",
+            "truncation_side": "right",
+            "clean_up_tokenization_spaces": False,
+            # A caption that spells a special token stays text, as in `data.tokenizer`.
+            "split_special_tokens": True,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+
+
+def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
+    if (folder / WEIGHTS).exists():
+        return _load(folder / WEIGHTS)
+    if (folder / INDEX).exists():
+        state: dict[str, np.ndarray] = {}
+        for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values())):
+            state |= _load(folder / name)
+        return state
+    raise BadInput(
+        f"{folder} has no weights in safetensors format ({WEIGHTS} or {INDEX}): save the model "
+        "with safe_serialization=True."
+    )
+
+
+def _load(path: epath.Path) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file as float32."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = file.keys()
+            # bfloat16 is a numpy type here because ml_dtypes (with jax) registers it.
+            return {name: file.get_tensor(name).astype(np.float32) for name in names}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(
+            f"The weights {path} cannot be read ({error}): copy the file again."
+        ) from error
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing: give a complete CLIPModel folder.") from error
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON ({error}): copy the file again.") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} does not hold a JSON object: copy the file again.")
+    return values
+
+
+def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,91 @@
+"""The README.md of an exported model: what it is, how to use it, what to mind."""
+
+from typing import TYPE_CHECKING
+
+from mofi_jax.model import mofi
+
+if TYPE_CHECKING:
+    from mofi_jax.interop import huggingface
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- mofi
+- image-feature-extraction
+---
+# Image and text embeddings trained with mofi_jax
+
+An image tower and a text tower with one shared embedding space, trained on noisy image-text pairs
+with entity supervision as in [MOFI: Learning Image Representations from Noisy Entity Annotated
+Images](https://arxiv.org/abs/2306.07952).
+
+| | image | text |
+|---|---|---|
+| layers x width / heads | {image} | {text} |
+| parameters without projection | {image_parameters:,} | {text_parameters:,} |
+| input | {size} x {size} pixels, patches of {patch} | {context} tokens of {vocabulary:,} |
+
+Embedding size {embed}; activation {activation}; {entities}.
+
+## Use
+```python
+import torch, transformers
+from PIL import Image
+
+model = transformers.CLIPModel.from_pretrained(FOLDER)
+tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+processor = transformers.AutoImageProcessor.from_pretrained(FOLDER)
+
+tokens = tokenizer(["a photo of a cat"], padding="max_length", truncation=True, return_tensors="pt")
+pixels = processor(Image.open("cat.jpg"), return_tensors="pt")
+with torch.no_grad():
+    text = model.get_text_features(input_ids=tokens["input_ids"])
+    image = model.get_image_features(**pixels)
+# transformers 5 returns an object, transformers 4 the vectors; neither normalises.
+text, image = (getattr(x, "pooler_output", x) for x in (text, image))
+cosine = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+```
+
+## What to mind
+- Texts pool at the first `eos_token` (id {eos}). Every row holds exactly one, the last token before
+  the padding, also after truncation; the attention is causal, so no attention mask is needed.
+- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255 and
+  normalised with CLIP's mean and deviation. `preprocessor_config.json` is the nearest form that
+  transformers can express; its resampling differs slightly.
+- Cosines between pictures and between a picture and a text have different ranges: do not share a
+  threshold between them.
+- `result.json` holds the largest difference between this folder as read back and the original.
+"""
+
+_ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row for each of the
+{count:,} entities the model was trained to name: the cosine of a picture's embedding with a row
+says how well the entity fits"""
+
+
+def text(clip: "huggingface.Clip") -> str:
+    """The model card of one model."""
+    config = clip.config
+
+    def tower(shape: mofi.TowerConfig) -> str:
+        return f"{shape.layers} x {shape.width} / {shape.heads}"
+
+    entities = "no entity table"
+    if clip.entities is not None:
+        entities = _ENTITIES.format(count=len(clip.entities))
+    return _CARD.format(
+        image=tower(config.image),
+        text=tower(config.text),
+        image_parameters=mofi.parameter_count(config, "image", with_projection=False),
+        text_parameters=mofi.parameter_count(config, "text", with_projection=False),
+        size=config.image_size,
+        patch=config.patch_size,
+        context=config.context_length,
+        vocabulary=config.vocab_size,
+        embed=config.embed_dim,
+        activation=config.activation,
+        entities=entities,
+        eos=config.eos_id,
+        preprocess=clip.preprocess,
+    )

@@ -1,0 +1,275 @@
+"""Trains MOFI: supervised, contrastive or both at once.
+
+    python -m mofi_jax.train --config configs/mofi.py:task=multitask,variant=B/16 --workdir W
+
+Reads from top to bottom: hosts, data, model, what is already there, update, evaluators, loop.  The
+same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters
+of an uninterrupted one, bit for bit.  The folder W holds ``model.json``, ``tokenizer.json``,
+``entities.parquet`` (with a class table), ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
+``tensorboard/`` and, once finished, ``result.json``.
+"""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from configs import common
+from mofi_jax import cli, inference, partition, telemetry
+from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common as evaluation
+from mofi_jax.model import mofi
+from mofi_jax.training import cadence, checkpoint, optim, state, step
+
+
+def main(config: Any, workdir: str) -> None:
+    common.validate(config)
+    workdir = epath.Path(workdir)
+
+    # ---------------------------------------------------------------------- hosts and devices
+    if config.distributed:
+        jax.distributed.initialize()
+    lead = jax.process_index() == 0
+    mesh = partition.make_mesh(**config.mesh)
+    if config.batch_size % partition.batch_shards(mesh):
+        raise BadInput(
+            f"config.batch_size={config.batch_size} does not divide over the "
+            f"{partition.batch_shards(mesh)} devices of the batch axes: choose a multiple."
+        )
+    logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
+
+    # ---------------------------------------------------------------------- data
+    source = records.open_source(config.data.dir, config.data.name)
+    tokenizer_path = source.directory / records.TOKENIZER_FILE
+    texts = tokenizer.Tokenizer(tokenizer_path, config.model.context_length)
+    entities_path = source.directory / records.ENTITIES_FILE
+    entities = records.read_entities(entities_path) if entities_path.exists() else None
+    if "entity" in config.losses and entities is None:
+        raise BadInput(
+            f"{source.directory} has no entities, which the entity loss needs: name a labelled "
+            "data set in config.data, or train with task=contrastive."
+        )
+    clock = cadence.make_clock(
+        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
+    )
+    builder = pipeline.ExampleBuilder(
+        image_ops=config.data.train_ops,
+        text_sources=config.data.text_sources.to_dict(),
+        tokenizer_path=str(tokenizer_path),
+        context_length=config.model.context_length,
+        entities=entities,
+        max_labels=config.data.max_labels,
+    )
+    fingerprint = data_fingerprint(config, source, entities_path if entities else None, texts)
+
+    # ---------------------------------------------------------------------- model
+    model = common.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
+    num_entities = len(entities) if entities and "entity" in config.losses else 0
+    tx = optim.make(config.optimizer, clock)
+    init = state.initialiser(
+        model,
+        tx,
+        tasks=tuple(config.losses),
+        table_rows=partition.padded_rows(num_entities, mesh),
+    )
+
+    # ---------------------------------------------------------------------- what is already there
+    if lead:
+        prepare_workdir(workdir, config, model, tokenizer_path, entities_path, num_entities)
+    checkpointer = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
+    first = checkpointer.latest_step()
+    if first is None:
+        first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
+        train_state, shardings = state.create(init, config.seed, mesh)
+    else:
+        structs, shardings = state.abstract(init, mesh)
+        train_state, position = checkpointer.restore(first, structs)
+        check_fingerprint(position.data_fingerprint, fingerprint, workdir)
+        logging.info("resumed at step %d, %d examples", first, position.examples)
+    if first >= clock.total_steps and (workdir / "result.json").exists():
+        logging.info("%s is finished: %d steps", workdir, first)
+        checkpointer.close()
+        return
+
+    # ---------------------------------------------------------------------- update
+    losses = config.losses.to_dict()
+    update = step.make_update(
+        model, losses, tx, mesh=mesh, num_entities=num_entities, shardings=shardings
+    )
+    schedule = optim.schedule(config.optimizer, clock)
+
+    # ---------------------------------------------------------------------- evaluators
+    towers = inference.Towers(
+        config=model,
+        tokenizer=texts,
+        entities=entities if num_entities else None,
+        preprocess=config.data.eval_ops,
+        mesh=mesh,
+    )
+    settings = config.evaluators.to_dict()
+    periods = {
+        name: clock.steps(settings[name].pop("every"), key=f"config.evaluators.{name}.every")
+        for name in settings
+    }
+    suite = evaluation.build_all(towers, settings)
+    for name, reason in suite.skipped.items():
+        logging.info("evaluator %s is left out: %s", name, reason)
+    log_every = clock.steps(config.log_every, key="config.log_every")
+    save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
+
+    # ---------------------------------------------------------------------- loop
+    metrics = telemetry.Metrics(workdir, resume_step=first)
+    examples, seconds = position.examples, position.seconds
+    stream = pipeline.training_stream(
+        source,
+        builder,
+        seed=config.seed,
+        start=examples,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        batch_size=config.batch_size,
+        threads=config.data.threads,
+        workers=config.data.workers,
+    )
+    scores: dict[str, float] = {}
+    evaluated = 0.0
+    total = clock.total_steps
+    bar = telemetry.progress(total * config.batch_size, first * config.batch_size)
+    began = time.monotonic()
+    with bar:
+        for now in range(first, total + 1):
+            # Evaluate, save, and only then draw the next batch: what is on disk is the state
+            # before the batch that follows it, and nothing is in flight.
+            due = {
+                name: evaluator
+                for name, evaluator in suite.evaluators.items()
+                # A resumed run has these scores in its metrics already, unless it is the end.
+                if (now == 0 or cadence.due(now, periods[name], last=total))
+                and (now != first or first in (0, total))
+            }
+            if due:
+                bar.set_postfix_str("evaluating")
+                start = time.monotonic()
+                scores = evaluation.run_all(due, train_state.params)
+                metrics.flush()
+                metrics.write(now, scores)
+                evaluated += time.monotonic() - start
+                logging.info("step %d %s", now, brief(scores))
+            if now != first and cadence.due(now, save_every, last=total):
+                metrics.flush()
+                elapsed = seconds + time.monotonic() - began - evaluated
+                checkpointer.save(
+                    now, train_state, checkpoint.Position(examples, fingerprint, elapsed)
+                )
+            if now == total:
+                break
+            batch = partition.to_global(mesh, next(stream))
+            with jax.transfer_guard("disallow"):
+                train_state, values = update(train_state, batch)
+            examples += config.batch_size
+            if cadence.due(now + 1, log_every, last=total):
+                written = metrics.push(now + 1, {**values, "learning_rate": schedule(now)})
+                if written:
+                    bar.set_postfix_str(brief(written, ("loss", "entity_accuracy")))
+            bar.update(config.batch_size)
+    metrics.close()
+    checkpointer.close()
+
+    # ---------------------------------------------------------------------- result
+    trained = seconds + time.monotonic() - began - evaluated
+    if lead:
+        telemetry.write_json(
+            workdir / "result.json",
+            {
+                "steps": total,
+                "examples": examples,
+                "seconds": round(trained, 3),
+                "images_per_second": round(examples / max(trained, 1e-9), 1),
+                "entities": num_entities,
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
+                "scores": scores,
+            },
+        )
+    logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
+
+
+def data_fingerprint(
+    config: Any, source: records.Source, entities: epath.Path | None, texts: tokenizer.Tokenizer
+) -> dict[str, Any]:
+    """What decides which examples come in which order and what is in them."""
+
+    def sha256(path: epath.Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    return {
+        "dataset": config.data.name,
+        "dataset_info": sha256(source.directory / "dataset_info.json"),
+        "examples": len(source),
+        "entities": sha256(entities) if entities else "",
+        "tokenizer": texts.fingerprint,
+        "seed": config.seed,
+        "train_ops": config.data.train_ops,
+        "text_sources": config.data.text_sources.to_dict(),
+        "max_labels": config.data.max_labels,
+    }
+
+
+def check_fingerprint(saved: Any, current: Any, workdir: epath.Path) -> None:
+    """Raises BadInput that names every difference between the saved and the current data."""
+    differences = [
+        f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise BadInput(
+            f"{workdir} was trained on other data ({'; '.join(differences)}): restore that config, "
+            "or choose another --workdir."
+        )
+
+
+def prepare_workdir(
+    workdir: epath.Path,
+    config: Any,
+    model: mofi.MofiConfig,
+    tokenizer_path: epath.Path,
+    entities_path: epath.Path,
+    num_entities: int,
+) -> None:
+    """Writes what makes the folder readable on its own; a folder of another model is refused."""
+    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
+    path = workdir / "model.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        differences = [
+            f"{key} was {saved.get(key)!r} and is {description.get(key)!r}"
+            for key in sorted(saved.keys() | description.keys())
+            if saved.get(key) != description.get(key)
+        ]
+        if differences:
+            raise BadInput(
+                f"{workdir} holds another model ({'; '.join(differences)}): restore that config, or "
+                "choose another --workdir."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
+    if num_entities:
+        entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
+    telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
+    telemetry.write_json(path, description)
+
+
+def brief(values: dict[str, float], names: tuple[str, ...] | None = None) -> str:
+    """The chosen values on one line."""
+    return "  ".join(
+        f"{name} {values[name]:.3f}" for name in (names or values) if name in values
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

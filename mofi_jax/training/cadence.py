@@ -1,0 +1,67 @@
+"""Durations as data: ``"20 epochs"``, ``"2000 steps"``, ``"1e6 examples"``, ``"5 percent"``."""
+
+import dataclasses
+import math
+
+from mofi_jax.errors import BadInput
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """What turns durations into steps.
+
+    Attributes:
+      batch_size: global batch.
+      examples_per_epoch: examples in the training split.
+      total_steps: length of the run; 0 while it is still being worked out.
+    """
+
+    batch_size: int
+    examples_per_epoch: int
+    total_steps: int = 0
+
+    def steps(self, duration: str, *, key: str) -> int:
+        """Number of steps, at least 1; ``"0 steps"`` (any unit) is 0 and means never.
+
+        Args:
+          duration: number and unit.
+          key: the config key, for the error message.
+
+        Raises:
+          BadInput: not a number and a unit, or negative.
+        """
+        number, _, unit = duration.strip().partition(" ")
+        unit = unit.strip() if unit.strip().endswith("s") or unit == "percent" else f"{unit}s"
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = math.nan
+        if not amount >= 0 or unit not in UNITS or not math.isfinite(amount):
+            raise BadInput(
+                f"{key}={duration!r} is not a duration: write a number and one of "
+                f"{', '.join(UNITS)}, as in '20 epochs'."
+            )
+        if amount == 0:
+            return 0
+        per_unit = {
+            "steps": 1.0,
+            "epochs": self.examples_per_epoch / self.batch_size,
+            "examples": 1 / self.batch_size,
+            "percent": self.total_steps / 100,
+        }[unit]
+        if unit == "percent" and not self.total_steps:
+            raise BadInput(f"{key}={duration!r}: the total cannot be a percentage of itself.")
+        return max(1, round(amount * per_unit))
+
+
+def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock:
+    """The clock of a run of length ``total`` (config key ``total``)."""
+    clock = Clock(batch_size, examples_per_epoch)
+    return dataclasses.replace(clock, total_steps=clock.steps(total, key="config.total"))
+
+
+def due(step: int, every: int, *, last: int) -> bool:
+    """Whether something that happens every ``every`` steps (0: never) and at the end is due now."""
+    return every > 0 and (step == last or step % every == 0)

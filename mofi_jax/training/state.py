@@ -1,0 +1,83 @@
+"""The training state: step, parameters, optimizer state; created sharded, never whole."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mofi_jax import partition
+from mofi_jax.model import mofi
+
+# N(0, 0.01) rows, as UNICOM and Partial FC initialise theirs; only their direction matters.
+TABLE_STD = 0.01
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Plain pytrees; ``step`` counts finished updates (int32 scalar).
+
+    The leaves are arrays, or ShapeDtypeStructs and NamedShardings in trees about them.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def initialiser(
+    model: mofi.MofiConfig,
+    tx: optax.GradientTransformation,
+    *,
+    tasks: tuple[str, ...],
+    table_rows: int,
+):
+    """A function of a seed that makes the state of the given tasks.
+
+    Args:
+      tasks: names of the losses; "entity" brings the class table, "contrastive" the text tower.
+      table_rows: rows of the class table, padded to the mesh (`partition.padded_rows`).
+    """
+    towers = ("image", "text") if "contrastive" in tasks else ("image",)
+
+    def init(seed: jax.Array) -> TrainState:
+        key = jax.random.key(seed)
+        params = mofi.create(model, key, towers=towers)
+        if "entity" in tasks:
+            table_key = jax.random.fold_in(key, 2)
+            # One key a row: the rows of real entities do not depend on the padding, hence not on
+            # the number of devices.
+            row_keys = jax.vmap(lambda i: jax.random.fold_in(table_key, i))(jnp.arange(table_rows))
+            params["entity_table"] = TABLE_STD * jax.vmap(
+                lambda k: jax.random.normal(k, (model.embed_dim,), jnp.float32)
+            )(row_keys)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return init
+
+
+def create(init: Any, seed: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """Shapes, then shardings, then arrays.
+
+    Returns:
+      (state, shardings): the sharded state and the tree of its NamedShardings.
+    """
+    shapes = jax.eval_shape(init, jnp.uint32(0))
+    shardings = partition.tree_shardings(mesh, shapes)
+    state = jax.jit(init, out_shardings=shardings)(jnp.uint32(seed))
+    return state, shardings
+
+
+def abstract(init: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """As `create`, with ShapeDtypeStructs in place of arrays."""
+    shapes = jax.eval_shape(init, jnp.uint32(0))
+    shardings = partition.tree_shardings(mesh, shapes)
+    structs = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    return structs, shardings

@@ -1,0 +1,30 @@
+"""Eight simulated CPU devices for every test, whatever hardware the machine has."""
+
+import os
+
+# Before jax is imported; child processes of a test inherit the platform, not the device count.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from jax.sharding import AxisType, Mesh
+
+from mofi_jax import partition
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Grain reads absl flags when it starts workers; no absl app runs under pytest.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def meshes() -> dict[str, Mesh]:
+    """Meshes by 'REPLICAxFSDPxTENSOR': one device, and eight in three shapes."""
+    one = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    return {
+        "1x1x1": Mesh(one, partition.ALL_AXES, axis_types=(AxisType.Auto,) * 3),
+        "1x8x1": partition.make_mesh(replica=1, fsdp=8, tensor=1),
+        "2x2x2": partition.make_mesh(replica=2, fsdp=2, tensor=2),
+        "8x1x1": partition.make_mesh(replica=8, fsdp=1, tensor=1),
+    }

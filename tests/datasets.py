@@ -1,0 +1,105 @@
+"""Small data sets and configs that several tests share."""
+
+import cv2
+import ml_collections
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+
+from configs import quickstart
+from mofi_jax.data import ops, records, tokenizer
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+SHAPES = ("circle", "square")
+
+
+def drawing(entity: int, seed: int, size: int = 24) -> np.ndarray:
+    """uint8 [size, size, 3]: a filled shape whose kind and colour are the entity's."""
+    rng = np.random.default_rng(seed)
+    colours = ((220, 40, 40), (40, 180, 60), (50, 80, 220), (230, 210, 40), (150, 60, 180))
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    centre = tuple(int(c) for c in rng.integers(size // 3, 2 * size // 3, 2))
+    radius = int(rng.integers(size // 5, size // 3))
+    colour = colours[entity // 2 % len(colours)]
+    if entity % 2:
+        corner = [(c - radius, c + radius) for c in centre]
+        cv2.rectangle(canvas, *zip(*corner, strict=True), colour, -1)
+    else:
+        cv2.circle(canvas, centre, radius, colour, -1)
+    return canvas
+
+
+def name_of(entity: int) -> str:
+    return f"{COLOURS[entity // 2 % len(COLOURS)]} {SHAPES[entity % 2]}"
+
+
+def write(
+    folder: epath.PathLike, *, name: str = "i2e", examples: int = 48, entities: int = 7
+) -> epath.Path:
+    """Writes a data set of drawings; "i2t" carries no labels.  Returns its version folder."""
+    version = epath.Path(folder) / name / records.VERSION
+    version.mkdir(parents=True)
+    labelled = name == "i2e"
+    path = version / records.shard_name(name, "train", 0, 1)
+    writer = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+    num_bytes = 0
+    for i in range(examples):
+        entity = i % entities
+        ids = ([entity, (entity + 1) % entities] if i % 5 == 0 else [entity]) if labelled else []
+        record = records.serialize(
+            {
+                "key": f"{i:06d}",
+                "image": ops.encode_jpeg(drawing(entity, i), 95),
+                "text": f"a {name_of(entity)} number {i % 4}",
+                "entity_ids": np.array(ids, np.int32),
+                "entity_scores": np.linspace(0.4, 0.3, len(ids)).astype(np.float32),
+                "source": "tests",
+                "width": 24,
+                "height": 24,
+            }
+        )
+        num_bytes += len(record)
+        writer.write(record)
+    writer.close()
+    records.write_metadata(version, name=name, shard_lengths=[examples], num_bytes=num_bytes)
+    names = [name_of(i) for i in range(entities)]
+    tokenizer.train_bpe(
+        [f"a {n} number {i}" for n in names for i in range(4)], 300, version / "tokenizer.json"
+    )
+    if labelled:
+        vocabulary = records.Entities(
+            qids=[f"Q{i:03d}" for i in range(entities)],
+            names=names,
+            descriptions=["a drawing"] * entities,
+            counts=np.full(entities, 10, np.int64),
+        )
+        records.write_entities(version / records.ENTITIES_FILE, vocabulary)
+    return version
+
+
+def tiny_config(
+    folder: epath.PathLike, arg: str = "task=multitask", *, steps: int = 6
+) -> ml_collections.ConfigDict:
+    """`configs/quickstart.py` shrunk until a step takes milliseconds."""
+    config = quickstart.get_config(arg)
+    config.batch_size = 16
+    config.total = f"{steps} steps"
+    config.log_every = "1 steps"
+    config.checkpoint.every = "2 steps"
+    config.data.dir = str(folder)
+    config.data.train_ops = "decode|new_view(16)|flip|light"
+    config.data.eval_ops = "decode|resize_short(16)|center_crop(16)"
+    config.data.threads = 1
+    config.model.update(
+        {
+            "image_size": 16,
+            "image": {"width": 16, "layers": 2, "heads": 2},
+            "text": {"width": 16, "layers": 1, "heads": 2},
+            "embed_dim": 12,
+            "context_length": 12,
+        }
+    )
+    if "entity" in config.losses:
+        config.losses.entity.block_size = 4
+    config.evaluators = {}
+    return config

@@ -1,0 +1,137 @@
+"""Entity top-k of the class table: coverage, macro average, buckets, sharded table."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from mofi_jax import inference
+from mofi_jax.data import records
+from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common
+from mofi_jax.model import mofi
+
+DIM = 16
+CONFIG = mofi.MofiConfig(
+    image_size=8,
+    patch_size=8,
+    image=mofi.TowerConfig(width=8, layers=1, heads=1),
+    text=mofi.TowerConfig(width=8, layers=1, heads=1),
+    vocab_size=32,
+    context_length=4,
+    eos_id=3,
+    embed_dim=DIM,
+)
+
+
+class Given(inference.Towers):
+    """Towers whose image embeddings are the parameters' rows, told by the number in the file."""
+
+    def decode(self, data):
+        return np.full((8, 8, 3), int(data), np.uint8)
+
+    def embed_images(self, params, images):
+        return params["given"][images[:, 0, 0, 0]]
+
+
+def towers(mesh, entities):
+    return Given(CONFIG, tokenizer=None, entities=entities, preprocess="none", mesh=mesh)
+
+
+def vocabulary(counts):
+    names = [f"Q{i}" for i in range(len(counts))]
+    return records.Entities(names, names, [""] * len(counts), np.array(counts, np.int64))
+
+
+def write_set(path, numbers):
+    with tarfile.open(path, "w") as tar:
+        for row, number in enumerate(numbers):
+            info = tarfile.TarInfo(f"{number}_{row:03d}.jpg")
+            info.size = len(str(row))
+            tar.addfile(info, io.BytesIO(str(row).encode()))
+    return path
+
+
+def write_classes(path, qids):
+    rows = [{"class": i, "label": f"thing {i}", "id": qid} for i, qid in enumerate(qids)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def unit(rng, rows):
+    features = rng.normal(size=(rows, DIM)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
+def test_scores_by_hand(tmp_path, meshes, mesh):
+    """Eleven entities on eight devices; class 2 is not in the vocabulary."""
+    rng = np.random.default_rng(0)
+    entities = vocabulary([2000, 1000, 999, 100, 50, 20, 19, 5, 5, 4, 3])
+    table = unit(rng, len(entities))
+    # Class -> entity: 0 -> Q0 (2000 pictures), 1 -> Q4 (50), 3 -> Q7 (5).
+    classes = write_classes(tmp_path / "classes.jsonl", ["Q0", "Q4", "elsewhere", "Q7"])
+    numbers = [0, 0, 0, 0, 1, 1, 2, 2, 3]
+    images = write_set(tmp_path / "set.tar", numbers)
+    # Each picture lies on an entity: 3 of 4 right, 1 of 2, (two uncovered), 1 of 1.
+    given = table[[0, 0, 0, 5, 4, 9, 4, 4, 7]]
+    model = towers(meshes[mesh], entities)
+    # Raw rows have any length: only the direction counts.
+    params = model.put({"entity_table": table * rng.uniform(0.5, 3, (len(table), 1))})
+    evaluator = common.build("classification", model, images=images, classes=classes)
+    scores = dict(evaluator.run(params | {"given": given.astype(np.float32)}))
+    top5 = np.argsort(-given @ table.T, axis=1)[:, :5]
+    labels = np.array([0, 0, 0, 0, 4, 4, -1, -1, 7])
+    covered = labels >= 0
+    assert scores == pytest.approx(
+        {
+            "coverage": 7 / 9,
+            "top1": 5 / 7,
+            "top5": (top5 == labels[:, None]).any(1)[covered].mean(),
+            "entity_macro": np.mean([3 / 4, 1 / 2, 1]),
+            "top1_5_to_19": 1.0,
+            "top1_20_to_99": 1 / 2,
+            "top1_1000_up": 3 / 4,
+        }
+    )
+
+
+def test_nothing_covered(tmp_path, meshes):
+    """Coverage is told; no score stands for pictures that could not be right."""
+    evaluator = common.build(
+        "classification",
+        towers(meshes["1x1x1"], vocabulary([5, 5])),
+        images=write_set(tmp_path / "set.tar", [0, 1]),
+        classes=write_classes(tmp_path / "classes.jsonl", ["A", "B"]),
+    )
+    assert list(evaluator.run({})) == [("coverage", 0.0)]
+
+
+def test_fewer_than_five_entities(tmp_path, meshes):
+    table = unit(np.random.default_rng(1), 3)
+    model = towers(meshes["1x8x1"], vocabulary([9, 8, 7]))
+    evaluator = common.build(
+        "classification",
+        model,
+        images=write_set(tmp_path / "set.tar", [0, 1, 2]),
+        classes=write_classes(tmp_path / "classes.jsonl", ["Q0", "Q1", "Q2"]),
+    )
+    scores = dict(evaluator.run(model.put({"entity_table": table}) | {"given": table[[1, 1, 2]]}))
+    assert scores["top1"] == pytest.approx(2 / 3)
+    assert scores["top5"] == 1.0
+
+
+def test_class_table_must_name_entities_and_all_classes(tmp_path, meshes):
+    model = towers(meshes["1x1x1"], vocabulary([5]))
+    images = write_set(tmp_path / "set.tar", [0, 1])
+    nameless = tmp_path / "nameless.jsonl"
+    nameless.write_text('{"class": 0, "label": "a"}\n{"class": 1, "label": "b"}\n')
+    with pytest.raises(BadInput, match="names no entities"):
+        common.build("classification", model, images=images, classes=nameless)
+    short = write_classes(tmp_path / "short.jsonl", ["Q0"])
+    with pytest.raises(BadInput, match="Class 1 of .* is not in the class table"):
+        common.build("classification", model, images=images, classes=short)
+    with pytest.raises(BadInput, match="needs the key 'classes'"):
+        common.build("classification", model, images=images)

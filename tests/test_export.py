@@ -1,0 +1,117 @@
+"""The export command: a folder with its parity report, or nothing at all."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from mofi_jax import errors, export, inference
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.interop import huggingface
+from mofi_jax.model import mofi
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model folder with a bfloat16 name on it: the export is float32 all the same."""
+    folder = tmp_path_factory.mktemp("source")
+    tokenizer_lib.train_bpe(["a photo of a cat", "dogs in the snow"] * 3, 280, folder / "own.json")
+    tokenizer = tokenizer_lib.Tokenizer(folder / "own.json", 16)
+    config = mofi.MofiConfig(
+        image_size=16,
+        patch_size=8,
+        image=mofi.TowerConfig(16, 2, 2),
+        text=mofi.TowerConfig(24, 1, 2),
+        vocab_size=tokenizer.vocab_size + 5,  # rounded up, as models do
+        context_length=16,
+        eos_id=tokenizer.eos_id,
+        embed_dim=8,
+        activation="gelu_tanh",
+    )
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    preprocess = "decode|resize_short(20, 'bilinear')|center_crop(16)"
+    clip = huggingface.Clip(config, params, tokenizer, None, preprocess)
+    huggingface.write(folder / "model", clip)
+    return folder / "model"
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_and_report(source, tmp_path):
+    out = tmp_path / "runs" / "exported"
+    export.main(str(source), str(out), "hf")
+    report = json.loads((out / "result.json").read_text())
+    assert report["format"] == "hf"
+    assert report["reader"] == ["mofi_jax", "transformers"]
+    assert 0 < report["max_abs_diff"] <= 1e-4
+    theirs = report["differences"]["transformers"]
+    assert report["max_abs_diff"] == max(theirs["image"]["max"], theirs["text"]["max"])
+    assert theirs["text"]["min_cosine"] == pytest.approx(1)
+    ours = report["differences"]["mofi_jax"]
+    assert ours["image"]["max"] == ours["text"]["max"] == 0
+    assert report["tokenizer"] == inference.load(source).towers.tokenizer.fingerprint
+    assert report["versions"]["transformers"] == transformers.__version__
+    assert _names(out.parent) == ["exported"]
+    again = inference.load(out)
+    assert again.towers.preprocess == "decode|resize_short(20, 'bilinear')|center_crop(16)"
+    card = (out / "README.md").read_text()
+    assert "2 x 16 / 2" in card
+    assert "{" not in card.replace("\\{", "")
+
+
+def test_exporting_again_replaces(source, tmp_path):
+    out = tmp_path / "exported"
+    for _ in range(2):
+        export.main(str(source), str(out), "hf")
+    assert _names(tmp_path) == ["exported"]
+    assert {"result.json", "config.json", "model.safetensors"} <= set(_names(out))
+
+
+def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatch):
+    read = huggingface.read
+
+    def wrong(folder):
+        clip = read(folder)
+        clip.params["text"]["final_norm"]["scale"] *= np.linspace(0.9, 1.1, 24, dtype=np.float32)
+        return clip
+
+    model = inference.load(source)
+    monkeypatch.setattr(huggingface, "read", wrong)
+    monkeypatch.setattr(inference, "load", lambda path: model)
+    with pytest.raises(export.ParityError, match="1e-04 is allowed"):
+        export.main(str(source), str(tmp_path / "exported"), "hf")
+    assert _names(tmp_path) == []
+
+
+def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
+    model = inference.load(source)
+    model = inference.Model(model.towers, {"image": model.params["image"]}, "supervised")
+    monkeypatch.setattr(inference, "load", lambda path: model)
+    with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):
+        export.main("supervised", str(tmp_path / "exported"), "hf")
+    assert _names(tmp_path) == []
+
+
+def test_bad_flags(source, tmp_path):
+    with pytest.raises(errors.BadInput, match="--format=onnx is unknown: choose hf"):
+        export.main(str(source), str(tmp_path / "exported"), "onnx")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(errors.BadInput, match="something else than an export"):
+        export.main(str(source), str(tmp_path / "mine"), "hf")
+    with pytest.raises(errors.BadInput, match="neither a training run"):
+        export.main(str(tmp_path), str(tmp_path / "exported"), "hf")
+    assert _names(tmp_path) == ["mine"]
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_probes_are_always_the_same():
+    first, second = (export.probe_pictures(16) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == export.PICTURES

@@ -1,0 +1,206 @@
+"""The GPR1200 protocol: against its published code, at random, with odd classes; the gallery."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mofi_jax import inference
+from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common, neighbours, retrieval
+
+SAMPLE = Path(__file__).parents[1] / "data_prep/sample"
+
+
+class Fixed:
+    """Towers whose embeddings are given: a picture's pixels are its row number."""
+
+    preprocess = "none"
+    tokenizer = entities = None
+
+    def __init__(self, features: np.ndarray):
+        self.features = features
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, np.int64)
+
+    def embed_images(self, params, images):
+        return self.features[images[:, 0]]
+
+
+def write_set(path: Path, sizes: list[int]) -> Path:
+    """A tar of len(sizes) classes; the file of picture i is the number i."""
+    with tarfile.open(path, "w") as tar:
+        row = 0
+        for number, size in enumerate(sizes):
+            for name in range(size):
+                data = np.int64(row).tobytes()
+                info = tarfile.TarInfo(f"{number}_{name:02d}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                row += 1
+    return path
+
+
+def unit(seed: int, rows: int, dim: int = 16) -> np.ndarray:
+    features = np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def official_precisions(features, categories, keep_self=True):
+    """What eval/utils.py of Visual-Computing/GPR1200 computes: sort all, walk over the hits."""
+    precisions = []
+    for query, row in enumerate(features @ features.T):
+        order = np.argsort(-row)
+        if not keep_self:
+            order = order[order != query]
+        hits = np.flatnonzero(categories[order] == categories[query])
+        seen = np.arange(1, len(hits) + 1)
+        precisions.append((seen / (hits + 1.0)).sum() / len(hits) if len(hits) else np.nan)
+    return np.array(precisions)
+
+
+def expected_at_random(classes: int, size: int, keep_self: bool) -> float:
+    """Mean AP when the ranks are a uniformly random subset, in closed form.
+
+    The rank r of a given relevant picture is uniform; of the other m - 1, each stands above it with
+    probability (number of places above) / (number of other places).
+    """
+    places, others = classes * size - 1, size - 1
+    rank = np.arange(1, places + 1)
+    above = 1 + (others - 1) * (rank - 1) / (places - 1)
+    if keep_self:  # first, and everything else one place lower
+        return (1 + others * np.mean((above + 1) / (rank + 1))) / size
+    return np.mean(above / rank)
+
+
+def test_average_precision_by_hand():
+    ranks = np.array([[1.0, 2.0, 3.0], [1.0, 4.0, np.nan], [np.nan] * 3])
+    np.testing.assert_allclose(
+        retrieval.average_precision(ranks), [1.0, (1 + 2 / 4) / 2, np.nan], equal_nan=True
+    )
+
+
+def test_equals_the_published_code(tmp_path):
+    sizes = [2, 5, 3, 7, 2, 4, 9, 3]  # classes may differ in size
+    features = unit(0, sum(sizes))
+    # Signal, so that precisions are neither at the floor nor at the ceiling.
+    categories = np.repeat(np.arange(len(sizes)), sizes)
+    features += 0.5 * unit(1, len(sizes))[categories]
+    evaluator = common.build(
+        "retrieval",
+        Fixed(features),
+        images=write_set(tmp_path / "set.tar", sizes),
+        domains=[("first", 10), ("second", 25)],
+    )
+    expected = official_precisions(features, categories)
+    assert 0.3 < expected.mean() < 0.9
+    assert dict(evaluator.run({})) == pytest.approx(
+        {
+            "map": expected.mean(),
+            "map_no_self": official_precisions(features, categories, keep_self=False).mean(),
+            "map_first": expected[:10].mean(),
+            "map_second": expected[10:].mean(),
+        },
+        abs=1e-12,
+    )
+
+
+def test_gpr1200_at_random(tmp_path):
+    """The real shape: 1,200 x 10 pictures in six domains, and the known random baseline."""
+    assert expected_at_random(1200, 10, keep_self=True) == pytest.approx(0.102, abs=5e-4)
+    assert expected_at_random(1200, 10, keep_self=False) == pytest.approx(0.0015, abs=5e-5)
+    images = write_set(tmp_path / "gpr1200.tar", [10] * 1200)
+    evaluator = common.build("retrieval", Fixed(unit(2, 12_000, 8)), images=images)
+    scores = dict(evaluator.run({}))
+    assert scores["map"] == pytest.approx(expected_at_random(1200, 10, True), abs=2e-4)
+    assert scores["map_no_self"] == pytest.approx(expected_at_random(1200, 10, False), abs=2e-4)
+    domains = [scores[f"map_{name}"] for name, _ in retrieval.GPR1200_DOMAINS]
+    assert np.mean(domains) == pytest.approx(scores["map"], abs=1e-12)
+
+
+def test_equal_embeddings_are_no_success(tmp_path):
+    """A collapsed model: by the mean rank it scores low, and the bounds show that ties decide."""
+    images = write_set(tmp_path / "set.tar", [4] * 25)
+    scores = {}
+    for ties in neighbours.TIES:
+        evaluator = common.build("retrieval", Fixed(np.ones((100, 4))), images=images, ties=ties)
+        scores[ties] = dict(evaluator.run({}))["map"]
+    # All ranks are (100 + 1) / 2, so AP is (1 + 2 + 3 + 4) / 4 / 50.5.
+    assert scores["mean"] == pytest.approx(2.5 / 50.5)
+    assert scores["optimistic"] == 1.0
+    assert scores["pessimistic"] == pytest.approx(np.mean([1 / 97, 2 / 98, 3 / 99, 4 / 100]))
+
+
+def test_a_picture_alone_in_its_class(tmp_path):
+    sizes = [1, 4, 1, 4]
+    features, categories = unit(3, 10), np.repeat(np.arange(4), sizes)
+    evaluator = common.build(
+        "retrieval", Fixed(features), images=write_set(tmp_path / "set.tar", sizes)
+    )
+    no_self = official_precisions(features, categories, keep_self=False)
+    assert dict(evaluator.run({})) == pytest.approx(
+        {
+            "map": official_precisions(features, categories).mean(),
+            "map_no_self": np.nanmean(no_self),
+            "left_out_no_self": 2.0,
+        }
+    )
+    with pytest.raises(BadInput, match="single picture"):
+        common.build(
+            "retrieval", Fixed(features), images=write_set(tmp_path / "alone.tar", [1] * 5)
+        )
+
+
+def test_refuses_wrong_settings(tmp_path):
+    images = write_set(tmp_path / "set.tar", [2, 2])
+    towers = Fixed(unit(4, 4))
+    with pytest.raises(BadInput, match="covers 3 queries"):
+        common.build("retrieval", towers, images=images, domains=[("a", 3)])
+    with pytest.raises(BadInput, match="Unknown tie policy ties='random'"):
+        common.build("retrieval", towers, images=images, ties="random")
+    diverged = common.build("retrieval", Fixed(np.full((4, 8), np.nan)), images=images)
+    with pytest.raises(BadInput, match="not finite"):
+        dict(diverged.run({}))
+
+
+@pytest.mark.parametrize(("name", "score"), [("seen", 0.5291), ("unseen", 0.2487)])
+def test_raw_pixels_on_the_sample(name, score):
+    """The baseline of the results table."""
+    towers = inference.RawPixels(40)
+    evaluator = common.build("retrieval", towers, images=SAMPLE / f"{name}.tar")
+    assert dict(evaluator.run({}))["map"] == pytest.approx(score, abs=1e-3)
+
+
+def test_gallery(tmp_path):
+    evaluator = common.build(
+        "retrieval",
+        inference.RawPixels(8),
+        images=SAMPLE / "unseen.tar",
+        classes=SAMPLE / "classes.jsonl",
+    )
+    for name in ("one", "two"):
+        evaluator.gallery({}, tmp_path / "new" / f"{name}.png")
+    first, second = ((tmp_path / "new" / f"{n}.png").read_bytes() for n in ("one", "two"))
+    assert first == second
+    pixels = np.asarray(Image.open(io.BytesIO(first)).convert("RGB")).astype(int)
+    assert pixels.shape[0] > 900
+    assert pixels.shape[1] > 900
+    # 36 neighbours, each framed in one of the two colours.
+    for colour in (retrieval._GREEN, retrieval._RED):
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).max(2) < 3).sum() > 500
+
+
+def test_gallery_of_a_tiny_set(tmp_path):
+    """Fewer pictures than queries and neighbours."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", (30, 20), "teal").save(jpeg, "JPEG")
+    for name in ("0_a.jpg", "0_b.jpg", "1_a.jpg"):
+        (tmp_path / name).write_bytes(jpeg.getvalue())
+    evaluator = common.build("retrieval", inference.RawPixels(8), images=tmp_path)
+    evaluator.gallery({}, tmp_path / "gallery.PNG")
+    assert Image.open(tmp_path / "gallery.PNG").width > 100

@@ -1,0 +1,190 @@
+"""Rows of ids: one EOS each, found alike by every pooling rule, whatever the text."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mofi_jax import errors
+from mofi_jax.data import tokenizer as tokenizer_lib
+
+CAPTIONS = [
+    "A black poodle on the grass",
+    "a photo of a husky, Siberian Husky puppy for sale",
+    "Kitty playing; ﬁne Ümlaute und Großes",
+    "富士山と桜 (Mount Fuji)",
+] * 5
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer_lib.train_bpe(CAPTIONS, 320, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return tokenizer_lib.Tokenizer(path, CONTEXT)
+
+
+def _pooled(rows, tokenizer):
+    """Where each rule pools: Hugging Face's EOS, open_clip's argmax, axlearn's last token."""
+    by_eos = (rows == tokenizer.eos_id).argmax(1)
+    by_largest = rows.argmax(1)
+    by_last = (rows != tokenizer.pad_id).cumsum(1).argmax(1)
+    return by_eos, by_largest, by_last
+
+
+def _check_rows(rows, tokenizer):
+    assert rows.dtype == np.int32
+    assert rows.shape[1] == tokenizer.context_length
+    assert rows.min() >= 0
+    assert rows.max() < tokenizer.vocab_size
+    assert (rows[:, 0] == tokenizer.bos_id).all()
+    np.testing.assert_array_equal((rows == tokenizer.eos_id).sum(1), 1)
+    by_eos, by_largest, by_last = _pooled(rows, tokenizer)
+    np.testing.assert_array_equal(by_eos, by_largest)
+    np.testing.assert_array_equal(by_eos, by_last)
+
+
+def _pieces(tokenizer, text):
+    """Length of the text in tokens, without BOS and EOS."""
+    long = tokenizer_lib.Tokenizer(tokenizer.path, 4096)
+    return int((long([text])[0] == long.eos_id).argmax()) - 1
+
+
+def test_special_ids(tokenizer):
+    assert tokenizer.eos_id == tokenizer.vocab_size - 1
+    assert tokenizer.eos_id != 2
+    assert len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 3
+
+
+def test_lengths_around_the_context(tokenizer):
+    one = "q"  # not merged with anything in the captions, but for its leading space
+    texts = ["", one, *(" ".join([one] * n) for n in range(1, 12)), one * 5000]
+    lengths = [_pieces(tokenizer, text) for text in texts[:-1]]
+    room = CONTEXT - 2
+    assert lengths[0] == 0
+    assert {room, room + 2} <= set(lengths)  # exactly full, and too long
+    rows = tokenizer(texts)
+    _check_rows(rows, tokenizer)
+    ends = (rows == tokenizer.eos_id).argmax(1)
+    np.testing.assert_array_equal(ends, [min(n, room) + 1 for n in lengths] + [CONTEXT - 1])
+
+
+def test_spelt_special_tokens_are_text(tokenizer):
+    texts = [f"a {name} b" for name in ("<|endoftext|>", "<|pad|>", "<|startoftext|>")]
+    texts += ["<|endoftext|>", "<|endoftext|>" * 50, "<|ENDOFTEXT|>"]
+    _check_rows(tokenizer(texts), tokenizer)
+
+
+def test_case_form_and_spaces_do_not_matter(tokenizer):
+    same = ["Großes ﬁne  Ümlaut", " großes fine u\u0308mlaut\n", "GROßES fine ÜMLAUT"]
+    rows = tokenizer(same)
+    np.testing.assert_array_equal(rows[1:], rows[:1].repeat(2, 0))
+
+
+def test_first_word_is_tokenized_as_any_other(tokenizer):
+    alone, after = tokenizer(["poodle", "a poodle"])
+    n = int((alone == tokenizer.eos_id).argmax()) - 1
+    end = int((after == tokenizer.eos_id).argmax())
+    np.testing.assert_array_equal(alone[1 : 1 + n], after[end - n : end])
+
+
+@settings(deadline=None, max_examples=100)
+@given(texts=st.lists(st.text(st.characters(codec=None), max_size=40), min_size=1, max_size=4))
+def test_any_unicode(tokenizer, texts):
+    rows = tokenizer(texts)
+    _check_rows(rows, tokenizer)
+    np.testing.assert_array_equal(rows, np.concatenate([tokenizer([text]) for text in texts]))
+
+
+def test_lone_surrogates(tokenizer):
+    rows = tokenizer(["caf\udce9 a", "caf? a"])
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_no_text(tokenizer):
+    assert tokenizer([]).shape == (0, CONTEXT)
+
+
+def test_pickled_for_data_workers(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    texts = ["<|endoftext|> a", "husky"]
+    np.testing.assert_array_equal(again(texts), tokenizer(texts))
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_training_is_deterministic_across_processes(path, tmp_path):
+    other = tmp_path / "other.json"
+    code = (
+        "import sys, json; from mofi_jax.data import tokenizer;"
+        "tokenizer.train_bpe(json.loads(sys.argv[1]), 320, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(CAPTIONS), str(other)], check=True)
+    assert other.read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["other.json"]
+
+
+def _foreign(tmp_path, names, config=None):
+    """A word-level tokenizer.json with `names` added as special tokens."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "a", "cat", "dog"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(names)
+    path = tmp_path / "tokenizer.json"
+    backend.save(str(path))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer_lib.Tokenizer(path, 6)
+
+
+def test_clip_like_pads_with_its_eos(tmp_path):
+    config = {
+        "bos_token": {"content": "<|startoftext|>"},
+        "eos_token": {"content": "<|endoftext|>"},
+        "pad_token": "<|endoftext|>",
+    }
+    tokenizer = _foreign(tmp_path, ["<|startoftext|>", "<|endoftext|>"], config)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (4, 5, 0)
+    rows = tokenizer(["a cat", "a cat a dog a cat"])
+    np.testing.assert_array_equal(rows, [[4, 1, 2, 5, 0, 0], [4, 1, 2, 1, 3, 5]])
+
+
+def test_opt_like_names_one_token_for_both(tmp_path):
+    config = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = _foreign(tmp_path, ["<s>", "<pad>", "</s>"], config)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (4, 6, 5)
+    np.testing.assert_array_equal(tokenizer(["a dog"]), [[4, 1, 3, 6, 5, 5]])
+
+
+def test_names_of_its_own_need_a_config(tmp_path):
+    names = ["<begin>", "<end>"]
+    with pytest.raises(errors.BadInput, match="bos_token and eos_token"):
+        _foreign(tmp_path, names)
+    tokenizer = _foreign(tmp_path, names, {"bos_token": "<begin>", "eos_token": "<end>"})
+    np.testing.assert_array_equal(tokenizer(["a"]), [[4, 1, 5, 0, 0, 0]])
+
+
+def test_bad_input(tmp_path, path):
+    with pytest.raises(errors.BadInput, match="259"):
+        tokenizer_lib.train_bpe(CAPTIONS, 258, tmp_path / "small.json")
+    with pytest.raises(errors.BadInput, match="at least one caption"):
+        tokenizer_lib.train_bpe([], 300, tmp_path / "none.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(errors.BadInput, match="no tokenizer at"):
+        tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", CONTEXT)
+    cut = tmp_path / "tokenizer.json"
+    cut.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(errors.BadInput, match=r"not a tokenizer\.json"):
+        tokenizer_lib.Tokenizer(cut, CONTEXT)
+    with pytest.raises(errors.BadInput, match="context_length=2"):
+        tokenizer_lib.Tokenizer(path, 2)

@@ -1,0 +1,258 @@
+"""Training as a whole: it learns, resumes bit for bit, and does not depend on the device count."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mofi_jax import telemetry, train
+from mofi_jax.errors import BadInput
+from mofi_jax.training import checkpoint
+from tests import datasets
+
+REPOSITORY = epath.Path(__file__).parent.parent
+
+
+def losses(workdir):
+    return [line["loss"] for line in telemetry.read_metrics(workdir) if "loss" in line]
+
+
+def assert_same_parameters(a, b):
+    a, b = checkpoint.restore_params(a), checkpoint.restore_params(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    datasets.write(folder, name="i2e")
+    datasets.write(folder, name="i2t")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["supervised", "contrastive", "multitask"])
+def test_one_step_of_every_task(data, tmp_path, task):
+    config = datasets.tiny_config(data, f"task={task}", steps=1)
+    train.main(config, str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 1
+    assert result["examples"] == config.batch_size
+    [line] = telemetry.read_metrics(tmp_path)
+    parts = {f"loss_{name}" for name in config.losses}
+    assert parts <= line.keys()
+    weighted = sum(config.losses[n].weight * line[f"loss_{n}"] for n in config.losses)
+    assert line["loss"] == pytest.approx(weighted, rel=1e-6)
+    params = checkpoint.restore_params(tmp_path)
+    assert ("entity_table" in params) == (task != "contrastive")
+    assert ("text" in params) == (task != "supervised")
+
+
+def test_contrastive_learns_from_unlabelled_pairs(data, tmp_path):
+    config = datasets.tiny_config(data, "task=contrastive,data=i2t", steps=60)
+    config.optimizer.learning_rate = 5e-3
+    train.main(config, str(tmp_path))
+    curve = losses(tmp_path)
+    assert np.mean(curve[-5:]) < 0.8 * np.mean(curve[:5])
+
+
+def test_multitask_learns_the_entities(data, tmp_path):
+    config = datasets.tiny_config(data, steps=100)
+    config.optimizer.learning_rate = 5e-3
+    train.main(config, str(tmp_path))
+    accuracy = [line["entity_accuracy"] for line in telemetry.read_metrics(tmp_path)]
+    assert np.mean(accuracy[-10:]) > 0.5 > np.mean(accuracy[:5])
+
+
+def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path):
+    config = datasets.tiny_config(data, steps=6)
+    train.main(config, str(tmp_path / "whole"))
+    # A schedule over six steps, stopped after four: the same run, cut by a raised exception.
+    calls = iter(range(4))
+    draw = train.pipeline.training_stream
+
+    def failing_stream(*args, **kwargs):
+        for batch in draw(*args, **kwargs):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            yield batch
+
+    train.pipeline.training_stream = failing_stream
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config, str(tmp_path / "cut"))
+    finally:
+        train.pipeline.training_stream = draw
+    assert not (tmp_path / "cut" / "result.json").exists()
+    train.main(config, str(tmp_path / "cut"))
+    assert_same_parameters(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = (telemetry.read_metrics(tmp_path / name) for name in ("whole", "cut"))
+    assert [line["step"] for line in cut] == [line["step"] for line in whole]
+    assert [line["loss"] for line in cut] == [line["loss"] for line in whole]
+
+
+SCRIPT = """
+    import sys
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()
+    from mofi_jax import train
+    from tests import datasets
+    config = datasets.tiny_config(sys.argv[1], steps=int(sys.argv[3]))
+    train.main(config, sys.argv[2])
+"""
+
+
+def start(data, workdir, steps):
+    """The training as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(data), str(workdir), str(steps)],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
+    """kill -9 while training, the same command again: the same parameters, bit for bit."""
+    steps = 400
+    assert start(data, tmp_path / "whole", steps).wait() == 0
+    process = start(data, tmp_path / "killed", steps)
+    deadline = time.monotonic() + 120
+    while len(losses(tmp_path / "killed")) < 30 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(losses(tmp_path / "killed"))
+    assert 30 <= done < steps
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert start(data, tmp_path / "killed", steps).wait() == 0
+    assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mesh", [{"replica": 1, "fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch, meshes):
+    """20 steps in fp32 within 1e-5 relative, also with parameters that do not divide evenly."""
+    config = datasets.tiny_config(data, steps=20)
+    config.mesh.update(mesh)
+    train.main(config, str(tmp_path / "eight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+        train.main(config, str(tmp_path / "one"))
+    eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
+    assert len(one) == 20
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_other_device_count_on_resume(data, tmp_path, monkeypatch, meshes):
+    """Four steps on one device, the rest on eight: restored onto other shardings and padding."""
+    config = datasets.tiny_config(data, "task=contrastive", steps=6)
+    train.main(config, str(tmp_path / "whole"))
+    calls = iter(range(4))
+    draw = train.pipeline.training_stream
+
+    def failing_stream(*args, **kwargs):
+        for batch in draw(*args, **kwargs):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+        patch.setattr(train.pipeline, "training_stream", failing_stream)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config, str(tmp_path / "moved"))
+    train.main(config, str(tmp_path / "moved"))
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_finished_run_is_left_alone(data, tmp_path):
+    config = datasets.tiny_config(data, steps=2)
+    train.main(config, str(tmp_path))
+    before = (tmp_path / "result.json").stat().st_mtime_ns
+    train.main(config, str(tmp_path))
+    assert (tmp_path / "result.json").stat().st_mtime_ns == before
+
+
+def test_evaluates_in_the_loop(data, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for entity in range(4):
+        for i in range(2):
+            rgb = datasets.drawing(entity, 100 + i)
+            (pictures / f"{entity}_{i}.jpg").write_bytes(train_encode(rgb))
+    config = datasets.tiny_config(data, "task=contrastive", steps=4)
+    config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "2 steps"}}
+    train.main(config, str(tmp_path / "run"))
+    scored = [line for line in telemetry.read_metrics(tmp_path / "run") if "mine/map" in line]
+    assert [line["step"] for line in scored] == [0, 2, 4]
+    assert all(0 < line["mine/map"] <= 1 for line in scored)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["scores"]["mine/map"] == scored[-1]["mine/map"]
+
+
+def train_encode(rgb):
+    from mofi_jax.data import ops
+
+    return ops.encode_jpeg(rgb, 95)
+
+
+def test_checkpoint_of_another_shape_is_refused_by_name(data, tmp_path):
+    config = datasets.tiny_config(data, steps=2)
+    train.main(config, str(tmp_path))
+    config.total = "4 steps"
+    config.model.image.width = 32
+    with pytest.raises(BadInput, match=r"holds another model \(image was .* choose another"):
+        train.main(config, str(tmp_path))
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(BadInput, match=r"params/image/class_embedding is \(16,\) there and \(32,\)"):
+        train.main(config, str(tmp_path))
+
+
+def test_resume_on_other_data_is_refused(data, tmp_path):
+    config = datasets.tiny_config(data, steps=2)
+    train.main(config, str(tmp_path))
+    config.total = "4 steps"
+    config.seed = 1
+    with pytest.raises(BadInput, match="trained on other data .seed was 0 and is 1"):
+        train.main(config, str(tmp_path))
+
+
+def test_entity_loss_needs_labels(data, tmp_path):
+    config = datasets.tiny_config(data, "task=supervised,data=i2t")
+    with pytest.raises(BadInput, match="has no entities"):
+        train.main(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_beyond_the_vocabulary(tmp_path):
+    version = datasets.write(tmp_path / "data")
+    from mofi_jax.data import records
+
+    entities = records.read_entities(version / records.ENTITIES_FILE)
+    short = records.Entities(
+        entities.qids[:3], entities.names[:3], entities.descriptions[:3], entities.counts[:3]
+    )
+    records.write_entities(version / records.ENTITIES_FILE, short)
+    config = datasets.tiny_config(tmp_path / "data", steps=3)
+    with pytest.raises(Exception, match="beyond the vocabulary of 3 entities"):
+        train.main(config, str(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    config = datasets.tiny_config(data, "task=contrastive", steps=30)
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.clip_norm = 1e30
+    config.optimizer.warmup = "0 steps"
+    with pytest.raises(BadInput, match="The loss is (nan|inf)"):
+        train.main(config, str(tmp_path))

@@ -1,0 +1,80 @@
+"""Zero-shot classification: the order of normalising and averaging, labels, templates."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common
+
+ANGLE = np.deg2rad(40)
+
+
+class Spoken:
+    """Towers with given embeddings: pictures by the number in the file, texts by a dictionary."""
+
+    preprocess = "none"
+    tokenizer = "one"
+    entities = None
+
+    def __init__(self, pictures, texts):
+        self.pictures, self.texts = np.array(pictures, np.float32), texts
+
+    def decode(self, data):
+        return np.array([int(data)])
+
+    def embed_images(self, params, images):
+        return self.pictures[images[:, 0]]
+
+    def embed_texts(self, params, texts):
+        return np.array([self.texts[text] for text in texts], np.float32)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three pictures of classes 7 and 9, which are no consecutive numbers."""
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for row, name in enumerate(["7_a.jpg", "7_b.jpg", "9_a.jpg"]):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(str(row).encode()))
+    rows = [{"class": 7, "label": "cat"}, {"class": 8, "label": "-"}, {"class": 9, "label": "{}"}]
+    (tmp_path / "classes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"images": tmp_path / "set.tar", "classes": tmp_path / "classes.jsonl"}
+
+
+def test_prompts_are_normalised_before_they_are_averaged(files):
+    texts = {
+        # A loud and a quiet prompt: the mean of raw embeddings would lie on the loud one.
+        "cat": [100.0, 0.0],
+        "a cat": [0.0, 0.1],
+        # A label is put in as it is, braces and all.
+        "{}": [np.cos(-ANGLE), np.sin(-ANGLE)],
+        "a {}": [np.cos(-ANGLE), np.sin(-ANGLE)],
+    }
+    towers = Spoken([[np.cos(ANGLE), np.sin(ANGLE)], [1.0, 0.0], [1.0, -0.1]], texts)
+    evaluator = common.build("zeroshot", towers, **files, templates=["{}", "a {}"])
+    np.testing.assert_allclose(
+        evaluator.embed_classes({}),
+        [[np.sqrt(0.5), np.sqrt(0.5)], [np.cos(ANGLE), -np.sin(ANGLE)]],
+        atol=1e-6,
+    )
+    # Cat lies at 45 degrees, the other class at -40: pictures at 40, 0 and -6 degrees.
+    assert dict(evaluator.run({})) == pytest.approx({"top1": 2 / 3, "top5": 1.0})
+    assert evaluator.card()["templates"] == ["{}", "a {}"]
+
+
+def test_default_prompt_is_the_label(files):
+    texts = {"cat": [0.0, 1.0], "{}": [1.0, 0.0]}
+    towers = Spoken([[0.0, 1.0], [0.1, 0.9], [0.2, 0.8]], texts)
+    scores = dict(common.build("zeroshot", towers, **files).run({}))
+    assert scores["top1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], ["{}", "{label}"]])
+def test_templates_without_a_place_for_the_label(files, templates):
+    with pytest.raises(BadInput, match="one {} each"):
+        common.build("zeroshot", Spoken([[1.0]], {}), **files, templates=templates)
