@@ -7,7 +7,6 @@ from typing import Any
 import ml_collections
 
 from mofi_jax.errors import BadInput
-from mofi_jax.model import mofi
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -55,6 +54,8 @@ NOMINAL_VOCAB_SIZE = 50_272
 
 def model(variant: str, *, image_size: int, context_length: int) -> ml_collections.ConfigDict:
     """The shape of a named variant, every number spelled out so that each can be overridden."""
+    from mofi_jax.model import mofi  # here, so that configs of data preparation load no jax
+
     if variant not in mofi.VARIANTS:
         raise BadInput(
             f"Unknown variant {variant!r}: choose from {', '.join(sorted(mofi.VARIANTS))}."
@@ -77,15 +78,17 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
     )
 
 
-def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
-    """``config.model`` and a tokenizer's sizes -> the model's own configuration."""
+def model_config(config: Any, *, vocab_size: int, eos_id: int) -> Any:
+    """``config.model`` and a tokenizer's sizes -> `mofi_jax.model.mofi.MofiConfig`."""
+    from mofi_jax.model import mofi
+
     return mofi.MofiConfig.from_dict(
         {**config.to_dict(), "vocab_size": vocab_size, "eos_id": eos_id}
     )
 
 
 def losses(task: str, *, scale: float, margin: float, block_size: int) -> dict[str, dict[str, Any]]:
-    """Task name -> weighted losses; multitask weighs both equally (lambda 0.5 in the paper's sum)."""
+    """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5)."""
     if task not in TASKS:
         raise BadInput(f"Unknown task {task!r}: choose from {', '.join(TASKS)}.")
     entity = {"weight": 1.0, "scale": scale, "margin": margin, "block_size": block_size}

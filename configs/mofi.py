@@ -7,8 +7,8 @@ The paper does not publish its optimisation settings.  Each number below names t
 comes from: CLOC (arXiv 2410.02746, Table A: same team, same data lineage), axlearn (the code base
 MOFI names), UNICOM and Partial FC (margin softmax over a million classes and more).  The scores to
 reach are those of the released checkpoints on GPR1200: B/16 83.41, L/14 86.14, H/14 86.75 mAP.  No
-one has run this file at full length: on 256 TPU v5e chips the encoder's arithmetic alone takes about
-137 ms a step for B/16 at half of peak.
+one has run this file at full length: on 256 TPU v5e chips the encoder's arithmetic alone takes
+about 137 ms a step for B/16 at half of peak.
 """
 
 import ml_collections

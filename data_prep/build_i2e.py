@@ -32,7 +32,13 @@ from data_prep import (
 from mofi_jax import cli, errors
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> dict:
+def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """The command: `build`, and its counts for people to read."""
+    for stage, counts in build(config, workdir)["stages"].items():
+        logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
+
+def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """Runs all stages of `config.dataset`; returns what result.json holds.
 
     Raises:
@@ -59,6 +65,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> dict:
     stages["shards"] = engine.total_counts(written)
     if config.dataset == "i2e":
         report.run(config, workdir)
+    engine.close_pool()
 
     result = {
         "dataset": config.dataset,
@@ -68,8 +75,6 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> dict:
     }
     text = json.dumps(result, indent=1) + "\n"
     engine.write_durably(workdir / "result.json", text.encode())
-    for stage, counts in stages.items():
-        logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
     return result
 
 

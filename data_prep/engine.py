@@ -402,29 +402,51 @@ def _execute(
         return
     progress = tqdm.tqdm(total=done + len(jobs), initial=done, desc=stage, unit="shard")
     with progress:
-        if min(workers, len(jobs)) <= 1:  # starting a process costs a second
+        if min(workers, len(jobs)) <= 1:
             for job in jobs:
                 yield job.task.name, _run_job(job)
                 progress.update()
             return
-        # spawn: forking a process that holds threads (jax, grain, pyarrow) can deadlock.
-        with concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(jobs)),
+        futures: dict[concurrent.futures.Future, str] = {}
+        try:
+            futures |= {_pool(workers).submit(_run_job, job): job.task.name for job in jobs}
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+                progress.update()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            close_pool()
+            raise ShardError(
+                f"stage {stage}: a worker process died, most likely for want of memory: run again"
+                " with fewer workers; finished shards are kept."
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+            concurrent.futures.wait(futures)
+
+
+_pools: dict[int, concurrent.futures.ProcessPoolExecutor] = {}  # one at most, by its size
+
+
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """The worker processes, kept from stage to stage: starting one costs a second.
+
+    Spawned, because forking a process that holds threads (jax, grain, pyarrow) can deadlock.
+    """
+    if workers not in _pools:
+        close_pool()
+        _pools[workers] = concurrent.futures.ProcessPoolExecutor(
+            workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_die_with_parent,
-        ) as pool:
-            futures = {pool.submit(_run_job, job): job.task.name for job in jobs}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    yield futures[future], future.result()
-                    progress.update()
-            except concurrent.futures.process.BrokenProcessPool as error:
-                raise ShardError(
-                    f"stage {stage}: a worker process died, most likely for want of memory: run"
-                    " again with fewer workers; finished shards are kept."
-                ) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        )
+    return _pools[workers]
+
+
+def close_pool() -> None:
+    """Ends the worker processes and gives back their memory; the next stage starts new ones."""
+    while _pools:
+        _pools.popitem()[1].shutdown()
 
 
 def _die_with_parent() -> None:

@@ -1,10 +1,12 @@
 """Evidence: how well pictures fit the entities that their captions may mean. links/ -> fits/
 
-A candidate's fit is measured in standard deviations above the data set's pictures:
+Three things are measured, in standard deviations above the data set's pictures:
 
     text fit      how much closer the picture is to the entity's text than pictures in general are
     picture fit   the same with the mean of the OTHER pictures whose caption mentions the entity in
                   place of the text, shrunk towards 0 where there are few of them
+    coherence     of an entity: the mean picture fit of all pictures whose caption mentions it. High
+                  for what pictures show (a tram), near 0 for what captions merely say (time, free)
 
 Cosines alone are no common scale: an entity named in every caption is close to every picture, and
 a weak CLIP model spreads the levels of entities further apart than right and wrong pictures of one.
@@ -20,6 +22,7 @@ Stages, each with manifests of its own:
     background/  moments.npy float64 [1 + d, d] (mean, covariance), prototypes.npy float32 [n, d],
                  support.npy float32 [n]
     fits/        NNNNN.parquet key, entities, text_fits, picture_fits
+    coherence/   entities.parquet entity, support, coherence
 """
 
 import concurrent.futures
@@ -49,11 +52,11 @@ _CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 M
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs the stages texts, scores, background and fits.
+    """Runs the stages texts, scores, background, fits and coherence.
 
     Args:
       config: `clip` (folder of a model: a training run, or Hugging Face's CLIP), `template` of an
-        entity's text, `batch_size` (pictures that threads decode while the device has as many),
+        entity's text, `batch_size` (pictures or texts per step of the model),
         `workers`.
       workdir: holds pairs/, links/ and kb/.
 
@@ -71,6 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     texts_task = engine.Task("all", (kb, *links, *_model_files(config.clip)))
     settings = {
         "clip": config.clip,
+        "batch_size": config.batch_size,
         "template": config.template,
         "links": len(links),
     }
@@ -97,6 +101,10 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     ]
     engine.map_shards("fits", _fit, tasks, workdir, {}, config.workers)
 
+    fits = [workdir / "fits" / path.name for path in links]
+    task = engine.Task("all", (texts[0], background[2], *links, *fits))
+    engine.map_shards("coherence", _cohere, [task], workdir, {"shards": len(links)})
+
 
 def _scores(workdir: epath.Path, links: list[epath.Path]) -> list[epath.Path]:
     return [workdir / "scores" / path.name for path in links]
@@ -118,11 +126,11 @@ def _model_files(folder: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_model(folder: str):
+def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
     from mofi_jax import inference
 
-    return inference.load(folder)
+    return inference.load(folder, batch_size=batch_size)
 
 
 def entity_text(template: str, name: str, description: str) -> str:
@@ -144,7 +152,7 @@ def _embed_texts(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
         entity_text(settings["template"], row["label"], row["description"] or "")
         for row in kb.to_pylist()
     ]
-    model = load_model(settings["clip"])
+    model = load_model(settings["clip"], settings["batch_size"])
     embeddings = model.embed_texts(texts) if texts else np.zeros((0, 0), np.float32)
     _save(outputs, "texts/entities.npy", entities.astype(np.int32))
     _save(outputs, "texts/embeddings.npy", embeddings.astype(np.float16))
@@ -202,9 +210,9 @@ def _score(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     keys = [links.keys[row] for row in with_candidate]
     pairs = pq.read_table(pairs_path, columns=["key", "path", "offset", "length"])
     position = {key: row for row, key in enumerate(pairs["key"].to_pylist())}
-    pairs = pairs.take([position[key] for key in keys])
+    pairs = pairs.take(pa.array([position[key] for key in keys], pa.int64()))
 
-    model = load_model(settings["clip"])
+    model = load_model(settings["clip"], settings["batch_size"])
     embeddings = _embed_pictures(model, outputs.workdir, pairs, settings["batch_size"])
     texts = np.load(texts_path, mmap_mode="r")
     columns = np.searchsorted(np.load(entities_path), links.entity)
@@ -328,7 +336,8 @@ def _pairs(links_path: str, scores_path: str, entities: np.ndarray) -> _Pairs:
 
 def _load_embeddings(path: str, width: int) -> np.ndarray:
     """float32 [rows, width], also of a shard without pictures."""
-    return np.load(path).astype(np.float32).reshape(-1, width)
+    embeddings = np.load(path).astype(np.float32)
+    return embeddings.reshape(len(embeddings), width)
 
 
 def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -354,6 +363,24 @@ def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str
         table = table.append_column(name, _lists(rounded, starts))
     outputs.write_table(f"fits/{task.name}.parquet", table)
     return {"pictures": len(table), "candidates": len(pairs.row)}
+
+
+def _cohere(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    entities, support = (np.load(path) for path in task.inputs[:2])
+    links, fits = task.inputs[2 : 2 + settings["shards"]], task.inputs[2 + settings["shards"] :]
+    total = np.zeros(len(entities))
+    for links_path, fits_path in zip(links, fits, strict=True):
+        pairs = _pairs(links_path, fits_path, entities)
+        column = pq.read_table(fits_path, columns=["picture_fits"])["picture_fits"]
+        picture_fits = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        np.add.at(total, pairs.column, pairs.prior * picture_fits)
+    coherence = np.round(total / np.maximum(support, 1e-6), DECIMALS).astype(np.float32)
+    table = {"entity": entities, "support": support, "coherence": coherence}
+    outputs.write_table("coherence/entities.parquet", pa.table(table))
+    return {"entities": len(entities)}
 
 
 def deviations(

@@ -52,8 +52,13 @@ class Quality(NamedTuple):
         return self.found / self.named if self.named else None
 
 
-def main(workdir: str, truth: str, classes: str) -> dict:
-    """Measures `workdir`; returns what label_quality.json holds.
+def main(workdir: str, truth: str, classes: str) -> None:
+    """The command: `measure_workdir`, and its table."""
+    print(table(measure_workdir(workdir, truth, classes)))
+
+
+def measure_workdir(workdir: str, truth: str, classes: str) -> dict:
+    """Measures labels/ of `workdir`; returns what label_quality.json holds.
 
     Raises:
       BadInput: a file is missing or holds no usable row, or labels/ is not there yet.
@@ -69,7 +74,6 @@ def main(workdir: str, truth: str, classes: str) -> dict:
     result["ceiling"] = measure(candidates, known).recall
     path = epath.Path(workdir) / "label_quality.json"
     engine.write_durably(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(table(result))
     return result
 
 

@@ -1,10 +1,11 @@
 """Selection: of all entities a caption may mean, those that the picture shows. links/ -> labels/
 
-A candidate's fit is (text fit + w * picture fit) / (1 + w), w = prototype_weight: how far the
-picture stands out among all pictures for the entity's text, and for its other pictures (see
-`evidence`). Of each mention the candidate with the highest fit + prior_weight * log(prior) stays:
-the prior decides between senses of a word, never between words. Of those with cosine >= min_score
-and fit >= min_fit the best is a label, and so are others within max_gap of it, up to max_labels.
+A candidate's fit is (text fit + w * picture fit) / (1 + w) + c * coherence (w = prototype_weight,
+c = coherence_weight): how far the picture stands out among all pictures for the entity's text, and
+for its other pictures, and whether it is something that pictures show at all (see `evidence`). Of
+each mention the candidate with the highest fit + prior_weight * log(prior) stays: the prior decides
+between senses of a word, never between words. Of those with cosine >= min_score and fit >= min_fit
+the best is a label, and so are others within max_gap of it, up to max_labels.
 
 No ground truth is read, neither here nor for the thresholds; new thresholds cost seconds, because
 cosines and fits are kept.
@@ -31,8 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
 
     Args:
       config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
-        also `prototype_weight`, `prior_weight`, `min_fit`, `min_score`, `max_gap`, `max_labels` and
-        what `evidence.run` reads; `workers`.
+        also the fields of `Rule` and what `evidence.run` reads; `workers`.
       workdir: holds pairs/, links/ and kb/.
 
     Returns:
@@ -50,11 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
     if config.labels != "clip":
         raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
     evidence.run(config, workdir)
-    tasks = [
-        engine.Task(path.stem, (path, workdir / "scores" / path.name, workdir / "fits" / path.name))
-        for path in links
-    ]
-    settings = {"labels": "clip", **_rule(config)._asdict()}
+    tasks = [engine.Task(path.stem, (path, *evidence_files(workdir, path.name))) for path in links]
+    settings = {"labels": "clip", **Rule.of(config)._asdict()}
     return engine.map_shards("labels", _label_by_clip, tasks, workdir, settings, config.workers)
 
 
@@ -65,27 +62,31 @@ class Rule(NamedTuple):
     """The numbers of the decision; see the docstring of this file."""
 
     prototype_weight: float
+    coherence_weight: float
     prior_weight: float
     min_fit: float
     min_score: float
     max_gap: float
     max_labels: int
 
-
-def _rule(config: ml_collections.ConfigDict) -> Rule:
-    return Rule(*(config[name] for name in Rule._fields))
+    @classmethod
+    def of(cls, config: Mapping) -> "Rule":
+        return cls(*(config[name] for name in cls._fields))
 
 
 class Evidence(NamedTuple):
-    """What is known of one candidate entity of one picture."""
+    """What is known of one candidate entity of one picture; see `evidence`."""
 
     score: float  # cosine between picture and text
     text_fit: float
     picture_fit: float
+    coherence: float
 
-    def fit(self, prototype_weight: float) -> float:
-        total = self.text_fit + prototype_weight * self.picture_fit
-        return round(total / (1 + prototype_weight), evidence.DECIMALS)
+    def fit(self, rule: Rule) -> float:
+        """One number in standard deviations."""
+        fit = self.text_fit + rule.prototype_weight * self.picture_fit
+        fit = fit / (1 + rule.prototype_weight) + rule.coherence_weight * self.coherence
+        return round(fit, evidence.DECIMALS)
 
 
 def choose(
@@ -109,7 +110,7 @@ def choose(
     best: dict[int, tuple] = {}  # by mention
     for candidate in likely:
         entity = candidate["entity"]
-        fit = known[entity].fit(rule.prototype_weight)
+        fit = known[entity].fit(rule)
         strength = fit + rule.prior_weight * math.log(candidate["prior"])
         # Equal strengths (two senses of one text): the smaller row, for determinism.
         entry = (strength, -entity, fit)
@@ -154,11 +155,36 @@ def _label_by_text(task: engine.Task, outputs: engine.Outputs, settings: dict) -
 
 
 def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    links_path, scores_path, fits_path = task.inputs
-    rule = Rule(*(settings[name] for name in Rule._fields))
-    by_key = {
+    links_path, *evidence_paths = task.inputs
+    rule = Rule.of(settings)
+    by_key = read_evidence(*evidence_paths)
+    rows = []
+    for link in _rows(links_path):
+        known = by_key.get(link["key"], {})
+        entities, reason = choose(link["candidates"], known, rule)
+        if not link["mentions"]:
+            reason = "no_mention"
+        scores = [known[entity].score for entity in entities]
+        fits = [known[entity].fit(rule) for entity in entities]
+        rows.append((link["key"], entities, scores, fits, reason))
+    return _write_labels(task, outputs, rows)
+
+
+def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, ...]:
+    """What `read_evidence` takes for the shard whose parquet files are called `name`."""
+    return (
+        workdir / "scores" / name,
+        workdir / "fits" / name,
+        workdir / "coherence/entities.parquet",
+    )
+
+
+def read_evidence(scores: str, fits: str, coherence: str) -> dict[str, dict[int, Evidence]]:
+    """The evidence of a shard by key and entity; arguments are files of `evidence`'s stages."""
+    coherent = {row["entity"]: row["coherence"] for row in _rows(coherence)}
+    return {
         score["key"]: {
-            entity: Evidence(*values)
+            entity: Evidence(*values, coherent[entity])
             for entity, *values in zip(
                 score["entities"],
                 score["scores"],
@@ -167,18 +193,8 @@ def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -
                 strict=True,
             )
         }
-        for score, fit in zip(_rows(scores_path), _rows(fits_path), strict=True)
+        for score, fit in zip(_rows(scores), _rows(fits), strict=True)
     }
-    rows = []
-    for link in _rows(links_path):
-        known = by_key.get(link["key"], {})
-        entities, reason = choose(link["candidates"], known, rule)
-        if not link["mentions"]:
-            reason = "no_mention"
-        scores = [known[entity].score for entity in entities]
-        fits = [known[entity].fit(rule.prototype_weight) for entity in entities]
-        rows.append((link["key"], entities, scores, fits, reason))
-    return _write_labels(task, outputs, rows)
 
 
 def _write_labels(task: engine.Task, outputs: engine.Outputs, rows: list[tuple]) -> dict[str, int]:

@@ -43,20 +43,19 @@ def run(main: Callable[..., Any]) -> None:
                 raise BadInput(f"Unexpected argument {rest[1]!r}: flags are written --name=value.")
             if config is not None and flags.FLAGS["config"].value is None:
                 raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
+            if config is not None:
+                flags.FLAGS.config.lock()  # a file that could not be loaded says so only here
             missing = [f"--{n}" for n in required if not flags.FLAGS[n].value]
             if missing:
                 raise BadInput(f"{' and '.join(missing)} missing: see --help for what they mean.")
             return rest
         except Exception as error:  # noqa: BLE001  a config file may raise anything
-            if isinstance(error, (AttributeError, KeyError)) and "config" in str(error):
-                complain(_unknown_key(error))
-            complain(error)
+            complain(_explain(error, argv))
 
     def call(argv: Sequence[str]) -> Any:
         del argv
         kwargs = {name: flags.FLAGS[name].value for name in optional}
         if config is not None:
-            flags.FLAGS.config.lock()
             kwargs["config"] = flags.FLAGS.config
         try:
             return main(**kwargs)
@@ -68,9 +67,33 @@ def run(main: Callable[..., Any]) -> None:
     app.run(call, flags_parser=parse)
 
 
-def _unknown_key(error: BaseException) -> str:
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    return f"The configuration does not accept this: {text.rstrip('.')}; see the file's docstring."
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
+    """One sentence about what went wrong while reading the command line."""
+    sources = [error]
+    while sources[-1].__cause__ or sources[-1].__context__:
+        sources.append(sources[-1].__cause__ or sources[-1].__context__)
+    for source in sources:
+        if isinstance(source, BadInput):
+            return str(source)
+    paths = [
+        a.partition("=")[2] or b
+        for a, b in zip(argv, [*argv[1:], ""], strict=True)
+        if a.partition("=")[0].strip("-") == "config"
+    ]
+    if isinstance(error, FileNotFoundError) or "No such file" in str(error):
+        return (
+            f"There is no config file {paths[0].partition(':')[0]!r}: check the path of --config."
+        )
+    if isinstance(error, (KeyError, AttributeError)):
+        key = " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
+        return (
+            f"The config has no key {key!r}, which a --config flag sets: see {paths[0]} for the "
+            "keys there are."
+        )
+    # config_flags puts the whole traceback of a config file into its message.
+    last = str(error).strip().splitlines()[-1]
+    _, found, sentence = last.partition("BadInput: ")
+    return sentence if found else f"{last.removesuffix('.')}: see --help."
 
 
 def complain(error: BaseException | str) -> None:

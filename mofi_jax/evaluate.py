@@ -45,6 +45,9 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
         towers, params, description = loaded.towers, loaded.params, loaded.description
         if config.preprocess:
             towers = dataclasses.replace(towers, preprocess=config.preprocess)
+        if "text" not in params:
+            # A supervised run keeps the tokenizer of its data, but has no tower to use it.
+            towers = dataclasses.replace(towers, tokenizer=None)
         out = epath.Path(out or epath.Path(model) / "evaluation")
 
     # ---------------------------------------------------------------------- evaluators

@@ -253,8 +253,8 @@ def prepare_workdir(
         ]
         if differences:
             raise BadInput(
-                f"{workdir} holds another model ({'; '.join(differences)}): restore that config, or "
-                "choose another --workdir."
+                f"{workdir} holds another model ({'; '.join(differences)}): restore that config, "
+                "or choose another --workdir."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
@@ -266,9 +266,7 @@ def prepare_workdir(
 
 def brief(values: dict[str, float], names: tuple[str, ...] | None = None) -> str:
     """The chosen values on one line."""
-    return "  ".join(
-        f"{name} {values[name]:.3f}" for name in (names or values) if name in values
-    )
+    return "  ".join(f"{name} {values[name]:.3f}" for name in (names or values) if name in values)
 
 
 if __name__ == "__main__":

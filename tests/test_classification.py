@@ -131,7 +131,7 @@ def test_class_table_must_name_entities_and_all_classes(tmp_path, meshes):
     with pytest.raises(BadInput, match="names no entities"):
         common.build("classification", model, images=images, classes=nameless)
     short = write_classes(tmp_path / "short.jsonl", ["Q0"])
-    with pytest.raises(BadInput, match="Class 1 of .* is not in the class table"):
+    with pytest.raises(BadInput, match=r"Class 1 of .* is not in the class table"):
         common.build("classification", model, images=images, classes=short)
     with pytest.raises(BadInput, match="needs the key 'classes'"):
         common.build("classification", model, images=images)

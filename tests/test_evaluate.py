@@ -1,6 +1,6 @@
 """Picture sets, class tables, the suite of evaluators, and the main that runs them."""
 
-import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from mofi_jax import evaluate, inference
 from mofi_jax.data import records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common
+from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def test_files_that_are_no_pictures_are_passed_over(folder, tmp_path):
 
 
 def test_unusable_picture_sets(folder, tmp_path):
-    with pytest.raises(BadInput, match="no picture set at .*nowhere"):
+    with pytest.raises(BadInput, match=r"no picture set at .*nowhere"):
         common.read_set(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no pictures"):
@@ -93,11 +94,11 @@ def test_unusable_picture_sets(folder, tmp_path):
         common.read_set(copy)
     whole = folder.with_suffix(".tar").read_bytes()
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(BadInput, match="short.tar cannot be read as a .tar"):
+    with pytest.raises(BadInput, match=r"short.tar cannot be read as a .tar"):
         common.read_set(tmp_path / "short.tar")
     with tarfile.open(tmp_path / "zipped.tar.gz", "w:gz") as tar:
         tar.add(folder / "340_0.jpg", "340_0.jpg")
-    with pytest.raises(BadInput, match="cannot be read as a .tar"):
+    with pytest.raises(BadInput, match=r"cannot be read as a .tar"):
         common.read_set(tmp_path / "zipped.tar.gz")
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for inner in ("a", "b"):
@@ -177,12 +178,17 @@ def test_pictures_are_embedded_once_for_all_evaluators_and_anew_for_new_paramete
 
 def test_errors_carry_the_name_of_the_evaluator():
     class Failing:
+        needs = ()
+
         def __init__(self, error):
             self.error = error
 
         def run(self, params):
             yield "fine", 1.0
             raise self.error
+
+        def card(self):
+            return {}
 
     with pytest.raises(RuntimeError, match="evaluator broken failed: division") as caught:
         common.run_all({"broken": Failing(ZeroDivisionError("division"))}, {})
@@ -196,36 +202,116 @@ def test_errors_carry_the_name_of_the_evaluator():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small untrained model with text tower and class table."""
+    """An exported model with text tower and class table, untrained, and its embeddings."""
     root = tmp_path_factory.mktemp("model")
     classes = common.read_classes(SAMPLE / "classes.jsonl")
-    names = [classes[i].label for i in range(340)]
-    qids = [classes[i].qid for i in range(340)]
-    tokenizer.train_bpe(names, 300, root / "tokenizer.json")
-    texts = tokenizer.Tokenizer(root / "tokenizer.json", 8)
+    trained = sorted((classes[i] for i in range(340)), key=lambda entry: entry.qid)
+    names = [entry.label for entry in trained]
+    tokenizer.train_bpe(names, 300, root / "bpe.json")
+    texts = tokenizer.Tokenizer(root / "bpe.json", 8)
+    tower = mofi.TowerConfig(width=16, layers=1, heads=2)
     config = mofi.MofiConfig(
         image_size=16,
         patch_size=8,
-        image=mofi.TowerConfig(width=16, layers=1, heads=2),
-        text=mofi.TowerConfig(width=16, layers=1, heads=2),
+        image=tower,
+        text=tower,
         vocab_size=texts.vocab_size,
         context_length=8,
         eos_id=texts.eos_id,
         embed_dim=16,
         dtype="float32",
     )
-    loaded = inference.load.__globals__  # the real functions, with weights that need no training
-    del loaded
-    entities = records.Entities(qids, names, [""] * 340, np.full(340, 5, np.int64))
-    from mofi_jax import partition
-
-    towers = inference.Towers(
-        config=config,
-        tokenizer=texts,
-        entities=entities,
-        preprocess="decode|resize_short(16)|center_crop(16)",
-        mesh=partition.make_mesh(),
-    )
-    params = mofi.create(config, jax.random.key(0))
+    params = jax.jit(functools.partial(mofi.create, config))(jax.random.key(0))
     params["entity_table"] = np.random.default_rng(0).normal(size=(340, 16)).astype(np.float32)
-    return inference.Model(towers, towers.put(params), "untrained")
+    clip = huggingface.Clip(
+        config=config,
+        params=params,
+        tokenizer=texts,
+        entities=records.Entities(
+            [entry.qid for entry in trained], names, [""] * 340, np.full(340, 5, np.int64)
+        ),
+        preprocess="decode|resize_short(16)|center_crop(16)",
+    )
+    huggingface.write(root / "export", clip)
+    return root / "export"
+
+
+def test_main_on_an_exported_model(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config = eval_config.get_config("sample").lock()
+    evaluate.main(config, str(model), str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["left_out"] == {}
+    assert sorted(result["metrics"]) == sorted(config.evaluators)
+    metrics = result["metrics"]
+    # Untrained: entity and zero-shot by chance (1 of 340 entities, 1 of 60 classes), mAP above
+    # its floor of 1/2 (pairs) and 1/6 because the query counts.
+    assert metrics["entity_seen"]["coverage"] == 1.0
+    assert metrics["entity_seen"]["top5"] < 0.1
+    assert metrics["zeroshot_unseen"]["top5"] < 0.3
+    assert 0.5 <= metrics["retrieval_seen"]["map"] < 0.6
+    assert 1 / 6 <= metrics["retrieval_unseen"]["map"] < 0.35
+    card = result["protocols"]["retrieval_unseen"]
+    assert card["pictures"] == 360
+    assert card["preprocessing"] == "decode|resize_short(16)|center_crop(16)"
+    assert card["sha256"] == common.read_set(SAMPLE / "unseen.tar").sha256()
+    assert card["ties"] == "mean"
+    for name in ("seen", "unseen"):
+        assert (tmp_path / f"gallery_retrieval_{name}.png").stat().st_size > 50_000
+    printed = capsys.readouterr().out
+    for name, values in metrics.items():
+        assert name in printed
+        assert all(f"{value:.4f}" in printed for value in values.values())
+
+
+def test_preprocessing_of_the_config_replaces_that_of_the_model(model, folder, tmp_path):
+    config = eval_config.get_config(f"gpr1200={folder}")
+    config.preprocess = "decode|resize_short(16, method='bilinear')|center_crop(16)"
+    evaluate.main(config, str(model), str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["protocols"]["gpr1200"]["preprocessing"] == config.preprocess
+    with pytest.raises(BadInput, match="does not apply to raw_pixels"):
+        evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
+
+
+def test_a_model_without_text_tower_is_not_asked_for_words(model, folder, tmp_path, monkeypatch):
+    """A supervised run has a tokenizer file from its data, and no parameters for it."""
+    loaded = inference.load(model)
+    del loaded.params["text"]
+    assert loaded.towers.tokenizer is not None
+    monkeypatch.setattr(inference, "load", lambda path, **options: loaded)
+    config = eval_config.get_config(f"gpr1200={folder},classes={SAMPLE / 'classes.jsonl'}")
+    evaluate.main(config, str(model), str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["metrics"]) == ["gpr1200"]
+    assert list(result["left_out"]) == ["gpr1200_zeroshot"]
+
+
+def test_main_on_raw_pixels_leaves_out_what_needs_words(folder, tmp_path, capsys):
+    classes = SAMPLE / "classes.jsonl"
+    config = eval_config.get_config(f"gpr1200={folder},classes={classes}")
+    evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["metrics"]) == ["gpr1200"]
+    assert result["left_out"] == {"gpr1200_zeroshot": "the model has no tokenizer"}
+    assert "gpr1200_zeroshot: left out, the model has no tokenizer" in capsys.readouterr().out
+    del config.evaluators["gpr1200"]
+    with pytest.raises(BadInput, match="No evaluator of --config applies"):
+        evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
+
+
+def test_config_needs_one_data_set():
+    for arg in ("", "sample,gpr1200=somewhere"):
+        with pytest.raises(BadInput, match="one of `sample` and `gpr1200=PATH`"):
+            eval_config.get_config(arg)
+
+
+def test_command_line_tells_bad_input_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "mofi_jax.evaluate", "--config", "configs/eval.py:sample"]
+    command += ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -221,6 +222,35 @@ def test_foreign_tokenizer_without_frame_gets_one(config, params, tokenizer, tmp
     np.testing.assert_array_equal(bare(TEXTS), tokenizer(TEXTS))
 
 
+def test_clips_own_tokenizer_travels_both_ways(config, params, tmp_path):
+    """transformers' CLIPTokenizer, which pads with its EOS: same ids as ours up to the EOS."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(a + "</w>" for a in letters), "do", "dog</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    clip_tokenizer = transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[("d", "o"), ("do", "g</w>")],
+        model_max_length=12,
+    )
+    clip_tokenizer.save_pretrained(tmp_path / "theirs")
+    ours = tokenizer_lib.Tokenizer(tmp_path / "theirs" / "tokenizer.json", 12)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (514, 515, 0)
+    texts = ["a dog!", "", "Dog's  Ümläut 3 !!", "x" * 40, "!"]
+    ids = ours(texts)
+    np.testing.assert_array_equal(
+        np.where(np.arange(12) <= (ids == 515).argmax(1)[:, None], ids, 515),
+        _their_ids(clip_tokenizer, texts),
+    )
+    config = dataclasses.replace(config, vocab_size=516, eos_id=515)
+    text = params["text"] | {"token_embedding": np.zeros((516, config.text.width), np.float32)}
+    huggingface.write(tmp_path / "out", _clip(config, params | {"text": text}, ours))
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(
+        _their_ids(loaded, [*texts, "<|endoftext|> a"]), ours([*texts, "<|endoftext|> a"])
+    )
+    assert huggingface.read(tmp_path / "out").tokenizer.fingerprint == ours.fingerprint
+
+
 # ----------------------------------------------------------------------------------- preprocessing
 
 
@@ -332,8 +362,6 @@ def test_eos_2_without_proof_is_refused(folder, tmp_path):
 
 
 def test_an_eos_of_2_is_not_written(config, params, tmp_path):
-    import tokenizers
-
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
     backend.add_special_tokens(["<s>", "</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -349,6 +377,25 @@ def test_an_eos_of_2_is_not_written(config, params, tmp_path):
 
 def _state(folder):
     return safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
+
+
+@pytest.mark.parametrize("variant", ["B/16", "L/14", "H/14"])
+def test_names_and_shapes_of_the_released_sizes(variant, tokenizer):
+    """Every name and shape against transformers, without any memory for the weights."""
+    shape = mofi.VARIANTS[variant]
+    config = mofi.MofiConfig(
+        image_size=224, vocab_size=50272, context_length=77, eos_id=tokenizer.eos_id, **shape
+    )
+    with torch.device("meta"):
+        model = transformers.CLIPModel(
+            transformers.CLIPConfig(**clip_config.to_config(config, tokenizer))
+        )
+    ours = {
+        weight.name.format(i): weight.their_shape()
+        for weight in clip_weights.weights(config)
+        for i in range(weight.layers or 1)
+    }
+    assert ours == {name: tuple(x.shape) for name, x in model.state_dict().items()}
 
 
 def test_every_wrong_key_in_one_sentence(folder, config):

@@ -76,5 +76,5 @@ def test_default_prompt_is_the_label(files):
 
 @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], ["{}", "{label}"]])
 def test_templates_without_a_place_for_the_label(files, templates):
-    with pytest.raises(BadInput, match="one {} each"):
+    with pytest.raises(BadInput, match=r"one \{\} each"):
         common.build("zeroshot", Spoken([[1.0]], {}), **files, templates=templates)

@@ -1,9 +1,9 @@
 """Picture operations on numpy examples, and the mini-language that names them.
 
 ``build("decode|flip|random_resized_crop(224)")`` gives a function ``(example, rng) -> example``
-that applies the operations from left to right to ``example["image"]``.  Arguments are Python literals.
-Every operation is a pure function of the picture and the generator, so that resuming and the number
-of workers change no pixel.  Nothing here imports jax: data workers must never start it.
+that applies the operations from left to right to ``example["image"]``.  Arguments are Python
+literals.  Every operation is a pure function of the picture and the generator, so that resuming and
+the number of workers change no pixel.  Nothing here imports jax: data workers must never start it.
 """
 
 import ast
@@ -236,7 +236,8 @@ def new_view(
 
     The background is what is connected to the corners within ``tolerance`` grey levels; the rest
     is scaled (longest side over ``size``), rotated by up to ``rotate`` degrees, placed at random
-    inside the square and laid over a random colour.  A picture without a plain border moves as a whole.
+    inside the square and laid over a random colour.  A picture without a plain border moves as a
+    whole.
     """
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The training stream: one global order fixed by the seed, any number of hosts, exact from any point.
+"""The training stream: one order fixed by the seed, any number of hosts, exact from any point.
 
 The position is one number, examples consumed.  The order over all epochs is an index permutation
-(Grain MapDataset: shuffle, repeat), random operations are keyed by the global index, and host h of n
-takes every n-th example from the position on; so any number of hosts continues exactly where any other
-number stopped.
+(Grain MapDataset: shuffle, repeat), random operations are keyed by the global index, and host h of
+n takes every n-th example from the position on; so any number of hosts continues exactly where any
+other number stopped.
 """
 
 import dataclasses
@@ -123,7 +123,9 @@ def training_stream(
         .shuffle()
         .repeat()
         .random_map(builder)[start + host :: hosts]
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size)
+        )
         .batch(batch_size // hosts, drop_remainder=True)
     )
     if workers:

@@ -28,6 +28,7 @@ import tqdm
 from etils import epath
 from jaxtyping import Float, Int
 
+from mofi_jax.data import ops
 from mofi_jax.errors import BadInput
 
 # Files that are no evaluators.
@@ -175,13 +176,13 @@ def read_classes(path: epath.PathLike) -> dict[int, Class]:
     path = epath.Path(path)
     if not path.exists():
         raise BadInput(f"There is no class table at {path}: correct `classes` or leave it out.")
-    classes = {}
+    classes: dict[int, Class] = {}
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            rows = [{"class": number, "label": label} for number, label in json.loads(text).items()]
+            rows = ({"class": number, "label": label} for number, label in json.loads(text).items())
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = (json.loads(line) for line in text.splitlines() if line.strip())
         for row in rows:
             classes[int(row["class"])] = Class(str(row.get("id", "")), str(row["label"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -219,8 +220,11 @@ def embed_pictures(towers: Any, params: Any, pictures: PictureSet) -> Float[np.n
     def decode(i: int) -> np.ndarray:
         try:
             return towers.decode(pictures.read(i))
-        except BadInput as error:
-            raise BadInput(f"{pictures.names[i]} in {pictures.path}: {error}") from None
+        except ops.UndecodableImage as error:
+            raise BadInput(
+                f"{pictures.names[i]} in {pictures.path} cannot be decoded ({error.reason}): fetch "
+                "the picture set again, for scores are comparable on the whole of it only."
+            ) from None
 
     features = []
     bar = tqdm.tqdm(

@@ -1,7 +1,7 @@
 """The parameters of both towers under the names and in the layout of Hugging Face CLIPModel.
 
 Our parameterisation is CLIPModel's: a weight moves by transposing and reshaping alone, and the way
-there and back is exact to the bit. One table, `_weights`, serves both directions; its names are
+there and back is exact to the bit. One table, `weights`, serves both directions; its names are
 those of transformers' modeling_clip.py. This file knows nothing of files.
 """
 
@@ -19,7 +19,7 @@ ENTITY_TABLE = "entity_table"  # a parameter of ours that is no part of CLIPMode
 
 
 @dataclasses.dataclass(frozen=True)
-class _Weight:
+class Weight:
     """One parameter under both names.
 
     `name` has a {} for the layer number where our array is stacked over `layers`. `shape` is one
@@ -61,41 +61,41 @@ def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (int(np.prod(shape)),) if shape else ()
 
 
-def _weights(config: mofi.MofiConfig) -> Iterator[_Weight]:
+def weights(config: mofi.MofiConfig) -> Iterator[Weight]:
     """All parameters of both towers (names: transformers, modeling_clip.py)."""
     d, p = config.embed_dim, config.patch_size
     w, t = config.image.width, config.text.width
     positions = 1 + (config.image_size // p) ** 2
-    yield _Weight(("logit_scale",), "logit_scale", (), "plain")
+    yield Weight(("logit_scale",), "logit_scale", (), "plain")
 
     vision = "vision_model."
     name = vision + "embeddings."
-    yield _Weight(("image", "class_embedding"), name + "class_embedding", (w,), "plain")
+    yield Weight(("image", "class_embedding"), name + "class_embedding", (w,), "plain")
     path = ("image", "patch_embedding", "kernel")
-    yield _Weight(path, name + "patch_embedding.weight", (p, p, 3, w), "patches")
+    yield Weight(path, name + "patch_embedding.weight", (p, p, 3, w), "patches")
     path = ("image", "position_embedding")
-    yield _Weight(path, name + "position_embedding.weight", (positions, w), "plain")
+    yield Weight(path, name + "position_embedding.weight", (positions, w), "plain")
     yield from _norm(("image", "pre_norm"), vision + "pre_layrnorm", w)  # sic
     yield from _blocks("image", vision, config.image)
     yield from _norm(("image", "post_norm"), vision + "post_layernorm", w)
-    yield _Weight(("image", "projection", "kernel"), "visual_projection.weight", (w, d), "matrix")
+    yield Weight(("image", "projection", "kernel"), "visual_projection.weight", (w, d), "matrix")
 
     name = "text_model.embeddings."
     path, shape = ("text", "token_embedding"), (config.vocab_size, t)
-    yield _Weight(path, name + "token_embedding.weight", shape, "plain")
+    yield Weight(path, name + "token_embedding.weight", shape, "plain")
     path, shape = ("text", "position_embedding"), (config.context_length, t)
-    yield _Weight(path, name + "position_embedding.weight", shape, "plain")
+    yield Weight(path, name + "position_embedding.weight", shape, "plain")
     yield from _blocks("text", "text_model.", config.text)
     yield from _norm(("text", "final_norm"), "text_model.final_layer_norm", t)
-    yield _Weight(("text", "projection", "kernel"), "text_projection.weight", (t, d), "matrix")
+    yield Weight(("text", "projection", "kernel"), "text_projection.weight", (t, d), "matrix")
 
 
-def _norm(path: tuple[str, ...], name: str, w: int, layers: int | None = None) -> Iterator[_Weight]:
-    yield _Weight((*path, "scale"), name + ".weight", (w,), "plain", layers)
-    yield _Weight((*path, "bias"), name + ".bias", (w,), "plain", layers)
+def _norm(path: tuple[str, ...], name: str, w: int, layers: int | None = None) -> Iterator[Weight]:
+    yield Weight((*path, "scale"), name + ".weight", (w,), "plain", layers)
+    yield Weight((*path, "bias"), name + ".bias", (w,), "plain", layers)
 
 
-def _blocks(tower: str, prefix: str, config: mofi.TowerConfig) -> Iterator[_Weight]:
+def _blocks(tower: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight]:
     w, heads, n = config.width, config.heads, config.layers
     split = (heads, w // heads)
     path, name = (tower, "blocks"), prefix + "encoder.layers.{}."
@@ -111,8 +111,8 @@ def _blocks(tower: str, prefix: str, config: mofi.TowerConfig) -> Iterator[_Weig
     ):
         kernel = (*path, *ours, "kernel")
         shape = inputs + outputs
-        yield _Weight(kernel, name + theirs + ".weight", shape, "matrix", n, len(inputs))
-        yield _Weight((*path, *ours, "bias"), name + theirs + ".bias", outputs, "plain", n)
+        yield Weight(kernel, name + theirs + ".weight", shape, "matrix", n, len(inputs))
+        yield Weight((*path, *ours, "bias"), name + theirs + ".bias", outputs, "plain", n)
 
 
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
         )
     left = _flatten({k: v for k, v in params.items() if k != ENTITY_TABLE})
     state, problems = {}, []
-    for weight in _weights(config):
+    for weight in weights(config):
         array = left.pop(weight.path, None)
         shape = weight.shape if weight.layers is None else (weight.layers, *weight.shape)
         if array is None or tuple(array.shape) != shape:
@@ -162,7 +162,7 @@ def from_state_dict(
     left = {k: v for k, v in state.items() if not k.endswith(".position_ids")}
     params: dict[str, Any] = {}
     missing, misshapen = [], []
-    for weight in _weights(config):
+    for weight in weights(config):
         arrays = []
         for i in range(1 if weight.layers is None else weight.layers):
             name, shape = weight.name.format(i), weight.their_shape()

@@ -6,6 +6,7 @@ is needed in either direction.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -175,7 +176,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
         )
     config = clip_config.to_config(clip.config, clip.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors_numpy.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    _save(folder / WEIGHTS, state)
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "preprocessor_config.json",
@@ -186,7 +187,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     table = clip.params.get(clip_weights.ENTITY_TABLE)
     if table is not None and clip.entities is not None:
         rows = np.ascontiguousarray(np.asarray(table, np.float32)[: len(clip.entities)])
-        safetensors_numpy.save_file({clip_weights.ENTITY_TABLE: rows}, folder / ENTITY_TABLE_FILE)
+        _save(folder / ENTITY_TABLE_FILE, {clip_weights.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
     (folder / "README.md").write_text(model_card.text(clip))
 
@@ -241,6 +242,12 @@ def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
         f"{folder} has no weights in safetensors format ({WEIGHTS} or {INDEX}): save the model "
         "with safe_serialization=True."
     )
+
+
+def _save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    # transformers refuses a file that does not name its layout.
+    safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # safetensors makes it private to its owner
 
 
 def _load(path: epath.Path) -> dict[str, np.ndarray]:

@@ -17,9 +17,9 @@ tags:
 ---
 # Image and text embeddings trained with mofi_jax
 
-An image tower and a text tower with one shared embedding space, trained on noisy image-text pairs
-with entity supervision as in [MOFI: Learning Image Representations from Noisy Entity Annotated
-Images](https://arxiv.org/abs/2306.07952).
+An image tower and a text tower with one shared embedding space, for picture retrieval and for
+comparing pictures with text. The recipe is that of [MOFI: Learning Image Representations from Noisy
+Entity Annotated Images](https://arxiv.org/abs/2306.07952).
 
 | | image | text |
 |---|---|---|

@@ -147,8 +147,9 @@ def entity_softmax(
 ) -> base.LossSum:
     """Exact large-margin softmax over all entities; memory does not grow with their number.
 
-    Per device one block of logits (b x block_size fp32, about twice), the gathered embeddings and
-    an fp32 accumulator of their gradient are alive, beside the table shard and its gradient.
+    Per device a block of logits (b x block_size fp32; two copies, or four where XLA's CPU scheduler
+    trades memory for concurrency), the gathered embeddings and an fp32 accumulator of their
+    gradient are alive, beside the table shard and its gradient.
     8 * b * e * d FLOP for value and gradient, divided by the devices.  Collectives: all-gather of
     embeddings and labels, all-reduce of [b] vectors, reduce-scatter of the embeddings' gradient.
 
@@ -264,7 +265,6 @@ def _cosines(static, x, table, start, size):
 
 def _forward_shard(static, embeddings, table, ids, weights, scale):
     x, ids, weights = _gather(embeddings.astype(static.dtype)), _gather(ids), _gather(weights)
-    zeros = jnp.zeros(x.shape[0], jnp.float32)
 
     def body(carry, start, size):
         top, exp_sum, target_sum, best_label, best_other = carry
@@ -317,9 +317,8 @@ def _backward_shard(static, embeddings, table, ids, weights, scale, top, log_sum
         target = _targets(ids, weights, columns)
         cos = cos - static.margin * (target > 0)
         p = jnp.exp(scale * cos - top[:, None] - log_sum[:, None])
-        residual = d_total * (mass * p - target)
-        d_scale += jnp.sum(residual * cos, axis=1)
-        d_cos = (scale * residual).astype(static.dtype)
+        d_cos = (d_total * scale) * (mass * p - target)
+        d_scale += jnp.sum(d_cos * cos, axis=1)
         d_x += _dot("bc,cd->bd", d_cos, unit, static.dtype)
         d_unit = _dot("bc,bd->cd", d_cos, x, static.dtype)
         d_rows = factor * (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True))
@@ -336,7 +335,7 @@ def _backward_shard(static, embeddings, table, ids, weights, scale, top, log_sum
     d_x = lax.psum_scatter(d_x, partition.BATCH_AXES, scatter_dimension=0, tiled=True)
     if static.mesh.shape["tensor"] > 1:
         d_x = lax.psum(d_x, "tensor")
-    d_scale = lax.psum(jnp.sum(d_scale), partition.ALL_AXES)
+    d_scale = lax.psum(jnp.sum(d_scale), partition.ALL_AXES) / scale
     return d_x.astype(embeddings.dtype), d_table.astype(table.dtype), d_scale
 
 

@@ -90,9 +90,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """width -> 4 width -> width."""
 
-    def __init__(
-        self, width: int, *, activation: str, std: float, out_std: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, *, activation: str, std: float, out_std: float, rngs: nnx.Rngs):
         self.fc1 = Projection((width,), (4 * width,), std=std, use_bias=True, rngs=rngs)
         self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
         self.activation = activation

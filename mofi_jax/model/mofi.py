@@ -150,8 +150,8 @@ def create(
       towers: which towers to make; supervised training needs no text tower.
 
     Returns:
-      {"image": ..., "text": ..., "logit_scale": scalar}; the layout of each tower is
-      ``{"blocks": {...}, "projection": {"kernel": [w, d]}, ...}`` with block leaves stacked [L, ...].
+      {"image": ..., "text": ..., "logit_scale": scalar}; the leaves of each tower's "blocks" are
+      stacked along a leading layer axis.
     """
     params: Params = {}
     for name in towers:

@@ -108,8 +108,8 @@ def compare(folder: epath.Path, expected: Mapping[str, Any]) -> None:
                 problems.append(f"{item}/{name} is {saved[name]} there and {wanted[name]} here")
     if problems:
         raise BadInput(
-            f"The checkpoint {folder} belongs to another model ({'; '.join(problems)}): use its own "
-            "config, or another --workdir."
+            f"The checkpoint {folder} belongs to another model ({'; '.join(problems)}): use its "
+            "own config, or another --workdir."
         )
 
 

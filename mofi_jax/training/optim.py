@@ -1,8 +1,9 @@
 """The optimizer: AdamW for the towers, and the class table's own rule.
 
 The table's rows are normalised in the loss, so weight decay would only change its effective
-learning rate: it gets none.  Its learning rate and its gradient clip are its own, because millions of
-rows would otherwise dominate the global norm (UNICOM ``retrieval.py``, Partial FC ``train_v2.py``).
+learning rate: it gets none.  Its learning rate and its gradient clip are its own, because millions
+of rows would otherwise dominate the global norm (UNICOM ``retrieval.py``, Partial FC
+``train_v2.py``).
 """
 
 import re
@@ -43,8 +44,8 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     """Builds the update rule.
 
     Args:
-      config: ``config.optimizer``: learning_rate (peak), warmup (a duration), final_fraction, b1, b2,
-        eps, weight_decay (multiplied by the learning rate, as `optax.adamw` does), clip_norm,
+      config: ``config.optimizer``: learning_rate (peak), warmup (a duration), final_fraction, b1,
+        b2, eps, weight_decay (multiplied by the learning rate, as `optax.adamw` does), clip_norm,
         first_moment_dtype, and table = {learning_rate_multiplier, clip_norm}.
     """
     rate = schedule(config, clock)

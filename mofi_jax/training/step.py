@@ -1,4 +1,4 @@
-"""One jitted update from a dict of weighted task losses on one shared embedding (paper section 3)."""
+"""One jitted update: a dict of weighted task losses on one shared embedding (paper section 3)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,7 +60,11 @@ TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 
 
 def make_loss(
-    model: mofi.MofiConfig, losses: Mapping[str, Mapping[str, Any]], *, mesh: Mesh, num_entities: int
+    model: mofi.MofiConfig,
+    losses: Mapping[str, Mapping[str, Any]],
+    *,
+    mesh: Mesh,
+    num_entities: int,
 ) -> Callable[[Any, Batch], tuple[jax.Array, Metrics]]:
     """The weighted sum of the task losses as a function of (params, batch).
 

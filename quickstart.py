@@ -1,0 +1,323 @@
+"""The whole recipe on the bundled sample: noisy pairs in, retrieval score and exported model out.
+
+    make quickstart            everything, in runs/quickstart/
+    make compare               supervised and contrastive training on the same labels, beside it
+
+Each stage is one of the project's commands, printed as it runs, so that any of them can be copied
+and changed.  A stage whose product is there is not run again; delete a folder and only what is
+missing is made.  The figures end up in runs/quickstart/result.json, the report in index.html.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+OUT = "runs/quickstart"
+SAMPLE = "data_prep/sample"
+MODELS = ("contrastive_alt_text", "multitask")
+COMPARED = ("supervised_entities", "contrastive_entities")
+SETS = ("seen", "unseen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command and the file that exists once it has finished."""
+
+    name: str
+    says: str
+    product: str
+    command: tuple[str, ...]
+
+
+def train(name: str, arguments: str) -> tuple[str, ...]:
+    config = f"configs/quickstart.py:{arguments}"
+    return ("mofi_jax.train", "--config", config, "--workdir", f"{OUT}/{name}")
+
+
+def evaluate(model: str) -> tuple[str, ...]:
+    path = model if model == "raw_pixels" else f"{OUT}/{model}"
+    out = f"{OUT}/evaluation/{model}"
+    return (
+        "mofi_jax.evaluate",
+        "--config",
+        "configs/eval.py:sample",
+        "--model",
+        path,
+        "--out",
+        out,
+    )
+
+
+DATA = f"{OUT}/data"
+PREPARE = ("data_prep.build_i2e", "--workdir", DATA, "--config")
+STAGES = (
+    Stage(
+        "pairs",
+        "image-text pairs out of the tars, as a data set without labels",
+        "data/i2t/1.0.0/dataset_info.json",
+        (*PREPARE, "configs/i2e.py:sample,dataset=i2t"),
+    ),
+    Stage(
+        "contrastive_alt_text",
+        "a CLIP model trained on the raw captions: it will choose the labels",
+        "contrastive_alt_text/result.json",
+        train("contrastive_alt_text", "task=contrastive,data=i2t"),
+    ),
+    Stage(
+        "labels",
+        "entities found in the captions, chosen by that model, written as I2E shards",
+        "data/i2e/1.0.0/dataset_info.json",
+        (*PREPARE, "configs/i2e.py:sample", f"--config.clip={OUT}/contrastive_alt_text"),
+    ),
+    Stage(
+        "label_quality",
+        "the labels against the sample's truth, which nothing else reads",
+        "data/label_quality.json",
+        (
+            *("data_prep.label_quality", "--workdir", DATA),
+            *("--truth", f"{SAMPLE}/truth.jsonl.gz", "--classes", f"{SAMPLE}/classes.jsonl"),
+        ),
+    ),
+    Stage(
+        "multitask",
+        "MOFI: entity softmax and contrastive loss on one embedding",
+        "multitask/result.json",
+        train("multitask", "task=multitask"),
+    ),
+    Stage(
+        "evaluation",
+        "retrieval, entity and zero-shot scores, with galleries",
+        "evaluation/multitask/result.json",
+        evaluate("multitask"),
+    ),
+    Stage(
+        "baseline",
+        "the same retrieval by raw pixels",
+        "evaluation/raw_pixels/result.json",
+        evaluate("raw_pixels"),
+    ),
+    Stage(
+        "export",
+        "a folder that transformers.CLIPModel loads",
+        "export/result.json",
+        (
+            "mofi_jax.export",
+            "--model",
+            f"{OUT}/multitask",
+            "--format",
+            "hf",
+            "--out",
+            f"{OUT}/export",
+        ),
+    ),
+)
+COMPARE_STAGES = tuple(
+    Stage(
+        f"{task}_entities",
+        f"task={task} on the same I2E shards by the same config",
+        f"{task}_entities/result.json",
+        train(f"{task}_entities", f"task={task}"),
+    )
+    for task in ("supervised", "contrastive")
+)
+
+
+class Memory(threading.Thread):
+    """Samples the resident memory of this process and all below it; ``peak`` is in bytes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self._stop_asked.wait(0.2):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:  # it ended between the listing and the reading
+                    continue
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        self.join()
+
+
+def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Runs what is missing; returns per stage its seconds and peak memory, also of earlier runs.
+
+    A stage counts as done when its product exists and was made by the same command.
+    """
+    record = pathlib.Path(OUT) / "stages.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}: {stage.says}"
+        product = pathlib.Path(OUT) / stage.product
+        known = done.get(stage.name, {})
+        if product.exists() and known.get("command") == list(stage.command):
+            print(f"{title} (done)", flush=True)
+            continue
+        print(f"\n{title}\n    python -m {' '.join(stage.command)}", flush=True)
+        start, memory = time.monotonic(), Memory()
+        memory.start()
+        # The commands are meant to be run from the repository: modules, configs, the sample.
+        status = subprocess.run([sys.executable, "-m", *stage.command], check=False).returncode
+        memory.stop()
+        if status:
+            print(f"\nstage {stage.name} failed; the same command resumes there", file=sys.stderr)
+            sys.exit(status)
+        done[stage.name] = {
+            "command": list(stage.command),
+            # A stage that was interrupted before counts its time in full once, approximately.
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_rss_mb": round(memory.peak / 2**20),
+        }
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(done, indent=2) + "\n")
+        temporary.replace(record)
+    return {stage.name: done[stage.name] for stage in stages}
+
+
+def read(path: str) -> Any:
+    return json.loads((pathlib.Path(OUT) / path).read_text())
+
+
+def collect(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All figures of the quick start out of what the stages left behind."""
+    quality = read("data/label_quality.json")
+    retrieval = {"raw_pixels": scores_of(flatten(read("evaluation/raw_pixels/result.json")))}
+    curve = [json.loads(line) for line in lines(f"{OUT}/multitask/metrics.jsonl")]
+    # The first evaluation precedes the first step.
+    retrieval["untrained"] = scores_of(next(line for line in curve if "retrieval_seen/map" in line))
+    for name in (*MODELS[:1], *COMPARED, *MODELS[1:]):
+        if name in MODELS or name in stages:
+            retrieval[name] = scores_of(read(f"{name}/result.json")["scores"])
+    parity = read("export/result.json")
+    return {
+        "seconds": round(sum(stages[s.name]["seconds"] for s in STAGES), 1),
+        "peak_rss_mb": max(stages[s.name]["peak_rss_mb"] for s in STAGES),
+        "labels": {
+            name: {key: quality[name][key] for key in ("precision", "recall")}
+            for name in ("text_only", "selected")
+        },
+        "retrieval": retrieval,
+        "export": {"format": "hf", "max_abs_diff": parity["max_abs_diff"]},
+        "scores": flatten(read("evaluation/multitask/result.json")),
+        "stages": stages,
+    }
+
+
+def lines(path: str) -> list[str]:
+    return pathlib.Path(path).read_text().splitlines()
+
+
+def flatten(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation as {"evaluator/metric": value}."""
+    return {f"{e}/{m}": v for e, metrics in result["metrics"].items() for m, v in metrics.items()}
+
+
+def scores_of(scores: Mapping[str, float]) -> dict[str, float]:
+    """mAP of both sets by the GPR1200 protocol, and without the query among its own hits."""
+    row = {}
+    for name in SETS:
+        row[name] = round(scores[f"retrieval_{name}/map"], 4)
+        row[f"{name}_no_self"] = round(scores[f"retrieval_{name}/map_no_self"], 4)
+    return row
+
+
+ROWS = {
+    "raw_pixels": "raw pixels",
+    "untrained": "untrained tower",
+    "contrastive_alt_text": "contrastive, raw alt-text",
+    "supervised_entities": "supervised, chosen labels",
+    "contrastive_entities": "contrastive, chosen labels",
+    "multitask": "multi-task, chosen labels",
+}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What a person reads at the end."""
+    labels, wide = result["labels"], max(map(len, ROWS.values()))
+    text = [f"{'labels against the truth':<{wide}}  precision  recall"]
+    for key, name in (("text_only", "text alone, best prior"), ("selected", "chosen by CLIP")):
+        row = labels[key]
+        text.append(f"{name:<{wide}}  {row['precision']:9.3f}  {row['recall']:6.3f}")
+    text += ["", f"{'retrieval, mAP (GPR1200 protocol)':<{wide + 8}}  seen  unseen   without self"]
+    for key, name in ROWS.items():
+        if key in result["retrieval"]:
+            row = result["retrieval"][key]
+            text.append(
+                f"{name:<{wide}}  {row['seen']:12.3f}  {row['unseen']:6.3f}"
+                f"   {row['seen_no_self']:.3f}  {row['unseen_no_self']:.3f}"
+            )
+    return "\n".join(text)
+
+
+def shortfalls(result: Mapping[str, Any]) -> list[str]:
+    """What the figures do not show although the recipe is expected to: said, never hidden."""
+    found, rows, labels = [], result["retrieval"], result["labels"]
+    for name in SETS:
+        best = max(rows, key=lambda key: rows[key][name])
+        if best != "multitask":
+            found.append(
+                f"On {name} things {ROWS[best]} ({rows[best][name]:.3f}) is ahead of multi-task "
+                f"({rows['multitask'][name]:.3f})."
+            )
+    gain = rows["multitask"]["unseen"] - rows["raw_pixels"]["unseen"]
+    if gain < 0.1:
+        found.append(f"Multi-task is {100 * gain:.1f} points above raw pixels on unseen, not 10.")
+    gain = labels["selected"]["precision"] - labels["text_only"]["precision"]
+    if gain < 0.1:
+        found.append(f"The picture adds {100 * gain:.1f} points of precision, not 10.")
+    loss = labels["text_only"]["recall"] - labels["selected"]["recall"]
+    if loss > 0.1:
+        found.append(f"Choosing by the picture costs {100 * loss:.1f} points of recall.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--compare", action="store_true", help="also train each task alone on the chosen labels"
+    )
+    arguments = parser.parse_args()
+    os.chdir(pathlib.Path(__file__).resolve().parent)
+    start = time.monotonic()
+    compared = arguments.compare or all(
+        (pathlib.Path(OUT) / stage.product).exists() for stage in COMPARE_STAGES
+    )
+    stages = run_stages(STAGES + (COMPARE_STAGES if compared else ()))
+    result = collect(stages)
+    result["shortfalls"] = shortfalls(result)
+    (pathlib.Path(OUT) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (pathlib.Path(OUT) / "index.html").write_text(page(result), encoding="utf-8")
+    print(f"\n{table(result)}\n")
+    for sentence in result["shortfalls"]:
+        print(f"falls short: {sentence}")
+    print(
+        f"{result['seconds']:.0f} s of work ({time.monotonic() - start:.0f} s now), at most "
+        f"{result['peak_rss_mb']} MB of memory\n"
+        f"report     {OUT}/index.html\n"
+        f"data card  {DATA}/report/index.html\n"
+        f"model      {OUT}/export (largest difference {result['export']['max_abs_diff']:.1e})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Data preparation from end to end: bytes that depend on nothing but the input, and bad input."""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import i2e as i2e_config
+from data_prep import build_i2e, engine
+from mofi_jax import errors
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.interop import huggingface
+from mofi_jax.model import mofi
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAMPLE = ROOT / "data_prep/sample"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four tars of 25 pairs of the sample each, and pictures and captions that cannot be used."""
+    folder = tmp_path_factory.mktemp("in")
+    for shard in range(4):
+        with (
+            tarfile.open(SAMPLE / f"pairs/{shard:05d}.tar.gz") as source,
+            tarfile.open(folder / f"{shard:05d}.tar", "w") as target,
+        ):
+            for info in source.getmembers()[:75]:
+                target.addfile(info, source.extractfile(info))
+            for name, data in (
+                (f"bad{shard}.jpg", b"no picture"),
+                (f"bad{shard}.txt", b"a rose"),
+                (f"none{shard}.txt", b"a rose"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def make_config(folder, arguments="labels=text", **changes):
+    kb = SAMPLE / "knowledge_base.jsonl.gz"
+    config = i2e_config.get_config(f"folder={folder},kb={kb},{arguments}")
+    changes = {"min_images": 1, "shard_examples": 30, "vocab_size": 400, "workers": 1} | changes
+    config.update(changes)
+    return config
+
+
+def digests(workdir):
+    """The sha256 of everything that is written, but for what tells of this run alone."""
+    found = {}
+    for path in sorted(workdir.rglob("*")):
+        inside = path.relative_to(workdir)
+        told = path.suffix == ".json" and inside.parts[0] not in ("i2t", "i2e")
+        if path.is_file() and not told and not path.name.startswith("."):
+            found[str(inside)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):
+    """Labels by text with one worker."""
+    workdir = tmp_path_factory.mktemp("reference")
+    result = build_i2e.build(make_config(folder), str(workdir))
+    return workdir, result
+
+
+def test_the_data_set_opens_by_name_and_agrees_with_the_funnel(reference):
+    import tensorflow_datasets as tfds
+
+    workdir, result = reference
+    assert json.loads((workdir / "result.json").read_text()) == result
+    stages = result["stages"]
+    assert stages["pairs"]["pairs"] == 100
+    assert stages["pairs"]["rejected"] == 8
+    labelled = stages["labels_final"]["labelled"]
+    assert 80 <= labelled <= 100
+    assert stages["shards"]["records"] == labelled
+    source = tfds.data_source("i2e", data_dir=str(workdir), split="train")
+    assert len(source) == labelled
+    ids = [entity for record in source for entity in record["entity_ids"]]
+    assert set(ids) == set(range(stages["vocabulary"]["entities"]))
+    assert (workdir / "report/index.html").exists()
+
+
+def test_two_workers_write_the_same_bytes(reference, folder, tmp_path):
+    workdir, result = reference
+    again = build_i2e.build(make_config(folder, workers=2), str(tmp_path))
+    assert again["shards_sha256"] == result["shards_sha256"]
+    assert digests(tmp_path) == digests(workdir)
+
+
+def command(folder, workdir, arguments, *flags):
+    """The command line of `make_config`."""
+    kb = SAMPLE / "knowledge_base.jsonl.gz"
+    return [
+        *(sys.executable, "-m", "data_prep.build_i2e", f"--workdir={workdir}"),
+        f"--config=configs/i2e.py:folder={folder},kb={kb},{arguments}",
+        *("--config.min_images=1", "--config.shard_examples=30", "--config.vocab_size=400"),
+        *flags,
+    ]
+
+
+def kill_when(arguments, workdir, sign):
+    """Runs the command and kills it as soon as a file like `sign` is there."""
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not list(workdir.glob(sign)):
+            time.sleep(0.01)
+        assert process.poll() is None, "finished before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    assert not (workdir / "result.json").exists()
+
+
+def test_killed_and_started_again_it_ends_in_the_same_bytes(reference, folder, tmp_path):
+    workdir, _ = reference
+    arguments = command(folder, tmp_path, "labels=text", "--config.workers=2")
+    # While pairs are listed, while captions are linked, and while shards are written.
+    for sign in ("pairs/*.parquet", "links/*.parquet", "plan-i2e/*.parquet"):
+        kill_when(arguments, tmp_path, sign)
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
+    assert digests(tmp_path) == digests(workdir)
+
+
+def test_a_finished_folder_costs_no_heavy_import(reference, folder):
+    workdir, _ = reference
+    kb = SAMPLE / "knowledge_base.jsonl.gz"
+    code = (
+        "import sys; from configs import i2e; before = set(sys.modules);"
+        "from data_prep import build_i2e;"
+        f"c = i2e.get_config('folder={folder},kb={kb},labels=text');"
+        "c.update(dict(min_images=1, shard_examples=30, vocab_size=400, workers=1));"
+        f"build_i2e.build(c, {str(workdir)!r});"
+        "print(sorted({'jax', 'spacy', 'tensorflow_datasets', 'duckdb', 'pyarrow'}"
+        " & (set(sys.modules) - before)))"
+    )
+    before = digests(workdir)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+    assert "shard/s" not in done.stderr, "something was done again"
+    assert digests(workdir) == before
+
+
+def test_raw_pairs_are_all_there_and_without_labels(folder, tmp_path):
+    from mofi_jax.data import records
+
+    result = build_i2e.build(make_config(folder, "dataset=i2t"), str(tmp_path))
+    assert list(result["stages"]) == ["pairs", "shards"]
+    source = records.open_source(tmp_path, "i2t")
+    assert len(source) == 100
+    assert all(len(source[i]["entity_ids"]) == 0 for i in range(100))
+    assert not (tmp_path / "kb").exists()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP model of a few thousand random parameters, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = ["a drawing of a red rose", "an icon of a black cat", "clip art", "emoji", "sticker"]
+    tokenizer_lib.train_bpe(words, 300, folder / "bpe.json")
+    tokenizer = tokenizer_lib.Tokenizer(folder / "bpe.json", 12)
+    config = mofi.MofiConfig(
+        image_size=16,
+        patch_size=8,
+        image=mofi.TowerConfig(16, 1, 2),
+        text=mofi.TowerConfig(16, 1, 2),
+        vocab_size=tokenizer.vocab_size,
+        context_length=tokenizer.context_length,
+        eos_id=tokenizer.eos_id,
+        embed_dim=8,
+        dtype="float32",
+    )
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    preprocess = "decode|resize_short(16)|center_crop(16)"
+    huggingface.write(folder / "hf", huggingface.Clip(config, params, tokenizer, None, preprocess))
+    return folder / "hf"
+
+
+def test_labels_by_clip_are_the_same_bytes_for_two_workers_and_after_a_kill(folder, clip, tmp_path):
+    # Both as commands: the tests' own process simulates 8 devices, which split a batch otherwise
+    # and so round its last bits otherwise.
+    whole = tmp_path / "whole"
+    arguments = ("labels=clip", f"--config.clip={clip}")
+    run = command(folder, whole, *arguments, "--config.workers=1")
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    stages = json.loads((whole / "result.json").read_text())["stages"]
+    assert 0 < stages["labels"]["labelled"] < stages["links"]["linked"]
+    assert stages["shards"]["records"] == stages["labels_final"]["labelled"]
+
+    work = tmp_path / "killed"
+    run = command(folder, work, *arguments, "--config.workers=2")
+    kill_when(run, work, "scores/00001.parquet")
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    assert digests(work) == digests(whole)
+
+    # Another threshold: no picture is read again.
+    scored = engine.sha256(work / "scores/00000.json"), os.stat(work / "scores/00000.npy").st_mtime
+    config = make_config(folder, "labels=clip", clip=str(clip), max_labels=1, min_fit=0.5)
+    stricter = build_i2e.build(config, str(work))["stages"]
+    assert stricter["labels"]["labelled"] < stages["labels"]["labelled"]
+    again = engine.sha256(work / "scores/00000.json"), os.stat(work / "scores/00000.npy").st_mtime
+    assert again == scored
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def fails(config, tmp_path):
+    with pytest.raises(errors.BadInput) as caught:
+        build_i2e.build(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists(), "bad input writes nothing"
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("dataset", "i3e", "choose i2e or i2t"),
+        ("labels", "guess", "choose clip or text"),
+        ("workers", 0, "give at least 1"),
+        ("jpeg_quality", 101, "give 1 to 100"),
+        ("shard_examples", 0, "give at least 1"),
+        ("max_candidates", 0, "give at least 1"),
+        ("pairs", "/nowhere", "does not exist: name a folder"),
+        ("knowledge_base", "/nowhere.jsonl", "does not exist: name a"),
+        ("knowledge_base", "", "write kb=PATH"),
+    ],
+)
+def test_values_that_cannot_be_used_are_told(folder, tmp_path, key, value, words):
+    message = fails(make_config(folder, **{key: value}), tmp_path)
+    assert key in message
+    assert words in message
+
+
+def test_clip_labels_need_a_model_and_a_template(folder, tmp_path):
+    config = make_config(folder, "labels=clip")
+    assert "config.clip=None cannot be used: name the folder" in fails(config, tmp_path)
+    config.clip = str(tmp_path)
+    config.template = "{title}"
+    assert "config.template='{title}' cannot be used" in fails(config, tmp_path)
+
+
+def test_the_command_tells_bad_input_in_one_line(tmp_path):
+    def run(*arguments):
+        line = [sys.executable, "-m", "data_prep.build_i2e", *arguments]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    workdir = f"--workdir={tmp_path / 'w'}"
+    line = run("--config=configs/i2e.py:sample", workdir, "--config.no_such_key=1")
+    assert "no_such_key" in line
+    assert "labls" in run("--config=configs/i2e.py:sample,labls=text", workdir)
+    assert "takes either" in run("--config=configs/i2e.py:labels=text", workdir)
+    line = run("--config=configs/i2e.py:folder=/nowhere,kb=x", workdir)
+    assert "/nowhere does not exist" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_every_key_of_the_configuration_is_read():
+    text = "".join(path.read_text() for path in (ROOT / "data_prep").glob("*.py"))
+    for key in i2e_config.get_config("sample"):
+        assert f"config.{key}" in text or f'"{key}"' in text or f"    {key}: " in text, key

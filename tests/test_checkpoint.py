@@ -1,0 +1,89 @@
+"""State and position as one thing: exact, onto any mesh, mismatches named."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mofi_jax.errors import BadInput
+from mofi_jax.model import mofi
+from mofi_jax.training import checkpoint, state
+
+
+def initialiser(width=8, rows=16, tx=None):
+    config = mofi.MofiConfig(
+        image_size=16,
+        patch_size=8,
+        image=mofi.TowerConfig(width, 1, 2),
+        text=mofi.TowerConfig(8, 1, 2),
+        vocab_size=20,
+        context_length=4,
+        eos_id=19,
+        embed_dim=8,
+    )
+    tx = tx or optax.adam(1e-3)
+    return state.initialiser(config, tx, tasks=("entity", "contrastive"), table_rows=rows)
+
+
+POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5)
+
+
+@pytest.fixture
+def saved(tmp_path, meshes):
+    train_state, _ = state.create(initialiser(), 5, meshes["2x2x2"])
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+    checkpointer.save(20, train_state, POSITION)
+    checkpointer.wait()
+    yield checkpointer, train_state, tmp_path
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
+def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
+    checkpointer, train_state, _ = saved
+    structs, shardings = state.abstract(initialiser(), meshes[mesh])
+    restored, position = checkpointer.restore(20, structs)
+    assert position == POSITION
+    assert jax.tree.structure(restored) == jax.tree.structure(train_state)
+    jax.tree.map(np.testing.assert_array_equal, train_state, restored)
+    placed = jax.tree.map(lambda array, sharding: array.sharding == sharding, restored, shardings)
+    assert all(jax.tree.leaves(placed))
+
+
+def test_params_alone(saved):
+    _, train_state, folder = saved
+    params = checkpoint.restore_params(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, train_state.params)
+
+
+def test_latest_step_and_keep(saved):
+    checkpointer, train_state, _ = saved
+    for step in (30, 40):
+        checkpointer.save(step, train_state, POSITION)
+    checkpointer.wait()
+    assert checkpointer.latest_step() == 40
+    kept = [p.name for p in checkpointer.folder.iterdir() if p.name.isdigit()]
+    assert sorted(kept) == ["30", "40"]
+
+
+def test_every_mismatch_is_named_at_once(saved, meshes):
+    checkpointer, _, _ = saved
+    structs, _ = state.abstract(initialiser(width=16, rows=24), meshes["1x1x1"])
+    with pytest.raises(BadInput) as caught:
+        checkpointer.restore(20, structs)
+    for name in ("params/image/class_embedding is (8,) there and (16,) here", "entity_table"):
+        assert name in str(caught.value)
+
+
+def test_missing_and_left_over_arrays_are_named(saved, meshes):
+    checkpointer, _, _ = saved
+    structs, _ = state.abstract(initialiser(tx=optax.sgd(1e-3, momentum=0.9)), meshes["1x1x1"])
+    with pytest.raises(
+        BadInput, match=r"nu/.*is not in the model.*trace/.*is not in the checkpoint"
+    ):
+        checkpointer.restore(20, structs)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(BadInput, match="There is no checkpoint in"):
+        checkpoint.restore_params(tmp_path)

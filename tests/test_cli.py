@@ -1,0 +1,43 @@
+"""Every main's command line: bad input is one sentence on stderr, exit code 2, nothing written."""
+
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+REPOSITORY = epath.Path(__file__).parent.parent
+TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ((*TRAIN, "--config.nokey=3"), "The config has no key 'nokey'"),
+        ((*TRAIN, "--config.data.nokey=3"), "The config has no key 'nokey'"),
+        ((*TRAIN, "--config.batch_size=many"), "--config.batch_size=many"),
+        ((*TRAIN, "--config.losses.entity.margin=2.0"), "config.losses.entity.margin must be"),
+        ((*TRAIN, "--config.data.dir=no/where"), "There is no data set 'i2e' in no/where"),
+        ((*TRAIN, "--config.data.dir=gs://x"), "copy the data set to a local disk"),
+        ((*TRAIN, "stray"), "Unexpected argument 'stray'"),
+        (("mofi_jax.train", "--config", "configs/none.py"), "no config file 'configs/none.py'"),
+        (("mofi_jax.train", "--config", "configs/quickstart.py:task=x"), "Unknown task 'x'"),
+        (("mofi_jax.train", "--config", "configs/quickstart.py:size=3"), "config argument 'size'"),
+        (("mofi_jax.train",), "--config is missing"),
+    ],
+)
+def test_one_sentence(command, sentence, tmp_path):
+    workdir = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", *command, f"--workdir={workdir}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
+    assert "Traceback" not in done.stderr
+    assert not workdir.exists()

@@ -1,0 +1,139 @@
+"""Configs: every variant and task builds, every key is read, arguments are typed."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import common, i2e, mofi, quickstart
+from configs import eval as eval_config
+from mofi_jax import partition
+from mofi_jax.errors import BadInput
+from mofi_jax.training import cadence, optim, state, step
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("task", common.TASKS)
+@pytest.mark.parametrize("variant", ["B/16", "L/14", "H/14"])
+def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
+    """Shapes of state, batch and one update, on eight devices, without a single array."""
+    mesh = meshes["2x2x2"]
+    config = mofi.get_config(f"task={task},variant={variant},res=224")
+    common.validate(config)
+    model = common.model_config(
+        config.model, vocab_size=common.NOMINAL_VOCAB_SIZE, eos_id=common.NOMINAL_VOCAB_SIZE - 1
+    )
+    clock = cadence.make_clock(
+        config.total, batch_size=config.batch_size, examples_per_epoch=1_000_000_000
+    )
+    assert clock.total_steps == 439_087
+    tx = optim.make(config.optimizer, clock)
+    entities = 2_000_003
+    init = state.initialiser(
+        model, tx, tasks=tuple(config.losses), table_rows=partition.padded_rows(entities, mesh)
+    )
+    structs, _ = state.abstract(init, mesh)
+    loss = step.make_loss(model, config.losses.to_dict(), mesh=mesh, num_entities=entities)
+    b, k, t = 64, config.data.max_labels, config.model.context_length
+    batch = {
+        "image": jax.ShapeDtypeStruct((b, 224, 224, 3), "uint8"),
+        "tokens": jax.ShapeDtypeStruct((b, t), "int32"),
+        "text_group": jax.ShapeDtypeStruct((b,), "int32"),
+        "text_valid": jax.ShapeDtypeStruct((b,), "bool"),
+        "entity_ids": jax.ShapeDtypeStruct((b, k), "int32"),
+        "entity_weights": jax.ShapeDtypeStruct((b, k), "float32"),
+    }
+    value, metrics = jax.eval_shape(loss, structs.params, batch)
+    assert value.shape == ()
+    assert {f"loss_{name}" for name in config.losses} <= metrics.keys()
+    # Nothing wide may be whole on every device.
+    for path, leaf in jax.tree_util.tree_flatten_with_path(structs.params)[0]:
+        name = partition.path_name(path)
+        if leaf.size > 4e6 and "token_embedding" not in name:
+            assert not leaf.sharding.is_fully_replicated, name
+
+
+def test_defaults_are_the_cited_ones():
+    config = mofi.get_config()
+    assert (config.batch_size, config.optimizer.learning_rate) == (32_768, 5e-4)
+    assert (config.losses.entity.scale, config.losses.entity.margin) == (32.0, 0.3)
+    assert config.losses.entity.weight == config.losses.contrastive.weight == 0.5
+
+
+def keys_of(config, prefix=""):
+    for name, value in config.items():
+        yield name
+        if hasattr(value, "items"):
+            yield from keys_of(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        (quickstart.get_config("task=multitask"), ("mofi_jax", "configs/common.py")),
+        (i2e.get_config("sample"), ("data_prep",)),
+        (eval_config.get_config("sample"), ("mofi_jax",)),
+    ],
+)
+def test_every_key_is_read_somewhere(config, where):
+    """A key nobody reads is a promise nobody keeps."""
+    files = []
+    for place in where:
+        path = REPOSITORY / place
+        files += list(path.rglob("*.py")) if path.is_dir() else [path]
+    code = "\n".join(f.read_text() for f in files)
+    instances = set(config.get("evaluators", {})) | set(config.get("losses", {}))
+    for name in set(keys_of(config)) - instances:
+        assert re.search(rf"\b{name}\b", code), f"config key {name} is read nowhere in {where}"
+
+
+def test_quickstart_differs_from_mofi_in_values_alone():
+    big, small = mofi.get_config("task=multitask"), quickstart.get_config("task=multitask")
+    big.evaluators, small.evaluators = {}, {}
+    assert set(keys_of(big)) == set(keys_of(small))
+
+
+def test_parse_arg_types():
+    arg = common.parse_arg("task=x,res=384,lr=1,flag", task="", res=224, lr=0.5, flag=False)
+    assert (arg.task, arg.res, arg.lr, arg.flag) == ("x", 384, 1.0, True)
+
+
+@pytest.mark.parametrize("text", ["unknown=1", "res=abc", "res=1.5", "flag=3"])
+def test_parse_arg_refuses(text):
+    with pytest.raises(BadInput):
+        common.parse_arg(text, res=224, flag=False)
+
+
+@given(st.text(max_size=30))
+def test_parse_arg_never_fails_otherwise(text):
+    message = ""
+    try:
+        arg = common.parse_arg(text, task="a", res=1, flag=False)
+        assert isinstance(arg.res, int)
+    except BadInput as error:
+        message = str(error)
+    assert message == "" or "onfig argument" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("batch_size", 0), ("data.max_labels", 0), ("losses.entity.scale", 0.0), ("losses", {})],
+)
+def test_validate_names_the_key(key, value):
+    config = quickstart.get_config("task=multitask")
+    with config.unlocked():
+        if key == "losses":
+            config.losses = value
+        else:
+            config.update_from_flattened_dict({key: value})
+    with pytest.raises(BadInput, match=f"config.{key} must be"):
+        common.validate(config)
+
+
+def test_unknown_variant():
+    with pytest.raises(BadInput, match="Unknown variant 'B/32': choose from B/16"):
+        mofi.get_config("variant=B/32")

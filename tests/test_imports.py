@@ -1,0 +1,107 @@
+"""What imports what: floors of the house, no TensorFlow, no jax where workers run."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+PACKAGES = ("mofi_jax", "data_prep", "configs")
+MODULES = sorted(
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    for package in PACKAGES
+    for path in (REPOSITORY / package).rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+# From the ground up; a room uses only what lies below it.
+FLOORS = (
+    ("errors",),
+    ("partition", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
+    ("model",),
+    ("losses",),
+    ("data.pipeline",),
+    ("interop",),
+    ("training",),
+    ("inference",),
+    ("evaluators",),
+    ("train", "evaluate", "export"),
+)
+
+
+def floor(module):
+    name = module.removeprefix("mofi_jax.")
+    [level] = [
+        i for i, names in enumerate(FLOORS) for n in names if name == n or name.startswith(f"{n}.")
+    ]
+    return level
+
+
+def imported(module):
+    tree = ast.parse((REPOSITORY / (module.replace(".", "/") + ".py")).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("mofi_jax.")])
+def test_a_room_uses_only_what_lies_below(module):
+    for name in imported(module):
+        assert not name.startswith("data_prep"), f"{module} imports {name}"
+        known = next((m for m in MODULES if name == m or name.startswith(f"{m}.")), None)
+        if known and known.startswith("mofi_jax.") and known != module:
+            assert floor(known) <= floor(module), f"{module} imports {known}"
+
+
+def test_no_foreign_framework_and_no_private_module():
+    for module in MODULES:
+        for name in imported(module):
+            # export.py asks whether torch and transformers are there, and compares if so.
+            allowed = ("torch", "transformers") if module == "mofi_jax.export" else ()
+            root = name.partition(".")[0]
+            assert root not in {"tensorflow", "torch", "transformers"} - set(allowed), module
+            assert "orbax.checkpoint._src" not in name, module
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+
+def test_import_every_module_without_tensorflow_or_torch():
+    code = f"""
+import importlib, sys
+for name in {MODULES}:
+    importlib.import_module(name)
+assert not {{"tensorflow", "torch", "transformers"}} & set(sys.modules)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_of_the_step_needs_no_data_libraries():
+    """model/, losses/, training/ run on a machine that has jax, flax, optax and orbax alone."""
+    code = """
+import sys
+from mofi_jax.training import cadence, optim, state, step
+from mofi_jax.losses import contrastive, entity
+heavy = {"grain", "tensorflow_datasets", "array_record", "spacy", "duckdb", "pyarrow", "cv2"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_of_data_workers_leaves_jax_alone():
+    code = """
+import sys
+from mofi_jax.data import ops, records, tokenizer
+assert "jax" not in sys.modules
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,141 @@
+"""Linking: mentions of three kinds, all candidates, deterministic shards, the sample's recall."""
+
+import gzip
+import json
+import pathlib
+
+import ml_collections
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import engine, knowledge_base, linking
+
+SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
+
+ROWS = [
+    {"id": "n1", "label": "rose", "aliases": ["rosebush"], "sense_rank": [1, 1]},
+    {"id": "n2", "label": "rosé", "aliases": ["rose"], "sense_rank": [1, 3]},
+    {"id": "n3", "label": "alarm clock"},
+    {"id": "n4", "label": "Barack Obama"},
+    {"id": "n5", "label": "clip art"},
+]
+
+
+@pytest.fixture(scope="module")
+def kb(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kb")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    knowledge_base.build(folder / "rows.jsonl", folder / "kb")
+    return knowledge_base.KnowledgeBase(folder / "kb")
+
+
+def link(kb, text, top=10):
+    ((mentions, candidates),) = linking.link([text], kb, top)
+    return mentions, candidates
+
+
+def test_mentions_of_all_kinds_with_their_places(kb):
+    text = "Barack Obama's cute rose clip art by Angela Merkel in Berlin"
+    mentions, candidates = link(kb, text)
+    for mention in mentions:
+        assert text[mention["start"] : mention["end"]] == mention["surface"]
+    kinds = {mention["surface"]: mention["kind"] for mention in mentions}
+    assert kinds["Barack Obama"] == "gazetteer"
+    assert kinds["rose"] == "gazetteer"
+    assert kinds["clip art"] == "gazetteer"
+    assert kinds["Angela Merkel"] == "ner"  # not in the knowledge base, kept as a mention
+    assert kinds["Berlin"] == "ner"
+    spans = [(mention["start"], mention["end"]) for mention in mentions]
+    assert spans == sorted(set(spans))
+    assert {candidate["entity"] for candidate in candidates} == {0, 1, 3, 4}
+
+
+def test_all_candidates_of_an_ambiguous_name_are_kept_most_likely_first(kb):
+    mentions, candidates = link(kb, "a rose")
+    assert [m["surface"] for m in mentions] == ["rose"]
+    assert [(c["mention"], c["entity"]) for c in candidates] == [(0, 0), (0, 1)]
+    assert [c["prior"] for c in candidates] == pytest.approx([0.75, 0.25])
+    assert [c["entity"] for c in link(kb, "a rose", top=1)[1]] == [0]
+
+
+def test_noun_chunks_lose_their_articles_and_gazetteer_names_win(kb):
+    mentions, _ = link(kb, "a photo of the wooden bridge near the alarm clock")
+    kinds = {mention["surface"]: mention["kind"] for mention in mentions}
+    assert kinds["wooden bridge"] == "noun_chunk"
+    assert kinds["alarm clock"] == "gazetteer"
+    assert "the wooden bridge" not in kinds
+
+
+@pytest.mark.parametrize(
+    "text", ["#alarmclock", "#AlarmClock", "alarm_clock_12.svg", "ALARM CLOCKS"]
+)
+def test_hashtags_file_names_and_plurals_link(kb, text):
+    _, candidates = link(kb, text)
+    assert {candidate["entity"] for candidate in candidates} == {2}
+
+
+@pytest.mark.parametrize("text", ["", "...", "!!! 123 ___", "\U0001f600", "the", "a " * 300])
+def test_texts_without_names_have_no_candidates(kb, text):
+    mentions, candidates = link(kb, text)
+    assert candidates == []
+    assert all(mention["end"] > mention["start"] for mention in mentions)
+
+
+def test_a_text_is_linked_the_same_in_any_company(kb):
+    texts = ["a rose", "Barack Obama visits Paris", "alarm clock drawing", "a rose in Paris"] * 80
+    together = list(linking.link(texts, kb, 10))
+    assert together[:4] == [link_one for text in texts[:4] for link_one in [link(kb, text)]]
+    assert together[4:8] == together[:4]
+
+
+def work_folder(folder, texts_of_shards):
+    (folder / "rows.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    knowledge_base.build(folder / "rows.jsonl", folder / "kb")
+    (folder / "pairs").mkdir()
+    for shard, texts in enumerate(texts_of_shards):
+        keys = [f"{shard}-{number}" for number in range(len(texts))]
+        table = pa.table({"key": pa.array(keys), "text": pa.array(texts, pa.string())})
+        pq.write_table(table, folder / f"pairs/{shard:05d}.parquet")
+    return folder
+
+
+def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
+    shards = [["a rose", "nothing", "a rose"], ["alarm clock"], []]
+    digests = []
+    for workers in (1, 2):
+        folder = work_folder(tmp_path / f"w{workers}", shards)
+        config = ml_collections.ConfigDict({"max_candidates": 10, "workers": workers})
+        manifests = linking.run(config, folder)
+        digests.append([output["sha256"] for m in manifests for output in m["outputs"]])
+    assert digests[0] == digests[1]
+    counts = engine.total_counts(manifests)
+    assert (counts["texts"], counts["linked"]) == (4, 3)
+    rows = pq.read_table(folder / "links/00000.parquet").to_pylist()
+    assert [row["key"] for row in rows] == ["0-0", "0-1", "0-2"]
+    assert rows[0]["mentions"] == rows[2]["mentions"]
+    assert rows[0]["mentions"][0]["surface"] == "rose"
+    assert pq.read_table(folder / "links/00002.parquet").num_rows == 0
+    schema = pq.read_schema(folder / "links/00002.parquet")
+    assert schema.field("candidates").type == linking.candidates_type()
+
+
+def test_the_sample_captions_that_name_their_entity_have_it_among_the_candidates(tmp_path):
+    knowledge_base.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb")
+    kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
+    qids = knowledge_base.read_entities(tmp_path / "kb")["qid"].to_pylist()
+    classes = {}
+    for line in (SAMPLE / "classes.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        classes[row["class"]] = row["id"]
+    with gzip.open(SAMPLE / "truth.jsonl.gz", "rt") as file:
+        truth = [json.loads(line) for line in file]
+    named = [row for row in truth if classes[row["class"]] in row["says"]]
+    assert len(named) > 1300
+    hits = 0
+    for row in named:
+        forms = [match.form for match in kb.scan(row["caption"])]
+        entities = {qids[entity] for form in forms for entity, _ in kb.candidates(form, 10)}
+        hits += classes[row["class"]] in entities
+    assert hits / len(named) > 0.99

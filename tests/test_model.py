@@ -1,0 +1,147 @@
+"""Both towers: published sizes, arithmetic that does not depend on scan, remat or padding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mofi_jax.errors import BadInput
+from mofi_jax.model import layers, mofi
+
+CONFIG = mofi.MofiConfig(
+    image_size=16,
+    patch_size=8,
+    image=mofi.TowerConfig(16, 3, 2),
+    text=mofi.TowerConfig(16, 2, 4),
+    vocab_size=50,
+    context_length=8,
+    eos_id=49,
+    embed_dim=12,
+    dtype="float32",
+)
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8))
+TOKENS = jnp.array([[47, 3, 4, 49, 48, 48, 48, 48], [47, 49, 48, 48, 48, 48, 48, 48]], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return mofi.create(CONFIG, jax.random.key(0))
+
+
+# apple/ml-mofi README, millions of parameters without projections.
+@pytest.mark.parametrize(
+    ("variant", "image", "text"), [("B/16", 86, 64), ("L/14", 303, 124), ("H/14", 631, 354)]
+)
+def test_released_sizes(variant, image, text):
+    config = mofi.MofiConfig(
+        image_size=224,
+        vocab_size=50_272,
+        context_length=77,
+        eos_id=50_271,
+        **mofi.VARIANTS[variant],
+    )
+    for tower, millions in (("image", image), ("text", text)):
+        count = mofi.parameter_count(config, tower, with_projection=False)
+        assert round(count / 1e6) == millions
+
+
+def test_embeddings_are_unit_vectors_in_float32(params):
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(CONFIG, dtype=dtype)
+        for embeddings in (
+            mofi.embed_images(config, params, IMAGES),
+            mofi.embed_texts(config, params, TOKENS),
+        ):
+            assert embeddings.dtype == jnp.float32
+            np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=-1), 1, rtol=1e-5)
+
+
+def test_bfloat16_stays_near_float32(params):
+    low = mofi.embed_images(dataclasses.replace(CONFIG, dtype="bfloat16"), params, IMAGES)
+    high = mofi.embed_images(CONFIG, params, IMAGES)
+    assert (low * high).sum(-1).min() > 0.999
+
+
+def test_scan_equals_a_plain_loop(params):
+    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(stack)
+    expected = x
+    for i in range(3):
+        expected = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(expected, None)
+    np.testing.assert_allclose(layers.run_stack(stack, x, None, remat="none"), expected, atol=1e-6)
+
+
+def test_layers_of_a_stack_differ():
+    stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    kernel = stack.mlp.fc1.kernel[...]
+    assert kernel.shape == (3, 16, 64)
+    assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_remat_changes_no_number(params):
+    def loss(params, remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        z = mofi.embed_images(config, params, IMAGES)
+        return (z * jnp.arange(12.0)).sum()
+
+    plain, full = (jax.grad(loss)(params, remat) for remat in ("none", "full"))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_follows_the_end_of_text_changes_nothing(params):
+    other = TOKENS.at[0, 4:].set(7)
+    np.testing.assert_allclose(
+        mofi.embed_texts(CONFIG, params, TOKENS), mofi.embed_texts(CONFIG, params, other), atol=1e-6
+    )
+    other = other.at[0, 1].set(9)
+    assert (
+        jnp.abs(
+            mofi.embed_texts(CONFIG, params, TOKENS)[0] - mofi.embed_texts(CONFIG, params, other)[0]
+        ).max()
+        > 1e-3
+    )
+
+
+def test_text_tower_is_causal(params):
+    """Gradients of the pooled token reach no later position."""
+
+    def first(embedding):
+        changed = {**params["text"], "position_embedding": embedding}
+        return mofi.embed_texts(CONFIG, {"text": changed}, TOKENS[:1])[0, 0]
+
+    gradient = jax.grad(first)(params["text"]["position_embedding"])
+    assert jnp.abs(gradient[:4]).min(-1).max() > 0
+    np.testing.assert_array_equal(gradient[4:], 0)
+
+
+def test_temperature_is_capped(params):
+    assert mofi.logit_scale(params) == pytest.approx(1 / 0.07)
+    assert mofi.logit_scale({"logit_scale": jnp.float32(9.0)}) == 100
+
+
+def test_config_round_trip():
+    assert mofi.MofiConfig.from_dict(CONFIG.to_dict()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"image_size": 20}, "not a multiple of patch_size 8"),
+        ({"activation": "relu"}, "config.model.activation='relu' is unknown"),
+        ({"dtype": "float16"}, "config.model.dtype='float16'"),
+        ({"image": mofi.TowerConfig(16, 2, 3)}, "does not divide into 3 heads"),
+    ],
+)
+def test_impossible_configs(changes, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_missing_tower_is_told(params):
+    with pytest.raises(BadInput, match="has no text tower"):
+        mofi.embed_texts(CONFIG, {"image": params["image"]}, TOKENS)

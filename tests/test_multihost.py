@@ -1,0 +1,90 @@
+"""Two real processes with four devices each follow the curve of one process with one device."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from etils import epath
+
+from mofi_jax import telemetry, train
+from mofi_jax.data import ops
+from mofi_jax.training import checkpoint
+from tests import datasets
+
+REPOSITORY = epath.Path(__file__).parent.parent
+
+SCRIPT = """
+    import sys
+    import jax
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()
+    data, workdir, pictures, steps, process, port = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    start = jax.distributed.initialize
+    jax.distributed.initialize = lambda: start(
+        f"localhost:{port}", num_processes=2, process_id=int(process)
+    )
+    from mofi_jax import train
+    from tests import datasets
+    config = datasets.tiny_config(data, steps=int(steps))
+    config.distributed = True
+    config.evaluators = {"mine": {"kind": "retrieval", "images": pictures, "every": "4 steps"}}
+    train.main(config, workdir)
+"""
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def run_two(data, workdir, pictures, steps):
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-c", textwrap.dedent(SCRIPT), str(data), str(workdir)),
+                *(str(pictures), str(steps), str(process), str(port)),
+            ],
+            cwd=REPOSITORY,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch, meshes):
+    data, pictures = tmp_path / "data", tmp_path / "pictures"
+    datasets.write(data)
+    pictures.mkdir()
+    for entity in range(3):
+        for i in range(3):
+            picture = ops.encode_jpeg(datasets.drawing(entity, 50 + i), 95)
+            (pictures / f"{entity}_{i}.jpg").write_bytes(picture)
+    # Four steps in two processes, then a host count of one finishes the run.
+    run_two(data, tmp_path / "two", pictures, 4)
+    monkeypatch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+    config = datasets.tiny_config(data, steps=4)
+    config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "4 steps"}}
+    train.main(config, str(tmp_path / "one"))
+    two, one = (telemetry.read_metrics(tmp_path / name) for name in ("two", "one"))
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for a, b in zip(two, one, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    # The table of the run on eight devices is padded to 8 rows, that of one device is not.
+    rows = checkpoint.restore_params(tmp_path / "one")["entity_table"].shape[0]
+    a, b = (checkpoint.restore_params(tmp_path / n)["entity_table"][:rows] for n in ("two", "one"))
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,156 @@
+"""Picture operations: strict decoding of real files, the mini-language, augmentation by seed."""
+
+import io
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mofi_jax.data import ops
+from mofi_jax.errors import BadInput
+
+
+def gradient(height=20, width=30):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 8, y * 12, 255 - x * 8], -1).astype(np.uint8)
+
+
+def saved(picture, kind, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF"])
+def test_lossless_formats_decode_exactly(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(Image.fromarray(gradient()), kind, **options)
+    np.testing.assert_array_equal(ops.decode_rgb(data), gradient())
+
+
+def test_grey_palette_gif_and_cmyk_become_rgb():
+    picture = Image.fromarray(gradient())
+    grey = ops.decode_rgb(saved(picture.convert("L"), "JPEG", quality=95))
+    assert grey.shape == (20, 30, 3)
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+    palette = ops.decode_rgb(saved(picture.convert("P"), "PNG"))
+    assert np.abs(palette.astype(int) - gradient()).mean() < 20
+    gif = ops.decode_rgb(saved(picture.convert("P"), "GIF"))
+    np.testing.assert_array_equal(gif, palette)
+    cmyk = ops.decode_rgb(saved(picture.convert("CMYK"), "JPEG", quality=98))
+    assert np.abs(cmyk.astype(int) - gradient()).mean() < 6
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    values = (np.arange(600).reshape(20, 30) * 100).astype(np.uint16)
+    rgb = ops.decode_rgb(saved(Image.fromarray(values), "PNG"))
+    np.testing.assert_array_equal(rgb[..., 1], values >> 8)
+
+
+def test_alpha_lies_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2, :, 3] = 255
+    rgb = ops.decode_rgb(saved(Image.fromarray(rgba), "PNG"))
+    assert (rgb[:2] == 0).all()
+    assert (rgb[2:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_truncated_pictures_are_refused(kind):
+    data = saved(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), kind
+    )
+    with pytest.raises(ops.UndecodableImage) as caught:
+        ops.decode_rgb(data[: len(data) // 2])
+    assert caught.value.reason == "truncated"
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused_with_a_reason(data):
+    with pytest.raises(ops.UndecodableImage) as caught:
+        ops.decode_rgb(data)
+    assert caught.value.reason in ("empty", "not_a_picture", "truncated", "corrupt")
+
+
+def test_jpeg_round_trip():
+    rgb = cv2.GaussianBlur(gradient(), (5, 5), 0)
+    again = ops.decode_rgb(ops.encode_jpeg(rgb, 98))
+    assert np.abs(again.astype(int) - rgb).max() < 12
+    assert ops.encode_jpeg(rgb, 90) == ops.encode_jpeg(rgb, 90)
+
+
+def test_decode_operation_equals_the_strict_decoder_on_png():
+    data = saved(Image.fromarray(gradient()), "PNG")
+    np.testing.assert_array_equal(ops.build("decode")({"image": data}, None)["image"], gradient())
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (7, 100), (16, 16)])
+def test_evaluation_preprocessing_gives_squares(height, width):
+    run = ops.build("resize_short(16)|center_crop(16)")
+    assert run({"image": gradient(height, width)}, None)["image"].shape == (16, 16, 3)
+
+
+def test_bilinear_without_antialiasing_equals_torch():
+    """The released MOFI evaluation resizes tensors with antialias=False; half-pixel centres."""
+    torch = pytest.importorskip("torch")
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    ours = ops.build("resize_short(20, 'bilinear')")({"image": rgb}, None)["image"]
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(rgb).permute(2, 0, 1)[None].float(), size=(20, 28), mode="bilinear"
+    )[0].permute(1, 2, 0)
+    assert np.abs(ours - theirs.numpy()).max() < 1.01  # rounding to uint8
+
+
+def test_random_operations_depend_on_the_generator_alone():
+    run = ops.build("new_view(24)|flip|light|random_resized_crop(16)")
+    example = {"image": gradient(), "key": "kept"}
+    first, again, other = (run(example, np.random.default_rng(s)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first["image"], again["image"])
+    assert (first["image"] != other["image"]).any()
+    assert first["key"] == "kept"
+    assert first["image"].dtype == np.uint8
+
+
+def test_new_view_replaces_the_background_and_keeps_the_subject():
+    image = np.full((40, 40, 3), 255, np.uint8)
+    cv2.circle(image, (20, 20), 10, (255, 0, 0), -1)
+    cv2.circle(image, (20, 20), 4, (255, 255, 255), -1)  # white, but not connected to the border
+    view = ops.build("new_view(40, scale=(1.0, 1.0), rotate=0.0)")
+    result = view({"image": image}, np.random.default_rng(0))["image"].astype(int)
+    background = result[0, 0]
+    assert (result[0] == background).all()
+    assert (background != 255).any()
+    assert (result[20, 20] == 255).all()
+    assert np.abs(result[20, 13] - [255, 0, 0]).max() < 3
+
+
+def test_new_view_moves_a_picture_without_plain_border_as_a_whole():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    view = ops.build("new_view(32, scale=(0.5, 0.5), rotate=0.0)")
+    result = view({"image": noise}, np.random.default_rng(3))["image"]
+    changed = (result != result[0, 0]).any(-1)
+    assert 0.2 < changed.mean() < 0.35  # a quarter of the square
+
+
+def test_compiled_specifications_pickle():
+    run = pickle.loads(pickle.dumps(ops.build("resize_short(8)|center_crop(8)")))
+    assert run({"image": gradient()}, None)["image"].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("decode|sharpen", "Unknown picture operation 'sharpen'.*choose from center_crop"),
+        ("decode|flip(", "cannot be read"),
+        ("resize_short(__import__('os'))", "cannot be read"),
+        ("resize_short()", r"Wrong arguments.*resize_short\(size"),
+        ("resize_short(4, 'lanczos')", "Wrong arguments"),
+    ],
+)
+def test_bad_specifications_are_told_in_one_sentence(spec, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        ops.build(spec)

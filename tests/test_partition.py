@@ -1,0 +1,91 @@
+"""Path rules, uneven shapes, and the way of a host's batch onto the mesh."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mofi_jax import partition
+from mofi_jax.errors import BadInput
+from mofi_jax.model import mofi
+from mofi_jax.training import state
+
+GOLDEN = {
+    "params/entity_table": P(partition.ALL_AXES, None),
+    "params/image/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
+    "params/image/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    "params/image/blocks/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
+    "params/image/blocks/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
+    "params/image/blocks/norm1/scale": P(None, None),
+    "params/image/patch_embedding/kernel": P(None, None, None, "fsdp"),
+    "params/image/position_embedding": P(None, None),
+    "params/text/token_embedding": P(None, "fsdp"),
+    "params/text/projection/kernel": P("fsdp", None),
+    "params/logit_scale": P(),
+}
+
+
+def test_golden_specs_of_parameters_and_moments(meshes):
+    mesh = meshes["2x2x2"]
+    config = mofi.MofiConfig(
+        image_size=16,
+        patch_size=8,
+        image=mofi.TowerConfig(16, 2, 2),
+        text=mofi.TowerConfig(16, 2, 2),
+        vocab_size=40,
+        context_length=8,
+        eos_id=39,
+        embed_dim=8,
+    )
+    init = state.initialiser(
+        config, optax.adam(1e-3), tasks=("entity", "contrastive"), table_rows=24
+    )
+    _, shardings = state.abstract(init, mesh)
+    specs = {
+        partition.path_name(path): leaf.spec
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
+    }
+    for name, spec in GOLDEN.items():
+        assert specs[name] == spec, name
+        moment = f"opt_state/0/mu/{name.removeprefix('params/')}"
+        assert specs[moment] == spec, moment
+
+
+def test_what_does_not_divide_stays_whole(meshes):
+    spec = partition.partition_spec("image/blocks/mlp/fc1/kernel", (3, 7, 16), meshes["2x2x2"])
+    assert spec == P(None, None, "tensor")
+
+
+def test_padded_rows(meshes):
+    assert partition.padded_rows(1003, meshes["2x2x2"]) == 1008
+    assert partition.padded_rows(1008, meshes["1x8x1"]) == 1008
+    assert partition.padded_rows(5, meshes["1x1x1"]) == 5
+
+
+def test_batch_goes_over_replica_and_fsdp(meshes):
+    batch = {"image": np.arange(16).reshape(8, 2), "weight": np.arange(8.0)}
+    placed = partition.to_global(meshes["2x2x2"], batch)
+    np.testing.assert_array_equal(placed["image"], batch["image"])
+    assert placed["image"].sharding.spec == P(partition.BATCH_AXES)
+    assert placed["weight"].addressable_shards[0].data.shape == (2,)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (3, -1, 1), (-1, -1, 1), (2, 2, 1)])
+def test_mesh_that_does_not_cover_the_devices(sizes):
+    with pytest.raises(BadInput, match="does not cover 8 devices"):
+        partition.make_mesh(*sizes)
+
+
+def test_initialisation_is_the_same_on_any_mesh(meshes):
+    """Partitionable random bits: sharded creation gives the numbers of one device."""
+
+    def init():
+        return {"entity_table": jax.random.normal(jax.random.key(0), (16, 8))}
+
+    one, eight = (
+        jax.jit(init, out_shardings=partition.tree_shardings(mesh, jax.eval_shape(init)))()
+        for mesh in (meshes["1x1x1"], meshes["2x2x2"])
+    )
+    assert not eight["entity_table"].is_fully_replicated
+    np.testing.assert_array_equal(one["entity_table"], eight["entity_table"])
