@@ -1,4 +1,5 @@
 # make quickstart   the whole recipe on the bundled sample, in runs/quickstart/
+# make compare      trains each task alone on the same labels, for the table of results
 # make test         lint and every test
 # make smoke        imports everything and trains one step (used for other Python versions)
 
@@ -6,10 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test smoke format clean
+.PHONY: quickstart compare test smoke format clean
 
 quickstart: $(VENV)/.core
-	$(RUN) quickstart.py
+	$(RUN) -m quickstart
+
+compare: $(VENV)/.core
+	$(RUN) -m quickstart --compare
 
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ _GROUPS = {
 }
 _REASONS = {"below_min_fit": "fit below the threshold", "below_min_score": "cosine below the floor"}
 
-_CSS = """
+STYLE = """
 :root { --ink: #1d2733; --soft: #66727f; --line: #e3e7ec; --card: #fff; --page: #f5f7f9;
   --accent: #0b7285; --accent-soft: #d9eff2; --amber: #b35c00; --amber-soft: #fdeed9;
   --red: #b42b3a; --red-soft: #fbe4e6; --bar: #b9c4cf; }
@@ -93,11 +93,15 @@ def render(report: Mapping, thumbnails: Mapping[str, str]) -> str:
         section(report, thumbnails)
         for section in (_head, _funnel, _distributions, _entities, _gallery, _lineage)
     )
-    source = html.escape(str(report["config"]["source"]))
+    return document(f"Data card: {report['config']['source']}", body)
+
+
+def document(title: str, body: str) -> str:
+    """A whole page about `body`, in the look of the data card."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data card: {source}</title><style>{_CSS}</style></head>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 

@@ -69,12 +69,6 @@ def run(main: Callable[..., Any]) -> None:
 
 def _explain(error: BaseException, argv: Sequence[str]) -> str:
     """One sentence about what went wrong while reading the command line."""
-    sources = [error]
-    while sources[-1].__cause__ or sources[-1].__context__:
-        sources.append(sources[-1].__cause__ or sources[-1].__context__)
-    for source in sources:
-        if isinstance(source, BadInput):
-            return str(source)
     paths = [
         a.partition("=")[2] or b
         for a, b in zip(argv, [*argv[1:], ""], strict=True)
@@ -90,10 +84,9 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
             f"The config has no key {key!r}, which a --config flag sets: see {paths[0]} for the "
             "keys there are."
         )
-    # config_flags puts the whole traceback of a config file into its message.
-    last = str(error).strip().splitlines()[-1]
-    _, found, sentence = last.partition("BadInput: ")
-    return sentence if found else f"{last.removesuffix('.')}: see --help."
+    # config_flags raises the type that the config file raised, with the whole traceback as message.
+    last = str(error).strip().splitlines()[-1].rpartition(f"{BadInput.__name__}: ")[2]
+    return last if isinstance(error, BadInput) else f"{last.removesuffix('.')}: see --help."
 
 
 def complain(error: BaseException | str) -> None:

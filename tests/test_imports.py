@@ -74,11 +74,12 @@ def run_python(code):
 
 
 def test_import_every_module_without_tensorflow_or_torch():
+    # None in sys.modules makes an import fail, as on a machine where the core alone is installed.
     code = f"""
 import importlib, sys
+sys.modules.update(dict.fromkeys(("tensorflow", "torch", "transformers")))
 for name in {MODULES}:
     importlib.import_module(name)
-assert not {{"tensorflow", "torch", "transformers"}} & set(sys.modules)
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
