@@ -19,13 +19,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = common.parse_arg(arg, task="multitask", data="i2e")
     config = mofi.get_config(f"task={arg.task},variant=B/16,res=40")
 
-    config.batch_size = 256
-    config.total = "60 epochs"
+    config.batch_size = 128
+    config.total = "850 steps" if "entity" in config.losses else "500 steps"
     config.model.update(
         {
             "patch_size": 8,
             "image": {"width": 128, "layers": 3, "heads": 4},
-            "text": {"width": 128, "layers": 2, "heads": 4},
+            "text": {"width": 64, "layers": 2, "heads": 2},
             "embed_dim": 128,
             "context_length": 16,
             "activation": "quick_gelu",  # the cheapest of the three on a CPU
@@ -37,11 +37,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         {
             "dir": "runs/quickstart/data",
             "name": arg.data,
-            "train_ops": "decode|new_view(40, scale=(0.5, 1.0), rotate=35.0)|flip|light",
+            "train_ops": (
+                "decode|new_view(40, scale=(0.55, 1.0), rotate=25.0)|flip|light(0.25, 0.25, 0.25)"
+            ),
             "eval_ops": "decode|resize_short(40)|center_crop(40)",
             "text_sources": {"alt_text": 0.5, "name_and_description": 0.25, "name": 0.25},
             "max_labels": 2,
-            "threads": 4,
+            "threads": 2,
             "workers": 0,
         }
     )

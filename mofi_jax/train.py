@@ -12,6 +12,7 @@ of an uninterrupted one, bit for bit.  The folder W holds ``model.json``, ``toke
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,10 @@ from mofi_jax.training import cadence, checkpoint, optim, state, step
 
 def main(config: Any, workdir: str) -> None:
     common.validate(config)
+    if "://" in workdir:
+        raise BadInput(
+            f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
+        )
     workdir = epath.Path(workdir)
 
     # ---------------------------------------------------------------------- hosts and devices
@@ -89,7 +94,12 @@ def main(config: Any, workdir: str) -> None:
     else:
         structs, shardings = state.abstract(init, mesh)
         train_state, position = checkpointer.restore(first, structs)
-        check_fingerprint(position.data_fingerprint, fingerprint, workdir)
+        changed = differences(position.data_fingerprint, fingerprint)
+        if changed:
+            raise BadInput(
+                f"{workdir} was trained on other data ({changed}): restore that config, or choose "
+                "another --workdir."
+            )
         logging.info("resumed at step %d, %d examples", first, position.examples)
     if first >= clock.total_steps and (workdir / "result.json").exists():
         logging.info("%s is finished: %d steps", workdir, first)
@@ -219,18 +229,13 @@ def data_fingerprint(
     }
 
 
-def check_fingerprint(saved: Any, current: Any, workdir: epath.Path) -> None:
-    """Raises BadInput that names every difference between the saved and the current data."""
-    differences = [
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Every key whose value differs, in words; empty if none does."""
+    return "; ".join(
         f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key)
-    ]
-    if differences:
-        raise BadInput(
-            f"{workdir} was trained on other data ({'; '.join(differences)}): restore that config, "
-            "or choose another --workdir."
-        )
+    )
 
 
 def prepare_workdir(
@@ -245,16 +250,11 @@ def prepare_workdir(
     description = {**model.to_dict(), "preprocess": config.data.eval_ops}
     path = workdir / "model.json"
     if path.exists():
-        saved = json.loads(path.read_text())
-        differences = [
-            f"{key} was {saved.get(key)!r} and is {description.get(key)!r}"
-            for key in sorted(saved.keys() | description.keys())
-            if saved.get(key) != description.get(key)
-        ]
-        if differences:
+        changed = differences(json.loads(path.read_text()), description)
+        if changed:
             raise BadInput(
-                f"{workdir} holds another model ({'; '.join(differences)}): restore that config, "
-                "or choose another --workdir."
+                f"{workdir} holds another model ({changed}): restore that config, or choose "
+                "another --workdir."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())

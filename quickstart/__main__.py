@@ -60,9 +60,8 @@ def evaluate(model: str) -> tuple[str, ...]:
 
 
 # By default glibc hands the buffers of a training step back to the kernel and asks for them again
-# at the next: on a CPU that costs a quarter of the step in page faults.
+# at the next: on a CPU that costs an eighth of the step in page faults.
 ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }

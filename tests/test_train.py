@@ -1,5 +1,6 @@
 """Training as a whole: it learns, resumes bit for bit, and does not depend on the device count."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from etils import epath
 
 from mofi_jax import telemetry, train
+from mofi_jax.data import ops, records
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint
 from tests import datasets
@@ -79,25 +81,24 @@ def test_multitask_learns_the_entities(data, tmp_path):
     assert np.mean(accuracy[-10:]) > 0.5 > np.mean(accuracy[:5])
 
 
-def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path):
-    config = datasets.tiny_config(data, steps=6)
-    train.main(config, str(tmp_path / "whole"))
-    # A schedule over six steps, stopped after four: the same run, cut by a raised exception.
-    calls = iter(range(4))
+def stop_after_four(config, workdir, monkeypatch):
+    """The same run, cut by an exception when it draws its fifth batch."""
     draw = train.pipeline.training_stream
 
     def failing_stream(*args, **kwargs):
-        for batch in draw(*args, **kwargs):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            yield batch
+        yield from itertools.islice(draw(*args, **kwargs), 4)
+        raise KeyboardInterrupt
 
-    train.pipeline.training_stream = failing_stream
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(train.pipeline, "training_stream", failing_stream)
         with pytest.raises(KeyboardInterrupt):
-            train.main(config, str(tmp_path / "cut"))
-    finally:
-        train.pipeline.training_stream = draw
+            train.main(config, str(workdir))
+
+
+def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
+    config = datasets.tiny_config(data, steps=6)
+    train.main(config, str(tmp_path / "whole"))
+    stop_after_four(config, tmp_path / "cut", monkeypatch)
     assert not (tmp_path / "cut" / "result.json").exists()
     train.main(config, str(tmp_path / "cut"))
     assert_same_parameters(tmp_path / "whole", tmp_path / "cut")
@@ -165,19 +166,7 @@ def test_other_device_count_on_resume(data, tmp_path, monkeypatch):
     """Four steps on one device, the rest on eight: restored onto other shardings and padding."""
     config = datasets.tiny_config(data, "task=contrastive", steps=6)
     train.main(config, str(tmp_path / "whole"))
-    calls = iter(range(4))
-    draw = train.pipeline.training_stream
-
-    def failing_stream(*args, **kwargs):
-        for batch in draw(*args, **kwargs):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.pipeline, "training_stream", failing_stream)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(config, str(tmp_path / "moved"))
+    stop_after_four(config, tmp_path / "moved", monkeypatch)
     monkeypatch.undo()
     train.main(config, str(tmp_path / "moved"))
     np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "whole"), rtol=1e-5)
@@ -197,7 +186,7 @@ def test_evaluates_in_the_loop(data, tmp_path):
     for entity in range(4):
         for i in range(2):
             rgb = datasets.drawing(entity, 100 + i)
-            (pictures / f"{entity}_{i}.jpg").write_bytes(train_encode(rgb))
+            (pictures / f"{entity}_{i}.jpg").write_bytes(ops.encode_jpeg(rgb, 95))
     config = datasets.tiny_config(data, "task=contrastive", steps=4)
     config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "2 steps"}}
     train.main(config, str(tmp_path / "run"))
@@ -206,12 +195,6 @@ def test_evaluates_in_the_loop(data, tmp_path):
     assert all(0 < line["mine/map"] <= 1 for line in scored)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["scores"]["mine/map"] == scored[-1]["mine/map"]
-
-
-def train_encode(rgb):
-    from mofi_jax.data import ops
-
-    return ops.encode_jpeg(rgb, 95)
 
 
 def test_checkpoint_of_another_shape_is_refused_by_name(data, tmp_path):
@@ -246,8 +229,6 @@ def test_entity_loss_needs_labels(data, tmp_path):
 
 def test_labels_beyond_the_vocabulary(tmp_path):
     version = datasets.write(tmp_path / "data")
-    from mofi_jax.data import records
-
     entities = records.read_entities(version / records.ENTITIES_FILE)
     short = records.Entities(
         entities.qids[:3], entities.names[:3], entities.descriptions[:3], entities.counts[:3]

@@ -29,9 +29,7 @@ class ImageTower(nnx.Module):
         self.patch_embedding = layers.Projection(
             (patch, patch, 3), (width,), std=(3 * patch**2) ** -0.5, use_bias=False, rngs=rngs
         )
-        self.position_embedding = nnx.Param(
-            std * normal(rngs.params(), (1 + tokens, width), jnp.float32)
-        )
+        self.position_embedding = nnx.Param(_waves(config.image_size // patch, width))
         self.pre_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
         self.blocks = layers.make_stack(
             width,
@@ -57,6 +55,20 @@ class ImageTower(nnx.Module):
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
         x = layers.run_stack(self.blocks, self.pre_norm(x), None, remat=config.remat)
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
+
+
+def _waves(side: int, width: int) -> Float[Array, "n w"]:
+    """Initial position embedding: sines and cosines of row and column, zeros for the class token.
+
+    Learned from there on.  In short runs a ViT gets to the same loss much sooner than from small
+    random numbers (arXiv 2205.01580, section 3).
+    """
+    rates = 10_000.0 ** -jnp.linspace(0, 1, max(1, width // 4))
+    angles = jnp.arange(side, dtype=jnp.float32)[:, None] * rates
+    wave = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    rows, columns = jnp.repeat(wave, side, axis=0), jnp.tile(wave, (side, 1))
+    grid = jnp.concatenate([rows, columns], axis=-1)
+    return jnp.pad(grid, ((1, 0), (0, width - grid.shape[1])))
 
 
 def _patches(x: Float[Array, "b s s 3"], patch: int) -> Float[Array, "b n p p 3"]:
