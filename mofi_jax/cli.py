@@ -6,6 +6,7 @@ parameter is a text flag, optional if it has a default.
 """
 
 import inspect
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mofi_jax.errors import BadInput
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",
@@ -64,7 +67,14 @@ def run(main: Callable[..., Any]) -> None:
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(_from_here)
     app.run(call, flags_parser=parse)
+
+
+def _from_here(record: Any) -> bool:
+    """Libraries are heard from warnings on: Orbax tells ten lines about every checkpoint."""
+    own = tuple(str(_ROOT / name) for name in ("mofi_jax", "data_prep", "quickstart"))
+    return record.levelno >= 30 or record.pathname.startswith(own)
 
 
 def _explain(error: BaseException, argv: Sequence[str]) -> str:
