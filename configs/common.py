@@ -37,7 +37,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         expected = type(defaults[name])
         if expected is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, expected):
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise BadInput(
                 f"Config argument {name}={text} in {arg!r} is not a {expected.__name__}."
             )
@@ -46,10 +46,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 
 
 TASKS = ("supervised", "contrastive", "multitask")
-
-# OPT's vocabulary, which the released checkpoints' text towers fit (50,265 and 50,272 both do): the
-# nominal size wherever no tokenizer is at hand, as in the size test and the planner.
-NOMINAL_VOCAB_SIZE = 50_272
 
 
 def model(variant: str, *, image_size: int, context_length: int) -> ml_collections.ConfigDict:
@@ -78,15 +74,6 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
     )
 
 
-def model_config(config: Any, *, vocab_size: int, eos_id: int) -> Any:
-    """``config.model`` and a tokenizer's sizes -> `mofi_jax.model.mofi.MofiConfig`."""
-    from mofi_jax.model import mofi
-
-    return mofi.MofiConfig.from_dict(
-        {**config.to_dict(), "vocab_size": vocab_size, "eos_id": eos_id}
-    )
-
-
 def losses(task: str, *, scale: float, margin: float, block_size: int) -> dict[str, dict[str, Any]]:
     """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5)."""
     if task not in TASKS:
@@ -103,29 +90,3 @@ def losses(task: str, *, scale: float, margin: float, block_size: int) -> dict[s
 def mesh() -> dict[str, int]:
     """All devices on the fsdp axis (`mofi_jax.partition.make_mesh`)."""
     return {"replica": 1, "fsdp": -1, "tensor": 1}
-
-
-def validate(config: Any) -> None:
-    """Checks the values of a finished training config.
-
-    Raises:
-      BadInput: names the first key whose value cannot work.
-    """
-    checks = [
-        ("batch_size", config.batch_size > 0, "a positive number"),
-        ("losses", len(config.losses) > 0, "at least one task"),
-        ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
-        ("data.max_labels", config.data.max_labels > 0, "a positive number"),
-        ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
-    ]
-    for name, task in config.losses.items():
-        checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))
-        if name == "entity":
-            checks += [
-                ("losses.entity.scale", task.scale > 0, "a positive scale"),
-                ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
-                ("losses.entity.block_size", task.block_size > 0, "a positive number"),
-            ]
-    for key, fine, wanted in checks:
-        if not fine:
-            raise BadInput(f"config.{key} must be {wanted}: change it in the config file or flag.")

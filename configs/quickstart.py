@@ -3,8 +3,8 @@
     python -m mofi_jax.train --config configs/quickstart.py:task=multitask --workdir W
 
 `make quickstart` runs it twice: ``task=contrastive,data=i2t`` is the CLIP model that chooses labels
-(trained on the raw pairs), ``task=multitask`` the MOFI model (trained on the chosen labels).  It
-differs from `configs/mofi.py` in size, augmentation and length alone.
+(trained on the raw pairs), ``task=multitask`` the MOFI model (trained on the chosen labels).  The
+keys are those of `configs/mofi.py`, the values those of a small model and a small data set.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = mofi.get_config(f"task={arg.task},variant=B/16,res=40")
 
     config.batch_size = 128
-    config.total = "850 steps" if "entity" in config.losses else "500 steps"
+    config.total = "850 steps" if arg.data == "i2e" else "500 steps"
     config.model.update(
         {
             "patch_size": 8,

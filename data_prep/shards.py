@@ -33,6 +33,8 @@ DESCRIPTIONS = {
 # A byte-pair vocabulary of tens of thousands does not change any more beyond this many captions.
 TOKENIZER_CAPTIONS = 1_000_000
 
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
 _ORDERED = {
     "i2t": """
         SELECT key, text, path, "offset", length, sha256,
@@ -182,7 +184,8 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
 def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
     """A picture as RGB JPEG whose shorter side is at most `max_side` px.
 
-    An RGB JPEG that is small enough already is returned as it is: encoding again costs quality.
+    An upright RGB JPEG that is small enough already is returned as it is: encoding again costs
+    quality.
 
     Returns:
       (JPEG bytes, width, height).
@@ -192,7 +195,9 @@ def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
     """
     if data[:2] == b"\xff\xd8":
         with Image.open(io.BytesIO(data)) as header:  # reads the header alone
-            if header.format == "JPEG" and header.mode == "RGB" and min(header.size) <= max_side:
+            upright = header.getexif().get(ORIENTATION, 1) == 1
+            plain = header.format == "JPEG" and header.mode == "RGB" and upright
+            if plain and min(header.size) <= max_side:
                 return data, *header.size
     rgb = ops.decode_rgb(data)
     height, width = rgb.shape[:2]

@@ -45,9 +45,6 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
         towers, params, description = loaded.towers, loaded.params, loaded.description
         if config.preprocess:
             towers = dataclasses.replace(towers, preprocess=config.preprocess)
-        if "text" not in params:
-            # A supervised run keeps the tokenizer of its data, but has no tower to use it.
-            towers = dataclasses.replace(towers, tokenizer=None)
         out = epath.Path(out or epath.Path(model) / "evaluation")
 
     # ---------------------------------------------------------------------- evaluators
@@ -58,6 +55,7 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
     scores = evaluation.run_all(suite.evaluators, params)
 
     # ---------------------------------------------------------------------- results
+    out.mkdir(parents=True, exist_ok=True)
     # Galleries ask the devices for neighbours, so every host takes part and one writes.
     for name, evaluator in suite.evaluators.items():
         if isinstance(evaluator, retrieval.Evaluator):

@@ -86,6 +86,8 @@ def main(model: str, out: str, format: str = "hf") -> None:
             target.rename(replaced)
         temporary.rename(target)
     finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         for folder in (temporary, replaced):
             if folder.exists():
                 folder.rmtree()

@@ -54,6 +54,11 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover {devices} "
             "devices: make the sizes multiply to that number or set one of them to -1."
         )
+    if (replica_fsdp := sizes[0] * sizes[1]) % jax.process_count():
+        raise BadInput(
+            f"config.mesh gives {replica_fsdp} batch shards to {jax.process_count()} hosts: make "
+            "replica times fsdp a multiple of the hosts, so that each feeds its own."
+        )
     # Auto axes, spelled out once for the whole project: jax.make_mesh defaults to Explicit axes.
     return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -61,12 +61,18 @@ class Metrics:
         self._pending = None
         values = {k: float(np.asarray(v)) for k, v in jax.device_get(dict(metrics)).items()}
         self.write(step, values)
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise BadInput(
-                f"The loss is {values['loss']} at step {step}: lower "
-                "config.optimizer.learning_rate or raise its warmup; the last checkpoint is whole."
-            )
+        self.require_finite(step, values)
         return values
+
+    def require_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raises BadInput unless loss and gradient norm are finite; called before every save."""
+        for name in ("loss", "gradient_norm"):
+            value = float(np.asarray(jax.device_get(metrics.get(name, 0.0))))
+            if not math.isfinite(value):
+                raise BadInput(
+                    f"The {name} is {value} at step {step}: lower config.optimizer.learning_rate "
+                    "or raise its warmup; the last checkpoint is from before."
+                )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host values at once."""
@@ -79,7 +85,12 @@ class Metrics:
 
     def close(self) -> None:
         self.flush()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the files without what is pending; harmless when closed already."""
         if self._active:
+            self._active = False
             self._file.close()
             self._tensorboard.close()
 

@@ -9,6 +9,7 @@ of an uninterrupted one, bit for bit.  The folder W holds ``model.json``, ``toke
 ``tensorboard/`` and, once finished, ``result.json``.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -16,20 +17,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
-from configs import common
 from mofi_jax import cli, inference, partition, telemetry
-from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, checkpoint, optim, state, step
+from mofi_jax.training import cadence, checkpoint, optim, settings, state, step
 
 
 def main(config: Any, workdir: str) -> None:
-    common.validate(config)
+    """Trains; a save that is under way is finished even if an exception cuts the run."""
+    with contextlib.ExitStack() as cleanup:
+        train(config, workdir, cleanup)
+
+
+def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
+    settings.validate(config)
     if "://" in workdir:
         raise BadInput(
             f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
@@ -73,7 +80,7 @@ def main(config: Any, workdir: str) -> None:
     fingerprint = data_fingerprint(config, source, entities_path if entities else None, texts)
 
     # ---------------------------------------------------------------------- model
-    model = common.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
+    model = settings.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
     num_entities = len(entities) if entities and "entity" in config.losses else 0
     tx = optim.make(config.optimizer, clock)
     init = state.initialiser(
@@ -83,10 +90,33 @@ def main(config: Any, workdir: str) -> None:
         table_rows=partition.padded_rows(num_entities, mesh),
     )
 
+    # ---------------------------------------------------------------------- evaluators
+    towers = inference.Towers(
+        config=model,
+        tokenizer=texts if "contrastive" in config.losses else None,
+        entities=entities if num_entities else None,
+        preprocess=config.data.eval_ops,
+        mesh=mesh,
+    )
+    wanted = config.evaluators.to_dict()
+    periods = {
+        name: clock.steps(
+            wanted[name].pop("every", "10 percent"), key=f"config.evaluators.{name}.every"
+        )
+        for name in wanted
+    }
+    suite = evaluation.build_all(towers, wanted)
+    log_every = clock.steps(config.log_every, key="config.log_every")
+    save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
+    try_operations(config, source[0]["image"])
+
     # ---------------------------------------------------------------------- what is already there
+    check_workdir(workdir, config, model)
     if lead:
         prepare_workdir(workdir, config, model, tokenizer_path, entities_path, num_entities)
     checkpointer = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
+    cleanup.callback(checkpointer.close)
+    resumed = checkpointer.latest_step() is not None
     first = checkpointer.latest_step()
     if first is None:
         first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
@@ -101,9 +131,13 @@ def main(config: Any, workdir: str) -> None:
                 "another --workdir."
             )
         logging.info("resumed at step %d, %d examples", first, position.examples)
+    if first > clock.total_steps:
+        raise BadInput(
+            f"{workdir} stands at step {first}, beyond config.total={config.total!r} "
+            f"({clock.total_steps} steps): raise the total, or choose another --workdir."
+        )
     if first >= clock.total_steps and (workdir / "result.json").exists():
         logging.info("%s is finished: %d steps", workdir, first)
-        checkpointer.close()
         return
 
     # ---------------------------------------------------------------------- update
@@ -113,27 +147,9 @@ def main(config: Any, workdir: str) -> None:
     )
     schedule = optim.schedule(config.optimizer, clock)
 
-    # ---------------------------------------------------------------------- evaluators
-    towers = inference.Towers(
-        config=model,
-        tokenizer=texts,
-        entities=entities if num_entities else None,
-        preprocess=config.data.eval_ops,
-        mesh=mesh,
-    )
-    settings = config.evaluators.to_dict()
-    periods = {
-        name: clock.steps(settings[name].pop("every"), key=f"config.evaluators.{name}.every")
-        for name in settings
-    }
-    suite = evaluation.build_all(towers, settings)
-    for name, reason in suite.skipped.items():
-        logging.info("evaluator %s is left out: %s", name, reason)
-    log_every = clock.steps(config.log_every, key="config.log_every")
-    save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
-
     # ---------------------------------------------------------------------- loop
-    metrics = telemetry.Metrics(workdir, resume_step=first)
+    metrics = telemetry.Metrics(workdir, resume_step=first if resumed else -1)
+    cleanup.callback(metrics.abandon)
     examples, seconds = position.examples, position.seconds
     stream = pipeline.training_stream(
         source,
@@ -172,6 +188,7 @@ def main(config: Any, workdir: str) -> None:
                 logging.info("step %d %s", now, brief(scores))
             if now != first and cadence.due(now, save_every, last=total):
                 metrics.flush()
+                metrics.require_finite(now, values)
                 elapsed = seconds + time.monotonic() - began - evaluated
                 checkpointer.save(
                     now, train_state, checkpoint.Position(examples, fingerprint, elapsed)
@@ -188,7 +205,7 @@ def main(config: Any, workdir: str) -> None:
                     bar.set_postfix_str(brief(written, ("loss", "entity_accuracy")))
             bar.update(config.batch_size)
     metrics.close()
-    checkpointer.close()
+    checkpointer.wait()
 
     # ---------------------------------------------------------------------- result
     trained = seconds + time.monotonic() - began - evaluated
@@ -238,6 +255,47 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     )
 
 
+def try_operations(config: Any, picture: bytes) -> None:
+    """Runs both specifications on one picture, so that a wrong one is told before anything starts.
+
+    Raises:
+      BadInput: a specification that fails, or ends in another size than the model takes.
+    """
+    size = config.model.image_size
+    for key in ("train_ops", "eval_ops"):
+        run = ops.build(config.data[key])
+        try:
+            shape = run({"image": picture}, np.random.default_rng(0))["image"].shape
+        except Exception as error:
+            raise BadInput(
+                f"config.data.{key}={config.data[key]!r} fails on the first picture "
+                f"({type(error).__name__}: {' '.join(str(error).split())}): correct its arguments."
+            ) from error
+        if shape != (size, size, 3):
+            raise BadInput(
+                f"config.data.{key} ends in a picture of shape {shape}, the model takes "
+                f"{(size, size, 3)}: change its last operation or config.model.image_size."
+            )
+
+
+def check_workdir(workdir: epath.Path, config: Any, model: mofi.MofiConfig) -> None:
+    """Refuses a folder of another model, on every host; tells what else differs from last time."""
+    path = workdir / "model.json"
+    if not path.exists():
+        return
+    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
+    changed = differences(json.loads(path.read_text()), description)
+    if changed:
+        raise BadInput(
+            f"{workdir} holds another model ({changed}): restore that config, or choose another "
+            "--workdir."
+        )
+    saved = json.loads((workdir / "config.json").read_text())
+    changed = differences(saved, json.loads(config.to_json_best_effort()))
+    if changed:
+        logging.warning("the config is not that of the last run in %s: %s", workdir, changed)
+
+
 def prepare_workdir(
     workdir: epath.Path,
     config: Any,
@@ -246,22 +304,14 @@ def prepare_workdir(
     entities_path: epath.Path,
     num_entities: int,
 ) -> None:
-    """Writes what makes the folder readable on its own; a folder of another model is refused."""
-    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
-    path = workdir / "model.json"
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), description)
-        if changed:
-            raise BadInput(
-                f"{workdir} holds another model ({changed}): restore that config, or choose "
-                "another --workdir."
-            )
+    """Writes what makes the folder readable on its own."""
     workdir.mkdir(parents=True, exist_ok=True)
     telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
     if num_entities:
         entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
     telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-    telemetry.write_json(path, description)
+    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
+    telemetry.write_json(workdir / "model.json", description)
 
 
 def brief(values: dict[str, float], names: tuple[str, ...] | None = None) -> str:

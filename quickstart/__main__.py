@@ -10,9 +10,11 @@ missing is made.  The figures end up in runs/quickstart/result.json, the report 
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,12 +34,18 @@ COMPARED = ("supervised_entities", "contrastive_entities")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command and the file that exists once it has finished."""
+    """One command, the file that exists once it has finished, and the stages it builds on.
+
+    ``folder`` is removed before the stage is made anew; commands that know by themselves what is
+    out of date (data preparation) have none.
+    """
 
     name: str
     says: str
     product: str
     command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    folder: str = ""
 
 
 def train(name: str, arguments: str) -> tuple[str, ...]:
@@ -80,12 +88,15 @@ STAGES = (
         "a CLIP model trained on the raw captions: it will choose the labels",
         "contrastive_alt_text/result.json",
         train("contrastive_alt_text", "task=contrastive,data=i2t"),
+        needs=("pairs",),
+        folder="contrastive_alt_text",
     ),
     Stage(
         "labels",
         "entities found in the captions, chosen by that model, written as I2E shards",
         "data/i2e/1.0.0/dataset_info.json",
         (*PREPARE, "configs/i2e.py:sample", f"--config.clip={OUT}/contrastive_alt_text"),
+        needs=("contrastive_alt_text",),
     ),
     Stage(
         "label_quality",
@@ -95,24 +106,30 @@ STAGES = (
             *("data_prep.label_quality", "--workdir", DATA),
             *("--truth", f"{SAMPLE}/truth.jsonl.gz", "--classes", f"{SAMPLE}/classes.jsonl"),
         ),
+        needs=("labels",),
     ),
     Stage(
         "multitask",
         "MOFI: entity softmax and contrastive loss on one embedding",
         "multitask/result.json",
         train("multitask", "task=multitask"),
+        needs=("labels",),
+        folder="multitask",
     ),
     Stage(
         "evaluation",
         "retrieval, entity and zero-shot scores, with galleries",
         "evaluation/multitask/result.json",
         evaluate("multitask"),
+        needs=("multitask",),
+        folder="evaluation/multitask",
     ),
     Stage(
         "baseline",
         "the same retrieval by raw pixels",
         "evaluation/raw_pixels/result.json",
         evaluate("raw_pixels"),
+        folder="evaluation/raw_pixels",
     ),
     Stage(
         "export",
@@ -127,6 +144,8 @@ STAGES = (
             "--out",
             f"{OUT}/export",
         ),
+        needs=("multitask",),
+        folder="export",
     ),
 )
 COMPARE_STAGES = tuple(
@@ -135,6 +154,8 @@ COMPARE_STAGES = tuple(
         f"task={task} on the same I2E shards by the same config",
         f"{task}_entities/result.json",
         train(f"{task}_entities", f"task={task}"),
+        needs=("labels",),
+        folder=f"{task}_entities",
     )
     for task in ("supervised", "contrastive")
 )
@@ -167,38 +188,64 @@ class Memory(threading.Thread):
 def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
     """Runs what is missing; returns per stage its seconds and peak memory, also of earlier runs.
 
-    A stage counts as done when its product exists and was made by the same command.
+    A stage is left alone when its product exists, was made by the same command and configs, and no
+    stage it builds on has run since.  One that was interrupted resumes.
     """
     record = pathlib.Path(OUT) / "stages.json"
     done = json.loads(record.read_text()) if record.exists() else {}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    ran: set[str] = set()
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}: {stage.says}"
-        product = pathlib.Path(OUT) / stage.product
+        made_by = fingerprint(stage)
         known = done.get(stage.name, {})
-        if product.exists() and known.get("command") == list(stage.command):
+        current = known.get("made_by") == made_by and not ran & set(stage.needs)
+        if current and (pathlib.Path(OUT) / stage.product).exists():
             print(f"{title} (done)", flush=True)
             continue
         print(f"\n{title}\n    python -m {' '.join(stage.command)}", flush=True)
+        if not current and stage.folder:
+            shutil.rmtree(pathlib.Path(OUT) / stage.folder, ignore_errors=True)
+        ran.add(stage.name)
+        # What an interrupted run had spent already counts too.
+        resumes = current and not known.get("finished", True)
+        spent = known.get("seconds", 0.0) if resumes else 0.0
         start, memory = time.monotonic(), Memory()
         memory.start()
-        status = subprocess.run(
-            [sys.executable, "-m", *stage.command], env={**os.environ, **ALLOCATOR}, check=False
-        ).returncode
-        memory.stop()
+
+        def note(finished: bool, name=stage.name, command=stage.command, made_by=made_by) -> None:
+            done[name] = {
+                "command": list(command),
+                "made_by": made_by,
+                "finished": finished,
+                "seconds": round(spent + time.monotonic() - start, 2),  # noqa: B023
+                "peak_rss_mb": round(memory.peak / 2**20),  # noqa: B023
+            }
+            temporary = record.with_suffix(".tmp")
+            temporary.write_text(json.dumps(done, indent=2) + "\n")
+            temporary.replace(record)
+
+        note(finished=False)
+        try:
+            status = subprocess.run(
+                [sys.executable, "-m", *stage.command], env={**os.environ, **ALLOCATOR}, check=False
+            ).returncode
+        finally:
+            memory.stop()
+            note(finished=False)
         if status:
             print(f"\nstage {stage.name} failed; the same command resumes there", file=sys.stderr)
             sys.exit(status)
-        done[stage.name] = {
-            "command": list(stage.command),
-            # A stage that was interrupted before counts its time in full once, approximately.
-            "seconds": round(time.monotonic() - start, 1),
-            "peak_rss_mb": round(memory.peak / 2**20),
-        }
-        record.parent.mkdir(parents=True, exist_ok=True)
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done, indent=2) + "\n")
-        temporary.replace(record)
+        note(finished=True)
     return {stage.name: done[stage.name] for stage in stages}
+
+
+def fingerprint(stage: Stage) -> str:
+    """Hash of what decides a stage's product here: its command and the configs."""
+    digest = hashlib.sha256(" ".join(stage.command).encode())
+    for path in sorted(pathlib.Path("configs").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read(path: str) -> Any:

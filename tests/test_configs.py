@@ -12,7 +12,7 @@ from configs import common, i2e, mofi, quickstart
 from configs import eval as eval_config
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.training import cadence, optim, state, step
+from mofi_jax.training import cadence, optim, settings, state, step
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -23,10 +23,9 @@ def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
     """Shapes of state, batch and one update, on eight devices, without a single array."""
     mesh = meshes["2x2x2"]
     config = mofi.get_config(f"task={task},variant={variant},res=224")
-    common.validate(config)
-    model = common.model_config(
-        config.model, vocab_size=common.NOMINAL_VOCAB_SIZE, eos_id=common.NOMINAL_VOCAB_SIZE - 1
-    )
+    settings.validate(config)
+    # The vocabulary that the released text towers fit, OPT's.
+    model = settings.model_config(config.model, vocab_size=50_272, eos_id=50_271)
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=1_000_000_000
     )
@@ -74,7 +73,7 @@ def keys_of(config, prefix=""):
 @pytest.mark.parametrize(
     ("config", "where"),
     [
-        (quickstart.get_config("task=multitask"), ("mofi_jax", "configs/common.py")),
+        (quickstart.get_config("task=multitask"), ("mofi_jax",)),
         (i2e.get_config("sample"), ("data_prep",)),
         (eval_config.get_config("sample"), ("mofi_jax",)),
     ],
@@ -131,7 +130,7 @@ def test_validate_names_the_key(key, value):
         else:
             config.update_from_flattened_dict({key: value})
     with pytest.raises(BadInput, match=f"config.{key} must be"):
-        common.validate(config)
+        settings.validate(config)
 
 
 def test_unknown_variant():

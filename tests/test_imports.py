@@ -51,7 +51,7 @@ def imported(module):
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("mofi_jax.")])
 def test_a_room_uses_only_what_lies_below(module):
     for name in imported(module):
-        assert not name.startswith("data_prep"), f"{module} imports {name}"
+        assert not name.startswith(("data_prep", "configs")), f"{module} imports {name}"
         known = next((m for m in MODULES if name == m or name.startswith(f"{m}.")), None)
         if known and known.startswith("mofi_jax.") and known != module:
             assert floor(known) <= floor(module), f"{module} imports {known}"
@@ -106,3 +106,9 @@ assert "jax" not in sys.modules
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_the_measuring_code_knows_of_the_truth():
+    for module in MODULES:
+        source = (REPOSITORY / (module.replace(".", "/") + ".py")).read_text()
+        assert module == "data_prep.label_quality" or "truth.jsonl" not in source, module

@@ -72,7 +72,6 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, meshes):
         for i in range(3):
             picture = ops.encode_jpeg(datasets.drawing(entity, 50 + i), 95)
             (pictures / f"{entity}_{i}.jpg").write_bytes(picture)
-    # Four steps in two processes, then a host count of one finishes the run.
     run_two(data, tmp_path / "two", pictures, 4)
     monkeypatch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
     config = datasets.tiny_config(data, steps=4)

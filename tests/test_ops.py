@@ -59,6 +59,16 @@ def test_alpha_lies_over_white():
     assert (rgb[2:] == 255).all()
 
 
+def test_a_cameras_orientation_is_obeyed_by_both_decoders():
+    picture = Image.fromarray(cv2.GaussianBlur(gradient(), (5, 5), 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    data = saved(picture, "JPEG", quality=95, exif=exif)
+    strict, fast = ops.decode_rgb(data), ops.build("decode")({"image": data}, None)["image"]
+    assert strict.shape == fast.shape == (30, 20, 3)
+    assert np.abs(strict.astype(int) - fast).max() < 8
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_truncated_pictures_are_refused(kind):
     data = saved(

@@ -65,20 +65,26 @@ def test_one_step_of_every_task(data, tmp_path, task):
     assert ("text" in params) == (task != "supervised")
 
 
+def learning_config(data, arg, steps):
+    """Wide enough to learn within seconds, without augmentation."""
+    config = datasets.tiny_config(data, arg, steps=steps)
+    config.optimizer.learning_rate = 2e-3
+    config.model.image.width = config.model.text.width = 32
+    config.data.train_ops = "decode|resize_short(16)|flip"
+    config.checkpoint.every = "0 steps"
+    return config
+
+
 def test_contrastive_learns_from_unlabelled_pairs(data, tmp_path):
-    config = datasets.tiny_config(data, "task=contrastive,data=i2t", steps=60)
-    config.optimizer.learning_rate = 5e-3
-    train.main(config, str(tmp_path))
+    train.main(learning_config(data, "task=contrastive,data=i2t", 100), str(tmp_path))
     curve = losses(tmp_path)
-    assert np.mean(curve[-5:]) < 0.8 * np.mean(curve[:5])
+    assert np.mean(curve[-10:]) < 0.6 * np.mean(curve[:10])
 
 
 def test_multitask_learns_the_entities(data, tmp_path):
-    config = datasets.tiny_config(data, steps=100)
-    config.optimizer.learning_rate = 5e-3
-    train.main(config, str(tmp_path))
+    train.main(learning_config(data, "task=multitask", 100), str(tmp_path))
     accuracy = [line["entity_accuracy"] for line in telemetry.read_metrics(tmp_path)]
-    assert np.mean(accuracy[-10:]) > 0.5 > np.mean(accuracy[:5])
+    assert np.mean(accuracy[-10:]) > 0.7 > 0.5 > np.mean(accuracy[:5])
 
 
 def stop_after_four(config, workdir, monkeypatch):
@@ -164,7 +170,7 @@ def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch
 
 def test_other_device_count_on_resume(data, tmp_path, monkeypatch):
     """Four steps on one device, the rest on eight: restored onto other shardings and padding."""
-    config = datasets.tiny_config(data, "task=contrastive", steps=6)
+    config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path / "whole"))
     stop_after_four(config, tmp_path / "moved", monkeypatch)
     monkeypatch.undo()
@@ -235,8 +241,36 @@ def test_labels_beyond_the_vocabulary(tmp_path):
     )
     records.write_entities(version / records.ENTITIES_FILE, short)
     config = datasets.tiny_config(tmp_path / "data", steps=3)
-    with pytest.raises(Exception, match="beyond the vocabulary of 3 entities"):
+    with pytest.raises(BadInput, match="beyond the vocabulary of 3 entities"):
         train.main(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        (
+            "data.train_ops",
+            "decode|resize_short('a')",
+            "config.data.train_ops=.*fails on the first",
+        ),
+        ("data.eval_ops", "decode|resize_short(20)", "the model takes .16, 16, 3."),
+        ("data.threads", 0, "config.data.threads must be"),
+        ("log_every", "often", "config.log_every='often' is not a duration"),
+        ("total", "0 steps", "config.total must be"),
+    ],
+)
+def test_bad_values_are_told_before_anything_is_written(data, tmp_path, key, value, sentence):
+    config = datasets.tiny_config(data, steps=2)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(BadInput, match=sentence):
+        train.main(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shorter_total_than_what_was_trained_is_refused(data, tmp_path):
+    train.main(datasets.tiny_config(data, steps=4), str(tmp_path))
+    with pytest.raises(BadInput, match=r"stands at step 4, beyond config\.total='2 steps'"):
+        train.main(datasets.tiny_config(data, steps=2), str(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mofi_jax.errors import BadInput
 
@@ -38,8 +38,8 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """Decodes any common picture format strictly.
 
     JPEG (also CMYK and grey), PNG (also palette, 16 bit), WebP and the first frame of GIF; alpha is
-    laid over white.  Pillow does it, because OpenCV fills what is missing of a truncated JPEG with
-    grey and says nothing.
+    laid over white, a camera's orientation tag is obeyed.  Pillow does it, because OpenCV has
+    releases that fill what is missing of a truncated JPEG with grey and say nothing.
 
     Returns:
       uint8 [height, width, 3], RGB.
@@ -57,7 +57,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
         raise UndecodableImage("not_a_picture") from None
     try:
         picture.load()
-        return _to_rgb(picture)
+        return _to_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # noqa: BLE001
         words = str(error).lower()
         cut_short = "truncated" in words or "not enough" in words or "unexpected end" in words

@@ -117,15 +117,15 @@ def training_stream(
         )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
+    # Two batches ahead, over all processes that decode for this host.
+    ahead = max(threads, 2 * batch_size // hosts // max(1, workers))
     stream = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()
         .repeat()
         .random_map(builder)[start + host :: hosts]
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size)
-        )
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
         .batch(batch_size // hosts, drop_remainder=True)
     )
     if workers:

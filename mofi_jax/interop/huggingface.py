@@ -189,7 +189,8 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
         rows = np.ascontiguousarray(np.asarray(table, np.float32)[: len(clip.entities)])
         _save(folder / ENTITY_TABLE_FILE, {clip_weights.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
-    (folder / "README.md").write_text(model_card.text(clip))
+    card = model_card.text(clip.config, clip.preprocess, clip.entities)
+    (folder / "README.md").write_text(card)
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:

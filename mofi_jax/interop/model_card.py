@@ -1,11 +1,7 @@
 """The README.md of an exported model: what it is, how to use it, what to mind."""
 
-from typing import TYPE_CHECKING
-
+from mofi_jax.data import records
 from mofi_jax.model import mofi
-
-if TYPE_CHECKING:
-    from mofi_jax.interop import huggingface
 
 _CARD = """---
 library_name: transformers
@@ -64,16 +60,15 @@ _ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row fo
 says how well the entity fits"""
 
 
-def text(clip: "huggingface.Clip") -> str:
-    """The model card of one model."""
-    config = clip.config
+def text(config: mofi.MofiConfig, preprocess: str, known: records.Entities | None) -> str:
+    """The model card of one model; `known` is the vocabulary of its class table, if it has one."""
 
     def tower(shape: mofi.TowerConfig) -> str:
         return f"{shape.layers} x {shape.width} / {shape.heads}"
 
     entities = "no entity table"
-    if clip.entities is not None:
-        entities = _ENTITIES.format(count=len(clip.entities))
+    if known is not None:
+        entities = _ENTITIES.format(count=len(known))
     return _CARD.format(
         image=tower(config.image),
         text=tower(config.text),
@@ -87,5 +82,5 @@ def text(clip: "huggingface.Clip") -> str:
         activation=config.activation,
         entities=entities,
         eos=config.eos_id,
-        preprocess=clip.preprocess,
+        preprocess=preprocess,
     )

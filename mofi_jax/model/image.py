@@ -21,7 +21,6 @@ class ImageTower(nnx.Module):
 
     def __init__(self, config, *, rngs: nnx.Rngs):
         width, patch = config.image.width, config.patch_size
-        tokens = (config.image_size // patch) ** 2
         std = width**-0.5
         normal = jax.random.normal
         self.class_embedding = nnx.Param(std * normal(rngs.params(), (width,), jnp.float32))

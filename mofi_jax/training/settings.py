@@ -1,0 +1,43 @@
+"""A training config's values: checked once at the start, and turned into the model's own config."""
+
+from typing import Any
+
+from mofi_jax.errors import BadInput
+from mofi_jax.model import mofi
+
+
+def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
+    """``config.model`` (an ml_collections ConfigDict) and a tokenizer's sizes -> `MofiConfig`."""
+    return mofi.MofiConfig.from_dict(
+        {**config.to_dict(), "vocab_size": vocab_size, "eos_id": eos_id}
+    )
+
+
+def validate(config: Any) -> None:
+    """Checks the values of a finished training config.
+
+    Raises:
+      BadInput: names the first key whose value cannot work.
+    """
+    checks = [
+        ("batch_size", config.batch_size > 0, "a positive number"),
+        ("total", config.total.strip()[:2] not in ("0", "0 "), "longer than nothing"),
+        ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
+        ("data.threads", config.data.threads > 0, "a positive number"),
+        ("data.workers", config.data.workers >= 0, "0 or more"),
+        ("losses", len(config.losses) > 0, "at least one task"),
+        ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
+        ("data.max_labels", config.data.max_labels > 0, "a positive number"),
+        ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
+    ]
+    for name, task in config.losses.items():
+        checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))
+        if name == "entity":
+            checks += [
+                ("losses.entity.scale", task.scale > 0, "a positive scale"),
+                ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
+                ("losses.entity.block_size", task.block_size > 0, "a positive number"),
+            ]
+    for key, fine, wanted in checks:
+        if not fine:
+            raise BadInput(f"config.{key} must be {wanted}: change it in the config file or flag.")
