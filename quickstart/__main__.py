@@ -171,7 +171,7 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         me = psutil.Process()
-        while not self._stop_asked.wait(0.2):
+        while True:
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
@@ -179,6 +179,8 @@ class Memory(threading.Thread):
                 except psutil.Error:  # it ended between the listing and the reading
                     continue
             self.peak = max(self.peak, total)
+            if self._stop_asked.wait(0.2):
+                return
 
     def stop(self) -> None:
         self._stop_asked.set()
