@@ -257,7 +257,7 @@ def test_labels_beyond_the_vocabulary(tmp_path):
         ("data.eval_ops", "decode|resize_short(20)", "the model takes .16, 16, 3."),
         ("data.threads", 0, "config.data.threads must be"),
         ("log_every", "often", "config.log_every='often' is not a duration"),
-        ("total", "0 steps", "config.total must be"),
+        ("total", "0.0 steps", "trains for no step at all"),
     ],
 )
 def test_bad_values_are_told_before_anything_is_written(data, tmp_path, key, value, sentence):

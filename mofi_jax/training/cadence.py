@@ -59,7 +59,10 @@ class Clock:
 def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock:
     """The clock of a run of length ``total`` (config key ``total``)."""
     clock = Clock(batch_size, examples_per_epoch)
-    return dataclasses.replace(clock, total_steps=clock.steps(total, key="config.total"))
+    steps = clock.steps(total, key="config.total")
+    if not steps:
+        raise BadInput(f"config.total={total!r} trains for no step at all: make it longer.")
+    return dataclasses.replace(clock, total_steps=steps)
 
 
 def due(step: int, every: int, *, last: int) -> bool:

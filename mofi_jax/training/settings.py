@@ -21,7 +21,6 @@ def validate(config: Any) -> None:
     """
     checks = [
         ("batch_size", config.batch_size > 0, "a positive number"),
-        ("total", config.total.strip()[:2] not in ("0", "0 "), "longer than nothing"),
         ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
         ("data.threads", config.data.threads > 0, "a positive number"),
         ("data.workers", config.data.workers >= 0, "0 or more"),
