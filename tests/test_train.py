@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mofi_jax import telemetry, train
+from mofi_jax import inference, telemetry, train
 from mofi_jax.data import ops, records
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint
@@ -63,6 +63,9 @@ def test_one_step_of_every_task(data, tmp_path, task):
     params = checkpoint.restore_params(tmp_path)
     assert ("entity_table" in params) == (task != "contrastive")
     assert ("text" in params) == (task != "supervised")
+    towers = inference.load(tmp_path).towers
+    assert (towers.tokenizer is None) == (task == "supervised")
+    assert (towers.entities is None) == (task == "contrastive")
 
 
 def learning_config(data, arg, steps):
