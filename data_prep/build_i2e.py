@@ -16,7 +16,6 @@ import time
 
 import ml_collections
 from absl import logging
-from etils import epath
 
 from data_prep import (
     engine,
@@ -46,25 +45,25 @@ def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """
     started = time.monotonic()
     validate(config)
-    workdir = epath.Path(os.path.abspath(workdir))
+    work = engine.Engine(workdir, config.workers)
     stages: dict[str, dict[str, int]] = {}
 
     # ------------------------------------------------------------------------------------- pairs
-    stages["pairs"] = engine.total_counts(sources.run(config, workdir))
+    stages["pairs"] = engine.total_counts(sources.run(config, work))
 
     # ---------------------------------------------------------------------------------- entities
     if config.dataset == "i2e":
-        knowledge_base.prepare(config, workdir)
-        stages["links"] = engine.total_counts(linking.run(config, workdir))
-        stages["labels"] = engine.total_counts(selection.run(config, workdir))
-        stages["labels_final"] = engine.total_counts(filters.run(config, workdir))
-        stages["vocabulary"] = engine.total_counts(vocabulary.run(config, workdir))
+        knowledge_base.prepare(config, work.workdir)
+        stages["links"] = engine.total_counts(linking.run(config, work))
+        stages["labels"] = engine.total_counts(selection.run(config, work))
+        stages["labels_final"] = engine.total_counts(filters.run(config, work))
+        stages["vocabulary"] = engine.total_counts(vocabulary.run(config, work))
 
     # ------------------------------------------------------------------------------------ shards
-    written = shards.run(config, workdir, config.dataset)
+    written = shards.run(config, work, config.dataset)
     stages["shards"] = engine.total_counts(written)
     if config.dataset == "i2e":
-        report.run(config, workdir)
+        report.run(config, work)
     engine.close_pool()
 
     result = {
@@ -74,7 +73,7 @@ def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
         "seconds": round(time.monotonic() - started, 1),
     }
     text = json.dumps(result, indent=1) + "\n"
-    engine.write_durably(workdir / "result.json", text.encode())
+    engine.write_durably(work.workdir / "result.json", text.encode())
     return result
 
 

@@ -113,6 +113,33 @@ class ShardError(RuntimeError):
     """A stage function failed; the message names the stage and the shard."""
 
 
+class Engine:
+    """Runs stages in one work directory.
+
+    Attributes:
+      workdir: the work directory, absolute.
+      workers: processes for the stages that may run in several; never part of any output.
+    """
+
+    def __init__(self, workdir: epath.PathLike, workers: int = 1):
+        self.workdir = epath.Path(os.path.abspath(os.fspath(workdir)))
+        self.workers = workers
+
+    def map_shards(
+        self,
+        stage: str,
+        function: StageFunction,
+        tasks: Sequence[Task],
+        settings: Mapping[str, typing.Any],
+        *,
+        here: bool = False,
+    ) -> list[dict]:
+        """See `map_shards`; with `here`, in this process whatever the number of workers."""
+        return map_shards(
+            stage, function, tasks, self.workdir, settings, 1 if here else self.workers
+        )
+
+
 def map_shards(
     stage: str,
     function: StageFunction,

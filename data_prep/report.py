@@ -26,17 +26,17 @@ PICTURES_PER_ENTITY = 8
 _THUMBNAIL = 112  # px of the shorter side
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes report/index.html and report/report.json for the labelled data set in `workdir`.
 
     Args:
       config: printed on the page; `labels` and `prototype_weight` are read.
-      workdir: holds all the stages' output.
+      work: the engine; its work directory holds all the stages' output.
 
     Returns:
       The one manifest.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
     files = {stage: sorted(workdir.glob(f"{stage}/*.parquet")) for stage in stages}
     if config.labels == "clip":
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
         "config": {key: value for key, value in config.to_dict().items() if key != "workers"},
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
-    return engine.map_shards("report", _write, [task], workdir, settings)
+    return work.map_shards("report", _write, [task], settings, here=True)
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

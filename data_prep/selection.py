@@ -25,15 +25,15 @@ from data_prep import engine, evidence
 from mofi_jax import errors
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Chooses the labels of every pair: labels/NNNNN.parquet, and rejects with a reason.
 
     Reasons: no_mention, no_candidate, and for labels="clip" below_min_score, below_min_fit.
 
     Args:
       config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
-        also the fields of `Rule` and what `evidence.run` reads; `workers`.
-      workdir: holds pairs/, links/ and kb/.
+        also the fields of `Rule` and what `evidence.run` reads.
+      work: the engine; its work directory holds pairs/, links/ and kb/.
 
     Returns:
       The manifests of labels/; counts `pairs`, `labelled` and each reason.
@@ -41,18 +41,18 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
     Raises:
       BadInput: a value of `labels` that is neither; see also `evidence.run`.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     links = sorted(workdir.glob("links/*.parquet"))
     if config.labels == "text":
         tasks = [engine.Task(path.stem, (path,)) for path in links]
         settings = {"labels": "text"}
-        return engine.map_shards("labels", _label_by_text, tasks, workdir, settings, config.workers)
+        return work.map_shards("labels", _label_by_text, tasks, settings)
     if config.labels != "clip":
         raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
-    evidence.run(config, workdir)
+    evidence.run(config, work)
     tasks = [engine.Task(path.stem, (path, *evidence_files(workdir, path.name))) for path in links]
     settings = {"labels": "clip", **Rule.of(config)._asdict()}
-    return engine.map_shards("labels", _label_by_clip, tasks, workdir, settings, config.workers)
+    return work.map_shards("labels", _label_by_clip, tasks, settings)
 
 
 # ------------------------------------------------------------------------------------- the decision

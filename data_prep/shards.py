@@ -50,13 +50,13 @@ _ORDERED = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, dataset: str) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[dict]:
     """Writes the data set `dataset` in `workdir`/`dataset`/1.0.0.
 
     Args:
       config: `seed`, `shard_examples`, `jpeg_quality`, `max_side` (px of the shorter side: larger
-        pictures are shrunk to it), `vocab_size` of the tokenizer, `source`, `workers`.
-      workdir: holds pairs/ and, for i2e, labels_final/ and vocabulary/.
+        pictures are shrunk to it), `vocab_size` of the tokenizer, `source`.
+      work: the engine; its work directory holds pairs/ and, for i2e, labels_final/ and vocabulary/.
       dataset: "i2t", all valid pairs without labels, or "i2e", the labelled ones.
 
     Returns:
@@ -65,24 +65,23 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, dataset: str
     Raises:
       BadInput: there is no pair to write.
     """
-    workdir = epath.Path(workdir)
-    plans = _plan(config, workdir, dataset)
+    workdir = work.workdir
+    plans = _plan(config, work, dataset)
     vocabulary_files = (workdir / "vocabulary/kb_rows.npy",) if dataset == "i2e" else ()
     tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans]
     settings = {key: config[key] for key in ("jpeg_quality", "max_side", "source")}
     settings |= {"dataset": dataset, "shards": len(plans)}
-    written = engine.map_shards(
-        f"shards-{dataset}", _write_shard, tasks, workdir, settings, config.workers
-    )
-    _describe(config, workdir, dataset, plans, written)
+    written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings)
+    _describe(config, work, dataset, plans, written)
     return written
 
 
 # ----------------------------------------------------------------------------------------- the plan
 
 
-def _plan(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: str) -> list[epath.Path]:
+def _plan(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[epath.Path]:
     """Writes plan-DATASET/ and returns its files, one per output shard."""
+    workdir = work.workdir
     pairs = sorted(workdir.glob("pairs/*.parquet"))
     labels = sorted(workdir.glob("labels_final/*.parquet")) if dataset == "i2e" else []
     settings = {
@@ -92,7 +91,7 @@ def _plan(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: str) 
         "shard_examples": config.shard_examples,
     }
     task = engine.Task("all", (*pairs, *labels))
-    [manifest] = engine.map_shards(f"plan-{dataset}", _order, [task], workdir, settings)
+    [manifest] = work.map_shards(f"plan-{dataset}", _order, [task], settings, here=True)
     return [workdir / output["path"] for output in manifest["outputs"]]
 
 
@@ -214,13 +213,13 @@ def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
 
 def _describe(
     config: ml_collections.ConfigDict,
-    workdir: epath.Path,
+    work: engine.Engine,
     dataset: str,
     plans: list[epath.Path],
     written: list[dict],
 ) -> None:
     """Tokenizer, vocabulary and TFDS metadata."""
-    entities = (workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
+    entities = (work.workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
     settings = {
         "dataset": dataset,
         "vocab_size": config.vocab_size,
@@ -229,7 +228,7 @@ def _describe(
         "num_bytes": engine.total_counts(written)["record_bytes"],
     }
     task = engine.Task("all", (*plans, *entities))
-    engine.map_shards(f"metadata-{dataset}", _write_metadata, [task], workdir, settings)
+    work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, here=True)
 
 
 def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

@@ -53,7 +53,7 @@ class Rejected(Exception):
     """A pair that cannot be used, with the reason in one word."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes pairs/NNNNN.parquet, one for each tar of `config.pairs` in the order of their names.
 
     Columns: key, text, path (relative ones lie in the work directory), offset, length (bytes),
@@ -61,8 +61,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
 
     Args:
       config: `pairs` (folder, glob pattern or tar), `min_side`, `max_aspect`, `max_pixels`,
-        `max_caption_chars`, `workers`.
-      workdir: the work directory.
+        `max_caption_chars`.
+      work: the engine.
 
     Returns:
       The manifests; counts `members`, `pairs`, `captions_cut`, `tars_cut_short` and `rejected`.
@@ -70,11 +70,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
     Raises:
       BadInput: no tars, a file that is no tar, or one key twice.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     tars = find_tars(config.pairs)
     packed = [tar for tar in tars if tar.endswith(".gz")]
     unpack = [engine.Task(_stem(tar), (tar,)) for tar in packed]
-    engine.map_shards("unpacked", _unpack, unpack, workdir, {"version": 1}, config.workers)
+    work.map_shards("unpacked", _unpack, unpack, {"version": 1})
     tasks = []
     for number, tar in enumerate(tars):
         at = os.fspath(workdir / f"unpacked/{_stem(tar)}.tar") if tar.endswith(".gz") else tar
@@ -86,13 +86,13 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict
         "max_pixels": config.max_pixels,
         "max_caption_chars": config.max_caption_chars,
     }
-    manifests = engine.map_shards("pairs", _index, tasks, workdir, settings, config.workers)
+    manifests = work.map_shards("pairs", _index, tasks, settings)
     for manifest in manifests:
         if manifest["counts"]["tars_cut_short"]:
             logging.warning("%s is cut short: used up to the cut", manifest["inputs"][0]["path"])
     shards = tuple(os.fspath(workdir / f"pairs/{task.name}.parquet") for task in tasks)
     unique = [engine.Task("keys", shards)]
-    engine.map_shards("unique", _check_keys, unique, workdir, {"version": 1})
+    work.map_shards("unique", _check_keys, unique, {"version": 1}, here=True)
     return manifests
 
 

@@ -9,27 +9,26 @@ import os
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from data_prep import engine
 from mofi_jax import errors
 from mofi_jax.data import records
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> list[dict]:
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Counts the pictures of every label and writes vocabulary/.
 
     Args:
       config: nothing is read from it, but every stage takes one.
-      workdir: holds labels_final/ and kb/.
+      work: the engine; its work directory holds labels_final/ and kb/.
 
     Returns:
       The one manifest; counts `entities`, `labels`.
     """
-    workdir = epath.Path(workdir)
+    workdir = work.workdir
     kb = workdir / "kb/entities.parquet"
     inputs = (kb, *sorted(workdir.glob("labels_final/*.parquet")))
-    return engine.map_shards("vocabulary", _write, [engine.Task("entities", inputs)], workdir, {})
+    return work.map_shards("vocabulary", _write, [engine.Task("entities", inputs)], {}, here=True)
 
 
 def entity_ids(kb_rows: np.ndarray, entities: np.ndarray) -> np.ndarray:

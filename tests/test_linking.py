@@ -106,8 +106,8 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
     digests = []
     for workers in (1, 2):
         folder = work_folder(tmp_path / f"w{workers}", shards)
-        config = ml_collections.ConfigDict({"max_candidates": 10, "workers": workers})
-        manifests = linking.run(config, folder)
+        config = ml_collections.ConfigDict({"max_candidates": 10})
+        manifests = linking.run(config, engine.Engine(folder, workers))
         digests.append([output["sha256"] for m in manifests for output in m["outputs"]])
     assert digests[0] == digests[1]
     counts = engine.total_counts(manifests)

@@ -20,9 +20,9 @@ def card(request, tmp_path, monkeypatch):
     (tmp_path / "clip/model.json").write_text("{}")
     config = workdirs.config(clip=str(tmp_path / "clip"), labels=request.param)
     for stage in (selection, filters, vocabulary):
-        stage.run(config, workdir)
-    shards.run(config, workdir, "i2e")
-    report.run(config, workdir)
+        stage.run(config, engine.Engine(workdir))
+    shards.run(config, engine.Engine(workdir), "i2e")
+    report.run(config, engine.Engine(workdir))
     return workdir, config, pairs, json.loads((workdir / "report/report.json").read_text())
 
 
@@ -113,7 +113,7 @@ def test_page_is_the_same_every_time(card):
             path.unlink()
     changed = config.copy_and_resolve_references()
     changed.workers = 2
-    report.run(changed, workdir)
+    report.run(changed, engine.Engine(workdir, workers=2))
     assert [engine.sha256(path) for path in files] == before
 
 

@@ -32,7 +32,7 @@ def _labels(workdir):
 
 def test_clip_labels_are_the_colours_that_pictures_show(world):
     workdir, pairs, model, clip = world
-    manifests = selection.run(workdirs.config(clip=clip), workdir)
+    manifests = selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     labels = _labels(workdir)
     assert list(labels) == [
         key
@@ -65,7 +65,7 @@ def test_clip_labels_are_the_colours_that_pictures_show(world):
 
 def test_text_labels_are_the_likeliest_senses_and_need_no_model(world):
     workdir, pairs, model, _ = world
-    selection.run(workdirs.config(labels="text"), workdir)
+    selection.run(workdirs.config(labels="text"), engine.Engine(workdir))
     for key, row in _labels(workdir).items():
         named = pairs[key].named
         if named is None:
@@ -78,23 +78,23 @@ def test_text_labels_are_the_likeliest_senses_and_need_no_model(world):
 
 def test_new_thresholds_do_not_run_the_model_again(world):
     workdir, _pairs, model, clip = world
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     seen, labelled = model.pictures, sum(bool(r["entities"]) for r in _labels(workdir).values())
-    selection.run(workdirs.config(clip=clip, min_fit=1.8), workdir)
+    selection.run(workdirs.config(clip=clip, min_fit=1.8), engine.Engine(workdir))
     assert model.pictures == seen
     assert sum(bool(r["entities"]) for r in _labels(workdir).values()) < labelled
-    selection.run(workdirs.config(clip=clip, min_score=1.1), workdir)
+    selection.run(workdirs.config(clip=clip, min_score=1.1), engine.Engine(workdir))
     reasons = {row["reason"] for row in _labels(workdir).values()}
     assert reasons == {"below_min_score", "no_mention"}
 
 
 def test_another_model_is_noticed(world):
     workdir, _pairs, model, clip = world
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     with open(f"{clip}/model.json", "w") as file:
         file.write('{"other": 1}')
     seen = model.pictures
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     assert model.pictures == 2 * seen
 
 
@@ -102,7 +102,7 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
     workdir, _, _, clip = world
     digests = []
     for workers in (1, 2):
-        selection.run(workdirs.config(clip=clip, workers=workers), workdir)
+        selection.run(workdirs.config(clip=clip), engine.Engine(workdir, workers))
         stages = ("texts", "scores", "background", "fits", "coherence", "labels")
         files = [path for stage in stages for path in sorted((workdir / stage).glob("[!.]*"))]
         files += sorted((workdir / "rejects").glob("labels-*"))
@@ -115,7 +115,7 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
 
 def test_saved_evidence_matches_plain_numpy(world):
     workdir, _pairs, _model, clip = world
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     shards = sorted((workdir / "scores").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
     fits = [r for path in shards for r in pq.read_table(workdir / "fits" / path.name).to_pylist()]
@@ -146,7 +146,7 @@ def test_saved_evidence_matches_plain_numpy(world):
 
 def test_coherence_tells_what_pictures_show(world):
     workdir, _, _, clip = world
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
     coherence = {row["entity"]: row["coherence"] for row in rows}
     assert all(coherence[colour] > coherence[workdirs.BACKGROUND] + 0.3 for colour in range(4))
@@ -161,7 +161,7 @@ def test_shards_without_candidates(world, empty):
             nothing = pa.array([[]] * len(table), table.schema.field(name).type)
             table = table.set_column(table.schema.get_field_index(name), name, nothing)
         pq.write_table(table, path)
-    selection.run(workdirs.config(clip=clip), workdir)
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
     labels = _labels(workdir)
     assert len(labels) == 60
     assert any(row["entities"] for row in labels.values()) == (empty < 3)
@@ -171,11 +171,11 @@ def test_shards_without_candidates(world, empty):
 def test_bad_configurations(world):
     workdir, _, _, _ = world
     with pytest.raises(errors.BadInput, match=r"config\.clip is not set"):
-        selection.run(workdirs.config(), workdir)
+        selection.run(workdirs.config(), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match="no folder"):
-        selection.run(workdirs.config(clip="/nowhere/at/all"), workdir)
+        selection.run(workdirs.config(clip="/nowhere/at/all"), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match=r"config\.labels='image'.*clip or text"):
-        selection.run(workdirs.config(labels="image"), workdir)
+        selection.run(workdirs.config(labels="image"), engine.Engine(workdir))
 
 
 # ---------------------------------------------------------------------------------- the decision

@@ -27,9 +27,9 @@ def _prepare(folder, monkeypatch, **changes):
     (folder / "clip").mkdir()
     (folder / "clip/model.json").write_text("{}")
     config = workdirs.config(clip=str(folder / "clip"), **changes)
-    selection.run(config, workdir)
-    filters.run(config, workdir)
-    vocabulary.run(config, workdir)
+    selection.run(config, engine.Engine(workdir))
+    filters.run(config, engine.Engine(workdir))
+    vocabulary.run(config, engine.Engine(workdir))
     return workdir, config, pairs
 
 
@@ -42,7 +42,7 @@ def test_i2e_reads_back_by_name(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     workdir, config, pairs = _prepare(tmp_path, monkeypatch)
-    manifests = shards.run(config, workdir, "i2e")
+    manifests = shards.run(config, engine.Engine(workdir), "i2e")
     source = tfds.data_source("i2e", data_dir=workdir, split="train")
     entities = records.read_entities(workdir / "i2e/1.0.0/entities.parquet")
     right = {pair.key: pair for pair in pairs if pair.named == pair.colour}
@@ -70,7 +70,7 @@ def test_i2e_reads_back_by_name(tmp_path, monkeypatch):
 
 def test_i2t_holds_all_valid_pairs_in_hash_order(tmp_path):
     workdir, pairs = workdirs.write(tmp_path)
-    shards.run(workdirs.config(seed=3), workdir, "i2t")
+    shards.run(workdirs.config(seed=3), engine.Engine(workdir), "i2t")
     source = records.open_source(workdir, "i2t")
     keys = [example["key"] for example in source]
     in_hash_order = sorted(
@@ -83,7 +83,7 @@ def test_i2t_holds_all_valid_pairs_in_hash_order(tmp_path):
 
 def test_small_jpegs_are_kept_and_others_become_small_jpegs(tmp_path):
     workdir, pairs = workdirs.write(tmp_path)
-    shards.run(workdirs.config(), workdir, "i2t")
+    shards.run(workdirs.config(), engine.Engine(workdir), "i2t")
     by_key = {pair.key: pair for pair in pairs}
     for example in records.open_source(workdir, "i2t"):
         pair = by_key[example["key"]]
@@ -99,10 +99,10 @@ def test_small_jpegs_are_kept_and_others_become_small_jpegs(tmp_path):
 def test_same_bytes_for_any_workers_and_another_order_for_another_seed(tmp_path, monkeypatch):
     workdir, config, _ = _prepare(tmp_path, monkeypatch, shard_examples=7)
     digests = []
-    for changes in ({"workers": 1}, {"workers": 2}, {"seed": 1}):
+    for changes, workers in (({}, 1), ({}, 2), ({"seed": 1}, 1)):
         changed = config.copy_and_resolve_references()
         changed.update(changes)
-        shards.run(changed, workdir, "i2e")
+        shards.run(changed, engine.Engine(workdir, workers), "i2e")
         digests.append(_digests(workdir, "i2e"))
         for stage in ("plan-i2e", "shards-i2e", "metadata-i2e", "i2e"):
             for path in sorted((workdir / stage).rglob("*"), reverse=True):
@@ -115,7 +115,7 @@ def test_same_bytes_for_any_workers_and_another_order_for_another_seed(tmp_path,
 
 _RUN_AND_DIE = """
 import os, signal
-from data_prep import shards, sources
+from data_prep import engine, shards, sources
 from tests import workdirs
 
 read_pictures, shards_begun = sources.read_pictures, 0
@@ -129,27 +129,27 @@ def read_and_die(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
 sources.read_pictures = read_and_die
-shards.run(workdirs.config(shard_examples=2), {workdir!r}, "i2t")
+shards.run(workdirs.config(shard_examples=2), engine.Engine({workdir!r}), "i2t")
 """
 
 
 def test_same_bytes_after_kill(tmp_path):
     clean, _ = workdirs.write(tmp_path / "clean")
-    shards.run(workdirs.config(shard_examples=2), clean, "i2t")
+    shards.run(workdirs.config(shard_examples=2), engine.Engine(clean), "i2t")
     killed, _ = workdirs.write(tmp_path / "killed")
     code = _RUN_AND_DIE.format(workdir=str(killed))
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in (killed / "i2t/1.0.0").iterdir()}
     assert len(finished) == 4
-    shards.run(workdirs.config(shard_examples=2), killed, "i2t")
+    shards.run(workdirs.config(shard_examples=2), engine.Engine(killed), "i2t")
     assert _digests(killed, "i2t") == _digests(clean, "i2t")
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 def test_fewer_pairs_leave_no_stale_shard(tmp_path):
     workdir, _ = workdirs.write(tmp_path)
-    shards.run(workdirs.config(shard_examples=7), workdir, "i2t")
-    shards.run(workdirs.config(shard_examples=30), workdir, "i2t")
+    shards.run(workdirs.config(shard_examples=7), engine.Engine(workdir), "i2t")
+    shards.run(workdirs.config(shard_examples=30), engine.Engine(workdir), "i2t")
     found = sorted(path.name for path in (workdir / "i2t/1.0.0").glob("*array_record*"))
     assert found == [records.shard_name("i2t", "train", i, 2) for i in range(2)]
     assert len(records.open_source(workdir, "i2t")) == 60
@@ -160,7 +160,7 @@ def test_nothing_to_write_is_told(tmp_path):
     for path in (workdir / "pairs").glob("*.parquet"):
         pq.write_table(pq.read_table(path).slice(0, 0), path)
     with pytest.raises(errors.BadInput, match=r"nothing to write into i2t.*rejects"):
-        shards.run(workdirs.config(), workdir, "i2t")
+        shards.run(workdirs.config(), engine.Engine(workdir), "i2t")
 
 
 def _encode(rgb, mode="RGB", form="JPEG"):

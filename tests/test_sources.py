@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import sources
+from data_prep import engine, sources
 from mofi_jax import errors
 
 
@@ -46,7 +46,6 @@ def make_config(pairs, **changes):
             "max_aspect": 4.0,
             "max_pixels": 1_000_000,
             "max_caption_chars": 1_000,
-            "workers": 1,
         }
         | changes
     )
@@ -57,7 +56,7 @@ def run(tmp_path, members, **changes):
     folder = tmp_path / "pairs_in"
     folder.mkdir(exist_ok=True)
     (folder / "00000.tar").write_bytes(tar_bytes(members))
-    (manifest,) = sources.run(make_config(folder, **changes), tmp_path / "w")
+    (manifest,) = sources.run(make_config(folder, **changes), engine.Engine(tmp_path / "w"))
     return *read(tmp_path / "w"), manifest["counts"]
 
 
@@ -241,7 +240,7 @@ def test_one_key_in_two_tars_is_refused(tmp_path):
     for name in ("0.tar", "1.tar"):
         (folder / name).write_bytes(tar_bytes(members))
     with pytest.raises(errors.BadInput, match=r"the key a is in .*0\.tar and in .*1\.tar: give"):
-        sources.run(make_config(folder), tmp_path / "w")
+        sources.run(make_config(folder), engine.Engine(tmp_path / "w"))
 
 
 def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
@@ -251,7 +250,7 @@ def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
     whole = tar_bytes([("a.png", data), ("a.txt", b"x")])
     (folder / "00007.tar.gz").write_bytes(gzip.compress(whole))
     for _ in range(2):
-        sources.run(make_config(folder), tmp_path / "w")
+        sources.run(make_config(folder), engine.Engine(tmp_path / "w"))
     pairs, _ = read(tmp_path / "w")
     assert pairs["a"]["path"] == "unpacked/00007.tar"
     assert (tmp_path / "w/unpacked/00007.tar").read_bytes() == whole
@@ -264,33 +263,33 @@ def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
 
 def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"missing\.tar does not exist: name a folder"):
-        sources.run(make_config(tmp_path / "missing.tar"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.BadInput, match=r"empty holds no \.tar or \.tar\.gz files: name"):
-        sources.run(make_config(tmp_path / "empty"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "empty"), engine.Engine(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
 def test_a_file_that_is_no_tar_is_told(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>404 not found</html>" * 100)
     with pytest.raises(errors.BadInput, match=r"a\.tar is no tar .*: remove it or fetch"):
-        sources.run(make_config(tmp_path / "a.tar"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
     (tmp_path / "b.tar.gz").write_bytes(b"<html>404 not found</html>")
     with pytest.raises(errors.BadInput, match=r"b\.tar\.gz is damaged .*: fetch it again"):
-        sources.run(make_config(tmp_path / "b.tar.gz"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "b.tar.gz"), engine.Engine(tmp_path / "w"))
 
 
 def test_a_gzipped_file_that_holds_no_tar_is_told_by_its_own_name(tmp_path):
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"words " * 200))
     with pytest.raises(errors.BadInput, match=r"pairs: c\.tar\.gz is no tar"):
-        sources.run(make_config(tmp_path / "c.tar.gz"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
 
 
 def test_several_gzip_streams_are_one_tar(tmp_path):
     whole = tar_bytes([("a.png", picture()), ("a.txt", b"x")])
     streams = gzip.compress(whole[:700]) + gzip.compress(whole[700:]) + b"\0" * 100
     (tmp_path / "a.tar.gz").write_bytes(streams)
-    (manifest,) = sources.run(make_config(tmp_path / "a.tar.gz"), tmp_path / "w")
+    (manifest,) = sources.run(make_config(tmp_path / "a.tar.gz"), engine.Engine(tmp_path / "w"))
     assert manifest["counts"]["pairs"] == 1
     assert manifest["counts"]["tars_cut_short"] == 0
 
@@ -301,7 +300,7 @@ def test_a_tar_damaged_in_the_middle_is_told(tmp_path):
     data[at : at + 200] = b"\x01" * 200
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(errors.BadInput, match=rf"a\.tar is damaged at byte {at}: fetch it"):
-        sources.run(make_config(tmp_path / "a.tar"), tmp_path / "w")
+        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -313,7 +312,7 @@ def test_a_tar_that_was_cut_short_gives_what_comes_before_the_cut(tmp_path, pack
     data = gzip.compress(whole, 0)[: len(whole) // 2] if packed else whole[: len(whole) // 2]
     path = tmp_path / ("a.tar.gz" if packed else "a.tar")
     path.write_bytes(data)
-    (manifest,) = sources.run(make_config(path), tmp_path / "w")
+    (manifest,) = sources.run(make_config(path), engine.Engine(tmp_path / "w"))
     pairs, rejects = read(tmp_path / "w")
     assert manifest["counts"]["tars_cut_short"] == 1
     assert list(pairs) == [str(number) for number in range(len(pairs))]
@@ -371,6 +370,8 @@ def test_two_workers_write_the_same_bytes(tmp_path):
         (folder / f"{shard:05d}.tar.gz").write_bytes(gzip.compress(tar_bytes(members)))
     digests = []
     for workers in (1, 2):
-        manifests = sources.run(make_config(folder, workers=workers), tmp_path / f"w{workers}")
+        manifests = sources.run(
+            make_config(folder), engine.Engine(tmp_path / f"w{workers}", workers)
+        )
         digests.append([manifest["outputs"] for manifest in manifests])
     assert digests[0] == digests[1]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import vocabulary
+from data_prep import engine, vocabulary
 from mofi_jax import errors
 from mofi_jax.data import records
 from tests import workdirs
@@ -32,7 +32,7 @@ def _write(workdir, labels):
 
 def test_ids_come_by_descending_count_then_qid(tmp_path):
     _write(tmp_path, [[[1], [1, 3], [0]], [[1, 2], [3], [2]]])
-    [manifest] = vocabulary.run(workdirs.config(), tmp_path)
+    [manifest] = vocabulary.run(workdirs.config(), engine.Engine(tmp_path))
     entities = records.read_entities(tmp_path / "vocabulary/entities.parquet")
     # Counts 3, 2, 2, 1; among equals "Q2" sorts before "Q30".
     assert entities.qids == ["Q4", "Q2", "Q30", "Q5"]
@@ -49,7 +49,7 @@ def test_ids_come_by_descending_count_then_qid(tmp_path):
 def test_no_entity_left_is_told(tmp_path):
     _write(tmp_path, [[], []])
     with pytest.raises(errors.BadInput, match=r"No entity is left.*min_images"):
-        vocabulary.run(workdirs.config(), tmp_path)
+        vocabulary.run(workdirs.config(), engine.Engine(tmp_path))
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True), st.data())

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import linking, sources
+from data_prep import engine, linking, sources
 from mofi_jax.data import ops
 
 COLOURS = {
@@ -90,7 +90,7 @@ def write(folder, count: int = 60, tars: int = 3):
                 suffix = "jpg" if int(pair.key) % 2 else "png"
                 _add(tar, f"{pair.key}.{suffix}", picture(pair, suffix))
                 _add(tar, f"{pair.key}.txt", caption(pair).encode())
-    sources.run(config(pairs=str(tar_folder)), workdir)
+    sources.run(config(pairs=str(tar_folder)), engine.Engine(workdir))
     _write_kb(workdir)
     by_key = {pair.key: pair for pair in made}
     (workdir / "links").mkdir()
