@@ -20,7 +20,7 @@ from absl import logging
 from data_prep import (
     engine,
     filters,
-    knowledge_base,
+    kb_build,
     linking,
     report,
     selection,
@@ -53,7 +53,7 @@ def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     # ---------------------------------------------------------------------------------- entities
     if config.dataset == "i2e":
-        knowledge_base.prepare(config, work.workdir)
+        kb_build.prepare(config, work.workdir)
         stages["links"] = engine.total_counts(linking.run(config, work))
         stages["labels"] = engine.total_counts(selection.run(config, work))
         stages["labels_final"] = engine.total_counts(filters.run(config, work))
@@ -108,7 +108,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")
     if config.dataset == "i2t":
         return
-    knowledge_base.check_source(config.knowledge_base)
+    kb_build.check_source(config.knowledge_base)
     _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
     if config.labels == "clip":
         _check(

@@ -1,4 +1,4 @@
-"""Builds a knowledge base from a JSONL file (see `data_prep.knowledge_base` for both formats).
+"""Builds a knowledge base from a JSONL file (see `data_prep.kb_build` for both formats).
 
     python -m data_prep.build_kb --dump knowledge_base.jsonl.gz --out kb/
 
@@ -11,7 +11,7 @@ import json
 from absl import logging
 from etils import epath
 
-from data_prep import engine, knowledge_base
+from data_prep import engine, kb_build
 from mofi_jax import cli
 
 
@@ -21,7 +21,7 @@ def main(dump: str, out: str) -> None:
     Raises:
       BadInput: `dump` is missing, damaged, of another format or without a usable row.
     """
-    manifest = knowledge_base.build(dump, out)
+    manifest = kb_build.build(dump, out)
     counts = manifest["counts"]
     logging.info("%s: %s", out, ", ".join(f"{value} {key}" for key, value in counts.items()))
     if counts["rejected"]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, knowledge_base, linking
+from data_prep import engine, kb_build, knowledge_base, linking
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
 
@@ -26,7 +26,7 @@ ROWS = [
 def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    knowledge_base.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb")
     return knowledge_base.KnowledgeBase(folder / "kb")
 
 
@@ -92,7 +92,7 @@ def test_a_text_is_linked_the_same_in_any_company(kb):
 def work_folder(folder, texts_of_shards):
     (folder / "rows.jsonl").parent.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    knowledge_base.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb")
     (folder / "pairs").mkdir()
     for shard, texts in enumerate(texts_of_shards):
         keys = [f"{shard}-{number}" for number in range(len(texts))]
@@ -122,7 +122,7 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
 
 
 def test_the_sample_captions_that_name_their_entity_have_it_among_the_candidates(tmp_path):
-    knowledge_base.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb")
+    kb_build.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb")
     kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
     qids = knowledge_base.read_entities(tmp_path / "kb")["qid"].to_pylist()
     classes = {}
