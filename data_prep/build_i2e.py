@@ -64,7 +64,7 @@ def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
     stages["shards"] = engine.total_counts(written)
     if config.dataset == "i2e":
         report.run(config, work)
-    engine.close_pool()
+    work.close()
 
     result = {
         "dataset": config.dataset,

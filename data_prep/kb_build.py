@@ -107,7 +107,7 @@ def build(source: epath.PathLike, out: epath.PathLike) -> dict:
     task = engine.Task("manifest", (source,))
     settings = {"version": 1, "max_stored": knowledge_base.MAX_STORED, "alias_factor": ALIAS_FACTOR}
     stage, workdir = os.path.basename(out), os.path.dirname(out)
-    (manifest,) = engine.map_shards(stage, _build, [task], workdir, settings)
+    (manifest,) = engine.Engine(workdir).map_shards(stage, _build, [task], settings)
     return manifest
 
 

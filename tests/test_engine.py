@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from data_prep import engine
+from data_prep import engine, manifests
 from mofi_jax import errors
 
 SETTINGS = {"version": 1, "suffix": "!"}
@@ -67,7 +67,7 @@ def digests(workdir, pattern="**/*"):
 def test_outputs_manifest_and_counts(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["one", "two"])
     work = tmp_path / "work"
-    manifests = engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    manifests = engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert (work / "shout/00001.txt").read_text() == "TWO!"
     assert engine.total_counts(manifests) == {"words": 2, "letters": 6}
     on_disk = json.loads((work / "shout/00000.json").read_text())
@@ -81,37 +81,37 @@ def test_outputs_manifest_and_counts(tmp_path):
 def test_finished_shards_are_skipped_and_changes_redone(tmp_path):
     words = ["one", "two", "three"]
     tasks, work = make_tasks(tmp_path / "in", words), tmp_path / "work"
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert calls(work) == ["00000", "00001", "00002"]
     first = digests(work)
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert calls(work) == []
 
     # Touched but equal: hashed, kept.
     os.utime(tmp_path / "in" / "0.txt", (1, 1))
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert calls(work) == []
     assert digests(work) == first
 
     # A changed input, a changed output of the same size, a lost output, other settings.
     tasks = make_tasks(tmp_path / "in", ["one", "TWO", "three"])
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert calls(work) == ["00001"]
     assert not (work / "shout/00001.extra").exists(), "an output no longer written is removed"
     (work / "shout/00002.txt").write_text("THREE?")
     (work / "shout/00000.txt").unlink()
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     assert calls(work) == ["00000", "00002"]
     assert (work / "shout/00002.txt").read_text() == "THREE!"
-    engine.map_shards("shout", shout, tasks, work, {**SETTINGS, "suffix": "?"})
+    engine.Engine(work).map_shards("shout", shout, tasks, {**SETTINGS, "suffix": "?"})
     assert calls(work) == ["00000", "00001", "00002"]
 
 
 def test_shards_without_a_task_are_removed(tmp_path):
     tasks, work = make_tasks(tmp_path / "in", ["one", "two"]), tmp_path / "work"
-    engine.map_shards("shout", shout, tasks, work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
     (work / "shout/notes.json").write_text('{"mine": 1}')
-    engine.map_shards("shout", shout, tasks[:1], work, SETTINGS)
+    engine.Engine(work).map_shards("shout", shout, tasks[:1], SETTINGS)
     left = set(digests(work))
     assert left == {
         "shout/00000.txt",
@@ -125,7 +125,7 @@ def test_workers_do_not_change_a_byte(tmp_path):
     words = ["one", "two", "three", "four", "five"]
     tasks = make_tasks(tmp_path / "in", words)
     for workers in (1, 2):
-        engine.map_shards("shout", shout, tasks, tmp_path / f"w{workers}", SETTINGS, workers)
+        engine.Engine(tmp_path / f"w{workers}", workers).map_shards("shout", shout, tasks, SETTINGS)
     assert digests(tmp_path / "w1") == digests(tmp_path / "w2")
     assert len(calls(tmp_path / "w2")) == 5
 
@@ -134,11 +134,11 @@ def test_workers_do_not_change_a_byte(tmp_path):
 def test_a_failure_names_stage_and_shard_and_keeps_the_rest(tmp_path, workers):
     tasks, work = make_tasks(tmp_path / "in", ["one", "broken"]), tmp_path / "work"
     with pytest.raises(engine.ShardError, match=r"stage shout, shard 00001: KeyError.*such word"):
-        engine.map_shards("shout", shout, tasks, work, SETTINGS, workers)
+        engine.Engine(work, workers).map_shards("shout", shout, tasks, SETTINGS)
     assert not (work / "shout/00001.json").exists()
     calls(work)
     tasks = make_tasks(tmp_path / "in", ["one", "fixed"])
-    engine.map_shards("shout", shout, tasks, work, SETTINGS, workers)
+    engine.Engine(work, workers).map_shards("shout", shout, tasks, SETTINGS)
     assert "00001" in calls(work)
     assert (work / "shout/00001.txt").read_text() == "FIXED!"
 
@@ -146,30 +146,32 @@ def test_a_failure_names_stage_and_shard_and_keeps_the_rest(tmp_path, workers):
 def test_bad_input_passes_through_processes(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["one", "bad"])
     with pytest.raises(errors.BadInput, match=r"word\.txt holds the word bad"):
-        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS, 2)
+        engine.Engine(tmp_path / "work", 2).map_shards("shout", shout, tasks, SETTINGS)
 
 
 def test_a_worker_that_dies_is_told(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["die", "die"])
-    with pytest.raises(engine.ShardError, match="stage shout: a worker process died"):
-        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS, 2)
+    with pytest.raises(
+        engine.ShardError, match="stage shout, shard 0000.: its worker process died twice"
+    ):
+        engine.Engine(tmp_path / "work", 2).map_shards("shout", shout, tasks, SETTINGS)
 
 
 def test_a_missing_input_is_told(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["one"])
     (tmp_path / "in" / "0.txt").unlink()
     with pytest.raises(errors.BadInput, match=r"shard 00000: the file .*0\.txt is missing"):
-        engine.map_shards("shout", shout, tasks, tmp_path / "work", SETTINGS)
+        engine.Engine(tmp_path / "work").map_shards("shout", shout, tasks, SETTINGS)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     tasks, work = make_tasks(tmp_path / "in", ["one"]), tmp_path / "work"
     (work / "shout").mkdir(parents=True)
     with (
-        engine._locked(work / "shout"),
+        manifests.locked(work / "shout"),
         pytest.raises(errors.BadInput, match="in use by another run: wait for it"),
     ):
-        engine.map_shards("shout", shout, tasks, work, SETTINGS)
+        engine.Engine(work).map_shards("shout", shout, tasks, SETTINGS)
 
 
 def dawdle(task, outputs, settings):
@@ -186,7 +188,7 @@ def dawdle(task, outputs, settings):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(tmp_path, workers):
     tasks = make_tasks(tmp_path / "in", [str(number) for number in range(6)])
-    engine.map_shards("dawdle", dawdle, tasks, tmp_path / "whole", SETTINGS)
+    engine.Engine(tmp_path / "whole").map_shards("dawdle", dawdle, tasks, SETTINGS)
     here = pathlib.Path(__file__).parent
     script = tmp_path / "script.py"
     script.write_text(
@@ -198,8 +200,8 @@ def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(tmp_path, wo
         import pathlib
         if __name__ == "__main__":
             tasks = test_engine.make_tasks(pathlib.Path({str(tmp_path / "in")!r}), list("012345"))
-            engine.map_shards("dawdle", test_engine.dawdle, tasks, {str(tmp_path / "killed")!r},
-                              {SETTINGS}, {workers})
+            work = engine.Engine({str(tmp_path / "killed")!r}, {workers})
+            work.map_shards("dawdle", test_engine.dawdle, tasks, {SETTINGS})
         """)
     )
     work = tmp_path / "killed"
