@@ -152,7 +152,7 @@ def test_bad_input_passes_through_processes(tmp_path):
 def test_a_worker_that_dies_is_told(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["die", "die"])
     with pytest.raises(
-        engine.ShardError, match="stage shout, shard 0000.: its worker process died twice"
+        engine.ShardError, match=r"shout, shard 0000\d: its worker process died twice"
     ):
         engine.Engine(tmp_path / "work", 2).map_shards("shout", shout, tasks, SETTINGS)
 
