@@ -27,6 +27,7 @@ from mofi_jax import errors
 
 ENTITIES_FILE = "entities.parquet"
 TOKENIZER_FILE = "tokenizer.json"
+KEYS_FILE = "keys.parquet"  # key, shard, index: where a record is, for removing it
 VERSION = "1.0.0"
 
 # JPEG does not compress further, and one record per group is what makes random reads cheap.
