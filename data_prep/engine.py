@@ -215,22 +215,24 @@ class Engine:
         tasks: Sequence[Task],
         buckets: int,
         parameters: Mapping[str, typing.Any] | None = None,
+        tables: Sequence[str] = ("files",),
     ) -> Scattered:
         """Sorts the rows of each task's files into buckets.
 
         Args:
           stage: name of the stage; its files are `workdir/STAGE/NNNNN.parquet`, one for each task,
             with one row group for each bucket.
-          sql: rows with a column `bucket`, an integer in [0, buckets), which is not kept. $files
-            stands for the task's inputs.
+          sql: rows with a column `bucket`, an integer in [0, buckets), which is not kept.
           tasks: the inputs.
           buckets: how many.
-          parameters: further $NAMEs.
+          parameters: what further $NAMEs in the SQL stand for.
+          tables: the $NAMEs of equal parts of a task's inputs, files for `read_parquet($NAME)`.
 
         Returns:
           What to gather from.
         """
         settings = {"sql": sql, "buckets": buckets, "parameters": dict(parameters or {})}
+        settings["tables"] = list(tables)
         written = self.map_shards(stage, _scatter, tasks, settings)
         files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
         return Scattered(tuple(map(os.fspath, files)), buckets)
@@ -370,7 +372,10 @@ def _scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     buckets = settings["buckets"]
-    parameters = {"files": list(task.inputs), **settings["parameters"]}
+    parameters = dict(settings["parameters"])
+    part = len(task.inputs) // len(settings["tables"])
+    for number, name in enumerate(settings["tables"]):
+        parameters[name] = list(task.inputs[number * part : (number + 1) * part])
     with connect(outputs) as connection:
         table = connection.sql(settings["sql"], params=parameters).to_arrow_table()
     bucket = table["bucket"].to_numpy().astype(np.int64)

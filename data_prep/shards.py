@@ -1,18 +1,14 @@
-"""The last stage of the data: a deterministic global shuffle into ArrayRecord shards: i2t/, i2e/.
+"""The last stage of the data: ArrayRecord shards in the order of `plan`: i2t/, i2e/.
 
-Pairs are ordered by (md5(seed/key), key), which depends on nothing but the seed and the keys: not
-on input order, workers or machine. The plan of an output shard holds everything of its records but
-the picture, of which it holds the pointer, so that picture bytes are moved once and never sorted.
-
-    plan-DATASET/NNNNN.parquet      rows of one output shard, in order
-    DATASET/1.0.0/                  shards, dataset_info.json, features.json, tokenizer.json and,
-                                    for i2e, entities.parquet (see `mofi_jax.data.records`)
+DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.parquet (which
+                record of which shard a key is) and, for i2e, entities.parquet (see
+                `mofi_jax.data.records`)
 """
 
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import ml_collections
@@ -20,8 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from data_prep import engine, sources, vocabulary
-from mofi_jax import errors
+from data_prep import engine, plan, sources, vocabulary
 from mofi_jax.data import ops, records, tokenizer
 
 DESCRIPTIONS = {
@@ -35,27 +30,13 @@ TOKENIZER_CAPTIONS = 1_000_000
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
-_ORDERED = {
-    "i2t": """
-        SELECT key, text, path, "offset", length, sha256,
-               []::INT[] AS entities, []::FLOAT[] AS scores
-        FROM read_parquet($pairs)
-        ORDER BY md5(concat($seed, '/', key)), key
-    """,
-    "i2e": """
-        SELECT key, text, path, "offset", length, sha256, entities, scores
-        FROM read_parquet($pairs) AS pairs JOIN read_parquet($labels) AS labels USING (key)
-        ORDER BY md5(concat($seed, '/', key)), key
-    """,
-}
-
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[dict]:
     """Writes the data set `dataset` in `workdir`/`dataset`/1.0.0.
 
     Args:
       config: `seed`, `shard_examples`, `jpeg_quality`, `max_side` (px of the shorter side: larger
-        pictures are shrunk to it), `vocab_size` of the tokenizer, `source`.
+        pictures are shrunk to it), `vocab_size` of the tokenizer.
       work: the engine; its work directory holds pairs/ and, for i2e, labels_final/ and vocabulary/.
       dataset: "i2t", all valid pairs without labels, or "i2e", the labelled ones.
 
@@ -66,76 +47,14 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
       BadInput: there is no pair to write.
     """
     workdir = work.workdir
-    plans = _plan(config, work, dataset)
+    plans = plan.run(work, dataset, config.seed, config.shard_examples)
     vocabulary_files = (workdir / "vocabulary/kb_rows.npy",) if dataset == "i2e" else ()
     tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans]
-    settings = {key: config[key] for key in ("jpeg_quality", "max_side", "source")}
+    settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
     settings |= {"dataset": dataset, "shards": len(plans)}
     written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings)
     _describe(config, work, dataset, plans, written)
     return written
-
-
-# ----------------------------------------------------------------------------------------- the plan
-
-
-def _plan(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[epath.Path]:
-    """Writes plan-DATASET/ and returns its files, one per output shard."""
-    workdir = work.workdir
-    pairs = sorted(workdir.glob("pairs/*.parquet"))
-    labels = sorted(workdir.glob("labels_final/*.parquet")) if dataset == "i2e" else []
-    settings = {
-        "dataset": dataset,
-        "seed": config.seed,
-        "pairs_shards": len(pairs),
-        "shard_examples": config.shard_examples,
-    }
-    task = engine.Task("all", (*pairs, *labels))
-    [manifest] = work.map_shards(f"plan-{dataset}", _order, [task], settings, here=True)
-    return [workdir / output["path"] for output in manifest["outputs"]]
-
-
-def _order(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Orders all pairs and cuts them into shards of equal size, up to one record."""
-    import duckdb
-    import pyarrow.parquet as pq
-
-    dataset, split = settings["dataset"], settings["pairs_shards"]
-    parameters = {"seed": str(settings["seed"]), "pairs": list(task.inputs[:split])}
-    if dataset == "i2e":
-        parameters["labels"] = list(task.inputs[split:])
-    counted = parameters.get("labels", parameters["pairs"])
-    total = sum(pq.read_metadata(path).num_rows for path in counted)
-    if not total:
-        raise errors.BadInput(
-            f"There is nothing to write into {dataset}: no pair is left after the stages before; "
-            f"see the reasons in {outputs.workdir / 'rejects'}."
-        )
-    rows = _Rows(duckdb.connect().sql(_ORDERED[dataset], params=parameters).to_arrow_reader())
-    count = -(-total // settings["shard_examples"])
-    for shard in range(count):
-        length = total // count + (shard < total % count)
-        outputs.write_table(f"plan-{dataset}/{shard:05d}.parquet", rows.take(length))
-    return {"records": total, "shards": count}
-
-
-class _Rows:
-    """Hands out the rows of an Arrow reader in pieces of any length, holding little more."""
-
-    def __init__(self, reader):
-        self._reader = reader
-        self._rest = None
-
-    def take(self, length: int):
-        import pyarrow as pa
-
-        batches = [self._rest] if self._rest is not None else []
-        while sum(map(len, batches)) < length:
-            batches.append(self._reader.read_next_batch())
-        surplus = sum(map(len, batches)) - length
-        last = batches.pop()
-        self._rest = last.slice(len(last) - surplus)
-        return pa.Table.from_batches([*batches, last.slice(0, len(last) - surplus)])
 
 
 # -------------------------------------------------------------------------------------- the records
@@ -168,7 +87,7 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
                 "text": row["text"],
                 "entity_ids": vocabulary.entity_ids(kb_rows, np.array(row["entities"], np.int32)),
                 "entity_scores": np.array(row["scores"], np.float32),
-                "source": settings["source"],
+                "source": row["source"],
                 "width": width,
                 "height": height,
             }
@@ -241,6 +160,7 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     )
     for path in vocabulary_files:
         shutil.copyfile(path, outputs.path(f"{folder}/{records.ENTITIES_FILE}"))
+    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans)
     # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
     outputs.path(f"{folder}/features.json")
     records.write_metadata(
@@ -267,3 +187,16 @@ def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int
         entities = records.read_entities(path)
         yield from entities.names
         yield from filter(None, entities.descriptions)
+
+
+def _write_keys(path: epath.Path, plans: Sequence[str]) -> None:
+    """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
+    with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
+        for shard, plan_path in enumerate(plans):
+            keys = pq.read_table(plan_path, columns=["key"])["key"].combine_chunks()
+            columns = [keys, np.full(len(keys), shard, np.int32), np.arange(len(keys))]
+            writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

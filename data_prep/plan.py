@@ -1,0 +1,122 @@
+"""The order of a data set: which pair goes into which shard, at which place.
+
+Pairs are ordered by (md5(seed/key), key), which depends on nothing but the seed and the keys: not
+on input order, workers or machine. The plan of an output shard holds everything of its records but
+the picture, of which it holds the pointer, so that picture bytes are moved once and never sorted.
+
+    ordered-DATASET/  scattered by the leading bits of the hash
+    planned-DATASET/  manifests of
+    plan-DATASET/     NNNNN.parquet  rows of one output shard, in order
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from data_prep import engine
+from mofi_jax import errors
+
+# See `engine.runs`.
+_ROWS_PER_BUCKET = 2_000
+_MOST_BUCKETS = 512
+_MOST_SPILLS = 256
+
+_HASHED = """
+    SELECT *, ('0x' || left(hash, 8))::UBIGINT * $buckets // 4294967296 AS bucket
+    FROM (SELECT *, md5(concat($seed, '/', key)) AS hash FROM ({rows}))
+"""
+_ROWS = {
+    "i2t": """
+        SELECT key, text, source, path, "offset", length, sha256,
+               []::INT[] AS entities, []::FLOAT[] AS scores
+        FROM read_parquet($pairs)
+    """,
+    "i2e": """
+        SELECT key, text, source, path, "offset", length, sha256, entities, scores
+        FROM read_parquet($pairs) AS pairs JOIN read_parquet($labels) AS labels USING (key)
+    """,
+}
+
+
+def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> list[epath.Path]:
+    """Writes plan-DATASET/: shards of equal size, up to one record.
+
+    Args:
+      work: the engine; its work directory holds pairs/ and, for i2e, labels_final/.
+      dataset: "i2t", all pairs without labels, or "i2e", the labelled ones.
+      seed: of the order.
+      shard_examples: records of a shard, at most.
+
+    Returns:
+      The plans, one for each output shard, in order.
+
+    Raises:
+      BadInput: there is no pair to write.
+    """
+    import pyarrow.parquet as pq
+
+    pairs = sorted(work.workdir.glob("pairs/*.parquet"))
+    tables, names = [pairs], ["pairs"]
+    if dataset == "i2e":
+        labels = sorted(work.workdir.glob("labels_final/*.parquet"))
+        with_labels = {path.name for path in labels}
+        tables = [[path for path in pairs if path.name in with_labels], labels]
+        names.append("labels")
+    total = sum(pq.read_metadata(path).num_rows for path in tables[-1])
+    if not total:
+        raise errors.BadInput(
+            f"There is nothing to write into {dataset}: no pair is left after the stages before; "
+            f"see the reasons in {work.workdir / 'rejects'}."
+        )
+    tasks = [
+        engine.Task(f"{number:05d}", tuple(path for table in tables for path in _cut(table, run)))
+        for number, run in enumerate(engine.runs(len(tables[0]), _MOST_SPILLS))
+    ]
+    buckets = min(_MOST_BUCKETS, -(-total // _ROWS_PER_BUCKET))
+    parameters = {"buckets": buckets, "seed": str(seed)}
+    sql = _HASHED.format(rows=_ROWS[dataset])
+    scattered = work.scatter(f"ordered-{dataset}", sql, tasks, buckets, parameters, names)
+
+    bucket_rows = scattered.bucket_rows()
+    total = int(bucket_rows.sum())
+    shards = -(-total // shard_examples)
+    groups = engine.runs(shards, _MOST_BUCKETS)
+    tasks = [engine.Task(f"{number:05d}", scattered.files) for number in range(len(groups))]
+    settings = {
+        "version": 1,
+        "dataset": dataset,
+        "bucket_rows": bucket_rows.tolist(),
+        "shards": shards,
+        "shards_per_task": len(groups[0]),
+    }
+    work.map_shards(f"planned-{dataset}", _cut_into_shards, tasks, settings)
+    return [work.workdir / plan_name(dataset, shard) for shard in range(shards)]
+
+
+def plan_name(dataset: str, shard: int) -> str:
+    """The file of a shard's plan, relative to the work directory."""
+    return f"plan-{dataset}/{shard:05d}.parquet"
+
+
+def _cut(files: Sequence[epath.Path], run: range) -> Sequence[epath.Path]:
+    return files[run.start : run.stop]
+
+
+def _cut_into_shards(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """Writes the plans of a run of shards from the buckets that hold them."""
+    bounds = np.concatenate([[0], np.cumsum(settings["bucket_rows"])])
+    most, longer = divmod(int(bounds[-1]), settings["shards"])
+    first_shard = int(task.name) * settings["shards_per_task"]
+    last_shard = min(first_shard + settings["shards_per_task"], settings["shards"])
+    # Every shard's first place in the whole order: the longer ones, by one, come first.
+    places = [shard * most + min(shard, longer) for shard in range(first_shard, last_shard + 1)]
+    first = int(np.searchsorted(bounds, places[0], side="right")) - 1
+    last = int(np.searchsorted(bounds, places[-1], side="left"))
+    table = engine.read_buckets(task.inputs, first, last)
+    table = table.sort_by([("hash", "ascending"), ("key", "ascending")]).drop_columns(["hash"])
+    for shard, (begin, end) in enumerate(itertools.pairwise(places), first_shard):
+        rows = table.slice(begin - bounds[first], end - begin).combine_chunks()
+        outputs.write_table(plan_name(settings["dataset"], shard), rows)
+    return {"records": places[-1] - places[0], "shards": len(places) - 1}
