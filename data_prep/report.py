@@ -3,38 +3,34 @@
     report/report.json   every number of the page
     report/index.html    the page (`report_page`), self-contained
 
-Numbers are counted by DuckDB over the stages' tables; pictures are few and chosen by the hash of
-their key, so that the page is the same every time and costs the same for a billion pairs.
+Numbers are counted in `report_numbers` and `report_labels`, pictures chosen in `report_pictures`.
+For the same inputs both files are the same every time, but for the seconds that the stages took.
 """
 
-import base64
 import json
 import os
-from collections.abc import Sequence
+import re
 
 import ml_collections
-import numpy as np
 from etils import epath
 
-from data_prep import engine, report_page, selection, shards, sources
+from data_prep import engine, report_labels, report_numbers, report_page, report_pictures
 from mofi_jax.data import records
 
-# Pictures of the gallery, by what happened to them.
-GALLERY = {"changed": 16, "agreed": 12, "rejected": 12}
-TOP_ENTITIES = 12
-PICTURES_PER_ENTITY = 8
-_THUMBNAIL = 112  # px of the shorter side
+# What a path looks like: absolute, from home, from here or from above, or of a bucket.
+_PATH = re.compile(r"(?:[a-z][a-z0-9+.-]*:/(?=/)|(?<![\w.~}/])(?:~|\.{1,2}))?(?<!\w)/[^\s,{}]+")
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes report/index.html and report/report.json for the labelled data set in `workdir`.
 
     Args:
-      config: printed on the page; `labels` and `prototype_weight` are read.
+      config: printed on the page, of paths the last part; `labels`, `min_images` and, for
+        labels="clip", the fields of `selection.Rule` are read.
       work: the engine; its work directory holds all the stages' output.
 
     Returns:
-      The one manifest.
+      The one manifest; counts `pictures`, those on the page.
     """
     workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
@@ -48,18 +44,39 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         workdir / "vocabulary/kb_rows.npy",
     ]
     files["manifests"] = [
-        path
-        for stage in ("pairs", "shards-i2e")
-        for path in sorted((workdir / stage).glob("*.json"))
-        if not path.name.startswith(".")
+        path for stage in ("pairs", "shards-i2e") for path in _json_files(workdir / stage)
     ]
     settings = {
+        "version": 1,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         # The number of workers changes nothing, so the page does not show it.
-        "config": {key: value for key, value in config.to_dict().items() if key != "workers"},
+        "config": {
+            key: without_folders(value)
+            for key, value in config.to_dict().items()
+            if key != "workers"
+        },
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
     return work.map_shards("report", _write, [task], settings, here=True)
+
+
+def without_folders(value):
+    """A config value, of the paths in it only their last part: a page tells nothing of a machine.
+
+    Args:
+      value: anything that JSON holds.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    if isinstance(value, str):
+        return _PATH.sub(lambda path: os.path.basename(path.group().rstrip("/")), value)
+    return value
+
+
+def _json_files(folder: epath.Path) -> list[epath.Path]:
+    return [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -68,146 +85,73 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         files[stage], rest = rest[:count], rest[count:]
     config = settings["config"]
     entities = records.read_entities(files["vocabulary"][0])
-    report = {
-        "config": config,
-        "funnel": _funnel(files, len(entities)),
-        "rejects": _rejects(files),
-        "labels_per_picture": _labels_per_picture(files),
-        "images_per_entity": _images_per_entity(entities.counts),
-        "fits": _fit_histogram(files, config) if config["labels"] == "clip" else None,
-        "top_entities": _top_entities(files, entities),
-        "gallery": _gallery(files, config),
-        "lineage": _lineage(files),
-    }
+    manifests = [json.loads(epath.Path(path).read_text()) for path in files["manifests"]]
+    downloads = _failed_downloads([m for m in manifests if m["stage"] == "pairs"])
+    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+        about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
+        strips = report_pictures.entity_strips(*about, entities)
+        report = {
+            "config": config,
+            "funnel": report_numbers.funnel(*about, downloads["total"], len(entities)),
+            "sources": report_numbers.by_source(*about),
+            "failed_downloads": downloads["by_status"],
+            "rejects": report_numbers.rejects(*about),
+            "labels_per_picture": report_labels.labels_per_picture(*about),
+            "images_per_entity": report_labels.images_per_entity(entities.counts),
+            "picture_sizes": report_numbers.picture_sizes(*about),
+            "fits": None,
+            "scores": None,
+            "sensitivity": None,
+            "entity_types": report_labels.entity_types(*about),
+            "captions": report_numbers.scripts(*about),
+            "duplicates": report_numbers.duplicates(*about),
+            "top_entities": strips["top"],
+            "rare_entities": strips["rare"],
+            "gallery": report_pictures.gallery(*about, config),
+            "rates": _rates(outputs.workdir),
+            "lineage": _lineage(manifests),
+        }
+        if config["labels"] == "clip":
+            report |= report_labels.histograms(*about, config)
+            report["sensitivity"] = report_labels.sensitivity(*about, config, report["scores"])
+        keys = [picture["key"] for picture in report["gallery"]]
+        for entity in (*report["top_entities"], *report["rare_entities"]):
+            keys += entity["keys"]
+        thumbnails = report_pictures.thumbnails(*about, outputs.workdir, keys)
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     outputs.path("report/report.json").write_text(text)
-    thumbnails = _thumbnails(files, outputs.workdir, report)
     outputs.path("report/index.html").write_text(report_page.render(report, thumbnails))
     return {"pictures": len(thumbnails)}
 
 
-# ------------------------------------------------------------------------------------------ numbers
-
-
-def _query(sql: str, **parameters) -> list[tuple]:
-    import duckdb
-
-    return duckdb.sql(sql, params=parameters).fetchall()
-
-
-def _funnel(files: dict, num_entities: int) -> dict[str, int]:
-    """How many pairs are left after each step, in order; and the entities."""
-    [(pairs,)] = _query("SELECT count(*) FROM read_parquet($files)", files=files["pairs"])
-    [(invalid,)] = _query(
-        "SELECT count(*) FROM read_parquet($files) WHERE stage = 'pairs'", files=files["rejects"]
-    )
-    [(mention, candidate)] = _query(
-        "SELECT count(*) FILTER (len(mentions) > 0), count(*) FILTER (len(candidates) > 0)"
-        " FROM read_parquet($files)",
-        files=files["links"],
-    )
-    [(labelled,)] = _query(
-        "SELECT count(*) FROM read_parquet($files) WHERE reason IS NULL", files=files["labels"]
-    )
-    [(final,)] = _query("SELECT count(*) FROM read_parquet($files)", files=files["labels_final"])
+def _failed_downloads(manifests: list[dict]) -> dict:
+    """Pairs that the downloader got no picture for, where the input tells: total, by status."""
+    counts, prefix = engine.total_counts(manifests), "not_downloaded_"
+    by_status = {
+        name.removeprefix(prefix): count for name, count in counts.items() if prefix in name
+    }
     return {
-        "read": pairs + invalid,
-        "valid": pairs,
-        "with_mention": mention,
-        "with_candidate": candidate,
-        "labelled": labelled,
-        "final": final,
-        "entities": num_entities,
+        "total": counts.get("not_downloaded", 0),
+        "by_status": dict(sorted(by_status.items(), key=lambda entry: (-entry[1], entry[0]))),
     }
 
 
-def _rejects(files: dict) -> list[dict]:
-    stages = ("pairs", "labels", "labels_final")
-    rows = _query(
-        "SELECT stage, reason, count(*) FROM read_parquet($files) GROUP BY stage, reason",
-        files=files["rejects"],
-    )
-    rows = [row for row in rows if row[0] in stages]
-    rows.sort(key=lambda row: (stages.index(row[0]), -row[2], row[1]))
-    return [{"stage": stage, "reason": reason, "count": n} for stage, reason, n in rows]
+def _rates(workdir: epath.Path) -> list[dict]:
+    """Seconds of each stage, summed over workers; rows are what its first count counts."""
+    rows = []
+    for stage, spent in engine.stage_seconds(workdir).items():
+        if stage == "report":
+            continue
+        found = [json.loads(path.read_text()) for path in _json_files(workdir / stage)]
+        # A stage's folder may hold other files too, such as a model's description.
+        manifests = [manifest for manifest in found if manifest.get("stage") == stage]
+        unit, count = next(iter(engine.total_counts(manifests).items()), ("", 0))
+        rows.append({"stage": stage, **spent, "rows": count, "unit": unit})
+    return rows
 
 
-def _labels_per_picture(files: dict) -> dict[str, int]:
-    rows = _query(
-        "SELECT len(entities), count(*) FROM read_parquet($files) GROUP BY 1 ORDER BY 1",
-        files=files["labels_final"],
-    )
-    return {str(labels): count for labels, count in rows}
-
-
-def _images_per_entity(counts: np.ndarray) -> list[dict]:
-    """Entities by their number of pictures, in bins that double: 1, 2-3, 4-7, ..."""
-    bins = np.floor(np.log2(counts)).astype(int)
-    return [
-        {"from": 2**b, "to": 2 ** (b + 1) - 1, "entities": int((bins == b).sum())}
-        for b in range(bins.min(), bins.max() + 1)
-    ]
-
-
-def _fit_histogram(files: dict, config: dict) -> dict:
-    """Candidates by fit in bins of 0.25, chosen ones apart."""
-    rows = _query(
-        """
-        WITH fits AS (
-            SELECT key, unnest(entities) AS entity, unnest(text_fits) AS text_fit,
-                   unnest(picture_fits) AS picture_fit
-            FROM read_parquet($fits)
-        ),
-        labels AS (SELECT key, entities AS chosen FROM read_parquet($labels)),
-        coherence AS (SELECT * FROM read_parquet($coherence))
-        SELECT floor(4 * ((text_fit + $w * picture_fit) / (1 + $w) + $c * coherence))::INT AS bin,
-               count(*) FILTER (list_contains(chosen, entity)),
-               count(*) FILTER (NOT list_contains(chosen, entity))
-        FROM fits JOIN labels USING (key) JOIN coherence USING (entity) GROUP BY 1 ORDER BY 1
-        """,
-        fits=files["fits"],
-        labels=files["labels"],
-        coherence=files["coherence"],
-        w=float(config["prototype_weight"]),
-        c=float(config["coherence_weight"]),
-    )
-    return {
-        "threshold": config["min_fit"],
-        "bins": [{"from": b / 4, "chosen": chosen, "others": n} for b, chosen, n in rows],
-    }
-
-
-def _top_entities(files: dict, entities: records.Entities) -> list[dict]:
-    """The entities with most pictures, and some of these."""
-    kb_rows = np.load(files["vocabulary"][1])
-    top = range(min(TOP_ENTITIES, len(entities)))
-    rows = _query(
-        """
-        SELECT entity, key FROM (
-            SELECT unnest(entities) AS entity, key FROM read_parquet($labels)
-        ) WHERE list_contains($entities, entity)
-        QUALIFY row_number() OVER (PARTITION BY entity ORDER BY md5(key), key) <= $limit
-        ORDER BY entity, md5(key), key
-        """,
-        labels=files["labels_final"],
-        entities=[int(kb_rows[i]) for i in top],
-        limit=PICTURES_PER_ENTITY,
-    )
-    return [
-        {
-            "qid": entities.qids[i],
-            "name": entities.names[i],
-            "description": entities.descriptions[i],
-            "images": int(entities.counts[i]),
-            "keys": [key for entity, key in rows if entity == kb_rows[i]],
-        }
-        for i in top
-    ]
-
-
-def _lineage(files: dict) -> dict:
-    manifests = [json.loads(epath.Path(path).read_text()) for path in files["manifests"]]
-    inputs = [m["inputs"][0] for m in manifests if m["stage"] == "pairs"]
+def _lineage(manifests: list[dict]) -> dict:
+    inputs = [m["inputs"][0] for m in manifests if m["stage"] == "pairs" and m["inputs"]]
     written = [m for m in manifests if m["stage"] == "shards-i2e"]
     return {
         "inputs": [
@@ -226,115 +170,3 @@ def _lineage(files: dict) -> dict:
             if ".array_record-" in output["path"]
         ],
     }
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def _gallery(files: dict, config: dict) -> list[dict]:
-    """Pictures with everything that was known about them, grouped as in `GALLERY`."""
-    # More than are shown: which group a labelled picture belongs to is known only afterwards.
-    sample = _query(
-        """
-        SELECT key, entities, reason FROM read_parquet($labels)
-        WHERE reason IS DISTINCT FROM 'no_mention' AND reason IS DISTINCT FROM 'no_candidate'
-        QUALIFY row_number() OVER (PARTITION BY reason IS NULL ORDER BY md5(key), key) <= 200
-        ORDER BY md5(key), key
-        """,
-        labels=files["labels"],
-    )
-    keys = [key for key, _, _ in sample]
-    where = "FROM read_parquet($files) WHERE list_contains($keys, key)"
-    links = {
-        key: (mentions, candidates)
-        for key, mentions, candidates in _query(
-            f"SELECT key, mentions, candidates {where}", files=files["links"], keys=keys
-        )
-    }
-    texts = dict(_query(f"SELECT key, text {where}", files=files["pairs"], keys=keys))
-    evidence = _evidence(files, where, keys) if config["labels"] == "clip" else {}
-    names = _names(files, [c["entity"] for _, candidates in links.values() for c in candidates])
-    gallery, left = [], dict(GALLERY)
-    for key, chosen, reason in sample:
-        mentions, candidates = links[key]
-        by_text = selection.best_prior_entities(mentions, candidates)
-        group = "rejected" if reason else "agreed" if set(chosen) == set(by_text) else "changed"
-        if not left[group]:
-            continue
-        left[group] -= 1
-        rows = []
-        distinct: dict[int, dict] = {}  # an entity may be a candidate of several mentions
-        for candidate in sorted(candidates, key=lambda candidate: candidate["prior"]):
-            distinct[candidate["entity"]] = candidate
-        for entity, candidate in distinct.items():
-            row = {
-                "name": names[entity][0],
-                "description": names[entity][1],
-                "prior": round(candidate["prior"], 3),
-                "by_text": entity in by_text,
-                "chosen": entity in chosen,
-            }
-            if (key, entity) in evidence:
-                known = evidence[key, entity]
-                row["score"] = known.score
-                row["fit"] = known.fit(selection.Rule.of(config))
-            rows.append(row)
-        gallery.append(
-            {
-                "key": key,
-                "group": group,
-                "reason": reason,
-                "text": texts[key],
-                "mentions": [[m["start"], m["end"], m["kind"]] for m in mentions],
-                "candidates": rows,
-            }
-        )
-    return sorted(gallery, key=lambda picture: list(GALLERY).index(picture["group"]))
-
-
-def _evidence(files: dict, where: str, keys: list[str]) -> dict[tuple, selection.Evidence]:
-    scores = _query(f"SELECT key, entities, scores {where}", files=files["scores"], keys=keys)
-    fits = {
-        key: (text_fits, picture_fits)
-        for key, text_fits, picture_fits in _query(
-            f"SELECT key, text_fits, picture_fits {where}", files=files["fits"], keys=keys
-        )
-    }
-    coherence = dict(
-        _query("SELECT entity, coherence FROM read_parquet($files)", files=files["coherence"])
-    )
-    return {
-        (key, entity): selection.Evidence(round(score, 4), *values, coherence[entity])
-        for key, entities, cosines in scores
-        for entity, score, *values in zip(entities, cosines, *fits[key], strict=True)
-    }
-
-
-def _names(files: dict, entities: Sequence[int]) -> dict[int, tuple[str, str]]:
-    """Name and description of rows of the knowledge base."""
-    rows = _query(
-        "SELECT file_row_number, label, coalesce(description, '')"
-        " FROM read_parquet($kb, file_row_number = true)"
-        " WHERE list_contains($entities, file_row_number)",
-        kb=files["kb"],
-        entities=sorted(set(entities)),
-    )
-    return {entity: (name, description) for entity, name, description in rows}
-
-
-def _thumbnails(files: dict, workdir: epath.Path, report: dict) -> dict[str, str]:
-    """JPEG as base64 of every picture on the page, by key."""
-    keys = [picture["key"] for picture in report["gallery"]]
-    keys += [key for entity in report["top_entities"] for key in entity["keys"]]
-    rows = _query(
-        'SELECT key, path, "offset", length FROM read_parquet($files)'
-        " WHERE list_contains($keys, key) ORDER BY key",
-        files=files["pairs"],
-        keys=keys,
-    )
-    pointers = list(zip(*rows, strict=True))[1:] if rows else [(), (), ()]
-    thumbnails = {}
-    for row, data in sources.read_pictures(workdir, *pointers):
-        jpeg, _, _ = shards.to_jpeg(data, max_side=_THUMBNAIL, quality=85)
-        thumbnails[rows[row][0]] = base64.b64encode(jpeg).decode()
-    return thumbnails

@@ -1,0 +1,146 @@
+"""The sections of the data card that are charts: distributions, and other thresholds."""
+
+from collections.abc import Mapping, Sequence
+
+from data_prep import report_plots
+from data_prep.report_html import Markup, code, panel
+from data_prep.report_plots import count
+
+
+def distributions(report: Mapping) -> str:
+    """Histograms of entities, labels, evidence and picture sizes."""
+    entities, sizes = report["images_per_entity"], report["picture_sizes"]
+    bins, per_picture = entities["bins"], report["labels_per_picture"]
+    held = [
+        f"the largest {100 * head['part']:.0f} % ({count(head['entities'])}) hold"
+        f" {100 * head['share']:.1f} %"
+        for head in entities["head"]
+    ]
+    panels = [
+        panel(
+            report_plots.columns(
+                "Column chart: number of entities by their number of pictures",
+                _ranges(bins),
+                [[b["entities"] for b in bins]],
+                shares=[b["share"] for b in bins],
+            ),
+            "Entities by number of pictures",
+            Markup(
+                '<span class="key">Line</span>: share of all labels held by entities of this size'
+                f" and larger. Of the entities, {'; '.join(held)} of the labels."
+            ),
+        ),
+        panel(
+            report_plots.columns(
+                "Column chart: number of pictures by their number of labels",
+                list(per_picture),
+                [list(per_picture.values())],
+            ),
+            "Labels per picture",
+        ),
+    ]
+    if report["fits"]:
+        panels += [
+            _histogram(report["fits"], "Fit of candidates", "standard deviations", "min_fit", 0.25),
+            _histogram(report["scores"], "Cosine of candidates", "", "min_score", 0.02),
+        ]
+    if sizes["bins"]:
+        chart = report_plots.columns(
+            "Column chart: number of pictures by pixels of their shorter side",
+            _ranges(sizes["bins"]),
+            [[b["pictures"] for b in sizes["bins"]]],
+        )
+        note = f"Of the pictures as read; median {count(sizes['median'])} px."
+        panels.append(panel(chart, "Shorter side of pictures, px", note))
+    return f'<h2>Distributions</h2><div class="halves">{"".join(panels)}</div>'
+
+
+def _ranges(bins: Sequence[Mapping]) -> list[str]:
+    """Names of bins that double; every second one where they would run into each other."""
+    dense = len(bins) > 7
+
+    def name(i: int, b: Mapping) -> str:
+        if dense:
+            return "" if i % (1 + len(bins) // 12) else _brief(b["from"])
+        return str(b["from"]) if b["from"] == b["to"] else f"{_brief(b['from'])}–{_brief(b['to'])}"
+
+    return [name(i, b) for i, b in enumerate(bins)]
+
+
+def _brief(number: int) -> str:
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.3g}M"
+
+
+def _histogram(found: Mapping, title: str, unit: str, threshold: str, width: float) -> str:
+    """Chosen candidates over the others; bins of few candidates at the ends are joined."""
+    bins = _without_tails(found["bins"], width)
+    names = ["" if i % 4 else f"{b['from']:.3g}" for i, b in enumerate(bins)]
+    place = (found["threshold"] - bins[0]["from"]) / width if bins else -1
+    inside = 0 <= place <= len(bins)
+    value = f"{threshold} = {found['threshold']:g}"
+    where = f"Dashed: {value}." if inside else f"{value} is outside."
+    return panel(
+        report_plots.columns(
+            f"Histogram: {title.lower()}, chosen ones and others; {value}",
+            names,
+            [[b["chosen"] for b in bins], [b["others"] for b in bins]],
+            mark=place if inside else None,
+        ),
+        f"{title}, {unit}" if unit else title,
+        Markup(f'<span class="key">Chosen</span> and others. {where}'),
+    )
+
+
+def _without_tails(bins: Sequence[Mapping], width: float) -> list[dict]:
+    """Equal bins, also empty ones, without the outermost thousandth at either end."""
+    totals = [b["chosen"] + b["others"] for b in bins]
+    spare = sum(totals) // 1000
+    first, last = 0, len(bins) - 1
+    while sum(totals[: first + 1]) <= spare and first < last:
+        first += 1
+    while sum(totals[last:]) <= spare and last > first:
+        last -= 1
+    if not bins:
+        return []
+    low = round(bins[first]["from"] / width)
+    found = [
+        {"from": round(i * width, 4), "chosen": 0, "others": 0}
+        for i in range(low, round(bins[last]["from"] / width) + 1)
+    ]
+    for b in bins:
+        place = min(max(round(b["from"] / width) - low, 0), len(found) - 1)
+        found[place]["chosen"] += b["chosen"]
+        found[place]["others"] += b["others"]
+    return found
+
+
+def thresholds(report: Mapping) -> str:
+    """What other thresholds would label; nothing where labels come from text alone."""
+    if not report["sensitivity"]:
+        return ""
+    panels = []
+    for threshold, points in report["sensitivity"].items():
+        mark = next((i for i, point in enumerate(points) if point["configured"]), None)
+        # A floor far below all cosines is off: it stands where the cosines begin.
+        places = [point["value"] for point in points]
+        if len(places) > 2:
+            places[0] = max(places[0], 2 * places[1] - places[2])
+        every = 1 + len(points) // 9
+        start = (mark or 0) % every
+        names = ["" if (i - start) % every else f"{p['value']:.3g}" for i, p in enumerate(points)]
+        for what, words in (
+            ("pictures", "pictures"),
+            ("entities", "entities with enough pictures"),
+        ):
+            line = [report_plots.Point(x, p[what]) for x, p in zip(places, points, strict=True)]
+            chart = report_plots.line(
+                f"Line chart: labelled {words} by {threshold}", line, mark=mark, names=names
+            )
+            panels.append(panel(chart, Markup(f"{words.capitalize()} by {code(threshold)}")))
+    return (
+        "<h2>Other thresholds</h2><p>What would be labelled, from the evidence that is kept and"
+        " before later filters; the other threshold as configured. Dashed: the one in force."
+        f'</p><div class="halves">{"".join(panels)}</div>'
+    )

@@ -1,0 +1,291 @@
+"""The numbers of the data card that are about pairs: counted by DuckDB over the stages' tables.
+
+Files of one name hold the same pairs in every stage. So whatever needs two tables of pairs is
+joined a few shards at a time and only sums are kept: memory does not grow with the number of pairs.
+What sees them all at once (group-bys over keys, entities or sha256) DuckDB spills to disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+if typing.TYPE_CHECKING:
+    import duckdb
+
+# Paths of the stages' tables by stage.
+Files = Mapping[str, Sequence[str]]
+
+_SHARDS_AT_ONCE = 32
+
+# The order in which pairs get lost; reasons and stages not named here come in the middle.
+_STAGES = ("pairs", "links", "scores", "fits", "labels", "", "labels_final")
+_REASONS = (
+    *("duplicate_key", "duplicate", "eval_duplicate"),
+    *("blocked_domain", "blocked_hash", "unsafe_column", "unsafe_score", "removed"),
+    *("", "over_cap", "rare_entity", "quarantined"),
+)
+
+_SCRIPTS = (
+    *("Latin", "Cyrillic", "Greek", "Armenian", "Georgian", "Arabic", "Hebrew", "Ethiopic"),
+    *("Devanagari", "Bengali", "Gurmukhi", "Gujarati", "Tamil", "Telugu", "Kannada", "Malayalam"),
+    *("Sinhala", "Thai", "Lao", "Khmer", "Myanmar", "Hangul", "Japanese", "Han"),
+)
+_SAMPLED_CAPTIONS = 100_000
+
+
+def ask(connection: duckdb.DuckDBPyConnection, sql: str, **parameters) -> list[tuple]:
+    """The rows of a query; $NAMEs that it does not mention may be among the parameters."""
+    used = {k: v for k, v in parameters.items() if re.search(rf"\${k}\b", sql)}
+    return connection.execute(sql, used).fetchall()
+
+
+def collect(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    sql: str,
+    files: Files,
+    stages: Sequence[str],
+    **parameters,
+) -> None:
+    """Fills the temporary table `table` with the rows of `sql`, a few shards at a time.
+
+    Args:
+      connection: where the table is made.
+      table: its name.
+      sql: a query in which $STAGE stands for files of that stage, of the same shards in each.
+      files: all files by stage.
+      stages: the stages that the query reads.
+      **parameters: further $NAMEs.
+    """
+    head = f"CREATE OR REPLACE TEMP TABLE {table} AS"
+    for batch in _batches(files, stages):
+        ask(connection, f"{head} {sql}", **batch, **parameters)
+        head = f"INSERT INTO {table}"
+
+
+def _batches(files: Files, stages: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+    """Shards that all the stages have; a shard in quarantine is missing from later stages."""
+    by_name = [{os.path.basename(path): path for path in files[stage]} for stage in stages]
+    names = sorted(set(by_name[0]).intersection(*by_name[1:]))
+    for start in range(0, len(names), _SHARDS_AT_ONCE):
+        chunk = names[start : start + _SHARDS_AT_ONCE]
+        yield {
+            stage: [paths[name] for name in chunk]
+            for stage, paths in zip(stages, by_name, strict=True)
+        }
+
+
+def columns_of(connection: duckdb.DuckDBPyConnection, files: Sequence[str]) -> set[str]:
+    """The column names of parquet files of one schema."""
+    return {
+        row[0]
+        for row in ask(
+            connection, "DESCRIBE SELECT * FROM read_parquet($files)", files=list(files[:1])
+        )
+    }
+
+
+# ------------------------------------------------------------------------------------- the funnel
+
+
+def funnel(
+    connection: duckdb.DuckDBPyConnection, files: Files, not_downloaded: int, num_entities: int
+) -> dict:
+    """How many pairs are left after each step, in order.
+
+    Returns:
+      not_downloaded (pairs that never had a picture, not among those read), read, valid,
+      with_mention, with_candidate, labelled; removed: what labelled pairs were lost to afterwards,
+      in order, as {reason, count, left}, of which the reason None stands for pairs that no reject
+      accounts for; final; entities.
+    """
+    [(pairs,)] = ask(connection, "SELECT count(*) FROM read_parquet($pairs)", **files)
+    [(invalid,)] = ask(
+        connection, "SELECT count(*) FROM read_parquet($rejects) WHERE stage = 'pairs'", **files
+    )
+    [(mention, candidate)] = ask(
+        connection,
+        "SELECT count(*) FILTER (len(mentions) > 0), count(*) FILTER (len(candidates) > 0)"
+        " FROM read_parquet($links)",
+        **files,
+    )
+    [(labelled,)] = ask(
+        connection, "SELECT count(*) FROM read_parquet($labels) WHERE reason IS NULL", **files
+    )
+    [(final,)] = ask(connection, "SELECT count(*) FROM read_parquet($labels_final)", **files)
+    removed, left = [], labelled
+    for reason, count in _removed(connection, files):
+        left -= count
+        removed.append({"reason": reason, "count": count, "left": left})
+    return {
+        "not_downloaded": not_downloaded,
+        "read": pairs + invalid,
+        "valid": pairs,
+        "with_mention": mention,
+        "with_candidate": candidate,
+        "labelled": labelled,
+        "removed": removed,
+        "final": final,
+        "entities": num_entities,
+    }
+
+
+def _removed(connection: duckdb.DuckDBPyConnection, files: Files) -> list[tuple[str | None, int]]:
+    """Why labelled pairs are not among the final ones: kind of reason and pairs."""
+    ask(
+        connection,
+        """
+        CREATE OR REPLACE TEMP TABLE lost AS
+        SELECT key FROM read_parquet($labels) WHERE reason IS NULL
+        EXCEPT SELECT key FROM read_parquet($labels_final)
+        """,
+        **files,
+    )
+    rows = ask(
+        connection,
+        """
+        SELECT kind, count(*) FROM lost LEFT JOIN (
+            SELECT key, min(split_part(reason, ':', 1)) AS kind FROM read_parquet($rejects)
+            WHERE stage NOT IN ('pairs', 'labels') GROUP BY key
+        ) USING (key) GROUP BY kind
+        """,
+        **files,
+    )
+    return sorted(rows, key=lambda row: (row[0] is None, *_rank(_REASONS, row[0] or "")))
+
+
+def _rank(order: Sequence[str], name: str) -> tuple[int, str]:
+    return order.index(name if name in order else ""), name
+
+
+def rejects(connection: duckdb.DuckDBPyConnection, files: Files) -> list[dict]:
+    """Every stage and reason in rejects/ with its number of pairs, in the order of the stages."""
+    rows = ask(
+        connection,
+        "SELECT stage, reason, count(*) FROM read_parquet($rejects) GROUP BY stage, reason",
+        **files,
+    )
+    rows.sort(key=lambda row: (*_rank(_STAGES, row[0]), -row[2], row[1]))
+    return [{"stage": stage, "reason": reason, "count": n} for stage, reason, n in rows]
+
+
+def by_source(connection: duckdb.DuckDBPyConnection, files: Files) -> list[dict]:
+    """The funnel of each source: source, valid, with_mention, with_candidate, labelled, final."""
+    if "source" not in columns_of(connection, files["pairs"]):
+        return []
+    collect(
+        connection,
+        "sources",
+        """
+        SELECT source, count(*) AS valid, count(*) FILTER (len(mentions) > 0) AS with_mention,
+               count(*) FILTER (len(candidates) > 0) AS with_candidate,
+               count(*) FILTER (labels.key IS NOT NULL AND labels.reason IS NULL) AS labelled,
+               count(final.key) AS final
+        FROM read_parquet($pairs) AS pairs
+        LEFT JOIN read_parquet($links) AS links USING (key)
+        LEFT JOIN read_parquet($labels) AS labels USING (key)
+        LEFT JOIN read_parquet($labels_final) AS final USING (key)
+        GROUP BY source
+        """,
+        files,
+        ("pairs", "links", "labels", "labels_final"),
+    )
+    names = ("valid", "with_mention", "with_candidate", "labelled", "final")
+    sums = ", ".join(f"sum({name})::BIGINT" for name in names)
+    rows = ask(connection, f"SELECT source, {sums} FROM sources GROUP BY source ORDER BY source")
+    return [dict(zip(("source", *names), row, strict=True)) for row in rows]
+
+
+# ------------------------------------------------------------------------------ pictures, captions
+
+
+def picture_sizes(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
+    """Pixels of the shorter side of the pictures read: median, and bins that double."""
+    rows = ask(
+        connection,
+        "SELECT least(width, height) AS side, count(*) FROM read_parquet($pairs)"
+        " GROUP BY side ORDER BY side",
+        **files,
+    )
+    if not rows:
+        return {"median": 0, "bins": []}
+    sides, counts = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+    median = sides[np.searchsorted(np.cumsum(counts), (counts.sum() + 1) // 2)]
+    exponents = np.floor(np.log2(np.maximum(sides, 1))).astype(int)
+    bins = [
+        {"from": 2**b, "to": 2 ** (b + 1) - 1, "pictures": int(counts[exponents == b].sum())}
+        for b in range(exponents.min(), exponents.max() + 1)
+    ]
+    return {"median": int(median), "bins": bins}
+
+
+def duplicates(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
+    """Pictures that occur again byte for byte, and pairs near a picture of an evaluation set."""
+    repeated = None
+    if "sha256" in columns_of(connection, files["pairs"]):
+        # Half of each digest, as a number: an eighth of the memory.
+        [(repeated,)] = ask(
+            connection,
+            "SELECT count(*) - count(DISTINCT ('0x' || substr(sha256, 1, 16))::UBIGINT)"
+            " FROM read_parquet($pairs)",
+            **files,
+        )
+    sets = ask(
+        connection,
+        "SELECT substr(reason, 16) AS name, count(DISTINCT key) FROM read_parquet($rejects)"
+        " WHERE starts_with(reason, 'eval_duplicate:') GROUP BY name ORDER BY name",
+        **files,
+    )
+    return {
+        "repeated": repeated,
+        "evaluation": [{"set": name, "removed": count} for name, count in sets],
+    }
+
+
+def scripts(
+    connection: duckdb.DuckDBPyConnection, files: Files, most: int = _SAMPLED_CAPTIONS
+) -> dict:
+    """The writing systems of captions: the one with most letters, in a sample by hash of the key.
+
+    A caption with kana counts as Japanese whatever its other characters. Letters of scripts that
+    are not told apart count as "other", a caption without letters as "no letters".
+
+    Args:
+      connection: where to ask.
+      files: `pairs` is read.
+      most: about how many captions are looked at; all of them where there are fewer.
+
+    Returns:
+      sampled, the number of captions looked at; scripts: {script, captions}, most frequent first.
+    """
+    [(pairs,)] = ask(connection, "SELECT count(*) FROM read_parquet($pairs)", **files)
+    letters = {name: rf"\p{{{name}}}" for name in _SCRIPTS}
+    letters["Japanese"] = r"\p{Hiragana}\p{Katakana}"
+    lengths = [f"length(regexp_replace(text, '[^{letters[name]}]', '', 'g'))" for name in _SCRIPTS]
+    kana = _SCRIPTS.index("Japanese")
+    lengths[kana] = f"CASE WHEN {lengths[kana]} > 0 THEN length(text) ELSE 0 END"
+    rows = ask(
+        connection,
+        f"""
+        WITH counted AS (
+            SELECT [{", ".join(lengths)}] AS letters, regexp_matches(text, '\\p{{L}}') AS any_letter
+            FROM read_parquet($pairs) WHERE md5_number(key) % $step = 0
+        )
+        SELECT CASE WHEN list_max(letters) > 0
+                    THEN $names[list_position(letters, list_max(letters))]
+                    WHEN any_letter THEN 'other' ELSE 'no letters' END AS script, count(*) AS n
+        FROM counted GROUP BY script ORDER BY n DESC, script
+        """,
+        step=max(1, pairs // most),
+        names=list(_SCRIPTS),
+        **files,
+    )
+    return {
+        "sampled": sum(count for _, count in rows),
+        "scripts": [{"script": script, "captions": count} for script, count in rows],
+    }
