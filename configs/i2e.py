@@ -12,9 +12,9 @@ own pairs and knowledge base:
 
 PAIRS is a folder or a glob pattern of img2dataset tars (`.tar` or `.tar.gz`), of parquet with
 pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
-several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file `.jsonl` or `.jsonl.gz`, or
-a folder made by `data_prep.build_kb`. Arguments: sample | folder=PATH,kb=PATH, dataset=i2e|i2t,
-labels=clip|text.
+several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
+`.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Arguments: sample |
+folder=PATH,kb=PATH, dataset=i2e|i2t, labels=clip|text.
 """
 
 import os
@@ -22,8 +22,7 @@ import os
 import ml_collections
 
 from configs import common
-from data_prep import source_files
-from data_prep import boilerplate
+from data_prep import boilerplate, source_files
 from mofi_jax import errors
 
 SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
@@ -79,6 +78,25 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Fewer pictures than this and an entity is no class. 5 is the recalled value of the paper; the
     # sample has 5 drawings of each thing, of which about 4 are labelled.
     config.min_images = 2 if args.sample else 5
+    config.min_images_feedback = "one_pass"  # as MOFI: count once. converge: until nothing changes
+    config.rare_entity_drops = "label"  # of a picture. picture: with its other labels too
+    # More pictures than this and a sample of them is kept (MetaCLIP's balancing). None: all.
+    config.max_images = ml_collections.config_dict.placeholder(int)
+
+    # Filters. Pictures of evaluation sets are not for training: NAME = a folder or a tar of them.
+    config.filters = ml_collections.ConfigDict()
+    config.filters.eval_sets = ml_collections.ConfigDict()
+    config.filters.max_hamming = 4  # of 64 bits of the perceptual hash; 0 to 6
+    config.filters.max_cosine = 0.97  # at least this and it is the same picture; None: not compared
+    config.filters.duplicates = "keep"  # exact: of equal pictures one, that with the smallest key
+    safety = config.filters.safety = ml_collections.ConfigDict()
+    # A linear head on the embeddings of config.clip (.npz, .safetensors) or "module:function".
+    safety.head = ml_collections.config_dict.placeholder(str)
+    safety.threshold = 0.5  # scores above it are unsafe
+    # Of an input column the highest number that stays (punsafe = 0.5) or the strings that go.
+    safety.columns = ml_collections.ConfigDict()
+    safety.blocked_domains = ml_collections.config_dict.placeholder(str)  # file, a domain a line
+    safety.blocked_hashes = ml_collections.config_dict.placeholder(str)  # file, a sha256 a line
 
     # Shards
     config.jpeg_quality = 95

@@ -90,7 +90,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       BadInput: naming the first key that cannot be used.
     """
     _check(config.dataset in ("i2e", "i2t"), config, "dataset", "choose i2e or i2t")
-    sources.find_tars(config.pairs)
+    sources.find(config.sources)
     least = {
         "workers": 1,
         "min_side": 1,

@@ -1,132 +1,109 @@
-"""Sources: img2dataset tars -> pairs/ (key, text, pointer to the picture's bytes).
+"""Sources: image-text pairs in whatever form -> pairs/ (key, text, pointer to the picture's bytes).
 
-A tar is read once: each member's place is noted, each picture is decoded in full and dropped again.
-Later stages fetch bytes by pointer (path, offset, length). A `.tar` stays where it is; a `.tar.gz`,
-in which nothing can be found without unpacking, is unpacked once to `W/unpacked/`.
+`config.sources` names them, "NAME=PATTERN" each: a folder, a glob pattern or a file of img2dataset
+tars (`data_prep.tars`), of parquet with pictures in it (`data_prep.parquets`), or of tables beside
+pictures (`data_prep.tables`); or a data set of TFDS (`data_prep.tfds_sets`). Everything is read
+once: each sample's place is noted, each picture is decoded in full and dropped again. Later stages
+fetch bytes by pointer (path, offset, length; see `read_pictures`).
 
-A pair is what shares a name up to the last dot: a picture (.jpg .jpeg .png .webp .gif) and a
-caption (`.txt`, or else "caption" in `.json`). Every pair ends either in pairs/ or in rejects/ with
-a reason:
+    unpacked/  what was packed (.gz), in which nothing can be found by its place
+    scanned/   of each table its columns, and where each piece of `rows_per_shard` rows begins
+    parts/     of each shard what is to be read, from a file or a piece of one
+    indexed/   NNNNN.parquet, the usable samples of each part; the others, with their reasons
+    unique/    of the shards that repeat a key: which rows
+    pairs/     NNNNN.parquet: key, text, source, path, offset, length, width, height, sha256, phash,
+               url, extras
 
-    no_picture no_text duplicate_key            the pair is not whole
-    empty_caption caption_not_utf8 broken_json  the caption cannot be read
-    empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels
+Every sample ends either in pairs/ or in rejects/ with a reason:
+
+    no_picture no_text broken_json broken_row   the sample is not whole
+    duplicate_key                               another of that key came before it
+    empty_caption caption_not_utf8              the caption cannot be read
+    picture_missing picture_outside picture_is_a_url    a table names no file beside it
+    empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels too_many_bytes
     tar_cut_short                               the member at which a tar that was cut short ends
 
 A tar that was cut short, as an interrupted download is, gives all pairs before the cut, a warning
 and the count `tars_cut_short`: thousands of good shards should not wait for one.
 """
 
-import glob
 import hashlib
-import io
 import itertools
 import json
 import os
-import re
-import tarfile
-import typing
-import warnings
-import zlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 import ml_collections
 from absl import logging
 from etils import epath
 
-from data_prep import engine
+from data_prep import engine, parquets, pictures, samples, tables, tars, tfds_sets
+from data_prep.samples import Rejected
+from data_prep.source_files import Found, find
 from mofi_jax import errors
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
-_BLOCK = tarfile.BLOCKSIZE
+__all__ = ["find", "read_pictures", "run"]
 
-
-class Member(typing.NamedTuple):
-    """A file inside a tar: its name, and where its bytes lie."""
-
-    name: str
-    offset: int
-    length: int
-
-
-class Rejected(Exception):
-    """A pair that cannot be used, with the reason in one word."""
+_READERS = {"tar": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
+_BATCH = 10_000  # rows that are held as Python objects
+_FEW_REPEATED = 0.01  # a larger share of repeated keys has another cause than chance
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
-    """Writes pairs/NNNNN.parquet, one for each tar of `config.pairs` in the order of their names.
+    """Writes pairs/NNNNN.parquet, one for each tar and each piece of a table, in order of `find`.
 
-    Columns: key, text, path (relative ones lie in the work directory), offset, length (bytes),
-    width, height (pixels), sha256 (of the picture's bytes).
+    Columns: key, text, source, path (relative ones lie in the work directory), offset, length
+    (bytes), width, height (pixels), sha256 (of the picture's bytes), phash (bits of the perceptual
+    hash), url, extras (JSON of the columns to keep; both may be null).
 
     Args:
-      config: `pairs` (folder, glob pattern or tar), `min_side`, `max_aspect`, `max_pixels`,
+      config: `sources`, `keep_columns`, `rows_per_shard`, `min_side`, `max_aspect`, `max_pixels`,
         `max_caption_chars`.
       work: the engine.
 
     Returns:
-      The manifests; counts `members`, `pairs`, `captions_cut`, `tars_cut_short` and `rejected`.
+      The manifests of pairs/, with the counts of indexed/ too: `members` (files of a tar, rows of a
+      table), `pairs`, `rejected` (samples, of which `duplicate_keys`), `captions_cut`,
+      `tars_cut_short`, `pairs_missing` and `not_downloaded` (see `data_prep.tars`).
 
     Raises:
-      BadInput: no tars, a file that is no tar, or one key twice.
+      BadInput: nothing to read, or files that cannot be read and no failure budget for them.
     """
-    workdir = work.workdir
-    tars = find_tars(config.pairs)
-    packed = [tar for tar in tars if tar.endswith(".gz")]
-    unpack = [engine.Task(_stem(tar), (tar,)) for tar in packed]
-    work.map_shards("unpacked", _unpack, unpack, {"version": 1})
+    tasks = _plan(find(config.sources), config.rows_per_shard, work)
+    names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
+    settings = {"version": 2, **{name: config[name] for name in names}}
+    indexed = work.map_shards("indexed", _index, tasks, settings)
+    _warn(indexed)
+    repeated = _find_repeated(indexed, work)
     tasks = []
-    for number, tar in enumerate(tars):
-        at = os.fspath(workdir / f"unpacked/{_stem(tar)}.tar") if tar.endswith(".gz") else tar
-        tasks.append(engine.Task(f"{number:05d}", (at,)))
-    settings = {
-        "version": 1,
-        "min_side": config.min_side,
-        "max_aspect": config.max_aspect,
-        "max_pixels": config.max_pixels,
-        "max_caption_chars": config.max_caption_chars,
-    }
-    manifests = work.map_shards("pairs", _index, tasks, settings)
-    for manifest in manifests:
-        if manifest["counts"]["tars_cut_short"]:
-            logging.warning("%s is cut short: used up to the cut", manifest["inputs"][0]["path"])
-    shards = tuple(os.fspath(workdir / f"pairs/{task.name}.parquet") for task in tasks)
-    unique = [engine.Task("keys", shards)]
-    work.map_shards("unique", _check_keys, unique, {"version": 1}, here=True)
-    return manifests
-
-
-def find_tars(pattern: str) -> list[str]:
-    """The tars of a folder, a glob pattern or a single tar, as absolute paths sorted by name.
-
-    Where both `a.tar` and `a.tar.gz` are there, the former is used.
-    """
-    pattern = os.fspath(pattern)
-    if os.path.isdir(pattern):
-        found = [os.path.join(pattern, name) for name in os.listdir(pattern)]
-    else:
-        found = [path for path in glob.glob(pattern) if os.path.isfile(path)]
-    tars = {os.path.abspath(path) for path in found if path.endswith((".tar", ".tar.gz"))}
-    tars = sorted(path for path in tars if path.removesuffix(".gz") not in tars - {path})
-    if not tars:
-        what = "holds no .tar or .tar.gz files" if os.path.isdir(pattern) else "does not exist"
-        raise errors.BadInput(
-            f"pairs: {pattern} {what}: name a folder of img2dataset tars, a glob pattern or one"
-            " tar."
+    for manifest in indexed:
+        name = manifest["shard"]
+        files = [f"indexed/{name}.parquet", f"indexed/rejects-{name}.parquet"]
+        if f"unique/{name}.parquet" in repeated:
+            files.append(f"unique/{name}.parquet")
+        tasks.append(engine.Task(name, tuple(os.fspath(work.workdir / file) for file in files)))
+    kept = work.map_shards("pairs", _keep_first, tasks, {"version": 2})
+    counts = {manifest["shard"]: manifest["counts"] for manifest in indexed}
+    kept = [{**m, "counts": {**m["counts"], **counts[m["shard"]]}} for m in kept]
+    total = engine.total_counts(kept)
+    if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
+        logging.warning(
+            "%d of the samples bear the key of another and were left out: where sets number their"
+            " pairs alike, name each in config.sources",
+            total["duplicate_keys"],
         )
-    stems = [_stem(tar) for tar in tars if tar.endswith(".gz")]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise errors.BadInput(
-                f"pairs: two tars are called {stem}.tar.gz in {pattern}: rename one of them."
-            )
-    return tars
+    return kept
 
 
 def read_pictures(
     workdir: epath.PathLike, paths: Sequence[str], offsets: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[tuple[int, bytes]]:
     """Reads pictures by pointer, in the order in which they lie on disk.
+
+    A pointer is, by the name of the file: a row of a parquet (`offset` is its number), a record of
+    an ArrayRecord shard (likewise), or bytes anywhere (`offset` is the first). Rows of one parquet
+    share the reading of their row group: ask for as many as possible at once.
 
     Args:
       workdir: where relative paths start.
@@ -136,284 +113,272 @@ def read_pictures(
       (row, the picture's bytes).
 
     Raises:
-      BadInput: a tar is gone or shorter than it was.
+      BadInput: a file is gone or not what it was.
     """
     order = sorted(range(len(paths)), key=lambda row: (paths[row], offsets[row]))
-    for name, rows in itertools.groupby(order, key=lambda row: paths[row]):
+    for name, group in itertools.groupby(order, key=lambda row: paths[row]):
+        rows = list(group)
         path = os.path.join(os.fspath(workdir), name)
         if not os.path.exists(path):
             raise errors.BadInput(
-                f"The tar {path} is gone since its pictures were listed: restore it, or run again"
+                f"The file {path} is gone since its pictures were listed: restore it, or run again"
                 " without it."
             )
-        with open(path, "rb") as file:
-            for row in rows:
-                file.seek(offsets[row])
-                data = file.read(lengths[row])
-                if len(data) < lengths[row]:
-                    raise errors.BadInput(
-                        f"The tar {path} is shorter than when its pictures were listed: restore"
-                        " it, or run again."
-                    )
-                yield row, data
-
-
-# --------------------------------------------------------------------------------------------- tars
-
-
-def list_members(
-    path: str | os.PathLike[str], name: str | None = None
-) -> tuple[list[Member], Member | None, bool]:
-    """Lists the files of an uncompressed tar, called `name` in complaints.
-
-    Returns:
-      The whole files, the file that is cut off at the end or None, and whether the tar is complete
-      (ends in the zero block that tar writes last).
-
-    Raises:
-      BadInput: the file is no tar, or damaged in the middle.
-    """
-    name = name or os.fspath(path)
-    size = os.path.getsize(path)
-    members = []
-    complete = False
-    with open(path, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  closing would close `file`
-            for info in tar:
-                if info.isreg():
-                    members.append(Member(info.name, info.offset_data, info.size))
-            end = tar.offset
-        except (tarfile.ReadError, EOFError) as error:
-            if not members:
-                raise errors.BadInput(
-                    f"pairs: {name} is no tar ({error}): remove it or fetch it again."
-                ) from error
-            # Past the end: the bytes of the last member are missing. Before it: damaged.
-            end = size if file.tell() >= size else file.tell()
-        file.seek(end)
-        rest = file.read(_BLOCK)
-    if rest and not rest.strip(b"\0"):
-        complete = True
-    elif len(rest) == _BLOCK:
-        # tarfile stops without a word at a header it cannot read.
-        raise errors.BadInput(
-            f"pairs: {name} is damaged at byte {end}: fetch it again or remove it."
-        )
-    whole = [member for member in members if member.offset + member.length <= size]
-    cut = next((member for member in members if member.offset + member.length > size), None)
-    return whole, cut, complete and cut is None
-
-
-def _stem(path: str) -> str:
-    return os.path.basename(path).removesuffix(".gz").removesuffix(".tar")
-
-
-def _unpack(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Unpacks one .tar.gz; one that is cut short gives all that can be had of it."""
-    # Not gzip.open: at a cut it loses what it has read since its last answer.
-    unpacker = zlib.decompressobj(wbits=31)
-    target_path = outputs.path(f"unpacked/{task.name}.tar")
-    with open(task.inputs[0], "rb") as source, open(target_path, "wb") as target:
-        try:
-            while chunk := source.read(1 << 20):
-                while chunk:
-                    if unpacker.eof:  # several gzip streams in a row are one file
-                        unpacker = zlib.decompressobj(wbits=31)
-                    target.write(unpacker.decompress(chunk))
-                    chunk = unpacker.unused_data.lstrip(b"\0")
-        except zlib.error as error:
+        places = [offsets[row] for row in rows]
+        if path.endswith(".parquet"):
+            found = parquets.read_rows(path, places)
+        elif tfds_sets.is_shard(path):
+            found = tfds_sets.read_rows(path, places)
+        else:
+            found = _read_bytes(path, places, [lengths[row] for row in rows])
+        # Not strict: a file that has become shorter ends early, which the count tells.
+        read = 0
+        for row, data in zip(rows, found, strict=False):
+            if len(data) != lengths[row]:
+                break
+            read += 1
+            yield row, data
+        if read < len(rows):
             raise errors.BadInput(
-                f"pairs: {task.inputs[0]} is damaged ({error}): fetch it again or remove it."
-            ) from error
-    return {"tars": 1, "tars_cut_short": int(not unpacker.eof)}
+                f"The file {path} is not as long as when its pictures were listed: restore it, or"
+                " run again in another --workdir."
+            )
+
+
+def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for offset, length in zip(offsets, lengths, strict=True):
+            file.seek(offset)
+            yield file.read(length)
+
+
+# --------------------------------------------------------------------------------------- the shards
+
+
+def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine.Task]:
+    """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
+    unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
+    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 2})
+    at = {m["shard"]: os.fspath(work.workdir / m["outputs"][0]["path"]) for m in unpacked}
+    paths = [at.get(file.unpacked) if file.unpacked else file.path for file in found]
+    scan = [
+        engine.Task(f"{number:05d}", (path,))
+        for number, (file, path) in enumerate(zip(found, paths, strict=True))
+        if path and file.kind in ("parquet", "table")
+    ]
+    scanned = work.map_shards("scanned", _scan, scan, {"version": 1, "rows": rows})
+    plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
+
+    parts: list[tuple[tuple[str, ...], dict]] = []
+    for number, (file, path) in enumerate(zip(found, paths, strict=True)):
+        if path is None:
+            continue  # in quarantine
+        part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
+        if file.kind == "tar":
+            inputs = (path, *tars.sidecars(file.path))
+            parts.append((inputs, {**part, "name": file.path}))
+        elif file.kind == "tfds":
+            for start in range(*file.span, rows):
+                piece = [start, min(start + rows, file.span[1])]
+                parts.append(((path, *tfds_sets.metadata(path)), {**part, "range": piece}))
+        elif f"{number:05d}" in plans:
+            plan = json.loads(plans[f"{number:05d}"].read_text())
+            part |= {"stem": file.stem, "folder": os.path.dirname(file.path)}
+            for piece in plan.pop("ranges"):
+                parts.append(((path,), {**part, **plan, "range": piece}))
+    return _write_parts(parts, work.workdir / "parts")
+
+
+def _write_parts(
+    parts: Sequence[tuple[tuple[str, ...], dict]], folder: epath.Path
+) -> list[engine.Task]:
+    """A part is an input of its shard: what changes for one leaves the others finished.
+
+    They hold JSON, but in the work directory all files `*.json` below a stage are manifests.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = max(5, len(str(len(parts))))  # file names sort as the shards do
+    tasks = []
+    for number, (inputs, part) in enumerate(parts):
+        path = folder / f"{number:0{digits}d}.part"
+        text = json.dumps(part, sort_keys=True, ensure_ascii=False) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        tasks.append(engine.Task(path.stem, (*inputs, os.fspath(path))))
+    for path in {*folder.glob("*.part")} - {epath.Path(task.inputs[-1]) for task in tasks}:
+        path.unlink()
+    return tasks
+
+
+def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    path = task.inputs[0]
+    reader = parquets if path.endswith(".parquet") else tables
+    plan = reader.scan(path, settings["rows"])
+    text = json.dumps(plan, ensure_ascii=False) + "\n"
+    outputs.path(f"scanned/{task.name}.plan").write_text(text)
+    if not plan["ranges"]:
+        logging.warning("sources: %s holds no row", path)
+    return {"pieces": len(plan["ranges"])}
 
 
 # -------------------------------------------------------------------------------------------- pairs
 
 
-def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+def _schema():
     import pyarrow as pa
 
-    path = task.inputs[0]
-    pointer = os.path.abspath(path).removeprefix(os.path.abspath(outputs.workdir) + os.sep)
-    unpacked = not os.path.isabs(pointer)
-    members, cut, complete = list_members(path, f"{_stem(path)}.tar.gz" if unpacked else None)
-    rejects = []
-    rows = {name: [] for name in ("key", "text", "offset", "length", "width", "height", "sha256")}
-    captions_cut = 0
-    with open(path, "rb") as file:
-
-        def read(member: Member) -> bytes:
-            file.seek(member.offset)
-            return file.read(member.length)
-
-        for key, parts in _group(members, rejects).items():
-            if cut is not None and key == _split(cut.name)[0]:
-                continue  # told below
-            try:
-                text, was_cut = _caption(parts, read, settings["max_caption_chars"])
-                if "picture" not in parts:
-                    raise Rejected("no_picture")
-                data = read(parts["picture"])
-                width, height = check_picture(data, settings)
-            except Rejected as rejected:
-                rejects.append((key, str(rejected)))
-                continue
-            captions_cut += was_cut
-            rows["key"].append(key)
-            rows["text"].append(text)
-            rows["offset"].append(parts["picture"].offset)
-            rows["length"].append(parts["picture"].length)
-            rows["width"].append(width)
-            rows["height"].append(height)
-            rows["sha256"].append(hashlib.sha256(data).hexdigest())
-    if cut is not None:
-        rejects.append((_split(cut.name)[0], "tar_cut_short"))
-    table = pa.table(
-        {
-            "key": pa.array(rows["key"], pa.string()),
-            "text": pa.array(rows["text"], pa.string()),
-            "path": pa.array([pointer] * len(rows["key"]), pa.string()),
-            "offset": pa.array(rows["offset"], pa.int64()),
-            "length": pa.array(rows["length"], pa.int64()),
-            "width": pa.array(rows["width"], pa.int32()),
-            "height": pa.array(rows["height"], pa.int32()),
-            "sha256": pa.array(rows["sha256"], pa.string()),
-        }
+    words = ("key", "text", "source", "path")
+    numbers = {"offset": pa.int64(), "length": pa.int64(), "width": pa.int32()}
+    return pa.schema(
+        [(name, pa.string()) for name in words]
+        + list(numbers.items())
+        + [("height", pa.int32()), ("sha256", pa.string()), ("phash", pa.int64())]
+        + [("url", pa.string()), ("extras", pa.string())]
     )
-    outputs.write_table(f"pairs/{task.name}.parquet", table)
-    outputs.write_rejects(rejects)
-    return {
-        "members": len(members),
-        "pairs": len(rows["key"]),
-        "rejected": len(rejects),
-        "captions_cut": captions_cut,
-        "tars_cut_short": int(not complete),
-    }
 
 
-def _split(name: str) -> tuple[str, str]:
-    """("folder/000001", "jpg") from "folder/000001.JPG"."""
-    folder, base = os.path.split(name)
-    stem, _, suffix = base.rpartition(".")
-    return os.path.join(folder, stem or base), suffix.lower() if stem else ""
+def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """Looks at every sample of a part."""
+    import pyarrow as pa
 
+    *inputs, part_path = task.inputs
+    part = json.loads(epath.Path(part_path).read_text())
+    keep = settings["keep_columns"]
+    workdir = os.path.join(os.path.abspath(outputs.workdir), "")
+    counts: dict[str, int] = {
+        "members": 0,
+        "captions_cut": 0,
+    }  # the first is the progress display's
+    schema = _schema()
+    batches, rows, rejects = [], [], []
 
-def _group(members: Sequence[Member], rejects: list) -> dict[str, dict[str, Member]]:
-    """Members by key, keys in order of first appearance; kinds "picture", "txt", "json"."""
-    groups: dict[str, dict[str, Member]] = {}
-    for member in members:
-        key, suffix = _split(member.name)
-        kind = "picture" if suffix in PICTURE_SUFFIXES else suffix
-        if kind not in ("picture", "txt", "json"):
-            if suffix == "":
-                continue
-            groups.setdefault(key, {})
-        elif kind in groups.setdefault(key, {}):
-            rejects.append((key, "duplicate_key"))
-        else:
-            groups[key][kind] = member
-    return groups
+    def flush() -> None:
+        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
+        batches.append(pa.record_batch(arrays, schema=schema))
+        rows.clear()
 
-
-def _caption(
-    parts: dict[str, Member], read: typing.Callable[[Member], bytes], limit: int
-) -> tuple[str, bool]:
-    """The caption in one line, and whether it had to be cut to `limit` characters."""
-    if "txt" in parts:
+    for sample in _READERS[part["kind"]].read(inputs, part, keep, counts):
+        key = samples.encodable(part["prefix"] + sample.key)
         try:
-            # A replacement character would be a word that nobody wrote.
-            text = read(parts["txt"]).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise Rejected("caption_not_utf8") from None
-    elif "json" in parts:
-        try:
-            content = json.loads(read(parts["json"]).decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise Rejected("caption_not_utf8") from None
-        except (ValueError, RecursionError):
-            raise Rejected("broken_json") from None
-        text = content.get("caption") if isinstance(content, dict) else None
-        if text is None:
-            raise Rejected("no_text")
-        # JSON may spell half a surrogate pair, which no UTF-8 file can hold.
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise Rejected("caption_not_utf8" if isinstance(text, str) else "broken_json")
-    else:
-        raise Rejected("no_text")
-    text = clean_caption(text)
-    if not text:
-        raise Rejected("empty_caption")
-    return cut_caption(text, limit), len(text) > limit
-
-
-def clean_caption(text: str) -> str:
-    """One line: white space and control characters squeezed to single spaces."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
-
-
-def cut_caption(text: str, limit: int) -> str:
-    """At most `limit` characters, cut at the end of a word where there is one."""
-    if len(text) <= limit:
-        return text
-    head = text[: limit + 1].rpartition(" ")[0]
-    return (head or text[:limit]).rstrip()
-
-
-def check_picture(data: bytes, settings: dict) -> tuple[int, int]:
-    """Width and height of a picture that decodes in full and keeps to the limits.
-
-    The size is read from the header first: a picture of a billion pixels is never decoded.
-
-    Raises:
-      Rejected: with the reason.
-    """
-    from PIL import Image
-
-    from mofi_jax.data import ops
-
-    if not data:
-        raise Rejected("empty_picture")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of many pixels; the limit here is the config's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                width, height = picture.size
-    except Image.DecompressionBombError:
-        raise Rejected("too_many_pixels") from None
-    except Exception:  # noqa: BLE001  Pillow's parsers raise whatever the bytes lead them to
-        raise Rejected("not_a_picture") from None
-    if min(width, height) < settings["min_side"]:
-        raise Rejected("too_small")
-    if max(width, height) > settings["max_aspect"] * min(width, height):
-        raise Rejected("too_wide")
-    if width * height > settings["max_pixels"]:
-        raise Rejected("too_many_pixels")
-    try:
-        decoded = ops.decode_rgb(data)
-    except ops.UndecodableImage as error:
-        raise Rejected(error.reason) from None
-    height, width = decoded.shape[:2]
-    return width, height
-
-
-def _check_keys(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Raises BadInput where two pairs share a key: later stages join on it."""
-    import duckdb
-
-    connection = duckdb.connect()
-    source = "read_parquet($shards, filename=true)"
-    twice = connection.execute(
-        f"SELECT key, min(path), max(path) FROM {source} GROUP BY key HAVING count(*) > 1"
-        " ORDER BY key LIMIT 1",
-        {"shards": list(task.inputs)},
-    ).fetchall()
-    if twice:
-        key, first, second = twice[0]
-        raise errors.BadInput(
-            f"pairs: the key {key} is in {first} and in {second}: give every pair a name of its"
-            " own, as img2dataset does by numbering across shards."
+            if sample.reason:
+                raise Rejected(sample.reason)
+            text, was_cut = samples.caption(sample.text, settings["max_caption_chars"])
+            seen = pictures.check_picture(sample.picture, settings)
+        except Rejected as rejected:
+            rejects.append((key, str(rejected)))
+            continue
+        counts["captions_cut"] += was_cut
+        pointer = (sample.path.removeprefix(workdir), sample.offset, sample.length)
+        digest = hashlib.sha256(sample.picture).hexdigest()
+        more = (
+            sample.url and samples.encodable(sample.url),
+            samples.extras_json(sample.extras, keep),
         )
-    return {}
+        size = (seen.width, seen.height, digest, seen.phash)
+        rows.append((key, text, part["source"], *pointer, *size, *more))
+        if len(rows) == _BATCH:
+            flush()
+    flush()
+    outputs.write_table(f"indexed/{task.name}.parquet", pa.Table.from_batches(batches, schema))
+    columns = {
+        "key": pa.array([key for key, _ in rejects], pa.string()),
+        "reason": pa.array([reason for _, reason in rejects], pa.string()),
+    }
+    outputs.write_table(f"indexed/rejects-{task.name}.parquet", pa.table(columns))
+    return counts
+
+
+def _warn(indexed: Sequence[dict]) -> None:
+    for manifest in indexed:
+        path, counts = manifest["inputs"][0]["path"], manifest["counts"]
+        if counts.get("tars_cut_short"):
+            logging.warning("%s is cut short: used up to the cut", path)
+        if counts.get("pairs_missing"):
+            missing = counts["pairs_missing"]
+            logging.warning("%s holds %d pairs fewer than its _stats.json says", path, missing)
+
+
+# ------------------------------------------------------------------------------------ repeated keys
+
+# Grouped by hash first: eight bytes of each key are sorted out of core, and only the few keys whose
+# hash occurs twice are compared in full.
+_REPEATED = """
+    WITH hashes AS (
+        SELECT hash(key) AS h FROM read_parquet($files) GROUP BY h HAVING count(*) > 1
+    )
+    SELECT shard, place, key FROM (
+        SELECT filename AS shard, file_row_number AS place, key,
+               row_number() OVER (PARTITION BY key ORDER BY filename, file_row_number) AS occurrence
+        FROM read_parquet($files, filename=true, file_row_number=true)
+        WHERE hash(key) IN (SELECT h FROM hashes)
+    )
+    WHERE occurrence > 1 ORDER BY shard, place
+"""
+
+
+def _find_repeated(indexed: Sequence[dict], work: engine.Engine) -> set[str]:
+    """Writes unique/; returns the files that it consists of."""
+    files = tuple(os.fspath(work.workdir / m["outputs"][0]["path"]) for m in indexed)
+    if not files:
+        return set()
+    task = engine.Task("keys", files)
+    manifests = work.map_shards("unique", _repeated, [task], {"version": 2}, here=True)
+    return {output["path"] for manifest in manifests for output in manifest["outputs"]}
+
+
+def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """unique/NNNNN.parquet: the rows of a shard (`place`) whose key came before, in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total, shard, writer = 0, None, None
+    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+        query = connection.sql(_REPEATED, params={"files": list(task.inputs)})
+        for batch in query.to_arrow_reader(1 << 16):
+            table = pa.Table.from_batches([batch])
+            ends = [*_changes(table["shard"].to_pylist()), len(table)]
+            for start, end in itertools.pairwise([0, *ends]):
+                if start == end:
+                    continue
+                name = os.path.basename(table["shard"][start].as_py())
+                if name != shard:
+                    if writer is not None:
+                        writer.close()
+                    shard, path = name, os.fspath(outputs.path(f"unique/{name}"))
+                    writer = pq.ParquetWriter(path, table.drop_columns("shard").schema)
+                writer.write_table(table.slice(start, end - start).drop_columns("shard"))
+            total += len(table)
+    if writer is not None:
+        writer.close()
+    return {"duplicate_keys": total}
+
+
+def _changes(values: Sequence[str]) -> list[int]:
+    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+
+
+def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """A shard of pairs/ without the rows that unique/ names."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    indexed, rejects_path, *repeated = task.inputs
+    rejects = [(row["key"], row["reason"]) for row in pq.read_table(rejects_path).to_pylist()]
+    name = f"pairs/{task.name}.parquet"
+    if repeated:
+        table, drop = pq.read_table(indexed), pq.read_table(repeated[0])
+        keep = np.ones(len(table), bool)
+        keep[drop["place"].to_numpy()] = False
+        outputs.write_table(name, table.filter(keep))
+        rejects += [(key, "duplicate_key") for key in drop["key"].to_pylist()]
+        pairs = int(keep.sum())
+    else:
+        pairs = pq.read_metadata(indexed).num_rows
+        try:
+            os.link(indexed, outputs.path(name))  # for a billion pairs a copy is 200 GB
+        except OSError:  # a file system without links
+            shutil.copyfile(indexed, outputs.path(name))
+    outputs.write_rejects(rejects)
+    duplicates = sum(reason == "duplicate_key" for _, reason in rejects)
+    return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates}

@@ -239,7 +239,7 @@ def fails(config, tmp_path):
         ("jpeg_quality", 101, "give 1 to 100"),
         ("shard_examples", 0, "give at least 1"),
         ("max_candidates", 0, "give at least 1"),
-        ("pairs", "/nowhere", "does not exist: name a folder"),
+        ("sources", ("x=/nowhere",), "does not exist: name a folder"),
         ("knowledge_base", "/nowhere.jsonl", "does not exist: name a"),
         ("knowledge_base", "", "write kb=PATH"),
     ],

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import engine, sources
+from data_prep import engine, samples, source_files, sources, tars
 from mofi_jax import errors
 
 
@@ -38,10 +38,13 @@ def tar_bytes(members):
     return data.getvalue()
 
 
-def make_config(pairs, **changes):
+def make_config(*patterns, **changes):
+    names = [f"s{number}" for number in range(len(patterns))]
     return ml_collections.ConfigDict(
         {
-            "pairs": str(pairs),
+            "sources": tuple(f"{n}={p}" for n, p in zip(names, patterns, strict=True)),
+            "keep_columns": ("punsafe", "NSFW"),
+            "rows_per_shard": 10,
             "min_side": 16,
             "max_aspect": 4.0,
             "max_pixels": 1_000_000,
@@ -85,8 +88,11 @@ def test_a_pair_and_its_pointer(tmp_path):
         "members": 3,
         "pairs": 1,
         "rejected": 0,
+        "duplicate_keys": 0,
         "captions_cut": 0,
         "tars_cut_short": 0,
+        "pairs_missing": 0,
+        "not_downloaded": 0,
     }
 
 
@@ -215,8 +221,8 @@ def test_long_captions_are_cut_at_a_word_and_counted(tmp_path):
 
 @hypothesis.given(st.text(), st.integers(1, 40))
 def test_cut_captions_end_at_words(text, limit):
-    text = sources.clean_caption(text)
-    cut = sources.cut_caption(text, limit)
+    text = samples.clean_caption(text)
+    cut = samples.cut_caption(text, limit)
     assert len(cut) <= limit
     assert text.startswith(cut)
     assert (cut == text) == (len(text) <= limit)
@@ -230,17 +236,145 @@ def test_a_second_picture_or_text_of_a_key_is_told(tmp_path):
     pairs, rejects, counts = run(tmp_path, members)
     assert pairs["a"]["text"] == "one"
     assert rejects == {"a": "duplicate_key"}
-    assert counts["rejected"] == 2
+    assert (counts["pairs"], counts["rejected"], counts["duplicate_keys"]) == (1, 1, 1)
 
 
-def test_one_key_in_two_tars_is_refused(tmp_path):
-    folder = tmp_path / "in"
+def write_tars(folder, shards):
+    """Each shard is a list of (key, text); the picture's side tells its shard."""
     folder.mkdir()
-    members = [("a.png", picture()), ("a.txt", b"x")]
-    for name in ("0.tar", "1.tar"):
-        (folder / name).write_bytes(tar_bytes(members))
-    with pytest.raises(errors.BadInput, match=r"the key a is in .*0\.tar and in .*1\.tar: give"):
-        sources.run(make_config(folder), engine.Engine(tmp_path / "w"))
+    for number, pairs in enumerate(shards):
+        members = []
+        for key, text in pairs:
+            members += [(f"{key}.png", picture(30 + number)), (f"{key}.txt", text.encode())]
+        (folder / f"{number:05d}.tar").write_bytes(tar_bytes(members))
+
+
+def test_of_a_key_in_several_tars_the_first_is_kept_and_every_sample_counted_once(tmp_path, caplog):
+    write_tars(
+        tmp_path / "in",
+        [
+            [("a", "one"), ("b", "one"), ("b", "again")],
+            [("c", "two"), ("a", "two"), ("empty", "")],
+            [("a", "three"), ("c", "three"), ("d", "three")],
+        ],
+    )
+    manifests = sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+    rows = [row for shard in tables_of(tmp_path / "w", "pairs/*") for row in shard]
+    kept = [("a", "one"), ("b", "one"), ("c", "two"), ("d", "three")]
+    assert [(row["key"], row["text"]) for row in rows] == kept
+    rejects = [
+        [(row["key"], row["reason"]) for row in shard]
+        for shard in tables_of(tmp_path / "w", "rejects/pairs-*")
+    ]
+    assert rejects == [
+        [("b", "duplicate_key")],
+        [("empty", "empty_caption"), ("a", "duplicate_key")],
+        [("a", "duplicate_key"), ("c", "duplicate_key")],
+    ]
+    counts = engine.total_counts(manifests)
+    assert (counts["pairs"], counts["rejected"], counts["duplicate_keys"]) == (4, 5, 4)
+    assert counts["pairs"] + counts["rejected"] == 9
+    assert "4 of the samples bear the key of another" in caplog.text
+
+
+def tables_of(workdir, pattern):
+    return [pq.read_table(path).to_pylist() for path in sorted(workdir.glob(f"{pattern}.parquet"))]
+
+
+def test_a_repeated_key_that_goes_away_brings_the_other_back(tmp_path):
+    write_tars(tmp_path / "in", [[("a", "one")], [("a", "two"), ("b", "two")]])
+    for _ in range(2):
+        sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+    assert read(tmp_path / "w")[1] == {"a": "duplicate_key"}
+    (tmp_path / "in/00000.tar").write_bytes(tar_bytes([("z.png", picture()), ("z.txt", b"z")]))
+    sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+    pairs, rejects = read(tmp_path / "w")
+    assert {key: row["text"] for key, row in pairs.items()} == {"z": "z", "a": "two", "b": "two"}
+    assert rejects == {}
+    assert not list((tmp_path / "w/unique").glob("*.parquet"))
+
+
+def test_several_sources_are_mixed_under_their_names(tmp_path):
+    write_tars(tmp_path / "x", [[("a", "x")]])
+    write_tars(tmp_path / "y", [[("a", "y")]])
+    for folder in ("x", "y"):
+        (tmp_path / folder / "00001.tar.gz").write_bytes(
+            gzip.compress(tar_bytes([("b.png", picture()), ("b.txt", b"packed")]))
+        )
+    config = make_config(tmp_path / "x", tmp_path / "y" / "*.tar*")
+    sources.run(config, engine.Engine(tmp_path / "w"))
+    pairs, rejects = read(tmp_path / "w")
+    assert {key: row["source"] for key, row in pairs.items()} == {
+        "s0/a": "s0",
+        "s0/b": "s0",
+        "s1/a": "s1",
+        "s1/b": "s1",
+    }
+    assert [pairs[key]["text"] for key in ("s0/a", "s1/a")] == ["x", "y"]
+    assert pairs["s1/b"]["path"] == "unpacked/s1-00001.tar"
+    assert rejects == {}
+
+
+def test_a_damaged_tar_is_left_out_and_the_others_are_pairs(tmp_path):
+    write_tars(tmp_path / "in", [[("a", "x")], [("b", "x")], [("c", "x")]])
+    (tmp_path / "in/00001.tar").write_bytes(b"<html>404 not found</html>" * 100)
+    (tmp_path / "in/00003.tar.gz").write_bytes(b"<html>404 not found</html>")
+    work = engine.Engine(tmp_path / "w", failure_budget=1.0)
+    for _ in range(2):
+        assert engine.total_counts(sources.run(make_config(tmp_path / "in"), work))["pairs"] == 2
+        assert list(read(tmp_path / "w")[0]) == ["a", "c"]
+    assert work.quarantined == ["unpacked/00003.tar", "indexed/00001"] * 2
+
+
+def test_captions_in_arabic_keep_every_letter_and_lose_what_cannot_be_seen(tmp_path):
+    text = "\u062a\u0641\u0651\u0627\u062d\u0629 \u062d\u0645\u0631\u0627\u0621"
+    marked = f"\u200f\u202b{text}\u202c\n"
+    persian = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # the joiner is spelling
+    decomposed = "cafe\u0301"
+    members = []
+    for key, words in (("a", marked), ("b", persian), ("c", decomposed), ("d", "\u200f \u2067")):
+        members += [(f"{key}.png", picture()), (f"{key}.txt", words.encode())]
+    pairs, rejects, _ = run(tmp_path, members)
+    assert {k: row["text"] for k, row in pairs.items()} == {
+        "a": text,
+        "b": persian,
+        "c": decomposed,
+    }
+    assert rejects == {"d": "empty_caption"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ((), "give a tuple of NAME=PATTERN"),
+        ("x=a.tar", "give a tuple of NAME=PATTERN"),
+        (("a.tar",), "is not NAME=PATTERN"),
+        (("a b=x.tar",), "is not NAME=PATTERN"),
+        (("a=",), "is not NAME=PATTERN"),
+        (("a=x.tar", "a=y.tar"), "two sources are called a"),
+    ],
+)
+def test_sources_that_are_written_wrongly_are_told(entries, words):
+    with pytest.raises(errors.BadInput, match=words):
+        sources.find(entries)
+
+
+def test_two_packed_files_of_one_name_are_told(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.tar.gz").touch()
+    with pytest.raises(errors.BadInput, match=r"would be unpacked to 0\.tar: rename"):
+        sources.find([f"x={tmp_path}/*/0.tar.gz"])
+
+
+def test_sources_in_short(tmp_path):
+    assert source_files.shorthand("data/cc3m/*.tar") == ("cc3m=data/cc3m/*.tar",)
+    assert source_files.shorthand("a/x+y@b/") == ("x=a/x", "y=b/")
+    assert source_files.shorthand("tfds:i2t:train[:5]@/d") == ("i2t=tfds:i2t:train[:5]@/d",)
+    assert source_files.shorthand("t@tfds:i2t@/d+/") == ("t=tfds:i2t@/d", "pairs=/")
+    odd = tmp_path / "a+b@c"
+    odd.mkdir()
+    assert source_files.shorthand(str(odd)) == (f"a_b_c={odd}",)
 
 
 def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
@@ -258,14 +392,14 @@ def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
     assert list(sources.read_pictures(tmp_path / "w", *columns)) == [(0, data)]
     # Beside its unpacked self the packed one is not read again.
     (folder / "00007.tar").write_bytes(whole)
-    assert [path[-9:] for path in sources.find_tars(folder)] == ["00007.tar"]
+    assert [found.path[-9:] for found in sources.find([f"s={folder}"])] == ["00007.tar"]
 
 
 def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"missing\.tar does not exist: name a folder"):
         sources.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(errors.BadInput, match=r"empty holds no \.tar or \.tar\.gz files: name"):
+    with pytest.raises(errors.BadInput, match="empty holds nothing that is known: name"):
         sources.run(make_config(tmp_path / "empty"), engine.Engine(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
@@ -281,7 +415,7 @@ def test_a_file_that_is_no_tar_is_told(tmp_path):
 
 def test_a_gzipped_file_that_holds_no_tar_is_told_by_its_own_name(tmp_path):
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"words " * 200))
-    with pytest.raises(errors.BadInput, match=r"pairs: c\.tar\.gz is no tar"):
+    with pytest.raises(errors.BadInput, match=r"/c\.tar\.gz is no tar"):
         sources.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
 
 
@@ -331,7 +465,7 @@ def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(memb
     with tempfile.NamedTemporaryFile() as file:
         file.write(whole)
         file.flush()
-        found, cut, complete = sources.list_members(file.name)
+        found, cut, complete = tars.list_members(file.name)
         assert complete
         assert cut is None
         assert [whole[m.offset : m.offset + m.length] for m in found] == [c for _, c in members]
@@ -342,7 +476,7 @@ def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(memb
         # Anywhere after the first member's data.
         at = data.draw(st.integers(ends[0], len(whole)))
         file.truncate(at)
-        kept, cut, _ = sources.list_members(file.name)
+        kept, cut, _ = tars.list_members(file.name)
         assert kept == [member for member, end in zip(found, ends, strict=True) if end <= at]
         assert cut is None or cut == found[len(kept)]
 
@@ -353,7 +487,7 @@ def test_pictures_come_in_the_order_of_the_disk(tmp_path):
     paths, offsets, lengths = ["b", "a", "b", "a"], [50, 7, 3, 0], [2, 1, 2, 3]
     found = list(sources.read_pictures(tmp_path, paths, offsets, lengths))
     assert found == [(3, bytes([0, 1, 2])), (1, bytes([7])), (2, bytes([3, 4])), (0, b"23")]
-    with pytest.raises(errors.BadInput, match="b is shorter than when its pictures were listed"):
+    with pytest.raises(errors.BadInput, match="b is not as long as when its pictures were"):
         list(sources.read_pictures(tmp_path, ["b"], [99], [2]))
     with pytest.raises(errors.BadInput, match="c is gone since its pictures were listed"):
         list(sources.read_pictures(tmp_path, ["c"], [0], [2]))

@@ -41,7 +41,6 @@ def config(**changes) -> ml_collections.ConfigDict:
     """The configuration that the stages read."""
     values = {
         "dataset": "i2e",
-        "source": "colours",
         "labels": "clip",
         "clip": None,
         "template": "{name}, {description}",
@@ -54,6 +53,22 @@ def config(**changes) -> ml_collections.ConfigDict:
         "max_gap": 0.2,
         "max_labels": 2,
         "min_images": 3,
+        "min_images_feedback": "one_pass",
+        "rare_entity_drops": "label",
+        "max_images": None,
+        "filters": {
+            "eval_sets": {},
+            "max_hamming": 4,
+            "max_cosine": 0.97,
+            "duplicates": "keep",
+            "safety": {
+                "head": None,
+                "threshold": 0.5,
+                "columns": {},
+                "blocked_domains": None,
+                "blocked_hashes": None,
+            },
+        },
         "jpeg_quality": 90,
         "max_side": 48,
         "shard_examples": 20,
@@ -64,6 +79,8 @@ def config(**changes) -> ml_collections.ConfigDict:
         "max_aspect": 4.0,
         "max_pixels": 10**6,
         "max_caption_chars": 200,
+        "keep_columns": ("punsafe", "NSFW"),
+        "rows_per_shard": 10,
     }
     return ml_collections.ConfigDict(values | changes)
 
@@ -90,7 +107,7 @@ def write(folder, count: int = 60, tars: int = 3):
                 suffix = "jpg" if int(pair.key) % 2 else "png"
                 _add(tar, f"{pair.key}.{suffix}", picture(pair, suffix))
                 _add(tar, f"{pair.key}.txt", caption(pair).encode())
-    sources.run(config(pairs=str(tar_folder)), engine.Engine(workdir))
+    sources.run(config(sources=(f"colours={tar_folder}",)), engine.Engine(workdir))
     _write_kb(workdir)
     by_key = {pair.key: pair for pair in made}
     (workdir / "links").mkdir()
