@@ -44,7 +44,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         workdir / "vocabulary/kb_rows.npy",
     ]
     files["manifests"] = [
-        path for stage in ("pairs", "shards-i2e") for path in _json_files(workdir / stage)
+        path
+        for stage in ("indexed", "pairs", "shards-i2e")
+        for path in _json_files(workdir / stage)
     ]
     settings = {
         "version": 1,
@@ -151,12 +153,13 @@ def _rates(workdir: epath.Path) -> list[dict]:
 
 
 def _lineage(manifests: list[dict]) -> dict:
-    inputs = [m["inputs"][0] for m in manifests if m["stage"] == "pairs" and m["inputs"]]
+    # A large file is the input of several shards.
+    inputs = {m["inputs"][0]["path"]: m["inputs"][0] for m in manifests if m["stage"] == "indexed"}
     written = [m for m in manifests if m["stage"] == "shards-i2e"]
     return {
         "inputs": [
             {"path": os.path.basename(i["path"]), "bytes": i["bytes"], "sha256": i["sha256"]}
-            for i in inputs
+            for i in inputs.values()
         ],
         "shards": [
             {

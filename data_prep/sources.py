@@ -63,7 +63,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       work: the engine.
 
     Returns:
-      The manifests of pairs/, with the counts of indexed/ too: `members` (files of a tar, rows of a
+      The manifests; counts `members` (files of a tar, rows of a
       table), `pairs`, `rejected` (samples, of which `duplicate_keys`), `captions_cut`,
       `tars_cut_short`, `pairs_missing` and `not_downloaded` (see `data_prep.tars`).
 
@@ -79,13 +79,11 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     tasks = []
     for manifest in indexed:
         name = manifest["shard"]
-        files = [f"indexed/{name}.parquet", f"indexed/rejects-{name}.parquet"]
+        files = [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
         if f"unique/{name}.parquet" in repeated:
             files.append(f"unique/{name}.parquet")
         tasks.append(engine.Task(name, tuple(os.fspath(work.workdir / file) for file in files)))
     kept = work.map_shards("pairs", _keep_first, tasks, {"version": 2})
-    counts = {manifest["shard"]: manifest["counts"] for manifest in indexed}
-    kept = [{**m, "counts": {**m["counts"], **counts[m["shard"]]}} for m in kept]
     total = engine.total_counts(kept)
     if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
         logging.warning(
@@ -285,7 +283,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         "key": pa.array([key for key, _ in rejects], pa.string()),
         "reason": pa.array([reason for _, reason in rejects], pa.string()),
     }
-    outputs.write_table(f"indexed/rejects-{task.name}.parquet", pa.table(columns))
+    outputs.write_table(f"indexed/{task.name}-rejects.parquet", pa.table(columns))
     return counts
 
 
@@ -363,7 +361,8 @@ def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> d
     import numpy as np
     import pyarrow.parquet as pq
 
-    indexed, rejects_path, *repeated = task.inputs
+    indexed, rejects_path, manifest, *repeated = task.inputs
+    counts = json.loads(epath.Path(manifest).read_text())["counts"]
     rejects = [(row["key"], row["reason"]) for row in pq.read_table(rejects_path).to_pylist()]
     name = f"pairs/{task.name}.parquet"
     if repeated:
@@ -381,4 +380,4 @@ def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> d
             shutil.copyfile(indexed, outputs.path(name))
     outputs.write_rejects(rejects)
     duplicates = sum(reason == "duplicate_key" for _, reason in rejects)
-    return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates}
+    return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates, **counts}

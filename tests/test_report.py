@@ -133,7 +133,7 @@ def test_captions_and_names_cannot_break_the_page():
     steps = ("read", "valid", "with_mention", "with_candidate", "labelled", "final", "entities")
     page = report_page.render(
         {
-            "config": {"source": evil, "labels": "text", "template": evil},
+            "config": {"sources": [f"{evil}=x"], "labels": "text", "template": evil},
             "funnel": dict.fromkeys(steps, 1),
             "rejects": [],
             "labels_per_picture": {"1": 1},
