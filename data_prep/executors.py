@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import socket
 import sys
 import threading
 import typing
@@ -26,6 +27,8 @@ from data_prep import jobs
 from mofi_jax import errors
 
 Outcome = tuple[jobs.Job, dict | jobs.Failure]
+
+_KNOCK_SECONDS = 10.0
 
 
 class Executor(typing.Protocol):
@@ -170,6 +173,7 @@ class Ray:
         environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         if self._joined:
             try:
+                _knock(address)
                 ray.init(
                     address=address or "local",
                     runtime_env={"env_vars": environment},
@@ -177,7 +181,7 @@ class Ray:
                     include_dashboard=False if not address else None,
                     logging_level="warning",
                 )
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise errors.BadInput(
                     f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}): start"
                     " one with `ray start --head`, or leave --ray_address out."
@@ -246,6 +250,13 @@ class Ray:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors = []
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError when nothing listens at "host:port": Ray itself would wait for minutes."""
+    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 class _Accelerator:
