@@ -1,27 +1,36 @@
-"""Builds a knowledge base from a JSONL file (see `data_prep.kb_build` for both formats).
+"""Builds a knowledge base from a dump of Wikidata, JSONL or WordNet (see `data_prep.kb_build`).
 
-    python -m data_prep.build_kb --dump knowledge_base.jsonl.gz --out kb/
+    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ [--config configs/kb.py:...]
+    python -m data_prep.build_kb --dump rows.jsonl.gz --out kb/
+    python -m data_prep.build_kb --dump WordNet-3.0/dict --out kb/
+    lbzip2 -dc latest-all.json.bz2 | python -m data_prep.build_kb --dump - --out kb/
 
-A finished folder is left alone. The counts are in kb/result.json, unusable lines with their numbers
-and reasons in kb/rejects.parquet.
+The same command after a kill parses only what is not parsed yet; a finished folder is left alone.
+The counts are in kb/result.json, what was dropped with its reasons among them; unusable lines with
+their numbers and reasons are in kb/rejects.parquet.
 """
 
 import json
+import os
+import sys
 
+import ml_collections
 from absl import logging
 from etils import epath
 
 from data_prep import engine, kb_build
 from mofi_jax import cli
 
+_CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "kb.py")
 
-def main(dump: str, out: str) -> None:
+
+def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
     """Builds `out` from `dump`.
 
     Raises:
-      BadInput: `dump` is missing, damaged, of another format or without a usable row.
+      BadInput: `dump` is missing, damaged, of another format or without a usable entity.
     """
-    manifest = kb_build.build(dump, out)
+    manifest = kb_build.build(dump, out, config)
     counts = manifest["counts"]
     logging.info("%s: %s", out, ", ".join(f"{value} {key}" for key, value in counts.items()))
     if counts["rejected"]:
@@ -31,4 +40,6 @@ def main(dump: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if not any(arg.lstrip("-").partition("=")[0] == "config" for arg in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={os.path.normpath(_CONFIG)}")  # the defaults
     cli.run(main)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from configs import kb
 from data_prep import build_kb, engine, kb_build, knowledge_base
 from mofi_jax import errors
 
@@ -44,6 +45,7 @@ def test_the_folder_holds_what_it_promises(tmp_path):
         "alias_offsets.npy",
         "cand_entity.npy",
         "cand_prior.npy",
+        "cand_case.npy",
         "rejects.parquet",
         "manifest.json",
     }
@@ -137,7 +139,7 @@ def test_built_twice_it_is_the_same_bytes(tmp_path):
 
 def test_build_kb_writes_the_folder_and_its_result(tmp_path):
     for _ in range(2):
-        build_kb.main(dump=str(SAMPLE), out=str(tmp_path / "kb"))
+        build_kb.main(kb.get_config(), dump=str(SAMPLE), out=str(tmp_path / "kb"))
     result = json.loads((tmp_path / "kb/result.json").read_text())
     assert result["counts"]["entities"] == 2443
     for output in result["knowledge_base"]:
@@ -149,7 +151,7 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
     kb_build.build(source, tmp_path / "elsewhere")
 
     def prepare(workdir, given):
-        config = ml_collections.ConfigDict({"knowledge_base": str(given)})
+        config = ml_collections.ConfigDict({"knowledge_base": str(given), "workers": 1})
         kb_build.prepare(config, tmp_path / workdir)
         kb = knowledge_base.KnowledgeBase(tmp_path / workdir / "kb")
         assert kb.candidates("rosebush", 1) == [(0, 1.0)]

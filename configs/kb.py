@@ -1,0 +1,54 @@
+"""The knowledge base: what is kept of Wikidata and how names are weighed.
+
+    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/
+    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ \\
+        --config configs/kb.py:languages=en+de --config.anchors=anchors.parquet
+
+Argument: languages=CODE+CODE..., the preferred first. "mul" is Wikidata's code for labels that hold
+in every language.
+"""
+
+import ml_collections
+
+from configs import common
+from mofi_jax import errors
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The configuration for the text after the colon; see the docstring of this file."""
+    args = common.parse_arg(arg, languages="en")
+    languages = tuple(args.languages.split("+"))
+    if not all(languages):
+        raise errors.BadInput(
+            f"configs/kb.py: languages={args.languages} has an empty code: write for example"
+            " languages=en+de."
+        )
+    config = ml_collections.ConfigDict()
+
+    # What is kept of Wikidata. Other inputs are kept whole.
+    config.languages = languages  # the label is that of the first one; all of them give aliases
+    config.need_link_or_image = True  # drop what has neither a sitelink nor a picture (P18)
+    # Dropped are instances (P31) of; an empty id keeps them.
+    config.drop_types = {
+        "disambiguation": "Q4167410",
+        "category": "Q4167836",
+        "scholarly_article": "Q13442814",
+        "list": "Q13406463",
+        "template": "Q11266439",
+    }
+
+    # Priors: (sitelinks + 1) ** alpha, times the factor for an alias.
+    config.alpha = 1.0
+    config.alias_factor = 0.5
+
+    # How often each text is the anchor of a link to each entity: parquet or TSV (.tsv, .tsv.gz)
+    # with the columns anchor, qid, count. Where it knows a name, its counts decide.
+    config.anchors = ml_collections.config_dict.placeholder(str)
+    config.anchor_min_links = 5  # from here on an anchor text that is no name yet becomes one
+    config.anchor_smoothing = 1.0  # links shared out by the priors above, so that none is zero
+
+    # How it is built; never part of the result.
+    config.workers = 2  # processes that parse; a third reads and decompresses
+    config.chunk_lines = 5_000  # of a process at a time; about 60 MB of Wikidata
+    config.memory_gb = 4.0  # for the sort; what needs more spills to disk
+    return config
