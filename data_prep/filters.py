@@ -43,6 +43,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     _need(cosine is None or 0 < cosine <= 1, "filters.max_cosine", cosine, remedy)
     _choose("filters.duplicates", filters.duplicates, COPIES)
     safety.check(filters.safety)
+    for name in filters.safety.columns:
+        remedy = "add the column to config.keep_columns"
+        _need(name in config.keep_columns, f"filters.safety.columns.{name}", name, remedy)
     embedded = config.dataset == "i2e" and config.labels == "clip"
     remedy = "it judges the embeddings of labels=clip, which this configuration does not make"
     _need(embedded or not filters.safety.head, "filters.safety.head", filters.safety.head, remedy)

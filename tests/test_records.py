@@ -213,6 +213,17 @@ def test_entities_round_trip(tmp_path):
     assert read.text(1, with_description=True) == "river"
 
 
+def test_a_later_state_of_a_vocabulary_keeps_its_ids(tmp_path):
+    path = tmp_path / "entities.parquet"
+    old = records.Entities(["Q7", "Q1"], ["cat", "river"], ["", ""], np.array([9, 4]))
+    new = records.Entities(["Q7", "Q1"], ["cat", "river"], ["", ""], np.array([0, 3]))
+    records.write_entities(path, new, old)
+    assert records.read_entities(path).counts.tolist() == [0, 3]
+    other = records.Entities(["Q1", "Q7"], ["river", "cat"], ["", ""], np.array([3, 0]))
+    with pytest.raises(ValueError, match="keep the ids"):
+        records.write_entities(path, other, old)
+
+
 def test_entities_out_of_order_or_damaged(tmp_path):
     path = tmp_path / "entities.parquet"
     wrong = records.Entities(["Q2", "Q1"], ["a", "b"], ["", ""], np.array([4, 4]))

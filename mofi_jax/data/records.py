@@ -314,7 +314,7 @@ class Entities:
     """The vocabulary of a labelled data set; row i is entity id i.
 
     qids: the knowledge base's identifiers. names, descriptions: English; a description may be "".
-    counts int64[e]: images per entity, never increasing.
+    counts int64[e]: images per entity; descending, until records are removed: ids then stay.
     """
 
     qids: list[str]
@@ -337,18 +337,22 @@ class Entities:
         return self.names[i]
 
 
-def write_entities(path: epath.PathLike, entities: Entities) -> None:
+def write_entities(path: epath.PathLike, entities: Entities, old: Entities | None = None) -> None:
     """Writes entities.parquet: id int32, qid, name, description, image_count int64.
 
+    Entities come by descending count, then by qid; or as in `old`, their earlier state.
+
     Raises:
-      ValueError: not in vocabulary order (descending count, then qid), or a qid occurs twice.
+      ValueError: not in that order, or a qid occurs twice.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    order = [(-int(count), qid) for count, qid in zip(entities.counts, entities.qids, strict=True)]
-    if order != sorted(order):
+    order = list(zip((-entities.counts).tolist(), entities.qids, strict=True))
+    if old is None and order != sorted(order):
         raise ValueError("entities must come by descending count, then by qid")
+    if old is not None and entities.qids != old.qids:
+        raise ValueError("entities must keep the ids they had")
     if len(set(entities.qids)) != len(entities):
         raise ValueError("a qid occurs twice in the vocabulary")
     table = pa.table(
@@ -390,9 +394,6 @@ def read_entities(path: epath.PathLike) -> Entities:
         raise errors.BadInput(
             f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
         )
-    return Entities(
-        qids=table["qid"].to_pylist(),
-        names=table["name"].to_pylist(),
-        descriptions=[text or "" for text in table["description"].to_pylist()],
-        counts=counts.astype(np.int64),
-    )
+    qids, names, descriptions = (table[c].to_pylist() for c in columns[1:4])
+    descriptions = [text or "" for text in descriptions]
+    return Entities(qids, names, descriptions, counts.astype(np.int64))
