@@ -1,0 +1,178 @@
+"""The engine when things go wrong: retries, quarantine, the failure budget, a full disk."""
+
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import engine, jobs
+from mofi_jax import errors
+
+
+def shout(task, outputs, settings):
+    """Upper-cases a file; what the file says may make it fail."""
+    text = pathlib.Path(task.inputs[0]).read_text()
+    if text == "bad":
+        raise errors.BadInput("word.txt holds the word bad: write another.")
+    if text == "broken":
+        raise KeyError("no such word")
+    if text == "flaky":
+        attempts = outputs.workdir / "attempts"
+        attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+        if len(attempts.read_text()) < settings["works_at"]:
+            raise ConnectionResetError("the file server hung up")
+    if text == "slow":
+        (outputs.workdir / f"begun-{os.getpid()}").touch()
+        time.sleep(1)
+    outputs.path(f"shout/{task.name}.txt").write_text(text.upper())
+    return {"words": 1}
+
+
+def loud(task, outputs, settings):
+    with open(outputs.path(f"loud/{task.name}.bin"), "wb") as file:
+        file.write(b"x" * settings["bytes"])
+    return {"files": 1}
+
+
+def make_tasks(folder, words):
+    folder.mkdir(exist_ok=True)
+    for number, word in enumerate(words):
+        (folder / f"{number}.txt").write_text(word)
+    return [engine.Task(f"{n:05d}", (folder / f"{n}.txt",)) for n in range(len(words))]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(jobs, "FIRST_PAUSE", 0.01)
+
+
+def test_reading_that_fails_is_tried_again_a_bounded_number_of_times(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["flaky"]), engine.Engine(tmp_path / "w")
+    work.map_shards("shout", shout, tasks, {"works_at": 3})
+    assert (work.workdir / "attempts").read_text() == "xxx"
+    (work.workdir / "attempts").unlink()
+    with pytest.raises(engine.ShardError, match="ConnectionResetError: the file server hung up"):
+        work.map_shards("shout", shout, tasks, {"works_at": 9})
+    assert (work.workdir / "attempts").read_text() == "x" * jobs.ATTEMPTS
+
+
+def test_a_mistake_in_the_code_is_not_tried_again(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["broken"]), engine.Engine(tmp_path / "w")
+    with pytest.raises(engine.ShardError, match="KeyError"):
+        work.map_shards("shout", shout, tasks, {})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_shard_goes_into_quarantine_while_the_budget_lasts(tmp_path, workers):
+    words = ["one", "bad", "two", "broken", "three", "four", "five", "six"]
+    tasks = make_tasks(tmp_path / "in", words)
+    with pytest.raises((errors.BadInput, engine.ShardError)):  # one of eight is allowed, not two
+        engine.Engine(tmp_path / "w", workers, failure_budget=0.2).map_shards(
+            "shout", shout, tasks, {}
+        )
+    work = engine.Engine(tmp_path / "w", workers, failure_budget=0.25)
+    manifests = work.map_shards("shout", shout, tasks, {})
+    assert [m["shard"] for m in manifests] == [f"0000{n}" for n in (0, 2, 4, 5, 6, 7)]
+    assert sorted(work.quarantined) == ["shout/00001", "shout/00003"]
+    note = json.loads((tmp_path / "w/quarantine/shout-00001.json").read_text())
+    assert note["error"] == "word.txt holds the word bad: write another."
+    assert note["inputs"] == [str(tmp_path / "in/1.txt")]
+    rejects = pq.read_table(tmp_path / "w/rejects/shout-00001.parquet").to_pylist()
+    assert rejects == [{"key": "1.txt", "stage": "shout", "reason": "quarantined"}]
+
+    # The next run tries again; what works leaves the quarantine.
+    (tmp_path / "in/1.txt").write_text("good")
+    work = engine.Engine(tmp_path / "w", workers, failure_budget=0.25)
+    assert len(work.map_shards("shout", shout, tasks, {})) == 7
+    assert work.quarantined == ["shout/00003"]
+    assert not (tmp_path / "w/quarantine/shout-00001.json").exists()
+    assert not (tmp_path / "w/rejects/shout-00001.parquet").exists()
+
+
+def test_quarantine_removes_what_an_earlier_run_wrote_and_names_the_keys(tmp_path):
+    table = pa.table({"key": ["a", "b"]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    tasks = [engine.Task("00000", (tmp_path / "in.parquet",)), *make_tasks(tmp_path / "in", "xyz")]
+    tasks = [engine.Task(f"{n:05d}", task.inputs) for n, task in enumerate(tasks)]
+    work = engine.Engine(tmp_path / "w", failure_budget=0.25)
+    work.map_shards("keyed", keyed, tasks, {"fail": False})
+    assert (tmp_path / "w/keyed/00000.txt").exists()
+    work.map_shards("keyed", keyed, tasks, {"fail": True})
+    assert not (tmp_path / "w/keyed/00000.txt").exists()
+    rejects = pq.read_table(tmp_path / "w/rejects/keyed-00000.parquet").to_pylist()
+    assert [row["key"] for row in rejects] == ["a", "b"]
+
+
+def keyed(task, outputs, settings):
+    if settings["fail"] and task.inputs[0].endswith(".parquet"):
+        raise ValueError("unreadable")
+    outputs.path(f"keyed/{task.name}.txt").write_text(task.name)
+    return {"rows": 1}
+
+
+def test_a_full_disk_is_told_at_once_and_finished_shards_stay(tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails in the same call."""
+    script = textwrap.dedent(f"""
+        import pathlib, resource
+        from data_prep import engine
+        from tests import test_engine_faults
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        from mofi_jax import errors
+        tasks = test_engine_faults.make_tasks(pathlib.Path({str(tmp_path / "in")!r}), ["a", "b"])
+        work = engine.Engine({str(tmp_path / "w")!r}, failure_budget=0.9)
+        work.map_shards("loud", test_engine_faults.loud, tasks[:1], {{"bytes": 1000}})
+        try:
+            work.map_shards("loud2", test_engine_faults.loud, tasks, {{"bytes": 1_000_000}})
+        except errors.BadInput as error:
+            print(error)
+    """)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "takes no more data" in ran.stdout
+    assert "make room" in ran.stdout
+    assert (tmp_path / "w/loud/00000.json").exists()
+    assert not list((tmp_path / "w/loud2").glob("*.json"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_killed_worker_costs_its_shard_alone(tmp_path):
+    words = ["slow", "slow", *(f"word {n}" for n in range(6))]
+    tasks = make_tasks(tmp_path / "in", words)
+    work = engine.Engine(tmp_path / "w", 2)
+
+    def kill():
+        while not (begun := list((tmp_path / "w").glob("begun-*"))):
+            time.sleep(0.01)
+        os.kill(int(begun[0].name.removeprefix("begun-")), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    manifests = work.map_shards("shout", shout, tasks, {})
+    killer.join()
+    work.close()
+    assert len(manifests) == 8
+    clean = engine.Engine(tmp_path / "clean")
+    assert [m["outputs"] for m in clean.map_shards("shout", shout, tasks, {})] == [
+        m["outputs"] for m in manifests
+    ]
+
+
+def test_seconds_of_stages(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["one", "slow"]), engine.Engine(tmp_path / "w")
+    work.map_shards("shout", shout, tasks, {})
+    work.map_shards("loud", loud, tasks[:1], {"bytes": 10})
+    found = engine.stage_seconds(work.workdir)
+    assert list(found) == ["shout", "loud"]
+    assert found["shout"]["shards"] == 2
+    assert found["shout"]["seconds"] > 0.9
+    work.map_shards("shout", shout, tasks, {})  # nothing to do: the times of the first run stay
+    assert engine.stage_seconds(work.workdir) == found
