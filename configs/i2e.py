@@ -45,6 +45,10 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
         os.path.join(SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
     config.workers = 2
+    # Of the shards of a stage, the share that may fail and is left out; see W/quarantine.
+    config.failure_budget = 0.01
+    # Where the finished data set is copied to: gs://BUCKET/FOLDER, or a folder.
+    config.publish = ml_collections.config_dict.placeholder(str)
 
     # Pairs. img2dataset's own filters are looser (no aspect limit); 64 Mpx is 192 MB decoded.
     config.min_side = 32  # px of the shorter side

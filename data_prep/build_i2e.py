@@ -9,19 +9,23 @@ command run again, after a kill too, does only what is missing and ends in the s
 W/result.json holds the counts of every stage, the sha256 of all shards and the seconds of this run.
 """
 
+import functools
 import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
 
 import ml_collections
 from absl import logging
 
 from data_prep import (
     engine,
+    executors,
     filters,
     kb_build,
     linking,
+    publish,
     report,
     selection,
     shards,
@@ -31,50 +35,105 @@ from data_prep import (
 from mofi_jax import cli, errors
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """The command: `build`, and its counts for people to read."""
-    for stage, counts in build(config, workdir)["stages"].items():
+def main(
+    config: ml_collections.ConfigDict, workdir: str, engine: str = "local", ray_address: str = ""
+) -> None:
+    """The command: `build`, and its funnel for people to read."""
+    if engine not in ("local", "ray"):
+        raise errors.BadInput(f"--engine={engine} is unknown: choose local or ray.")
+    if ray_address and engine != "ray":
+        raise errors.BadInput("--ray_address is for --engine=ray: give both, or neither.")
+    on_ray = functools.partial(executors.Ray, ray_address or None)
+    result = build(config, workdir, on_ray if engine == "ray" else None)
+    for stage, counts in result["stages"].items():
         logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
+    print(funnel(result))
 
 
-def build(config: ml_collections.ConfigDict, workdir: str) -> dict:
+def build(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    start: Callable[[], executors.Executor] | None = None,
+) -> dict:
     """Runs all stages of `config.dataset`; returns what result.json holds.
+
+    Args:
+      config: see `configs/i2e.py`.
+      workdir: the work directory.
+      start: makes what runs the jobs; None is `config.workers` processes on this machine.
 
     Raises:
       BadInput: anything about the configuration or the input that makes it impossible.
     """
     started = time.monotonic()
     validate(config)
-    work = engine.Engine(workdir, config.workers)
     stages: dict[str, dict[str, int]] = {}
+    with engine.Engine(
+        workdir,
+        config.workers,
+        executor=start() if start else None,
+        failure_budget=config.failure_budget,
+    ) as work:
+        # ---------------------------------------------------------------------------------- pairs
+        stages["pairs"] = engine.total_counts(sources.run(config, work))
 
-    # ------------------------------------------------------------------------------------- pairs
-    stages["pairs"] = engine.total_counts(sources.run(config, work))
+        # ------------------------------------------------------------------------------- entities
+        if config.dataset == "i2e":
+            kb_build.prepare(config, work.workdir)
+            stages["links"] = engine.total_counts(linking.run(config, work))
+            stages["labels"] = engine.total_counts(selection.run(config, work))
+            stages["labels_final"] = engine.total_counts(filters.run(config, work))
+            stages["vocabulary"] = engine.total_counts(vocabulary.run(config, work))
+        else:
+            stages["dropped"] = engine.total_counts(filters.drop_pictures(config, work))
 
-    # ---------------------------------------------------------------------------------- entities
-    if config.dataset == "i2e":
-        kb_build.prepare(config, work.workdir)
-        stages["links"] = engine.total_counts(linking.run(config, work))
-        stages["labels"] = engine.total_counts(selection.run(config, work))
-        stages["labels_final"] = engine.total_counts(filters.run(config, work))
-        stages["vocabulary"] = engine.total_counts(vocabulary.run(config, work))
+        # --------------------------------------------------------------------------------- shards
+        written = shards.run(config, work, config.dataset)
+        stages["shards"] = engine.total_counts(written)
+        if config.dataset == "i2e":
+            report.run(config, work)
+        if config.publish:
+            publish.run(config, work, config.dataset)
 
-    # ------------------------------------------------------------------------------------ shards
-    written = shards.run(config, work, config.dataset)
-    stages["shards"] = engine.total_counts(written)
-    if config.dataset == "i2e":
-        report.run(config, work)
-    work.close()
-
-    result = {
-        "dataset": config.dataset,
-        "stages": stages,
-        "shards_sha256": digest(written),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    text = json.dumps(result, indent=1) + "\n"
-    engine.write_durably(work.workdir / "result.json", text.encode())
+        result = {
+            "dataset": config.dataset,
+            "stages": stages,
+            "quarantined": work.quarantined,
+            "shards_sha256": digest(written),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        engine.write_durably(work.workdir / "result.json", text.encode())
     return result
+
+
+# Of each stage, the counts that say how many pairs are left.
+_FUNNEL = (
+    ("pairs", "pairs", "pairs that can be used"),
+    ("links", "linked", "with a candidate entity"),
+    ("labels", "labelled", "with a label"),
+    ("labels_final", "labelled", "left by the filters"),
+    ("shards", "records", "written"),
+)
+
+
+def funnel(result: Mapping) -> str:
+    """How many pairs are left after each step, as a table with bars."""
+    stages = result["stages"]
+    read = stages["pairs"]["pairs"] + stages["pairs"]["rejected"]
+    rows = [("pairs read", read)]
+    rows += [(text, stages[stage][key]) for stage, key, text in _FUNNEL if stage in stages]
+    shares = [count / max(read, 1) for _, count in rows]
+    lines = [
+        f"{text:<24}{count:>14,}{share:>8.1%}  {'█' * round(30 * share)}"
+        for (text, count), share in zip(rows, shares, strict=True)
+    ]
+    if result["quarantined"]:
+        lines.append(
+            f"{len(result['quarantined'])} shards are in quarantine (see quarantine/): "
+            + ", ".join(result["quarantined"][:5])
+        )
+    return "\n".join(lines)
 
 
 def digest(manifests: list[dict]) -> str:
@@ -105,10 +164,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         least |= {"max_candidates": 1, "batch_size": 1, "max_labels": 1, "min_images": 1}
     for key, value in least.items():
         _check(config[key] >= value, config, key, f"give at least {value}")
+    budget = config.failure_budget
+    _check(0 <= budget < 1, config, "failure_budget", "give a share from 0 to below 1")
     _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")
+    if config.publish:
+        publish.check(config.publish)
+    filters.check(config)
     if config.dataset == "i2t":
         return
     kb_build.check_source(config.knowledge_base)
+    linking.check(config)
     _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
     if config.labels == "clip":
         _check(

@@ -35,12 +35,13 @@ import numpy as np
 from etils import epath
 
 from data_prep import boilerplate, engine, knowledge_base, meanings, names
+from mofi_jax import errors
 
 BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 _BLOCK = 4096  # captions that are linked at a time
 
 # See `engine.runs`. 512 tasks of a billion captions are 40 minutes on one core each.
-_CAPTIONS_PER_TASK = 2_000
+_CAPTIONS_PER_TASK = 500
 _MOST_TASKS = 512
 _MOST_SPILLS = 256
 
@@ -57,6 +58,27 @@ _SCATTER_LINKS = """
         FROM read_parquet($files)
     )
 """
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks what `run` reads.
+
+    Raises:
+      BadInput: naming the first key that cannot be used.
+    """
+    try:
+        boilerplate.Blanker(config.boilerplate)
+    except re.error as error:
+        raise errors.BadInput(
+            f"config.boilerplate cannot be used: {error.pattern!r} is no regular expression"
+            f" ({error}): correct it."
+        ) from error
+    for name, most in (("case_penalty", 1.0), ("company_weight", float("inf"))):
+        if not 0 <= config[name] <= most:
+            raise errors.BadInput(
+                f"config.{name}={config[name]!r} cannot be used: give a number from 0 to {most}."
+            )
+    load_spacy(config.spacy_model, config.noun_chunks)
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
@@ -295,8 +317,6 @@ def load_spacy(model: str, noun_chunks: bool):
       BadInput: no such package or folder.
     """
     import spacy
-
-    from mofi_jax import errors
 
     unused = ["lemmatizer", "textcat", "senter"]
     if not noun_chunks:  # they need the parser and the parts of speech

@@ -38,13 +38,15 @@ _ROWS = {
         FROM read_parquet($pairs) AS pairs JOIN read_parquet($labels) AS labels USING (key)
     """,
 }
+_NOT_DROPPED = " WHERE key NOT IN (SELECT key FROM read_parquet($dropped))"
 
 
 def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> list[epath.Path]:
     """Writes plan-DATASET/: shards of equal size, up to one record.
 
     Args:
-      work: the engine; its work directory holds pairs/ and, for i2e, labels_final/.
+      work: the engine; its work directory holds pairs/ and, for i2e, labels_final/, for i2t perhaps
+        dropped-i2t/.
       dataset: "i2t", all pairs without labels, or "i2e", the labelled ones.
       seed: of the order.
       shard_examples: records of a shard, at most.
@@ -57,30 +59,34 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
     """
     import pyarrow.parquet as pq
 
-    pairs = sorted(work.workdir.glob("pairs/*.parquet"))
-    tables, names = [pairs], ["pairs"]
+    files = {"pairs": sorted(work.workdir.glob("pairs/*.parquet"))}
+    rows = _ROWS[dataset]
     if dataset == "i2e":
-        labels = sorted(work.workdir.glob("labels_final/*.parquet"))
-        with_labels = {path.name for path in labels}
-        tables = [[path for path in pairs if path.name in with_labels], labels]
-        names.append("labels")
-    total = sum(pq.read_metadata(path).num_rows for path in tables[-1])
+        files["labels"] = sorted(work.workdir.glob("labels_final/*.parquet"))
+    elif dropped := sorted(work.workdir.glob("dropped-i2t/*.parquet")):
+        files["dropped"] = dropped
+        rows += _NOT_DROPPED
+    # A shard that some stage put into quarantine is in none.
+    whole = set.intersection(*({path.name for path in paths} for paths in files.values()))
+    tables = [[path for path in paths if path.name in whole] for paths in files.values()]
+    most = sum(pq.read_metadata(path).num_rows for path in files.get("labels", files["pairs"]))
+
+    tasks = [
+        engine.Task(f"{number:05d}", tuple(path for table in tables for path in _cut(table, run)))
+        for number, run in enumerate(engine.runs(len(whole), _MOST_SPILLS))
+    ]
+    buckets = max(1, min(_MOST_BUCKETS, -(-most // _ROWS_PER_BUCKET)))
+    parameters = {"buckets": buckets, "seed": str(seed)}
+    sql = _HASHED.format(rows=rows)
+    scattered = work.scatter(f"ordered-{dataset}", sql, tasks, buckets, parameters, list(files))
+
+    bucket_rows = scattered.bucket_rows()
+    total = int(bucket_rows.sum())
     if not total:
         raise errors.BadInput(
             f"There is nothing to write into {dataset}: no pair is left after the stages before; "
             f"see the reasons in {work.workdir / 'rejects'}."
         )
-    tasks = [
-        engine.Task(f"{number:05d}", tuple(path for table in tables for path in _cut(table, run)))
-        for number, run in enumerate(engine.runs(len(tables[0]), _MOST_SPILLS))
-    ]
-    buckets = min(_MOST_BUCKETS, -(-total // _ROWS_PER_BUCKET))
-    parameters = {"buckets": buckets, "seed": str(seed)}
-    sql = _HASHED.format(rows=_ROWS[dataset])
-    scattered = work.scatter(f"ordered-{dataset}", sql, tasks, buckets, parameters, names)
-
-    bucket_rows = scattered.bucket_rows()
-    total = int(bucket_rows.sum())
     shards = -(-total // shard_examples)
     groups = engine.runs(shards, _MOST_BUCKETS)
     tasks = [engine.Task(f"{number:05d}", scattered.files) for number in range(len(groups))]
