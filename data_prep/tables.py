@@ -10,6 +10,7 @@ its pictures is replaced, so that pairs made before keep what they say of the ol
 """
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -61,9 +62,9 @@ def scan(path: str, rows: int) -> dict:
                 begins.append((number, end))
     if begins[-1][0] == number:  # nothing follows the last full piece
         begins.pop()
-    stops = [at for _, at in begins[1:]] + [end]
-    pieces = zip(begins, stops, strict=True)
-    return {**plan, "ranges": [[first, at, stop] for (first, at), stop in pieces]}
+    ends = [*begins, (number, end)]
+    pieces = [[first, at, stop] for (first, at), (_, stop) in itertools.pairwise(ends)]
+    return {**plan, "ranges": pieces}
 
 
 def read(

@@ -1,75 +1,15 @@
-"""Sources: tars of any shape and state, pictures and captions good and bad, pointers."""
+"""Sources: patterns, captions good and bad, repeated keys, several sources, pointers."""
 
 import gzip
 import hashlib
-import io
-import json
-import tarfile
-import tempfile
 
-import cv2
 import hypothesis
-import ml_collections
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
-from PIL import Image
 
-from data_prep import engine, samples, source_files, sources, tars
+from data_prep import engine, samples, source_files, sources
 from mofi_jax import errors
-
-
-def picture(width=40, height=40, kind="png", mode="RGB", **options):
-    pixels = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
-
-
-def tar_bytes(members):
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()
-
-
-def make_config(*patterns, **changes):
-    names = [f"s{number}" for number in range(len(patterns))]
-    return ml_collections.ConfigDict(
-        {
-            "sources": tuple(f"{n}={p}" for n, p in zip(names, patterns, strict=True)),
-            "keep_columns": ("punsafe", "NSFW"),
-            "rows_per_shard": 10,
-            "min_side": 16,
-            "max_aspect": 4.0,
-            "max_pixels": 1_000_000,
-            "max_caption_chars": 1_000,
-        }
-        | changes
-    )
-
-
-def run(tmp_path, members, **changes):
-    """Runs the stage on one tar; returns pairs by key, reasons by key, counts."""
-    folder = tmp_path / "pairs_in"
-    folder.mkdir(exist_ok=True)
-    (folder / "00000.tar").write_bytes(tar_bytes(members))
-    (manifest,) = sources.run(make_config(folder, **changes), engine.Engine(tmp_path / "w"))
-    return *read(tmp_path / "w"), manifest["counts"]
-
-
-def read(workdir):
-    pairs, rejects = {}, {}
-    for path in sorted(workdir.glob("pairs/*.parquet")):
-        pairs |= {row["key"]: row for row in pq.read_table(path).to_pylist()}
-    for path in sorted(workdir.glob("rejects/pairs-*.parquet")):
-        rejects |= {row["key"]: row["reason"] for row in pq.read_table(path).to_pylist()}
-    return pairs, rejects
+from tests.inputs import make_config, picture, read, run, tables_of, tar_bytes
 
 
 def test_a_pair_and_its_pointer(tmp_path):
@@ -94,97 +34,6 @@ def test_a_pair_and_its_pointer(tmp_path):
         "pairs_missing": 0,
         "not_downloaded": 0,
     }
-
-
-def test_the_caption_of_json_is_taken_where_there_is_no_txt(tmp_path):
-    data = picture()
-    pairs, rejects, _ = run(
-        tmp_path,
-        [
-            *[(f"{key}.png", data) for key in "abcdef"],
-            ("a.json", json.dumps({"caption": "from json"}).encode()),
-            ("b.json", json.dumps({"caption": "from json"}).encode()),
-            ("b.txt", b"from txt"),
-            ("c.json", b'{"caption": null}'),
-            ("d.json", b'{"caption": '),
-            ("e.json", b'{"caption": "half \\ud800"}'),
-            ("f.json", b"[1, 2]"),
-        ],
-    )
-    assert {key: row["text"] for key, row in pairs.items()} == {"a": "from json", "b": "from txt"}
-    assert rejects == {
-        "c": "no_text",
-        "d": "broken_json",
-        "e": "caption_not_utf8",
-        "f": "no_text",
-    }
-
-
-@pytest.mark.parametrize(
-    ("suffix", "data"),
-    [
-        ("jpg", picture(kind="jpeg", mode="CMYK")),
-        ("jpeg", picture(kind="jpeg", mode="L")),
-        ("PNG", picture(mode="RGBA")),
-        ("webp", picture(kind="webp")),
-        ("gif", picture(kind="gif", mode="P")),
-        ("jpg", picture(kind="png")),  # the name lies, as it often does on the web
-    ],
-)
-def test_odd_pictures_are_pairs(tmp_path, suffix, data):
-    pairs, rejects, _ = run(tmp_path, [(f"a.{suffix}", data), ("a.txt", b"x")])
-    assert rejects == {}
-    assert (pairs["a"]["width"], pairs["a"]["height"]) == (40, 40)
-
-
-def _wide_jpeg():
-    return cv2.imencode(".jpg", np.zeros((16, 30_000, 3), np.uint8))[1].tobytes()
-
-
-def _bomb():
-    """The header of a PNG of 30,000 x 30,000 pixels; to decode it would take 2.7 GB."""
-    data = bytearray(picture())
-    data[16:24] = (30_000).to_bytes(4, "big") * 2
-    # The checksum of the header has to be right for the size to be believed.
-    import zlib
-
-    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
-    return bytes(data)
-
-
-JPEG = picture(64, 64, "jpeg")
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty_picture"),
-        (b"<html>404</html>", "not_a_picture"),
-        (JPEG[: len(JPEG) // 2], "truncated"),
-        (picture()[:-100], "truncated"),
-        (picture(1, 1), "too_small"),
-        (picture(1, 1, "jpeg"), "too_small"),
-        (picture(15, 40), "too_small"),
-        (_wide_jpeg(), "too_wide"),
-        (picture(20, 81), "too_wide"),
-        (_bomb(), "too_many_pixels"),
-        (picture(1100, 1000, "jpeg"), "too_many_pixels"),
-    ],
-)
-def test_pictures_that_cannot_be_used_are_told(tmp_path, data, reason):
-    pairs, rejects, counts = run(
-        tmp_path, [("bad.jpg", data), ("bad.txt", b"x"), ("ok.png", picture()), ("ok.txt", b"x")]
-    )
-    assert rejects == {"bad": reason}
-    assert list(pairs) == ["ok"]
-    assert (counts["pairs"], counts["rejected"]) == (1, 1)
-
-
-def test_a_corrupt_jpeg_is_told(tmp_path):
-    data = bytearray(picture(64, 64, "png"))
-    data[len(data) // 2] ^= 0xFF
-    _, rejects, _ = run(tmp_path, [("bad.png", bytes(data)), ("bad.txt", b"x")])
-    assert rejects["bad"] in ("corrupt", "truncated")
 
 
 def test_captions_that_cannot_be_used_are_told(tmp_path):
@@ -231,14 +80,6 @@ def test_cut_captions_end_at_words(text, limit):
     assert not any(ord(character) < 32 for character in text)
 
 
-def test_a_second_picture_or_text_of_a_key_is_told(tmp_path):
-    members = [("a.png", picture()), ("a.txt", b"one"), ("a.jpg", JPEG), ("a.txt", b"two")]
-    pairs, rejects, counts = run(tmp_path, members)
-    assert pairs["a"]["text"] == "one"
-    assert rejects == {"a": "duplicate_key"}
-    assert (counts["pairs"], counts["rejected"], counts["duplicate_keys"]) == (1, 1, 1)
-
-
 def write_tars(folder, shards):
     """Each shard is a list of (key, text); the picture's side tells its shard."""
     folder.mkdir()
@@ -275,10 +116,6 @@ def test_of_a_key_in_several_tars_the_first_is_kept_and_every_sample_counted_onc
     assert (counts["pairs"], counts["rejected"], counts["duplicate_keys"]) == (4, 5, 4)
     assert counts["pairs"] + counts["rejected"] == 9
     assert "4 of the samples bear the key of another" in caplog.text
-
-
-def tables_of(workdir, pattern):
-    return [pq.read_table(path).to_pylist() for path in sorted(workdir.glob(f"{pattern}.parquet"))]
 
 
 def test_a_repeated_key_that_goes_away_brings_the_other_back(tmp_path):
@@ -377,24 +214,6 @@ def test_sources_in_short(tmp_path):
     assert source_files.shorthand(str(odd)) == (f"a_b_c={odd}",)
 
 
-def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    data = picture()
-    whole = tar_bytes([("a.png", data), ("a.txt", b"x")])
-    (folder / "00007.tar.gz").write_bytes(gzip.compress(whole))
-    for _ in range(2):
-        sources.run(make_config(folder), engine.Engine(tmp_path / "w"))
-    pairs, _ = read(tmp_path / "w")
-    assert pairs["a"]["path"] == "unpacked/00007.tar"
-    assert (tmp_path / "w/unpacked/00007.tar").read_bytes() == whole
-    columns = ([pairs["a"][name]] for name in ("path", "offset", "length"))
-    assert list(sources.read_pictures(tmp_path / "w", *columns)) == [(0, data)]
-    # Beside its unpacked self the packed one is not read again.
-    (folder / "00007.tar").write_bytes(whole)
-    assert [found.path[-9:] for found in sources.find([f"s={folder}"])] == ["00007.tar"]
-
-
 def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"missing\.tar does not exist: name a folder"):
         sources.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))
@@ -402,83 +221,6 @@ def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match="empty holds nothing that is known: name"):
         sources.run(make_config(tmp_path / "empty"), engine.Engine(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
-
-
-def test_a_file_that_is_no_tar_is_told(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"<html>404 not found</html>" * 100)
-    with pytest.raises(errors.BadInput, match=r"a\.tar is no tar .*: remove it or fetch"):
-        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
-    (tmp_path / "b.tar.gz").write_bytes(b"<html>404 not found</html>")
-    with pytest.raises(errors.BadInput, match=r"b\.tar\.gz is damaged .*: fetch it again"):
-        sources.run(make_config(tmp_path / "b.tar.gz"), engine.Engine(tmp_path / "w"))
-
-
-def test_a_gzipped_file_that_holds_no_tar_is_told_by_its_own_name(tmp_path):
-    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"words " * 200))
-    with pytest.raises(errors.BadInput, match=r"/c\.tar\.gz is no tar"):
-        sources.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
-
-
-def test_several_gzip_streams_are_one_tar(tmp_path):
-    whole = tar_bytes([("a.png", picture()), ("a.txt", b"x")])
-    streams = gzip.compress(whole[:700]) + gzip.compress(whole[700:]) + b"\0" * 100
-    (tmp_path / "a.tar.gz").write_bytes(streams)
-    (manifest,) = sources.run(make_config(tmp_path / "a.tar.gz"), engine.Engine(tmp_path / "w"))
-    assert manifest["counts"]["pairs"] == 1
-    assert manifest["counts"]["tars_cut_short"] == 0
-
-
-def test_a_tar_damaged_in_the_middle_is_told(tmp_path):
-    data = bytearray(tar_bytes([("a.png", picture()), ("a.txt", b"x"), ("b.txt", b"y")]))
-    at = data.index(b"a.txt")
-    data[at : at + 200] = b"\x01" * 200
-    (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(errors.BadInput, match=rf"a\.tar is damaged at byte {at}: fetch it"):
-        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_tar_that_was_cut_short_gives_what_comes_before_the_cut(tmp_path, packed):
-    members = []
-    for number in range(8):
-        members += [(f"{number}.png", picture(30 + number)), (f"{number}.txt", b"x")]
-    whole = tar_bytes(members)
-    data = gzip.compress(whole, 0)[: len(whole) // 2] if packed else whole[: len(whole) // 2]
-    path = tmp_path / ("a.tar.gz" if packed else "a.tar")
-    path.write_bytes(data)
-    (manifest,) = sources.run(make_config(path), engine.Engine(tmp_path / "w"))
-    pairs, rejects = read(tmp_path / "w")
-    assert manifest["counts"]["tars_cut_short"] == 1
-    assert list(pairs) == [str(number) for number in range(len(pairs))]
-    assert 2 <= len(pairs) <= 4
-    assert set(rejects.values()) <= {"tar_cut_short", "no_text"}
-
-
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=130)
-contents = st.binary(max_size=1500)
-
-
-@hypothesis.given(st.lists(st.tuples(names, contents), max_size=6), st.data())
-@hypothesis.settings(deadline=None)
-def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(members, data):
-    whole = tar_bytes(members)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(whole)
-        file.flush()
-        found, cut, complete = tars.list_members(file.name)
-        assert complete
-        assert cut is None
-        assert [whole[m.offset : m.offset + m.length] for m in found] == [c for _, c in members]
-        ends = [member.offset + member.length for member in found]
-
-        if not members:
-            return
-        # Anywhere after the first member's data.
-        at = data.draw(st.integers(ends[0], len(whole)))
-        file.truncate(at)
-        kept, cut, _ = tars.list_members(file.name)
-        assert kept == [member for member, end in zip(found, ends, strict=True) if end <= at]
-        assert cut is None or cut == found[len(kept)]
 
 
 def test_pictures_come_in_the_order_of_the_disk(tmp_path):

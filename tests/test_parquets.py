@@ -1,0 +1,159 @@
+"""Parquet with pictures in it: columns, row groups, pointers, damage."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import engine, parquets, sources
+from mofi_jax import errors
+from tests.inputs import make_config, picture, read, tables_of
+
+
+def structs(count, first=0):
+    return [
+        {"bytes": picture(20 + first + i, kind="jpeg"), "path": f"{first + i}.jpg"}
+        for i in range(count)
+    ]
+
+
+def write(path, columns, rows_per_group=4, **options):
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=rows_per_group, **options)
+
+
+def run(folder, workdir, **changes):
+    manifests = sources.run(make_config(folder, **changes), engine.Engine(workdir))
+    return *read(workdir), engine.total_counts(manifests)
+
+
+def test_pairs_and_their_pointers(tmp_path):
+    path = tmp_path / "in/train-00000-of-00001.parquet"
+    images, texts = structs(25), [f"caption {i}" for i in range(25)]
+    write(
+        path, {"image": images, "text": texts, "NSFW": list(range(25)), "url": texts, "id": texts}
+    )
+    pairs, rejects, counts = run(tmp_path / "in", tmp_path / "w")
+    assert rejects == {}
+    assert (counts["members"], counts["pairs"]) == (25, 25)
+    # Row groups of 4 stay whole: pieces of at least 10 rows have 12.
+    assert [len(shard) for shard in tables_of(tmp_path / "w", "pairs/*")] == [12, 12, 1]
+    row = pairs["train-00000-of-00001/00000013"]
+    size = len(images[13]["bytes"])
+    assert (row["path"], row["offset"], row["length"]) == (str(path), 13, size)
+    assert (row["text"], row["url"], row["extras"]) == ("caption 13", "caption 13", '{"NSFW": 13}')
+    order = [7, 24, 0, 13, 12, 7]
+    found = dict(
+        sources.read_pictures("/", [str(path)] * 6, order, [len(images[i]["bytes"]) for i in order])
+    )
+    assert [found[i] for i in range(6)] == [images[i]["bytes"] for i in order]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"jpg": [s["bytes"] for s in structs(2)], "caption": ["a", "b"], "key": ["k0", "k1"]},
+        {"Image": structs(2), "TEXT": ["a", "b"], "__key__": ["k0", "k1"]},
+        {
+            "seen": structs(2),
+            "alt_text": pa.array(["a", "b"], pa.large_string()),
+            "uid": ["k0", "k1"],
+        },
+        {
+            "other": structs(2),
+            "img": pa.array([s["bytes"] for s in structs(2)], pa.large_binary()),
+            "title": ["a", "b"],
+            "key": ["k0", "k1"],
+        },
+    ],
+    ids=["img2dataset", "upper case", "the only one", "by name"],
+)
+def test_columns_are_known_by_name_and_type(tmp_path, columns):
+    write(tmp_path / "in/x.parquet", columns)
+    pairs, _, _ = run(tmp_path / "in", tmp_path / "w")
+    assert {key: row["text"] for key, row in pairs.items()} == {"k0": "a", "k1": "b"}
+    columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
+    found = sources.read_pictures(tmp_path / "w", *columns)
+    assert [data for _, data in found] == [s["bytes"] for s in structs(2)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"image": ["a.jpg"], "text": ["x"]}, r"no column of pictures .*image \(string\), text"),
+        ({"a": structs(1), "b": structs(1), "text": ["x"]}, "no column of pictures"),
+        ({"image": structs(1), "label": [3]}, r"no column of captions .*label \(int64\)"),
+        ({"image": structs(1), "text": [["x", "y"]]}, "no column of captions"),
+    ],
+)
+def test_columns_that_are_not_known_are_told(tmp_path, columns, words):
+    write(tmp_path / "in/x.parquet", columns)
+    with pytest.raises(errors.BadInput, match=words):
+        run(tmp_path / "in", tmp_path / "w")
+
+
+def test_rows_that_cannot_be_used_are_told(tmp_path):
+    images = [*structs(3), None, {"bytes": None, "path": "x.jpg"}, {"bytes": b"<html>", "path": ""}]
+    write(tmp_path / "in/x.parquet", {"image": images, "text": ["a", None, " ", "d", "e", "f"]})
+    pairs, rejects, counts = run(tmp_path / "in", tmp_path / "w")
+    assert list(pairs) == ["x/00000000"]
+    reasons = ["no_text", "empty_caption", "picture_missing", "picture_missing", "not_a_picture"]
+    assert rejects == {f"x/0000000{i}": reason for i, reason in enumerate(reasons, 1)}
+    assert counts["pairs"] + counts["rejected"] == counts["members"] == 6
+
+
+def test_a_file_that_is_not_parquet_is_told_or_left_out(tmp_path):
+    write(tmp_path / "in/a.parquet", {"image": structs(2), "text": ["a", "b"]})
+    data = (tmp_path / "in/a.parquet").read_bytes()
+    (tmp_path / "in/b.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(errors.BadInput, match=r"b\.parquet cannot be read as parquet .*fetch it"):
+        run(tmp_path / "in", tmp_path / "w")
+    work = engine.Engine(tmp_path / "w", failure_budget=0.5)
+    manifests = sources.run(make_config(tmp_path / "in"), work)
+    assert engine.total_counts(manifests)["pairs"] == 2
+    assert work.quarantined == ["scanned/00001"]
+
+
+def test_damage_inside_is_told(tmp_path):
+    path = tmp_path / "in/a.parquet"
+    write(path, {"image": structs(8), "text": ["x"] * 8}, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[100:2_000] = b"\xff" * 1_900
+    path.write_bytes(data)
+    with pytest.raises(errors.BadInput, match=r"a\.parquet cannot be read as parquet"):
+        run(tmp_path / "in", tmp_path / "w")
+
+
+def test_pointers_into_a_file_that_has_changed_are_told(tmp_path):
+    path = tmp_path / "in/a.parquet"
+    write(path, {"image": structs(8), "text": ["x"] * 8})
+    lengths = [len(s["bytes"]) for s in structs(8)]
+    write(path, {"image": structs(5), "text": ["x"] * 5})
+    with pytest.raises(errors.BadInput, match="not as long as when its pictures were listed"):
+        list(sources.read_pictures("/", [str(path)] * 2, [1, 7], [lengths[1], lengths[7]]))
+    with pytest.raises(errors.BadInput, match="not as long as when its pictures were listed"):
+        list(sources.read_pictures("/", [str(path)], [1], [lengths[1] + 1]))
+
+
+def test_only_the_row_groups_that_are_needed_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "in/a.parquet"
+    write(path, {"image": structs(12), "text": ["x"] * 12})
+    groups = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counted(self, *arguments, row_groups, **options):
+        groups.extend(row_groups)
+        yield from iter_batches(self, *arguments, row_groups=row_groups, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    assert len(list(parquets.read_rows(str(path), [9, 10, 11]))) == 3
+    assert groups == [2]
+
+
+def test_parquet_without_rows(tmp_path, caplog):
+    empty = pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
+    (tmp_path / "in").mkdir()
+    pq.write_table(empty, tmp_path / "in/a.parquet")
+    write(tmp_path / "in/b.parquet", {"image": structs(1), "text": ["x"]})
+    pairs, _, _ = run(tmp_path / "in", tmp_path / "w")
+    assert list(pairs) == ["b/00000000"]
+    assert "a.parquet holds no row" in caplog.text

@@ -1,0 +1,103 @@
+"""Data sets of TFDS as sources: by name, split and slice, read without TensorFlow."""
+
+import json
+import os
+
+import pytest
+
+from data_prep import engine, sources, tfds_sets
+from mofi_jax import errors
+from mofi_jax.data import records
+from tests import datasets
+from tests.inputs import make_config, read, tables_of
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    datasets.write(folder, name="i2t", examples=24)
+    return folder
+
+
+def run(pattern, workdir, **changes):
+    manifests = sources.run(make_config(pattern, **changes), engine.Engine(workdir))
+    return *read(workdir), engine.total_counts(manifests)
+
+
+def test_pairs_and_their_pointers(data_dir, tmp_path):
+    pairs, rejects, counts = run(f"tfds:i2t@{data_dir}", tmp_path / "w")
+    assert rejects == {}
+    assert (counts["members"], counts["pairs"]) == (24, 24)
+    assert [len(shard) for shard in tables_of(tmp_path / "w", "pairs/*")] == [10, 10, 4]
+    examples = {example["key"]: example for example in records.open_source(data_dir, "i2t")}
+    assert {key: row["text"] for key, row in pairs.items()} == {
+        key: example["text"] for key, example in examples.items()
+    }
+    columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
+    found = dict(sources.read_pictures(tmp_path / "w", *columns))
+    assert [found[i] for i in range(24)] == [example["image"] for example in examples.values()]
+
+
+def test_slices_and_kept_features(data_dir, tmp_path):
+    pattern = f"tfds:i2t:train[5:15]@{data_dir}"
+    pairs, _, _ = run(pattern, tmp_path / "w", keep_columns=("width", "source", "image", "none"))
+    assert list(pairs) == [f"{i:06d}" for i in range(5, 15)]
+    assert pairs["000005"]["offset"] == 5
+    assert json.loads(pairs["000005"]["extras"]) == {"source": "tests", "width": 24}
+
+
+def test_the_folder_of_the_environment(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(data_dir))
+    [found] = sources.find(["s=tfds:i2t"])
+    assert (found.kind, found.span) == ("tfds", (0, 24))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "There is no data set 'none'"),
+        ("i2t:test", r"has no such split .*: choose from train"),
+        ("i2t:train[", "has no such split"),
+    ],
+)
+def test_what_is_not_there_is_told(data_dir, name, words):
+    with pytest.raises(errors.BadInput, match=words):
+        sources.find([f"s=tfds:{name}@{data_dir}"])
+
+
+def changed_copy(folder, change):
+    """A data set whose metadata say something else."""
+    version = datasets.write(folder, name="i2t", examples=4)
+    change(version)
+    return folder
+
+
+def test_another_file_format_is_told(tmp_path):
+    def change(version):
+        path = version / "dataset_info.json"
+        path.write_text(path.read_text().replace("array_record", "tfrecord"))
+
+    changed_copy(tmp_path, change)
+    with pytest.raises(errors.BadInput, match="not stored as ArrayRecord: prepare it again"):
+        sources.find([f"s=tfds:i2t@{tmp_path}"])
+
+
+def test_features_that_are_not_known_are_told(tmp_path):
+    def change(version):
+        path = version / "features.json"
+        content = json.loads(path.read_text())
+        features = content["featuresDict"]["features"]
+        features["words"], features["name"] = features.pop("text"), features.pop("source")
+        path.write_text(json.dumps(content))
+
+    changed_copy(tmp_path, change)
+    with pytest.raises(errors.BadInput, match="has no Text feature that is known by its name"):
+        sources.find([f"s=tfds:i2t@{tmp_path}"])
+
+
+def test_a_damaged_shard_is_told(tmp_path):
+    version = datasets.write(tmp_path, name="i2t", examples=4)
+    [shard] = (path for path in version.iterdir() if tfds_sets.is_shard(str(path)))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(errors.BadInput, match="is damaged or shorter than its dataset_info"):
+        run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
