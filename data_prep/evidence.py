@@ -1,58 +1,51 @@
-"""Evidence: how well pictures fit the entities that their captions may mean. links/ -> fits/
+"""Evidence: pictures and the texts of the entities that captions may mean, through a CLIP model.
 
-Three things are measured, in standard deviations above the data set's pictures:
+links/ -> scores/. These are the stages that run a model; what follows from their embeddings alone
+is in `fits`. One process for each machine owns the accelerator and all of its devices.
 
-    text fit      how much closer the picture is to the entity's text than pictures in general are
-    picture fit   the same with the mean of the OTHER pictures whose caption mentions the entity in
-                  place of the text, shrunk towards 0 where there are few of them
-    coherence     of an entity: the mean picture fit of all pictures whose caption mentions it. High
-                  for what pictures show (a tram), near 0 for what captions merely say (time, free)
-
-Cosines alone are no common scale: an entity named in every caption is close to every picture, and
-a weak CLIP model spreads the levels of entities further apart than right and wrong pictures of one.
-Mean m and covariance C of all embeddings give mean and spread of the products with ANY direction u
-in closed form (m.u and sqrt(u'Cu)), so that no picture-by-entity matrix is ever made.
-
-Stages, each with manifests of its own:
-
-    texts/       entities.npy int32 [n], embeddings.npy float16 [n, d], model.json
-    scores/      NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4);
-                 NNNNN.npy image embeddings float16 [rows, d]; the one stage that runs the image
-                 tower, in this one process, which owns the accelerator
-    background/  moments.npy float64 [1 + d, d] (mean, covariance), prototypes.npy float32 [n, d],
-                 support.npy float32 [n]
-    fits/        NNNNN.parquet key, entities, text_fits, picture_fits
-    coherence/   entities.parquet entity, support, coherence
+    model/    fingerprint.txt: of the files that embeddings depend on. A model folder may move.
+    texts/    entities.npy int32 [n], every entity that is a candidate somewhere; embeddings.npy
+              float16 [n, d]; model.json, the fingerprint
+    scores/   NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4), of the pairs that have
+              a candidate, in the order of links/; NNNNN.npy image embeddings float16 [rows, d].
+              A picture that cannot be decoded any more has no row: the labels give the reason.
 """
 
-import concurrent.futures
+from __future__ import annotations
+
+import bisect
 import functools
 import hashlib
-import itertools
 import json
 import os
+import threading
+import typing
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Float
 
-from data_prep import engine, sources
+from data_prep import candidates, engine, sources
 from mofi_jax import errors
+from mofi_jax.data import ops
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
 
 # Cosines and fits are rounded before they meet a threshold: the last bits depend on the hardware.
 DECIMALS = 4
 
-# Pictures' worth of doubt in a prototype: with n others, the picture fit counts n / (n + 1).
-PROTOTYPE_DOUBT = 1.0
+CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 MB
 
-_CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 MB
+_TEXTS = 1 << 16  # texts in memory at a time
+_READ_BYTES = 32 << 20  # of picture files that are read at a time
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
-    """Runs the stages texts, scores, background, fits and coherence.
+    """Runs the stages model, texts and scores.
 
     Args:
       config: `clip` (folder of a model: a training run, or Hugging Face's CLIP), `template` of an
@@ -69,59 +62,63 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
             "config.clip is not set: name the folder of a trained run or of a Hugging Face CLIP "
             "model with --config.clip=FOLDER, or take config.labels=text."
         )
-    kb = workdir / "kb/entities.parquet"
-    texts_task = engine.Task("all", (kb, *links, *_model_files(config.clip)))
-    settings = {
-        "clip": config.clip,
-        "batch_size": config.batch_size,
-        "template": config.template,
-        "links": len(links),
-    }
-    # The model is loaded at most once, by this process, and only when there is work for it.
-    work.map_shards("texts", _embed_texts, [texts_task], settings, here=True)
-    texts = tuple(workdir / "texts" / name for name in ("entities.npy", "embeddings.npy"))
-    model = workdir / "texts/model.json"
-    tasks = [
-        engine.Task(path.stem, (path, workdir / "pairs" / path.name, *texts, model))
-        for path in links
-    ]
-    settings = {"clip": config.clip, "batch_size": config.batch_size}
-    work.map_shards("scores", _score, tasks, settings, here=True)
+    task = engine.Task("clip", tuple(model_files(config.clip)))
+    work.map_shards("model", _identify, [task], {}, here=True)
 
-    embeddings = tuple(path.with_suffix(".npy") for path in _scores(workdir, links))
-    task = engine.Task("all", (texts[0], *links, *_scores(workdir, links), *embeddings))
-    work.map_shards("background", _measure, [task], {"shards": len(links)}, here=True)
-    background = tuple(
-        workdir / "background" / f"{name}.npy" for name in ("moments", "prototypes", "support")
+    # The folder is no part of the settings: which model it is, the fingerprint says.
+    fingerprint = workdir / "model/fingerprint.txt"
+    task = engine.Task("all", (workdir / "kb/entities.parquet", fingerprint, *links))
+    settings = {"batch_size": config.batch_size, "template": config.template}
+    function = functools.partial(_embed_texts, config.clip)
+    work.map_shards("texts", function, [task], settings, accelerator=True)
+
+    texts = tuple(
+        workdir / "texts" / name for name in ("entities.npy", "embeddings.npy", "model.json")
     )
     tasks = [
-        engine.Task(path.stem, (path, scores, scores.with_suffix(".npy"), *texts, *background))
-        for path, scores in zip(links, _scores(workdir, links), strict=True)
+        engine.Task(path.stem, (path, workdir / "pairs" / path.name, *texts)) for path in links
     ]
-    work.map_shards("fits", _fit, tasks, {})
-
-    fits = [workdir / "fits" / path.name for path in links]
-    task = engine.Task("all", (texts[0], background[2], *links, *fits))
-    work.map_shards("coherence", _cohere, [task], {"shards": len(links)}, here=True)
+    function = functools.partial(_score, config.clip)
+    settings = {"batch_size": config.batch_size}
+    work.map_shards("scores", function, tasks, settings, accelerator=True)
 
 
-def _scores(workdir: epath.Path, links: list[epath.Path]) -> list[epath.Path]:
-    return [workdir / "scores" / path.name for path in links]
+# --------------------------------------------------------------------------------------- the model
 
 
-def _model_files(folder: str) -> list[str]:
-    """The files of a model folder that its embeddings depend on."""
+def model_files(folder: str) -> list[str]:
+    """The files of a model folder that `mofi_jax.inference.load` takes embeddings from.
+
+    Of a training run these are the parameters of the latest checkpoint: neither an earlier one nor
+    the optimizer's state says anything about embeddings.
+
+    Raises:
+      BadInput: no such folder.
+    """
     root = epath.Path(folder)
     if not root.is_dir():
         raise errors.BadInput(
             f"config.clip={folder} is no folder: name the folder of a trained run or of a Hugging "
             "Face CLIP model, or take config.labels=text."
         )
-    names = ("model.json", "config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [os.fspath(p) for p in root.iterdir() if p.name in names or p.suffix == ".safetensors"]
-    for path, _, inside in os.walk(root / "checkpoints"):
-        files += [os.path.join(path, name) for name in inside]
-    return sorted(files)
+    if (root / "model.json").exists():
+        files = [root / name for name in ("model.json", "tokenizer.json")]
+        checkpoints = root / "checkpoints"
+        steps = [p.name for p in checkpoints.iterdir()] if checkpoints.is_dir() else []
+        # Others are being written: their names end otherwise until they are whole.
+        latest = max((name for name in steps if name.isdigit()), key=int, default="none")
+        for path, _, inside in os.walk(checkpoints / latest / "params"):
+            files += [epath.Path(path) / name for name in inside]
+    else:
+        files = [path for path in root.iterdir() if path.suffix in (".json", ".safetensors")]
+    return sorted(os.fspath(path) for path in files if path.exists())
+
+
+def _identify(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    digests = sorted((os.path.basename(path), engine.sha256(path)) for path in task.inputs)
+    fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    outputs.path("model/fingerprint.txt").write_text(fingerprint + "\n")
+    return {"files": len(digests)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,6 +129,9 @@ def load_model(folder: str, batch_size: int):
     return inference.load(folder, batch_size=batch_size)
 
 
+# --------------------------------------------------------------------------------------- the texts
+
+
 def entity_text(template: str, name: str, description: str) -> str:
     """`template` filled in; the name alone where the entity has no description."""
     if not description:
@@ -139,122 +139,204 @@ def entity_text(template: str, name: str, description: str) -> str:
     return template.format(name=name, description=description)
 
 
-def _embed_texts(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Embeds the texts of all entities that are a candidate somewhere."""
-    import pyarrow.parquet as pq
+_CANDIDATES = """
+    SELECT DISTINCT entity FROM (
+        SELECT unnest(candidates).entity AS entity FROM read_parquet($links)
+    ) ORDER BY entity
+"""
 
-    kb_path, links = task.inputs[0], task.inputs[1 : 1 + settings["links"]]
-    model_files = task.inputs[1 + settings["links"] :]
-    entities = np.unique(np.concatenate([_links_of(path).entity for path in links]))
-    kb = pq.read_table(kb_path, columns=["label", "description"]).take(entities)
-    texts = [
-        entity_text(settings["template"], row["label"], row["description"] or "")
-        for row in kb.to_pylist()
-    ]
-    model = load_model(settings["clip"], settings["batch_size"])
-    embeddings = model.embed_texts(texts) if texts else np.zeros((0, 0), np.float32)
-    _save(outputs, "texts/entities.npy", entities.astype(np.int32))
-    _save(outputs, "texts/embeddings.npy", embeddings.astype(np.float16))
-    digests = [engine.sha256(path) for path in model_files]
-    fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    outputs.path("texts/model.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+
+def _embed_texts(
+    folder: str, task: engine.Task, outputs: engine.Outputs, settings: dict
+) -> dict[str, int]:
+    """Embeds the texts of all entities that are a candidate somewhere."""
+    kb, fingerprint, *links = task.inputs
+    entities = np.zeros(0, np.int32)
+    if links:
+        with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+            found = connection.sql(_CANDIDATES, params={"links": links}).fetchnumpy()
+        entities = np.asarray(found["entity"], np.int32)
+    _save(outputs, "texts/entities.npy", entities)
+    path, written, embeddings = outputs.path("texts/embeddings.npy"), 0, None
+    for texts in _texts(kb, entities, settings["template"]):
+        block = load_model(folder, settings["batch_size"]).embed_texts(texts)
+        if embeddings is None:
+            shape = (len(entities), block.shape[1])
+            embeddings = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        embeddings[written : written + len(texts)] = block
+        written += len(texts)
+    if embeddings is None:
+        _save(outputs, "texts/embeddings.npy", np.zeros((0, 0), np.float16))
+    else:
+        embeddings.flush()
+    model = {"fingerprint": epath.Path(fingerprint).read_text().strip()}
+    outputs.path("texts/model.json").write_text(json.dumps(model) + "\n")
     return {"entities": len(entities)}
 
 
-class _Links(NamedTuple):
-    """The candidates of a shard: distinct (row, entity) with the highest prior, rows in order."""
-
-    keys: list[str]  # all pairs of the shard, also those without a candidate
-    row: np.ndarray  # int64 [p], position in `keys`
-    entity: np.ndarray  # int32 [p]
-    prior: np.ndarray  # float32 [p]
-
-
-def _links_of(path: str) -> _Links:
-    import duckdb
-
-    found = duckdb.sql(
-        """
-        SELECT row, candidate.entity AS entity, max(candidate.prior) AS prior
-        FROM (
-            SELECT file_row_number AS row, unnest(candidates) AS candidate
-            FROM read_parquet($links, file_row_number = true)
-        )
-        GROUP BY ALL ORDER BY ALL
-        """,
-        params={"links": path},
-    ).fetchnumpy()
-    return _Links(
-        _keys(path),
-        np.asarray(found["row"], np.int64),
-        np.asarray(found["entity"], np.int32),
-        np.asarray(found["prior"], np.float32),
-    )
-
-
-def _keys(path: str) -> list[str]:
+def _texts(kb: str, entities: np.ndarray, template: str) -> Iterator[list[str]]:
+    """The texts of the given rows (ascending) of the knowledge base, _TEXTS at a time."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=["key"])["key"].to_pylist()
+    texts: list[str] = []
+    first = 0
+    with pq.ParquetFile(kb) as file:
+        for batch in file.iter_batches(_TEXTS, columns=["label", "description"]):
+            start, stop = np.searchsorted(entities, (first, first + len(batch)))
+            rows = batch.take(pa.array(entities[start:stop] - first)).to_pylist()
+            texts += [entity_text(template, r["label"], r["description"] or "") for r in rows]
+            first += len(batch)
+            while len(texts) >= _TEXTS:
+                yield texts[:_TEXTS]
+                del texts[:_TEXTS]
+    if texts:
+        yield texts
 
 
-def _score(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+# ------------------------------------------------------------------------------------ the pictures
+
+
+def _score(
+    folder: str, task: engine.Task, outputs: engine.Outputs, settings: dict
+) -> dict[str, int]:
     """Embeds the pictures that have a candidate; cosines with the texts of their candidates."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     links_path, pairs_path, entities_path, texts_path, _ = task.inputs
-    links = _links_of(links_path)
-    with_candidate = np.unique(links.row)
-    keys = [links.keys[row] for row in with_candidate]
+    links = candidates.read(links_path)
+    known = candidates.distinct(links)
+    rows, picture = np.unique(known.row, return_inverse=True)
+    keys = links.keys.take(pa.array(rows))
     pairs = pq.read_table(pairs_path, columns=["key", "path", "offset", "length"])
-    position = {key: row for row, key in enumerate(pairs["key"].to_pylist())}
-    pairs = pairs.take(pa.array([position[key] for key in keys], pa.int64()))
+    pairs = pairs.take(pa.array(candidates.positions(keys, pairs["key"])))
 
-    model = load_model(settings["clip"], settings["batch_size"])
-    embeddings = _embed_pictures(model, outputs.workdir, pairs, settings["batch_size"])
+    embeddings, rejected = np.zeros((0, 0), np.float16), {}
+    if len(pairs):
+        model = load_model(folder, settings["batch_size"])
+        batch_size = settings["batch_size"]
+        embeddings, rejected = _embed_pictures(model, outputs.workdir, pairs, batch_size)
+    if rejected:
+        row = min(rejected)
+        logging.warning(
+            "scores, shard %s: %d pictures cannot be decoded any more, the first being %s (%s)",
+            task.name,
+            len(rejected),
+            keys[row].as_py(),
+            rejected[row],
+        )
+    whole = np.ones(len(keys), bool)
+    whole[list(rejected)] = False
+    kept = whole[picture]
+    picture, entities = picture[kept], known.entity[kept]
+
     texts = np.load(texts_path, mmap_mode="r")
-    columns = np.searchsorted(np.load(entities_path), links.entity)
-    rows = np.searchsorted(with_candidate, links.row)
-    cosines = _row_dots(embeddings, rows, texts, columns)
-    starts = np.searchsorted(rows, np.arange(len(keys) + 1))
-    outputs.write_table(
-        f"scores/{task.name}.parquet",
-        pa.table(
-            {
-                "key": pa.array(keys, pa.string()),
-                "entities": _lists(links.entity, starts),
-                "scores": _lists(np.round(cosines, DECIMALS).astype(np.float32), starts),
-            }
-        ),
+    columns = np.searchsorted(np.load(entities_path), entities)
+    cosines = _row_dots(embeddings, picture, texts, columns)
+    starts = np.searchsorted(picture, [*np.flatnonzero(whole), len(whole)])
+    table = {
+        "key": keys.filter(pa.array(whole)),
+        "entities": candidates.lists(entities, starts),
+        "scores": candidates.lists(np.round(cosines, DECIMALS).astype(np.float32), starts),
+    }
+    outputs.write_table(f"scores/{task.name}.parquet", pa.table(table))
+    _save(outputs, f"scores/{task.name}.npy", embeddings if whole.all() else embeddings[whole])
+    return {
+        "pictures": int(whole.sum()),
+        "candidates": len(entities),
+        "undecodable": len(rejected),
+    }
+
+
+class _Pictures:
+    """Random access to the bytes of pictures: element i is (row, bytes), in the order of the disk.
+
+    Pictures are read tens of megabytes at a time, because single ones of a parquet cannot be, by
+    whichever thread first needs one of them. Threads go through the elements side by side, so the
+    latest three pieces are enough.
+    """
+
+    def __init__(self, workdir: epath.Path, pairs: pa.Table):
+        self._workdir = workdir
+        columns = [pairs[name].to_pylist() for name in ("path", "offset", "length")]
+        self._order = sorted(range(len(pairs)), key=lambda r: (columns[0][r], columns[1][r]))
+        self._pointers = [[column[row] for row in self._order] for column in columns]
+        size = np.cumsum(self._pointers[2])
+        steps = np.arange(_READ_BYTES, size[-1] if len(size) else 0, _READ_BYTES)
+        # Of the pieces the first elements; a picture larger than a piece makes two equal ones.
+        self._starts = sorted({0, *(int(start) for start in np.searchsorted(size, steps))})
+        self._pieces: dict[int, list[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        piece = bisect.bisect_right(self._starts, index) - 1
+        found = self._pieces.get(piece)
+        if found is None:
+            with self._lock:
+                found = self._pieces.get(piece) or self._read(piece)
+        return self._order[index], found[index - self._starts[piece]]
+
+    def _read(self, piece: int) -> list[bytes]:
+        start, *rest = self._starts[piece : piece + 2]
+        pointers = [column[start : rest[0] if rest else None] for column in self._pointers]
+        found = [b""] * len(pointers[0])
+        for place, data in sources.read_pictures(self._workdir, *pointers):
+            found[place] = data
+        for old in sorted(self._pieces)[:-2]:
+            del self._pieces[old]
+        self._pieces[piece] = found
+        return found
+
+
+def _embed_pictures(
+    model, workdir: epath.Path, pairs: pa.Table, batch_size: int
+) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
+    """float16 embeddings, 0 for pictures that cannot be decoded; these with their reasons.
+
+    Threads read and decode two batches ahead of the devices; no more pixels are in memory.
+    """
+    import grain
+    from absl import flags
+
+    rejected: dict[int, str] = {}
+
+    def decode(picture: tuple[int, bytes]) -> tuple[int, np.ndarray] | None:
+        row, data = picture
+        try:
+            return row, model.towers.decode(data)
+        except ops.UndecodableImage as error:
+            rejected[row] = error.reason
+            return None  # Grain leaves it out
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks for a flag of its own
+    threads = os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, batch_size))
+    stream = (
+        grain.MapDataset.source(_Pictures(workdir, pairs))
+        .map(decode)
+        .to_iter_dataset(options, allow_nones=False)
+        .batch(batch_size)
     )
-    _save(outputs, f"scores/{task.name}.npy", embeddings)
-    return {"pictures": len(keys), "candidates": len(rows)}
+    stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
+    rows: list[np.ndarray] = []
 
+    def pixels() -> Iterator[np.ndarray]:
+        for numbers, images in stream:
+            rows.append(numbers)
+            yield images
 
-def _embed_pictures(model, workdir: epath.Path, pairs, batch_size: int) -> np.ndarray:
-    """float16 [rows, d]. Threads read and decode the next batch while the device has this one."""
-    towers = model.towers
-    columns = (pairs[name].to_pylist() for name in ("path", "offset", "length"))
-    pictures = sources.read_pictures(workdir, *columns)
-    found: dict[int, np.ndarray] = {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting: list = []
-        for batch in itertools.chain(_batches(pictures, batch_size), [[]]):
-            coming = [(row, pool.submit(towers.decode, data)) for row, data in batch]
-            if waiting:
-                images = np.stack([pixels.result() for _, pixels in waiting])
-                rows = [row for row, _ in waiting]
-                found |= zip(rows, towers.embed_images(model.params, images), strict=True)
-            waiting = coming
-    if not found:
-        return np.zeros((0, 0), np.float16)
-    return np.stack([found[row] for row in range(len(found))]).astype(np.float16)
-
-
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+    embeddings = np.zeros((len(pairs), 0), np.float16)
+    results = model.towers.embed_image_batches(model.params, pixels())
+    for number, vectors in enumerate(results):
+        if not number:
+            embeddings = np.zeros((len(pairs), vectors.shape[1]), np.float16)
+        embeddings[rows[number]] = vectors
+    return embeddings, rejected
 
 
 def _row_dots(
@@ -265,135 +347,13 @@ def _row_dots(
 ) -> Float[np.ndarray, " p"]:
     """float32 [p]: left[rows[i]] . right[columns[i]], a chunk of pairs at a time."""
     parts = [np.zeros(0, np.float32)]
-    for start in range(0, len(rows), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
         a, b = (x.astype(np.float32) for x in (left[rows[chunk]], right[columns[chunk]]))
         parts.append(np.einsum("pd,pd->p", a, b))
     return np.concatenate(parts)
 
 
-def _lists(values: np.ndarray, starts: np.ndarray):
-    """An Arrow list column: row i holds values[starts[i]:starts[i + 1]]."""
-    import pyarrow as pa
-
-    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values))
-
-
 def _save(outputs: engine.Outputs, name: str, array: np.ndarray) -> None:
     with open(outputs.path(name), "wb") as file:
         np.save(file, array)
-
-
-# ----------------------------------------------------------------- what pictures are like at large
-
-
-def _measure(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Mean and covariance of all embeddings; per entity the sum of the pictures that mention it."""
-    entities = np.load(task.inputs[0])
-    shards = settings["shards"]
-    links, scores, embeddings = (
-        task.inputs[1 + i * shards : 1 + (i + 1) * shards] for i in range(3)
-    )
-    width = max(np.load(path, mmap_mode="r").shape[1] for path in embeddings)
-    count, total, squares = 0, np.zeros(width), np.zeros((width, width))
-    for path in embeddings:
-        x = _load_embeddings(path, width).astype(np.float64)
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.T @ x
-    mean = total / max(count, 1)
-    covariance = squares / max(count, 1) - np.outer(mean, mean)
-    _save(outputs, "background/moments.npy", np.concatenate([mean[None], covariance]))
-
-    prototypes = np.zeros((len(entities), width), np.float32)
-    support = np.zeros(len(entities), np.float32)
-    for links_path, scores_path, path in zip(links, scores, embeddings, strict=True):
-        pairs = _pairs(links_path, scores_path, entities)
-        x = _load_embeddings(path, width) - mean.astype(np.float32)
-        np.add.at(support, pairs.column, pairs.prior)
-        for start in range(0, len(pairs.row), _CHUNK):
-            row, column, prior = (values[start : start + _CHUNK] for values in pairs)
-            np.add.at(prototypes, column, prior[:, None] * x[row])
-    _save(outputs, "background/prototypes.npy", prototypes)
-    _save(outputs, "background/support.npy", support)
-    return {"pictures": count, "entities": len(entities)}
-
-
-class _Pairs(NamedTuple):
-    """Candidates by position: row of scores/, column of texts/entities.npy, and the prior."""
-
-    row: np.ndarray
-    column: np.ndarray
-    prior: np.ndarray
-
-
-def _pairs(links_path: str, scores_path: str, entities: np.ndarray) -> _Pairs:
-    """The candidates of a shard in the order of its scores/."""
-    links = _links_of(links_path)
-    position = {key: i for i, key in enumerate(_keys(scores_path))}
-    row = np.array([position[links.keys[i]] for i in links.row], np.int64)
-    return _Pairs(row, np.searchsorted(entities, links.entity), links.prior)
-
-
-def _load_embeddings(path: str, width: int) -> np.ndarray:
-    """float32 [rows, width], also of a shard without pictures."""
-    embeddings = np.load(path).astype(np.float32)
-    return embeddings.reshape(len(embeddings), width)
-
-
-def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow.parquet as pq
-
-    links_path, scores_path, embeddings_path, *rest = task.inputs
-    entities, texts, moments, prototypes, support = (np.load(path, mmap_mode="r") for path in rest)
-    pairs = _pairs(links_path, scores_path, entities)
-    mean, covariance = moments[0].astype(np.float32), moments[1:].astype(np.float32)
-    x = _load_embeddings(embeddings_path, len(mean)) - mean
-    text_fits, picture_fits = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
-    for start in range(0, len(pairs.row), _CHUNK):
-        row, column, prior = (values[start : start + _CHUNK] for values in pairs)
-        own = prior[:, None] * x[row]
-        others = np.maximum(support[column] - prior, 0)
-        picture_fit = deviations(x[row], prototypes[column] - own, covariance)
-        text_fits.append(deviations(x[row], texts[column].astype(np.float32), covariance))
-        picture_fits.append(picture_fit * others / (others + PROTOTYPE_DOUBT))
-    table = pq.read_table(scores_path, columns=["key", "entities"])
-    starts = np.searchsorted(pairs.row, np.arange(len(table) + 1))
-    for name, values in (("text_fits", text_fits), ("picture_fits", picture_fits)):
-        rounded = np.round(np.concatenate(values), DECIMALS).astype(np.float32)
-        table = table.append_column(name, _lists(rounded, starts))
-    outputs.write_table(f"fits/{task.name}.parquet", table)
-    return {"pictures": len(table), "candidates": len(pairs.row)}
-
-
-def _cohere(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    entities, support = (np.load(path) for path in task.inputs[:2])
-    links, fits = task.inputs[2 : 2 + settings["shards"]], task.inputs[2 + settings["shards"] :]
-    total = np.zeros(len(entities))
-    for links_path, fits_path in zip(links, fits, strict=True):
-        pairs = _pairs(links_path, fits_path, entities)
-        column = pq.read_table(fits_path, columns=["picture_fits"])["picture_fits"]
-        picture_fits = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        np.add.at(total, pairs.column, pairs.prior * picture_fits)
-    coherence = np.round(total / np.maximum(support, 1e-6), DECIMALS).astype(np.float32)
-    table = {"entity": entities, "support": support, "coherence": coherence}
-    outputs.write_table("coherence/entities.parquet", pa.table(table))
-    return {"entities": len(entities)}
-
-
-def deviations(
-    centred: Float[np.ndarray, "p d"],
-    directions: Float[np.ndarray, "p d"],
-    covariance: Float[np.ndarray, "d d"],
-) -> Float[np.ndarray, " p"]:
-    """How far each picture lies along its direction, in standard deviations of all pictures.
-
-    Args:
-      centred: embeddings minus the mean of all embeddings.
-      directions: of any length; a zero direction gives 0.
-      covariance: of all embeddings.
-    """
-    along = np.einsum("pd,pd->p", centred, directions)
-    variance = np.einsum("pd,pd->p", directions @ covariance, directions)
-    return np.where(variance > 1e-12, along / np.sqrt(np.maximum(variance, 1e-12)), 0.0)

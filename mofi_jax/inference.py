@@ -11,7 +11,7 @@ the results of its own.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,21 @@ class Towers:
     ) -> Float32[np.ndarray, "n d"]:
         """L2-normalised embeddings of RGB pictures as `decode` gives them."""
         return self._in_batches(self._image_step, params, np.asarray(images, np.uint8))
+
+    def embed_image_batches(
+        self, params: mofi.Params, batches: Iterable[UInt8[np.ndarray, "b s s 3"]]
+    ) -> Iterator[Float32[np.ndarray, "b d"]]:
+        """`embed_images` of a stream: while the devices work on a batch, the next one is fetched.
+
+        Args:
+          params: parameters.
+          batches: of `batch_size` pictures or fewer. In a multi-host job every host gives as many
+            batches as all others, each with its own share.
+
+        Yields:
+          The embeddings of each batch, in order.
+        """
+        return self._stream(self._image_step, params, batches)
 
     def embed_texts(self, params: mofi.Params, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """L2-normalised embeddings of texts of any length.
@@ -140,31 +155,42 @@ class Towers:
         return jax.jit(function, out_shardings=partition.batch_sharding(self.mesh))
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
-        """Results of step(params, batch) over batches of one size, without the last one's padding.
+        """Results of step(params, batch) over all inputs, in batches of one size.
 
         Returns numpy arrays in the structure of the step's result.
         """
-        shards, hosts = partition.batch_shards(self.mesh), jax.process_count()
-        size = -(-self.batch_size // shards) * shards // hosts
+        size = self._step_size
+        # One step even for no input at all, so that its result has the right shape.
+        starts = range(0, max(len(inputs), 1), size)
+        batches = (inputs[start : start + size] for start in starts)
+        results = self._stream(step, params, batches)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+
+    @property
+    def _step_size(self) -> int:
+        """Rows that this host gives to a step."""
+        shards = partition.batch_shards(self.mesh)
+        return -(-self.batch_size // shards) * shards // jax.process_count()
+
+    def _stream(self, step: Callable, params: Any, batches: Iterable[np.ndarray]) -> Iterator[Any]:
+        """Yields step(params, batch) without the padding that gives all batches one size."""
         spec = partition.batch_sharding(self.mesh).spec
 
-        def fetch(result: Any) -> Any:
+        def fetch(result: Any, rows: int) -> Any:
             local = multihost_utils.global_array_to_host_local_array(result, self.mesh, spec)
-            return jax.tree.map(np.asarray, local)
+            return jax.tree.map(lambda array: np.asarray(array)[:rows], local)
 
-        results, waiting = [], None
-        # One step even for no input at all, so that its result has the right shape.
-        for start in range(0, max(len(inputs), 1), size):
-            batch = np.zeros((size, *inputs.shape[1:]), inputs.dtype)
-            part = inputs[start : start + size]
+        waiting = None
+        for part in batches:
+            batch = np.zeros((self._step_size, *part.shape[1:]), part.dtype)
             batch[: len(part)] = part
             result = step(params, partition.to_global(self.mesh, {"batch": batch})["batch"])
             # Fetched one batch late: the next one is prepared while the devices work.
             if waiting is not None:
-                results.append(fetch(waiting))
-            waiting = result
-        results.append(fetch(waiting))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(inputs)], *results)
+                yield fetch(*waiting)
+            waiting = result, len(part)
+        if waiting is not None:
+            yield fetch(*waiting)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import engine, evidence, selection
+from data_prep import engine, evidence, fits, selection
 from mofi_jax import errors
 from tests import workdirs
 
@@ -285,10 +285,10 @@ def test_deviations_are_z_scores_along_any_direction():
     directions = np.tile(direction * 1e-2, (200, 1))
     along = x @ direction
     np.testing.assert_allclose(
-        evidence.deviations(centred, directions, covariance),
+        fits.deviations(centred, directions, covariance),
         (along - along.mean()) / along.std(),
         atol=2e-3,
     )
-    zero = evidence.deviations(centred, np.zeros_like(directions), covariance)
+    zero = fits.deviations(centred, np.zeros_like(directions), covariance)
     assert not zero.any()
     assert math.isfinite(zero.sum())

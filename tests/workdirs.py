@@ -173,7 +173,13 @@ class Model:
 
     def __init__(self):
         self.params = {"offset": np.float32(1.0)}
-        self.towers = types.SimpleNamespace(decode=self._decode, embed_images=self._embed_images)
+        self.towers = types.SimpleNamespace(
+            decode=self._decode,
+            embed_images=self._embed_images,
+            embed_image_batches=lambda params, batches: (
+                self._embed_images(params, images) for images in batches
+            ),
+        )
         self.pictures = 0
 
     def _decode(self, data: bytes) -> np.ndarray:
