@@ -290,10 +290,13 @@ def _nearest():
     @jax.jit
     def nearest(pictures_, evaluation):
         """Largest cosine float32 [b] and its row int32 [b], of float16 [b d] and [m d]."""
-        # Full precision: what is a duplicate may not depend on the hardware.
-        cosines = jnp.matmul(
-            pictures_.astype(jnp.float32), evaluation.astype(jnp.float32).T, precision="highest"
+        # float16 keeps the direction well, the length to 3 digits only. Rows of zeros stay so.
+        pictures_, evaluation = (
+            rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+            for rows in (pictures_.astype(jnp.float32), evaluation.astype(jnp.float32))
         )
+        # Full precision: what is a duplicate may not depend on the hardware.
+        cosines = jnp.matmul(pictures_, evaluation.T, precision="highest")
         return cosines.max(1), cosines.argmax(1)
 
     return nearest

@@ -137,10 +137,13 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         shards = [files[0].stem for files in _shards(work, [first, *stages])]
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
-    every = {"eval_matches", "eval_cosines", "unsafe", "copies"}
-    every |= {"eval_hashes", "eval_embeddings"} if not filters.eval_sets else set()
+    made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
+    made_for |= {"unsafe": [], "copies": []}
+    off = [
+        folder for stage in made_for if stage not in stages for folder in (stage, *made_for[stage])
+    ]
     dropped = f"dropped-{config.dataset}"
-    _clear(work, *sorted(every - set(stages)), *([] if stages else [dropped]))
+    _clear(work, *off, *([] if stages else [dropped]))
     if not stages:
         return []
     tasks = [engine.Task(files[0].stem, files) for files in _shards(work, [first, *stages])]

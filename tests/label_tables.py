@@ -1,0 +1,39 @@
+"""labels/ written by hand, and what stages made of it."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("entities", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float32())),
+        ("fits", pa.list_(pa.float32())),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def write(workdir, shards):
+    """Writes labels/ of shards of (key, entities); a pair without entities has no label."""
+    (workdir / "labels").mkdir(parents=True)
+    for number, rows in enumerate(shards):
+        columns = [
+            {
+                "key": key,
+                "entities": entities,
+                "scores": [0.1 * entity for entity in entities],
+                "fits": [float(entity) for entity in entities],
+                "reason": None if entities else "below_min_fit",
+            }
+            for key, entities in rows
+        ]
+        table = pa.Table.from_pylist(columns, schema=_SCHEMA)
+        pq.write_table(table, workdir / f"labels/{number:05d}.parquet")
+
+
+def read(workdir, pattern):
+    """The rows of all matching files, in the order of their names."""
+    return [
+        row for path in sorted(workdir.glob(pattern)) for row in pq.read_table(path).to_pylist()
+    ]

@@ -1,0 +1,351 @@
+"""Pictures of evaluation sets found again, and copies within the data."""
+
+import hashlib
+import io
+import os
+import tarfile
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import copies, duplicates, engine, eval_sets, evidence, filters, pictures
+from mofi_jax import errors
+from mofi_jax.data import ops
+from tests import label_tables, workdirs
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+# ------------------------------------------------------------------------------------------ banding
+
+
+@st.composite
+def hashes_with_neighbours(draw):
+    """Two lists of hashes, many of the second few bits away from one of the first."""
+    left = draw(st.lists(INT64, min_size=1, max_size=20))
+    right = draw(st.lists(INT64, max_size=10))
+    for _ in range(draw(st.integers(0, 20))):
+        bits = draw(st.sets(st.integers(0, 63), max_size=9))
+        flipped = np.uint64(sum(1 << bit for bit in bits))
+        start = np.int64(draw(st.sampled_from(left))).view(np.uint64)
+        right.append(int((start ^ flipped).view(np.int64)))
+    return np.array(left, np.int64), np.array(right, np.int64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(hashes_with_neighbours(), st.integers(0, 8))
+def test_banding_misses_nothing_and_invents_nothing(hashes, max_distance):
+    queries, known = hashes
+    found = {}
+    for query, position, distance in duplicates.HashIndex(known, max_distance).near(queries):
+        found |= dict(zip(zip(query, position, strict=True), distance, strict=True))
+    distances = pictures.hamming(queries[:, None], known[None])
+    brute = {(i, j): distances[i, j] for i, j in np.argwhere(distances <= max_distance)}
+    assert found == brute
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.lists(st.integers(0, 5), max_size=30))
+def test_equal_ranges_come_in_pieces_without_loss(queries, values):
+    queries, values = np.array(queries, np.int64), np.sort(np.array(values, np.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "_CANDIDATES", 7)
+        pieces = list(duplicates.equal_ranges(queries, values))
+    found = [(i, j) for piece in pieces for i, j in zip(*piece, strict=True)]
+    assert found == [
+        (i, j) for i in range(len(queries)) for j in np.flatnonzero(values == queries[i])
+    ]
+    assert all(len(i) <= max(7, len(values)) for i, _ in pieces)
+
+
+# --------------------------------------------------------------------------------------- real sets
+
+
+def photo(seed, size=96):
+    """A smooth picture with structure, as photos have."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def encode(rgb, suffix=".jpg", quality=95):
+    return cv2.imencode(suffix, rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def write_pairs(workdir, shards):
+    """pairs/ of (key, picture bytes), with the columns that the filters read."""
+    (workdir / "pairs").mkdir(parents=True)
+    for number, rows in enumerate(shards):
+        table = {
+            "key": pa.array([key for key, _ in rows], pa.string()),
+            "sha256": pa.array([hashlib.sha256(data).hexdigest() for _, data in rows], pa.string()),
+            "phash": pa.array(
+                [pictures.perceptual_hash(ops.decode_rgb(data)) for _, data in rows], pa.int64()
+            ),
+        }
+        pq.write_table(pa.table(table), workdir / f"pairs/{number:05d}.parquet")
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """A folder set with sub-folders and a bad file, and a tar set; they share a picture."""
+    folder = tmp_path / "eval/landmarks/a"
+    folder.mkdir(parents=True)
+    for seed in range(3):
+        (folder / f"{seed}.JPEG").write_bytes(encode(photo(seed)))
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_bytes(b"no picture either")
+    with tarfile.open(tmp_path / "eval/other.tar", "w") as tar:
+        for seed in (2, 3):
+            info = tarfile.TarInfo(f"x/{seed}.jpg")
+            data = encode(photo(seed))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return {
+        "landmarks": str(tmp_path / "eval/landmarks"),
+        "other": str(tmp_path / "eval/other.tar"),
+    }
+
+
+def text_config(**changes):
+    config = workdirs.config(labels="text", min_images=1)
+    config.filters.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_files_and_scaled_copies_are_found_and_counted(tmp_path, sets, workers):
+    small = cv2.resize(photo(1), (64, 64), interpolation=cv2.INTER_AREA)
+    shards = [
+        [
+            ("same", encode(photo(0))),
+            ("scaled", encode(small, quality=70)),
+            ("new", encode(photo(9))),
+        ],
+        [
+            ("both", encode(photo(2))),
+            ("unlabelled", encode(photo(3))),
+            ("png", encode(photo(3), ".png")),
+        ],
+    ]
+    workdir = tmp_path / "W"
+    write_pairs(workdir, shards)
+    label_tables.write(
+        workdir,
+        [[(key, [] if key == "unlabelled" else [1]) for key, _ in shard] for shard in shards],
+    )
+    config = text_config(eval_sets=sets)
+    manifests = filters.run(config, engine.Engine(workdir, workers))
+    assert [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")] == ["new"]
+    counts = engine.total_counts(manifests)
+    assert counts["candidates"] == 5
+    assert counts["dropped"] == 4
+    assert counts["labelled"] == 1
+    # By set and layer; a picture of two sets counts for both, and once in rejects/.
+    assert counts["eval_duplicate:landmarks:sha256"] == 2
+    assert counts["eval_duplicate:landmarks:phash"] == 1
+    assert counts["eval_duplicate:other:sha256"] == 1
+    assert counts["eval_duplicate:other:phash"] == 1
+    rejects = {
+        row["key"]: row["reason"] for row in label_tables.read(workdir, "rejects/dropped-i2e*")
+    }
+    assert rejects == {
+        "same": "eval_duplicate:landmarks",
+        "scaled": "eval_duplicate:landmarks",
+        "both": "eval_duplicate:landmarks",
+        "png": "eval_duplicate:other",
+    }
+    matches = {row["key"]: row for row in label_tables.read(workdir, "eval_matches/*.parquet")}
+    assert matches["scaled"]["name"] == "a/1.JPEG"
+    assert matches["scaled"]["distance"] <= 4
+    assert matches["unlabelled"]["layer"] == "sha256"
+    hashes = label_tables.read(workdir, "eval_hashes/landmarks-*.parquet")
+    assert [row["phash"] is None for row in hashes] == [False, False, False, True]
+
+    # Off again: nothing of it is left behind.
+    filters.run(text_config(), engine.Engine(workdir, workers))
+    assert len(label_tables.read(workdir, "labels_final/*.parquet")) == 5
+    for stage in ("eval_hashes", "eval_matches", "dropped-i2e"):
+        assert not list((workdir / stage).glob("*.parquet"))
+    assert not list(workdir.glob("rejects/dropped*"))
+
+
+def test_raw_pairs_are_filtered_without_labels(tmp_path, sets):
+    workdir = tmp_path / "W"
+    write_pairs(workdir, [[("same", encode(photo(0))), ("new", encode(photo(9)))]])
+    config = text_config(eval_sets=sets)
+    config.dataset = "i2t"
+    [manifest] = filters.drop_pictures(config, engine.Engine(workdir))
+    assert manifest["counts"]["candidates"] == 2
+    assert [row["key"] for row in label_tables.read(workdir, "dropped-i2t/*.parquet")] == ["same"]
+
+
+def test_max_hamming_is_the_limit(tmp_path, sets):
+    workdir = tmp_path / "W"
+    write_pairs(workdir, [[(f"{bits}", encode(photo(9))) for bits in range(8)]])
+    path = workdir / "pairs/00000.parquet"
+    start = np.int64(pictures.perceptual_hash(ops.decode_rgb(encode(photo(0)))))
+    hashes = [int(start ^ np.int64(sum(1 << 9 * i for i in range(bits)))) for bits in range(8)]
+    pq.write_table(pq.read_table(path).set_column(2, "phash", pa.array(hashes)), path)
+    label_tables.write(workdir, [[(f"{bits}", [1]) for bits in range(8)]])
+    for limit in (0, 4, 6):
+        filters.run(text_config(eval_sets=sets, max_hamming=limit), engine.Engine(workdir))
+        kept = [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")]
+        assert kept == [f"{bits}" for bits in range(limit + 1, 8)]
+
+
+# ------------------------------------------------------------------------------------------ cosines
+
+
+def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
+    monkeypatch.setattr(duplicates, "_BLOCK", 4)
+    monkeypatch.setattr(duplicates, "_EVAL_BLOCK", 2)
+    model = workdirs.Model()
+    monkeypatch.setattr(evidence, "load_model", lambda *_: model)
+    workdir = tmp_path / "W"
+    mirrored = photo(1)[:, ::-1]  # other bits, the same mean colour
+    shards = [
+        [("same", encode(photo(0))), ("mirrored", encode(np.ascontiguousarray(mirrored)))],
+        [(f"new{i}", encode(photo(100 + i) // 4)) for i in range(5)],
+        [],
+    ]
+    write_pairs(workdir, shards)
+    label_tables.write(workdir, [[(key, [1]) for key, _ in shard] for shard in shards])
+    (workdir / "texts").mkdir()
+    (workdir / "texts/model.json").write_text("{}")
+    (workdir / "scores").mkdir()
+    for number, shard in enumerate(shards):
+        pixels = [model.towers.decode(data) for _, data in shard]
+        found = (
+            model.towers.embed_images(model.params, np.stack(pixels)) if shard else np.zeros((0, 0))
+        )
+        np.save(workdir / f"scores/{number:05d}.npy", found.astype(np.float16))
+        table = pa.table({"key": pa.array([key for key, _ in shard], pa.string())})
+        pq.write_table(table, workdir / f"scores/{number:05d}.parquet")
+
+    def run(**changes):
+        config = text_config(eval_sets=sets, **changes)
+        config.labels, config.clip = "clip", "somewhere"
+        return engine.total_counts(filters.run(config, engine.Engine(workdir)))
+
+    counts = run(max_cosine=0.9999)
+    assert counts["eval_duplicate:landmarks:cosine"] == 1
+    assert counts["eval_duplicate:landmarks:sha256"] == 1
+    [match] = label_tables.read(workdir, "eval_cosines/00000.parquet")
+    assert (match["key"], match["layer"], match["name"]) == ("mirrored", "cosine", "a/1.JPEG")
+    assert 0 <= match["distance"] <= 1e-4
+    # The blocked products find exactly what all cosines at once do.
+    counts = run(max_cosine=0.9)
+    stored = np.concatenate([np.load(workdir / f"scores/{n:05d}.npy") for n in (0, 1)])
+    keys = [
+        row["key"] for n in (0, 1) for row in label_tables.read(workdir, f"scores/{n:05d}.parquet")
+    ]
+    expected = set()
+    for name in ("landmarks", "other"):
+        evaluation = np.load(workdir / f"eval_embeddings/{name}-00000.npy").astype(np.float32)
+        lengths = np.linalg.norm(stored.astype(np.float32), axis=1)[:, None]
+        lengths = lengths * np.maximum(np.linalg.norm(evaluation, axis=1), 1e-6)
+        cosines = stored.astype(np.float32) @ evaluation.T / lengths
+        cosines = np.round(cosines, evidence.DECIMALS)
+        expected |= {
+            (key, name) for key, row in zip(keys, cosines, strict=True) if row.max() >= 0.9
+        }
+    found = {
+        (row["key"], row["set"])
+        for pattern in ("eval_matches/*.parquet", "eval_cosines/*.parquet")
+        for row in label_tables.read(workdir, pattern)
+    }
+    assert found == expected
+    run(max_cosine=None)
+    assert not list(workdir.glob("eval_cosines/*.parquet"))
+    assert not list(workdir.glob("eval_embeddings/*.npy"))
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_equal_pictures_the_smallest_candidate_stays(tmp_path, workers):
+    a, b, c = (encode(photo(seed)) for seed in range(3))
+    workdir = tmp_path / "W"
+    shards = [[("k9", a), ("k3", b)], [], [("k1", a), ("k5", a), ("k2", c)], [("k0", b), ("k4", b)]]
+    write_pairs(workdir, shards)
+    # k0 has no label: it is no candidate, and k3 stays in its place.
+    labels = [[(key, [] if key == "k0" else [1]) for key, _ in shard] for shard in shards]
+    label_tables.write(workdir, labels)
+    counts = engine.total_counts(
+        filters.run(text_config(duplicates="exact"), engine.Engine(workdir, workers))
+    )
+    assert [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")] == [
+        "k3",
+        "k1",
+        "k2",
+    ]
+    assert counts["duplicate"] == 3
+    rejects = {
+        (row["key"], row["reason"]) for row in label_tables.read(workdir, "rejects/dropped-i2e*")
+    }
+    assert rejects == {("k9", "duplicate"), ("k5", "duplicate"), ("k4", "duplicate")}
+
+
+def test_a_copy_of_what_goes_for_another_reason_stays(tmp_path):
+    workdir = tmp_path / "W"
+    write_pairs(workdir, [[("k1", encode(photo(0))), ("k2", encode(photo(0)))]])
+    (workdir / "unsafe").mkdir()
+    gone = pa.table({"key": ["k1"], "reason": ["blocked_domain"]})
+    pq.write_table(gone, workdir / "unsafe/00000.parquet")
+    copies.run(engine.Engine(workdir), ["00000"], False, ["unsafe"])
+    assert label_tables.read(workdir, "copies/*.parquet") == []
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_sets_are_named(tmp_path, sets):
+    def refused(match, **eval_sets_):
+        with pytest.raises(errors.BadInput, match=match):
+            filters.check(text_config(eval_sets=eval_sets_))
+
+    refused("eval_sets.x='nowhere' does not exist", x="nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("holds no pictures", x=str(tmp_path / "empty"))
+    refused("name the set in letters", **{"a:b": sets["other"]})
+    workdir = tmp_path / "W"
+    write_pairs(workdir, [[("a", encode(photo(0)))]])
+    label_tables.write(workdir, [[("a", [1])]])
+
+    def fails(match, path):
+        with pytest.raises(errors.BadInput, match=match):
+            filters.run(text_config(eval_sets={"x": str(path)}), engine.Engine(workdir))
+
+    with open(sets["other"], "rb") as file:
+        data = file.read()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 3])
+    fails("cut.tar cannot be read as a tar", tmp_path / "cut.tar")
+    (tmp_path / "no.tar").write_bytes(b"no tar at all")
+    fails("no.tar cannot be read as a tar", tmp_path / "no.tar")
+    with tarfile.open(tmp_path / "texts.tar.gz", "w:gz") as tar:
+        tar.add(__file__, "test.py")
+    fails("eval_sets.x holds no pictures", tmp_path / "texts.tar.gz")
+
+
+def test_undecodable_pictures_embed_as_zeros(tmp_path, sets, monkeypatch):
+    model = workdirs.Model()
+    monkeypatch.setattr(evidence, "load_model", lambda *_: model)
+    (tmp_path / "W/texts").mkdir(parents=True)
+    (tmp_path / "W/texts/model.json").write_text("{}")
+    only_bad = tmp_path / "bad"
+    only_bad.mkdir()
+    (only_bad / "x.jpg").write_bytes(b"no")
+    config = text_config(eval_sets=sets | {"bad": str(only_bad)})
+    config.batch_size = 2
+    config.clip = "somewhere"
+    parts = eval_sets.run(config, engine.Engine(tmp_path / "W"), embed=True)
+    assert parts == ("bad-00000", "landmarks-00000", "other-00000")
+    norms = np.linalg.norm(np.load(tmp_path / "W/eval_embeddings/landmarks-00000.npy"), axis=1)
+    np.testing.assert_allclose(norms, [1, 1, 1, 0], atol=1e-3)
+    assert np.load(tmp_path / "W/eval_embeddings/bad-00000.npy").shape == (1, 0)
+    assert os.path.exists(tmp_path / "W/eval_hashes/bad-00000.parquet")
