@@ -14,8 +14,6 @@ their seconds do not.  Exactness is always measured on simulated CPU devices, in
 import argparse
 import dataclasses
 import functools
-import json
-import operator
 import statistics
 import sys
 import time
@@ -28,12 +26,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import figures
 from mofi_jax import partition
 from mofi_jax.losses import base, entity
 
 SIMULATED = 8
 SCALE, MARGIN = 32.0, 0.3
-COMPARE = {"<=": operator.le, ">=": operator.ge}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,39 +162,7 @@ def mib(step: Any) -> float:
     return step.memory_analysis().temp_size_in_bytes / 2**20
 
 
-class Report:
-    """Collects figures; people see each at once, scripts all of them at the end."""
-
-    def __init__(self) -> None:
-        self.figures: list[dict[str, Any]] = []
-        print(f"{'figure':<85} {'value':>10} {'unit':<9} asked")
-
-    def add(self, bar: str, value: float, unit: str, device: str, asked: str | None = None) -> None:
-        holds = None
-        if asked:
-            comparison, bound = asked.split()
-            holds = COMPARE[comparison](value, float(bound))
-        self.figures.append(
-            {
-                "bar": bar,
-                "value": float(f"{value:.4g}"),
-                "unit": unit,
-                "asked": asked,
-                "holds": holds,
-                "device": device,
-            }
-        )
-        verdict = "" if asked is None else f"{asked} {'holds' if holds else 'FAILS'}"
-        print(f"{bar:<85} {value:>10.4g} {unit:<9} {verdict}", flush=True)
-
-    def finish(self) -> int:
-        print()
-        for figure in self.figures:
-            print(json.dumps(figure))
-        return int(any(figure["holds"] is False for figure in self.figures))
-
-
-def exactness(report: Report, quick: bool) -> None:
+def exactness(report: figures.Report, quick: bool) -> None:
     cpus = jax.devices("cpu")
     # A prime number of classes divides over neither the devices nor the blocks.
     classes = 10_007 if quick else 65_537
@@ -211,7 +177,7 @@ def exactness(report: Report, quick: bool) -> None:
         )
 
 
-def speed_and_memory(report: Report, problem: Problem, pairs: int) -> None:
+def speed_and_memory(report: figures.Report, problem: Problem, pairs: int) -> None:
     devices = jax.devices()
     device = f"{devices[0].device_kind} x{len(devices)}"
     if devices[0].platform == "cpu":
@@ -240,7 +206,7 @@ def main() -> int:
     quick = parser.parse_args().quick
     jax.config.update("jax_num_cpu_devices", SIMULATED)
 
-    report = Report()
+    report = figures.Report()
     exactness(report, quick)
     if jax.default_backend() != "cpu":
         problems = [Problem(8192, 262_144, 512, 1, 4096, "bfloat16")]
