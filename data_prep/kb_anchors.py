@@ -35,11 +35,13 @@ class Anchors(NamedTuple):
       path: .parquet, .tsv or .tsv.gz.
       entities: entities.parquet; an entity is its row number.
       min_links: so many make a name.
+      scratch: a folder for the table with normal forms.
     """
 
     path: str
     entities: str
     min_links: int
+    scratch: str
 
 
 def check(path: str | None) -> None:
@@ -74,14 +76,16 @@ def sorted_names(
     if anchors is None:
         query = "SELECT *, 0::BIGINT AS links FROM own"
     else:
-        connection.register("anchors", _read(anchors.path))
+        # A file between: an error inside DuckDB would not come out as what it is.
+        forms = os.path.join(anchors.scratch, "anchors.parquet")
+        _write_forms(anchors.path, forms)
         connection.execute(
             "CREATE TEMP TABLE linked AS"
             ' SELECT form, e.entity, sum(links)::BIGINT AS links, min("case") AS "case"'
-            " FROM anchors JOIN (SELECT qid, file_row_number::INT AS entity"
+            " FROM read_parquet($forms) JOIN (SELECT qid, file_row_number::INT AS entity"
             " FROM read_parquet($path, file_row_number = true)) e USING (qid)"
             " GROUP BY form, e.entity",
-            {"path": anchors.entities},
+            {"forms": forms, "path": anchors.entities},
         )
         # How a name is written is told by the entity's own spellings where it has any.
         query = (
@@ -95,15 +99,15 @@ def sorted_names(
     return connection.sql(f"{query} ORDER BY form, entity").to_arrow_reader(100_000)
 
 
-def _read(path: str) -> pa.RecordBatchReader:
-    """The table with normal forms: form, qid, links, case."""
+def _write_forms(path: str, target: str) -> None:
+    """Writes the table with normal forms: form, qid, links, case."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     schema = pa.schema(
         {"form": pa.string(), "qid": pa.string(), "links": pa.int64(), "case": pa.uint8()}
     )
-
-    def batches() -> Iterator[pa.RecordBatch]:
+    with pq.ParquetWriter(target, schema) as writer:
         for batch in _raw(path):
             rows = []
             for anchor, qid, count in zip(*(c.to_pylist() for c in batch.columns), strict=True):
@@ -111,9 +115,8 @@ def _read(path: str) -> pa.RecordBatchReader:
                 if form and qid and count and count > 0:
                     rows.append((form, qid, count, kb_rows.case_of(anchor)))
             if rows:
-                yield pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema)
-
-    return pa.RecordBatchReader.from_batches(schema, batches())
+                columns = [list(column) for column in zip(*rows, strict=True)]
+                writer.write_table(pa.table(columns, schema=schema))
 
 
 def _raw(path: str) -> Iterator[pa.RecordBatch]:

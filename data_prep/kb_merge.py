@@ -65,7 +65,9 @@ def merge(
         names = _numbered_names(parts, entities)
         if anchors:
             path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
-            anchors = kb_anchors.Anchors(anchors, path, settings["anchor_min_links"])
+            anchors = kb_anchors.Anchors(
+                anchors, path, settings["anchor_min_links"], resources.scratch
+            )
         rows = kb_anchors.sorted_names(connection, names, anchors)
         ranked = _Ranked(resources.scratch)
         for batch in _whole_names(rows):

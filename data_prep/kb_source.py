@@ -121,7 +121,9 @@ def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
             f"knowledge_base: {source} is damaged after line {line - 1}"
             f" ({' '.join(str(error).split())}): fetch it again."
         ) from error
-    if first == b"[" and last != b"]":
+    # What grep or jq passes on may have no brackets.
+    filtered = source == STDIN and first == b"{"
+    if format_of(source) == WIKIDATA and last != b"]" and not filtered:
         raise errors.BadInput(
             f"knowledge_base: {source} ends after line {line - 1} without the closing bracket of a"
             " dump, so that some of it is missing: fetch it again."

@@ -3,14 +3,17 @@
 import gzip
 import json
 import pathlib
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from configs import kb
-from data_prep import build_kb, engine, kb_build, knowledge_base
+from data_prep import build_kb, engine, kb_build, kb_merge, kb_rows, knowledge_base, names
 from mofi_jax import errors
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
@@ -170,3 +173,217 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(errors.BadInput, match="folder is no finished knowledge base: make it"):
         prepare("other", tmp_path / "folder")
+
+
+# ------------------------------------------------------------------------- names, cases and links
+
+
+def build(folder, rows, **changes):
+    config = kb.get_config()
+    config.update({"workers": 1, **changes})
+    kb_build.build(write(folder / "rows.jsonl", rows), folder / "kb", config)
+    return knowledge_base.KnowledgeBase(folder / "kb")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("red panda", 0),
+        ("Lord of the Rings", 0),
+        ("Apple", 1),
+        ("Apple Inc.", 1),
+        ("iPhone", 1),
+        ("McDonald's", 1),
+        ("A", 1),
+        ("B 52", 1),
+        ("IT", 2),
+        ("U.S.", 2),
+        ("NASA TV", 2),
+        ("NASA tv", 0),
+        ("Élan", 1),
+        ("ÉLAN", 2),
+        ("東京", 0),  # no letter that knows case
+        ("747", 0),
+        ("", 0),
+    ],
+)
+def test_how_names_are_written(name, case):
+    assert kb_rows.case_of(name) == case
+
+
+def test_of_several_spellings_the_smallest_case_counts(tmp_path):
+    rows = [
+        {"id": "Q1", "label": "IT", "aliases": ["it", "Red Panda"]},
+        {"id": "Q2", "label": "It", "sitelinks": 9},
+    ]
+    base = build(tmp_path, rows)
+    cases = np.load(tmp_path / "kb/cand_case.npy")
+    assert cases.dtype == np.uint8
+    entities = np.load(tmp_path / "kb/cand_entity.npy").tolist()
+    assert base.candidates("it", 2)[0][0] == 1
+    assert len(cases) == len(entities) == 4  # it (2), red panda, redpanda
+    found = sorted(zip(entities, cases.tolist(), strict=True))
+    assert found == [(0, 0), (0, 1), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("label", "bare"),
+    [
+        ("John Smith (actor)", "john smith"),
+        ("Mercury (planet) ", "mercury"),
+        ("f (x) (album)", "f x"),
+        ("(album)", None),
+        ("Earth (", None),
+        ("Venus (planet) song", None),
+    ],
+)
+def test_a_label_with_a_bracket_is_a_name_without_it(tmp_path, label, bare):
+    base = build(
+        tmp_path, [{"id": "Q1", "label": label, "sitelinks": 3}, {"id": "Q2", "label": "x"}]
+    )
+    form = names.normalize(label)
+    known = {form, form.replace(" ", "")} | ({bare, bare.replace(" ", "")} if bare else set())
+    assert len(np.load(tmp_path / "kb/alias_offsets.npy")) - 1 == len(known | {"x"})
+    for name in known:
+        assert base.candidates(name, 1)[0][0] == 0
+    assert knowledge_base.read_entities(tmp_path / "kb")["aliases"].to_pylist()[0] == []
+
+
+def test_priors_take_the_exponent_and_the_factor_of_the_configuration(tmp_path):
+    rows = [
+        {"id": "Q1", "label": "sun", "sitelinks": 3},
+        {"id": "Q2", "label": "star", "aliases": ["sun"], "sitelinks": 15},
+    ]
+    base = build(tmp_path, rows, alpha=0.5, alias_factor=0.25)
+    assert dict(base.candidates("sun", 2)) == pytest.approx({0: 2 / 3, 1: 1 / 3})  # 2 : 0.25 * 4
+
+
+def test_joined_names_give_way_to_what_has_the_very_name(tmp_path):
+    rows = [
+        {"id": "Q1", "label": "alarm clock", "sitelinks": 99},
+        {"id": "Q2", "label": "Alarmclock"},
+        {"id": "Q3", "label": "clock radio"},
+    ]
+    base = build(tmp_path, rows)
+    assert base.candidates("alarmclock", 5) == [(1, 1.0)]
+    assert base.candidates("clockradio", 5) == [(2, 1.0)]
+
+
+ANCHORS = [
+    ("Paris", "Q1", 6),
+    ("paris", "Q2", 3),
+    ("PARIS", "Q9", 100),  # not in the knowledge base
+    ("Texas", "Q3", 1),
+    ("City of Light", "Q1", 5),
+    ("city of lights", "Q1", 4),  # too rare
+    ("!!!", "Q1", 50),
+]
+PLACES = [
+    {"id": "Q1", "label": "Paris", "sitelinks": 299},
+    {"id": "Q2", "label": "Paris Hilton", "aliases": ["Paris"], "sitelinks": 199},
+    {"id": "Q3", "label": "Texas", "sitelinks": 9},
+    {"id": "Q4", "label": "Texas", "sitelinks": 29},
+    {"id": "Q5", "label": "Paris (myth)", "sitelinks": 0},
+]
+
+
+def write_anchors(path):
+    if path.suffix == ".parquet":
+        columns = zip(*ANCHORS, strict=True)
+        table = pa.table(dict(zip(("anchor", "qid", "count"), map(list, columns), strict=True)))
+        pq.write_table(table, path)
+    else:
+        text = "".join("\t".join(map(str, row)) + "\n" for row in ANCHORS).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["anchors.parquet", "anchors.tsv", "anchors.tsv.gz"])
+def test_link_counts_decide_where_they_know_the_name(tmp_path, name):
+    anchors = write_anchors(tmp_path / name)
+    base = build(tmp_path, PLACES, anchors=anchors, anchor_smoothing=2.0)
+    weights = {0: 300, 1: 100, 4: 0.5}
+    total = sum(weights.values())
+    smoothed = {0: 6 + 2 * 300 / total, 1: 3 + 2 * 100 / total, 4: 2 * 0.5 / total}
+    expected = {entity: value / 11 for entity, value in smoothed.items()}
+    assert dict(base.candidates("paris", 5)) == pytest.approx(expected, abs=1e-6)
+    assert dict(base.candidates("texas", 5)) == pytest.approx({2: 1.5 / 3, 3: 1.5 / 3})
+    assert base.candidates("city of light", 5) == [(0, 1.0)]
+    assert base.candidates("city of lights", 5) == [(0, 1.0)]  # the plural of a name
+    assert base.candidates("paris hilton", 5) == [(1, 1.0)]
+    manifest = json.loads((tmp_path / "kb/manifest.json").read_text())
+    assert manifest["counts"]["linked_names"] == 1
+    assert manifest["inputs"][1]["path"].endswith(name)
+    before = manifest["outputs"]
+    assert build(tmp_path, PLACES, anchors=anchors, anchor_min_links=4).candidates(
+        "city of lights", 5
+    ) == [(0, 1.0)]
+    assert json.loads((tmp_path / "kb/manifest.json").read_text())["outputs"] != before
+
+
+def test_anchors_that_cannot_be_read_are_told(tmp_path):
+    with pytest.raises(errors.BadInput, match=r"none\.tsv does not exist: name a table"):
+        build(tmp_path, PLACES, anchors=str(tmp_path / "none.tsv"))
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(errors.BadInput, match=r"a\.csv has an unknown suffix: give a \.parquet"):
+        build(tmp_path, PLACES, anchors=str(tmp_path / "a.csv"))
+    (tmp_path / "a.tsv").write_text("Paris\tQ1\tmany\n")
+    with pytest.raises(errors.BadInput, match=r"a\.tsv cannot be read .*anchor, qid and count"):
+        build(tmp_path, PLACES, anchors=str(tmp_path / "a.tsv"))
+    pq.write_table(pa.table({"anchor": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(errors.BadInput, match=r"a\.parquet cannot be read"):
+        build(tmp_path, PLACES, anchors=str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("workers", 0),
+        ("chunk_lines", 0),
+        ("memory_gb", 0.0),
+        ("alpha", -1.0),
+        ("alias_factor", 0.0),
+        ("anchor_min_links", 0),
+        ("anchor_smoothing", 0.0),
+    ],
+)
+def test_values_that_cannot_be_used_are_told(tmp_path, key, value):
+    with pytest.raises(errors.BadInput, match=f"config.{key}={value} cannot be used: give"):
+        build(tmp_path, PLACES, **{key: value})
+    assert not (tmp_path / "kb").exists()
+
+
+def test_neither_workers_nor_chunks_nor_memory_nor_batches_change_the_bytes(tmp_path, monkeypatch):
+    digests = []
+    for name, changes in (
+        ("one", {"workers": 1}),
+        ("two", {"workers": 2, "chunk_lines": 100, "memory_gb": 0.25}),
+    ):
+        config = kb.get_config()
+        config.update(changes)
+        manifest = kb_build.build(SAMPLE, tmp_path / name / "kb", config)
+        digests.append([(output["path"], output["sha256"]) for output in manifest["outputs"]])
+        monkeypatch.setattr(kb_merge, "_BATCH", 37)
+    assert digests[0] == digests[1]
+
+
+def run_main(*args, **kwargs):
+    command = [sys.executable, "-m", "data_prep.build_kb", *args]
+    folder = pathlib.Path(__file__).parents[1]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+def test_the_command_needs_no_config_and_takes_single_keys(tmp_path):
+    entity = {"type": "item", "id": "Q1", "labels": {"en": {"language": "en", "value": "tea"}}}
+    dump = f"[\n{json.dumps(entity)}\n]\n"
+    flags = ("--dump=-", f"--out={tmp_path / 'kb'}", "--config.workers=1")
+    done = run_main(*flags, "--config.need_link_or_image=False", input=dump)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "kb/result.json").read_text())
+    assert result["counts"]["entities"] == 1
+    failed = run_main("--dump=/nowhere.json", f"--out={tmp_path / 'other'}")
+    assert failed.returncode == 2
+    assert "/nowhere.json does not exist: name a .jsonl" in failed.stderr
+    assert not (tmp_path / "other").exists()
