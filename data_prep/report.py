@@ -25,8 +25,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes report/index.html and report/report.json for the labelled data set in `workdir`.
 
     Args:
-      config: printed on the page, of paths the last part; `labels`, `min_images` and, for
-        labels="clip", the fields of `selection.Rule` are read.
+      config: printed on the page, of paths the last part; `sources`, `labels`, `min_images` and,
+        for labels="clip", the fields of `selection.Rule` are read.
       work: the engine; its work directory holds all the stages' output.
 
     Returns:
@@ -45,7 +45,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     ]
     files["manifests"] = [
         path
-        for stage in ("indexed", "pairs", "shards-i2e")
+        for stage in ("indexed", "pairs", "dropped-i2e", "shards-i2e")
         for path in _json_files(workdir / stage)
     ]
     settings = {
@@ -88,11 +88,16 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     config = settings["config"]
     entities = records.read_entities(files["vocabulary"][0])
     manifests = [json.loads(epath.Path(path).read_text()) for path in files["manifests"]]
-    downloads = _failed_downloads([m for m in manifests if m["stage"] == "pairs"])
+    counts = {
+        stage: engine.total_counts([m for m in manifests if m["stage"] == stage])
+        for stage in ("pairs", "dropped-i2e")
+    }
+    downloads = _failed_downloads(counts["pairs"])
     with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
         about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
         strips = report_pictures.entity_strips(*about, entities)
         report = {
+            "name": ", ".join(source.partition("=")[0] for source in config["sources"]),
             "config": config,
             "funnel": report_numbers.funnel(*about, downloads["total"], len(entities)),
             "sources": report_numbers.by_source(*about),
@@ -106,7 +111,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "sensitivity": None,
             "entity_types": report_labels.entity_types(*about),
             "captions": report_numbers.scripts(*about),
-            "duplicates": report_numbers.duplicates(*about),
+            "duplicates": report_numbers.duplicates(*about, counts["dropped-i2e"]),
             "top_entities": strips["top"],
             "rare_entities": strips["rare"],
             "gallery": report_pictures.gallery(*about, config),
@@ -126,11 +131,13 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     return {"pictures": len(thumbnails)}
 
 
-def _failed_downloads(manifests: list[dict]) -> dict:
+def _failed_downloads(counts: dict[str, int]) -> dict:
     """Pairs that the downloader got no picture for, where the input tells: total, by status."""
-    counts, prefix = engine.total_counts(manifests), "not_downloaded_"
+    prefix = "not_downloaded_"
     by_status = {
-        name.removeprefix(prefix): count for name, count in counts.items() if prefix in name
+        name.removeprefix(prefix): count
+        for name, count in counts.items()
+        if name.startswith(prefix)
     }
     return {
         "total": counts.get("not_downloaded", 0),

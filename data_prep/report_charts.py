@@ -6,6 +6,8 @@ from data_prep import report_plots
 from data_prep.report_html import Markup, code, panel
 from data_prep.report_plots import count
 
+_BINS = 32  # of a histogram
+
 
 def distributions(report: Mapping) -> str:
     """Histograms of entities, labels, evidence and picture sizes."""
@@ -74,12 +76,16 @@ def _brief(number: int) -> str:
 
 
 def _histogram(found: Mapping, title: str, unit: str, threshold: str, width: float) -> str:
-    """Chosen candidates over the others; bins of few candidates at the ends are joined."""
-    bins = _without_tails(found["bins"], width)
-    names = ["" if i % 4 else f"{b['from']:.3g}" for i, b in enumerate(bins)]
+    """Chosen candidates below the others."""
+    bins, width = _for_eyes(found["bins"], width)
+    every = 1 + (len(bins) - 1) // 8
+    # Labels at round values where these are bins: counted from zero.
+    names = [
+        "" if round(b["from"] / width) % every else report_plots.decimal(b["from"]) for b in bins
+    ]
     place = (found["threshold"] - bins[0]["from"]) / width if bins else -1
     inside = 0 <= place <= len(bins)
-    value = f"{threshold} = {found['threshold']:g}"
+    value = f"{threshold} = {report_plots.decimal(found['threshold'])}"
     where = f"Dashed: {value}." if inside else f"{value} is outside."
     return panel(
         report_plots.columns(
@@ -93,8 +99,13 @@ def _histogram(found: Mapping, title: str, unit: str, threshold: str, width: flo
     )
 
 
-def _without_tails(bins: Sequence[Mapping], width: float) -> list[dict]:
-    """Equal bins, also empty ones, without the outermost thousandth at either end."""
+def _for_eyes(bins: Sequence[Mapping], width: float) -> tuple[list[dict], float]:
+    """At most `_BINS` equal bins and their width, empty ones too.
+
+    What lies in the outermost thousandth at either end joins the outermost bins.
+    """
+    if not bins:
+        return [], width
     totals = [b["chosen"] + b["others"] for b in bins]
     spare = sum(totals) // 1000
     first, last = 0, len(bins) - 1
@@ -102,18 +113,18 @@ def _without_tails(bins: Sequence[Mapping], width: float) -> list[dict]:
         first += 1
     while sum(totals[last:]) <= spare and last > first:
         last -= 1
-    if not bins:
-        return []
-    low = round(bins[first]["from"] / width)
+    places = [round(b["from"] / width) for b in bins]
+    joined = 1 + (places[last] - places[first]) // _BINS
+    low, high = places[first] // joined, places[last] // joined
     found = [
-        {"from": round(i * width, 4), "chosen": 0, "others": 0}
-        for i in range(low, round(bins[last]["from"] / width) + 1)
+        {"from": round(i * joined * width, 4), "chosen": 0, "others": 0}
+        for i in range(low, high + 1)
     ]
-    for b in bins:
-        place = min(max(round(b["from"] / width) - low, 0), len(found) - 1)
-        found[place]["chosen"] += b["chosen"]
-        found[place]["others"] += b["others"]
-    return found
+    for place, b in zip(places, bins, strict=True):
+        bin_ = found[min(max(place // joined, low), high) - low]
+        bin_["chosen"] += b["chosen"]
+        bin_["others"] += b["others"]
+    return found, joined * width
 
 
 def thresholds(report: Mapping) -> str:
@@ -129,7 +140,10 @@ def thresholds(report: Mapping) -> str:
             places[0] = max(places[0], 2 * places[1] - places[2])
         every = 1 + len(points) // 9
         start = (mark or 0) % every
-        names = ["" if (i - start) % every else f"{p['value']:.3g}" for i, p in enumerate(points)]
+        names = [
+            "" if (i - start) % every else report_plots.decimal(point["value"])
+            for i, point in enumerate(points)
+        ]
         for what, words in (
             ("pictures", "pictures"),
             ("entities", "entities with enough pictures"),

@@ -22,11 +22,13 @@ def entities(report: Mapping, thumbnails: Mapping[str, str]) -> str:
         _strips("Largest", report["top_entities"], thumbnails),
     ]
     if report["rare_entities"]:
-        parts.append(_strips("Some of the rarest", report["rare_entities"], thumbnails))
+        parts.append(_strips("Some of the rarest", report["rare_entities"], thumbnails, "pairwise"))
     return "".join(parts)
 
 
-def _strips(title: str, found: list[Mapping], thumbnails: Mapping[str, str]) -> str:
+def _strips(
+    title: str, found: list[Mapping], thumbnails: Mapping[str, str], layout: str = "single"
+) -> str:
     rows = []
     for entity in found:
         description = escape(short(entity["description"].partition(";")[0], 90))
@@ -38,7 +40,7 @@ def _strips(title: str, found: list[Mapping], thumbnails: Mapping[str, str]) -> 
             f'<div class="soft">{description}</div></div>'
             f'<div class="strip">{pictures}</div></div>'
         )
-    return panel("".join(rows), title)
+    return panel(f'<div class="{layout}">{"".join(rows)}</div>', title)
 
 
 def gallery(report: Mapping, thumbnails: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep import report_numbers
+from data_prep import evidence, report_numbers
 from data_prep.report_numbers import Files, ask, collect
 
 if typing.TYPE_CHECKING:
@@ -70,11 +70,11 @@ def images_per_entity(counts: np.ndarray) -> dict:
 # -------------------------------------------------------------------------------------- thresholds
 
 # Candidates with the numbers of the decision, as `selection.Evidence` has them.
-_KNOWN = """
+_KNOWN = f"""
     WITH known AS (
         SELECT key, entity, score::DOUBLE AS score,
                round((text_fit::DOUBLE + $prototype_weight * picture_fit) / (1 + $prototype_weight)
-                     + $coherence_weight * coherence, 4) AS fit
+                     + $coherence_weight * coherence, {evidence.DECIMALS}) AS fit
         FROM (
             SELECT key, unnest(s.entities) AS entity, unnest(scores) AS score,
                    unnest(text_fits) AS text_fit, unnest(picture_fits) AS picture_fit
@@ -95,7 +95,8 @@ def histograms(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
         "candidate_bins",
         f"""
         {_KNOWN}, chosen AS (SELECT key, unnest(entities) AS entity FROM read_parquet($labels))
-        SELECT floor(fit / {FIT_BIN})::INT AS fit_bin, floor(score / {SCORE_BIN})::INT AS score_bin,
+        SELECT floor(round(fit / {FIT_BIN}, 6))::INT AS fit_bin,
+               floor(round(score / {SCORE_BIN}, 6))::INT AS score_bin,
                chosen.key IS NOT NULL AS chosen, count(*) AS n
         FROM known LEFT JOIN chosen USING (key, entity) GROUP BY ALL
         """,
@@ -128,7 +129,7 @@ def histograms(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
 def sensitivity(
     connection: duckdb.DuckDBPyConnection, files: Files, config: dict, scores: dict
 ) -> dict[str, list[dict]]:
-    """What other thresholds would label: `selection.choose` for many of them, in SQL.
+    """What other thresholds would label: the rule of `selection` for many of them at once.
 
     `min_fit` is tried in steps of a bin around the configured value, `min_score` over the cosines
     that occur, the other one staying as configured. Only kept evidence is read.

@@ -25,9 +25,8 @@ _SHARDS_AT_ONCE = 32
 # The order in which pairs get lost; reasons and stages not named here come in the middle.
 _STAGES = ("pairs", "links", "scores", "fits", "labels", "", "labels_final")
 _REASONS = (
-    *("duplicate_key", "duplicate", "eval_duplicate"),
-    *("blocked_domain", "blocked_hash", "unsafe_column", "unsafe_score", "removed"),
-    *("", "over_cap", "rare_entity", "quarantined"),
+    *("eval_duplicate", "blocked_hash", "blocked_domain", "unsafe_column", "unsafe_score"),
+    *("", "duplicate", "over_cap", "rare_entity", "quarantined"),
 )
 
 _SCRIPTS = (
@@ -62,10 +61,16 @@ def collect(
       stages: the stages that the query reads.
       **parameters: further $NAMEs.
     """
-    head = f"CREATE OR REPLACE TEMP TABLE {table} AS"
+    # Made of no row first: there is a table also where no shard has got through all the stages.
+    first = {stage: files[stage][:1] for stage in stages}
+    ask(
+        connection,
+        f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM ({sql}) LIMIT 0",
+        **first,
+        **parameters,
+    )
     for batch in _batches(files, stages):
-        ask(connection, f"{head} {sql}", **batch, **parameters)
-        head = f"INSERT INTO {table}"
+        ask(connection, f"INSERT INTO {table} {sql}", **batch, **parameters)
 
 
 def _batches(files: Files, stages: Sequence[str]) -> Iterator[dict[str, list[str]]]:
@@ -224,8 +229,21 @@ def picture_sizes(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     return {"median": int(median), "bins": bins}
 
 
-def duplicates(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
-    """Pictures that occur again byte for byte, and pairs near a picture of an evaluation set."""
+def duplicates(
+    connection: duckdb.DuckDBPyConnection, files: Files, matches: Mapping[str, int]
+) -> dict:
+    """Pictures that occur again byte for byte, and labelled ones near an evaluation set's picture.
+
+    Args:
+      connection: where to ask.
+      files: pairs and rejects are read.
+      matches: what the filter counted as eval_duplicate:SET:LAYER; other counts are passed over.
+
+    Returns:
+      repeated: pairs whose picture another pair has too, but for one of each picture; None where
+      no sha256 is known. evaluation: {set, removed, by_layer (pictures found, by how)} of each set;
+      a picture near two sets is removed for the first and found in both.
+    """
     repeated = None
     if "sha256" in columns_of(connection, files["pairs"]):
         # Half of each digest, as a number: an eighth of the memory.
@@ -235,15 +253,26 @@ def duplicates(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
             " FROM read_parquet($pairs)",
             **files,
         )
-    sets = ask(
-        connection,
-        "SELECT substr(reason, 16) AS name, count(DISTINCT key) FROM read_parquet($rejects)"
-        " WHERE starts_with(reason, 'eval_duplicate:') GROUP BY name ORDER BY name",
-        **files,
+    prefix = "eval_duplicate:"
+    removed = dict(
+        ask(
+            connection,
+            f"SELECT substr(reason, {len(prefix) + 1}), count(DISTINCT key)"
+            f" FROM read_parquet($rejects) WHERE starts_with(reason, '{prefix}') GROUP BY 1",
+            **files,
+        )
     )
+    layers: dict[str, dict[str, int]] = {name: {} for name in removed}
+    for name, number in sorted(matches.items()):
+        if name.startswith(prefix) and name.count(":") == 2:
+            _, of_set, layer = name.split(":")
+            layers.setdefault(of_set, {})[layer] = number
     return {
         "repeated": repeated,
-        "evaluation": [{"set": name, "removed": count} for name, count in sets],
+        "evaluation": [
+            {"set": name, "removed": removed.get(name, 0), "by_layer": layers[name]}
+            for name in sorted(layers)
+        ],
     }
 
 
@@ -274,7 +303,7 @@ def scripts(
         f"""
         WITH counted AS (
             SELECT [{", ".join(lengths)}] AS letters, regexp_matches(text, '\\p{{L}}') AS any_letter
-            FROM read_parquet($pairs) WHERE md5_number(key) % $step = 0
+            FROM read_parquet($pairs) WHERE md5_number_lower(key) % $step::UBIGINT = 0
         )
         SELECT CASE WHEN list_max(letters) > 0
                     THEN $names[list_position(letters, list_max(letters))]

@@ -21,7 +21,7 @@ _STEPS = {
 }
 # What pairs were removed for once they had a label, said as what is left.
 _LEFT = {
-    "duplicate_key": "key not taken yet",
+    "duplicate": "first of its copies",
     "eval_duplicate": "not in an evaluation set",
     "unsafe_score": "scored as safe",
     "unsafe_column": "not marked as unsafe",
@@ -59,7 +59,7 @@ def render(report: Mapping, thumbnails: Mapping[str, str]) -> str:
     body = "".join(section(report) for section in sections)
     body += report_gallery.entities(report, thumbnails) + report_gallery.gallery(report, thumbnails)
     body += _rates(report) + _lineage(report)
-    return document(f"Data card: {report['config']['source']}", body)
+    return document(f"Data card: {report['name']}", body)
 
 
 def document(title: str, body: str) -> str:
@@ -93,7 +93,7 @@ def _head(report: Mapping) -> str:
         "text": "a picture gets the likeliest entity of each name in its caption",
     }[report["config"]["labels"]]
     return (
-        f"<h1>Data card: {escape(report['config']['source'])}</h1>"
+        f"<h1>Data card: {escape(report['name'])}</h1>"
         f"<p>Image-to-entities labels from noisy image-text pairs: {how}.</p>"
         f'<div class="figures">{cells}</div>'
     )
@@ -104,8 +104,8 @@ def _funnel(report: Mapping) -> str:
     steps = [(words, funnel[name]) for name, words in _STEPS.items()]
     for row in funnel["removed"]:
         words = _LEFT.get(row["reason"], f"without {row['reason']}".replace("_", " "))
-        steps.append(("left for no known reason" if row["reason"] is None else words, row["left"]))
-    steps.append(("final", funnel["final"]))
+        steps.append(("(lost without a reject)" if row["reason"] is None else words, row["left"]))
+    steps[-1] = (f"final: {steps[-1][0]}", steps[-1][1])
     tried = funnel["read"] + funnel["not_downloaded"]
     if funnel["not_downloaded"]:
         steps.insert(0, ("pairs asked for", tried))
@@ -141,6 +141,8 @@ def _types(report: Mapping) -> str:
     if not found["types"]:
         return ""
 
+    most = max(1, found["untyped"]["labels"], *(entry["labels"] for entry in found["types"]))
+
     def row(name: Markup, numbers: Mapping, kind: str) -> tuple:
         return (
             name,
@@ -148,7 +150,7 @@ def _types(report: Mapping) -> str:
             count(numbers["labels"]),
             percent(numbers["labels"], found["labels"]),
             percent(numbers["text_labels"], found["text_labels"]),
-            Markup(report_plots.bar(numbers["labels"] / max(found["labels"], 1), kind)),
+            Markup(report_plots.bar(numbers["labels"] / most, kind)),
         )
 
     rows = []
@@ -157,7 +159,7 @@ def _types(report: Mapping) -> str:
         qid = "" if unnamed else f' <span class="soft">{escape(entry["type"])}</span>'
         rows.append(row(Markup(escape(entry["name"]) + qid), entry, "accent"))
     rows.append(row(Markup('<span class="soft">no type</span>'), found["untyped"], ""))
-    head = ("type", "#entities", "#labels", "#share", "#share, text alone", "")
+    head = ("type", "#entities", "#labels", "#share", "#by text", "")
     more = f" {count(found['others'])} further types are not shown." if found["others"] else ""
     return (
         "<h2>Types of entities</h2><p>Shares of the final labels beside those that text alone would"
@@ -178,10 +180,11 @@ def _captions(report: Mapping) -> str:
     if duplicates["repeated"] is not None:
         share = percent(duplicates["repeated"], report["funnel"]["valid"])
         again.append(("pictures that occur again, byte for byte", duplicates["repeated"], share))
-    again += [
-        (f"removed as near-duplicates of {row['set']}", row["removed"], "")
-        for row in duplicates["evaluation"]
-    ]
+    for row in duplicates["evaluation"]:
+        found = ", ".join(f"{layer} {count(n)}" for layer, n in row["by_layer"].items())
+        words = f"removed: near one of {row['set']}" + (f" (found by {found})" if found else "")
+        share = percent(row["removed"], report["funnel"]["labelled"])
+        again.append((words, row["removed"], share))
     again = [(words, count(number), share) for words, number, share in again]
     return (
         '<h2>Captions and duplicates</h2><div class="halves">'
@@ -198,9 +201,9 @@ def _rates(report: Mapping) -> str:
         (
             row["stage"],
             count(row["shards"]),
-            f"{count(row['rows'])} {row['unit'].replace('_', ' ')}",
+            f"{count(row['rows'])} {row['unit'].replace('_', ' ')}" if row["unit"] else "–",
             f"{row['seconds']:,.1f}",
-            count(row["rows"] / row["seconds"]) if row["seconds"] else "–",
+            count(row["rows"] / row["seconds"]) if row["rows"] and row["seconds"] else "–",
         )
         for row in report["rates"]
     ]
@@ -221,8 +224,7 @@ def _lineage(report: Mapping) -> str:
         for s in lineage["shards"]
     ]
     config = [
-        (code(key), code("–" if value is None else value))
-        for key, value in report["config"].items()
+        (code(key), code("–" if value is None else value)) for key, value in _flat(report["config"])
     ]
     return (
         "<h2>Lineage and licence</h2><p>The shards are a function of these inputs and this"
@@ -235,6 +237,18 @@ def _lineage(report: Mapping) -> str:
         )
         + _folded("Configuration", ("key", "value"), config)
     )
+
+
+def _flat(config: Mapping, prefix: str = "") -> list[tuple[str, object]]:
+    """Keys as they are written on the command line, with their values."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            words = isinstance(value, list | tuple)
+            found.append((prefix + key, ", ".join(map(str, value)) if words else value))
+    return found
 
 
 def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

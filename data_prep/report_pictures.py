@@ -25,6 +25,7 @@ if typing.TYPE_CHECKING:
 GALLERY = {"changed": 16, "agreed": 12, "rejected": 12}
 TOP_ENTITIES = RARE_ENTITIES = 12
 PICTURES_PER_ENTITY = 8
+_CANDIDATES = 200  # for the gallery, labelled ones and rejected ones each
 _THUMBNAIL = 112  # px of the shorter side
 
 
@@ -42,17 +43,15 @@ def entity_strips(
     kb_rows = np.load(files["vocabulary"][1])
     rows = ask(
         connection,
-        """
-        SELECT entity, key FROM (
+        f"""
+        SELECT entity, arg_min(key, md5(key), {PICTURES_PER_ENTITY}) FROM (
             SELECT unnest(entities) AS entity, key FROM read_parquet($labels_final)
-        ) WHERE list_contains($shown, entity)
-        QUALIFY row_number() OVER (PARTITION BY entity ORDER BY md5(key), key) <= $limit
-        ORDER BY entity, md5(key), key
+        ) WHERE entity IN (SELECT unnest($shown)) GROUP BY entity
         """,
         shown=[int(kb_rows[i]) for i in [*top, *rare]],
-        limit=PICTURES_PER_ENTITY,
         **files,
     )
+    keys = dict(rows)
 
     def strip(i: int) -> dict:
         return {
@@ -60,7 +59,7 @@ def entity_strips(
             "name": entities.names[i],
             "description": entities.descriptions[i],
             "images": int(entities.counts[i]),
-            "keys": [key for entity, key in rows if entity == kb_rows[i]],
+            "keys": keys.get(int(kb_rows[i]), []),
         }
 
     return {"top": [strip(i) for i in top], "rare": [strip(i) for i in rare]}
@@ -76,30 +75,41 @@ def _rare(entities: records.Entities, first: int) -> list[int]:
     rest = rest[entities.counts[rest] <= limit]
 
     def order(i: int) -> tuple:
-        return int(entities.counts[i]), hashlib.md5(entities.qids[i].encode()).hexdigest(), i
+        return int(entities.counts[i]), _hash(entities.qids[i]), i
 
     return sorted((int(i) for i in rest), key=order)[:RARE_ENTITIES]
 
 
+def _hash(text: str) -> str:
+    return hashlib.md5(text.encode()).hexdigest()
+
+
 def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> list[dict]:
-    """Pictures that passed and that were rejected by the selection, grouped as in `GALLERY`.
+    """Pictures that are published and that the selection rejected, grouped as in `GALLERY`.
+
+    What later filters removed is not shown: it may be unsafe, or not to be kept.
 
     Returns:
       {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
       description, prior, by_text, chosen; with evidence also score and fit}]}.
     """
     # More than are shown: which group a labelled picture belongs to is known only afterwards.
-    sample = ask(
+    rows = ask(
         connection,
-        """
-        SELECT key, entities, reason FROM read_parquet($labels)
-        WHERE reason IS DISTINCT FROM 'no_mention' AND reason IS DISTINCT FROM 'no_candidate'
-        QUALIFY row_number() OVER (PARTITION BY reason IS NULL ORDER BY md5(key), key) <= 200
-        ORDER BY md5(key), key
+        f"""
+        SELECT arg_min(key, md5(key), {_CANDIDATES}) FROM (
+            SELECT key, false AS rejected FROM read_parquet($labels_final)
+            UNION ALL SELECT key, true FROM read_parquet($labels)
+            WHERE reason IN ('below_min_score', 'below_min_fit')
+        ) GROUP BY rejected
         """,
         **files,
     )
-    keys = [key for key, _, _ in sample]
+    keys = sorted((key for [found] in rows for key in found), key=_hash)
+    labels = {
+        key: (entities, reason)
+        for key, entities, reason in _of_keys(connection, files["labels"], keys, "entities, reason")
+    }
     links = {
         key: (mentions, candidates)
         for key, mentions, candidates in _of_keys(
@@ -111,7 +121,8 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
     entities = sorted({c["entity"] for _, candidates in links.values() for c in candidates})
     names = _names(connection, files, entities)
     found, left = [], dict(GALLERY)
-    for key, chosen, reason in sample:
+    for key in keys:
+        chosen, reason = labels[key]
         mentions, candidates = links[key]
         by_text = selection.best_prior_entities(mentions, candidates)
         group = "rejected" if reason else "agreed" if set(chosen) == set(by_text) else "changed"
@@ -133,7 +144,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
             if (key, entity) in evidence:
                 known = evidence[key, entity]
                 row["score"] = known.score
-                row["fit"] = known.fit(selection.Rule.of(config))
+                row["fit"] = float(known.fit(selection.Rule.of(config)))
             rows.append(row)
         found.append(
             {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 440, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 10, 430, 26, 188  # of the area in which columns stand
+_WIDEST = 64  # of a column
 
 
 class Point(NamedTuple):
@@ -40,20 +41,19 @@ def columns(
     totals = [sum(values) for values in zip(*series, strict=True)]
     top, step = max([*totals, 1]), (_RIGHT - _LEFT) / max(len(names), 1)
     colours = ("var(--bar)",) if len(series) == 1 else ("var(--accent)", "var(--bar)")
-    high = _BOTTOM - _TOP
+    high, width = _BOTTOM - _TOP, min(0.84 * step, _WIDEST)
     parts = []
     for i, name in enumerate(names):
-        x, y = _LEFT + step * i, float(_BOTTOM)
+        middle, y = _LEFT + step * (i + 0.5), float(_BOTTOM)
         for values, colour in zip(series, colours, strict=True):
             height = high * values[i] / top
             # What is there is seen: a column of one in a million still has a line.
             height = max(height, 0.8) if values[i] else 0.0
             y -= height
             parts.append(
-                f'<rect x="{x + step * 0.08:.1f}" y="{y:.1f}" width="{step * 0.84:.1f}" '
+                f'<rect x="{middle - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" '
                 f'height="{height:.1f}" fill="{colour}"/>'
             )
-        middle = x + step / 2
         if name:
             parts.append(_text(middle, _BOTTOM + 18, name))
         if len(names) <= 12 and totals[i]:
@@ -128,6 +128,11 @@ def bar(share: float, kind: str = "") -> str:
 def count(number: float) -> str:
     """A whole number with thin spaces between thousands: no comma or point to mistake."""
     return f"{round(number):,}".replace(",", "\u2009")
+
+
+def decimal(number: float) -> str:
+    """A number of at most three digits with a true minus sign."""
+    return f"{number:.3g}".replace("-", "\u2212")
 
 
 def nice_top(value: float) -> int:

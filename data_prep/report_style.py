@@ -25,6 +25,11 @@ p { margin: 0 0 16px; color: var(--soft); max-width: 76ch; }
 .figure b { display: block; font-size: 28px; letter-spacing: -.02em; line-height: 1.2; }
 .figure span { color: var(--soft); font-size: 13px; }
 .halves { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+h2 + .halves, h2 + .panel { margin-top: 12px; }
+td .track { min-width: 150px; margin-left: 14px; }
+.pairwise { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; }
+.pairwise .entity { grid-template-columns: 200px 1fr; }
+.pairwise .strip img { width: 56px; height: 56px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 svg .value { fill: var(--ink); font-weight: 600; }
@@ -77,12 +82,13 @@ code { font: 12px ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap:
 summary { cursor: pointer; font-weight: 600; font-size: 15px; }
 details[open] > summary { margin-bottom: 10px; }
 @media (max-width: 820px) { main { padding: 24px 14px 60px; }
-  .gallery, .halves { grid-template-columns: minmax(0, 1fr); } .panel { padding: 16px; }
-  .figures { grid-template-columns: 1fr 1fr; } .entity { grid-template-columns: minmax(0, 1fr); } }
+  .gallery, .halves, .pairwise { grid-template-columns: minmax(0, 1fr); } .panel { padding: 16px; }
+  .figures { grid-template-columns: 1fr 1fr; } .entity, .pairwise .entity {
+  grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 560px) { .strip img { width: 64px; height: 64px; } h1 { font-size: 25px; }
   .picture { grid-template-columns: 76px minmax(0, 1fr); gap: 12px; }
   .picture > img { width: 76px; height: 76px; } .figure b { font-size: 23px; }
   .bars, .wide .bars { grid-template-columns: 1fr max-content max-content; gap: 10px; }
-  .bars .name { grid-column: 1 / -1; margin-bottom: -7px; } }
+  .bars .name { grid-column: 1 / -1; } .bars li { row-gap: 1px; } td .track { display: none; } }
 @media print { body { background: #fff; } .panel { break-inside: avoid; } }
 """

@@ -4,7 +4,6 @@ import html.parser
 import json
 import re
 
-import numpy as np
 import pytest
 
 from data_prep import engine, evidence, filters, report, report_page, selection, shards, vocabulary
@@ -18,7 +17,11 @@ def card(request, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/model.json").write_text("{}")
-    config = workdirs.config(clip=str(tmp_path / "clip"), labels=request.param)
+    config = workdirs.config(
+        sources=(f"colours={tmp_path / 'tars'}",),
+        clip=str(tmp_path / "clip"),
+        labels=request.param,
+    )
     for stage in (selection, filters, vocabulary):
         stage.run(config, engine.Engine(workdir))
     shards.run(config, engine.Engine(workdir), "i2e")
@@ -39,13 +42,23 @@ def test_numbers_add_up(card):
     lost = sum(row["count"] for row in numbers["rejects"])
     assert funnel["final"] == funnel["read"] - lost
     assert sum(numbers["labels_per_picture"].values()) == funnel["final"]
-    assert sum(b["entities"] for b in numbers["images_per_entity"]) == funnel["entities"]
+    bins = numbers["images_per_entity"]["bins"]
+    assert sum(b["entities"] for b in bins) == funnel["entities"]
+    assert bins[0]["share"] == 1
+    assert [row["source"] for row in numbers["sources"]] == ["colours"]
+    assert numbers["sources"][0]["final"] == funnel["final"]
+    assert numbers["name"] == "colours"
     assert sum(s["records"] for s in numbers["lineage"]["shards"]) == funnel["final"]
     if config.labels == "clip":
         chosen = sum(b["chosen"] for b in numbers["fits"]["bins"])
         assert chosen == funnel["labelled"] == sum(p.named == p.colour for p in pairs)
+        assert chosen == sum(b["chosen"] for b in numbers["scores"]["bins"])
+        for points in numbers["sensitivity"].values():
+            [configured] = [point for point in points if point["configured"]]
+            assert configured["pictures"] == funnel["labelled"]
+            assert configured["entities"] == funnel["entities"]
     else:
-        assert numbers["fits"] is None
+        assert numbers["fits"] is numbers["scores"] is numbers["sensitivity"] is None
 
 
 def test_gallery_shows_what_happened(card):
@@ -70,9 +83,12 @@ class _Page(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.sources, self.text = [], [], []
+        self.open, self.sources, self.text, self.unnamed = [], [], [], []
 
     def handle_starttag(self, tag, attributes):
+        named = {"img": "alt", "svg": "aria-label"}
+        if tag in named and not dict(attributes).get(named[tag]):
+            self.unnamed.append(attributes)
         self.sources += [value for name, value in attributes if name in ("src", "href")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -93,15 +109,15 @@ def test_page_is_well_formed_and_self_contained(card):
     page = _Page()
     page.feed(text)
     assert page.open == []
+    assert page.unnamed == []
     assert page.sources
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     keys = [p["key"] for p in numbers["gallery"]]
-    keys += [key for entity in numbers["top_entities"] for key in entity["keys"]]
+    for name in ("top_entities", "rare_entities"):
+        keys += [key for entity in numbers[name] for key in entity["keys"]]
     assert len(page.sources) == len(keys)
-    assert not {"None", "nan"} & set(
-        re.findall(r"\w+", "".join(page.text).replace("clip None", ""))
-    )
+    assert not {"None", "nan"} & set(re.findall(r"\w+", " ".join(page.text)))
 
 
 def test_page_is_the_same_every_time(card):
@@ -117,44 +133,152 @@ def test_page_is_the_same_every_time(card):
     assert [engine.sha256(path) for path in files] == before
 
 
-def test_captions_and_names_cannot_break_the_page():
-    evil = "<script>alert('x')</script>"
+def test_the_time_a_stage_took_is_on_the_page_and_in_no_fingerprint(card, monkeypatch):
+    workdir, config, pairs, numbers = card
+    rates = {row["stage"]: row for row in numbers["rates"]}
+    assert "report" not in rates
+    assert rates["labels"]["rows"] == len(pairs)
+    assert rates["labels"]["unit"] == "pairs"
+    assert rates["labels"]["shards"] == len(list((workdir / "labels").glob("*.parquet")))
+    before = (workdir / "report/report.json").stat().st_mtime_ns
+    monkeypatch.setattr(engine, "stage_seconds", lambda workdir: {})
+    report.run(config, engine.Engine(workdir))
+    assert (workdir / "report/report.json").stat().st_mtime_ns == before
+    (workdir / "report/report.json").unlink()
+    report.run(config, engine.Engine(workdir))
+    assert json.loads((workdir / "report/report.json").read_text()) == {**numbers, "rates": []}
+    assert "rows per second" not in (workdir / "report/index.html").read_text()
+
+
+def test_no_path_of_the_machine_is_told(card, tmp_path):
+    workdir, _, _, numbers = card
+    for name in ("index.html", "report.json"):
+        assert str(tmp_path) not in (workdir / "report" / name).read_text()
+    assert numbers["config"]["sources"] == ["colours=tars"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/data/home/pairs/", "pairs"),
+        ("cc3m=/data/cc3m/*.tar", "cc3m=*.tar"),
+        ("gs://bucket/folder/kb.jsonl", "kb.jsonl"),
+        ("a=s3://b/one,c=~/two/three", "a=one,c=three"),
+        ("../up/pairs", "pairs"),
+        ("tfds:set@/data/sets", "tfds:set@sets"),
+        ("folder/pairs", "folder/pairs"),
+        ("{name}, a photo with/without {description} / more", None),
+        ({"filters": {"sets": ["/a/b", 3, None]}}, {"filters": {"sets": ["b", 3, None]}}),
+    ],
+)
+def test_of_paths_the_last_part_is_shown(value, shown):
+    assert report.without_folders(value) == (value if shown is None else shown)
+
+
+def test_failed_downloads_by_status():
+    counts = {"pairs": 3, "not_downloaded": 7, "not_downloaded_404": 3, "not_downloaded_dns": 4}
+    found = report._failed_downloads(counts)
+    assert found == {"total": 7, "by_status": {"dns": 4, "404": 3}}
+    assert report._failed_downloads({"pairs": 3}) == {"total": 0, "by_status": {}}
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def example(text: str = "thing", **changes) -> dict:
+    """report.json of one picture, in which everything that a user may write says `text`."""
     picture = {
-        "key": evil,
+        "key": text,
         "group": "agreed",
         "reason": None,
-        "text": f"a {evil} & more",
+        "text": f"a {text} & more",
         "mentions": [[2, 10, "ner"], [4, 8, "gazetteer"]],
         "candidates": [
-            {"name": evil, "description": evil, "prior": 1.0, "by_text": True, "chosen": True}
+            {"name": text, "description": text, "prior": 1.0, "by_text": True, "chosen": True}
         ],
     }
-    entity = {"qid": evil, "name": evil, "description": evil, "images": 1, "keys": [evil]}
+    entity = {"qid": text, "name": text, "description": text, "images": 1, "keys": [text]}
     steps = ("read", "valid", "with_mention", "with_candidate", "labelled", "final", "entities")
-    page = report_page.render(
-        {
-            "config": {"sources": [f"{evil}=x"], "labels": "text", "template": evil},
-            "funnel": dict.fromkeys(steps, 1),
-            "rejects": [],
-            "labels_per_picture": {"1": 1},
-            "images_per_entity": [{"from": 1, "to": 1, "entities": 1}],
-            "fits": None,
-            "top_entities": [entity],
-            "gallery": [picture],
-            "lineage": {"inputs": [], "shards": []},
+    types = {"type": "t", "name": text, "text_labels": 2, "labels": 1, "entities": 1}
+    source = {"source": text, **dict.fromkeys(steps[1:-1], 1)}
+    return {
+        "name": text,
+        "config": {"sources": [f"{text}=x"], "labels": "text", "template": text},
+        "funnel": {**dict.fromkeys(steps, 1), "not_downloaded": 0, "removed": []},
+        "sources": [source, source],
+        "failed_downloads": {text: 1},
+        "rejects": [{"stage": text, "reason": text, "count": 1}],
+        "labels_per_picture": {"1": 1},
+        "images_per_entity": {
+            "bins": [{"from": 1, "to": 1, "entities": 1, "labels": 1, "share": 1.0}],
+            "head": [{"part": 0.01, "entities": 1, "share": 1.0}],
         },
-        {evil: "AAAA"},
-    )
-    assert "<script" not in page
-    assert "<mark>&lt;script&gt;</mark>alert" in page
+        "picture_sizes": {"median": 0, "bins": []},
+        "fits": None,
+        "scores": None,
+        "sensitivity": None,
+        "entity_types": {
+            "text_labels": 2,
+            "labels": 1,
+            "types": [types],
+            "others": 3,
+            "untyped": {"text_labels": 0, "labels": 0, "entities": 0},
+        },
+        "captions": {"sampled": 1, "scripts": [{"script": "Latin", "captions": 1}]},
+        "duplicates": {
+            "repeated": 1,
+            "evaluation": [{"set": text, "removed": 1, "by_layer": {text: 1}}],
+        },
+        "top_entities": [entity],
+        "rare_entities": [entity],
+        "gallery": [picture],
+        "rates": [{"stage": text, "seconds": 1.0, "shards": 1, "rows": 1, "unit": text}],
+        "lineage": {"inputs": [{"path": text, "bytes": 1, "sha256": "0"}], "shards": []},
+        **changes,
+    }
 
 
-def test_bins_of_images_per_entity_double():
-    counts = np.array([1, 1, 2, 3, 4, 7, 8, 20])
-    assert [(b["from"], b["to"], b["entities"]) for b in report._images_per_entity(counts)] == [
-        (1, 1, 2),
-        (2, 3, 2),
-        (4, 7, 2),
-        (8, 15, 1),
-        (16, 31, 1),
+def test_captions_and_names_cannot_break_the_page():
+    evil = "<script>alert('x')</script>"
+    text = report_page.render(example(evil), {evil: "AAAA"})
+    assert "<script" not in text
+    assert "<mark>&lt;script&gt;</mark>alert" in text
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+
+
+def test_funnel_names_what_was_removed():
+    funnel = {
+        **example()["funnel"],
+        **{"not_downloaded": 50, "read": 150, "labelled": 100, "final": 60},
+        "removed": [
+            {"reason": "eval_duplicate", "count": 10, "left": 90},
+            {"reason": "of_no_use", "count": 20, "left": 70},
+            {"reason": None, "count": 10, "left": 60},
+        ],
+    }
+    page = _Page()
+    page.feed(report_page.render(example(funnel=funnel), {}))
+    start = page.text.index("pairs asked for")
+    steps = page.text[start : page.text.index("By source")]
+    assert steps[:3] == ["pairs asked for", "200", "100.0 %"]
+    for words, left, share in (
+        ("not in an evaluation set", "90", "45.0 %"),
+        ("without of no use", "70", "35.0 %"),
+        ("final: (lost without a reject)", "60", "30.0 %"),
+    ):
+        place = steps.index(words)
+        assert steps[place + 1 : place + 3] == [left, share]
+
+
+def test_thresholds_mark_the_configured_one():
+    points = [
+        {"value": value, "pictures": 1000 - i, "entities": 7 - i, "configured": i == 0}
+        for i, value in enumerate((-1.0, 0.1, 0.2))
     ]
+    found = example(sensitivity={"min_score": points})
+    text = report_page.render(found, {})
+    assert text.count("stroke-dasharray") == 2
+    assert 'class="value"' in text
+    assert "1\u2009000<" in text

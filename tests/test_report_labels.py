@@ -1,0 +1,230 @@
+"""The data card's numbers of labels on small tables with known answers."""
+
+import collections
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_prep import report_labels, report_numbers
+from tests import card_tables
+
+
+@pytest.fixture
+def tables(tmp_path):
+    return card_tables.Tables(tmp_path)
+
+
+def test_images_per_entity():
+    counts = np.array([20, 8, 7, 4, 3, 2, 1, 1])
+    found = report_labels.images_per_entity(counts)
+    names = ("from", "to", "entities", "labels", "share")
+    assert [tuple(b[name] for name in names) for b in found["bins"]] == [
+        (1, 1, 2, 2, 1.0),
+        (2, 3, 2, 5, round(44 / 46, 4)),
+        (4, 7, 2, 11, round(39 / 46, 4)),
+        (8, 15, 1, 8, round(28 / 46, 4)),
+        (16, 31, 1, 20, round(20 / 46, 4)),
+    ]
+    assert found["head"] == [
+        {"part": 0.01, "entities": 1, "share": round(20 / 46, 4)},
+        {"part": 0.1, "entities": 1, "share": round(20 / 46, 4)},
+    ]
+
+
+CONFIG = {
+    "prototype_weight": 2.0,
+    "coherence_weight": 0.5,
+    "prior_weight": 0.5,
+    "min_fit": 0.1,
+    "min_score": 0.05,
+    "max_gap": 0.8,
+    "max_labels": 2,
+    "min_images": 3,
+}
+
+
+def _decide(candidates, evidence, config):
+    """The rule as the docstring of `selection` words it, for one picture."""
+    fits = {
+        entity: round(
+            (text + config["prototype_weight"] * picture) / (1 + config["prototype_weight"])
+            + config["coherence_weight"] * coherence,
+            4,
+        )
+        for entity, (_, text, picture, coherence) in evidence.items()
+    }
+    found = set()
+    for mention in {mention for mention, _, _ in candidates}:
+        own = [
+            (fits[entity] + config["prior_weight"] * math.log(prior), -entity)
+            for of, entity, prior in candidates
+            if of == mention and evidence[entity][0] >= config["min_score"]
+        ]
+        if own and fits[-max(own)[1]] >= config["min_fit"]:
+            found.add(-max(own)[1])
+    ranked = sorted(found, key=lambda entity: (-fits[entity], entity))[: config["max_labels"]]
+    return [e for e in ranked if -fits[e] <= -fits[ranked[0]] + config["max_gap"]]
+
+
+@pytest.fixture
+def evident(tables, rng=7):
+    """Two hundred pictures with random evidence, and what the rule decides about them."""
+    rng = np.random.default_rng(rng)
+    entities = 12
+    coherence = np.round(rng.normal(0, 0.3, entities), 4).astype(np.float32)
+    tables.write("coherence", {"entity": np.arange(entities), "coherence": coherence})
+    pictures = []
+    for name in ("00000", "00001", "00002"):
+        rows = []
+        for i in range(70):
+            candidates = [
+                (mention, int(entity), float(np.float32(rng.uniform(0.05, 1))))
+                for mention in range(rng.integers(0, 4))
+                for entity in rng.choice(entities, rng.integers(1, 4), replace=False)
+            ]
+            known = sorted({entity for _, entity, _ in candidates})
+            values = np.round(rng.normal(0, (0.15, 1, 1), (len(known), 3)), 4).astype(np.float32)
+            rows.append((f"{name}-{i}", candidates, known, values))
+        tables.links([(key, candidates) for key, candidates, _, _ in rows], name)
+        rows = [row for row in rows if row[1]]
+        lists = [[values[:, i].tolist() for _, _, _, values in rows] for i in range(3)]
+        keys, known = [row[0] for row in rows], [row[2] for row in rows]
+        tables.write(
+            "scores",
+            {"key": keys, "entities": known, "scores": lists[0]},
+            {"entities": card_tables.INTS, "scores": card_tables.FLOATS},
+            name,
+        )
+        tables.write(
+            "fits",
+            {"key": keys, "entities": known, "text_fits": lists[1], "picture_fits": lists[2]},
+            {
+                "entities": card_tables.INTS,
+                "text_fits": card_tables.FLOATS,
+                "picture_fits": card_tables.FLOATS,
+            },
+            name,
+        )
+        pictures += rows
+
+    def choose(**changes):
+        config = CONFIG | changes
+        return {
+            key: _decide(
+                candidates,
+                {
+                    entity: (*row.tolist(), float(coherence[entity]))
+                    for entity, row in zip(known, values, strict=True)
+                },
+                config,
+            )
+            for key, candidates, known, values in pictures
+        }
+
+    for name in ("00000", "00001", "00002"):
+        rows = [(key, chosen, None) for key, chosen in choose().items() if key.startswith(name)]
+        tables.labels("labels", rows, name)
+    return tables, choose
+
+
+def test_other_thresholds_label_what_the_selection_would(evident):
+    tables, choose = evident
+    scores = report_labels.histograms(tables.connection, tables.files, CONFIG)["scores"]
+    swept = report_labels.sensitivity(tables.connection, tables.files, CONFIG, scores)
+    assert {name: sum(p["configured"] for p in points) for name, points in swept.items()} == {
+        "min_fit": 1,
+        "min_score": 1,
+    }
+    for name, points in swept.items():
+        assert len(points) > 5
+        assert [p["value"] for p in points] == sorted(p["value"] for p in points)
+        for point in points:
+            labels = choose(**{name: point["value"]})
+            counts = collections.Counter(e for chosen in labels.values() for e in chosen)
+            assert point["pictures"] == sum(map(bool, labels.values())), (name, point)
+            assert point["entities"] == sum(n >= 3 for n in counts.values()), (name, point)
+        assert len({p["pictures"] for p in points}) > 3
+
+
+@pytest.mark.parametrize("at_once", [1, 32])
+def test_histograms_count_every_candidate_once(evident, monkeypatch, at_once):
+    monkeypatch.setattr(report_numbers, "_SHARDS_AT_ONCE", at_once)
+    tables, choose = evident
+    found = report_labels.histograms(tables.connection, tables.files, CONFIG)
+    scores = tables.connection.execute(
+        "SELECT round(unnest(scores), 4) FROM read_parquet($files)",
+        {"files": tables.files["scores"]},
+    ).fetchall()
+    expected = collections.Counter(int(np.floor(round(s / 0.02, 6))) for (s,) in scores)
+    bins = {round(b["from"] / 0.02): b["chosen"] + b["others"] for b in found["scores"]["bins"]}
+    assert bins == expected
+    for name, threshold in (("fits", 0.1), ("scores", 0.05)):
+        chosen = sum(b["chosen"] for b in found[name]["bins"])
+        assert chosen == sum(map(len, choose().values()))
+        assert found[name]["threshold"] == threshold
+    # No chosen candidate lies below the threshold's bin.
+    assert all(b["chosen"] == 0 for b in found["fits"]["bins"] if b["from"] < 0)
+
+
+# ------------------------------------------------------------------------------------------- types
+
+
+@pytest.fixture
+def zoo(tables):
+    """Two cats, a dog and a stone; text alone names the stone oftener than pictures show it."""
+    tables.links(
+        [
+            ("a", [(0, 0, 0.9), (0, 3, 0.1)]),
+            ("b", [(0, 1, 0.6), (0, 0, 0.4), (1, 1, 1.0)]),
+            ("c", [(0, 2, 1.0), (1, 3, 1.0)]),
+            ("d", [(0, 3, 0.5), (0, 2, 0.5)]),
+            ("e", []),
+        ]
+    )
+    rows = [("a", [0], None), ("b", [1, 0], None), ("c", [2], None), ("d", [2], None)]
+    tables.labels("labels_final", rows)
+    return tables
+
+
+KB = {"qid": ["Q1", "Q2", "Q3", "Q4"], "label": ["tabby", "cat", "dog", "stone"]}
+
+
+def _types(tables):
+    found = report_labels.entity_types(tables.connection, tables.files)
+    names = ("type", "name", "text_labels", "labels", "entities")
+    return found, [tuple(row[name] for name in names) for row in found["types"]]
+
+
+def test_types_are_named_and_counted_before_and_after(zoo):
+    types = [["Q2", "Q9", "Q2"], ["Q9"], ["Q9"], []]
+    zoo.write("kb", {**KB, "types": types}, {"types": pa.list_(pa.string())})
+    found, rows = _types(zoo)
+    # By text: a tabby, b cat, c dog and stone, d dog (of equally likely ones the smaller row).
+    assert (found["text_labels"], found["labels"], found["others"]) == (5, 5, 0)
+    assert rows == [("Q9", "Q9", 4, 5, 3), ("Q2", "cat", 1, 2, 1)]
+    assert found["untyped"] == {"text_labels": 1, "labels": 0, "entities": 0}
+
+
+def test_what_has_no_type_goes_by_its_hypernyms(zoo):
+    columns = {"types": [["Q2"], [], None, None], "hypernyms": [["Q7"], ["Q4"], ["Q4"], None]}
+    zoo.write("kb", KB | columns, dict.fromkeys(columns, pa.list_(pa.string())))
+    found, rows = _types(zoo)
+    assert rows == [("Q4", "stone", 3, 3, 2), ("Q2", "cat", 1, 2, 1)]
+    assert found["untyped"]["text_labels"] == 1
+
+
+def test_a_knowledge_base_without_types(zoo):
+    zoo.write("kb", KB)
+    found, rows = _types(zoo)
+    assert rows == []
+    assert found["untyped"] == {"text_labels": 5, "labels": 5, "entities": 3}
+
+
+def test_types_beyond_the_most_frequent_are_counted(zoo, monkeypatch):
+    monkeypatch.setattr(report_labels, "_SHOWN_TYPES", 1)
+    zoo.write("kb", {**KB, "hypernyms": [["A"], ["B"], ["C"], ["D"]]})
+    found, rows = _types(zoo)
+    assert rows == [("C", "C", 2, 2, 1)]
+    assert found["others"] == 3
