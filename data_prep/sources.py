@@ -63,8 +63,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       work: the engine.
 
     Returns:
-      The manifests; counts `members` (files of a tar, rows of a
-      table), `pairs`, `rejected` (samples, of which `duplicate_keys`), `captions_cut`,
+      The manifests; counts `pairs` and `rejected` (every sample is one or the other; of the latter
+      `duplicate_keys`), `members` (files of a tar, rows of a table), `captions_cut` and, of tars,
       `tars_cut_short`, `pairs_missing` and `not_downloaded` (see `data_prep.tars`).
 
     Raises:
