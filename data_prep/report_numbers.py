@@ -34,7 +34,7 @@ _SCRIPTS = (
     *("Devanagari", "Bengali", "Gurmukhi", "Gujarati", "Tamil", "Telugu", "Kannada", "Malayalam"),
     *("Sinhala", "Thai", "Lao", "Khmer", "Myanmar", "Hangul", "Japanese", "Han"),
 )
-_SAMPLED_CAPTIONS = 100_000
+_SAMPLED_CAPTIONS = 20_000  # at 24 patterns each: seconds
 
 
 def ask(connection: duckdb.DuckDBPyConnection, sql: str, **parameters) -> list[tuple]:
@@ -69,16 +69,19 @@ def collect(
         **first,
         **parameters,
     )
-    for batch in _batches(files, stages):
+    for batch in batches(files, stages, _SHARDS_AT_ONCE):
         ask(connection, f"INSERT INTO {table} {sql}", **batch, **parameters)
 
 
-def _batches(files: Files, stages: Sequence[str]) -> Iterator[dict[str, list[str]]]:
-    """Shards that all the stages have; a shard in quarantine is missing from later stages."""
+def batches(files: Files, stages: Sequence[str], at_once: int) -> Iterator[dict[str, list[str]]]:
+    """Files by stage of a few shards at a time.
+
+    Only shards that all the stages have: one in quarantine is missing from later stages.
+    """
     by_name = [{os.path.basename(path): path for path in files[stage]} for stage in stages]
     names = sorted(set(by_name[0]).intersection(*by_name[1:]))
-    for start in range(0, len(names), _SHARDS_AT_ONCE):
-        chunk = names[start : start + _SHARDS_AT_ONCE]
+    for start in range(0, len(names), at_once):
+        chunk = names[start : start + at_once]
         yield {
             stage: [paths[name] for name in chunk]
             for stage, paths in zip(stages, by_name, strict=True)
