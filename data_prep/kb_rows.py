@@ -75,13 +75,9 @@ class Rules:
         return weighed
 
 
-class Name(NamedTuple):
-    """A normal form of an entity's names."""
-
-    form: str
-    weight: float
-    case: int
-    joined: bool  # made from a name of several words, written as one
+# A normal form of an entity's names, its weight, its case, and whether it was made from a name of
+# several words by joining them. No NamedTuple: making them would take a tenth of the parsing.
+Name = tuple[str, float, int, bool]
 
 
 def names_of(row: Row, alias_factor: float) -> tuple[list[Name], int]:
@@ -108,8 +104,8 @@ def names_of(row: Row, alias_factor: float) -> tuple[list[Name], int]:
     for form, (weight, case) in own.items():
         if " " in form and (squeezed := form.replace(" ", "")) not in own:
             _add(joined, squeezed, weight, case)
-    found = [Name(form, weight, case, False) for form, (weight, case) in own.items()]
-    found += [Name(form, weight, case, True) for form, (weight, case) in joined.items()]
+    found = [(form, weight, case, False) for form, (weight, case) in own.items()]
+    found += [(form, weight, case, True) for form, (weight, case) in joined.items()]
     return found, empty
 
 
@@ -135,6 +131,8 @@ def case_of(name: str) -> int:
     """
     if name.isupper():
         return 2 if sum(map(str.isupper, name)) >= 2 else 1
+    if name.istitle():
+        return 1
     if name.islower() or any(word.islower() for word in name.split()):
         return 0
     return 1 if name.lower() != name.upper() else 0

@@ -22,7 +22,7 @@ from data_prep import kb_rows
 if typing.TYPE_CHECKING:
     import simdjson
 
-_CLAIMS = ("P18", "P31", "P279")
+_CLAIMS = frozenset(("P18", "P31", "P279"))
 _QID = re.compile(r"Q[1-9][0-9]*")
 
 
@@ -66,7 +66,7 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
         raise kb_rows.Dropped("no_label")
     claims, links = _map(item, "claims"), _map(item, "sitelinks")
     # Asking a map of simdjson for a key that it lacks takes longer than listing a few dozen keys.
-    claims = {key: claims[key] for key in claims.keys() if key in _CLAIMS}  # noqa: SIM118
+    claims = {key: claims[key] for key in _CLAIMS.intersection(claims.keys())}
     image = _values(claims.get("P18"))
     if rules.need_link_or_image and not len(links) and not image:
         raise kb_rows.Dropped("unlinked")
