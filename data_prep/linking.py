@@ -41,7 +41,8 @@ BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 _BLOCK = 4096  # captions that are linked at a time
 
 # See `engine.runs`. 512 tasks of a billion captions are 40 minutes on one core each.
-_CAPTIONS_PER_TASK = 500
+_CAPTIONS_PER_TASK = 1_000
+_ROWS_PER_SPILL = 20_000
 _MOST_TASKS = 512
 _MOST_SPILLS = 256
 
@@ -102,7 +103,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     pairs = sorted(workdir.glob("pairs/*.parquet"))
     rows = sum(pq.read_metadata(path).num_rows for path in pairs)
 
-    tasks = _tasks(pairs, _MOST_SPILLS)
+    spills = min(_MOST_SPILLS, max(1, -(-rows // _ROWS_PER_SPILL)))
+    tasks = _tasks(pairs, spills)
     buckets = min(_MOST_TASKS, max(1, -(-rows // _CAPTIONS_PER_TASK)))
     parameters = {"buckets": buckets}
     scattered = work.scatter("caption_rows", _SCATTER_CAPTIONS, tasks, buckets, parameters)
@@ -123,7 +125,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     captions = sorted(workdir.glob("captions/*.parquet"))
     groups = engine.runs(len(pairs), _MOST_TASKS)
     parameters = {"shards_per_bucket": len(groups[0])}
-    tasks = _tasks(captions, _MOST_SPILLS)
+    tasks = _tasks(captions, spills)
     scattered = work.scatter("link_rows", _SCATTER_LINKS, tasks, len(groups), parameters)
     tasks = [
         engine.Task(f"{number:05d}", (*scattered.files, *pairs[group.start : group.stop]))

@@ -5,6 +5,7 @@ import pathlib
 import unicodedata
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -177,3 +178,85 @@ def test_every_name_of_the_sample_is_found_again(tmp_path):
             spans = [match.form for match in kb.scan(f"a {name} drawing")]
             assert any(form in span for span in spans), (name, spans)
     assert ambiguous > 1000
+
+
+def scan_word_by_word(kb, text):
+    """`KnowledgeBase.scan` in the plainest way: every run of words is looked up."""
+
+    def maximal(tokens):
+        matches, reached = [], 0
+        for i in range(len(tokens)):
+            for j in range(min(len(tokens), i + knowledge_base.MAX_TOKENS), i, -1):
+                form = " ".join(token.form for token in tokens[i:j])
+                if form in kb:
+                    if j > reached:
+                        matches.append((tokens[i].start, tokens[j - 1].end, form))
+                        reached = j
+                    break
+        return matches
+
+    tokens = names.tokenize(text)
+    matches = set(maximal(tokens))
+    for run in names.split_at_punctuation(text, tokens):
+        matches.update(maximal(run))
+    for token in tokens:
+        if not any(start <= token.start < end for start, end, _ in matches):
+            parts = names.split_word(text[token.start : token.end], token.start)
+            if len(parts) > 1:
+                matches.update(maximal(parts))
+    return sorted(matches)
+
+
+WORDS = (
+    "rose",
+    "Roses",
+    "alarm",
+    "clock",
+    "clocks",
+    "radio",
+    "irons",
+    "tomatoes",
+    "Paris",
+    "Texas",
+)
+BETWEEN = (" ", ", ", "-", "_", "", " | ", ". ")
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(BETWEEN)), max_size=12)
+)
+def test_scan_finds_what_looking_up_every_run_of_words_finds(kb, parts):
+    text = "".join(word + between for word, between in parts)
+    assert [tuple(match) for match in kb.scan(text)] == scan_word_by_word(kb, text)
+
+
+@hypothesis.given(st.text(max_size=40))
+def test_scan_of_any_text_finds_what_looking_up_every_run_of_words_finds(kb, text):
+    assert [tuple(match) for match in kb.scan(text)] == scan_word_by_word(kb, text)
+
+
+@pytest.mark.parametrize("plural", ["ponies", "leaves", "mice", "boxes", "glasses", "tomatoes"])
+def test_scan_finds_plurals_of_every_kind(tmp_path, plural):
+    labels = ["pony", "leaf", "mouse", "box", "glass", "tomato", "wild pony"]
+    rows = [{"id": f"n{i}", "label": label} for i, label in enumerate(labels)]
+    kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb")
+    kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
+    assert found(kb, f"two wild {plural} here") in ([plural], ["wild ponies"])
+    assert [tuple(m) for m in kb.scan(f"two wild {plural} here")] == scan_word_by_word(
+        kb, f"two wild {plural} here"
+    )
+
+
+def test_look_up_of_many_is_the_look_up_of_each(kb):
+    forms = ["rose", "nothing", "irons", "clock radio", "", "chains", "tomatoes"]
+    together = kb.look_up(forms)
+    for number, form in enumerate(forms):
+        own = together.take(np.flatnonzero(together.surface == number))
+        alone = kb.look_up([form])
+        assert own.entity.tolist() == alone.entity.tolist()
+        assert own.prior.tolist() == pytest.approx(alone.prior.tolist())
+        assert own.prior.tolist() == sorted(own.prior.tolist(), reverse=True)
+
+
+def test_kinds_are_hypernyms_and_the_entity_itself(kb):
+    assert kb.kinds(QIDS.index("n10")) == {"n9", "n10"}
