@@ -61,8 +61,8 @@ class Towers:
         return self._in_batches(self._image_step, params, np.asarray(images, np.uint8))
 
     def embed_image_batches(
-        self, params: mofi.Params, batches: Iterable[UInt8[np.ndarray, "b s s 3"]]
-    ) -> Iterator[Float32[np.ndarray, "b d"]]:
+        self, params: mofi.Params, batches: Iterable[UInt8[np.ndarray, "_ s s 3"]]
+    ) -> Iterator[Float32[np.ndarray, "_ d"]]:
         """`embed_images` of a stream: while the devices work on a batch, the next one is fetched.
 
         Args:

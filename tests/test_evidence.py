@@ -1,0 +1,209 @@
+"""The stages that run CLIP: what they read, what is left out, and what does not change them."""
+
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import engine, evidence, selection
+from mofi_jax import errors, inference
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.interop import huggingface
+from mofi_jax.model import mofi
+from tests import workdirs
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    workdir, pairs = workdirs.write(tmp_path)
+    model = workdirs.Model()
+    monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "model.json").write_text("{}")
+    return workdir, {pair.key: pair for pair in pairs}, model, str(clip)
+
+
+def _digests(workdir, *stages):
+    files = [path for stage in stages for path in sorted((workdir / stage).glob("*.[np]*"))]
+    return {str(path.relative_to(workdir)): engine.sha256(path) for path in files}
+
+
+def _scored(workdir):
+    paths = sorted((workdir / "scores").glob("*.parquet"))
+    return {row["key"]: row for path in paths for row in pq.read_table(path).to_pylist()}
+
+
+def test_small_pieces_and_blocks_give_the_same_bytes(world, monkeypatch):
+    workdir, _, model, clip = world
+    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    expected = _digests(workdir, "texts", "scores")
+    assert len(expected) == 8
+    shutil.rmtree(workdir / "texts")
+    shutil.rmtree(workdir / "scores")
+    monkeypatch.setattr(evidence, "_READ_BYTES", 3000)  # a picture is 1 to 14 kB
+    monkeypatch.setattr(evidence, "_TEXTS", 2)
+    monkeypatch.setattr(evidence, "CHUNK", 5)
+    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    assert _digests(workdir, "texts", "scores") == expected
+    assert model.pictures == 2 * len(_scored(workdir))
+
+
+def test_pictures_come_by_number_in_any_order(world):
+    workdir, _, _, _ = world
+    pairs = pq.read_table(workdir / "pairs/00000.parquet").slice(0, 9)
+    pictures = evidence._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
+    forwards = [pictures[i] for i in range(len(pictures))]
+    backwards = [pictures[i] for i in reversed(range(len(pictures)))]
+    assert forwards == backwards[::-1]
+    assert sorted(row for row, _ in forwards) == list(range(9))
+
+
+def test_a_picture_that_broke_since_is_left_out(world):
+    workdir, _pairs, _, clip = world
+    rows = pq.read_table(workdir / "pairs/00001.parquet").to_pylist()
+    linked = {
+        row["key"]
+        for row in pq.read_table(workdir / "links/00001.parquet").to_pylist()
+        if row["candidates"]
+    }
+    broken = [row for row in rows if row["key"] in linked][2:4]
+    for row in broken:
+        with open(workdir / row["path"], "r+b") as file:
+            file.seek(row["offset"])
+            file.write(bytes(row["length"] // 2))
+    work = engine.Engine(workdir)
+    manifests = selection.run(workdirs.config(clip=clip), work)
+    scored, keys = _scored(workdir), {row["key"] for row in broken}
+    assert not keys & set(scored)
+    assert len(scored) == 53  # of 55 that name something
+    embeddings = np.load(workdir / "scores/00001.npy")
+    assert len(embeddings) == pq.read_metadata(workdir / "scores/00001.parquet").num_rows
+    assert np.all(np.linalg.norm(embeddings, axis=1) > 0.99)
+    assert engine.total_counts(manifests)["picture_unreadable"] == 2
+    rejects = pq.read_table(workdir / "rejects/labels-00001.parquet").to_pylist()
+    assert {r["key"] for r in rejects if r["reason"] == "picture_unreadable"} == keys
+    # The others keep their labels.
+    labels = pq.read_table(workdir / "labels/00001.parquet").to_pylist()
+    assert sum(bool(row["entities"]) for row in labels) > 10
+
+
+def test_a_shard_of_which_no_picture_can_be_read(world):
+    workdir, _, _, clip = world
+    for row in pq.read_table(workdir / "pairs/00000.parquet").to_pylist():
+        with open(workdir / row["path"], "r+b") as file:
+            file.seek(row["offset"])
+            file.write(bytes(row["length"]))
+    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    reasons = pq.read_table(workdir / "labels/00000.parquet")["reason"].to_pylist()
+    assert set(reasons) == {"picture_unreadable", "no_mention"}
+
+
+def test_a_picture_file_that_is_gone_is_told(world):
+    workdir, _, _, clip = world
+    path = pq.read_table(workdir / "pairs/00002.parquet")["path"][0].as_py()
+    os.unlink(workdir / path)
+    with pytest.raises(errors.BadInput, match=r"is gone since its pictures were listed: restore"):
+        evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+
+
+def test_a_moved_model_is_the_same_model(world, tmp_path):
+    workdir, _, model, clip = world
+    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    seen, expected = model.pictures, _digests(workdir, "texts", "scores")
+    os.rename(clip, tmp_path / "elsewhere")
+    evidence.run(workdirs.config(clip=str(tmp_path / "elsewhere")), engine.Engine(workdir))
+    assert model.pictures == seen
+    assert _digests(workdir, "texts", "scores") == expected
+
+
+def _write_run(folder, steps):
+    (folder / "checkpoints").mkdir(parents=True)
+    for step in steps:
+        for item in ("params/d", "optimizer"):
+            (folder / "checkpoints" / str(step) / item).mkdir(parents=True)
+            (folder / "checkpoints" / str(step) / item / "0").write_text(f"{item} {step}")
+    for name in ("model.json", "tokenizer.json", "config.json", "metrics.jsonl"):
+        (folder / name).write_text("{}")
+
+
+def test_a_run_is_its_latest_parameters(tmp_path):
+    _write_run(tmp_path, steps=(5, 10, 9))
+    (tmp_path / "checkpoints/20.orbax-checkpoint-tmp").mkdir()  # being written
+    names = [os.path.relpath(path, tmp_path) for path in evidence.model_files(os.fspath(tmp_path))]
+    assert names == ["checkpoints/10/params/d/0", "model.json", "tokenizer.json"]
+
+
+def test_of_other_folders_all_weights_and_settings_count(tmp_path):
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text("{}")
+    names = {pathlib.Path(path).name for path in evidence.model_files(os.fspath(tmp_path))}
+    assert names == {"config.json", "preprocessor_config.json", "model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP model in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("clip")
+    path = folder / "trained.json"
+    tokenizer_lib.train_bpe(["red, the colour red", "green thing on background"], 280, path)
+    tokenizer = tokenizer_lib.Tokenizer(path, 8)
+    config = mofi.MofiConfig(
+        image_size=16,
+        patch_size=8,
+        image=mofi.TowerConfig(16, 1, 2),
+        text=mofi.TowerConfig(16, 1, 2),
+        vocab_size=tokenizer.vocab_size,
+        context_length=tokenizer.context_length,
+        eos_id=tokenizer.eos_id,
+        embed_dim=8,
+        dtype="float32",
+    )
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    preprocess = "decode|resize_short(16)|center_crop(16)"
+    huggingface.write(
+        folder / "model", huggingface.Clip(config, params, tokenizer, None, preprocess)
+    )
+    return str(folder / "model")
+
+
+def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, meshes, clip_folder):
+    workdir, _ = workdirs.write(tmp_path, count=30, tars=2)
+    found = []
+    for name in ("1x1x1", "8x1x1"):
+        model = inference.load(clip_folder, mesh=meshes[name], batch_size=12)
+        assert len(model.towers.mesh.devices.flat) == int(name[0])
+        monkeypatch.setattr(evidence, "load_model", lambda folder, size, model=model: model)
+        evidence.run(workdirs.config(clip=clip_folder, batch_size=12), engine.Engine(workdir))
+        embeddings = [np.load(path) for path in sorted((workdir / "scores").glob("*.npy"))]
+        found.append((_scored(workdir), np.concatenate(embeddings)))
+        shutil.rmtree(workdir / "scores")
+    (one, embeddings_one), (eight, embeddings_eight) = found
+    assert embeddings_one.dtype == np.float16
+    # An embedding on the border between two float16 may fall to either side.
+    np.testing.assert_allclose(
+        embeddings_one.astype(np.float32), embeddings_eight.astype(np.float32), atol=5e-4
+    )
+    assert np.mean(embeddings_one == embeddings_eight) > 0.95
+    assert list(one) == list(eight)
+    for key, row in one.items():
+        assert row["entities"] == eight[key]["entities"]
+        np.testing.assert_allclose(row["scores"], eight[key]["scores"], atol=1e-3)
+
+
+def test_results_come_a_batch_late_but_all_of_them(meshes, clip_folder):
+    model = inference.load(clip_folder, mesh=meshes["8x1x1"], batch_size=12)
+    images = np.random.default_rng(0).integers(0, 256, (29, 16, 16, 3), np.uint8)
+    sizes = (12, 5, 12)
+    batches = np.split(images, np.cumsum(sizes)[:-1])
+    found = list(model.towers.embed_image_batches(model.params, batches))
+    assert [len(part) for part in found] == list(sizes)
+    expected = model.towers.embed_images(model.params, images)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-6)
+    assert list(model.towers.embed_image_batches(model.params, [])) == []
