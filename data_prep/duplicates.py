@@ -55,12 +55,12 @@ def match_sets(
     hashes = [workdir / f"eval_hashes/{part}.parquet" for part in parts]
     tasks = [engine.Task(shard, (workdir / f"pairs/{shard}.parquet", *hashes)) for shard in shards]
     settings = {"max_hamming": filters.max_hamming}
-    work.map_shards("eval_matches", _match, tasks, settings)
+    matched = work.map_shards("eval_matches", _match, tasks, settings)
     if not embedded:
         return ["eval_matches"]
     embeddings = [workdir / f"eval_embeddings/{part}.npy" for part in parts]
     tasks = []
-    for shard in shards:
+    for shard in (manifest["shard"] for manifest in matched):
         scores = workdir / f"scores/{shard}.parquet"
         own = (scores, scores.with_suffix(".npy"), workdir / f"eval_matches/{shard}.parquet")
         tasks.append(engine.Task(shard, (*own, *hashes, *embeddings)))

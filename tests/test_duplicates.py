@@ -325,6 +325,10 @@ def test_bad_sets_are_named(tmp_path, sets):
         data = file.read()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) // 3])
     fails("cut.tar cannot be read as a tar", tmp_path / "cut.tar")
+    # Leaving it out would let its pictures through.
+    work = engine.Engine(workdir, failure_budget=1.0)
+    with pytest.raises(errors.BadInput, match=r"evaluation set x could not be read in full"):
+        filters.run(text_config(eval_sets={"x": str(tmp_path / "cut.tar")}), work)
     (tmp_path / "no.tar").write_bytes(b"no tar at all")
     fails("no.tar cannot be read as a tar", tmp_path / "no.tar")
     with tarfile.open(tmp_path / "texts.tar.gz", "w:gz") as tar:
