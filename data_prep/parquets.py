@@ -1,8 +1,9 @@
 """Hugging Face-style parquet: the pictures' bytes and their captions in columns of one file.
 
 The picture is a column `struct<bytes, path>`, as the library `datasets` writes it, or of plain
-bytes. A pointer is the file's path and the row's number. Row groups are the smallest piece that
-parquet reads, so that one is never split between two shards; within it rows are streamed.
+bytes. Row groups are the smallest piece that parquet reads, so that one is never split between two
+shards; within it rows are streamed. For the same reason pictures cannot be fetched from here one by
+one: the samples come without a pointer, and `sources` unpacks their pictures.
 """
 
 import contextlib
@@ -77,32 +78,8 @@ def read(
                     data = blob.as_py()
                     url = url if isinstance(url, str) and url else None
                     text = row[part["text"]]
-                    yield Sample(key, text, data, path, number, len(data), url, row)
+                    yield Sample(key, text, data, None, 0, len(data), url, row)
                 number += 1
-
-
-def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes]:
-    """The pictures of rows, which ascend; each row group is read once, as far as it is needed.
-
-    Raises:
-      BadInput: unreadable, or shorter than it was.
-    """
-    with _open(path) as file, _told(path):
-        column = _detect(path, file.schema_arrow)["image"]
-        position, first = 0, 0
-        for group in range(file.metadata.num_row_groups):
-            end = first + file.metadata.row_group(group).num_rows
-            at = first
-            wanted = rows[position] < end if position < len(rows) else False
-            batches = file.iter_batches(_BATCH, row_groups=[group], columns=[column])
-            while wanted:
-                blobs = _blobs(next(batches), column)
-                while position < len(rows) and rows[position] < at + len(blobs):
-                    yield blobs[rows[position] - at].as_py() or b""
-                    position += 1
-                at += len(blobs)
-                wanted = position < len(rows) and rows[position] < end
-            first = end
 
 
 def _detect(path: str, schema) -> dict[str, str]:

@@ -34,7 +34,8 @@ class Sample(typing.NamedTuple):
       key: its name in the source; unique where all is well.
       text: the caption, as bytes where nobody has decoded it yet; None: there is none.
       picture: the picture's bytes.
-      path, offset, length: where the picture lies, see `data_prep.sources.read_pictures`.
+      path, offset, length: where the picture lies, see `data_prep.sources.read_pictures`; None:
+        where it cannot be fetched from again, so that it has to be unpacked.
       url: where it came from, or None.
       extras: all else that is known of it, by column.
       reason: why it cannot be used, in one word, where that is known already.
@@ -43,7 +44,7 @@ class Sample(typing.NamedTuple):
     key: str
     text: str | bytes | None = None
     picture: bytes = b""
-    path: str = ""
+    path: str | None = ""
     offset: int = 0
     length: int = 0
     url: str | None = None

@@ -6,7 +6,8 @@ pictures (`data_prep.tables`); or a data set of TFDS (`data_prep.tfds_sets`). Ev
 once: each sample's place is noted, each picture is decoded in full and dropped again. Later stages
 fetch bytes by pointer (path, offset, length; see `read_pictures`).
 
-    unpacked/  what was packed (.gz), in which nothing can be found by its place
+    unpacked/  what was packed (.gz, and the pictures in parquet), in which nothing can be found by
+               its place
     scanned/   of each table its columns, and where each piece of `rows_per_shard` rows begins
     parts/     of each shard what is to be read, from a file or a piece of one
     indexed/   NNNNN.parquet, the usable samples of each part; the others, with their reasons
@@ -99,9 +100,8 @@ def read_pictures(
 ) -> Iterator[tuple[int, bytes]]:
     """Reads pictures by pointer, in the order in which they lie on disk.
 
-    A pointer is, by the name of the file: a row of a parquet (`offset` is its number), a record of
-    an ArrayRecord shard (likewise), or bytes anywhere (`offset` is the first). Rows of one parquet
-    share the reading of their row group: ask for as many as possible at once.
+    A pointer is, by the name of the file: a record of an ArrayRecord shard (`offset` is its
+    number), or bytes anywhere (`offset` is the first).
 
     Args:
       workdir: where relative paths start.
@@ -123,9 +123,7 @@ def read_pictures(
                 " without it."
             )
         places = [offsets[row] for row in rows]
-        if path.endswith(".parquet"):
-            found = parquets.read_rows(path, places)
-        elif tfds_sets.is_shard(path):
+        if tfds_sets.is_shard(path):
             found = tfds_sets.read_rows(path, places)
         else:
             found = _read_bytes(path, places, [lengths[row] for row in rows])
@@ -235,6 +233,26 @@ def _schema():
     )
 
 
+class _Unpacked:
+    """A file of pictures one after the other, made when the first one comes."""
+
+    def __init__(self, outputs: engine.Outputs, name: str):
+        self._outputs, self._name = outputs, name
+        self._file = None
+
+    def add(self, picture: bytes) -> tuple[str, int, int]:
+        """Appends a picture; returns its pointer."""
+        if self._file is None:
+            self._file = open(self._outputs.path(self._name), "wb")  # noqa: SIM115  see close
+        offset = self._file.tell()
+        self._file.write(picture)
+        return self._name, offset, len(picture)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Looks at every sample of a part."""
     import pyarrow as pa
@@ -243,11 +261,9 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     part = json.loads(epath.Path(part_path).read_text())
     keep = settings["keep_columns"]
     workdir = os.path.join(os.path.abspath(outputs.workdir), "")
-    counts: dict[str, int] = {
-        "members": 0,
-        "captions_cut": 0,
-    }  # the first is the progress display's
+    counts: dict[str, int] = {"members": 0, "captions_cut": 0}
     schema = _schema()
+    unpacked = _Unpacked(outputs, f"unpacked/{task.name}.pictures")
     batches, rows, rejects = [], [], []
 
     def flush() -> None:
@@ -267,7 +283,10 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             rejects.append((key, str(rejected)))
             continue
         counts["captions_cut"] += was_cut
-        pointer = (sample.path.removeprefix(workdir), sample.offset, sample.length)
+        if sample.path is None:
+            pointer = unpacked.add(sample.picture)
+        else:
+            pointer = (sample.path.removeprefix(workdir), sample.offset, sample.length)
         digest = hashlib.sha256(sample.picture).hexdigest()
         more = (
             sample.url and samples.encodable(sample.url),
@@ -278,6 +297,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         if len(rows) == _BATCH:
             flush()
     flush()
+    unpacked.close()
     outputs.write_table(f"indexed/{task.name}.parquet", pa.Table.from_batches(batches, schema))
     columns = {
         "key": pa.array([key for key, _ in rejects], pa.string()),
@@ -317,7 +337,7 @@ _REPEATED = """
 
 def _find_repeated(indexed: Sequence[dict], work: engine.Engine) -> set[str]:
     """Writes unique/; returns the files that it consists of."""
-    files = tuple(os.fspath(work.workdir / m["outputs"][0]["path"]) for m in indexed)
+    files = tuple(os.fspath(work.workdir / f"indexed/{m['shard']}.parquet") for m in indexed)
     if not files:
         return set()
     task = engine.Task("keys", files)

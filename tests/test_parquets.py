@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, parquets, sources
+from data_prep import engine, sources
 from mofi_jax import errors
 from tests.inputs import make_config, picture, read, tables_of
 
@@ -39,12 +39,13 @@ def test_pairs_and_their_pointers(tmp_path):
     assert [len(shard) for shard in tables_of(tmp_path / "w", "pairs/*")] == [12, 12, 1]
     row = pairs["train-00000-of-00001/00000013"]
     size = len(images[13]["bytes"])
-    assert (row["path"], row["offset"], row["length"]) == (str(path), 13, size)
+    assert row["path"] == "unpacked/00001.pictures"
+    assert (row["offset"], row["length"]) == (len(images[12]["bytes"]), size)
     assert (row["text"], row["url"], row["extras"]) == ("caption 13", "caption 13", '{"NSFW": 13}')
     order = [7, 24, 0, 13, 12, 7]
-    found = dict(
-        sources.read_pictures("/", [str(path)] * 6, order, [len(images[i]["bytes"]) for i in order])
-    )
+    rows = [pairs[f"train-00000-of-00001/{i:08d}"] for i in order]
+    pointers = [[row[name] for row in rows] for name in ("path", "offset", "length")]
+    found = dict(sources.read_pictures(tmp_path / "w", *pointers))
     assert [found[i] for i in range(6)] == [images[i]["bytes"] for i in order]
 
 
@@ -121,32 +122,6 @@ def test_damage_inside_is_told(tmp_path):
     path.write_bytes(data)
     with pytest.raises(errors.BadInput, match=r"a\.parquet cannot be read as parquet"):
         run(tmp_path / "in", tmp_path / "w")
-
-
-def test_pointers_into_a_file_that_has_changed_are_told(tmp_path):
-    path = tmp_path / "in/a.parquet"
-    write(path, {"image": structs(8), "text": ["x"] * 8})
-    lengths = [len(s["bytes"]) for s in structs(8)]
-    write(path, {"image": structs(5), "text": ["x"] * 5})
-    with pytest.raises(errors.BadInput, match="not as long as when its pictures were listed"):
-        list(sources.read_pictures("/", [str(path)] * 2, [1, 7], [lengths[1], lengths[7]]))
-    with pytest.raises(errors.BadInput, match="not as long as when its pictures were listed"):
-        list(sources.read_pictures("/", [str(path)], [1], [lengths[1] + 1]))
-
-
-def test_only_the_row_groups_that_are_needed_are_read(tmp_path, monkeypatch):
-    path = tmp_path / "in/a.parquet"
-    write(path, {"image": structs(12), "text": ["x"] * 12})
-    groups = []
-    iter_batches = pq.ParquetFile.iter_batches
-
-    def counted(self, *arguments, row_groups, **options):
-        groups.extend(row_groups)
-        yield from iter_batches(self, *arguments, row_groups=row_groups, **options)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    assert len(list(parquets.read_rows(str(path), [9, 10, 11]))) == 3
-    assert groups == [2]
 
 
 def test_parquet_without_rows(tmp_path, caplog):
