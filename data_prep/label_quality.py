@@ -2,30 +2,37 @@
 
     python -m data_prep.label_quality --workdir W --truth truth.jsonl.gz --classes classes.jsonl
 
-prints a table and writes W/label_quality.json. Two sets of labels are measured:
+prints tables, writes W/label_quality.json and draws W/label_quality.png. Measured are:
 
-    text_only   the entity with the highest prior of each mention (`selection.best_prior_entities`)
+    text_only   the entity with the highest prior of each mention (`selection.best_priors`)
     selected    labels/, what the picture chose
+    sweep       what other thresholds would choose, from the evidence that is kept: min_fit, and
+                min_score, each alone, at values that leave 100 %, 95 %, ... of the pictures a label
 
     precision   share of chosen (picture, entity) pairs that are the picture's entity
     recall      share of pictures whose caption names their entity that got it
     ceiling     share of pictures whose caption names their entity that have it as a candidate
 
-truth holds {"key", "class", "says"} a line, "says" the entities that the caption names; classes
-{"class", "id", "synsets", "sure"}: the entity of the class or, where "sure" is false, any of
-"synsets".
+truth holds a line for each picture, {"key", "wnid", "says"}: the id of its entity, and the entities
+that the caption names. With classes it holds "class" in place of "wnid", and classes hold {"class",
+"id", "synsets", "sure"}: the entity of the class or, where "sure" is false, any of "synsets".
 """
 
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
-from data_prep import engine, selection
+from data_prep import candidates, engine, manifests, selection
 from mofi_jax import cli, errors
+
+SETS = ("text_only", "selected")
+SWEPT = {"min_fit": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
+_SHARES = np.linspace(0, 0.95, 20)  # of the pictures that a threshold leaves without label
 
 
 class Truth(NamedTuple):
@@ -36,10 +43,19 @@ class Truth(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """Counts; the rates are None where nothing was there to be counted."""
+    """Counts; the rates are None where nothing was there to be counted.
+
+    Attributes:
+      chosen: (picture, entity) pairs.
+      right: those of them that are the picture's entity.
+      pictures: with an entity chosen.
+      named: pictures whose caption names their entity.
+      found: those of them with their entity chosen.
+    """
 
     chosen: int
     right: int
+    pictures: int
     named: int
     found: int
 
@@ -52,55 +68,242 @@ class Quality(NamedTuple):
         return self.found / self.named if self.named else None
 
 
-def main(workdir: str, truth: str, classes: str) -> None:
-    """The command: `measure_workdir`, and its table."""
+def main(workdir: str, truth: str, classes: str | None = None) -> None:
+    """The command: `measure_workdir`, and its tables."""
     print(table(measure_workdir(workdir, truth, classes)))
 
 
-def measure_workdir(workdir: str, truth: str, classes: str) -> dict:
-    """Measures labels/ of `workdir`; returns what label_quality.json holds.
+def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dict:
+    """Measures labels/ of `workdir`; writes label_quality.json and label_quality.png there.
+
+    Returns:
+      What label_quality.json holds: text_only and selected {precision, recall and the counts of
+      `Quality`}, ceiling (a recall), and sweep: for each of min_fit and min_score a list of the
+      same by ascending `value`, with `configured` true for the one in force. No sweep where labels
+      were chosen by text.
 
     Raises:
       BadInput: a file is missing or holds no usable row, or labels/ is not there yet.
     """
+    root = epath.Path(workdir)
     known = read_truth(truth, classes)
-    text_only, selected, candidates = {}, {}, {}
-    for key, texts, labels, possible in _read_labels(epath.Path(workdir)):
-        text_only[key], selected[key], candidates[key] = texts, labels, possible
-    result = {
-        name: _rates(measure(chosen, known))
-        for name, chosen in (("text_only", text_only), ("selected", selected))
-    }
-    result["ceiling"] = measure(candidates, known).recall
-    path = epath.Path(workdir) / "label_quality.json"
+    shards = sorted(root.glob("labels/*.parquet"))
+    if not shards:
+        raise errors.BadInput(
+            f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
+        )
+    ids = candidates.read_column(root / "kb/entities.parquet", "qid").to_pylist()
+    wanted = {entity for picture in known.values() for entity in picture.right}
+    numbers = {entity: row for row, entity in enumerate(ids) if entity in wanted}
+    named = sum(picture.named for picture in known.values())
+
+    rule = _rule_of(root, shards)
+    values = _values(root, shards, rule) if rule else {}
+    counts: dict[tuple, np.ndarray] = {}
+    for shard in shards:
+        links = candidates.read(root / "links" / shard.name)
+        judge = _Judge(links.keys.to_pylist(), known, numbers)
+        chosen = {
+            ("text_only",): selection.best_priors(links)[:2],
+            ("selected",): _read_labels(shard),
+            ("ceiling",): candidates.distinct(links)[:2],
+        }
+        if rule:
+            files = selection.evidence_files(root, shard.name)
+            evidence, _ = selection.read_evidence(links, *map(os.fspath, files))
+            for name in values:
+                for value in values[name]:
+                    changed = rule._replace(**{name: value})
+                    chosen[name, value] = selection.choose_all(links, evidence, changed)[:2]
+        for name, pairs in chosen.items():
+            counts[name] = counts.get(name, 0) + judge.count(*pairs)
+
+    def rates(name: tuple) -> dict:
+        chosen, right, pictures, found = map(int, counts[name])
+        quality = Quality(chosen, right, pictures, named, found)
+        return {"precision": quality.precision, "recall": quality.recall, **quality._asdict()}
+
+    result = {name: rates((name,)) for name in SETS}
+    result["ceiling"] = rates(("ceiling",))["recall"]
+    if rule:
+        result["sweep"] = {
+            name: [
+                {"value": value, "configured": value == getattr(rule, name), **rates((name, value))}
+                for value in values[name]
+            ]
+            for name in values
+        }
+        _draw(result, root / "label_quality.png")
+    else:
+        (root / "label_quality.png").unlink(missing_ok=True)  # of labels that are no more
+    path = root / "label_quality.json"
     engine.write_durably(path, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
-def measure(chosen: Mapping[str, Iterable[str]], truth: Mapping[str, Truth]) -> Quality:
-    """Counts over the pictures that the truth knows.
+class _Judge:
+    """Counts right and wrong entities of one shard's pictures."""
 
-    Args:
-      chosen: the entities (ids) chosen for each picture; a picture that is missing got none.
-      truth: by picture.
+    def __init__(self, keys: Sequence[str], truth: Mapping[str, Truth], numbers: Mapping[str, int]):
+        """
+        Args:
+          keys: of the shard's pictures.
+          truth: by key.
+          numbers: of the entities that are right somewhere their rows of the knowledge base.
+        """
+        pictures = [truth.get(key) for key in keys]
+        self._known = np.array([picture is not None for picture in pictures], bool)
+        self._named = np.array([bool(picture and picture.named) for picture in pictures], bool)
+        self._width = max(numbers.values(), default=0) + 1
+        self._right = np.array(
+            [
+                row * self._width + numbers[entity]
+                for row, picture in enumerate(pictures)
+                for entity in (picture.right if picture else ())
+                if entity in numbers
+            ],
+            np.int64,
+        )
+
+    def count(self, row: np.ndarray, entity: np.ndarray) -> np.ndarray:
+        """int64 [4]: chosen, right, pictures and found of distinct pairs (row, entity)."""
+        row, entity = row[self._known[row]], entity[self._known[row]]
+        known = entity < self._width  # another one is right nowhere, and would be a pair's code
+        right = known & np.isin(row * self._width + entity, self._right)
+        found = np.unique(row[right])
+        return np.array([len(row), right.sum(), len(np.unique(row)), self._named[found].sum()])
+
+
+def _read_labels(shard: epath.Path) -> tuple[np.ndarray, np.ndarray]:
+    entities = candidates.read_column(shard, "entities")
+    row = np.repeat(np.arange(len(entities)), candidates.lengths(entities))
+    return row, entities.flatten().to_numpy(zero_copy_only=False)
+
+
+# --------------------------------------------------------------------------------------- the sweep
+
+
+def _rule_of(root: epath.Path, shards: Sequence[epath.Path]) -> selection.Rule | None:
+    """The rule by which the labels were chosen, None where it was not by picture."""
+    manifest = manifests.read(root, "labels", shards[0].stem) or {"settings": {}}
+    settings = manifest["settings"]
+    return selection.Rule.of(settings) if settings.get("labels") == "clip" else None
+
+
+def _values(
+    root: epath.Path, shards: Sequence[epath.Path], rule: selection.Rule
+) -> dict[str, list[float]]:
+    """Thresholds to try: quantiles of what the pictures' best candidates reach, and that in force.
+
+    No truth is read for them.
     """
-    pairs = right = named = found = 0
-    for key, known in truth.items():
-        entities = set(chosen.get(key, ()))
-        pairs += len(entities)
-        right += len(entities & known.right)
-        named += known.named
-        found += known.named and bool(entities & known.right)
-    return Quality(pairs, right, named, found)
+    reached: dict[str, list[np.ndarray]] = {name: [] for name in SWEPT}
+    for shard in shards:
+        links = candidates.read(root / "links" / shard.name)
+        files = selection.evidence_files(root, shard.name)
+        evidence, _ = selection.read_evidence(links, *map(os.fspath, files))
+        free = rule._replace(min_fit=-np.inf, min_score=-np.inf)
+        best = selection.choose_all(links, evidence, free)
+        reached["min_fit"].append(best.fit[candidates.starts_run(best.row)])
+        order = np.lexsort((-evidence.score, links.row))
+        top = order[candidates.starts_run(links.row[order])]
+        reached["min_score"].append(evidence.score[top])
+    values = {}
+    for name, decimals in SWEPT.items():
+        found = np.concatenate(reached[name])
+        found = found[~np.isnan(found)]
+        # Rounded down: the lowest leaves all pictures their label.
+        steps = np.quantile(found, _SHARES) if len(found) else np.zeros(0)
+        steps = np.floor(steps * 10**decimals) / 10**decimals
+        values[name] = sorted({float(getattr(rule, name)), *steps.tolist()})
+    return values
 
 
-def read_truth(truth: epath.PathLike, classes: epath.PathLike) -> dict[str, Truth]:
-    """The truth of each picture, by key."""
+def _draw(result: Mapping, path: epath.Path) -> None:
+    """Precision over recall, for every threshold tried."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in (("min_fit", "#0b7285"), ("min_score", "#c77700")):
+        points = [p for p in result["sweep"][name] if p["precision"] is not None]
+        axes.plot(
+            [p["recall"] or 0 for p in points],
+            [p["precision"] for p in points],
+            "o-",
+            color=colour,
+            markersize=3.5,
+            linewidth=1.5,
+            label=f"other values of {name}",
+        )
+    marks = (("selected", "*", 260, "#b42b3a"), ("text_only", "s", 70, "#1d2733"))
+    for name, marker, size, colour in marks:
+        point = result[name]
+        if point["precision"] is None:
+            continue
+        text = f"{name.replace('_', ' ')}: {point['precision']:.3f} / {point['recall'] or 0:.3f}"
+        place = (point["recall"] or 0, point["precision"])
+        axes.scatter(*place, marker=marker, s=size, color=colour, zorder=3, label=text)
+    if result["ceiling"]:
+        axes.axvline(result["ceiling"], color="#9aa7b4", linestyle="--", linewidth=1)
+        axes.annotate(
+            "ceiling",
+            (result["ceiling"], 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            color="#5d6975",
+        )
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+    axes.set_title("Labels against truth: precision / recall", loc="left")
+    axes.grid(color="#e3e7ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best")
+    with path.open("wb") as file:
+        # No version inside: the same labels give the same bytes.
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+
+
+def table(result: Mapping) -> str:
+    """The result as tables for people."""
+    lines = [f"{'labels':<12}{'precision':>10}{'recall':>10}{'pairs':>10}{'pictures':>10}"]
+    lines += [_line(name, result[name]) for name in SETS]
+    if result["ceiling"] is not None:
+        lines.append(f"{'ceiling':<12}{'':>10}{result['ceiling']:>10.3f}")
+    for name, rows in result.get("sweep", {}).items():
+        lines += ["", f"{name:<12}{'precision':>10}{'recall':>10}{'pairs':>10}{'pictures':>10}"]
+        for row in rows:
+            mark = "  < in force" if row["configured"] else ""
+            lines.append(_line(f"{row['value']:.{SWEPT[name]}f}", row) + mark)
+    return "\n".join(lines)
+
+
+def _line(name: str, row: Mapping) -> str:
+    rates = (row["precision"], row["recall"])
+    rates = "".join(f"{'-' if rate is None else f'{rate:.3f}':>10}" for rate in rates)
+    return f"{name:<12}{rates}{row['chosen']:>10}{row['pictures']:>10}"
+
+
+# --------------------------------------------------------------------------------------- the truth
+
+
+def read_truth(truth: epath.PathLike, classes: epath.PathLike | None = None) -> dict[str, Truth]:
+    """The truth of each picture, by key; see the docstring of this file.
+
+    Raises:
+      BadInput: a file is missing or empty, a line lacks a field, or the files do not fit together.
+    """
+    found = {}
+    if classes is None:
+        for row in _read_jsonl(truth, ("key", "wnid", "says")):
+            found[row["key"]] = Truth(frozenset({row["wnid"]}), row["wnid"] in row["says"])
+        return found
     accepted = {}
     for row in _read_jsonl(classes, ("class", "id", "synsets", "sure")):
         sure = {row["id"]}
         accepted[row["class"]] = (row["id"], frozenset(sure if row["sure"] else row["synsets"]))
-    found = {}
     for row in _read_jsonl(truth, ("key", "class", "says")):
         if row["class"] not in accepted:
             raise errors.BadInput(
@@ -110,47 +313,6 @@ def read_truth(truth: epath.PathLike, classes: epath.PathLike) -> dict[str, Trut
         entity, right = accepted[row["class"]]
         found[row["key"]] = Truth(right | {entity}, entity in row["says"])
     return found
-
-
-def table(result: Mapping) -> str:
-    """The result as a table for people."""
-    lines = [f"{'labels':<12}{'precision':>10}{'recall':>10}{'pairs':>8}"]
-    for name in ("text_only", "selected"):
-        row = result[name]
-        rates = "".join(f"{'-' if row[k] is None else f'{row[k]:.3f}':>10}" for k in _RATES)
-        lines.append(f"{name:<12}{rates}{row['chosen']:>8}")
-    if result["ceiling"] is not None:
-        lines.append(f"{'ceiling':<12}{'':>10}{result['ceiling']:>10.3f}")
-    return "\n".join(lines)
-
-
-_RATES = ("precision", "recall")
-
-
-def _rates(quality: Quality) -> dict:
-    return {**{name: getattr(quality, name) for name in _RATES}, **quality._asdict()}
-
-
-def _read_labels(
-    workdir: epath.Path,
-) -> Iterator[tuple[str, set[str], set[str], set[str]]]:
-    """Yields (key, entities by text alone, selected entities, candidates), entities as ids."""
-    import pyarrow.parquet as pq
-
-    shards = sorted(workdir.glob("labels/*.parquet"))
-    if not shards:
-        raise errors.BadInput(
-            f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
-        )
-    qids = pq.read_table(workdir / "kb/entities.parquet", columns=["qid"])["qid"].to_pylist()
-    for shard in shards:
-        labels = pq.read_table(shard, columns=["key", "entities"]).to_pylist()
-        selected = {row["key"]: row["entities"] for row in labels}
-        for row in pq.read_table(workdir / "links" / shard.name).to_pylist():
-            best = selection.best_prior_entities(row["mentions"], row["candidates"])
-            possible = [candidate["entity"] for candidate in row["candidates"]]
-            chosen = selected.get(row["key"], ())
-            yield row["key"], *({qids[entity] for entity in e} for e in (best, chosen, possible))
 
 
 def _read_jsonl(path: epath.PathLike, fields: tuple[str, ...]) -> Iterator[dict]:
@@ -166,9 +328,10 @@ def _read_jsonl(path: epath.PathLike, fields: tuple[str, ...]) -> Iterator[dict]
             except ValueError:
                 missing = list(fields)
             if missing:
+                hint = ", or name the --classes that it goes with" if "wnid" in missing else ""
                 raise errors.BadInput(
                     f"{path}, line {number}: {missing[0]!r} cannot be read: give JSON objects with"
-                    f" {', '.join(fields)}."
+                    f" {', '.join(fields)}{hint}."
                 )
             yield row
     if not number:

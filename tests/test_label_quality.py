@@ -5,12 +5,14 @@ import json
 import pathlib
 import re
 
+import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import label_quality, linking
+from data_prep import engine, evidence, label_quality, linking, selection
 from mofi_jax import errors
+from tests import workdirs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -40,28 +42,10 @@ def truth_files(tmp_path):
     return truth, write_jsonl(tmp_path / "classes.jsonl", CLASSES)
 
 
-def test_precision_and_recall_by_hand(truth_files):
-    truth = label_quality.read_truth(*truth_files)
-    chosen = {
-        "a": ["rose", "tulip"],  # one right, one wrong; found
-        "b": ["tulip"],  # wrong; its caption does not name it
-        "c": ["star2"],  # not sure of the sense: right
-        "e": ["rose"],  # right, though the caption does not name it: no recall
-        "unknown": ["rose"],  # a picture that the truth does not know
-    }
-    quality = label_quality.measure(chosen, truth)
-    assert quality == label_quality.Quality(chosen=5, right=3, named=3, found=2)
-    assert quality.precision == pytest.approx(3 / 5)
-    assert quality.recall == pytest.approx(2 / 3)
+LABELS = {"a": [0], "b": [], "c": [2], "d": [], "e": [0]}
 
 
-def test_nothing_chosen_has_no_precision():
-    quality = label_quality.measure({}, {})
-    assert quality.precision is None
-    assert quality.recall is None
-
-
-def write_workdir(folder):
+def write_workdir(folder, labels):
     """Two shards: kb rows 0 rose, 1 tulip, 2 star, 3 star2."""
     for name in ("kb", "links", "labels"):
         (folder / name).mkdir(parents=True)
@@ -73,9 +57,9 @@ def write_workdir(folder):
         "c": [(0, 2, 1.0), (1, 0, 1.0)],
         "d": [],
         "e": [(0, 0, 1.0)],
+        "f": [(0, 1, 1.0)],  # a picture that the truth does not know
     }
-    labels = {"a": [0], "b": [], "c": [2], "d": [], "e": [0]}
-    for shard, keys in enumerate((["a", "b"], ["c", "d", "e"])):
+    for shard, keys in enumerate((["a", "b"], ["c", "d", "e", "f"])):
         mentions, candidates = [], []
         for key in keys:
             numbers = sorted({mention for mention, _, _ in links[key]})
@@ -91,14 +75,14 @@ def write_workdir(folder):
             }
         )
         pq.write_table(table, folder / f"links/{shard:05d}.parquet")
-        chosen = pa.array([labels[key] for key in keys], pa.list_(pa.int32()))
+        chosen = pa.array([labels.get(key, [1]) for key in keys], pa.list_(pa.int32()))
         pq.write_table(
             pa.table({"key": keys, "entities": chosen}), folder / f"labels/{shard:05d}.parquet"
         )
 
 
 def test_main_compares_text_alone_with_the_selection(tmp_path, truth_files, capsys):
-    write_workdir(tmp_path / "w")
+    write_workdir(tmp_path / "w", LABELS)
     label_quality.main(str(tmp_path / "w"), *truth_files)
     result = json.loads((tmp_path / "w/label_quality.json").read_text())
     # a: tulip; b: tulip; c: star, rose; e: rose.
@@ -107,19 +91,114 @@ def test_main_compares_text_alone_with_the_selection(tmp_path, truth_files, caps
         "recall": pytest.approx(1 / 3),
         "chosen": 5,
         "right": 2,
+        "pictures": 4,
         "named": 3,
         "found": 1,
     }
     assert result["selected"]["precision"] == 1.0
     assert result["selected"]["recall"] == pytest.approx(2 / 3)
     assert result["ceiling"] == pytest.approx(2 / 3)
+    assert "sweep" not in result  # these labels were not made by thresholds
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
-        ["labels", "precision", "recall", "pairs"],
-        ["text_only", "0.400", "0.333", "5"],
-        ["selected", "1.000", "0.667", "3"],
+        ["labels", "precision", "recall", "pairs", "pictures"],
+        ["text_only", "0.400", "0.333", "5", "4"],
+        ["selected", "1.000", "0.667", "3", "3"],
         ["ceiling", "0.667"],
     ]
+
+
+def test_precision_and_recall_by_hand(tmp_path, truth_files):
+    labels = {
+        "a": [0, 1],  # one right, one wrong; found
+        "b": [1],  # wrong; its caption does not name it
+        "c": [3],  # not sure of the sense: right
+        "d": [],
+        "e": [0],  # right, though the caption does not name it: no recall
+    }
+    write_workdir(tmp_path, labels)
+    selected = label_quality.measure_workdir(str(tmp_path), *truth_files)["selected"]
+    assert selected["precision"] == pytest.approx(3 / 5)
+    assert selected["recall"] == pytest.approx(2 / 3)
+    assert [selected[name] for name in ("chosen", "right", "pictures")] == [5, 3, 4]
+
+
+def test_nothing_chosen_has_no_precision(tmp_path, truth_files):
+    write_workdir(tmp_path, dict.fromkeys("abcdef", ()))
+    selected = label_quality.measure_workdir(str(tmp_path), *truth_files)["selected"]
+    assert (selected["precision"], selected["recall"]) == (None, 0)
+    nobody = write_jsonl(tmp_path / "nobody.jsonl", [{"key": "z", "class": 0, "says": []}])
+    result = label_quality.measure_workdir(str(tmp_path), nobody, truth_files[1])
+    assert result["text_only"]["precision"] is result["text_only"]["recall"] is None
+
+
+def test_truth_that_names_entities_itself_needs_no_classes(tmp_path):
+    write_workdir(tmp_path, LABELS)
+    rows = [
+        {"key": "a", "wnid": "rose", "says": ["rose"]},
+        {"key": "c", "wnid": "star2", "says": ["star2", "rose"]},
+        {"key": "d", "wnid": "unheard of", "says": ["unheard of"]},
+    ]
+    truth = write_jsonl(tmp_path / "truth.jsonl", rows)
+    selected = label_quality.measure_workdir(str(tmp_path), truth)["selected"]
+    assert (selected["chosen"], selected["right"]) == (2, 1)
+    assert (selected["named"], selected["found"]) == (3, 1)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A work directory whose labels were chosen by picture, its truth, and what was measured."""
+    folder = tmp_path_factory.mktemp("swept")
+    workdir, pairs = workdirs.write(folder)
+    (folder / "clip").mkdir()
+    (folder / "clip/model.json").write_text("{}")
+    config = workdirs.config(clip=str(folder / "clip"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "load_model", lambda folder, size: workdirs.Model())
+        selection.run(config, engine.Engine(workdir))
+    rows = [
+        {
+            "key": pair.key,
+            "wnid": f"Q{100 - pair.colour}",
+            "says": [] if pair.named is None else [f"Q{100 - pair.named}"],
+        }
+        for pair in pairs
+    ]
+    truth = write_jsonl(folder / "truth.jsonl", rows)
+    return config, workdir, truth, label_quality.measure_workdir(str(workdir), truth)
+
+
+def test_other_thresholds_are_measured(swept):
+    _config, workdir, _, result = swept
+    assert result["selected"]["precision"] == 1.0
+    assert result["selected"]["recall"] == 1.0
+    for name, rows in result["sweep"].items():
+        values = [row["value"] for row in rows]
+        assert values == sorted(set(values))
+        [now] = [row for row in rows if row["configured"]]
+        for count in ("chosen", "right", "pictures", "found"):
+            assert now[count] == result["selected"][count]
+        pictures = [row["pictures"] for row in rows]
+        assert pictures == sorted(pictures, reverse=True), name
+    lowest = result["sweep"]["min_fit"][0]
+    assert lowest["pictures"] == result["text_only"]["pictures"]
+    assert lowest["precision"] < 1
+    text = label_quality.table(result)
+    assert text.count("< in force") == 2
+    assert "min_score" in text
+    image = cv2.imread(str(workdir / "label_quality.png"))
+    assert image.shape[1] > 600
+    assert (image < 128).any(axis=-1).mean() > 0.01  # something is drawn
+
+
+def test_the_sweep_is_what_the_stage_would_do(swept):
+    config, workdir, truth, result = swept
+    rows = result["sweep"]["min_fit"]
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+        changed = workdirs.config(clip=config.clip, min_fit=row["value"])
+        selection.run(changed, engine.Engine(workdir))
+        selected = label_quality.measure_workdir(str(workdir), truth)["selected"]
+        assert selected == {name: row[name] for name in selected}
 
 
 def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
@@ -134,6 +213,8 @@ def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
     (tmp_path / "broken.jsonl").write_text('{"key": "a", "class": 0}\n')
     with pytest.raises(errors.BadInput, match=r"broken\.jsonl, line 1: 'says' cannot be read"):
         label_quality.read_truth(str(tmp_path / "broken.jsonl"), classes)
+    with pytest.raises(errors.BadInput, match=r"line 1: 'wnid' cannot.*or name the --classes"):
+        label_quality.read_truth(truth)
     other = write_jsonl(tmp_path / "other.jsonl", [{"key": "a", "class": 7, "says": []}])
     with pytest.raises(errors.BadInput, match=r"has class 7, which .* does not list"):
         label_quality.read_truth(other, classes)
