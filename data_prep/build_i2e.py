@@ -156,6 +156,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "max_aspect": 1,
         "max_pixels": 1,
         "max_caption_chars": 1,
+        "rows_per_shard": 1,
         "max_side": 1,
         "shard_examples": 1,
         "vocab_size": 300,

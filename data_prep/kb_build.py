@@ -171,7 +171,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _default_config() -> ml_collections.ConfigDict:
     from configs import kb  # here: a stage gets its configuration from its main
 
-    return kb.get_config()
+    config = kb.get_config()
+    config.workers = 1  # a caller without a configuration may be a script that cannot be spawned
+    return config
 
 
 # ---------------------------------------------------------------------------------------- the stage

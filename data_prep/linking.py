@@ -26,6 +26,7 @@ occurs. Stages:
 """
 
 import functools
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +80,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise errors.BadInput(
                 f"config.{name}={config[name]!r} cannot be used: give a number from 0 to {most}."
             )
-    load_spacy(config.spacy_model, config.noun_chunks)
+    if not os.path.isdir(config.spacy_model) and not importlib.util.find_spec(config.spacy_model):
+        raise errors.BadInput(
+            f"config.spacy_model={config.spacy_model!r} is no installed spaCy package and no folder"
+            " of a pipeline: pip install it, or name another."
+        )
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
@@ -313,23 +318,13 @@ def _is_word(text: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def load_spacy(model: str, noun_chunks: bool):
-    """The pipeline with just what finds named entities and, if asked, noun chunks.
-
-    Raises:
-      BadInput: no such package or folder.
-    """
+    """The pipeline with just what finds named entities and, if asked, noun chunks."""
     import spacy
 
     unused = ["lemmatizer", "textcat", "senter"]
     if not noun_chunks:  # they need the parser and the parts of speech
         unused += ["parser", "tagger", "attribute_ruler"]
-    try:
-        return spacy.load(model, exclude=unused)
-    except OSError as error:
-        raise errors.BadInput(
-            f"config.spacy_model={model!r} is no installed spaCy package and no folder of a"
-            f" pipeline: pip install it, or name another ({str(error).splitlines()[0]})."
-        ) from error
+    return spacy.load(model, exclude=unused)
 
 
 # ----------------------------------------------------------------------------------- back to shards
