@@ -20,7 +20,7 @@ import json
 import os
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 import numpy as np
@@ -42,6 +42,7 @@ CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 MB
 
 _TEXTS = 1 << 16  # texts in memory at a time
 _READ_BYTES = 32 << 20  # of picture files that are read at a time
+_GROUP = 16  # pictures that a thread decodes at a time: Grain's own cost is for each group
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
@@ -250,10 +251,10 @@ def _score(
 
 
 class _Pictures:
-    """Random access to the bytes of pictures: element i is (row, bytes), in the order of the disk.
+    """Random access to the bytes of pictures: groups of (row, bytes), in the order of the disk.
 
     Pictures are read tens of megabytes at a time, because single ones of a parquet cannot be, by
-    whichever thread first needs one of them. Threads go through the elements side by side, so the
+    whichever thread first needs one of them. Threads go through the groups side by side, so the
     latest three pieces are enough.
     """
 
@@ -264,21 +265,25 @@ class _Pictures:
         self._pointers = [[column[row] for row in self._order] for column in columns]
         size = np.cumsum(self._pointers[2])
         steps = np.arange(_READ_BYTES, size[-1] if len(size) else 0, _READ_BYTES)
-        # Of the pieces the first elements; a picture larger than a piece makes two equal ones.
+        # Of the pieces the first pictures; one that is larger than a piece makes two equal ones.
         self._starts = sorted({0, *(int(start) for start in np.searchsorted(size, steps))})
         self._pieces: dict[int, list[bytes]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return -(-len(self._order) // _GROUP)
 
-    def __getitem__(self, index: int) -> tuple[int, bytes]:
-        piece = bisect.bisect_right(self._starts, index) - 1
+    def __getitem__(self, group: int) -> list[tuple[int, bytes]]:
+        numbers = range(group * _GROUP, min((group + 1) * _GROUP, len(self._order)))
+        return [(self._order[number], self._bytes(number)) for number in numbers]
+
+    def _bytes(self, number: int) -> bytes:
+        piece = bisect.bisect_right(self._starts, number) - 1
         found = self._pieces.get(piece)
         if found is None:
             with self._lock:
                 found = self._pieces.get(piece) or self._read(piece)
-        return self._order[index], found[index - self._starts[piece]]
+        return found[number - self._starts[piece]]
 
     def _read(self, piece: int) -> list[bytes]:
         start, *rest = self._starts[piece : piece + 2]
@@ -297,46 +302,62 @@ def _embed_pictures(
 ) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
     """float16 embeddings, 0 for pictures that cannot be decoded; these with their reasons.
 
-    Threads read and decode two batches ahead of the devices; no more pixels are in memory.
+    Threads read and decode about two batches ahead of the devices; no more pixels are in memory.
     """
     import grain
     from absl import flags
 
     rejected: dict[int, str] = {}
 
-    def decode(picture: tuple[int, bytes]) -> tuple[int, np.ndarray] | None:
-        row, data = picture
-        try:
-            return row, model.towers.decode(data)
-        except ops.UndecodableImage as error:
-            rejected[row] = error.reason
-            return None  # Grain leaves it out
+    def decode(group: list[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray] | None:
+        rows, pixels = [], []
+        for row, data in group:
+            try:
+                pixels.append(model.towers.decode(data))
+                rows.append(row)
+            except ops.UndecodableImage as error:
+                rejected[row] = error.reason
+        return (np.array(rows), np.stack(pixels)) if rows else None  # Grain leaves None out
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain asks for a flag of its own
     threads = os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, batch_size))
-    stream = (
+    ahead = max(threads, -(-2 * batch_size // _GROUP))
+    groups = (
         grain.MapDataset.source(_Pictures(workdir, pairs))
         .map(decode)
-        .to_iter_dataset(options, allow_nones=False)
-        .batch(batch_size)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     )
-    stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
     rows: list[np.ndarray] = []
 
-    def pixels() -> Iterator[np.ndarray]:
-        for numbers, images in stream:
+    def batches() -> Iterator[np.ndarray]:
+        for numbers, pixels in _rebatch(groups, batch_size):
             rows.append(numbers)
-            yield images
+            yield pixels
 
     embeddings = np.zeros((len(pairs), 0), np.float16)
-    results = model.towers.embed_image_batches(model.params, pixels())
+    results = model.towers.embed_image_batches(model.params, batches())
     for number, vectors in enumerate(results):
         if not number:
             embeddings = np.zeros((len(pairs), vectors.shape[1]), np.float16)
         embeddings[rows[number]] = vectors
     return embeddings, rejected
+
+
+def _rebatch(
+    groups: Iterable[tuple[np.ndarray, np.ndarray]], size: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Rows and pixels, `size` of them at a time and at last what is left."""
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    for group in groups:
+        held.append(group)
+        while sum(len(rows) for rows, _ in held) >= size:
+            joined = tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
+            yield tuple(part[:size] for part in joined)
+            held = [tuple(part[size:] for part in joined)]
+    joined = tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
+    if joined and len(joined[0]):
+        yield joined
 
 
 def _row_dots(

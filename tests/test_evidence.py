@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import engine, evidence, selection
 from mofi_jax import errors, inference
@@ -53,14 +55,27 @@ def test_small_pieces_and_blocks_give_the_same_bytes(world, monkeypatch):
     assert model.pictures == 2 * len(_scored(workdir))
 
 
-def test_pictures_come_by_number_in_any_order(world):
+def test_pictures_come_by_number_in_any_order(world, monkeypatch):
     workdir, _, _, _ = world
+    monkeypatch.setattr(evidence, "_GROUP", 2)
+    monkeypatch.setattr(evidence, "_READ_BYTES", 3000)
     pairs = pq.read_table(workdir / "pairs/00000.parquet").slice(0, 9)
     pictures = evidence._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
     forwards = [pictures[i] for i in range(len(pictures))]
     backwards = [pictures[i] for i in reversed(range(len(pictures)))]
     assert forwards == backwards[::-1]
-    assert sorted(row for row, _ in forwards) == list(range(9))
+    assert [len(group) for group in forwards] == [2, 2, 2, 2, 1]
+    assert sorted(row for group in forwards for row, _ in group) == list(range(9))
+
+
+@given(st.lists(st.integers(0, 5), max_size=9), st.integers(1, 7))
+def test_batches_keep_order_and_size(lengths, size):
+    rows = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]) if lengths else []
+    found = list(evidence._rebatch(((group, 10 * group) for group in rows), size))
+    np.testing.assert_array_equal([r for part, _ in found for r in part], np.arange(sum(lengths)))
+    assert all((pixels == 10 * part).all() for part, pixels in found)
+    assert [len(part) for part, _ in found[:-1]] == [size] * (len(found) - 1)
+    assert all(0 < len(part) <= size for part, _ in found)
 
 
 def test_a_picture_that_broke_since_is_left_out(world):
