@@ -4,6 +4,8 @@ import json
 import operator
 from typing import Any
 
+CPU = "cpu"
+
 _COMPARE = {"<=": operator.le, ">=": operator.ge}
 
 

@@ -123,18 +123,7 @@ def build(
             )
     anchors = os.path.abspath(config.anchors) if config.anchors else None
     inputs = (*kb_source.files(source), *([anchors] if anchors else []))
-    settings = {
-        "version": 2,
-        "format": kb_source.format_of(source),
-        "languages": list(config.languages),
-        "need_link_or_image": config.need_link_or_image,
-        "drop_types": config.drop_types.to_dict(),
-        "alpha": config.alpha,
-        "alias_factor": config.alias_factor,
-        "anchor_min_links": config.anchor_min_links,
-        "anchor_smoothing": config.anchor_smoothing,
-        "max_stored": knowledge_base.MAX_STORED,
-    }
+    settings = settings_of(config, kb_source.format_of(source))
     run = functools.partial(
         _build,
         source=source,
@@ -149,6 +138,22 @@ def build(
     (manifest,) = work.map_shards(stage, run, [task], settings, here=True)
     shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
     return manifest
+
+
+def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
+    """All that the base depends on besides its source, whose format is `form`."""
+    return {
+        "version": 2,
+        "format": form,
+        "languages": list(config.languages),
+        "need_link_or_image": config.need_link_or_image,
+        "drop_types": config.drop_types.to_dict(),
+        "alpha": config.alpha,
+        "alias_factor": config.alias_factor,
+        "anchor_min_links": config.anchor_min_links,
+        "anchor_smoothing": config.anchor_smoothing,
+        "max_stored": knowledge_base.MAX_STORED,
+    }
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -193,7 +198,7 @@ def _build(
     folder = os.path.join(outputs.workdir, outputs.stage, _PARTS)
     os.makedirs(folder, exist_ok=True)
     chunks = kb_source.chunks(source, chunk_lines, workers)
-    parts = _parse_all(chunks, _Parser(folder, settings), workers)
+    parts = _parse_all(chunks, Parser(folder, settings), workers)
     return kb_merge.merge(
         [os.path.join(folder, part) for part in parts],
         outputs,
@@ -204,7 +209,7 @@ def _build(
     )
 
 
-def _parse_all(chunks: Iterator[kb_source.Chunk], parser: _Parser, workers: int) -> list[str]:
+def _parse_all(chunks: Iterator[kb_source.Chunk], parser: Parser, workers: int) -> list[str]:
     """The names of the parts of all chunks, parsed where they are not there yet."""
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
@@ -234,7 +239,7 @@ def _parse_all(chunks: Iterator[kb_source.Chunk], parser: _Parser, workers: int)
     return names
 
 
-class _Parser(NamedTuple):
+class Parser(NamedTuple):
     """Turns chunks into parts (`data_prep.kb_parts`) in a folder."""
 
     folder: str

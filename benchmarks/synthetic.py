@@ -1,0 +1,112 @@
+"""Invented names, captions, knowledge bases and dump lines, the same every time."""
+
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+
+_SYLLABLES = [
+    c + v + e for c in "bcdfghjklmnprstvwz" for v in "aeiou" for e in ("", "n", "r", "ck")
+]
+
+
+def words(count: int, seed: int = 0) -> list[str]:
+    """Words of two to four syllables: a million of them compress about as real names do."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices(_SYLLABLES, k=draw.choice((2, 3, 3, 4)))) for _ in range(count)]
+
+
+def names(count: int, seed: int = 0) -> Iterator[str]:
+    """Names of one to three capitalised words, none twice."""
+    draw = random.Random(seed + 1)
+    vocabulary = [word.capitalize() for word in words(max(1_000, count // 20), seed)]
+    seen = set()
+    while len(seen) < count:
+        name = " ".join(draw.choices(vocabulary, k=draw.choice((1, 2, 2, 3))))
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def write_rows(path: pathlib.Path, entities: int, aliases_each: int) -> pathlib.Path:
+    """A knowledge base of JSON lines with `entities * (1 + aliases_each)` names."""
+    fresh = names(entities * (1 + aliases_each))
+    with open(path, "w") as file:
+        for number in range(entities):
+            label, *aliases = (next(fresh) for _ in range(1 + aliases_each))
+            row = {"qid": f"Q{number + 1}", "label": label, "aliases": aliases}
+            row |= {"description": f"thing {number}", "sitelinks": number % 200}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+_CAPTIONS = (
+    "A photo of {a} near {b} in summer",
+    "{a} and {b} at the annual meeting of {c}, {year}",
+    "vintage poster: {a} by {b}",
+    "the best {w} recipes from {a} | {b}",
+    "{a} walking down a street in {b}",
+)
+
+
+def captions(count: int, of: list[str], seed: int = 3) -> list[str]:
+    """Captions of about twelve words and two or three of the names `of`."""
+    draw = random.Random(seed)
+    fillers = words(500, 9)
+    return [
+        draw.choice(_CAPTIONS).format(
+            a=draw.choice(of),
+            b=draw.choice(of),
+            c=draw.choice(of),
+            w=draw.choice(fillers),
+            year=draw.randrange(1950, 2026),
+        )
+        for _ in range(count)
+    ]
+
+
+def dump_lines(count: int, size: int) -> Iterator[bytes]:
+    """Items of Wikidata's dump, of about `size` bytes, most of which are claims to step over."""
+    draw = random.Random(0)
+    for number, label in enumerate(names(count)):
+        qid = f"Q{1000 + number}"
+        item = {
+            "type": "item",
+            "id": qid,
+            "labels": _texts(("en", "de", "fr", "es", "ja", "nl"), label),
+            "descriptions": _texts(("en", "de", "nl", "fr"), f"a thing called {label}"),
+            "aliases": {"en": [{"language": "en", "value": f"{label} {i}"} for i in range(2)]},
+            "claims": {
+                "P31": [_claim(draw, qid, "P31", {"entity-type": "item", "id": "Q5"})],
+                "P18": [_claim(draw, qid, "P18", f"{label}.jpg")],
+            },
+            "sitelinks": {
+                wiki: {"site": wiki, "title": label, "badges": []} for wiki in ("enwiki", "dewiki")
+            },
+        }
+        length = len(json.dumps(item))
+        while length < size:
+            name = f"P{100 + len(item['claims'])}"
+            item["claims"][name] = [_claim(draw, qid, name, f"{draw.getrandbits(64):x}")]
+            length += len(json.dumps(item["claims"][name])) + len(name) + 6
+        yield json.dumps(item, separators=(",", ":")).encode()
+
+
+def _texts(languages: tuple[str, ...], value: str) -> dict:
+    return {code: {"language": code, "value": value} for code in languages}
+
+
+def _claim(draw: random.Random, qid: str, name: str, value: object) -> dict:
+    kind = "string" if isinstance(value, str) else "wikibase-entityid"
+    return {
+        "mainsnak": {
+            "snaktype": "value",
+            "property": name,
+            "hash": f"{draw.getrandbits(160):040x}",
+            "datavalue": {"value": value, "type": kind},
+            "datatype": kind,
+        },
+        "type": "statement",
+        "id": f"{qid}${draw.getrandbits(128):032x}",
+        "rank": "normal",
+    }
