@@ -65,6 +65,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.boilerplate = boilerplate.PATTERNS  # regular expressions of what is not looked at
     config.case_penalty = 0.25  # of "apple" meaning Apple in a caption that uses capitals; 1: off
     config.company_weight = 0.0  # of a kind shared with the caption's other mentions; 0: off
+    config.linker_weight = 4.0  # of what an entity_linker in spacy_model chose, if it has one
 
     # Selection. The paper publishes neither template nor threshold.
     config.labels = args.labels  # clip: the picture decides. text: the best prior of each mention

@@ -58,7 +58,6 @@ class KnowledgeBase:
 
         self.path = epath.Path(path)
         self._trie = marisa_trie.Trie().mmap(os.fspath(self.path / "aliases.marisa"))
-        self._kinds: list | None = None  # read when asked for: only an option needs them
         self._offsets, self._entity, self._prior, self._case = (
             np.load(self.path / f"{name}.npy", mmap_mode="r")
             for name in ("alias_offsets", "cand_entity", "cand_prior", "cand_case")
@@ -97,13 +96,20 @@ class KnowledgeBase:
         found = Candidates(np.repeat(surface, lengths), self._entity[rows], prior, self._case[rows])
         return found if len(alias) == len(set(surface.tolist())) else _merged(found)
 
+    def qid(self, entity: int) -> str:
+        """The id of an entity in its source."""
+        return self._columns[0][entity].as_py()
+
     def kinds(self, entity: int) -> frozenset[str]:
         """What an entity is an instance or a subclass of, and its own id."""
-        if self._kinds is None:
-            table = read_entities(self.path).select(["qid", "hypernyms", "types"])
-            self._kinds = [column.combine_chunks() for column in table.columns]
-        own, *kinds = (column[entity].as_py() for column in self._kinds)
+        own, *kinds = (column[entity].as_py() for column in self._columns)
         return frozenset([own, *(kind for values in kinds for kind in values or ())])
+
+    @functools.cached_property
+    def _columns(self) -> list:
+        """Read when asked for: only options of the linking need them."""
+        table = read_entities(self.path).select(["qid", "hypernyms", "types"])
+        return [column.combine_chunks() for column in table.columns]
 
     def scan(self, text: str) -> list[Match]:
         """The names in a text: at each word the longest that begins there, none inside another.

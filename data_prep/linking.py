@@ -30,6 +30,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -75,7 +76,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.boilerplate cannot be used: {error.pattern!r} is no regular expression"
             f" ({error}): correct it."
         ) from error
-    for name, most in (("case_penalty", 1.0), ("company_weight", float("inf"))):
+    limits = {"case_penalty": 1.0, "company_weight": np.inf, "linker_weight": np.inf}
+    for name, most in limits.items():
         if not 0 <= config[name] <= most:
             raise errors.BadInput(
                 f"config.{name}={config[name]!r} cannot be used: give a number from 0 to {most}."
@@ -200,7 +202,13 @@ def candidates_type():
     return pa.list_(pa.struct(fields))
 
 
-Span = tuple[int, int, str]  # start, end, kind
+class Span(NamedTuple):
+    """Characters start:end of a text, how they were found, and what spaCy's linker says of them."""
+
+    start: int
+    end: int
+    kind: str
+    qid: str = ""
 
 
 def link(
@@ -223,16 +231,21 @@ def link(
       Arrow arrays of length n: mentions and candidates, as links/ hold them.
     """
     starts, ends, surfaces, kinds, forms = [], [], [], [], []
-    mentions_until = [0]
+    mentions_until, linked = [0], dict[int, str]()
     for text, visible, found in zip(texts, blanked, spans, strict=True):
         merged: dict[tuple[int, int], tuple[str, str]] = {}  # span -> kind, normal form
+        linked_spans: dict[tuple[int, int], str] = {}
         for start, end, form in kb.scan(visible):
             merged[start, end] = ("gazetteer", form)
-        for start, end, kind in found:
+        for start, end, kind, qid in found:
             if (start, end) not in merged:
                 merged[start, end] = (kind, names.normalize(text[start:end]))
+            if qid:
+                linked_spans[start, end] = qid
         for start, end in sorted(merged):
             kind, form = merged[start, end]
+            if (start, end) in linked_spans:
+                linked[len(forms)] = linked_spans[start, end]
             starts.append(start)
             ends.append(end)
             surfaces.append(text[start:end])
@@ -241,7 +254,7 @@ def link(
         mentions_until.append(len(forms))
     bounds = np.array(mentions_until)
     text_of = np.repeat(np.arange(len(texts)), np.diff(bounds))
-    candidates = meanings.weigh(kb, rule, texts, text_of, surfaces, forms)
+    candidates = meanings.weigh(kb, rule, texts, text_of, surfaces, forms, linked)
     return (
         _mention_lists(bounds, starts, ends, surfaces, kinds),
         _candidate_lists(bounds, text_of, candidates),
@@ -272,7 +285,7 @@ def _candidate_lists(bounds, text_of, candidates: knowledge_base.Candidates):
 
 
 def spacy_spans(texts: Sequence[str], model: str, noun_chunks: bool) -> Iterator[list[Span]]:
-    """The (start, end, kind) of the named entities, then of the noun chunks, of each text.
+    """The spans of the named entities, then of the noun chunks, of each text.
 
     Articles, possessives and punctuation at the edges are cut off.
 
@@ -286,11 +299,11 @@ def spacy_spans(texts: Sequence[str], model: str, noun_chunks: bool) -> Iterator
         # Without the zone the vocabulary grows with every new word for the life of the process.
         with nlp.memory_zone():
             for doc in nlp.pipe(texts[first : first + BATCH], batch_size=BATCH):
-                spans = [(span, "ner") for span in doc.ents]
+                spans = [(span, "ner", span.kb_id_) for span in doc.ents]
                 if noun_chunks:
-                    spans += [(span, "noun_chunk") for span in doc.noun_chunks]
-                trimmed = ((_trim(span), kind) for span, kind in spans)
-                yield [(*span, kind) for span, kind in trimmed if span is not None]
+                    spans += [(span, "noun_chunk", "") for span in doc.noun_chunks]
+                trimmed = ((_trim(span), kind, qid) for span, kind, qid in spans)
+                yield [Span(*ends, kind, qid) for ends, kind, qid in trimmed if ends is not None]
 
 
 # What begins a noun phrase without being part of a name.
@@ -320,6 +333,8 @@ def _is_word(text: str) -> bool:
 def load_spacy(model: str, noun_chunks: bool):
     """The pipeline with just what finds named entities and, if asked, noun chunks."""
     import spacy
+
+    from data_prep import spacy_kb  # noqa: F401  a pipeline's entity_linker finds it by its name
 
     unused = ["lemmatizer", "textcat", "senter"]
     if not noun_chunks:  # they need the parser and the parts of speech

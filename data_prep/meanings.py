@@ -5,6 +5,7 @@ The prior of an entity given a name (`knowledge_base`) is weighed by
     case      "apple" in a caption that otherwise uses capitals is hardly Apple; "it" is hardly IT.
     company   optionally: a candidate of the same kind as candidates of the other mentions is the
               likelier one (the paper's linker is collective too)
+    linker    optionally: what a trained `entity_linker` of the spaCy pipeline chose (`spacy_kb`)
 
 and the weights of a mention's candidates are divided by their sum. Short names that are words of
 the language are dropped, everything else is only pushed back.
@@ -32,11 +33,14 @@ class Rule(NamedTuple):
         which uses capitals elsewhere, has none; 1 turns it off.
       company_weight: how much more likely a candidate is that shares a kind with all other
         mentions; 0 turns it off.
+      linker_weight: how much more likely the choice of a trained `entity_linker` of the spaCy
+        pipeline is, where it has one.
     """
 
     max_candidates: int
     case_penalty: float
     company_weight: float
+    linker_weight: float
 
     @classmethod
     def of(cls, config: Mapping) -> "Rule":
@@ -50,6 +54,7 @@ def weigh(
     text_of: np.ndarray,
     surfaces: Sequence[str],
     forms: Sequence[str],
+    linked: Mapping[int, str] | None = None,
 ) -> knowledge_base.Candidates:
     """The candidates of mentions.
 
@@ -59,6 +64,7 @@ def weigh(
       texts: captions.
       text_of: int [m], the caption of each mention, ascending.
       surfaces, forms: m mentions as they stand in the caption, and normalised.
+      linked: the id of the entity that spaCy's linker chose, by mention.
 
     Returns:
       At most `rule.max_candidates` of each mention, most likely first; priors of a mention sum to
@@ -68,6 +74,10 @@ def weigh(
     weights = found.prior * _case_factors(rule, found, texts, text_of, surfaces, forms)
     if rule.company_weight:
         weights = weights * _company_factors(kb, rule, found, weights, text_of)
+    for mention, qid in (linked or {}).items():
+        for at in np.flatnonzero(found.surface == mention):
+            if kb.qid(int(found.entity[at])) == qid:
+                weights[at] *= 1 + rule.linker_weight
     totals = np.bincount(found.surface, weights, minlength=len(forms))[found.surface]
     prior = (weights / np.where(totals > 0, totals, 1)).astype(np.float32)
     found = found._replace(prior=prior).take(np.flatnonzero(prior > 0))

@@ -35,7 +35,12 @@ BLANK = boilerplate.Blanker(boilerplate.PATTERNS)
 
 
 def rule(**changes):
-    values = {"max_candidates": 10, "case_penalty": 0.25, "company_weight": 0.0}
+    values = {
+        "max_candidates": 10,
+        "case_penalty": 0.25,
+        "company_weight": 0.0,
+        "linker_weight": 4.0,
+    }
     return meanings.Rule(**(values | changes))
 
 

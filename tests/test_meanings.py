@@ -28,12 +28,13 @@ def kb(tmp_path_factory):
     return knowledge_base.KnowledgeBase(folder / "kb")
 
 
-def weigh(kb, text, surfaces, **changes):
+def weigh(kb, text, surfaces, linked=None, **changes):
     """{surface: {qid: prior}} of mentions in one caption."""
     rule = {"max_candidates": 10, "case_penalty": 0.25, "company_weight": 0.0} | changes
+    rule = {"linker_weight": 4.0} | rule
     forms = [names.normalize(surface) for surface in surfaces]
     text_of = np.zeros(len(surfaces), np.int64)
-    found = meanings.weigh(kb, meanings.Rule(**rule), [text], text_of, surfaces, forms)
+    found = meanings.weigh(kb, meanings.Rule(**rule), [text], text_of, surfaces, forms, linked)
     result = {surface: {} for surface in surfaces}
     for number, entity, prior in zip(found.surface, found.entity, found.prior, strict=True):
         result[surfaces[number]][ROWS[entity]["qid"]] = round(float(prior), 3)
@@ -77,6 +78,12 @@ def test_company_makes_related_meanings_likelier(kb):
     assert together == {"Q89": round(2.5 / 3.25, 3), "Q312": round(0.75 / 3.25, 3)}
     found = weigh(kb, "Apple and IKEA", ["Apple", "IKEA"], company_weight=9.0)["Apple"]
     assert found["Q312"] > 0.95
+
+
+def test_what_a_trained_linker_chose_is_likelier(kb):
+    found = weigh(kb, "apple pie", ["apple"], linked={0: "Q89"}, linker_weight=5.0)["apple"]
+    assert found == {"Q89": round(1.5 / 2.25, 3), "Q312": round(0.75 / 2.25, 3)}
+    assert weigh(kb, "apple pie", ["apple"], linked={0: "Q99999"})["apple"]["Q312"] == 0.75
 
 
 def test_most_likely_first_and_no_more_than_asked(kb):

@@ -8,7 +8,7 @@ import pytest
 import spacy
 from spacy.training import Example
 
-from data_prep import kb_build, spacy_kb
+from data_prep import kb_build, knowledge_base, linking, meanings, spacy_kb
 from mofi_jax import errors
 
 ROWS = [
@@ -148,3 +148,13 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
     assert [[ent.kb_id_ for ent in loaded(text).ents] for text, _ in TEXTS] == links
     note = json.loads((tmp_path / "pipeline/entity_linker/kb/knowledge_base.json").read_text())
     assert note["folder"] == str(folder)
+
+    # As config.spacy_model of the linking stage, its choices raise what they chose.
+    texts = [text for text, _ in TEXTS]
+    spans = list(linking.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
+    assert [[span.qid for span in found] for found in spans] == links
+    kb = knowledge_base.KnowledgeBase(folder)
+    rule = meanings.Rule(10, 1.0, 0.0, linker_weight=1000.0)
+    _, candidates = linking.link(texts, texts, spans, kb, rule)
+    best = [max(found, key=lambda c: c["prior"])["entity"] for found in candidates.to_pylist()]
+    assert [[kb.qid(entity)] for entity in best] == links
