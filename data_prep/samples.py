@@ -11,6 +11,8 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
+from data_prep import engine
+
 # Columns by their usual names, the likeliest first; letter case does not matter.
 TEXT_COLUMNS = ("text", "caption", "alt_text", "alttext", "alt", "title", "sentence", "prompt")
 KEY_COLUMNS = ("key", "__key__", "uid")
@@ -113,3 +115,23 @@ def cut_caption(text: str, limit: int) -> str:
         return text
     head = text[: limit + 1].rpartition(" ")[0]
     return (head or text[:limit]).rstrip()
+
+
+class Unpacked:
+    """A file of pictures one after the other, made when the first one comes."""
+
+    def __init__(self, outputs: engine.Outputs, name: str):
+        self._outputs, self._name = outputs, name
+        self._file = None
+
+    def add(self, picture: bytes) -> tuple[str, int, int]:
+        """Appends a picture; returns its pointer."""
+        if self._file is None:
+            self._file = open(self._outputs.path(self._name), "wb")  # noqa: SIM115  see close
+        offset = self._file.tell()
+        self._file.write(picture)
+        return self._name, offset, len(picture)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

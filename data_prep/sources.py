@@ -233,26 +233,6 @@ def _schema():
     )
 
 
-class _Unpacked:
-    """A file of pictures one after the other, made when the first one comes."""
-
-    def __init__(self, outputs: engine.Outputs, name: str):
-        self._outputs, self._name = outputs, name
-        self._file = None
-
-    def add(self, picture: bytes) -> tuple[str, int, int]:
-        """Appends a picture; returns its pointer."""
-        if self._file is None:
-            self._file = open(self._outputs.path(self._name), "wb")  # noqa: SIM115  see close
-        offset = self._file.tell()
-        self._file.write(picture)
-        return self._name, offset, len(picture)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Looks at every sample of a part."""
     import pyarrow as pa
@@ -263,7 +243,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     workdir = os.path.join(os.path.abspath(outputs.workdir), "")
     counts: dict[str, int] = {"members": 0, "captions_cut": 0}
     schema = _schema()
-    unpacked = _Unpacked(outputs, f"unpacked/{task.name}.pictures")
+    unpacked = samples.Unpacked(outputs, f"unpacked/{task.name}.pictures")
     batches, rows, rejects = [], [], []
 
     def flush() -> None:

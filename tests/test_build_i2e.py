@@ -94,9 +94,10 @@ def test_the_data_set_opens_by_name_and_agrees_with_the_funnel(reference):
     assert (workdir / "report/index.html").exists()
 
 
-def test_two_workers_write_the_same_bytes(reference, folder, tmp_path):
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_writes_the_same_bytes(reference, folder, tmp_path, workers):
     workdir, result = reference
-    again = build_i2e.build(make_config(folder, workers=2), str(tmp_path))
+    again = build_i2e.build(make_config(folder, workers=workers), str(tmp_path))
     assert again["shards_sha256"] == result["shards_sha256"]
     assert digests(tmp_path) == digests(workdir)
 

@@ -1,21 +1,26 @@
 """Ray: two machines of a local cluster write the same bytes as one process, also when one dies."""
 
+import functools
 import hashlib
 import os
 import pathlib
 import signal
+import tarfile
 import threading
 import time
 
 import pytest
 
-from data_prep import engine, executors
+from configs import i2e as i2e_config
+from data_prep import build_i2e, engine, executors
 from mofi_jax import errors
+from tests.inputs import tar_bytes
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 SETTINGS = {"version": 1}
+SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
 
 
 def shout(task, outputs, settings):
@@ -131,6 +136,24 @@ def test_a_machine_that_dies_in_mid_job_changes_no_byte(tmp_path, cluster, execu
     assert digests(tmp_path / "ray") == digests(tmp_path / "here")
     cluster.remove_node(doomed, allow_graceful=False)
     cluster.second = cluster.add_node(num_cpus=1)
+
+
+def test_the_whole_pipeline_writes_the_same_shards_on_two_machines(tmp_path, cluster):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(SAMPLE / f"pairs/{shard:05d}.tar.gz") as source:
+            members = [(m.name, source.extractfile(m).read()) for m in source.getmembers()[:45]]
+        (folder / f"{shard:05d}.tar").write_bytes(tar_bytes(members))
+    arguments = f"folder={folder},kb={SAMPLE / 'knowledge_base.jsonl.gz'},labels=text"
+    config = i2e_config.get_config(arguments)
+    config.update({"min_images": 1, "shard_examples": 10, "vocab_size": 300, "workers": 1})
+    here = build_i2e.build(config, str(tmp_path / "here"))
+    on_ray = functools.partial(executors.Ray, cluster.address)
+    there = build_i2e.build(config, str(tmp_path / "ray"), on_ray)
+    assert there["shards_sha256"] == here["shards_sha256"]
+    assert there["stages"] == here["stages"]
+    assert here["stages"]["shards"]["records"] > 35
 
 
 def test_an_address_where_no_cluster_answers_is_told():
