@@ -4,8 +4,9 @@ links/ -> scores/. These are the stages that run a model; what follows from thei
 is in `fits`. One process for each machine owns the accelerator and all of its devices.
 
     model/    fingerprint.txt: of the files that embeddings depend on. A model folder may move.
-    texts/    entities.npy int32 [n], every entity that is a candidate somewhere; embeddings.npy
-              float16 [n, d]; model.json, the fingerprint
+    candidates/  entities.parquet: every entity that is a candidate somewhere
+    texts/    entities.npy int32 [n], the same; embeddings.npy float16 [n, d], of their texts;
+              model.json, the fingerprint
     scores/   NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4), of the pairs that have
               a candidate, in the order of links/; NNNNN.npy image embeddings float16 [rows, d].
               A picture that cannot be decoded any more has no row: the labels give the reason.
@@ -68,7 +69,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
 
     # The folder is no part of the settings: which model it is, the fingerprint says.
     fingerprint = workdir / "model/fingerprint.txt"
-    task = engine.Task("all", (workdir / "kb/entities.parquet", fingerprint, *links))
+    entities = workdir / "candidates/entities.parquet"
+    work.aggregate("candidates", {"candidates/entities.parquet": _CANDIDATES}, {"links": links})
+    task = engine.Task("all", (workdir / "kb/entities.parquet", fingerprint, entities))
     settings = {"batch_size": config.batch_size, "template": config.template}
     function = functools.partial(_embed_texts, config.clip)
     work.map_shards("texts", function, [task], settings, accelerator=True)
@@ -150,13 +153,9 @@ _CANDIDATES = """
 def _embed_texts(
     folder: str, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
-    """Embeds the texts of all entities that are a candidate somewhere."""
-    kb, fingerprint, *links = task.inputs
-    entities = np.zeros(0, np.int32)
-    if links:
-        with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
-            found = connection.sql(_CANDIDATES, params={"links": links}).fetchnumpy()
-        entities = np.asarray(found["entity"], np.int32)
+    """Embeds the texts of the candidates."""
+    kb, fingerprint, candidates_path = task.inputs
+    entities = candidates.read_column(candidates_path, "entity").to_numpy()
     _save(outputs, "texts/entities.npy", entities)
     path, written, embeddings = outputs.path("texts/embeddings.npy"), 0, None
     for texts in _texts(kb, entities, settings["template"]):

@@ -25,10 +25,25 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Returns:
       The one manifest; counts `entities`, `labels`.
     """
-    workdir = work.workdir
-    kb = workdir / "kb/entities.parquet"
-    inputs = (kb, *sorted(workdir.glob("labels_final/*.parquet")))
-    return work.map_shards("vocabulary", _write, [engine.Task("entities", inputs)], {}, here=True)
+    labels = sorted(work.workdir.glob("labels_final/*.parquet"))
+    tables = {"kb": [work.workdir / "kb/entities.parquet"], "labels": labels}
+    work.aggregate("label_counts", {"label_counts/entities.parquet": _COUNTS}, tables)
+    task = engine.Task("entities", (work.workdir / "label_counts/entities.parquet",))
+    return work.map_shards("vocabulary", _write, [task], {}, here=True)
+
+
+# file_row_number is the row of the knowledge base, which is what labels hold.
+_COUNTS = """
+    SELECT kb.file_row_number AS kb_row, kb.qid, kb.label, coalesce(kb.description, '') AS text,
+           counts.image_count
+    FROM read_parquet($kb, file_row_number = true) AS kb
+    JOIN (
+        SELECT entity, count(*) AS image_count
+        FROM (SELECT unnest(entities) AS entity FROM read_parquet($labels))
+        GROUP BY entity
+    ) AS counts ON counts.entity = kb.file_row_number
+    ORDER BY counts.image_count DESC, kb.qid
+"""
 
 
 def entity_ids(kb_rows: np.ndarray, entities: np.ndarray) -> np.ndarray:
@@ -42,33 +57,17 @@ def entity_ids(kb_rows: np.ndarray, entities: np.ndarray) -> np.ndarray:
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import duckdb
+    import pyarrow.parquet as pq
 
-    kb_path, *label_paths = task.inputs
-    # file_row_number is the row of the knowledge base, which is what labels hold.
-    rows = duckdb.execute(
-        """
-        SELECT kb.file_row_number AS kb_row, kb.qid, kb.label, coalesce(kb.description, ''),
-               counts.image_count
-        FROM read_parquet($kb, file_row_number = true) AS kb
-        JOIN (
-            SELECT entity, count(*) AS image_count
-            FROM (SELECT unnest(entities) AS entity FROM read_parquet($labels))
-            GROUP BY entity
-        ) AS counts ON counts.entity = kb.file_row_number
-        ORDER BY counts.image_count DESC, kb.qid
-        """,
-        {"kb": kb_path, "labels": label_paths},
-    ).fetchall()
-    if not rows:
+    rows = pq.read_table(task.inputs[0])
+    if not len(rows):
         raise errors.BadInput(
-            f"No entity is left in {os.path.dirname(label_paths[0])}: lower config.min_images or "
+            f"No entity is left in {outputs.workdir / 'labels_final'}: lower config.min_images or "
             "config.min_fit, or check that the knowledge base fits the captions."
         )
-    kb_rows, qids, names, descriptions, counts = zip(*rows, strict=True)
-    entities = records.Entities(
-        list(qids), list(names), list(descriptions), np.array(counts, np.int64)
-    )
+    qids, labels, texts = (rows[name].to_pylist() for name in ("qid", "label", "text"))
+    entities = records.Entities(qids, labels, texts, rows["image_count"].to_numpy())
     records.write_entities(outputs.path("vocabulary/entities.parquet"), entities)
-    np.save(os.fspath(outputs.path("vocabulary/kb_rows.npy")), np.array(kb_rows, np.int32))
+    kb_rows = rows["kb_row"].to_numpy().astype(np.int32)
+    np.save(os.fspath(outputs.path("vocabulary/kb_rows.npy")), kb_rows)
     return {"entities": len(entities), "labels": int(entities.counts.sum())}
