@@ -16,34 +16,27 @@ import argparse
 import gzip
 import json
 import pathlib
-import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import figures, synthetic
+from benchmarks import figures, million_pairs, synthetic
 from benchmarks import knowledge_base as kb_figures
 from configs import i2e
 from data_prep import (
     boilerplate,
     engine,
-    filters,
     kb_build,
     knowledge_base,
     linking,
     meanings,
     names,
-    plan,
-    selection,
-    vocabulary,
 )
 
 
@@ -257,7 +250,7 @@ def two_workers(report: figures.Report, quick: bool) -> None:
         engines = {}
         for workers in (1, 2):
             workdir = folder / f"w{workers}"
-            write_pairs(workdir, captions, shard_rows=1_000)
+            synthetic.write_pairs(workdir, captions, shard_rows=1_000)
             kb_build.build(rows, workdir / "kb")
             engines[workers] = engine.Engine(workdir, workers)
         turn = [0]
@@ -274,123 +267,13 @@ def two_workers(report: figures.Report, quick: bool) -> None:
     report.add("engine: two workers against one, linking stage", ratio, "x", figures.CPU, ">= 1.6")
 
 
-# ---------------------------------------------------------------------------------- a million pairs
-
-
-def write_pairs(workdir: pathlib.Path, captions: list[str], shard_rows: int) -> int:
-    """pairs/ without pictures; returns the number of shards."""
-    (workdir / "pairs").mkdir(parents=True)
-    for shard, start in enumerate(range(0, len(captions), shard_rows)):
-        texts = captions[start : start + shard_rows]
-        keys = [f"{shard:05d}{row:05d}" for row in range(len(texts))]
-        zeros = np.zeros(len(texts), np.int64)
-        table = {
-            "key": keys,
-            "text": texts,
-            "source": ["synthetic"] * len(texts),
-            "path": [f"{shard:05d}.tar"] * len(texts),
-            "offset": zeros,
-            "length": zeros,
-            "width": zeros.astype(np.int32),
-            "height": zeros.astype(np.int32),
-            "sha256": keys,
-            "phash": zeros,
-        }
-        pq.write_table(pa.table(table), workdir / f"pairs/{shard:05d}.parquet")
-    return shard + 1
-
-
-class Memory:
-    """Resident memory of this process, sampled ten times a second, by stage."""
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[float, float]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._stop.wait(0.1):
-            self.samples.append((time.monotonic(), process.memory_info().rss / 2**20))
-
-    def growth(self) -> float:
-        """The peak of the second half of the time over the peak of the first, minus 1."""
-        middle = (self.samples[0][0] + self.samples[-1][0]) / 2
-        halves = [
-            max((rss for at, rss in self.samples if (at >= middle) == late), default=0.0)
-            for late in (False, True)
-        ]
-        return halves[1] / halves[0] - 1
-
-    def peak(self) -> float:
-        return max(rss for _, rss in self.samples)
-
-
-def million_pairs(report: figures.Report, quick: bool) -> None:
-    """The stages without pictures over synthetic pairs, in this one process."""
-    pairs, unique = (50_000, 2_000) if quick else (1_000_000, 60_000)
-    draw = random.Random(5)
-    captions = synthetic.captions(unique, list(synthetic.names(60_000)))
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        write_pairs(folder / "W", draw.choices(captions, k=pairs), shard_rows=10_000)
-        kb_build.build(synthetic.write_rows(folder / "rows.jsonl", 20_000, 2), folder / "W/kb")
-        config = make_config(min_images=5, max_images=5_000)
-        work = engine.Engine(folder / "W")
-        with Memory() as linked:
-            linking.run(config, work)
-        with Memory() as rest:
-            selection.run(config, work)
-            filters.run(config, work)
-            vocabulary.run(config, work)
-            plan.run(work, "i2e", seed=0, shard_examples=10_000)
-        seconds = engine.stage_seconds(work.workdir)
-    scale = f"{pairs:,} pairs"
-    report.add(
-        f"{scale}: memory in the second half of linking over the first",
-        linked.growth(),
-        "growth",
-        figures.CPU,
-        "<= 0.1",
-    )
-    report.add(
-        f"{scale}: memory in the second half of the other stages over the first",
-        rest.growth(),
-        "growth",
-        figures.CPU,
-    )
-    report.add(f"{scale}: peak memory", max(linked.peak(), rest.peak()), "MiB", figures.CPU)
-    aggregates = (
-        "caption_rows",
-        "link_rows",
-        "entity_counts",
-        "frequent",
-        "vocabulary",
-        "ordered-i2e",
-        "planned-i2e",
-    )
-    seconds.pop("kb", None)
-    for stage, found in seconds.items():
-        rate = pairs / max(found["seconds"], 1e-3)
-        asked = ">= 300000" if stage in aggregates and not quick else None
-        report.add(f"{scale}: stage {stage}", rate, "rows/s", figures.CPU, asked)
-
-
 PARTS = {
     "kb": kb_figures.size,
     "parse": kb_figures.parse_speed,
     "linking": linking_speed,
     "overhead": engine_overhead,
     "workers": two_workers,
-    "million": million_pairs,
+    "million": million_pairs.measure,
 }
 
 

@@ -5,6 +5,10 @@ import pathlib
 import random
 from collections.abc import Iterator
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 _SYLLABLES = [
     c + v + e for c in "bcdfghjklmnprstvwz" for v in "aeiou" for e in ("", "n", "r", "ck")
 ]
@@ -110,3 +114,26 @@ def _claim(draw: random.Random, qid: str, name: str, value: object) -> dict:
         "id": f"{qid}${draw.getrandbits(128):032x}",
         "rank": "normal",
     }
+
+
+def write_pairs(workdir: pathlib.Path, captions: list[str], shard_rows: int) -> int:
+    """pairs/ without pictures; returns the number of shards."""
+    (workdir / "pairs").mkdir(parents=True)
+    for shard, start in enumerate(range(0, len(captions), shard_rows)):
+        texts = captions[start : start + shard_rows]
+        keys = [f"{shard:05d}{row:05d}" for row in range(len(texts))]
+        zeros = np.zeros(len(texts), np.int64)
+        table = {
+            "key": keys,
+            "text": texts,
+            "source": ["synthetic"] * len(texts),
+            "path": [f"{shard:05d}.tar"] * len(texts),
+            "offset": zeros,
+            "length": zeros,
+            "width": zeros.astype(np.int32),
+            "height": zeros.astype(np.int32),
+            "sha256": keys,
+            "phash": zeros,
+        }
+        pq.write_table(pa.table(table), workdir / f"pairs/{shard:05d}.parquet")
+    return shard + 1
