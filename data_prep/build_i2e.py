@@ -79,7 +79,7 @@ def build(
 
         # ------------------------------------------------------------------------------- entities
         if config.dataset == "i2e":
-            kb_build.prepare(config, work.workdir)
+            kb_build.prepare(config, work)
             stages["links"] = engine.total_counts(linking.run(config, work))
             stages["labels"] = engine.total_counts(selection.run(config, work))
             stages["labels_final"] = engine.total_counts(filters.run(config, work))

@@ -21,6 +21,7 @@ The work directory is on a file system where rename and flock work, and which al
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -115,6 +116,7 @@ class Engine:
         *,
         here: bool = False,
         accelerator: bool = False,
+        own_progress: bool = False,
     ) -> list[dict]:
         """Runs `function` on every task that is not finished yet.
 
@@ -127,6 +129,7 @@ class Engine:
           settings: everything besides the inputs that the output depends on, as JSON values.
           here: run in this process.
           accelerator: run where the accelerator is: here, or in the actors of a Ray cluster.
+          own_progress: the function shows its progress itself, so that the display makes room.
 
         Returns:
           The manifests of the shards that are not in quarantine, in the order of the tasks: stage,
@@ -163,7 +166,12 @@ class Engine:
             alone = here or (len(todo) == 1 and not accelerator)
             executor = self._here if alone else self._executor
             allowed = int(self._failure_budget * len(tasks))
-            with self._display.stage(stage, len(tasks), len(found)) as advance:
+            if own_progress:
+                self._display.close()
+                showing = contextlib.nullcontext(lambda counts: None)
+            else:
+                showing = self._display.stage(stage, len(tasks), len(found))
+            with showing as advance:
                 for job, outcome in executor.run(todo, accelerator):
                     if isinstance(outcome, dict):
                         found[job.task.name] = outcome

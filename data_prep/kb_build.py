@@ -65,20 +65,20 @@ check_source = kb_source.check
 _PARTS = ".parts"
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
     """Puts `config.knowledge_base` at W/kb: built by `config.workers` processes, or a link.
 
     Raises:
       BadInput: neither something that can be built from nor a finished folder.
     """
     check_source(config.knowledge_base)
-    source, kb = os.path.abspath(config.knowledge_base), os.path.abspath(epath.Path(workdir) / "kb")
+    source, kb = os.path.abspath(config.knowledge_base), os.fspath(work.workdir / "kb")
     if os.path.islink(kb) and os.readlink(kb) != source:
         os.unlink(kb)
     if not kb_source.is_finished(source):
         rules = _default_config()
         rules.workers = config.workers
-        build(source, kb, rules)
+        build(source, kb, rules, work)
     elif source != kb and not os.path.islink(kb):
         if os.path.exists(kb):
             raise errors.BadInput(
@@ -93,6 +93,7 @@ def build(
     source: epath.PathLike,
     out: epath.PathLike,
     config: ml_collections.ConfigDict | None = None,
+    work: engine.Engine | None = None,
 ) -> dict:
     """Builds the folder `out` from `source`; a finished one of the same source is left alone.
 
@@ -100,6 +101,7 @@ def build(
       source: a path or "-" for standard input; see `data_prep.kb_source`.
       out: the folder.
       config: as configs/kb.py makes it, whose defaults are taken for None.
+      work: the engine of the folder that holds `out`; None makes one.
 
     Returns:
       The manifest; counts `entities`, `aliases`, `candidates`, `rejected` (lines), `empty_names`,
@@ -132,10 +134,10 @@ def build(
         chunk_lines=config.chunk_lines,
         memory_gb=config.memory_gb,
     )
-    work = engine.Engine(os.path.dirname(out), 1)
+    work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
-    (manifest,) = work.map_shards(stage, run, [task], settings, here=True)
+    (manifest,) = work.map_shards(stage, run, [task], settings, here=True, own_progress=True)
     shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
     return manifest
 

@@ -155,7 +155,7 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
 
     def prepare(workdir, given):
         config = ml_collections.ConfigDict({"knowledge_base": str(given), "workers": 1})
-        kb_build.prepare(config, tmp_path / workdir)
+        kb_build.prepare(config, engine.Engine(tmp_path / workdir))
         kb = knowledge_base.KnowledgeBase(tmp_path / workdir / "kb")
         assert kb.candidates("rosebush", 1) == [(0, 1.0)]
 
