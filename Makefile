@@ -15,7 +15,7 @@ quickstart: $(VENV)/.core
 compare: $(VENV)/.core
 	$(RUN) -m quickstart --compare
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.tpu_compiler
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest
@@ -45,3 +45,10 @@ $(VENV)/.test: requirements.txt requirements-test.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@ $(VENV)/.core
+
+# The TPU compiler that this jax names, in a folder of its own: beside jax itself it would make every
+# start look for a TPU.
+$(VENV)/.tpu_compiler: $(VENV)/.test
+	libtpu=$$($(RUN) -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))') && \
+	  $(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/tpu_compiler "$$libtpu"
+	touch $@

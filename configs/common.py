@@ -74,17 +74,33 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
     )
 
 
-def losses(task: str, *, scale: float, margin: float, block_size: int) -> dict[str, dict[str, Any]]:
-    """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5)."""
+def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any]]:
+    """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5).
+
+    entity: ``scale`` of the cosines, the start of a learned one with ``learn_scale``; ``margin``
+    with its ``margin_kind``, cosface or arcface; ``sample_rate``, the share of the classes that a
+    step sees, 1 for the exact softmax; ``block_size``, classes a block, 0 to choose it from the
+    shapes.  contrastive: ``kind``, softmax (CLIP) or sigmoid (SigLIP); ``same_entity``, what texts
+    about an entity that the picture shows are to it beside its own: off (negatives like all
+    others), masked (no negatives) or positive.
+    """
     if task not in TASKS:
         raise BadInput(f"Unknown task {task!r}: choose from {', '.join(TASKS)}.")
-    entity = {"weight": 1.0, "scale": scale, "margin": margin, "block_size": block_size}
-    contrastive = {"weight": 1.0}
+    entity = {
+        "weight": 1.0,
+        "scale": scale,
+        "learn_scale": False,
+        "margin": margin,
+        "margin_kind": "cosface",
+        "sample_rate": 1.0,
+        "block_size": 0,
+    }
+    contrastive = {"weight": 1.0, "kind": "softmax", "same_entity": "masked"}
     if task == "supervised":
         return {"entity": entity}
     if task == "contrastive":
         return {"contrastive": contrastive}
-    return {"entity": {**entity, "weight": 0.5}, "contrastive": {"weight": 0.5}}
+    return {"entity": {**entity, "weight": 0.5}, "contrastive": {**contrastive, "weight": 0.5}}
 
 
 def mesh() -> dict[str, int]:

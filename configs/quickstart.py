@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         }
     )
     if "entity" in config.losses:
-        config.losses.entity.update({"block_size": 512, "scale": 16.0, "margin": 0.1})
+        config.losses.entity.update({"scale": 16.0, "margin": 0.1})
         config.optimizer.table.learning_rate_multiplier = 5.0
 
     classes = f"{SAMPLE}/classes.jsonl"

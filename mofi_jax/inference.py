@@ -26,7 +26,7 @@ from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
 from mofi_jax.interop import huggingface
-from mofi_jax.losses import entity
+from mofi_jax.losses import entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
 from mofi_jax.training import checkpoint
@@ -144,11 +144,15 @@ class Towers:
 
     def _entity_step(self, k: int) -> Callable:
         if k not in self._entity_steps:
-            self._entity_steps[k] = self._jit(
-                lambda table, embeddings: entity.entity_logits_topk(
-                    embeddings, table, num_entities=len(self.entities), k=k, mesh=self.mesh
+            entities = len(self.entities)
+
+            def nearest(table: jax.Array, embeddings: jax.Array) -> tuple[jax.Array, jax.Array]:
+                rows, cosines = entity_topk.entity_topk(
+                    embeddings, table, num_entities=entities, k=k, mesh=self.mesh
                 )
-            )
+                return partition.table_entities(rows, entities), cosines
+
+            self._entity_steps[k] = self._jit(nearest)
         return self._entity_steps[k]
 
     def _jit(self, function: Callable) -> Callable:

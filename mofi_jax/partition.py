@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -22,11 +23,13 @@ from mofi_jax.errors import BadInput
 BATCH_AXES = ("replica", "fsdp")
 ALL_AXES = ("replica", "fsdp", "tensor")
 
+ENTITY_TABLE = "entity_table"  # the class table among the parameters
+
 # Ordered, first match wins, applied to parameters and optimizer moments alike (their paths end in
 # the parameter's path).  Each entry names the axis for each dimension counted from the last one, so
 # that a leading layer axis of a scanned stack needs no rule of its own.
 RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"entity_table$", (ALL_AXES, None)),
+    (rf"{ENTITY_TABLE}$", (ALL_AXES, None)),
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
     (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
@@ -82,6 +85,49 @@ def padded_rows(rows: int, mesh: Mesh) -> int:
     return -(-rows // mesh.size) * mesh.size
 
 
+def table_rows(ids: Any, num_entities: int) -> Any:
+    """Rows of the class table at which entities live: a fixed shuffle of range(num_entities).
+
+    Ids come by descending image count, and devices hold contiguous rows: without a shuffle the
+    first device would own every frequent entity, and in sampled training nearly all labels of a
+    batch.  The ids are dealt onto piles, consecutive ones far apart (golden-ratio multiplication),
+    and the piles lie one after the other in the table.  That depends on the number of entities
+    alone, so a checkpoint fits any number of devices.
+
+    Args:
+      ids: int32 entity ids, numpy or jax, any shape; ids outside [0, num_entities) stay as they
+        are.
+      num_entities: size of the vocabulary.
+    """
+    piles, multiplier = _piles(num_entities)
+    height = num_entities // piles
+    rows = ids % piles * multiplier % piles * height + ids // piles
+    # The last, incomplete round (the rarest entities) stays where it is.
+    dealt = (ids >= 0) & (ids < piles * height)
+    return _where(dealt, rows, ids)
+
+
+def table_entities(rows: Any, num_entities: int) -> Any:
+    """The inverse of `table_rows`: entity ids of rows of the class table."""
+    piles, multiplier = _piles(num_entities)
+    height = num_entities // piles
+    ids = rows // height * pow(multiplier, -1, piles) % piles + rows % height * piles
+    dealt = (rows >= 0) & (rows < piles * height)
+    return _where(dealt, ids, rows)
+
+
+def _piles(num_entities: int) -> tuple[int, int]:
+    """Number of piles (a power of two, many times the devices of a pod) and the dealing factor."""
+    piles = 1
+    while piles < 4096 and 16 * piles <= num_entities:
+        piles *= 2
+    return piles, round(piles * 0.6180339887) | 1
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    return (jnp if isinstance(condition, jax.Array) else np).where(condition, a, b)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as 'image/blocks/mlp/fc1/kernel'."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
@@ -92,7 +138,8 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     if not shape:
         return PartitionSpec()
     axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[max(0, len(axes) - len(shape)) :]
+    # Fewer dimensions than the rule has: one value for each row of the class table.
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[: len(shape)]
     spec = []
     for size, axis in zip(shape, axes, strict=True):
         names = (axis,) if isinstance(axis, str) else (axis or ())

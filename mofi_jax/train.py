@@ -48,10 +48,12 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         jax.distributed.initialize()
     lead = jax.process_index() == 0
     mesh = partition.make_mesh(**config.mesh)
-    if config.batch_size % partition.batch_shards(mesh):
+    pieces = partition.batch_shards(mesh) * config.microbatches
+    if config.batch_size % pieces:
         raise BadInput(
             f"config.batch_size={config.batch_size} does not divide over the "
-            f"{partition.batch_shards(mesh)} devices of the batch axes: choose a multiple."
+            f"{partition.batch_shards(mesh)} devices of the batch axes in "
+            f"config.microbatches={config.microbatches} parts each: choose a multiple of {pieces}."
         )
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
@@ -83,10 +85,11 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     model = settings.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
     num_entities = len(entities) if entities and "entity" in config.losses else 0
     tx = optim.make(config.optimizer, clock)
+    losses = config.losses.to_dict()
     init = state.initialiser(
         model,
         tx,
-        tasks=tuple(config.losses),
+        losses=losses,
         table_rows=partition.padded_rows(num_entities, mesh),
     )
 
@@ -141,9 +144,12 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         return
 
     # ---------------------------------------------------------------------- update
-    losses = config.losses.to_dict()
     update = step.make_update(
-        model, losses, tx, mesh=mesh, num_entities=num_entities, shardings=shardings
+        step.Setting(model, mesh, num_entities, config.microbatches),
+        losses,
+        tx,
+        seed=config.seed,
+        shardings=shardings,
     )
     schedule = optim.schedule(config.optimizer, clock)
 
@@ -238,6 +244,8 @@ def data_fingerprint(
         "dataset_info": sha256(source.directory / "dataset_info.json"),
         "examples": len(source),
         "entities": sha256(entities) if entities else "",
+        # How the class table's rows belong to the entities; a table in another order is useless.
+        "table_order": "dealt onto piles, 1",
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
         "train_ops": config.data.train_ops,

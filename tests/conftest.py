@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, whatever hardware the machine has."""
 
+import math
 import os
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
@@ -20,10 +21,16 @@ flags.FLAGS.mark_as_parsed()
 
 @pytest.fixture(scope="session")
 def meshes() -> dict[str, Mesh]:
-    """Meshes by 'REPLICAxFSDPxTENSOR': one device, and eight in three shapes."""
-    one = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    """Meshes by 'REPLICAxFSDPxTENSOR': one to four devices, and eight in three shapes."""
+
+    def first_devices(*shape: int) -> Mesh:
+        devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+        return Mesh(devices, partition.ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
     return {
-        "1x1x1": Mesh(one, partition.ALL_AXES, axis_types=(AxisType.Auto,) * 3),
+        "1x1x1": first_devices(1, 1, 1),
+        "1x2x1": first_devices(1, 2, 1),
+        "2x1x2": first_devices(2, 1, 2),
         "1x8x1": partition.make_mesh(replica=1, fsdp=8, tensor=1),
         "2x2x2": partition.make_mesh(replica=2, fsdp=2, tensor=2),
         "8x1x1": partition.make_mesh(replica=8, fsdp=1, tensor=1),

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import quickstart
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 from mofi_jax.training import checkpoint, state
@@ -22,7 +23,8 @@ def initialiser(width=8, rows=16, tx=None):
         embed_dim=8,
     )
     tx = tx or optax.adam(1e-3)
-    return state.initialiser(config, tx, tasks=("entity", "contrastive"), table_rows=rows)
+    losses = quickstart.get_config("task=multitask").losses
+    return state.initialiser(config, tx, losses=losses.to_dict(), table_rows=rows)
 
 
 POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5)

@@ -33,10 +33,13 @@ def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
     tx = optim.make(config.optimizer, clock)
     entities = 2_000_003
     init = state.initialiser(
-        model, tx, tasks=tuple(config.losses), table_rows=partition.padded_rows(entities, mesh)
+        model,
+        tx,
+        losses=config.losses.to_dict(),
+        table_rows=partition.padded_rows(entities, mesh),
     )
     structs, _ = state.abstract(init, mesh)
-    loss = step.make_loss(model, config.losses.to_dict(), mesh=mesh, num_entities=entities)
+    loss = step.make_loss(step.Setting(model, mesh, entities), config.losses.to_dict())
     b, k, t = 64, config.data.max_labels, config.model.context_length
     batch = {
         "image": jax.ShapeDtypeStruct((b, 224, 224, 3), "uint8"),

@@ -1,7 +1,6 @@
-"""The CLIP loss: dense against PyTorch, sharded against dense, masks, and the compiled program."""
+"""The CLIP loss: dense against PyTorch, sharded against both, labels, and the compiled program."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import contrastive
+from mofi_jax.losses import blocks, contrastive
+from tests.test_losses_entity import BATCH_SPEC, collectives, compiled, shapes
 
 BATCH = 24
 DIM = 20
+MODES = contrastive.SAME_ENTITY
+SCALES = [1 / 0.07, 100.0]
+
+VALID = np.ones(BATCH, bool)
+VALID[[2, 9, 23]] = False
+# Images 0 and 1 and text 20 are of entity 7; image 0 shows entity 8 as well, of which texts 5 and 6
+# speak, but not images 5 and 6 themselves.  Text 2, invalid, is about what image 3 shows.  Texts 11
+# and 12 are the same words about no entity.  Rows are filled up by repeating.
+ABOUT = np.arange(100, 100 + BATCH, dtype=np.int32)
+ABOUT[[1, 20]], ABOUT[[5, 6]], ABOUT[[2, 3]], ABOUT[[11, 12]] = 7, 8, 9, -4
+SHOWS = np.repeat(ABOUT[:, None], 3, axis=1)
+SHOWS[0], SHOWS[1], SHOWS[4], SHOWS[5], SHOWS[6] = [7, 8, 8], [7, 7, 110], [104, 100, 101], 55, 66
+LABELS = {"shows": jnp.asarray(SHOWS), "about": jnp.asarray(ABOUT)}
 
 
 def make_batch(batch: int = BATCH, noise: float = 1.0):
@@ -31,43 +42,59 @@ def make_batch(batch: int = BATCH, noise: float = 1.0):
     )
 
 
-VALID = np.ones(BATCH, bool)
-VALID[[2, 9, 23]] = False
-# Rows 0, 1, 20 share a text, 5 and 6 another; 2 is invalid and shares with 3.
-GROUPS = np.arange(100, 100 + BATCH, dtype=np.int32)
-GROUPS[[0, 1, 20]], GROUPS[[5, 6]], GROUPS[[2, 3]] = 7, 8, 9
+def related(i: int, j: int) -> bool:
+    return i == j or int(ABOUT[j]) in SHOWS[i].tolist()
 
 
-def torch_loss(image, text, scale, valid, groups):
-    """(total, correct, gradients of the mean) by PyTorch: invalid rows removed, row by row."""
-    image, text = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (image, text))
-    scale = torch.tensor(float(scale), dtype=torch.float64)
-    leaves = [a.requires_grad_() for a in (image, text, scale)]
-    keep = np.flatnonzero(valid)
-    logits = scale * image[keep] @ text[keep].T
-    groups = np.asarray(groups)[keep]
-    total, correct = 0.0, 0.0
-    for matrix in (logits, logits.T):
-        for i in range(len(keep)):
-            columns = [j for j in range(len(keep)) if j == i or groups[j] != groups[i]]
-            row = matrix[i, columns]
-            target = torch.tensor([columns.index(i)])
-            total = total + 0.5 * F.cross_entropy(row[None], target)
-            correct += 0.5 * (int(row.argmax()) == int(target))
-    (total / len(keep)).backward()
-    return total.item(), correct, [a.grad.numpy() for a in leaves]
+def count_correct(logits: np.ndarray, mode: str) -> float:
+    """Half a point for each image, and each text, whose own logit beats every wrong one's."""
+    rows, correct = np.flatnonzero(VALID), 0.0
+    for i in rows:
+        others = [j for j in rows if j != i]
+        texts = [j for j in others if mode == "off" or not related(i, j)]
+        images = [j for j in others if mode == "off" or not related(j, i)]
+        correct += 0.5 * all(logits[i, i] > logits[i, j] for j in texts)
+        correct += 0.5 * all(logits[i, i] > logits[j, i] for j in images)
+    return correct
 
 
-def value_and_grads(loss, image, text, scale):
-    """(LossSum, gradients of the mean by image, text and scale)."""
+@functools.cache
+def reference(scale: float, mode: str):
+    """(total, correct, gradients of the mean) in float64, one row after the other."""
+    leaves = [torch.tensor(np.asarray(a), dtype=torch.float64) for a in make_batch()]
+    leaves.append(torch.tensor(scale, dtype=torch.float64))
+    image, text, s = (a.requires_grad_() for a in leaves)
+    logits, rows, losses = s * image @ text.T, np.flatnonzero(VALID), []
+    for i in rows:
+        for row, relation in (
+            (logits[i], {j: related(i, j) for j in rows}),
+            (logits[:, i], {j: related(j, i) for j in rows}),
+        ):
+            partners = [j for j in rows if relation[j]]
+            targets = partners if mode == "positive" else [i]
+            masked = set(partners) - {i} if mode == "masked" else set()
+            log_sum = torch.logsumexp(row[[j for j in rows if j not in masked]], 0)
+            losses.append(sum(log_sum - row[j] for j in targets) / len(targets))
+    total = 0.5 * sum(losses)
+    (total / len(rows)).backward()
+    correct = count_correct(logits.detach().numpy(), mode)
+    return total.item(), correct, [a.grad.numpy() for a in (image, text, s)]
 
-    def mean(image, text, scale):
-        result = loss(image, text, scale)
+
+def value_and_grads(loss):
+    """A function of the loss's leaves: (LossSum, gradients of the mean by each of them)."""
+
+    def mean(leaves):
+        result = loss(*leaves)
         return result.total / jnp.maximum(result.count, 1), result
 
-    step = jax.jit(jax.value_and_grad(mean, (0, 1, 2), has_aux=True))
-    (_, result), grads = step(image, text, jnp.float32(scale))
-    return result, grads
+    step = jax.jit(jax.value_and_grad(mean, has_aux=True))
+
+    def run(*leaves):
+        (_, result), grads = step(tuple(x if np.ndim(x) else jnp.float32(x) for x in leaves))
+        return result, grads
+
+    return run
 
 
 def relative(a, b):
@@ -75,11 +102,23 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-@pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
+def bound(meshes, mesh: str, dense, sharded, block_size: int | None = None, **kwargs):
+    """The dense loss, or the sharded one on a mesh, with its keywords."""
+    if mesh == "dense":
+        return functools.partial(dense, **kwargs)
+    return functools.partial(sharded, mesh=meshes[mesh], block_size=block_size, **kwargs)
+
+
+clip = functools.partial(
+    bound, dense=contrastive.clip_softmax_dense, sharded=contrastive.clip_softmax
+)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_plain_clip_is_torch_cross_entropy(scale):
     image, text = make_batch()
     loss = functools.partial(contrastive.clip_softmax_dense, valid=jnp.ones(BATCH))
-    result, grads = value_and_grads(loss, image, text, scale)
+    result, grads = value_and_grads(loss)(image, text, scale)
     leaves = [torch.tensor(np.asarray(a, np.float64), requires_grad=True) for a in (image, text)]
     leaves.append(torch.tensor(scale, dtype=torch.float64, requires_grad=True))
     logits = leaves[2] * leaves[0] @ leaves[1].T
@@ -91,101 +130,206 @@ def test_plain_clip_is_torch_cross_entropy(scale):
         assert relative(ours, theirs.grad.numpy()) <= 1e-5
 
 
-@pytest.mark.parametrize("mesh", ["dense", "1x1x1", "1x8x1", "2x2x2", "8x1x1"])
-@pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
-def test_masks_against_torch(meshes, mesh, scale):
-    image, text = make_batch()
-    total, correct, expected = torch_loss(image, text, scale, VALID, GROUPS)
-    masks = {"valid": jnp.asarray(VALID), "groups": jnp.asarray(GROUPS)}
-    if mesh == "dense":
-        loss = functools.partial(contrastive.clip_softmax_dense, **masks)
-    else:
-        loss = functools.partial(contrastive.clip_softmax, mesh=meshes[mesh], **masks)
-    result, grads = value_and_grads(loss, image, text, scale)
-    assert float(result.total) == pytest.approx(total, rel=1e-6)
-    assert (float(result.count), float(result.correct)) == (VALID.sum(), correct)
-    assert 0 < correct < VALID.sum()
-    for name, a, b in zip(("image", "text", "scale"), grads, expected, strict=True):
-        assert relative(a, b) <= 1e-5, name
-    assert not np.any(grads[0][~VALID])
-    assert not np.any(grads[1][~VALID])
+TILINGS = [
+    ("dense", None),
+    ("1x1x1", None),
+    ("1x1x1", 7),
+    ("1x8x1", 5),
+    ("2x2x2", None),
+    ("2x2x2", 10),
+    ("8x1x1", 9),
+]
 
 
-def test_same_text_is_no_negative(meshes):
-    """Two pictures of one thing with one text: pulled to the text, not away from it."""
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mesh", "block_size"), TILINGS)
+def test_against_float64(meshes, mesh, block_size, mode):
+    loss = clip(
+        meshes, mesh, block_size=block_size, valid=jnp.asarray(VALID), same_entity=mode, **LABELS
+    )
+    run = value_and_grads(loss)
+    for scale in SCALES:
+        result, grads = run(*make_batch(), scale)
+        total, correct, expected = reference(scale, mode)
+        assert float(result.total) == pytest.approx(total, rel=1e-6)
+        assert (float(result.count), float(result.correct)) == (VALID.sum(), correct)
+        assert 0 < correct < VALID.sum()
+        for name, a, b in zip(("image", "text", "scale"), grads, expected, strict=True):
+            assert relative(a, b) <= 1e-5, name
+        assert not np.any(grads[0][~VALID])
+        assert not np.any(grads[1][~VALID])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mesh", "block_size"), [("1x8x1", None), ("2x2x2", 100), ("8x1x1", 33)])
+def test_sharded_is_dense(meshes, mesh, block_size, mode):
+    """A batch in which everything is related to something."""
+    image, text = make_batch(160)
+    rng = np.random.default_rng(1)
+    masks = {
+        "valid": jnp.asarray(rng.random(160) > 0.1),
+        "shows": jnp.asarray(rng.integers(0, 50, size=(160, 4)).astype(np.int32)),
+        "about": jnp.asarray(rng.integers(0, 50, size=160).astype(np.int32)),
+        "same_entity": mode,
+    }
+    run = value_and_grads(clip(meshes, mesh, block_size=block_size, **masks))
+    dense = value_and_grads(clip(meshes, "dense", **masks))
+    for scale in SCALES:
+        result, grads = run(image, text, scale)
+        expected, expected_grads = dense(image, text, scale)
+        assert float(result.total) == pytest.approx(float(expected.total), rel=1e-6)
+        assert result[1:] == expected[1:]
+        for a, b in zip(grads, expected_grads, strict=True):
+            assert relative(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["dense", "2x2x2"])
+def test_modes_differ_in_related_pairs_only(meshes, mesh):
+    """Without related pairs all are plain CLIP; with a twin, "off" pays log 2 each way."""
     image, text = make_batch()
     text = text.at[1].set(text[0])
-    groups = jnp.asarray(np.arange(BATCH)).at[1].set(0)
-    run = functools.partial(contrastive.clip_softmax, mesh=meshes["2x2x2"], valid=jnp.ones(BATCH))
-    with_groups = jax.jit(lambda i, t: run(i, t, 100.0, groups=groups))(image, text)
-    plain = jax.jit(lambda i, t: run(i, t, 100.0))(image, text)
-    all_different = jax.jit(lambda i, t: run(i, t, 100.0, groups=jnp.arange(BATCH) + 5))(
-        image, text
-    )
-    assert plain.total == all_different.total
+
+    def total(mode, **labels):
+        loss = clip(meshes, mesh, valid=jnp.ones(BATCH), same_entity=mode, **labels)
+        return float(jax.jit(loss)(image, text, jnp.float32(100.0)).total)
+
+    about = jnp.arange(BATCH)
+    plain = total("off", shows=about[:, None], about=about.at[1].set(0))
+    for mode in MODES:
+        assert total(mode) == total(mode, shows=about[:, None], about=about) == plain
+    masked = total("masked", shows=about.at[1].set(0)[:, None], about=about.at[1].set(0))
     # As negatives the twins cost log 2 each in the direction image -> text, at least.
-    assert float(plain.total - with_groups.total) >= 2 * 0.5 * np.log(2) - 1e-3
+    assert plain - masked >= 2 * 0.5 * np.log(2) - 1e-3
+
+
+def check_invalid_rows(meshes, bind, *scalars):
+    """Bit-equal for any content of invalid rows; shared with the tests of SigLIP."""
+    batch = make_batch()
+    junk_labels = {
+        "shows": jnp.asarray(np.where(VALID[:, None], SHOWS, 7)),
+        "about": jnp.asarray(np.where(VALID, ABOUT, 7)),
+    }
+    for mesh in ("dense", "2x2x2"):
+        valid = jnp.asarray(VALID, jnp.float32)
+        run = value_and_grads(bind(meshes, mesh, valid=valid, **LABELS))
+        relabelled = value_and_grads(bind(meshes, mesh, valid=valid, **junk_labels))
+        expected = run(*batch, *scalars)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
+        for junk in (-3.0, 3e38, np.inf, np.nan):
+            contents = [jnp.where(VALID[:, None], x, junk) for x in batch]
+            for result in (run(*contents, *scalars), relabelled(*contents, *scalars)):
+                for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+                    np.testing.assert_array_equal(a, b)
 
 
 def test_invalid_rows_never_matter(meshes):
-    image, text = make_batch()
-    junk = jnp.where(VALID[:, None], text, -3.0)
-    run = functools.partial(
-        contrastive.clip_softmax, mesh=meshes["2x2x2"], valid=jnp.asarray(VALID, jnp.float32)
-    )
-    first = value_and_grads(run, image, text, 50.0)
-    second = value_and_grads(run, image, junk, 50.0)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_array_equal(a, b)
+    check_invalid_rows(meshes, clip, 50.0)
 
 
-def test_nothing_valid_and_certainty_stay_finite(meshes):
-    image, _ = make_batch()
-    image = jnp.asarray(np.linalg.qr(np.random.default_rng(1).normal(size=(BATCH, BATCH)))[0])
-    image = image.astype(jnp.float32)
-    for valid, scale in ((jnp.zeros(BATCH), 100.0), (jnp.ones(BATCH), 1e4)):
-        run = functools.partial(contrastive.clip_softmax, mesh=meshes["1x8x1"], valid=valid)
-        result, grads = value_and_grads(run, image, image, scale)
-        assert float(result.total) == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mesh", ["dense", "1x8x1"])
+def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
+    rng = np.random.default_rng(1)
+    certain = jnp.asarray(np.linalg.qr(rng.normal(size=(BATCH, BATCH)))[0], jnp.float32)
+    for valid, rows, scale, total in (
+        (jnp.zeros(BATCH), make_batch()[0], 100.0, 0.0),
+        (jnp.ones(BATCH), certain, 1e4, 0.0),
+        (jnp.ones(BATCH), jnp.zeros((BATCH, DIM)), 100.0, BATCH * np.log(BATCH)),
+    ):
+        run = clip(meshes, mesh, block_size=7, valid=valid, same_entity=mode)
+        result, grads = value_and_grads(run)(rows, rows, scale)
+        assert float(result.total) == pytest.approx(total, rel=1e-6, abs=1e-6)
         assert result.count == valid.sum()
         assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_bad_batch_is_told(meshes):
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_embeddings(meshes, mode):
+    """Gradients in bf16, those of the same numbers in fp32 up to their rounding."""
+    half = [x.astype(jnp.bfloat16) for x in make_batch()]
+    masks = {"valid": jnp.asarray(VALID), "same_entity": mode, **LABELS}
+    _, grads = value_and_grads(clip(meshes, "2x2x2", block_size=5, **masks))(*half, 50.0)
+    full = [x.astype(jnp.float32) for x in half]
+    _, expected = value_and_grads(clip(meshes, "dense", **masks))(*full, 50.0)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for a, b in zip(grads, expected, strict=True):
+        assert relative(a, b) <= 5e-3
+
+
+def check_bad_input(meshes, sharded, dense, *scalars):
+    """Told in one sentence; shared with the tests of SigLIP."""
     image, text = make_batch()
+    valid = jnp.ones(BATCH)
     with pytest.raises(BadInput, match="batch of 23 does not divide over 8"):
-        contrastive.clip_softmax(
-            image[:23], text[:23], 1.0, mesh=meshes["1x8x1"], valid=jnp.ones(23)
-        )
+        sharded(image[:23], text[:23], *scalars, mesh=meshes["1x8x1"], valid=valid[:23])
+    for loss in (dense, functools.partial(sharded, mesh=meshes["1x8x1"])):
+        with pytest.raises(BadInput, match="'on': choose from off, masked, positive"):
+            loss(image, text, *scalars, valid=valid, same_entity="on")
+        with pytest.raises(BadInput, match="shows is given without about"):
+            loss(image, text, *scalars, valid=valid, shows=LABELS["shows"])
+        with pytest.raises(BadInput, match="about is given without shows"):
+            loss(image, text, *scalars, valid=valid, about=LABELS["about"])
 
 
-def test_only_the_named_collectives(meshes):
-    b, d, mesh = 48, 20, meshes["2x2x2"]
+def test_bad_arguments_are_told(meshes):
+    check_bad_input(meshes, contrastive.clip_softmax, contrastive.clip_softmax_dense, 1.0)
 
-    def total(image, text, scale, valid, groups):
-        return contrastive.clip_softmax(
-            image, text, scale, mesh=mesh, valid=valid, groups=groups
+
+# Sizes that occur nowhere else: 4 or 8 shards of 12 or 6 rows, embeddings of 20, 3 labels.
+B, D, K, BLOCK = 48, 20, 3, 11
+
+
+def program_of(sharded, mesh, scalars: int, block_size: int | None, dtype=jnp.float32) -> str:
+    """The compiled value and gradient of a sharded loss of B rows; shared with SigLIP's tests."""
+
+    def total(image, text, valid, shows, about, *scalars):
+        return sharded(
+            image,
+            text,
+            *scalars,
+            mesh=mesh,
+            valid=valid,
+            shows=shows,
+            about=about,
+            same_entity="positive",
+            block_size=block_size,
         ).total
 
-    arguments = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
-        for shape, dtype, spec in (
-            ((b, d), jnp.float32, (partition.BATCH_AXES,)),
-            ((b, d), jnp.float32, (partition.BATCH_AXES,)),
-            ((), jnp.float32, ()),
-            ((b,), jnp.bool_, (partition.BATCH_AXES,)),
-            ((b,), jnp.int32, (partition.BATCH_AXES,)),
-        )
-    ]
-    step = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
-    program = step.lower(*arguments).compile().as_text()
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = {}
-    for match in re.finditer(rf"= (.*?) ({kinds})(?:-start)?\(", program):
-        found.setdefault(match[2], set()).update(re.findall(r"\w+\[([\d,]*)\]", match[1]))
+    # d_image, d_text and those of the scalars.
+    step = jax.value_and_grad(total, (0, 1, *range(5, 5 + scalars)))
+    return compiled(
+        step,
+        mesh,
+        ((B, D), dtype, BATCH_SPEC),
+        ((B, D), dtype, BATCH_SPEC),
+        ((B,), jnp.bool_, BATCH_SPEC),
+        ((B, K), jnp.int32, BATCH_SPEC),
+        ((B,), jnp.int32, BATCH_SPEC),
+        *[((), jnp.float32, jax.sharding.PartitionSpec())] * scalars,
+    )
+
+
+@pytest.mark.parametrize("block_size", [None, BLOCK])
+@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+def test_only_the_named_collectives(meshes, mesh, block_size):
+    mine = B // partition.batch_shards(meshes[mesh])
+    program = program_of(contrastive.clip_softmax, meshes[mesh], 1, block_size)
+    found = collectives(program)
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
-    assert found["all-gather"] == {f"{b},{d}", f"{b}"}
-    assert found["all-reduce"] == {f"{b}", ""}
-    assert found["reduce-scatter"] == {f"{b // 4},{d}"}
-    assert f"[{b},{b}]" not in program
-    assert f"[{b // 4},{b}]" in program
+    assert found["all-gather"] == {(B, D), (B,)}
+    assert found["all-reduce"] == {(B,), ()}
+    assert found["reduce-scatter"] == {(mine, D)}
+    dims = shapes(program)
+    assert not [s for s in dims if s.count(B) > 1], "all logits"
+    # One shard of the logits, from the limit that the other program keeps.
+    assert ((mine, B) in dims) == (block_size is None)
+    assert (mine, BLOCK) in dims or block_size is None
+
+
+def test_tile_fits_its_limit(meshes):
+    static = contrastive.Static(meshes["1x8x1"], "off", None)
+    limit = blocks.tile_bytes(meshes["1x8x1"]) // 4
+    for images, texts in ((4, 32), (4096, 32768), (1000, 7000), (8192, 65536)):
+        block = static.block(images, texts)
+        assert images * block <= limit
+        assert block == texts or images * (block + 128) > limit / 2

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import entity
+from mofi_jax.losses import blocks, entity
 
 ENTITIES = 1003  # no multiple of 8 devices or of any block size below
 ROWS = 1008
@@ -75,21 +75,24 @@ def value_and_grads(loss):
 
 
 @functools.cache
-def dense(labels: int, margin: float, scale: float, rows: int = ROWS):
-    return value_and_grads(bind(entity.entity_softmax_dense, labels, margin, scale, rows))
+def dense(labels: int, margin: float, scale: float, rows: int = ROWS, kind: str = "cosface"):
+    function = functools.partial(entity.entity_softmax_dense, margin_kind=kind)
+    return value_and_grads(bind(function, labels, margin, scale, rows))
 
 
-def bind(function, labels, margin, scale, rows=ROWS, dtype="float32", **kwargs):
+def bind(
+    function, labels, margin, scale, rows=ROWS, dtype="float32", *, fixed_scale=False, **kwargs
+):
     x, table, ids, weights = make_batch(labels)
 
-    def loss(x, table, scale):
+    def loss(x, table, traced_scale):
         return function(
             x,
             table,
             ids,
             weights,
             num_entities=ENTITIES,
-            scale=scale,
+            scale=scale if fixed_scale else traced_scale,
             margin=margin,
             compute_dtype=dtype,
             **kwargs,
@@ -150,6 +153,103 @@ def test_blocks_equal_dense(meshes, mesh, labels, margin, scale, block_size):
     d_x, d_table, _ = grads
     assert not np.any(d_x[5:7]), "a row without labels has a gradient"
     assert not np.any(d_table[ENTITIES:]), "a padded class has a gradient"
+
+
+def compare(mesh, labels, margin, scale, kind="cosface", *, fixed_scale, **kwargs):
+    """Blocks against dense; 1e-6 for the loss, 1e-5 of the largest for each gradient."""
+    rows = partition.padded_rows(ENTITIES, mesh)
+    expected, expected_grads = dense(labels, margin, scale, rows, kind)
+    blocks = bind(
+        functools.partial(entity.entity_softmax, margin_kind=kind, mesh=mesh, **kwargs),
+        labels,
+        margin,
+        scale,
+        rows,
+        fixed_scale=fixed_scale,
+    )
+    result, grads = value_and_grads(blocks)
+    assert float(result.total) == pytest.approx(float(expected.total), rel=1e-6)
+    assert (result.count, result.correct) == (expected.count, expected.correct)
+    assert relative(grads[0], expected_grads[0]) <= 1e-5
+    assert relative(grads[1], expected_grads[1]) <= 1e-5
+    if fixed_scale:
+        assert grads[2] == 0, "a fixed scale has a gradient"
+    else:
+        assert relative(grads[2], expected_grads[2]) <= 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "1x2x1", "2x1x2", "2x2x2"])
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("margin", [0.0, 0.15, 0.4])
+@pytest.mark.parametrize(("scale", "fixed_scale"), [(20.0, True), (64.0, True), (100.0, False)])
+def test_exact_on_any_number_of_devices(meshes, mesh, labels, margin, scale, fixed_scale):
+    # A scale of 20 is small enough for a fixed bound of the logits, 64 needs the running max.
+    compare(meshes[mesh], labels, margin, scale, fixed_scale=fixed_scale, block_size=100)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize(
+    ("margin", "scale", "fixed_scale"),
+    [(0.15, 20.0, True), (0.4, 20.0, False), (0.15, 100.0, True), (0.4, 64.0, False)],
+)
+def test_angular_margin(meshes, labels, margin, scale, fixed_scale):
+    mesh = meshes["2x2x2"]
+    compare(mesh, labels, margin, scale, "arcface", fixed_scale=fixed_scale, block_size=100)
+
+
+@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+def test_margin_is_the_published_one(kind):
+    """Against arccos and cos in float64, beyond angle + margin = pi against insightface's line."""
+    margin = 0.4
+    cos = np.linspace(-1, 1, 2001)[1:-1]
+    ours = np.asarray(entity._margined(jnp.asarray(cos, jnp.float32), margin, kind))
+    if kind == "cosface":
+        expected, slopes = cos - margin, np.ones_like(cos)
+    else:
+        angle = np.arccos(cos) + margin
+        inside = angle < np.pi
+        expected = np.where(inside, np.cos(angle), cos - margin * np.sin(margin))
+        slopes = np.where(inside, np.sin(angle) / np.sin(angle - margin), 1.0)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+    assert np.all(np.diff(ours[cos > -np.cos(margin)]) > 0)
+    slope = np.asarray(entity._margin_slope(jnp.asarray(cos, jnp.float32), margin, kind))
+    smooth = np.abs(cos + np.cos(margin)) > 1e-3  # the two branches meet there
+    np.testing.assert_allclose((slope + 0 * cos)[smooth], slopes[smooth], rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [20.0, 64.0])
+def test_tiles_of_the_batch(meshes, monkeypatch, scale):
+    """A tile limit far below one block of all rows cuts the batch too, unevenly."""
+    monkeypatch.setitem(blocks.TILE_BYTES, "cpu", 4 * 8 * 128)
+    mesh = meshes["2x2x2"]
+    x, table, _, _ = make_batch(1)
+    rows_per_device = table.shape[0] // mesh.size
+    static = entity._Static(ENTITIES, scale, 0.3, "cosface", mesh, 96, jnp.dtype("float32"), False)
+    assert static.tile(x.shape[0], rows_per_device) == (8, 96)
+    compare(mesh, 3, 0.3, scale, fixed_scale=True, block_size=96)
+
+
+def test_tile_fits_its_limit(meshes):
+    """The chosen tile, at the sizes the losses are made for."""
+    mesh = meshes["2x2x2"]
+    static = entity._Static(10**7, 32.0, 0.3, "cosface", mesh, None, jnp.dtype("bfloat16"), True)
+    limit = blocks.tile_bytes(mesh)
+    for batch, classes in [(1024, 8192), (8192, 125_000), (32_768, 39_063), (16, 126), (8, 2**20)]:
+        rows, length = static.tile(batch, classes)
+        assert 4 * rows * length <= limit or rows == 8, (batch, classes)
+        assert length >= min(classes, 2048)
+        assert rows <= batch
+
+
+def test_many_labels_are_scattered(meshes):
+    """More labels than are worth comparing one by one: the same numbers by another way."""
+    labels = entity._COMPARED_LABELS + 3
+    for mesh in ("1x1x1", "2x2x2"):
+        compare(meshes[mesh], labels, 0.3, 20.0, fixed_scale=True, block_size=50)
+    total, count, _ = reference_loss(*make_batch(labels), 20.0, 0.3)
+    result, _ = dense(labels, 0.3, 20.0)
+    assert float(result.total) == pytest.approx(total, rel=1e-6)
+    assert result.count == count
 
 
 def test_devices_with_nothing_but_padding(meshes):
@@ -295,44 +395,62 @@ def test_bad_shapes_are_told(meshes):
         call(x, table, ids, weights, num_entities=1009)
     with pytest.raises(BadInput, match="batch of 15 does not divide over 8"):
         call(x[:15], table, ids[:15], weights[:15], num_entities=ENTITIES)
-    with pytest.raises(BadInput, match="k=1004"):
-        entity.entity_logits_topk(x, table, num_entities=ENTITIES, k=1004, mesh=meshes["1x8x1"])
+    with pytest.raises(BadInput, match="margin_kind='sphere': choose from cosface, arcface"):
+        call(x, table, ids, weights, num_entities=ENTITIES, margin_kind="sphere")
 
 
-# ---------------------------------------------------------------------------- top k
+def mean_and_grads(mesh, x, table, ids, weights, scale=20.0, margin=0.3, kind="cosface"):
+    def mean(x, table, scale):
+        result = entity.entity_softmax(
+            x,
+            table,
+            ids,
+            weights,
+            num_entities=ENTITIES,
+            scale=scale,
+            margin=margin,
+            margin_kind=kind,
+            mesh=mesh,
+            block_size=50,
+            compute_dtype="float32",
+        )
+        return result.total / jnp.maximum(result.count, 1.0)
+
+    return jax.jit(jax.value_and_grad(mean, (0, 1, 2)))(x, table, jnp.float32(scale))
 
 
-@pytest.mark.parametrize(("mesh", "k", "block_size"), [("1x1x1", 5, 100), ("2x2x2", 5, 50)])
-def test_topk(meshes, mesh, k, block_size):
-    x, table, _, _ = make_batch(1)
-    # Equal cosines, the lower id first; the exchange brings the shards in another order.
-    table = table.at[300].set(table[3]).at[200].set(table[3])
-    x = x.at[0].set(table[3] / jnp.linalg.norm(table[3]))
-    table = table.at[ENTITIES:].set(x[0])  # padding would win, were it not masked
-    table = table[: partition.padded_rows(ENTITIES, meshes[mesh])]
-    find = functools.partial(
-        entity.entity_logits_topk,
-        num_entities=ENTITIES,
-        k=k,
-        mesh=meshes[mesh],
-        block_size=block_size,
+def test_no_labels_at_all(meshes):
+    """A batch in which nothing is labelled costs nothing and moves nothing."""
+    x, table, ids, weights = make_batch(3)
+    for no_ids, no_weights in ((jnp.full_like(ids, -1), weights), (ids, jnp.zeros_like(weights))):
+        value, grads = mean_and_grads(meshes["2x2x2"], x, table, no_ids, no_weights)
+        assert value == 0
+        assert not any(np.any(g) for g in grads)
+
+
+@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+def test_embedding_without_length(meshes, kind):
+    """A row of zeros has cosine 0 with every class: the loss is that of a guess."""
+    x, table, ids, weights = make_batch(1)
+    alone = jnp.zeros_like(weights).at[0].set(1.0)
+    value, grads = mean_and_grads(
+        meshes["2x2x2"], x.at[0].set(0.0), table, ids, alone, margin=0.0, kind=kind
     )
-    ids, cosines = jax.jit(find)(x, table)
-    unit = np.asarray(table, np.float64)[:ENTITIES]
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    expected = np.asarray(x, np.float64) @ unit.T
-    np.testing.assert_allclose(cosines, -np.sort(-expected, axis=1)[:, :k], atol=1e-6)
-    np.testing.assert_allclose(cosines, np.take_along_axis(expected, ids, 1), atol=1e-6)
-    assert ids[0, :3].tolist() == [3, 200, 300]
-    assert all(len(set(row)) == k for row in ids.tolist())
+    assert float(value) == pytest.approx(np.log(ENTITIES), rel=1e-6)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert np.any(grads[0][0]), "it can still learn"
 
 
-def test_topk_of_fewer_classes_than_devices_times_k(meshes):
-    x, table, _, _ = make_batch(1)
-    find = functools.partial(entity.entity_logits_topk, num_entities=11, k=11, mesh=meshes["1x8x1"])
-    ids, cosines = jax.jit(find)(x, table[:16])
-    assert all(sorted(row) == list(range(11)) for row in ids.tolist())
-    assert np.all(np.diff(cosines, axis=1) <= 0)
+@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("scale", "margin"), [(20.0, 0.4), (100.0, 0.4)])
+def test_cosines_of_one_and_minus_one(meshes, kind, sign, scale, margin):
+    x, table, ids, weights = make_batch(1)
+    unit = table / jnp.linalg.norm(table, axis=1, keepdims=True)
+    x = sign * unit[jnp.maximum(ids[:, 0], 0)]
+    value, grads = mean_and_grads(meshes["2x2x2"], x, table, ids, weights, scale, margin, kind)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
 
 
 # ---------------------------------------------------------------------------- compiled program
@@ -410,18 +528,3 @@ def test_only_the_named_collectives(meshes, mesh, batch_shards):
     assert found["reduce-scatter"] == {own_rows}
     # Over the tensor axis, on which the batch is not split, the gradient's rows are added up.
     assert found["all-reduce"] == {(B,), ()} | ({own_rows} if mesh == "2x2x2" else set())
-
-
-def test_topk_exchanges_only_the_best(meshes):
-    def find(x, table):
-        return entity.entity_logits_topk(
-            x, table, num_entities=ENTITIES, k=5, mesh=meshes["2x2x2"], block_size=BLOCK
-        )
-
-    program = compiled(find, meshes["2x2x2"], ARRAYS["x"], ARRAYS["table"])
-    no_large_tensor(program)
-    found = collectives(program)
-    assert found.pop("all-gather") == {(B, D), (B // 4, 5 * N)}
-    # The best five of each device, in whatever layout the exchange takes.
-    assert all(np.prod(s) <= B * 5 for kind in found.values() for s in kind)
-    assert set(found) == {"all-to-all"}

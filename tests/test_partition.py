@@ -4,8 +4,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from configs import quickstart
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
@@ -39,7 +42,10 @@ def test_golden_specs_of_parameters_and_moments(meshes):
         embed_dim=8,
     )
     init = state.initialiser(
-        config, optax.adam(1e-3), tasks=("entity", "contrastive"), table_rows=24
+        config,
+        optax.adam(1e-3),
+        losses=quickstart.get_config("task=multitask").losses.to_dict(),
+        table_rows=24,
     )
     _, shardings = state.abstract(init, mesh)
     specs = {
@@ -89,3 +95,35 @@ def test_initialisation_is_the_same_on_any_mesh(meshes):
     )
     assert not eight["entity_table"].is_fully_replicated
     np.testing.assert_array_equal(one["entity_table"], eight["entity_table"])
+
+
+@given(st.integers(1, 20_000))
+def test_every_entity_has_one_row_and_back(entities):
+    ids = np.arange(-3, entities + 3, dtype=np.int32)
+    rows = partition.table_rows(ids, entities)
+    assert rows.dtype == np.int32
+    assert sorted(rows[3:-3].tolist()) == list(range(entities))
+    np.testing.assert_array_equal(np.r_[rows[:3], rows[-3:]], np.r_[ids[:3], ids[-3:]])
+    np.testing.assert_array_equal(partition.table_entities(rows, entities), ids)
+
+
+def test_rows_of_entities_on_devices_are_those_of_numpy():
+    for entities in (1003, 2_000_003):
+        ids = np.r_[np.arange(-1, 5000), entities - 5 : entities + 2].astype(np.int32)
+        rows = partition.table_rows(ids, entities)
+        np.testing.assert_array_equal(
+            jax.jit(partition.table_rows, static_argnums=1)(ids, entities), rows
+        )
+        np.testing.assert_array_equal(
+            jax.jit(partition.table_entities, static_argnums=1)(rows, entities), ids
+        )
+
+
+@pytest.mark.parametrize("devices", [8, 64, 256, 1024])
+def test_frequent_entities_are_spread_over_the_devices(devices):
+    entities = 2_000_003
+    per_device = -(-entities // devices)
+    for frequent in (devices, 4096, 100_000):
+        owner = partition.table_rows(np.arange(frequent), entities) // per_device
+        counts = np.bincount(owner, minlength=devices)
+        assert counts.max() <= 1.1 * frequent / devices + 4, "one device owns too many"

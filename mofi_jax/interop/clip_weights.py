@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 
-ENTITY_TABLE = "entity_table"  # a parameter of ours that is no part of CLIPModel
+ENTITY_TABLE = partition.ENTITY_TABLE
+# Parameters of the training losses that are no part of CLIPModel.
+OF_LOSSES = (ENTITY_TABLE, "entity_log_scale", "logit_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _blocks(tower: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weigh
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
     """Our parameters -> CLIPModel's state dict (float32, torch layout).
 
-    The class table is no part of CLIPModel and is left out.
+    The class table and other parameters of the losses are no part of CLIPModel and are left out.
 
     Raises:
       BadInput: a tower is missing, or the parameters are not those of `config`.
@@ -129,7 +132,7 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
             f"The model has no {' and no '.join(missing)} tower, and Hugging Face CLIPModel needs "
             "both an image and a text tower: train with task=multitask or task=contrastive."
         )
-    left = _flatten({k: v for k, v in params.items() if k != ENTITY_TABLE})
+    left = _flatten({k: v for k, v in params.items() if k not in OF_LOSSES})
     state, problems = {}, []
     for weight in weights(config):
         array = left.pop(weight.path, None)

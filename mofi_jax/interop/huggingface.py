@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
+from mofi_jax import partition
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -152,7 +153,9 @@ def read(folder: epath.PathLike) -> Clip:
                 f"{folder / ENTITY_TABLE_FILE} is not a table of {len(entities)} entities x "
                 f"{config.embed_dim}: export the model again."
             )
-        params[clip_weights.ENTITY_TABLE] = table
+        params[clip_weights.ENTITY_TABLE] = table[
+            partition.table_entities(np.arange(len(table)), len(table))
+        ]
     preprocess = _read_preprocess(folder, config.image_size)
     return Clip(config, params, tokenizer, entities, preprocess)
 
@@ -186,7 +189,9 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     _write_tokenizer(folder, clip.tokenizer)
     table = clip.params.get(clip_weights.ENTITY_TABLE)
     if table is not None and clip.entities is not None:
-        rows = np.ascontiguousarray(np.asarray(table, np.float32)[: len(clip.entities)])
+        # In the file row i is entity i, as in entities.parquet.
+        ids = np.arange(len(clip.entities))
+        rows = np.asarray(table, np.float32)[partition.table_rows(ids, len(ids))]
         _save(folder / ENTITY_TABLE_FILE, {clip_weights.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
     card = model_card.text(clip.config, clip.preprocess, clip.entities)

@@ -1,18 +1,25 @@
 """Contrastive loss: CLIP softmax over the global batch, with negatives that know their labels.
 
 `clip_softmax_dense` is the definition, with b x b logits, differentiated by jax.  `clip_softmax`
-computes the same numbers with each device holding the logits of its own images only.
+computes the same numbers from the logits of each device's own images, a tile at a time: one tile
+serves both directions, forward and backward, and is then forgotten.
 
 Symmetric InfoNCE as in axlearn's ``vision/clip.py`` and CLIP (arXiv 2103.00020): every image
 picks its text among the texts of the batch, every text its image, both directions averaged.  When
-texts are entity names many rows of a batch share one, and a row must not be pushed away from its
-own text: rows of one group are no negatives of each other.
+texts are entity names, or speak of entities, many images of a batch show what another image's text
+says.  `SAME_ENTITY` names what becomes of such pairs::
+
+    off       negatives, as in CLIP
+    masked    in no denominator: neither pulled together nor pushed apart
+    positive  targets, all of a row's with equal weight, the logarithm outside of their mean
+              (UniCL, arXiv 2204.03610; the "out" form of SupCon, arXiv 2004.11362)
 
 This file knows nothing of models, temperature caps or the weight of a task.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +30,108 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import base
+from mofi_jax.losses import base, blocks
 
-# The logit of a pair that takes no part: finite, so that rows without any pair stay finite.
-_MASKED = -1e30
+SAME_ENTITY = ("off", "masked", "positive")
 
-
-def _allowed(valid: Array, groups: Array, columns_valid: Array, columns_groups: Array, own: Array):
-    """Pairs that stand in a denominator: the pair itself and rows of other groups, all valid."""
-    strangers = groups[:, None] != columns_groups[None, :]
-    return valid[:, None] & columns_valid[None, :] & (own | strangers)
+# What a maximum over no pairs is: finite, so that no inf - inf can arise.
+LOWEST = -1e30
 
 
-def _rows_of_batch(valid: Array, groups: Array | None) -> tuple[Array, Array]:
-    """Valid as booleans; every row a group of its own unless groups are given."""
-    return valid > 0, jnp.arange(valid.shape[0]) if groups is None else groups
+# ---------------------------------------------------------------------------- shared with siglip
 
 
-def _dot(subscripts: str, a: Array, b: Array) -> Array:
+class Pairs(NamedTuple):
+    """What some images [i] and some texts [j] are to each other; bool [i, j].
+
+    A pair with an invalid side is none of these.
+
+    Attributes:
+      own: the text came with the image.
+      counted: the pair has a logit in the loss.
+      positive: the pair is a target; own pairs always are.
+      wrong: the text is not about anything the image shows (to "off": it is another image's).
+    """
+
+    own: Bool[Array, "i j"]
+    counted: Bool[Array, "i j"]
+    positive: Bool[Array, "i j"]
+    wrong: Bool[Array, "i j"]
+
+
+def pairs_of(
+    own: Array,
+    *,
+    image_valid: Array,
+    text_valid: Array,
+    shows: Array | None,
+    about: Array | None,
+    same_entity: str,
+) -> Pairs:
+    """Sorts pairs by their labels; the arguments are those of `clip_softmax`, for these rows."""
+    both = image_valid[:, None] & text_valid[None, :]
+    own = own & both
+    related = own
+    if shows is not None and same_entity != "off":
+        # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
+        # an [i, j, k] comparison is materialised.
+        for k in range(shows.shape[1]):
+            related |= both & (shows[:, k, None] == about[None, :])
+    wrong = both & ~related
+    if same_entity == "positive":
+        return Pairs(own, counted=both, positive=related, wrong=wrong)
+    return Pairs(own, counted=wrong | own, positive=own, wrong=wrong)
+
+
+def dot(subscripts: str, a: Array, b: Array) -> Array:
+    """Matrix product in fp32."""
     # fp32 means fp32 (no TF32, no bf16 passes): this loss is a per mille of a step's FLOPs, and
     # logits of up to 100 leave bf16 a resolution of 0.5.
-    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
+    return jnp.einsum(
+        subscripts,
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+def real_rows(rows: Array, valid: Array) -> Array:
+    """The rows with zeros in place of invalid ones: 0 * inf would let their junk through."""
+    return jnp.where(valid[:, None], rows, jnp.zeros((), rows.dtype))
+
+
+def check(
+    batch: int, shows: Array | None, about: Array | None, same_entity: str, mesh: Mesh | None = None
+) -> None:
+    """Raises BadInput for arguments no contrastive loss can take."""
+    if same_entity not in SAME_ENTITY:
+        raise BadInput(f"same_entity={same_entity!r}: choose from {', '.join(SAME_ENTITY)}.")
+    if (shows is None) != (about is None):
+        given, missing = ("shows", "about") if about is None else ("about", "shows")
+        raise BadInput(f"{given} is given without {missing}: pass both or neither.")
+    if mesh is not None and batch % (shards := partition.batch_shards(mesh)):
+        raise BadInput(
+            f"a batch of {batch} does not divide over {shards} batch shards: choose a multiple of "
+            "that number."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What is constant in the compiled program."""
+
+    mesh: Mesh
+    same_entity: str
+    block_size: int | None
+
+    def block(self, images: int, texts: int) -> int:
+        """Texts in one tile of logits."""
+        if self.block_size is not None:
+            return min(self.block_size, texts)
+        return blocks.even_length(texts, blocks.tile_bytes(self.mesh) // 4 // images, 128)
+
+
+# ---------------------------------------------------------------------------- dense reference
 
 
 def clip_softmax_dense(
@@ -52,24 +140,35 @@ def clip_softmax_dense(
     logit_scale_exp: float | Float[Array, ""],
     *,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    groups: Int[Array, " b"] | None = None,
+    shows: Int[Array, "b k"] | None = None,
+    about: Int[Array, " b"] | None = None,
+    same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `clip_softmax`, with all b x b logits in memory."""
-    valid, groups = _rows_of_batch(valid, groups)
-    own = jnp.eye(image.shape[0], dtype=bool)
-    cos = _dot("id,jd->ij", image.astype(jnp.float32), text.astype(jnp.float32))
-    allowed = _allowed(valid, groups, valid, groups, own)
-    logits = jnp.where(allowed, logit_scale_exp * cos, _MASKED)
-    to_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
-    to_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
-    negatives = jnp.where(own, _MASKED, logits)
-    pair = jnp.diagonal(logits)
-    hits = (pair > jnp.max(negatives, axis=1)) * 0.5 + (pair > jnp.max(negatives, axis=0)) * 0.5
-    return base.LossSum(
-        total=-jnp.sum(jnp.where(valid, 0.5 * (to_text + to_image), 0.0)),
-        count=jnp.sum(valid, dtype=jnp.float32),
-        correct=jnp.sum(jnp.where(valid, hits, 0.0)),
+    check(image.shape[0], shows, about, same_entity)
+    valid = valid > 0
+    pairs = pairs_of(
+        jnp.eye(image.shape[0], dtype=bool),
+        image_valid=valid,
+        text_valid=valid,
+        shows=shows,
+        about=about,
+        same_entity=same_entity,
     )
+    cos = dot("id,jd->ij", real_rows(image, valid), real_rows(text, valid))
+    pair = jnp.diagonal(cos)
+    logits = jnp.where(pairs.counted, logit_scale_exp * cos, LOWEST)
+    total, correct = 0.0, 0.0
+    for axis in (1, 0):  # image -> text, text -> image
+        log_p = jnp.where(pairs.positive, jax.nn.log_softmax(logits, axis=axis), 0.0)
+        targets = jnp.maximum(jnp.sum(pairs.positive, axis=axis), 1)
+        total -= 0.5 * jnp.sum(jnp.sum(log_p, axis=axis) / targets)
+        best_wrong = jnp.max(jnp.where(pairs.wrong, cos, LOWEST), axis=axis)
+        correct += 0.5 * jnp.sum(valid & (pair > best_wrong))
+    return base.LossSum(total, jnp.sum(valid, dtype=jnp.float32), correct)
+
+
+# ---------------------------------------------------------------------------- sharded, in tiles
 
 
 def clip_softmax(
@@ -79,136 +178,231 @@ def clip_softmax(
     *,
     mesh: Mesh,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    groups: Int[Array, " b"] | None = None,
+    shows: Int[Array, "b k"] | None = None,
+    about: Int[Array, " b"] | None = None,
+    same_entity: str = "masked",
+    block_size: int | None = None,
 ) -> base.LossSum:
-    """CLIP loss over the global batch; logits [b / batch shards, b] fp32 per device.
+    """CLIP loss over the global batch; a device holds [b / batch shards, block] logits at a time.
 
     Gradients are exact for image, text and logit_scale_exp.  Collectives: all-gather of the
     texts, all-reduce of [b] vectors and scalars, reduce-scatter of the texts' gradient.
 
     Args:
-      image: L2-normalised image embeddings; batch over `partition.BATCH_AXES`.
+      image: L2-normalised image embeddings, fp32 or bf16; batch over `partition.BATCH_AXES`.
       text: L2-normalised text embeddings; row i belongs to image i.
-      logit_scale_exp: factor of the cosines, the exponential already taken and capped.
+      logit_scale_exp: factor of the cosines, > 0, the exponential already taken and capped.
       mesh: the mesh of `partition.make_mesh`.
       valid: rows that take part; a row with 0 is neither a row nor anyone's negative.
-      groups: rows with equal ids are no negatives of each other (an entity's id where the text is
-        its name); None, like ids that all differ, is the plain CLIP loss.
+      shows: everything each image shows, as ids of entities; fill a row up by repeating one of its
+        own.  None, like ids that occur in no `about`, relates no image to another's text.
+      about: what each text is about: the id of an entity or, where there is none, a number below 0
+        that stands for its words.  Image i is related to text j if about[j] is in shows[i]; to its
+        own text always.
+      same_entity: what related pairs other than the own ones are, see the top of this file.
+      block_size: texts per tile; None chooses it from the shapes and the kind of device.
 
     Returns:
-      Sums over the valid rows; a row's loss is the mean of its two directions, and a row correct
-      in one direction counts a half.
+      Sums over the valid rows.  A row's loss is the mean of its two directions.  A row counts a
+      half as correct in each direction in which its own pair ranks above every wrong one.
 
     Raises:
-      BadInput: the batch does not divide over the mesh's batch axes.
+      BadInput: the batch does not divide over the mesh's batch axes, shows or about is missing, or
+        an unknown same_entity.
     """
-    if image.shape[0] % partition.batch_shards(mesh):
-        raise BadInput(
-            f"a batch of {image.shape[0]} does not divide over {partition.batch_shards(mesh)} "
-            "batch shards: choose a multiple of that number."
-        )
-    valid, groups = _rows_of_batch(valid, groups)
+    check(image.shape[0], shows, about, same_entity, mesh)
+    static = Static(mesh, same_entity, block_size)
     scale = jnp.asarray(logit_scale_exp, jnp.float32)
-    return _clip_sharded(mesh, image, text, scale, valid, groups)
+    return _clip_sharded(static, image, text, scale, valid > 0, shows, about)
 
 
-_BATCH = P(partition.BATCH_AXES)
-
-
-def _shard_map(function: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    # Autodiff never crosses these maps (custom_vjp outside), so the replication check, which
-    # takes gathered arrays for different ones on each device, has nothing to guard.
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+# Without labels, shows and about are None: an empty tree to shard_map.
+_INPUTS = (blocks.BATCH, blocks.BATCH, P(), blocks.BATCH, blocks.BATCH, blocks.BATCH)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _clip_sharded(mesh, image, text, scale, valid, groups):
-    return _clip_forward(mesh, image, text, scale, valid, groups)[0]
+def _clip_sharded(static, image, text, scale, valid, shows, about):
+    return _clip_forward(static, image, text, scale, valid, shows, about)[0]
 
 
-def _clip_forward(mesh, image, text, scale, valid, groups):
-    run = _shard_map(
-        _forward_shard,
-        mesh,
-        in_specs=(_BATCH, _BATCH, P(), _BATCH, _BATCH),
-        out_specs=(base.LossSum(P(), P(), P()), _BATCH, P()),
+def _clip_forward(static, *inputs):
+    run = blocks.shard_map(
+        functools.partial(_forward_shard, static),
+        static.mesh,
+        in_specs=_INPUTS,
+        out_specs=(base.LossSum(P(), P(), P()), blocks.BATCH, P()),
     )
-    loss, row_lse, column_lse = run(image, text, scale, valid, groups)
-    return loss, (image, text, scale, valid, groups, row_lse, column_lse)
+    loss, rows, columns = run(*inputs)
+    return loss, (*inputs, rows, columns)
 
 
-def _clip_backward(mesh, residuals, cotangent):
-    run = _shard_map(
-        _backward_shard,
-        mesh,
-        in_specs=(_BATCH, _BATCH, P(), _BATCH, _BATCH, _BATCH, P(), P()),
-        out_specs=(_BATCH, _BATCH, P()),
+def _clip_backward(static, residuals, cotangent):
+    run = blocks.shard_map(
+        functools.partial(_backward_shard, static),
+        static.mesh,
+        in_specs=(*_INPUTS, blocks.BATCH, P(), P()),
+        out_specs=(blocks.BATCH, blocks.BATCH, P()),
     )
     d_image, d_text, d_scale = run(*residuals, cotangent.total)
-    return d_image, d_text, d_scale, None, None
+    return d_image, d_text, d_scale, None, None, None
 
 
 _clip_sharded.defvjp(_clip_forward, _clip_backward)
 
 
-def _gather(x: Array) -> Array:
-    """The rows of all batch shards, on every device."""
-    return lax.all_gather(x, partition.BATCH_AXES, axis=0, tiled=True)
+class _Sums(NamedTuple):
+    """One direction: over the texts of each image, or over the images of each text."""
+
+    # The largest cosine and not the largest logit: scale * (cos - top) is as exact as the cosines
+    # are, whereas the difference of two logits of 100 is off by 1e-5.
+    top: Array  # of the counted pairs
+    exp_sum: Array  # exp(scale * (cos - top)) of the counted pairs
+    target_sum: Array  # cosines of the positive pairs
+    targets: Array  # how many these are
+    best_wrong: Array
+
+    def log_loss(self, scale: Array) -> Array:
+        mean = self.target_sum / self.targets
+        return scale * (self.top - mean) + jnp.log(self.exp_sum)
 
 
-def _local_logits(image, texts, valid, groups):
-    """Cosines of this device's images with all texts, which take part, and which are the pairs."""
-    b = image.shape[0]
-    first = lax.axis_index(partition.BATCH_AXES) * b
-    own = first + jnp.arange(b)[:, None] == jnp.arange(texts.shape[0])[None, :]
-    cos = _dot("id,jd->ij", image, texts)
-    allowed = _allowed(valid, groups, _gather(valid), _gather(groups), own)
-    return cos, allowed, own
+class _Softmax(NamedTuple):
+    """What the backward pass must know of one direction."""
+
+    top: Array
+    log_sum: Array
+    targets: Array
 
 
-def _own_rows(vector: Array, b: int) -> Array:
-    """This device's part of a [b global] vector."""
-    return lax.dynamic_slice_in_dim(vector, lax.axis_index(partition.BATCH_AXES) * b, b)
+def _softmax(sums: _Sums) -> _Softmax:
+    return _Softmax(sums.top, jnp.log(sums.exp_sum), sums.targets)
 
 
-def _forward_shard(image, text, scale, valid, groups):
-    image, texts = image.astype(jnp.float32), _gather(text.astype(jnp.float32))
-    cos, allowed, own = _local_logits(image, texts, valid, groups)
-    logits = jnp.where(allowed, scale * cos, _MASKED)
-    pair = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
-    negatives = jnp.where(own, _MASKED, logits)
-
-    row_lse = jax.nn.logsumexp(logits, axis=1)
-    top, best_negative = lax.pmax(
-        (jnp.max(logits, axis=0), jnp.max(negatives, axis=0)), partition.BATCH_AXES
+def _tile_sums(cos: Array, pairs: Pairs, scale: Array, axis: int) -> _Sums:
+    top = jnp.max(jnp.where(pairs.counted, cos, LOWEST), axis=axis, keepdims=True)
+    p = jnp.where(pairs.counted, jnp.exp(scale * (cos - top)), 0.0)
+    return _Sums(
+        top=jnp.squeeze(top, axis),
+        exp_sum=jnp.sum(p, axis=axis),
+        target_sum=jnp.sum(jnp.where(pairs.positive, cos, 0.0), axis=axis),
+        targets=jnp.sum(pairs.positive, axis=axis, dtype=jnp.float32),
+        best_wrong=jnp.max(jnp.where(pairs.wrong, cos, LOWEST), axis=axis),
     )
-    exp_sum = lax.psum(jnp.sum(jnp.exp(logits - top), axis=0), partition.BATCH_AXES)
-    column_lse = top + jnp.log(exp_sum)
 
-    b = image.shape[0]
-    losses = 0.5 * (row_lse + _own_rows(column_lse, b)) - pair
-    hits = 0.5 * (pair > jnp.max(negatives, axis=1)) + 0.5 * (pair > _own_rows(best_negative, b))
+
+def _no_sums(rows: int) -> _Sums:
+    lowest, zeros = jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    return _Sums(lowest, zeros, zeros, zeros, lowest)
+
+
+def _add(a: _Sums, b: _Sums, scale: Array) -> _Sums:
+    top = jnp.maximum(a.top, b.top)
+    return _Sums(
+        top=top,
+        exp_sum=a.exp_sum * jnp.exp(scale * (a.top - top))
+        + b.exp_sum * jnp.exp(scale * (b.top - top)),
+        target_sum=a.target_sum + b.target_sum,
+        targets=a.targets + b.targets,
+        best_wrong=jnp.maximum(a.best_wrong, b.best_wrong),
+    )
+
+
+def _add_over_devices(sums: _Sums, scale: Array) -> _Sums:
+    top, best_wrong = lax.pmax((sums.top, sums.best_wrong), partition.BATCH_AXES)
+    exp_sum, target_sum, targets = lax.psum(
+        (sums.exp_sum * jnp.exp(scale * (sums.top - top)), sums.target_sum, sums.targets),
+        partition.BATCH_AXES,
+    )
+    return _Sums(top, exp_sum, target_sum, targets, best_wrong)
+
+
+def _part(tree: Any, start: Any, size: int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
+
+
+def _with_part(tree: Any, part: Any, start: Any) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
+
+
+class _Texts(NamedTuple):
+    rows: Array
+    valid: Array
+    about: Array | None
+
+
+def _all_texts(text, valid, about):
+    # In their own dtype: as bf16 they are half as long under way.
+    return jax.tree.map(blocks.gather_batch, _Texts(real_rows(text, valid), valid, about))
+
+
+def _tile(static, image, valid, shows, texts, start):
+    """Cosines of this device's images with texts start, start + 1, ... of the batch."""
+    first = lax.axis_index(partition.BATCH_AXES) * image.shape[0]
+    own_text = first + jnp.arange(image.shape[0])
+    pairs = pairs_of(
+        own_text[:, None] == start + jnp.arange(texts.rows.shape[0])[None, :],
+        image_valid=valid,
+        text_valid=texts.valid,
+        shows=shows,
+        about=texts.about,
+        same_entity=static.same_entity,
+    )
+    return dot("id,jd->ij", image, texts.rows), pairs
+
+
+def _forward_shard(static, image, text, scale, valid, shows, about):
+    image, texts = real_rows(image, valid), _all_texts(text, valid, about)
+    mine, everyone = image.shape[0], texts.rows.shape[0]
+
+    def body(carry, start, size):
+        rows, columns, pair = carry
+        cos, pairs = _tile(static, image, valid, shows, _part(texts, start, size), start)
+        rows = _add(rows, _tile_sums(cos, pairs, scale, axis=1), scale)
+        columns = _with_part(columns, _tile_sums(cos, pairs, scale, axis=0), start)
+        return rows, columns, pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1)
+
+    carry = _no_sums(mine), _no_sums(everyone), jnp.zeros(mine, jnp.float32)
+    block = static.block(mine, everyone)
+    rows, columns, pair = blocks.over_blocks(everyone, block, body, carry)
+    columns = _add_over_devices(columns, scale)
+    own = _part(columns, lax.axis_index(partition.BATCH_AXES) * mine, mine)
+    losses = 0.5 * (rows.log_loss(scale) + own.log_loss(scale))
+    hits = 0.5 * (pair > rows.best_wrong) + 0.5 * (pair > own.best_wrong)
     local = base.LossSum(
         total=jnp.sum(jnp.where(valid, losses, 0.0)),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
     )
-    return lax.psum(local, partition.BATCH_AXES), row_lse, column_lse
+    return lax.psum(local, partition.BATCH_AXES), _softmax(rows), _softmax(columns)
 
 
-def _backward_shard(image, text, scale, valid, groups, row_lse, column_lse, d_total):
-    images, texts = image.astype(jnp.float32), _gather(text.astype(jnp.float32))
-    cos, allowed, own = _local_logits(images, texts, valid, groups)
-    logits = jnp.where(allowed, scale * cos, _MASKED)
-    # Both directions in one residual; a masked pair, and so a row without any, contributes 0.
-    p_rows = jnp.exp(logits - row_lse[:, None])
-    p_columns = jnp.exp(logits - column_lse)
-    residual = jnp.where(allowed, 0.5 * d_total * (p_rows + p_columns - 2.0 * own), 0.0)
-    d_cos = scale * residual
-    d_image = _dot("ij,jd->id", d_cos, texts)
-    d_texts = _dot("ij,id->jd", d_cos, images)
+def _backward_shard(static, image, text, scale, valid, shows, about, rows, columns, d_total):
+    images, texts = real_rows(image, valid), _all_texts(text, valid, about)
+    mine, everyone = image.shape[0], texts.rows.shape[0]
+
+    def body(carry, start, size):
+        d_images, d_texts, d_scale = carry
+        part, column = _part(texts, start, size), _part(columns, start, size)
+        cos, pairs = _tile(static, images, valid, shows, part, start)
+        # Both directions in one tile.  What is not counted is nan or inf until the last line.
+        p = jnp.exp(scale * (cos - rows.top[:, None]) - rows.log_sum[:, None])
+        p += jnp.exp(scale * (cos - column.top) - column.log_sum)
+        target = jnp.where(pairs.positive, 1 / rows.targets[:, None] + 1 / column.targets, 0.0)
+        d_logits = jnp.where(pairs.counted, 0.5 * d_total * (p - target), 0.0)
+        d_cos = scale * d_logits
+        d_images += dot("ij,jd->id", d_cos, part.rows)
+        d_part = dot("ij,id->jd", d_cos, images)
+        d_texts = lax.dynamic_update_slice_in_dim(d_texts, d_part, start, 0)
+        return d_images, d_texts, d_scale + jnp.sum(d_logits * cos, axis=1)
+
+    carry = (
+        jnp.zeros(image.shape, jnp.float32),
+        jnp.zeros(texts.rows.shape, jnp.float32),
+        jnp.zeros(mine, jnp.float32),
+    )
+    block = static.block(mine, everyone)
+    d_images, d_texts, d_scale = blocks.over_blocks(everyone, block, body, carry)
     d_text = lax.psum_scatter(d_texts, partition.BATCH_AXES, scatter_dimension=0, tiled=True)
-    d_scale = lax.psum(jnp.sum(residual * cos), partition.BATCH_AXES)
-    return d_image.astype(image.dtype), d_text.astype(text.dtype), d_scale
+    # Over the axes that split the batch only: along "tensor" all devices have the same sum.
+    d_scale = lax.psum(jnp.sum(d_scale), partition.BATCH_AXES)
+    return d_images.astype(image.dtype), d_text.astype(text.dtype), d_scale

@@ -2,14 +2,14 @@
 
 Two versions of one function.  `entity_softmax_dense` is the definition: logits for every class,
 differentiated by jax.  `entity_softmax` computes the same numbers without ever holding more than
-a block of logits: each device walks through its own share of the classes in blocks, with a
-running max and sum of exponentials, and walks through them again in the backward pass.  The table
-and its gradient never move.  `entity_logits_topk` is the same walk for evaluation.
+a tile of logits: each device walks through its own share of the classes in blocks, with a running
+max and sum of exponentials, and walks through them again in the backward pass.  The table and its
+gradient never move.
 
 The loss of a row with labels k of weight w_k (axlearn's ``large_margin_cosine_loss`` with soft
-targets; CosFace, arXiv 1801.09414)::
+targets; CosFace, arXiv 1801.09414; ArcFace, arXiv 1801.07698)::
 
-    z_c  = scale * (cos(x, W_c) - margin * [c is a label])
+    z_c  = scale * margined(cos(x, W_c))    the margin where c is a label, cos itself elsewhere
     loss = -sum_k w_k * log_softmax(z)_k
 
 This file knows nothing of models, of where labels come from, or of the weight of a task.
@@ -17,8 +17,8 @@ This file knows nothing of models, of where labels come from, or of the weight o
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,43 @@ from jaxtyping import Array, Float, Int
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import base
+from mofi_jax.losses import base, blocks
 
-# The cosine of padding: finite, so that no inf - inf can arise, and exp(scale * it) is exactly 0.
-_MASKED = -1e30
+MARGIN_KINDS = ("cosface", "arcface")
+
+# The logit of what is no class: finite, so that no inf - inf can arise, and exp(it) is exactly 0.
+MASKED = -1e30
 # Floor of a row's squared norm.  Rows of N(0, 0.01^2) with 512 entries have 5e-2.
 _TINY = 1e-12
+# Cosines are kept off +-1, where the angle has an infinite derivative (ArcFace).
+_MAX_COSINE = 1.0 - 1e-6
+# Up to this many labels a row are compared with each class of a block, which XLA fuses into the
+# logits' own pass; more are scattered into a tile of targets.
+_COMPARED_LABELS = 8
+# Fewest classes a block: every block adds to the fp32 gradient of all embeddings, which costs as
+# many bytes as reading this many logits again.
+_SHORTEST_BLOCK = 2048
+
+
+class Sample(NamedTuple):
+    """Some rows of a class table in place of all (`entity_sampling.draw`).
+
+    Attributes:
+      rows: int32 [s], row numbers of the whole table; numbers beyond its last row are empty places.
+        Sharded as the table is, every device's share rows of its own, ascending.
+      log_q: float32 [s], added to the logits: -log of the probability with which a row was drawn.
+      overflow: float32 scalar, labels of the batch (distinct classes) that found no place.
+    """
+
+    rows: Int[Array, " s"]
+    log_q: Float[Array, " s"]
+    overflow: Float[Array, ""]
+
 
 # ---------------------------------------------------------------------------- shared by both
 
 
-def _dot(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+def dot(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     """Matrix product of operands in `dtype`, accumulated and returned in fp32."""
     # fp32 means fp32: by default GPUs would round the operands to TF32 and TPUs to bf16.
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -53,10 +79,31 @@ def _dot(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     )
 
 
-def _unit_rows(rows: Array) -> tuple[Array, Array]:
+def unit_rows(rows: Array) -> tuple[Array, Array]:
     """Rows scaled to length 1 and the factor [c, 1] that did it; a row of zeros stays zero."""
     factor = lax.rsqrt(jnp.maximum(jnp.sum(rows * rows, axis=-1, keepdims=True), _TINY))
     return rows * factor, factor
+
+
+def _margined(cos: Array, margin: float, kind: str) -> Array:
+    """The cosine of a label after the margin; a growing function of the cosine."""
+    if kind == "cosface":
+        return cos - margin
+    inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
+    moved = inside * math.cos(margin) - jnp.sqrt(1.0 - inside * inside) * math.sin(margin)
+    # Beyond angle + margin = pi the cosine would rise again; from there on it falls as CosFace's.
+    return jnp.where(inside > -math.cos(margin), moved, cos - margin * math.sin(margin))
+
+
+def _margin_slope(cos: Array, margin: float, kind: str) -> Array | float:
+    """Derivative of `_margined`."""
+    if kind == "cosface":
+        return 1.0
+    inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
+    cotangent = inside * lax.rsqrt(1.0 - inside * inside)
+    moved = math.cos(margin) + cotangent * math.sin(margin)
+    slope = jnp.where(inside > -math.cos(margin), moved, 1.0)
+    return jnp.where(jnp.abs(cos) > _MAX_COSINE, 0.0, slope)
 
 
 def _real_labels(ids: Array, weights: Array, num_entities: int) -> tuple[Array, Array]:
@@ -66,9 +113,13 @@ def _real_labels(ids: Array, weights: Array, num_entities: int) -> tuple[Array, 
     return jnp.where(real, ids, -1), jnp.where(real, weights, 0.0)
 
 
-def _targets(ids: Array, weights: Array, columns: Array) -> Array:
+def _targets(ids: Array, weights: Array, columns: Array, *, contiguous: bool) -> Array:
     """Weight of each class `columns` [c] as a label of each row: [b, c], 0 where it is none."""
     target = jnp.zeros((ids.shape[0], columns.shape[0]), jnp.float32)
+    if contiguous and ids.shape[1] > _COMPARED_LABELS:
+        places = jnp.where(ids < columns[0], columns.shape[0], ids - columns[0])
+        rows = jnp.broadcast_to(jnp.arange(ids.shape[0])[:, None], ids.shape)
+        return target.at[rows, places].add(weights, mode="drop")
     # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
     # a [b, c, k] comparison or a scatter is materialised.
     for k in range(ids.shape[1]):
@@ -76,7 +127,8 @@ def _targets(ids: Array, weights: Array, columns: Array) -> Array:
     return target
 
 
-def _check(embeddings: Array, table: Array, num_entities: int, mesh: Mesh) -> None:
+def check_table(embeddings: Array, table: Array, num_entities: int, mesh: Mesh) -> None:
+    """Raises BadInput unless table and batch divide over the mesh and hold the vocabulary."""
     if table.shape[0] % mesh.size:
         raise BadInput(
             f"entity_table has {table.shape[0]} rows, which {mesh.size} devices cannot share "
@@ -107,7 +159,9 @@ def entity_softmax_dense(
     num_entities: int,
     scale: float | Float[Array, ""],
     margin: float,
+    margin_kind: str = "cosface",
     compute_dtype: DTypeLike,
+    sample: Sample | None = None,
 ) -> base.LossSum:
     """The definition of `entity_softmax`, with all b x e logits in memory.
 
@@ -115,16 +169,21 @@ def entity_softmax_dense(
     """
     dtype = jnp.dtype(compute_dtype)
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
-    columns = jnp.arange(table.shape[0])
-    cos = _dot("bd,ed->be", embeddings, _unit_rows(table)[0], dtype)
-    cos = jnp.where(columns < num_entities, cos, _MASKED)
-    target = _targets(ids, weights, columns)
-    log_p = jax.nn.log_softmax(scale * (cos - margin * (target > 0)), axis=-1)
-    best_label = jnp.max(jnp.where(target > 0, cos, _MASKED), axis=-1)
-    best_other = jnp.max(jnp.where(target > 0, _MASKED, cos), axis=-1)
+    columns = jnp.arange(table.shape[0]) if sample is None else sample.rows
+    real = columns < num_entities
+    cos = dot("bd,ed->be", embeddings, unit_rows(table)[0], dtype)
+    cos = jnp.where(real, cos, 0.0)
+    target = _targets(ids, weights, columns, contiguous=sample is None)
+    hit = target > 0
+    logits = scale * jnp.where(hit, _margined(cos, margin, margin_kind), cos)
+    if sample is not None:
+        logits += sample.log_q
+    log_p = jax.nn.log_softmax(jnp.where(real, logits, MASKED), axis=-1)
+    best_label = jnp.max(jnp.where(hit, cos, MASKED), axis=-1)
+    best_other = jnp.max(jnp.where(hit | ~real, MASKED, cos), axis=-1)
     return base.LossSum(
         total=-jnp.sum(target * log_p),
-        count=jnp.sum(jnp.any(weights > 0, axis=-1), dtype=jnp.float32),
+        count=jnp.sum(jnp.any(hit, axis=-1), dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
     )
 
@@ -141,261 +200,282 @@ def entity_softmax(
     num_entities: int,
     scale: float | Float[Array, ""],
     margin: float,
+    margin_kind: str = "cosface",
     mesh: Mesh,
-    block_size: int,
+    block_size: int | None = None,
     compute_dtype: DTypeLike,
+    sample: Sample | None = None,
 ) -> base.LossSum:
     """Exact large-margin softmax over all entities; memory does not grow with their number.
 
-    Per device a block of logits (b x block_size fp32; two copies, or four where XLA's CPU scheduler
-    trades memory for concurrency), the gathered embeddings and an fp32 accumulator of their
-    gradient are alive, beside the table shard and its gradient.
+    Per device a tile of fp32 logits (`blocks.TILE_BYTES`; two copies of it, or four where XLA's CPU
+    scheduler trades memory for concurrency), the gathered embeddings and an fp32 accumulator of
+    their gradient are alive, beside the table shard and its gradient.
     8 * b * e * d FLOP for value and gradient, divided by the devices.  Collectives: all-gather of
     embeddings and labels, all-reduce of [b] vectors, reduce-scatter of the embeddings' gradient.
 
-    Gradients are exact for embeddings, table and scale; labels are constants.
+    Gradients are exact for embeddings, table and a traced scale; labels are constants.
 
     Args:
       embeddings: L2-normalised image embeddings, fp32 or bf16; batch over `partition.BATCH_AXES`.
+        A row of zeros has cosine 0 with every class.
       table: raw class rows, fp32, normalised inside; rows over `partition.ALL_AXES`.  Rows from
         num_entities on are padding, which receives no probability and no gradient.
-      label_ids: entity ids; -1, like any id outside [0, num_entities), is padding.
+      label_ids: rows of the table (`partition.table_rows` of entity ids); -1, like any id outside
+        [0, num_entities), is padding.
       label_weights: weights > 0 that sum to 1 per row; 0 is padding.  A row that is all padding
         is skipped.  An id given twice in a row has the sum of its weights and one margin.
       num_entities: number of real rows of the table.
       scale: factor of the cosines, > 0; a traced scalar may be learned.
-      margin: subtracted from the cosine of every label (CosFace).
+      margin: subtracted from the cosine (CosFace) or added to the angle (ArcFace) of every label.
+      margin_kind: "cosface" or "arcface".
       mesh: the mesh of `partition.make_mesh`.
-      block_size: classes per block; 2048 or more keeps the accumulation of the embeddings'
-        gradient a small part of the work at d = 512.
+      block_size: classes per block; None chooses it, and how many rows of the batch a tile has,
+        from the shapes and the kind of device.
       compute_dtype: operands of the matrix products; logits and sums are always fp32.
+      sample: the classes that `table` holds, where it is not the whole table but the rows
+        ``entity_sampling.take_rows(table, sample.rows)``.  A label that is not in the sample counts
+        as padding, and `correct` compares with the sample's classes only.
 
     Returns:
       Sums over the rows that have a label.
 
     Raises:
-      BadInput: the table does not divide over the mesh, the batch not over its batch axes, or
-        num_entities does not fit the table.
+      BadInput: the table does not divide over the mesh, the batch not over its batch axes,
+        num_entities does not fit the table, or an unknown kind of margin.
     """
-    _check(embeddings, table, num_entities, mesh)
+    check_table(embeddings, table, num_entities if sample is None else table.shape[0], mesh)
+    if margin_kind not in MARGIN_KINDS:
+        raise BadInput(f"margin_kind={margin_kind!r}: choose from {', '.join(MARGIN_KINDS)}.")
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
-    static = _Static(num_entities, float(margin), mesh, block_size, jnp.dtype(compute_dtype))
-    scale = jnp.asarray(scale, jnp.float32)
-    return _softmax_in_blocks(static, embeddings, table, ids, weights, scale)
+    fixed_scale = float(scale) if isinstance(scale, int | float) else None
+    static = _Static(
+        num_entities=num_entities,
+        scale=fixed_scale,
+        margin=float(margin),
+        margin_kind=margin_kind,
+        mesh=mesh,
+        block_size=block_size,
+        dtype=jnp.dtype(compute_dtype),
+        # Logits between -scale * (1 + margin) and scale, so that their exponentials fit fp32 with
+        # the largest possible logit in place of the largest: one pass over the tile, not two.
+        bounded=sample is None and fixed_scale is not None and fixed_scale * (2 + margin) < 85,
+    )
+    scale = None if fixed_scale is not None else jnp.asarray(scale, jnp.float32)
+    return _softmax_in_blocks(static, embeddings, table, ids, weights, scale, sample)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """The arguments of `entity_softmax` that are constants of the compiled program."""
+    """What is constant in the compiled program."""
 
     num_entities: int
+    scale: float | None  # None: traced
     margin: float
+    margin_kind: str
     mesh: Mesh
-    block_size: int
+    block_size: int | None
     dtype: jnp.dtype
+    bounded: bool
 
-    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
-        # The replication check knows neither that gathered labels are equal on all devices nor
-        # custom_vjp's two passes.  Autodiff never crosses these maps, so it has nothing to guard.
-        return jax.shard_map(
-            functools.partial(function, self),
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
+    def margined(self, cos: Array) -> Array:
+        return _margined(cos, self.margin, self.margin_kind)
+
+    def margin_slope(self, cos: Array) -> Array | float:
+        return _margin_slope(cos, self.margin, self.margin_kind)
+
+    def tile(self, batch: int, classes: int) -> tuple[int, int]:
+        """Rows of the batch and classes in one tile of logits."""
+        logits = blocks.tile_bytes(self.mesh) // 4
+        if self.block_size is not None:
+            length = min(self.block_size, classes)
+        else:
+            length = blocks.even_length(classes, max(_SHORTEST_BLOCK, logits // batch), 128)
+        return blocks.even_length(batch, logits // length, 8), length
 
 
-_BATCH = P(partition.BATCH_AXES)
-_CLASSES = P(partition.ALL_AXES)
+# A traced scale and a sample are both there or not: None is an empty tree to shard_map.
+_FORWARD_SPECS = (blocks.BATCH, blocks.CLASSES, blocks.BATCH, blocks.BATCH, P())
+_SAMPLE_SPECS = Sample(blocks.CLASSES, blocks.CLASSES, P())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_in_blocks(static, embeddings, table, ids, weights, scale):
-    return _softmax_forward(static, embeddings, table, ids, weights, scale)[0]
+def _softmax_in_blocks(static, embeddings, table, ids, weights, scale, sample):
+    return _softmax_forward(static, embeddings, table, ids, weights, scale, sample)[0]
 
 
-def _softmax_forward(static, embeddings, table, ids, weights, scale):
-    run = static.shard_map(
-        _forward_shard,
-        in_specs=(_BATCH, _CLASSES, _BATCH, _BATCH, P()),
-        out_specs=(base.LossSum(P(), P(), P()), P(), P()),
+def _softmax_forward(static, embeddings, table, ids, weights, scale, sample):
+    run = blocks.shard_map(
+        functools.partial(_forward_shard, static),
+        static.mesh,
+        in_specs=(*_FORWARD_SPECS, _SAMPLE_SPECS if sample else None),
+        out_specs=(base.LossSum(P(), P(), P()), (P(), P(), P())),
     )
-    loss, top, log_sum = run(embeddings, table, ids, weights, scale)
-    return loss, (embeddings, table, ids, weights, scale, top, log_sum)
+    loss, statistics = run(embeddings, table, ids, weights, scale, sample)
+    return loss, (embeddings, table, ids, weights, scale, sample, statistics)
 
 
 def _softmax_backward(static, residuals, cotangent):
-    run = static.shard_map(
-        _backward_shard,
-        in_specs=(_BATCH, _CLASSES, _BATCH, _BATCH, P(), P(), P(), P()),
-        out_specs=(_BATCH, _CLASSES, P()),
+    sample = residuals[5]
+    run = blocks.shard_map(
+        functools.partial(_backward_shard, static),
+        static.mesh,
+        in_specs=(*_FORWARD_SPECS, _SAMPLE_SPECS if sample else None, (P(), P(), P()), P()),
+        out_specs=(blocks.BATCH, blocks.CLASSES, P()),
     )
     d_embeddings, d_table, d_scale = run(*residuals, cotangent.total)
-    return d_embeddings, d_table, None, None, d_scale
+    return d_embeddings, d_table, None, None, d_scale, None
 
 
 _softmax_in_blocks.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _gather(x: Array) -> Array:
-    """The rows of all batch shards, on every device."""
-    return lax.all_gather(x, partition.BATCH_AXES, axis=0, tiled=True)
+class _Block(NamedTuple):
+    """Some of this device's classes."""
+
+    unit: Array  # [c, d] rows of length 1
+    factor: Array  # [c, 1] what made them so
+    columns: Array  # [c] row numbers of the whole table
+    real: Array  # [c] columns that are classes
+    log_q: Array | float  # [c]
 
 
-def _over_blocks(
-    rows: int, block_size: int, body: Callable[[Any, Any, int], Any], carry: Any
-) -> Any:
-    """``carry = body(carry, start, size)`` for the blocks of range(rows); the last may be small."""
-    # A block of its own for the tail: padding the shard would copy the table, and a clamped
-    # last slice would visit rows twice.
-    full, tail = divmod(rows, block_size)
-    if full:
-        carry = lax.fori_loop(0, full, lambda i, c: body(c, i * block_size, block_size), carry)
-    return body(carry, full * block_size, tail) if tail else carry
+def _class_block(static, table, sample, start, size):
+    unit, factor = unit_rows(lax.dynamic_slice_in_dim(table, start, size))
+    if sample is None:
+        columns = lax.axis_index(partition.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
+        log_q = 0.0
+    else:
+        columns = lax.dynamic_slice_in_dim(sample.rows, start, size)
+        log_q = lax.dynamic_slice_in_dim(sample.log_q, start, size)
+    return _Block(unit, factor, columns, columns < static.num_entities, log_q)
 
 
-def _cosines(static, x, table, start, size):
-    """Cosines [b, size] with a block of this device's rows, its global ids and its unit rows."""
-    unit, factor = _unit_rows(lax.dynamic_slice_in_dim(table, start, size))
-    columns = lax.axis_index(partition.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
-    cos = _dot("bd,cd->bc", x, unit, static.dtype)
-    return jnp.where(columns < static.num_entities, cos, _MASKED), columns, unit, factor
+def _tile(static, block, x, ids, weights, sample):
+    """Cosines of a tile (0 for what is no class), label weights, and which are labels."""
+    cos = jnp.where(block.real, dot("bd,cd->bc", x, block.unit, static.dtype), 0.0)
+    target = _targets(ids, weights, block.columns, contiguous=sample is None)
+    return cos, target, target > 0
 
 
-def _forward_shard(static, embeddings, table, ids, weights, scale):
-    x, ids, weights = _gather(embeddings.astype(static.dtype)), _gather(ids), _gather(weights)
+def _slice(arrays: Any, start: Any, size: int) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), arrays)
 
-    def body(carry, start, size):
-        top, exp_sum, target_sum, best_label, best_other = carry
-        cos, columns, _, _ = _cosines(static, x, table, start, size)
-        target = _targets(ids, weights, columns)
-        hit = target > 0
-        label = jnp.max(jnp.where(hit, cos, _MASKED), axis=1)
-        other = jnp.max(jnp.where(hit, _MASKED, cos), axis=1)
-        # The running max is carried, not recomputed: contracted into a multiply-add, its two
-        # roundings would differ and bias exp_sum by up to an ulp of the logits in every block.
-        new = jnp.maximum(top, scale * jnp.maximum(label - static.margin, other))
-        # The margin sits inside the block: repairing the log-sum-exp afterwards would cancel
-        # catastrophically once scale * margin exceeds about 10.
-        z = scale * (cos - static.margin * hit)
-        exp_sum = exp_sum * jnp.exp(top - new) + jnp.sum(jnp.exp(z - new[:, None]), axis=1)
-        target_sum += jnp.sum(target * z, axis=1)
-        best_label, best_other = jnp.maximum(best_label, label), jnp.maximum(best_other, other)
-        return new, exp_sum, target_sum, best_label, best_other
 
-    lowest = jnp.full(x.shape[0], _MASKED, jnp.float32)
-    zeros = jnp.zeros(x.shape[0], jnp.float32)
-    # The running max starts at the lowest real logit, far above padding: a shard of nothing but
-    # padding then sums to exactly 0.
-    carry = (zeros - scale * (1.0 + static.margin), zeros, zeros, lowest, lowest)
-    carry = _over_blocks(table.shape[0], static.block_size, body, carry)
-    local_top, exp_sum, target_sum, best_label, best_other = carry
+def _update(arrays: Any, parts: Any, start: Any) -> Any:
+    return jax.tree.map(
+        lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 0), arrays, parts
+    )
 
+
+def _forward_shard(static, embeddings, table, ids, weights, scale, sample):
+    scale = static.scale if scale is None else scale
+    x = blocks.gather_batch(embeddings.astype(static.dtype))
+    ids, weights = blocks.gather_batch(ids), blocks.gather_batch(weights)
+    batch_length, class_length = static.tile(x.shape[0], table.shape[0])
+
+    def walk(x, ids, weights):
+        """Over this device's classes: the sums of some rows of the batch."""
+
+        def body(carry, start, size):
+            top, exp_sum, mass, target_sum, best_label, best_other = carry
+            block = _class_block(static, table, sample, start, size)
+            cos, target, hit = _tile(static, block, x, ids, weights, sample)
+            label = jnp.max(jnp.where(hit, cos, MASKED), axis=1)
+            other = jnp.max(jnp.where(hit | ~block.real, MASKED, cos), axis=1)
+            # The margin sits inside the block: repairing the log-sum-exp afterwards would cancel
+            # catastrophically once scale * margin exceeds about 10.
+            z = scale * jnp.where(hit, static.margined(cos), cos) + block.log_q
+            if static.bounded:
+                new = top
+            elif sample is None:
+                # From the cosines, not from z: contracted into a multiply-add, the two roundings
+                # of z would differ and bias exp_sum by up to an ulp of the logits in every block.
+                new = jnp.maximum(top, scale * jnp.maximum(static.margined(label), other))
+            else:
+                new = jnp.maximum(top, jnp.max(jnp.where(block.real, z, MASKED), axis=1))
+            p = jnp.where(block.real, jnp.exp(z - new[:, None]), 0.0)
+            exp_sum = exp_sum * jnp.exp(top - new) + jnp.sum(p, axis=1)
+            mass += jnp.sum(target, axis=1)
+            target_sum += jnp.sum(target * z, axis=1)
+            best_label = jnp.maximum(best_label, label)
+            best_other = jnp.maximum(best_other, other)
+            return new, exp_sum, mass, target_sum, best_label, best_other
+
+        lowest = jnp.full(x.shape[0], MASKED, jnp.float32)
+        zeros = jnp.zeros(x.shape[0], jnp.float32)
+        # The running max starts at the lowest real logit, far above padding: a shard of nothing
+        # but padding then sums to exactly 0.
+        first = scale if static.bounded else -scale * (1.0 + static.margin)
+        carry = (zeros + first, zeros, zeros, zeros, lowest, lowest)
+        return blocks.over_blocks(table.shape[0], class_length, body, carry)
+
+    rows = x, ids, weights
+    sums = (jnp.zeros(x.shape[0], jnp.float32),) * 6
+    local_top, exp_sum, mass, target_sum, best_label, best_other = blocks.over_blocks(
+        x.shape[0],
+        batch_length,
+        lambda sums, start, size: _update(sums, walk(*_slice(rows, start, size)), start),
+        sums,
+    )
     top, best_label, best_other = lax.pmax((local_top, best_label, best_other), partition.ALL_AXES)
-    exp_sum, target_sum = lax.psum(
-        (exp_sum * jnp.exp(local_top - top), target_sum), partition.ALL_AXES
+    exp_sum, mass, target_sum = lax.psum(
+        (exp_sum * jnp.exp(local_top - top), mass, target_sum), partition.ALL_AXES
     )
     # The log-sum-exp stays in two parts: at a scale of 100 their fp32 sum would be 4e-6 off.
     log_sum = jnp.log(exp_sum)
-    mass = jnp.sum(weights, axis=1)
     loss = base.LossSum(
         total=jnp.sum((mass * top - target_sum) + mass * log_sum),
-        count=jnp.sum(jnp.any(weights > 0, axis=1), dtype=jnp.float32),
+        count=jnp.sum(mass > 0, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
     )
-    return loss, top, log_sum
+    return loss, (top, log_sum, mass)
 
 
-def _backward_shard(static, embeddings, table, ids, weights, scale, top, log_sum, d_total):
-    x, ids, weights = _gather(embeddings.astype(static.dtype)), _gather(ids), _gather(weights)
-    mass = jnp.sum(weights, axis=1, keepdims=True)
+def _backward_shard(static, embeddings, table, ids, weights, scale, sample, statistics, d_total):
+    learned = scale is not None
+    scale = scale if learned else static.scale
+    x = blocks.gather_batch(embeddings.astype(static.dtype))
+    ids, weights = blocks.gather_batch(ids), blocks.gather_batch(weights)
+    batch_length, class_length = static.tile(x.shape[0], table.shape[0])
+    rows = x, ids, weights, *statistics
 
-    def body(carry, start, size):
+    def over_classes(carry, class_start, class_size):
         d_x, d_table, d_scale = carry
-        cos, columns, unit, factor = _cosines(static, x, table, start, size)
-        target = _targets(ids, weights, columns)
-        cos = cos - static.margin * (target > 0)
-        p = jnp.exp(scale * cos - top[:, None] - log_sum[:, None])
-        d_cos = (d_total * scale) * (mass * p - target)
-        d_scale += jnp.sum(d_cos * cos, axis=1)
-        d_x += _dot("bc,cd->bd", d_cos, unit, static.dtype)
-        d_unit = _dot("bc,bd->cd", d_cos, x, static.dtype)
-        d_rows = factor * (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True))
-        return d_x, lax.dynamic_update_slice_in_dim(d_table, d_rows, start, 0), d_scale
+        block = _class_block(static, table, sample, class_start, class_size)
+
+        def over_batch(carry, start, size):
+            d_x, d_unit, d_scale = carry
+            x, ids, weights, top, log_sum, mass = _slice(rows, start, size)
+            cos, target, hit = _tile(static, block, x, ids, weights, sample)
+            margined = jnp.where(hit, static.margined(cos), cos)
+            z = scale * margined + block.log_q
+            p = jnp.exp(z - top[:, None] - log_sum[:, None])
+            d_z = jnp.where(block.real, d_total * (mass[:, None] * p - target), 0.0)
+            if learned:
+                d_scale += jnp.sum(d_z * margined)
+            d_cos = scale * d_z * jnp.where(hit, static.margin_slope(cos), 1.0)
+            d_unit += dot("bc,bd->cd", d_cos, x, static.dtype)
+            own = lax.dynamic_slice_in_dim(d_x, start, size)
+            own += dot("bc,cd->bd", d_cos, block.unit, static.dtype)
+            return lax.dynamic_update_slice_in_dim(d_x, own, start, 0), d_unit, d_scale
+
+        carry = d_x, jnp.zeros(block.unit.shape, jnp.float32), d_scale
+        d_x, d_unit, d_scale = blocks.over_blocks(x.shape[0], batch_length, over_batch, carry)
+        along = jnp.sum(d_unit * block.unit, axis=1, keepdims=True)
+        d_rows = block.factor * (d_unit - block.unit * along)
+        return d_x, _update(d_table, d_rows, class_start), d_scale
 
     carry = (
         jnp.zeros(x.shape, jnp.float32),
         jnp.zeros(table.shape, jnp.float32),
-        jnp.zeros(x.shape[0], jnp.float32),
+        jnp.zeros((), jnp.float32),
     )
-    d_x, d_table, d_scale = _over_blocks(table.shape[0], static.block_size, body, carry)
+    d_x, d_table, d_scale = blocks.over_blocks(table.shape[0], class_length, over_classes, carry)
     # Each device has the whole batch's gradient through its own classes: add them up and keep
     # this device's rows, first over the axes that split the batch, then over those that do not.
     d_x = lax.psum_scatter(d_x, partition.BATCH_AXES, scatter_dimension=0, tiled=True)
     if static.mesh.shape["tensor"] > 1:
         d_x = lax.psum(d_x, "tensor")
-    d_scale = lax.psum(jnp.sum(d_scale), partition.ALL_AXES) / scale
+    d_scale = lax.psum(d_scale, partition.ALL_AXES) if learned else None
     return d_x.astype(embeddings.dtype), d_table.astype(table.dtype), d_scale
-
-
-# ---------------------------------------------------------------------------- top k
-
-
-def entity_logits_topk(
-    embeddings: Float[Array, "b d"],
-    table: Float[Array, "e d"],
-    *,
-    num_entities: int,
-    k: int,
-    mesh: Mesh,
-    block_size: int = 8192,
-) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
-    """The k entities closest to each embedding, without gathering a b x e matrix.
-
-    Every device keeps the best k of its own classes, block by block; only those are exchanged.
-
-    Args:
-      embeddings: L2-normalised, batch over `partition.BATCH_AXES`.
-      table: raw class rows, over `partition.ALL_AXES`; rows from num_entities on are padding.
-      num_entities: number of real rows of the table.
-      k: how many entities, at most num_entities.
-      mesh: the mesh of `partition.make_mesh`.
-      block_size: classes per block; bounds the memory at b x block_size cosines.
-
-    Returns:
-      Entity ids int32 and their cosines fp32 (without scale or margin), best first; of equal
-      cosines the lower id comes first.
-
-    Raises:
-      BadInput: as `entity_softmax`, or k exceeds num_entities.
-    """
-    _check(embeddings, table, num_entities, mesh)
-    if not 0 < k <= num_entities:
-        raise BadInput(f"k={k} nearest of {num_entities} entities: choose 1 to {num_entities}.")
-    static = _Static(num_entities, 0.0, mesh, block_size, jnp.dtype(jnp.float32))
-
-    def shard(static, embeddings, table):
-        x = _gather(embeddings.astype(jnp.float32))
-
-        def body(carry, start, size):
-            cos, columns, _, _ = _cosines(static, x, table, start, size)
-            columns = jnp.broadcast_to(columns.astype(jnp.int32), cos.shape)
-            # Earlier blocks come first and top_k prefers the first of equals: the lower id.
-            cos, pick = lax.top_k(jnp.concatenate([carry[0], cos], axis=1), k)
-            ids = jnp.concatenate([carry[1], columns], axis=1)
-            return cos, jnp.take_along_axis(ids, pick, axis=1)
-
-        carry = (
-            jnp.full((x.shape[0], k), _MASKED, jnp.float32),
-            jnp.full((x.shape[0], k), num_entities, jnp.int32),
-        )
-        best = _over_blocks(table.shape[0], static.block_size, body, carry)
-        # Each device receives every device's best, for its own rows only.
-        best = lax.all_to_all(best, partition.BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
-        cos, ids = lax.all_gather(best, "tensor", axis=1, tiled=True)
-        cos, ids = lax.sort((-cos, ids), dimension=1, num_keys=2)
-        return ids[:, :k], -cos[:, :k]
-
-    run = static.shard_map(shard, in_specs=(_BATCH, _CLASSES), out_specs=(_BATCH, _BATCH))
-    return run(embeddings, table)

@@ -170,8 +170,9 @@ def _run(config: MofiConfig, params: Params, tower: str, inputs: jax.Array) -> j
             "task=contrastive or task=multitask."
         )
     embeddings = _merge(config, params[tower], tower)(inputs)
-    norm = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
-    return embeddings / jnp.maximum(norm, 1e-12)
+    # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
+    square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
+    return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
@@ -195,6 +196,11 @@ def embed_texts(
 def logit_scale(params: Params) -> Float[Array, ""]:
     """The contrastive temperature's inverse, capped at 100."""
     return jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
+
+
+def entity_scale(params: Params) -> Float[Array, ""]:
+    """The learned factor of the entity loss's cosines, capped at 100 as the temperature is."""
+    return jnp.minimum(jnp.exp(params["entity_log_scale"]), MAX_LOGIT_SCALE)
 
 
 def parameter_count(config: MofiConfig, tower: str, *, with_projection: bool = True) -> int:

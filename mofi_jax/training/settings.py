@@ -3,7 +3,11 @@
 from typing import Any
 
 from mofi_jax.errors import BadInput
+from mofi_jax.losses import contrastive, entity
 from mofi_jax.model import mofi
+from mofi_jax.training import class_table
+
+KINDS = ("softmax", "sigmoid")  # of the contrastive loss
 
 
 def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
@@ -19,6 +23,13 @@ def validate(config: Any) -> None:
     Raises:
       BadInput: names the first key whose value cannot work.
     """
+
+    def choice(key: str, allowed: tuple[str, ...]) -> tuple[str, bool, str]:
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        return key, value in allowed, f"one of {', '.join(allowed)}"
+
     checks = [
         ("batch_size", config.batch_size > 0, "a positive number"),
         ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
@@ -28,6 +39,8 @@ def validate(config: Any) -> None:
         ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
         ("data.max_labels", config.data.max_labels > 0, "a positive number"),
         ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
+        ("microbatches", config.microbatches > 0, "a positive number"),
+        choice("optimizer.table.second_moment", class_table.SECOND_MOMENTS),
     ]
     for name, task in config.losses.items():
         checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))
@@ -35,7 +48,17 @@ def validate(config: Any) -> None:
             checks += [
                 ("losses.entity.scale", task.scale > 0, "a positive scale"),
                 ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
-                ("losses.entity.block_size", task.block_size > 0, "a positive number"),
+                choice("losses.entity.margin_kind", entity.MARGIN_KINDS),
+                ("losses.entity.sample_rate", 0 < task.sample_rate <= 1, "above 0, at most 1"),
+                ("losses.entity.block_size", task.block_size >= 0, "0 or more"),
+            ]
+            if task.learn_scale:
+                fits = task.scale <= mofi.MAX_LOGIT_SCALE
+                checks.append(("losses.entity.scale", fits, "at most 100 where it is learned"))
+        if name == "contrastive":
+            checks += [
+                choice("losses.contrastive.kind", KINDS),
+                choice("losses.contrastive.same_entity", contrastive.SAME_ENTITY),
             ]
     for key, fine, wanted in checks:
         if not fine:

@@ -1,6 +1,8 @@
 """The training state: step, parameters, optimizer state; created sharded, never whole."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +15,10 @@ from mofi_jax.model import mofi
 
 # N(0, 0.01) rows, as UNICOM and Partial FC initialise theirs; only their direction matters.
 TABLE_STD = 0.01
+
+# SigLIP's temperature and bias at the start: nearly all pairs are negatives, and the bias says so
+# before anything is learned (arXiv 2303.15343, section 3.2).
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10.0), -10.0
 
 
 @jax.tree_util.register_dataclass
@@ -32,26 +38,33 @@ def initialiser(
     model: mofi.MofiConfig,
     tx: optax.GradientTransformation,
     *,
-    tasks: tuple[str, ...],
+    losses: Mapping[str, Mapping[str, Any]],
     table_rows: int,
 ):
-    """A function of a seed that makes the state of the given tasks.
+    """A function of a seed that makes the state that the given losses need.
 
     Args:
-      tasks: names of the losses; "entity" brings the class table, "contrastive" the text tower.
+      losses: ``config.losses``; "entity" brings the class table and a learned scale if it asks for
+        one, "contrastive" the text tower and, for the sigmoid loss, its bias.
       table_rows: rows of the class table, padded to the mesh (`partition.padded_rows`).
     """
-    towers = ("image", "text") if "contrastive" in tasks else ("image",)
+    towers = ("image", "text") if "contrastive" in losses else ("image",)
 
     def init(seed: jax.Array) -> TrainState:
         key = jax.random.key(seed)
         params = mofi.create(model, key, towers=towers)
-        if "entity" in tasks:
+        if "contrastive" in losses and losses["contrastive"]["kind"] == "sigmoid":
+            params["logit_scale"] = jnp.asarray(SIGLIP_LOGIT_SCALE, jnp.float32)
+            params["logit_bias"] = jnp.asarray(SIGLIP_LOGIT_BIAS, jnp.float32)
+        if "entity" in losses:
+            if losses["entity"]["learn_scale"]:
+                scale = math.log(losses["entity"]["scale"])
+                params["entity_log_scale"] = jnp.asarray(scale, jnp.float32)
             table_key = jax.random.fold_in(key, 2)
             # One key a row: the rows of real entities do not depend on the padding, hence not on
             # the number of devices.
             row_keys = jax.vmap(lambda i: jax.random.fold_in(table_key, i))(jnp.arange(table_rows))
-            params["entity_table"] = TABLE_STD * jax.vmap(
+            params[partition.ENTITY_TABLE] = TABLE_STD * jax.vmap(
                 lambda k: jax.random.normal(k, (model.embed_dim,), jnp.float32)
             )(row_keys)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))

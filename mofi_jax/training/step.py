@@ -1,56 +1,113 @@
 """One jitted update: a dict of weighted task losses on one shared embedding (paper section 3)."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mofi_jax import partition
-from mofi_jax.losses import contrastive, entity
+from mofi_jax.errors import BadInput
+from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
+from mofi_jax.training import class_table
 from mofi_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all tasks need to know.
+
+    Attributes:
+      model: both towers.
+      mesh: the devices.
+      num_entities: real rows of the class table, 0 without one.
+      microbatches: parts in which the towers see a batch, see `in_microbatches`.
+    """
+
+    model: mofi.MofiConfig
+    mesh: Mesh
+    num_entities: int
+    microbatches: int = 1
+
+
 def entity_task(
-    params: Any, batch: Batch, images: jax.Array, *, model, mesh, num_entities, settings
+    params: Any,
+    batch: Batch,
+    images: jax.Array,
+    *,
+    setting: Setting,
+    options: Mapping[str, Any],
+    sample: entity.Sample | None,
 ) -> tuple[jax.Array, Metrics]:
     """Classification over the entity vocabulary (margin softmax, paper section 3.1)."""
+    learned = options["learn_scale"]
+    scale = mofi.entity_scale(params) if learned else options["scale"]
     loss = entity.entity_softmax(
         images,
-        params["entity_table"],
-        batch["entity_ids"],
+        params[partition.ENTITY_TABLE],
+        partition.table_rows(batch["entity_ids"], setting.num_entities),
         batch["entity_weights"],
-        num_entities=num_entities,
-        scale=settings["scale"],
-        margin=settings["margin"],
-        mesh=mesh,
-        block_size=settings["block_size"],
-        compute_dtype=jnp.dtype(model.dtype),
+        num_entities=setting.num_entities,
+        scale=scale,
+        margin=options["margin"],
+        margin_kind=options["margin_kind"],
+        mesh=setting.mesh,
+        block_size=options["block_size"] or None,
+        compute_dtype=jnp.dtype(setting.model.dtype),
+        sample=sample,
     )
     rows = jnp.maximum(loss.count, 1.0)
-    return loss.total / rows, {
+    metrics = {
         "entity_accuracy": loss.correct / rows,
         "labelled_share": loss.count / images.shape[0],
     }
+    if learned:
+        metrics["entity_scale"] = scale
+    if sample is not None:
+        metrics["sample_overflow"] = sample.overflow
+    return loss.total / rows, metrics
 
 
 def contrastive_task(
-    params: Any, batch: Batch, images: jax.Array, *, model, mesh, num_entities, settings
+    params: Any,
+    batch: Batch,
+    images: jax.Array,
+    *,
+    setting: Setting,
+    options: Mapping[str, Any],
+    sample: entity.Sample | None,
 ) -> tuple[jax.Array, Metrics]:
-    """Image against text over the global batch (CLIP softmax, paper section 3.2)."""
-    del num_entities, settings
-    texts = mofi.embed_texts(model, params, batch["tokens"])
-    scale = mofi.logit_scale(params)
-    loss = contrastive.clip_softmax(
-        images, texts, scale, mesh=mesh, valid=batch["text_valid"], groups=batch["text_group"]
+    """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
+    del sample
+    texts = in_microbatches(
+        lambda tokens: mofi.embed_texts(setting.model, params, tokens), batch["tokens"], setting
     )
-    return loss.total / jnp.maximum(loss.count, 1.0), {"logit_scale": scale}
+    scale = mofi.logit_scale(params)
+    about = batch["text_group"]
+    relations = {
+        "valid": batch["text_valid"],
+        "about": about,
+        # A picture shows its entities; without any, what its words say.
+        "shows": jnp.where(batch["entity_ids"] >= 0, batch["entity_ids"], about[:, None]),
+        "same_entity": options["same_entity"],
+        "mesh": setting.mesh,
+    }
+    metrics = {"logit_scale": scale}
+    if options["kind"] == "sigmoid":
+        metrics["logit_bias"] = params["logit_bias"]
+        loss = siglip.siglip(images, texts, scale, params["logit_bias"], **relations)
+    else:
+        loss = contrastive.clip_softmax(images, texts, scale, **relations)
+    pairs = jnp.maximum(loss.count, 1.0)
+    metrics["contrastive_accuracy"] = loss.correct / pairs
+    return loss.total / pairs, metrics
 
 
 TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
@@ -59,33 +116,67 @@ TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 }
 
 
+def in_microbatches(
+    function: Callable[[jax.Array], jax.Array], inputs: jax.Array, setting: Setting
+) -> jax.Array:
+    """function(inputs), computed for a part of the batch at a time, forward and backward.
+
+    The losses compare all rows of the global batch, so its size must not depend on the memory that
+    the towers' activations take.  Only each part's inputs and results are kept; the backward pass
+    computes the activations again, part by part (GradCache, arXiv 2101.06983), and adds up the
+    gradient of the parameters.  Values and gradients are those of one pass up to rounding.  Every
+    device cuts its own rows: nothing is exchanged.
+    """
+    parts, mesh = setting.microbatches, setting.mesh
+    if parts == 1:
+        return function(inputs)
+    shards = partition.batch_shards(mesh)
+    if inputs.shape[0] % (shards * parts):
+        raise BadInput(
+            f"a batch of {inputs.shape[0]} does not divide into config.microbatches={parts} parts "
+            f"on {shards} batch shards: choose a multiple of {parts * shards}."
+        )
+
+    def place(x: jax.Array, *spec: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    axes = partition.BATCH_AXES
+    x = place(inputs.reshape(shards, parts, -1, *inputs.shape[1:]), axes)
+    x = place(x.swapaxes(0, 1), None, axes)
+    run = jax.checkpoint(function, prevent_cse=False)
+
+    def part(x: jax.Array) -> jax.Array:
+        result = run(place(x.reshape(-1, *inputs.shape[1:]), axes))
+        return place(result.reshape(shards, -1, *result.shape[1:]), axes)
+
+    results = place(jax.lax.map(part, x), None, axes).swapaxes(0, 1)
+    results = place(results, axes)
+    return place(results.reshape(inputs.shape[0], *results.shape[3:]), axes)
+
+
 def make_loss(
-    model: mofi.MofiConfig,
-    losses: Mapping[str, Mapping[str, Any]],
-    *,
-    mesh: Mesh,
-    num_entities: int,
-) -> Callable[[Any, Batch], tuple[jax.Array, Metrics]]:
-    """The weighted sum of the task losses as a function of (params, batch).
+    setting: Setting, losses: Mapping[str, Mapping[str, Any]]
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The weighted sum of the task losses as a function of (params, batch, sample=None).
 
     Args:
-      losses: task name -> {"weight": ..., settings of the task}.
+      losses: task name -> {"weight": ..., options of the task}.
     """
 
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        images = mofi.embed_images(model, params, batch["image"])
+    def loss_fn(
+        params: Any, batch: Batch, sample: entity.Sample | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        images = in_microbatches(
+            lambda pixels: mofi.embed_images(setting.model, params, pixels),
+            batch["image"],
+            setting,
+        )
         total, metrics = jnp.zeros(()), {}
-        for name, settings in losses.items():
+        for name, options in losses.items():
             value, extra = TASKS[name](
-                params,
-                batch,
-                images,
-                model=model,
-                mesh=mesh,
-                num_entities=num_entities,
-                settings=settings,
+                params, batch, images, setting=setting, options=options, sample=sample
             )
-            total += settings["weight"] * value
+            total += options["weight"] * value
             metrics |= {f"loss_{name}": value, **extra}
         return total, {"loss": total, **metrics}
 
@@ -93,26 +184,47 @@ def make_loss(
 
 
 def make_update(
-    model: mofi.MofiConfig,
+    setting: Setting,
     losses: Mapping[str, Mapping[str, Any]],
     tx: optax.GradientTransformation,
     *,
-    mesh: Mesh,
-    num_entities: int,
+    seed: int,
     shardings: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; the incoming state is donated."""
-    loss_fn = make_loss(model, losses, mesh=mesh, num_entities=num_entities)
+    """The jitted step; the incoming state is donated.
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    Args:
+      seed: of the classes drawn by a sampled entity loss, with the step's number.
+    """
+    mesh = setting.mesh
+    loss_fn = make_loss(setting, losses)
+    rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
+
+    def dense_update(
+        state: TrainState, batch: Batch, sample: entity.Sample | None = None
+    ) -> tuple[TrainState, Metrics]:
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, metrics), grads = differentiate(state.params, batch, sample)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sample = entity_sampling.draw(
+            jax.random.fold_in(jax.random.key(seed), state.step),
+            partition.table_rows(batch["entity_ids"], setting.num_entities),
+            table_rows=state.params[partition.ENTITY_TABLE].shape[0],
+            num_entities=setting.num_entities,
+            rate=rate,
+            mesh=mesh,
+        )
+        small = class_table.take(state, sample.rows, mesh)
+        small, metrics = dense_update(small, batch, sample)
+        return class_table.put(state, small, sample.rows, mesh), metrics
+
     return jax.jit(
-        update,
+        dense_update if rate == 1 else sampled_update,
         donate_argnums=0,
         in_shardings=(shardings, partition.batch_sharding(mesh)),
         out_shardings=(shardings, partition.replicated(mesh)),

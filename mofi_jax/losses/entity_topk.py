@@ -1,0 +1,88 @@
+"""The k classes closest to an embedding, over a class table sharded on all devices."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mofi_jax import partition
+from mofi_jax.errors import BadInput
+from mofi_jax.losses import blocks, entity
+
+
+def entity_topk_dense(
+    embeddings: Float[Array, "b d"],
+    table: Float[Array, "e d"],
+    *,
+    num_entities: int,
+    k: int,
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """The definition of `entity_topk`, with all b x e cosines in memory."""
+    unit, _ = entity.unit_rows(table)
+    cos = entity.dot("bd,ed->be", embeddings, unit, jnp.dtype(jnp.float32))
+    cos, rows = lax.top_k(cos[:, :num_entities], k)
+    return rows.astype(jnp.int32), cos
+
+
+def entity_topk(
+    embeddings: Float[Array, "b d"],
+    table: Float[Array, "e d"],
+    *,
+    num_entities: int,
+    k: int,
+    mesh: Mesh,
+    block_size: int = 8192,
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """The k classes closest to each embedding, without gathering a b x e matrix.
+
+    Every device keeps the best k of its own classes, block by block; only those are exchanged.
+
+    Args:
+      embeddings: L2-normalised, batch over `partition.BATCH_AXES`.
+      table: raw class rows, over `partition.ALL_AXES`; rows from num_entities on are padding.
+      num_entities: number of real rows of the table.
+      k: how many, at most num_entities.
+      mesh: the mesh of `partition.make_mesh`.
+      block_size: classes per block; bounds the memory at b x block_size cosines.
+
+    Returns:
+      Rows of the table int32 (`partition.table_entities` gives their entities) and their cosines
+      fp32 (without scale or margin), best first; of equal cosines the lower row comes first.
+
+    Raises:
+      BadInput: as `entity.entity_softmax`, or k exceeds num_entities.
+    """
+    entity.check_table(embeddings, table, num_entities, mesh)
+    if not 0 < k <= num_entities:
+        raise BadInput(f"k={k} nearest of {num_entities} entities: choose 1 to {num_entities}.")
+
+    def shard(embeddings, table):
+        x = blocks.gather_batch(embeddings.astype(jnp.float32))
+        first = lax.axis_index(partition.ALL_AXES) * table.shape[0]
+
+        def body(carry, start, size):
+            unit, _ = entity.unit_rows(lax.dynamic_slice_in_dim(table, start, size))
+            columns = (first + start + jnp.arange(size)).astype(jnp.int32)
+            cos = entity.dot("bd,cd->bc", x, unit, jnp.dtype(jnp.float32))
+            cos = jnp.where(columns < num_entities, cos, entity.MASKED)
+            # Earlier blocks come first and top_k prefers the first of equals: the lower row.
+            cos, pick = lax.top_k(jnp.concatenate([carry[0], cos], axis=1), k)
+            rows = jnp.broadcast_to(columns, (x.shape[0], size))
+            rows = jnp.concatenate([carry[1], rows], axis=1)
+            return cos, jnp.take_along_axis(rows, pick, axis=1)
+
+        carry = (
+            jnp.full((x.shape[0], k), entity.MASKED, jnp.float32),
+            jnp.full((x.shape[0], k), num_entities, jnp.int32),
+        )
+        best = blocks.over_blocks(table.shape[0], block_size, body, carry)
+        # Each device receives every device's best, for its own rows only.
+        best = lax.all_to_all(best, partition.BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
+        cos, rows = lax.all_gather(best, "tensor", axis=1, tiled=True)
+        cos, rows = lax.sort((-cos, rows), dimension=1, num_keys=2)
+        return rows[:, :k], -cos[:, :k]
+
+    run = blocks.shard_map(
+        shard, mesh, in_specs=(blocks.BATCH, blocks.CLASSES), out_specs=(blocks.BATCH, blocks.BATCH)
+    )
+    return run(embeddings, table)

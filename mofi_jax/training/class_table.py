@@ -1,0 +1,118 @@
+"""What is particular to training the class table: its update rule, and steps that see some rows.
+
+The rule is Adam with one memory more, the step at which each row was last updated.  In exact
+training every row is updated at every step and this is Adam to the bit.  In sampled training the
+step runs on a smaller state that holds only the drawn rows (`take`), and the result is written back
+(`put`): a row that was not drawn is not touched, and when it is drawn again its moments are first
+decayed by the steps it missed, as if its gradient had been zero.  Momentum alone never moves a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from mofi_jax import partition
+from mofi_jax.losses import entity_sampling
+
+SECOND_MOMENTS = ("full", "row")
+
+
+class RowAdamState(NamedTuple):
+    """Moments of `scale_by_row_adam`.
+
+    Attributes:
+      count: int32 scalar, finished updates.
+      mu: first moments [e, d].
+      nu: second moments, float32 [e, d], or [e] where a row has one.
+      last_step: int32 [e], the value of `count` after the row's last update.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    last_step: Any
+
+
+def scale_by_row_adam(
+    b1: float, b2: float, eps: float, *, mu_dtype: str, second_moment: str
+) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980) for tables of rows that need not all be updated at each step.
+
+    Args:
+      b1, b2, eps: as `optax.scale_by_adam`, also in the bias correction.
+      mu_dtype: of the first moment as it is stored.
+      second_moment: "full" keeps one value a weight, "row" the mean square of a row's gradient:
+        one value a row, as row-wise Adam of embedding tables does.
+    """
+    full = second_moment == "full"
+
+    def init(params: Any) -> RowAdamState:
+        def second(p: jax.Array) -> jax.Array:
+            return jnp.zeros(p.shape if full else p.shape[:1], jnp.float32)
+
+        return RowAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(lambda p: jnp.zeros(p.shape, mu_dtype), params),
+            nu=jax.tree.map(second, params),
+            last_step=jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.int32), params),
+        )
+
+    def update(updates: Any, state: RowAdamState, params: Any = None) -> tuple[Any, RowAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+
+        def decayed(moment: jax.Array, last_step: jax.Array, decay: float) -> jax.Array:
+            missed = (state.count - last_step).astype(jnp.float32)
+            factor = decay * decay**missed
+            return factor.reshape(factor.shape + (1,) * (moment.ndim - 1)) * moment
+
+        def first(g: jax.Array, m: jax.Array, last_step: jax.Array) -> jax.Array:
+            return (1 - b1) * g + decayed(m, last_step, b1)
+
+        def second(g: jax.Array, v: jax.Array, last_step: jax.Array) -> jax.Array:
+            square = g * g if full else jnp.mean(g * g, axis=1)
+            return (1 - b2) * square + decayed(v, last_step, b2)
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            deviation = jnp.sqrt(v / (1 - b2**count)) + eps
+            return m / (1 - b1**count) / (deviation if full else deviation[:, None])
+
+        mu = jax.tree.map(first, updates, state.mu, state.last_step)
+        nu = jax.tree.map(second, updates, state.nu, state.last_step)
+        directions = jax.tree.map(direction, mu, nu)
+        return directions, RowAdamState(
+            count=count,
+            mu=jax.tree.map(lambda m: m.astype(mu_dtype), mu),
+            nu=nu,
+            last_step=jax.tree.map(lambda row: jnp.full_like(row, count), state.last_step),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_table(path: tuple[Any, ...]) -> bool:
+    """Whether a path of the training state names the class table or one of its moments."""
+    return partition.path_name(path).endswith(partition.ENTITY_TABLE)
+
+
+def take(state: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
+    """The state with the drawn rows in place of the class table and of its moments."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: entity_sampling.take_rows(leaf, rows, mesh) if is_table(path) else leaf,
+        state,
+    )
+
+
+def put(state: Any, small: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
+    """`small`, an updated result of `take`, with its rows back among all the others of `state`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, part: (
+            entity_sampling.put_rows(leaf, rows, part, mesh) if is_table(path) else part
+        ),
+        state,
+        small,
+    )
