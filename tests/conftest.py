@@ -2,9 +2,15 @@
 
 import math
 import os
+import tempfile
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests train the same tiny model: each of its programs is compiled once in a session, in all
+# processes.  The folder is new each time, so that nothing stale is ever read.
+_programs = tempfile.TemporaryDirectory(prefix="mofi_jax_programs_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import numpy as np

