@@ -2,14 +2,14 @@
 
 import math
 import os
+import shutil
 import tempfile
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Many tests train the same tiny model: each of its programs is compiled once in a session, in all
 # processes.  The folder is new each time, so that nothing stale is ever read.
-_programs = tempfile.TemporaryDirectory(prefix="mofi_jax_programs_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_programs_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
@@ -23,6 +23,10 @@ from mofi_jax import partition
 jax.config.update("jax_num_cpu_devices", 8)
 # Grain reads absl flags when it starts workers; no absl app runs under pytest.
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ import optax
 import pytest
 
 from configs import quickstart
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
-from mofi_jax.training import checkpoint, state
+from mofi_jax.training import cadence, checkpoint, class_table, optim, state
 
 
 def initialiser(width=8, rows=16, tx=None):
@@ -104,3 +105,49 @@ def test_missing_and_left_over_arrays_are_named(saved, meshes):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(BadInput, match="There is no checkpoint in"):
         checkpoint.restore_params(tmp_path)
+
+
+@pytest.mark.parametrize("second_moment", ["full", "row"])
+def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, second_moment):
+    """1,003 rows, which divide over none of them: rows and moments move bit for bit."""
+    entities = 1003
+    settings = quickstart.get_config("task=multitask").optimizer
+    settings.table.second_moment = second_moment
+    settings.first_moment_dtype = "bfloat16"
+    tx = optim.make(settings, cadence.Clock(16, 1000, 100))
+
+    def make(mesh):
+        return initialiser(rows=partition.padded_rows(entities, mesh), tx=tx)
+
+    eight, shardings = state.create(make(meshes["1x8x1"]), 5, meshes["1x8x1"])
+    # Moments of a training under way: every value another.
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+
+    def fill(leaf, sharding):
+        if leaf.ndim == 0:
+            return leaf
+        noise = 100 * jax.random.normal(next(keys), leaf.shape)
+        return jax.device_put(noise.astype(leaf.dtype), sharding)
+
+    eight = jax.tree.map(fill, eight, shardings)
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, eight, POSITION)
+    checkpointer.wait()
+    for name in ("2x1x2", "1x2x1", "1x1x1"):
+        structs, _ = state.abstract(make(meshes[name]), meshes[name])
+        restored, _ = checkpointer.restore(1, structs)
+        moved = 0
+        for (path, a), b in zip(
+            jax.tree_util.tree_flatten_with_path(eight)[0], jax.tree.leaves(restored), strict=True
+        ):
+            if class_table.is_table(path):
+                moved += 1
+                assert a.shape[0] == 1008
+                assert b.shape[0] == partition.padded_rows(entities, meshes[name])
+                assert len(b.sharding.device_set) == meshes[name].size
+                assert b.addressable_shards[0].data.shape[0] == b.shape[0] // meshes[name].size
+                a, b = a[:entities], b[:entities]
+            np.testing.assert_array_equal(a, b, err_msg=partition.path_name(path))
+            assert a.dtype == b.dtype
+        assert moved == 4, "table, two moments, last step"
+    checkpointer.close()

@@ -27,7 +27,7 @@ FLOORS = (
     ("training",),
     ("inference",),
     ("evaluators",),
-    ("train", "evaluate", "export"),
+    ("train", "evaluate", "export", "grow"),
 )
 
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mofi_jax import partition
 from mofi_jax.losses import entity_sampling
@@ -92,6 +93,46 @@ def scale_by_row_adam(
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def moved_rows(
+    state: Any,
+    *,
+    sources: Int[np.ndarray, " e"],
+    new_rows: Float[np.ndarray, "n d"],
+    table_rows: int,
+) -> Any:
+    """The state for another vocabulary: rows and moments move with their entities, on the host.
+
+    A new row starts without moments, as of now: its first updates are those of any row that was
+    not seen for long.
+
+    Args:
+      state: whose leaves named as the class table have a row for each old entity.
+      sources: row of the old table for each row of the new one; below 0 for a new entity.
+      new_rows: for each entity with a source below 0, in order.
+      table_rows: rows of the new table with its padding, which is zero.
+
+    Returns:
+      The state with numpy arrays in place of the class table and all that is laid out as it is.
+    """
+    kept = np.flatnonzero(sources >= 0)
+    fresh = np.flatnonzero(sources < 0)
+
+    def move(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        if not is_table(path):
+            return leaf
+        old = np.asarray(leaf)
+        new = np.zeros((table_rows, *old.shape[1:]), old.dtype)
+        new[kept] = old[sources[kept]]
+        parent = partition.path_name(path).split("/")[-2]
+        if parent == "params":
+            new[fresh] = new_rows
+        elif parent == "last_step":
+            new[fresh] = old.max(initial=0)
+        return new
+
+    return jax.tree_util.tree_map_with_path(move, state)
 
 
 def is_table(path: tuple[Any, ...]) -> bool:

@@ -1,0 +1,202 @@
+"""Carries a training run over to a larger vocabulary, so that it goes on instead of starting over.
+
+    python -m mofi_jax.grow --model RUN --data NEW_DATA --workdir GROWN
+    python -m mofi_jax.train --config ... --config.data.dir=NEW_DATA --workdir GROWN
+
+Entities are matched by QID: those that RUN knows keep their row of the class table and its moments
+to the bit, whatever their new ids; new ones start at the embedding of their name and description by
+RUN's own text tower, or at random where it has none.  Everything else of the last checkpoint, the
+step included, is taken over; the data begin from their first example.  Run again, it does nothing.
+"""
+
+import json
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mofi_jax import cli, inference, partition, telemetry, train
+from mofi_jax.data import records, tokenizer
+from mofi_jax.errors import BadInput
+from mofi_jax.training import cadence, checkpoint, class_table, optim, settings
+from mofi_jax.training import state as state_lib
+
+# As many QIDs as an error names.
+NAMED = 5
+
+
+def main(model: str, data: str, workdir: str, name: str = "", missing: str = "refuse") -> None:
+    """Writes the grown run.
+
+    Args:
+      model: folder of a training run with a class table.
+      data: folder of the new data set, which holds NAME/VERSION/.
+      workdir: the new run's folder.
+      name: of the data set; that of `model`'s own data if left out.
+      missing: what becomes of entities of `model` that the new data set lacks: "refuse" or "drop".
+
+    Raises:
+      BadInput: a run without checkpoint or class table, another tokenizer, entities that would be
+        lost, a workdir that holds another run, more than one host.
+    """
+    if missing not in ("refuse", "drop"):
+        raise BadInput(f"--missing={missing}: choose refuse or drop.")
+    if jax.process_count() > 1:
+        raise BadInput("A vocabulary grows on one host: start this command on one alone.")
+    run, out = epath.Path(model), epath.Path(workdir)
+    if (out / "result_grow.json").exists():
+        logging.info("%s is grown already", out)
+        return
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
+
+    config = read_config(run)
+    if name:
+        config.data.name = name
+    source = records.open_source(data, config.data.name)
+    entities_path = source.directory / records.ENTITIES_FILE
+    old, new = (
+        records.read_entities(run / records.ENTITIES_FILE),
+        records.read_entities(entities_path),
+    )
+    texts = tokenizer.Tokenizer(
+        source.directory / records.TOKENIZER_FILE, config.model.context_length
+    )
+    check_tokenizer(run, texts)
+    sources = match(old, new, run, missing)
+
+    mesh = partition.make_mesh()
+    checkpointer = checkpoint.Checkpointer(run, keep=1_000_000)
+    step = checkpointer.latest_step()
+    if step is None:
+        raise BadInput(f"There is no checkpoint in {checkpointer.folder}: train first.")
+    model_config = settings.model_config(
+        config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id
+    )
+    # The clock decides when the learning rate falls, not what the optimizer remembers.
+    clock = cadence.Clock(config.batch_size, len(source), total_steps=max(step, 1))
+    init = state_lib.initialiser(
+        model_config,
+        optim.make(config.optimizer, clock),
+        losses=config.losses.to_dict(),
+        table_rows=partition.padded_rows(len(old), mesh),
+    )
+    structs, _ = state_lib.abstract(init, mesh)
+    old_state, position = checkpointer.restore(step, structs)
+    checkpointer.close()
+
+    fresh = np.flatnonzero(sources < 0)
+    rows = new_rows(old_state.params, model_config, texts, new, fresh, len(old), mesh)
+    grown = class_table.moved_rows(
+        old_state,
+        # From ids to rows of the table, which lie in another order.
+        sources=rows_of_sources(sources, len(old)),
+        new_rows=rows[np.searchsorted(fresh, ids_by_row(fresh, len(new)))],
+        table_rows=partition.padded_rows(len(new), mesh),
+    )
+    grown = jax.device_put(grown, partition.tree_shardings(mesh, grown))
+
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
+        telemetry.write_text(out / file, (run / file).read_text())
+    entities_path.copy(out / records.ENTITIES_FILE, overwrite=True)
+    fingerprint = train.data_fingerprint(config, source, entities_path, texts)
+    writer = checkpoint.Checkpointer(out, keep=1)
+    writer.save(step, grown, checkpoint.Position(0, fingerprint, position.seconds))
+    writer.close()
+    counts = {
+        "step": step,
+        "entities": len(new),
+        "kept": int((sources >= 0).sum()),
+        "added": len(fresh),
+        "dropped": len(old) - int((sources >= 0).sum()),
+        "new_rows": "text tower" if "text" in old_state.params else "random",
+    }
+    telemetry.write_json(out / "result_grow.json", counts)
+    logging.info("grown: %s", counts)
+
+
+def read_config(run: epath.Path) -> ml_collections.ConfigDict:
+    """The config that `run` was trained with."""
+    path = run / "config.json"
+    if not path.exists():
+        raise BadInput(f"{run} is no training run (no config.json): name the --workdir of one.")
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    if "entity" not in config.losses:
+        raise BadInput(
+            f"{run} was trained without the entity loss, so it has no vocabulary to grow: train "
+            "with task=supervised or task=multitask."
+        )
+    return config
+
+
+def check_tokenizer(run: epath.Path, texts: tokenizer.Tokenizer) -> None:
+    """Raises BadInput where the new data would be read with other tokens than the run's."""
+    own = tokenizer.Tokenizer(run / records.TOKENIZER_FILE, texts.context_length)
+    if own.fingerprint != texts.fingerprint:
+        raise BadInput(
+            f"{texts.path} is not the tokenizer of {run}: copy {run / records.TOKENIZER_FILE} over "
+            "it; records hold texts, not tokens."
+        )
+
+
+def match(
+    old: records.Entities, new: records.Entities, run: epath.Path, missing: str
+) -> np.ndarray:
+    """int64 [new entities]: the old id of each new one, -1 where there is none."""
+    ids = {qid: i for i, qid in enumerate(old.qids)}
+    sources = np.array([ids.get(qid, -1) for qid in new.qids], np.int64)
+    lost = sorted(set(old.qids) - set(new.qids))
+    if lost and missing == "refuse":
+        some = ", ".join(lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
+        raise BadInput(
+            f"{len(lost)} of {len(old)} entities of {run} are not in the new data ({some}): keep "
+            "them in its vocabulary, or pass --missing=drop to lose their rows."
+        )
+    return sources
+
+
+def ids_by_row(ids: np.ndarray, num_entities: int) -> np.ndarray:
+    """The given entity ids in the order of their rows of the table."""
+    return ids[np.argsort(partition.table_rows(ids, num_entities))]
+
+
+def rows_of_sources(sources: np.ndarray, num_old: int) -> np.ndarray:
+    """int64 [new entities]: row of the old table for each row of the new one, -1 for new ones."""
+    ids = partition.table_entities(np.arange(len(sources)), len(sources))
+    return partition.table_rows(sources[ids], num_old)
+
+
+def new_rows(
+    params: Any,
+    model_config: Any,
+    texts: tokenizer.Tokenizer,
+    entities: records.Entities,
+    fresh: np.ndarray,
+    num_old: int,
+    mesh: Any,
+) -> np.ndarray:
+    """float32 [len(fresh), d]: the first rows of new entities, as long as a typical old one.
+
+    The loss normalises rows, so a row's length decides only how fast it turns.
+    """
+    old = np.asarray(params[partition.ENTITY_TABLE])[:num_old]
+    length = np.median(np.linalg.norm(old, axis=1))
+    if "text" in params and len(fresh):
+        towers = inference.Towers(
+            config=model_config, tokenizer=texts, entities=None, preprocess="", mesh=mesh
+        )
+        words = [entities.text(int(i), with_description=True) for i in fresh]
+        directions = towers.embed_texts(params, words)
+    else:
+        rng = np.random.default_rng(len(entities))
+        directions = rng.normal(size=(len(fresh), old.shape[1])).astype(np.float32)
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return (length * directions).astype(np.float32)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,155 @@
+"""A run carried over to a larger vocabulary: rows by QID, moments, new rows, and it trains on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mofi_jax import grow, partition, telemetry, train
+from mofi_jax.data import records
+from mofi_jax.errors import BadInput
+from mofi_jax.training import checkpoint
+from tests import datasets
+
+TABLE = partition.ENTITY_TABLE
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch, meshes):
+    monkeypatch.setattr(partition, "make_mesh", lambda **_: meshes["1x1x1"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The old data of seven entities; the new of ten, the old ones among them with other ids."""
+    old, new = (tmp_path_factory.mktemp(name) for name in ("old", "new"))
+    old_version = datasets.write(old, entities=7)
+    version = datasets.write(new, entities=10)
+    # The tokenizer stays that of the old data: a run's words keep their meaning.
+    (version / records.TOKENIZER_FILE).write_bytes(
+        (old_version / records.TOKENIZER_FILE).read_bytes()
+    )
+    known = records.read_entities(version / records.ENTITIES_FILE)
+    order = [8, 3, 0, 9, 6, 1, 5, 2, 7, 4]
+    records.write_entities(
+        version / records.ENTITIES_FILE,
+        records.Entities(
+            qids=[known.qids[i] for i in order],
+            names=[known.names[i] for i in order],
+            descriptions=[known.descriptions[i] for i in order],
+            counts=np.arange(20, 10, -1),
+        ),
+    )
+    return old, new
+
+
+def by_qid(workdir, leaf, entities):
+    """{qid: its part of an array laid out as the class table is}."""
+    rows = partition.table_rows(np.arange(len(entities)), len(entities))
+    return dict(zip(entities.qids, np.asarray(leaf)[rows], strict=True))
+
+
+def saved(workdir):
+    """The class table and everything laid out as it is, by the path in the checkpoint."""
+    folder = workdir / checkpoint.FOLDER
+    [step] = [p for p in folder.iterdir() if p.name.isdigit()]
+    import orbax.checkpoint as ocp
+
+    leaves = {}
+    for item in ("params", "optimizer"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore((step / item).absolute())
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            leaves[f"{item}/{partition.path_name(path)}"] = np.asarray(leaf)
+    return leaves
+
+
+@pytest.mark.parametrize("task", ["multitask", "supervised"])
+def test_grows_and_trains_on(data, tmp_path, task):
+    old_data, new_data = data
+    config = datasets.tiny_config(old_data, f"task={task}", steps=4)
+    config.checkpoint.keep = 1
+    train.main(config, str(tmp_path / "run"))
+    grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    result = json.loads((tmp_path / "grown" / "result_grow.json").read_text())
+    assert (result["kept"], result["added"], result["dropped"]) == (7, 3, 0)
+    assert result["new_rows"] == ("text tower" if task == "multitask" else "random")
+
+    old = records.read_entities(tmp_path / "run" / records.ENTITIES_FILE)
+    new = records.read_entities(tmp_path / "grown" / records.ENTITIES_FILE)
+    assert len(new) == 10
+    before, after = saved(tmp_path / "run"), saved(tmp_path / "grown")
+    assert before.keys() == after.keys()
+    moved = [name for name in before if name.endswith(TABLE)]
+    assert len(moved) == 4, "table, two moments, last step"
+    for name in before:
+        if name in moved:
+            was = by_qid(tmp_path / "run", before[name], old)
+            now = by_qid(tmp_path / "grown", after[name], new)
+            for qid in old.qids:
+                np.testing.assert_array_equal(now[qid], was[qid], err_msg=f"{name} {qid}")
+            for qid in set(new.qids) - set(old.qids):
+                if "mu" in name or "nu" in name:
+                    np.testing.assert_array_equal(now[qid], 0)
+                elif "last_step" in name:
+                    assert now[qid] == 4
+                else:
+                    length = np.median([np.linalg.norm(row) for row in was.values()])
+                    assert np.linalg.norm(now[qid]) == pytest.approx(length, rel=1e-4)
+        else:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+    # The same command on the new data goes on from step 4.
+    config = datasets.tiny_config(new_data, f"task={task}", steps=6)
+    train.main(config, str(tmp_path / "grown"))
+    lines = telemetry.read_metrics(tmp_path / "grown")
+    assert [line["step"] for line in lines] == [5, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert json.loads((tmp_path / "grown" / "result.json").read_text())["entities"] == 10
+
+
+def test_new_rows_are_what_the_text_tower_says(data, tmp_path):
+    from mofi_jax import inference
+
+    old_data, new_data = data
+    train.main(datasets.tiny_config(old_data, steps=2), str(tmp_path / "run"))
+    grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    model = inference.load(tmp_path / "grown")
+    fresh = [i for i, qid in enumerate(model.towers.entities.qids) if qid in ("Q007", "Q008")]
+    words = [model.towers.entities.text(i, with_description=True) for i in fresh]
+    ids, cosines = model.name_entities(model.embed_texts(words), 1)
+    assert ids[:, 0].tolist() == fresh
+    np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-5)
+
+
+def test_refusals(data, tmp_path):
+    old_data, new_data = data
+    train.main(datasets.tiny_config(new_data, steps=1), str(tmp_path / "run"))
+    with pytest.raises(BadInput, match=r"3 of 10 entities of .* \(Q007, Q008, Q009\).*drop"):
+        grow.main(str(tmp_path / "run"), str(old_data), str(tmp_path / "grown"))
+    assert not (tmp_path / "grown").exists()
+    with pytest.raises(BadInput, match="--missing=keep: choose refuse or drop"):
+        grow.main(str(tmp_path / "run"), str(old_data), str(tmp_path / "grown"), missing="keep")
+    grow.main(str(tmp_path / "run"), str(old_data), str(tmp_path / "less"), missing="drop")
+    result = json.loads((tmp_path / "less" / "result_grow.json").read_text())
+    assert (result["kept"], result["dropped"]) == (7, 3)
+    with pytest.raises(BadInput, match="is not empty"):
+        grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "run"))
+    with pytest.raises(BadInput, match="is no training run"):
+        grow.main(str(tmp_path / "nothing"), str(new_data), str(tmp_path / "grown"))
+    before = (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns
+    grow.main(str(tmp_path / "run"), str(old_data), str(tmp_path / "less"), missing="drop")
+    assert (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns == before
+
+
+def test_another_tokenizer_or_no_entities(data, tmp_path):
+    old_data, _ = data
+    other = tmp_path / "other"
+    datasets.write(other, entities=9)
+    train.main(datasets.tiny_config(old_data, steps=1), str(tmp_path / "run"))
+    with pytest.raises(BadInput, match="is not the tokenizer of"):
+        grow.main(str(tmp_path / "run"), str(other), str(tmp_path / "grown"))
+    train.main(datasets.tiny_config(old_data, "task=contrastive", steps=1), str(tmp_path / "clip"))
+    with pytest.raises(BadInput, match="no vocabulary to grow"):
+        grow.main(str(tmp_path / "clip"), str(other), str(tmp_path / "grown"))
