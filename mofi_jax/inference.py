@@ -273,10 +273,17 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 25
     return Model(towers, towers.put(params), str(path))
 
 
+def describe(config: mofi.MofiConfig, preprocess: str) -> dict[str, Any]:
+    """What a run's model.json holds."""
+    order = partition.TABLE_ORDER
+    return {**config.to_dict(), "preprocess": preprocess, "table_order": order}
+
+
 def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, Any]:
     try:
         values = json.loads((path / MODEL_FILE).read_text())
         preprocess = values.pop("preprocess")
+        table_order = values.pop("table_order", None)
         config = mofi.MofiConfig.from_dict(values)
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, BadInput):
@@ -289,7 +296,12 @@ def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, An
     tokenizer = entities = None
     if "text" in params and (path / records.TOKENIZER_FILE).exists():
         tokenizer = tokenizer_lib.Tokenizer(path / records.TOKENIZER_FILE, config.context_length)
-    if "entity_table" in params:
+    if partition.ENTITY_TABLE in params:
+        if table_order != partition.TABLE_ORDER:
+            raise BadInput(
+                f"{path} was trained by another version, whose class table has its rows in another "
+                "order: use that version, or train again."
+            )
         entities = records.read_entities(path / records.ENTITIES_FILE)
     return (
         Towers(

@@ -24,6 +24,8 @@ BATCH_AXES = ("replica", "fsdp")
 ALL_AXES = ("replica", "fsdp", "tensor")
 
 ENTITY_TABLE = "entity_table"  # the class table among the parameters
+# Of `table_rows`: a table whose rows lie in another order names the wrong entities.
+TABLE_ORDER = 1
 
 # Ordered, first match wins, applied to parameters and optimizer moments alike (their paths end in
 # the parameter's path).  Each entry names the axis for each dimension counted from the last one, so

@@ -244,8 +244,6 @@ def data_fingerprint(
         "dataset_info": sha256(source.directory / "dataset_info.json"),
         "examples": len(source),
         "entities": sha256(entities) if entities else "",
-        # How the class table's rows belong to the entities; a table in another order is useless.
-        "table_order": "dealt onto piles, 1",
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
         "train_ops": config.data.train_ops,
@@ -291,7 +289,7 @@ def check_workdir(workdir: epath.Path, config: Any, model: mofi.MofiConfig) -> N
     path = workdir / "model.json"
     if not path.exists():
         return
-    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
+    description = inference.describe(model, config.data.eval_ops)
     changed = differences(json.loads(path.read_text()), description)
     if changed:
         raise BadInput(
@@ -318,7 +316,7 @@ def prepare_workdir(
     if num_entities:
         entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
     telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-    description = {**model.to_dict(), "preprocess": config.data.eval_ops}
+    description = inference.describe(model, config.data.eval_ops)
     telemetry.write_json(workdir / "model.json", description)
 
 

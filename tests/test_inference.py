@@ -7,10 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from PIL import Image
 
-from mofi_jax import errors, inference
+from mofi_jax import errors, inference, partition
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.evaluators import common
@@ -142,7 +143,7 @@ def test_load_exported_folder(exported, meshes, config, params):
 
 
 def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokenizer, entities):
-    description = {**config.to_dict(), "preprocess": PREPROCESS}
+    description = inference.describe(config, PREPROCESS)
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
@@ -152,6 +153,44 @@ def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokeni
     assert model.towers.entities.names == NAMES
     expected = jax.jit(mofi.embed_texts, static_argnums=0)(config, params, tokenizer(["a cat"]))
     np.testing.assert_allclose(model.embed_texts(["a cat"]), expected, atol=1e-6)
+
+
+def test_a_class_table_in_another_order_is_refused(
+    monkeypatch, tmp_path, config, params, tokenizer, entities
+):
+    description = inference.describe(config, PREPROCESS)
+    del description["table_order"]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    records.write_entities(tmp_path / "entities.parquet", entities)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
+    with pytest.raises(errors.BadInput, match="trained by another version, whose class table"):
+        inference.load(tmp_path)
+
+
+def test_names_follow_the_order_of_the_class_table(tmp_path, meshes, config, params, tokenizer):
+    """200 entities, whose rows are not their ids: named, exported and read back as themselves."""
+    count = 200
+    qids = [f"Q{i:03d}" for i in range(count)]
+    many = records.Entities(qids, qids, [""] * count, np.full(count, 3))
+    by_id = np.random.default_rng(0).normal(size=(count, config.embed_dim)).astype(np.float32)
+    rows = partition.table_rows(np.arange(count), count)
+    assert np.any(rows != np.arange(count))
+    table = np.zeros_like(by_id)
+    table[rows] = by_id
+    towers = _towers(config, tokenizer, many, meshes["2x2x2"], batch_size=16)
+    with_table = {**params, "entity_table": table}
+    found, cosines = towers.nearest_entities(towers.put(with_table), by_id, 1)
+    np.testing.assert_array_equal(found[:, 0], np.arange(count))
+    np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+    clip = huggingface.Clip(config, with_table, tokenizer, many, PREPROCESS)
+    huggingface.write(tmp_path / "hf", clip)
+    # In the file, row i is entity i.
+    file = safetensors.numpy.load_file(tmp_path / "hf" / huggingface.ENTITY_TABLE_FILE)
+    np.testing.assert_array_equal(file["entity_table"], by_id)
+    again = huggingface.read(tmp_path / "hf")
+    np.testing.assert_array_equal(again.params["entity_table"], table)
 
 
 def test_bad_folders(tmp_path, exported):
