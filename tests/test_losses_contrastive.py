@@ -505,7 +505,7 @@ def test_collapse(kind):
     pictures of one entity less alike than pictures of two entities whose captions are worded alike,
     and finds the entity of a new picture by a wording that is not its own in 72 to 74 % of cases.
     "masked" lets the wordings be and finds 94 to 97 %; only "positive" ties them to each other and
-    finds 99.7 %.  (Seeds 0 to 3: 70-75, 87-98 and 99-100 %.)
+    finds 99.7 %.  (Four seeds: 68 to 77, 88 to 98 and 98.5 to 99.7 %.)
     """
     off, masked, positive = (train(kind, mode, World(wordings=16, look=2.0)) for mode in MODES)
     # In the own wording all are good: 95, 99 and 99.7 %.
@@ -522,7 +522,10 @@ def test_collapse(kind):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_collapse_where_the_look_tells_nothing(mode):
-    """Wordings drawn by chance cannot be told apart, and so the entity is all there is to learn."""
+    """Wordings drawn by chance cannot be told apart, and so the entity is all there is to learn.
+
+    In all three modes 99.9 % by another wording, and a cosine of 0.92 to 0.93 within entities.
+    """
     result = train("softmax", mode, World(wordings=16, look=0.0))
     assert result.other_wording > 0.97
     assert result.same_entity > 0.75
