@@ -55,8 +55,12 @@ def shapes(problem: Problem, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {n: jax.ShapeDtypeStruct(*kind, sharding=where[n]) for n, kind in kinds.items()}
 
 
-def inputs(problem: Problem, mesh: Mesh) -> dict[str, jax.Array]:
-    """Random rows and embeddings near the row of their first label, drawn where they will live."""
+def inputs(problem: Problem, mesh: Mesh, noise: float = 1.0) -> dict[str, jax.Array]:
+    """Random rows and embeddings around the row of their first label, drawn where they will live.
+
+    Args:
+      noise: how much longer than a row what is added to it is; 1 makes a cosine of 0.71.
+    """
     rows = partition.padded_rows(problem.classes, mesh)
 
     @functools.partial(jax.jit, out_shardings=shardings(mesh))
@@ -64,7 +68,7 @@ def inputs(problem: Problem, mesh: Mesh) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
         table = jax.random.normal(keys[0], (rows, problem.dim))
         ids = jax.random.randint(keys[1], (problem.batch, problem.labels), 0, problem.classes)
-        x = table[ids[:, 0]] + jax.random.normal(keys[2], (problem.batch, problem.dim))
+        x = table[ids[:, 0]] + noise * jax.random.normal(keys[2], (problem.batch, problem.dim))
         x /= jnp.linalg.norm(x, axis=1, keepdims=True)
         weights = jnp.full(ids.shape, 1.0 / problem.labels)
         return {"x": x, "table": table, "ids": ids, "weights": weights}
@@ -149,7 +153,7 @@ def compile_version(name: str, problem: Problem, mesh: Mesh) -> Any:
     where = shardings(mesh)
     out = (partition.replicated(mesh), (where["x"], where["table"]))
     run = jax.jit(VERSIONS[name](problem, mesh), out_shardings=out)
-    return run.lower(**shapes(problem, mesh)).compile()
+    return run.lower(*shapes(problem, mesh).values()).compile()
 
 
 def mib(compiled: Any) -> float:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import blocks, entity
+from mofi_jax.losses import blocks, entity, margins
 
 ENTITIES = 1003  # no multiple of 8 devices or of any block size below
 ROWS = 1008
@@ -197,12 +197,12 @@ def test_angular_margin(meshes, labels, margin, scale, fixed_scale):
     compare(mesh, labels, margin, scale, "arcface", fixed_scale=fixed_scale, block_size=100)
 
 
-@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+@pytest.mark.parametrize("kind", margins.KINDS)
 def test_margin_is_the_published_one(kind):
     """Against arccos and cos in float64, beyond angle + margin = pi against insightface's line."""
     margin = 0.4
     cos = np.linspace(-1, 1, 2001)[1:-1]
-    ours = np.asarray(entity._margined(jnp.asarray(cos, jnp.float32), margin, kind))
+    ours = np.asarray(margins.margined(jnp.asarray(cos, jnp.float32), margin, kind))
     if kind == "cosface":
         expected, slopes = cos - margin, np.ones_like(cos)
     else:
@@ -212,7 +212,7 @@ def test_margin_is_the_published_one(kind):
         slopes = np.where(inside, np.sin(angle) / np.sin(angle - margin), 1.0)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
     assert np.all(np.diff(ours[cos > -np.cos(margin)]) > 0)
-    slope = np.asarray(entity._margin_slope(jnp.asarray(cos, jnp.float32), margin, kind))
+    slope = np.asarray(margins.slope(jnp.asarray(cos, jnp.float32), margin, kind))
     smooth = np.abs(cos + np.cos(margin)) > 1e-3  # the two branches meet there
     np.testing.assert_allclose((slope + 0 * cos)[smooth], slopes[smooth], rtol=1e-3)
 
@@ -428,7 +428,7 @@ def test_no_labels_at_all(meshes):
         assert not any(np.any(g) for g in grads)
 
 
-@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+@pytest.mark.parametrize("kind", margins.KINDS)
 def test_embedding_without_length(meshes, kind):
     """A row of zeros has cosine 0 with every class: the loss is that of a guess."""
     x, table, ids, weights = make_batch(1)
@@ -441,7 +441,7 @@ def test_embedding_without_length(meshes, kind):
     assert np.any(grads[0][0]), "it can still learn"
 
 
-@pytest.mark.parametrize("kind", entity.MARGIN_KINDS)
+@pytest.mark.parametrize("kind", margins.KINDS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("scale", "margin"), [(20.0, 0.4), (100.0, 0.4)])
 def test_cosines_of_one_and_minus_one(meshes, kind, sign, scale, margin):

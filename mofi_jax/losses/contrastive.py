@@ -5,19 +5,14 @@ computes the same numbers from the logits of each device's own images, a tile at
 serves both directions, forward and backward, and is then forgotten.
 
 Symmetric InfoNCE as in axlearn's ``vision/clip.py`` and CLIP (arXiv 2103.00020): every image
-picks its text among the texts of the batch, every text its image, both directions averaged.  When
-texts are entity names, or speak of entities, many images of a batch show what another image's text
-says.  `SAME_ENTITY` names what becomes of such pairs::
-
-    off       negatives, as in CLIP
-    masked    in no denominator: neither pulled together nor pushed apart
-    positive  targets, all of a row's with equal weight, the logarithm outside of their mean
-              (UniCL, arXiv 2204.03610; the "out" form of SupCon, arXiv 2004.11362)
+picks its text among the texts of the batch, every text its image, both directions averaged.  What
+becomes of pairs that share an entity is told by `relations.SAME_ENTITY`; where they are positive,
+all of a row's targets have equal weight, the logarithm outside of their mean (UniCL, arXiv
+2204.03610; the "out" form of SupCon, arXiv 2004.11362).
 
 This file knows nothing of models, temperature caps or the weight of a task.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -29,107 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import base, blocks
-
-SAME_ENTITY = ("off", "masked", "positive")
-
-# What a maximum over no pairs is: finite, so that no inf - inf can arise.
-LOWEST = -1e30
-
-
-# ---------------------------------------------------------------------------- shared with siglip
-
-
-class Pairs(NamedTuple):
-    """What some images [i] and some texts [j] are to each other; bool [i, j].
-
-    A pair with an invalid side is none of these.
-
-    Attributes:
-      own: the text came with the image.
-      counted: the pair has a logit in the loss.
-      positive: the pair is a target; own pairs always are.
-      wrong: the text is not about anything the image shows (to "off": it is another image's).
-    """
-
-    own: Bool[Array, "i j"]
-    counted: Bool[Array, "i j"]
-    positive: Bool[Array, "i j"]
-    wrong: Bool[Array, "i j"]
-
-
-def pairs_of(
-    own: Array,
-    *,
-    image_valid: Array,
-    text_valid: Array,
-    shows: Array | None,
-    about: Array | None,
-    same_entity: str,
-) -> Pairs:
-    """Sorts pairs by their labels; the arguments are those of `clip_softmax`, for these rows."""
-    both = image_valid[:, None] & text_valid[None, :]
-    own = own & both
-    related = own
-    if shows is not None and same_entity != "off":
-        # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
-        # an [i, j, k] comparison is materialised.
-        for k in range(shows.shape[1]):
-            related |= both & (shows[:, k, None] == about[None, :])
-    wrong = both & ~related
-    if same_entity == "positive":
-        return Pairs(own, counted=both, positive=related, wrong=wrong)
-    return Pairs(own, counted=wrong | own, positive=own, wrong=wrong)
-
-
-def dot(subscripts: str, a: Array, b: Array) -> Array:
-    """Matrix product in fp32."""
-    # fp32 means fp32 (no TF32, no bf16 passes): this loss is a per mille of a step's FLOPs, and
-    # logits of up to 100 leave bf16 a resolution of 0.5.
-    return jnp.einsum(
-        subscripts,
-        a.astype(jnp.float32),
-        b.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
-    )
-
-
-def real_rows(rows: Array, valid: Array) -> Array:
-    """The rows with zeros in place of invalid ones: 0 * inf would let their junk through."""
-    return jnp.where(valid[:, None], rows, jnp.zeros((), rows.dtype))
-
-
-def check(
-    batch: int, shows: Array | None, about: Array | None, same_entity: str, mesh: Mesh | None = None
-) -> None:
-    """Raises BadInput for arguments no contrastive loss can take."""
-    if same_entity not in SAME_ENTITY:
-        raise BadInput(f"same_entity={same_entity!r}: choose from {', '.join(SAME_ENTITY)}.")
-    if (shows is None) != (about is None):
-        given, missing = ("shows", "about") if about is None else ("about", "shows")
-        raise BadInput(f"{given} is given without {missing}: pass both or neither.")
-    if mesh is not None and batch % (shards := partition.batch_shards(mesh)):
-        raise BadInput(
-            f"a batch of {batch} does not divide over {shards} batch shards: choose a multiple of "
-            "that number."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What is constant in the compiled program."""
-
-    mesh: Mesh
-    same_entity: str
-    block_size: int | None
-
-    def block(self, images: int, texts: int) -> int:
-        """Texts in one tile of logits."""
-        if self.block_size is not None:
-            return min(self.block_size, texts)
-        return blocks.even_length(texts, blocks.tile_bytes(self.mesh) // 4 // images, 128)
-
+from mofi_jax.losses import base, blocks, relations
 
 # ---------------------------------------------------------------------------- dense reference
 
@@ -145,9 +40,9 @@ def clip_softmax_dense(
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `clip_softmax`, with all b x b logits in memory."""
-    check(image.shape[0], shows, about, same_entity)
+    relations.check(image.shape[0], shows, about, same_entity)
     valid = valid > 0
-    pairs = pairs_of(
+    pairs = relations.pairs_of(
         jnp.eye(image.shape[0], dtype=bool),
         image_valid=valid,
         text_valid=valid,
@@ -155,15 +50,17 @@ def clip_softmax_dense(
         about=about,
         same_entity=same_entity,
     )
-    cos = dot("id,jd->ij", real_rows(image, valid), real_rows(text, valid))
+    cos = relations.dot(
+        "id,jd->ij", relations.real_rows(image, valid), relations.real_rows(text, valid)
+    )
     pair = jnp.diagonal(cos)
-    logits = jnp.where(pairs.counted, logit_scale_exp * cos, LOWEST)
+    logits = jnp.where(pairs.counted, logit_scale_exp * cos, relations.LOWEST)
     total, correct = 0.0, 0.0
     for axis in (1, 0):  # image -> text, text -> image
         log_p = jnp.where(pairs.positive, jax.nn.log_softmax(logits, axis=axis), 0.0)
         targets = jnp.maximum(jnp.sum(pairs.positive, axis=axis), 1)
         total -= 0.5 * jnp.sum(jnp.sum(log_p, axis=axis) / targets)
-        best_wrong = jnp.max(jnp.where(pairs.wrong, cos, LOWEST), axis=axis)
+        best_wrong = jnp.max(jnp.where(pairs.wrong, cos, relations.LOWEST), axis=axis)
         correct += 0.5 * jnp.sum(valid & (pair > best_wrong))
     return base.LossSum(total, jnp.sum(valid, dtype=jnp.float32), correct)
 
@@ -199,7 +96,7 @@ def clip_softmax(
       about: what each text is about: the id of an entity or, where there is none, a number below 0
         that stands for its words.  Image i is related to text j if about[j] is in shows[i]; to its
         own text always.
-      same_entity: what related pairs other than the own ones are, see the top of this file.
+      same_entity: what related pairs other than the own ones are, see `relations.SAME_ENTITY`.
       block_size: texts per tile; None chooses it from the shapes and the kind of device.
 
     Returns:
@@ -210,8 +107,8 @@ def clip_softmax(
       BadInput: the batch does not divide over the mesh's batch axes, shows or about is missing, or
         an unknown same_entity.
     """
-    check(image.shape[0], shows, about, same_entity, mesh)
-    static = Static(mesh, same_entity, block_size)
+    relations.check(image.shape[0], shows, about, same_entity, mesh)
+    static = relations.Static(mesh, same_entity, block_size)
     scale = jnp.asarray(logit_scale_exp, jnp.float32)
     return _clip_sharded(static, image, text, scale, valid > 0, shows, about)
 
@@ -266,20 +163,20 @@ class _Sums(NamedTuple):
         return scale * (self.top - mean) + jnp.log(self.exp_sum)
 
 
-def _tile_sums(cos: Array, pairs: Pairs, scale: Array, axis: int) -> _Sums:
-    top = jnp.max(jnp.where(pairs.counted, cos, LOWEST), axis=axis, keepdims=True)
+def _tile_sums(cos: Array, pairs: relations.Pairs, scale: Array, axis: int) -> _Sums:
+    top = jnp.max(jnp.where(pairs.counted, cos, relations.LOWEST), axis=axis, keepdims=True)
     p = jnp.where(pairs.counted, jnp.exp(scale * (cos - top)), 0.0)
     return _Sums(
         top=jnp.squeeze(top, axis),
         exp_sum=jnp.sum(p, axis=axis),
         target_sum=jnp.sum(jnp.where(pairs.positive, cos, 0.0), axis=axis),
         targets=jnp.sum(pairs.positive, axis=axis, dtype=jnp.float32),
-        best_wrong=jnp.max(jnp.where(pairs.wrong, cos, LOWEST), axis=axis),
+        best_wrong=jnp.max(jnp.where(pairs.wrong, cos, relations.LOWEST), axis=axis),
     )
 
 
 def _no_sums(rows: int) -> _Sums:
-    lowest, zeros = jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    lowest, zeros = jnp.full(rows, relations.LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
     return _Sums(lowest, zeros, zeros, zeros, lowest)
 
 
@@ -320,14 +217,14 @@ class _Texts(NamedTuple):
 
 def _all_texts(text, valid, about):
     # In their own dtype: as bf16 they are half as long under way.
-    return jax.tree.map(blocks.gather_batch, _Texts(real_rows(text, valid), valid, about))
+    return jax.tree.map(blocks.gather_batch, _Texts(relations.real_rows(text, valid), valid, about))
 
 
 def _tile(static, image, valid, shows, texts, start):
     """Cosines of this device's images with texts start, start + 1, ... of the batch."""
     first = lax.axis_index(partition.BATCH_AXES) * image.shape[0]
     own_text = first + jnp.arange(image.shape[0])
-    pairs = pairs_of(
+    pairs = relations.pairs_of(
         own_text[:, None] == start + jnp.arange(texts.rows.shape[0])[None, :],
         image_valid=valid,
         text_valid=texts.valid,
@@ -335,11 +232,11 @@ def _tile(static, image, valid, shows, texts, start):
         about=texts.about,
         same_entity=static.same_entity,
     )
-    return dot("id,jd->ij", image, texts.rows), pairs
+    return relations.dot("id,jd->ij", image, texts.rows), pairs
 
 
 def _forward_shard(static, image, text, scale, valid, shows, about):
-    image, texts = real_rows(image, valid), _all_texts(text, valid, about)
+    image, texts = relations.real_rows(image, valid), _all_texts(text, valid, about)
     mine, everyone = image.shape[0], texts.rows.shape[0]
 
     def body(carry, start, size):
@@ -365,7 +262,7 @@ def _forward_shard(static, image, text, scale, valid, shows, about):
 
 
 def _backward_shard(static, image, text, scale, valid, shows, about, rows, columns, d_total):
-    images, texts = real_rows(image, valid), _all_texts(text, valid, about)
+    images, texts = relations.real_rows(image, valid), _all_texts(text, valid, about)
     mine, everyone = image.shape[0], texts.rows.shape[0]
 
     def body(carry, start, size):
@@ -378,8 +275,8 @@ def _backward_shard(static, image, text, scale, valid, shows, about, rows, colum
         target = jnp.where(pairs.positive, 1 / rows.targets[:, None] + 1 / column.targets, 0.0)
         d_logits = jnp.where(pairs.counted, 0.5 * d_total * (p - target), 0.0)
         d_cos = scale * d_logits
-        d_images += dot("ij,jd->id", d_cos, part.rows)
-        d_part = dot("ij,id->jd", d_cos, images)
+        d_images += relations.dot("ij,jd->id", d_cos, part.rows)
+        d_part = relations.dot("ij,id->jd", d_cos, images)
         d_texts = lax.dynamic_update_slice_in_dim(d_texts, d_part, start, 0)
         return d_images, d_texts, d_scale + jnp.sum(d_logits * cos, axis=1)
 

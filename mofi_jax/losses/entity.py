@@ -17,7 +17,6 @@ This file knows nothing of models, of where labels come from, or of the weight o
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,16 +29,12 @@ from jaxtyping import Array, Float, Int
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import base, blocks
-
-MARGIN_KINDS = ("cosface", "arcface")
+from mofi_jax.losses import base, blocks, margins
 
 # The logit of what is no class: finite, so that no inf - inf can arise, and exp(it) is exactly 0.
 MASKED = -1e30
 # Floor of a row's squared norm.  Rows of N(0, 0.01^2) with 512 entries have 5e-2.
 _TINY = 1e-12
-# Cosines are kept off +-1, where the angle has an infinite derivative (ArcFace).
-_MAX_COSINE = 1.0 - 1e-6
 # Up to this many labels a row are compared with each class of a block, which XLA fuses into the
 # logits' own pass; more are scattered into a tile of targets.
 _COMPARED_LABELS = 8
@@ -83,27 +78,6 @@ def unit_rows(rows: Array) -> tuple[Array, Array]:
     """Rows scaled to length 1 and the factor [c, 1] that did it; a row of zeros stays zero."""
     factor = lax.rsqrt(jnp.maximum(jnp.sum(rows * rows, axis=-1, keepdims=True), _TINY))
     return rows * factor, factor
-
-
-def _margined(cos: Array, margin: float, kind: str) -> Array:
-    """The cosine of a label after the margin; a growing function of the cosine."""
-    if kind == "cosface":
-        return cos - margin
-    inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
-    moved = inside * math.cos(margin) - jnp.sqrt(1.0 - inside * inside) * math.sin(margin)
-    # Beyond angle + margin = pi the cosine would rise again; from there on it falls as CosFace's.
-    return jnp.where(inside > -math.cos(margin), moved, cos - margin * math.sin(margin))
-
-
-def _margin_slope(cos: Array, margin: float, kind: str) -> Array | float:
-    """Derivative of `_margined`."""
-    if kind == "cosface":
-        return 1.0
-    inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
-    cotangent = inside * lax.rsqrt(1.0 - inside * inside)
-    moved = math.cos(margin) + cotangent * math.sin(margin)
-    slope = jnp.where(inside > -math.cos(margin), moved, 1.0)
-    return jnp.where(jnp.abs(cos) > _MAX_COSINE, 0.0, slope)
 
 
 def _real_labels(ids: Array, weights: Array, num_entities: int) -> tuple[Array, Array]:
@@ -175,7 +149,7 @@ def entity_softmax_dense(
     cos = jnp.where(real, cos, 0.0)
     target = _targets(ids, weights, columns, contiguous=sample is None)
     hit = target > 0
-    logits = scale * jnp.where(hit, _margined(cos, margin, margin_kind), cos)
+    logits = scale * jnp.where(hit, margins.margined(cos, margin, margin_kind), cos)
     if sample is not None:
         logits += sample.log_q
     log_p = jax.nn.log_softmax(jnp.where(real, logits, MASKED), axis=-1)
@@ -245,8 +219,8 @@ def entity_softmax(
         num_entities does not fit the table, or an unknown kind of margin.
     """
     check_table(embeddings, table, num_entities if sample is None else table.shape[0], mesh)
-    if margin_kind not in MARGIN_KINDS:
-        raise BadInput(f"margin_kind={margin_kind!r}: choose from {', '.join(MARGIN_KINDS)}.")
+    if margin_kind not in margins.KINDS:
+        raise BadInput(f"margin_kind={margin_kind!r}: choose from {', '.join(margins.KINDS)}.")
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
     fixed_scale = float(scale) if isinstance(scale, int | float) else None
     static = _Static(
@@ -279,10 +253,10 @@ class _Static:
     bounded: bool
 
     def margined(self, cos: Array) -> Array:
-        return _margined(cos, self.margin, self.margin_kind)
+        return margins.margined(cos, self.margin, self.margin_kind)
 
     def margin_slope(self, cos: Array) -> Array | float:
-        return _margin_slope(cos, self.margin, self.margin_kind)
+        return margins.slope(cos, self.margin, self.margin_kind)
 
     def tile(self, batch: int, classes: int) -> tuple[int, int]:
         """Rows of the batch and classes in one tile of logits."""

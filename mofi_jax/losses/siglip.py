@@ -10,7 +10,7 @@ The loss of Zhai et al. (arXiv 2303.15343), which needs no normalisation over th
     z_ij  = scale * cos(image_i, text_j) + bias
     total = -sum_ij log_sigmoid(y_ij * z_ij)      y = 1 for positive pairs, -1 for others
 
-What becomes of pairs that share an entity is told by `contrastive.SAME_ENTITY`: y = -1 (off), no
+What becomes of pairs that share an entity is told by `relations.SAME_ENTITY`: y = -1 (off), no
 term (masked), or y = 1 (positive).  The paper starts from scale 10 and bias -10, so that the b - 1
 negatives of each row do not outweigh its one positive.
 
@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mofi_jax import partition
-from mofi_jax.losses import base, blocks, contrastive
+from mofi_jax.losses import base, blocks, relations
 
 
 def siglip_dense(
@@ -44,9 +44,9 @@ def siglip_dense(
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `siglip`, with all b x b logits in memory."""
-    contrastive.check(image.shape[0], shows, about, same_entity)
+    relations.check(image.shape[0], shows, about, same_entity)
     valid = valid > 0
-    pairs = contrastive.pairs_of(
+    pairs = relations.pairs_of(
         jnp.eye(image.shape[0], dtype=bool),
         image_valid=valid,
         text_valid=valid,
@@ -54,11 +54,11 @@ def siglip_dense(
         about=about,
         same_entity=same_entity,
     )
-    image, text = contrastive.real_rows(image, valid), contrastive.real_rows(text, valid)
-    cos = contrastive.dot("id,jd->ij", image, text)
+    image, text = relations.real_rows(image, valid), relations.real_rows(text, valid)
+    cos = relations.dot("id,jd->ij", image, text)
     z = logit_scale_exp * cos + logit_bias
     losses = -jax.nn.log_sigmoid(jnp.where(pairs.positive, z, -z))
-    pair, best_wrong = jnp.diagonal(cos), jnp.where(pairs.wrong, cos, contrastive.LOWEST)
+    pair, best_wrong = jnp.diagonal(cos), jnp.where(pairs.wrong, cos, relations.LOWEST)
     hits = sum(0.5 * (pair > jnp.max(best_wrong, axis=axis)) for axis in (1, 0))
     return base.LossSum(
         total=jnp.sum(jnp.where(pairs.counted, losses, 0.0)),
@@ -94,7 +94,7 @@ def siglip(
       valid: rows that take part; a row with 0 is in no pair.
       shows: everything each image shows, as for `contrastive.clip_softmax`.
       about: what each text is about, as for `contrastive.clip_softmax`.
-      same_entity: what related pairs other than the own ones are, see the top of this file.
+      same_entity: what related pairs other than the own ones are, see `relations.SAME_ENTITY`.
       block_size: texts per tile; None chooses it from the shapes and the kind of device.
 
     Returns:
@@ -105,8 +105,8 @@ def siglip(
       BadInput: the batch does not divide over the mesh's batch axes, shows or about is missing, or
         an unknown same_entity.
     """
-    contrastive.check(image.shape[0], shows, about, same_entity, mesh)
-    static = contrastive.Static(mesh, same_entity, block_size)
+    relations.check(image.shape[0], shows, about, same_entity, mesh)
+    static = relations.Static(mesh, same_entity, block_size)
     scale, bias = (jnp.asarray(x, jnp.float32) for x in (logit_scale_exp, logit_bias))
     return _siglip_sharded(static, image, text, scale, bias, valid > 0, shows, about)
 
@@ -195,7 +195,7 @@ def _tile(static, image, valid, shows, texts, start, size, at_home):
     """Cosines of this device's images with some of the visiting texts; and those texts."""
     part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), texts)
     own = jnp.arange(image.shape[0])[:, None] == start + jnp.arange(size)[None, :]
-    pairs = contrastive.pairs_of(
+    pairs = relations.pairs_of(
         own & at_home,
         image_valid=valid,
         text_valid=part.valid,
@@ -203,7 +203,7 @@ def _tile(static, image, valid, shows, texts, start, size, at_home):
         about=part.about,
         same_entity=static.same_entity,
     )
-    return contrastive.dot("id,jd->ij", image, part.rows), pairs, part.rows
+    return relations.dot("id,jd->ij", image, part.rows), pairs, part.rows
 
 
 class _Kept(NamedTuple):
@@ -215,7 +215,7 @@ class _Kept(NamedTuple):
 
 
 def _forward_shard(static, image, text, scale, bias, valid, shows, about):
-    image, texts = contrastive.real_rows(image, valid), contrastive.real_rows(text, valid)
+    image, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
     mine = image.shape[0]
     block = static.block(mine, mine)
 
@@ -225,7 +225,7 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
             cos, pairs, _ = _tile(static, image, valid, shows, texts, start, size, at_home)
             z = scale * cos + bias
             losses = jax.nn.softplus(jnp.where(pairs.positive, -z, z))
-            wrong = jnp.where(pairs.wrong, cos, contrastive.LOWEST)
+            wrong = jnp.where(pairs.wrong, cos, relations.LOWEST)
             kept = _Kept(
                 loss=kept.loss + jnp.sum(jnp.where(pairs.counted, losses, 0.0), axis=1),
                 pair=kept.pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1),
@@ -237,7 +237,7 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
 
         return blocks.over_blocks(mine, block, body, (kept, best_wrong))
 
-    zeros, lowest = jnp.zeros(mine), jnp.full(mine, contrastive.LOWEST, jnp.float32)
+    zeros, lowest = jnp.zeros(mine), jnp.full(mine, relations.LOWEST, jnp.float32)
     kept, best_wrong = _around(
         static.mesh, visit, _Kept(zeros, zeros, lowest), _Texts(texts, valid, about), lowest
     )
@@ -251,7 +251,7 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
 
 
 def _backward_shard(static, image, text, scale, bias, valid, shows, about, d_total):
-    images, texts = contrastive.real_rows(image, valid), contrastive.real_rows(text, valid)
+    images, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
     mine = image.shape[0]
     block = static.block(mine, mine)
 
@@ -263,9 +263,9 @@ def _backward_shard(static, image, text, scale, bias, valid, shows, about, d_tot
             d_z = jnp.where(pairs.positive, -jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
             d_z = jnp.where(pairs.counted, d_total * d_z, 0.0)
             d_cos = scale * d_z
-            d_images += contrastive.dot("ij,jd->id", d_cos, rows)
+            d_images += relations.dot("ij,jd->id", d_cos, rows)
             d_rows = lax.dynamic_slice_in_dim(d_texts, start, size)
-            d_rows += contrastive.dot("ij,id->jd", d_cos, images)
+            d_rows += relations.dot("ij,id->jd", d_cos, images)
             d_texts = lax.dynamic_update_slice_in_dim(d_texts, d_rows, start, 0)
             d_scale += jnp.sum(d_z * cos, axis=1)
             return (d_images, d_scale, d_bias + jnp.sum(d_z, axis=1)), d_texts

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mofi_jax.errors import BadInput
-from mofi_jax.losses import contrastive, entity
+from mofi_jax.losses import margins, relations
 from mofi_jax.model import mofi
 from mofi_jax.training import class_table
 
@@ -48,7 +48,7 @@ def validate(config: Any) -> None:
             checks += [
                 ("losses.entity.scale", task.scale > 0, "a positive scale"),
                 ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
-                choice("losses.entity.margin_kind", entity.MARGIN_KINDS),
+                choice("losses.entity.margin_kind", margins.KINDS),
                 ("losses.entity.sample_rate", 0 < task.sample_rate <= 1, "above 0, at most 1"),
                 ("losses.entity.block_size", task.block_size >= 0, "0 or more"),
             ]
@@ -58,7 +58,7 @@ def validate(config: Any) -> None:
         if name == "contrastive":
             checks += [
                 choice("losses.contrastive.kind", KINDS),
-                choice("losses.contrastive.same_entity", contrastive.SAME_ENTITY),
+                choice("losses.contrastive.same_entity", relations.SAME_ENTITY),
             ]
     for key, fine, wanted in checks:
         if not fine:
