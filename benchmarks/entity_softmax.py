@@ -174,7 +174,8 @@ def measure(
 ) -> None:
     arguments = versions.inputs(problem, mesh)
     compiled = {name: versions.compile_version(name, problem, mesh) for name in versions.VERSIONS}
-    runs = {name: functools.partial(step, *arguments.values()) for name, step in compiled.items()}
+    ordered = [arguments[name] for name in versions.shapes(problem, mesh)]
+    runs = {name: functools.partial(step, *ordered) for name, step in compiled.items()}
     losses = {name: float(run()[0]) for name, run in runs.items()}
     seconds = interleaved(runs, turns)
 

@@ -20,7 +20,7 @@ class Report:
         holds = None
         if asked:
             comparison, bound = asked.split()
-            holds = _COMPARE[comparison](value, float(bound))
+            holds = bool(_COMPARE[comparison](value, float(bound)))
         self.figures.append(
             {
                 "bar": bar,
