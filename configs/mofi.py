@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # CosFace margin 0.3 at scale 32, as UNICOM on a million noisy web clusters; the "pfc" pair of
     # Partial FC at two million clean classes is 0.4 at 64.  Exact (sample_rate 1): with 2 million
-    # entities that is 8 % of B/16's arithmetic, 2 % of L/14's.
+    # entities that is 8 % of a B/16 image tower's arithmetic.
     config.losses = common.losses(arg.task, scale=32.0, margin=0.3)
     # Parts in which the towers see a batch: more of them need less memory and some more time, and
     # change neither the losses nor their global batch.

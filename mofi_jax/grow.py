@@ -54,6 +54,9 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
 
     config = read_config(run)
+    order = json.loads((run / inference.MODEL_FILE).read_text()).get("table_order")
+    if order != partition.TABLE_ORDER:
+        raise BadInput(f"{run} was trained by another version: its class table has another order.")
     if name:
         config.data.name = name
     source = records.open_source(data, config.data.name)
@@ -85,6 +88,14 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         table_rows=partition.padded_rows(len(old), mesh),
     )
     structs, _ = state_lib.abstract(init, mesh)
+    planned = cadence.make_clock(
+        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
+    )
+    if step >= planned.total_steps:
+        logging.warning(
+            "%s stands at step %d of config.total=%r: raise the total to train on",
+            *(run, step, config.total),
+        )
     old_state, position = checkpointer.restore(step, structs)
     checkpointer.close()
 
@@ -99,12 +110,16 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     )
     grown = jax.device_put(grown, partition.tree_shardings(mesh, grown))
 
-    out.mkdir(parents=True, exist_ok=True)
+    # Under another name until it is whole: train would begin anew in a folder without checkpoint.
+    part = out.parent / f"{out.name}.partial"
+    if part.exists():
+        part.rmtree()
+    part.mkdir(parents=True)
     for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
-        telemetry.write_text(out / file, (run / file).read_text())
-    entities_path.copy(out / records.ENTITIES_FILE, overwrite=True)
+        telemetry.write_text(part / file, (run / file).read_text())
+    entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
     fingerprint = train.data_fingerprint(config, source, entities_path, texts)
-    writer = checkpoint.Checkpointer(out, keep=1)
+    writer = checkpoint.Checkpointer(part, keep=1)
     writer.save(step, grown, checkpoint.Position(0, fingerprint, position.seconds))
     writer.close()
     counts = {
@@ -115,7 +130,10 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         "dropped": len(old) - int((sources >= 0).sum()),
         "new_rows": "text tower" if "text" in old_state.params else "random",
     }
-    telemetry.write_json(out / "result_grow.json", counts)
+    telemetry.write_json(part / "result_grow.json", counts)
+    if out.exists():
+        out.rmdir()  # it is empty
+    part.rename(out)
     logging.info("grown: %s", counts)
 
 

@@ -273,10 +273,12 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 25
     return Model(towers, towers.put(params), str(path))
 
 
-def describe(config: mofi.MofiConfig, preprocess: str) -> dict[str, Any]:
-    """What a run's model.json holds."""
-    order = partition.TABLE_ORDER
-    return {**config.to_dict(), "preprocess": preprocess, "table_order": order}
+def describe(
+    config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
+) -> dict[str, Any]:
+    """What a run's model.json holds; with the order of the class table where it has one."""
+    order = {"table_order": partition.TABLE_ORDER} if classified else {}
+    return {**config.to_dict(), "preprocess": preprocess, **order}
 
 
 def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, Any]:

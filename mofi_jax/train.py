@@ -289,7 +289,9 @@ def check_workdir(workdir: epath.Path, config: Any, model: mofi.MofiConfig) -> N
     path = workdir / "model.json"
     if not path.exists():
         return
-    description = inference.describe(model, config.data.eval_ops)
+    description = inference.describe(
+        model, config.data.eval_ops, classified="entity" in config.losses
+    )
     changed = differences(json.loads(path.read_text()), description)
     if changed:
         raise BadInput(
@@ -316,7 +318,9 @@ def prepare_workdir(
     if num_entities:
         entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
     telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-    description = inference.describe(model, config.data.eval_ops)
+    description = inference.describe(
+        model, config.data.eval_ops, classified="entity" in config.losses
+    )
     telemetry.write_json(workdir / "model.json", description)
 
 

@@ -62,8 +62,9 @@ def over_blocks(size: int, block: int, body: Callable[[Any, Any, int], Any], car
 def even_length(size: int, limit: int, multiple: int) -> int:
     """Length of the blocks that cut range(size) into the fewest, nearly equal, parts.
 
-    At most ``limit`` and a multiple of ``multiple``, unless one block does or the limit is smaller.
+    A multiple of ``multiple``, unless one block does; at most ``limit``, unless that is smaller.
     """
+    limit = limit // multiple * multiple
     parts = -(-size // max(limit, multiple))
     length = -(-size // parts)
     return size if parts == 1 else min(size, -(-length // multiple) * multiple)

@@ -91,9 +91,14 @@ def draw(
       step.
 
     Raises:
-      BadInput: a rate outside (0, 1].
+      BadInput: a rate outside (0, 1], or a table that does not fit vocabulary and mesh.
     """
     count = places(table_rows, rate, mesh)
+    if table_rows % mesh.size or not 0 < num_entities <= table_rows:
+        raise BadInput(
+            f"num_entities={num_entities} and a table of {table_rows} rows on {mesh.size} devices "
+            "do not fit: pad it with partition.padded_rows(num_entities, mesh)."
+        )
 
     def shard(key, ids):
         device = lax.axis_index(partition.ALL_AXES)

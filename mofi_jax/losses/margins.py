@@ -38,5 +38,5 @@ def slope(cos: Float[Array, "*n"], margin: float, kind: str) -> Float[Array, "*n
     inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
     cotangent = inside * lax.rsqrt(1.0 - inside * inside)
     moved = math.cos(margin) + cotangent * math.sin(margin)
-    turned = jnp.where(inside > -math.cos(margin), moved, 1.0)
-    return jnp.where(jnp.abs(cos) > _MAX_COSINE, 0.0, turned)
+    moved = jnp.where(jnp.abs(cos) > _MAX_COSINE, 0.0, moved)
+    return jnp.where(inside > -math.cos(margin), moved, 1.0)

@@ -1,7 +1,8 @@
 """What is particular to training the class table: its update rule, and steps that see some rows.
 
 The rule is Adam with one memory more, the step at which each row was last updated.  In exact
-training every row is updated at every step and this is Adam to the bit.  In sampled training the
+training every row is updated at every step and this is Adam, computed in float32 throughout.
+In sampled training the
 step runs on a smaller state that holds only the drawn rows (`take`), and the result is written back
 (`put`): a row that was not drawn is not touched, and when it is drawn again its moments are first
 decayed by the steps it missed, as if its gradient had been zero.  Momentum alone never moves a row.

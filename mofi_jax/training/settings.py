@@ -53,8 +53,10 @@ def validate(config: Any) -> None:
                 ("losses.entity.block_size", task.block_size >= 0, "0 or more"),
             ]
             if task.learn_scale:
-                fits = task.scale <= mofi.MAX_LOGIT_SCALE
-                checks.append(("losses.entity.scale", fits, "at most 100 where it is learned"))
+                fits = task.scale < mofi.MAX_LOGIT_SCALE
+                checks.append(
+                    ("losses.entity.scale", fits, "below 100, its cap, where it is learned")
+                )
         if name == "contrastive":
             checks += [
                 choice("losses.contrastive.kind", KINDS),

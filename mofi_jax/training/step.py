@@ -212,7 +212,8 @@ def make_update(
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
-            jax.random.fold_in(jax.random.key(seed), state.step),
+            # 3: keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step),
             partition.table_rows(batch["entity_ids"], setting.num_entities),
             table_rows=state.params[partition.ENTITY_TABLE].shape[0],
             num_entities=setting.num_entities,
