@@ -143,6 +143,30 @@ def test_refusals(data, tmp_path):
     assert (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns == before
 
 
+def test_a_kill_leaves_nothing_to_train_in(data, tmp_path, monkeypatch):
+    """Until everything is written there is no folder; the same command then starts over."""
+    old_data, new_data = data
+    train.main(datasets.tiny_config(old_data, steps=1), str(tmp_path / "run"))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpointer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    assert not (tmp_path / "grown").exists()
+    grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    assert (tmp_path / "grown" / "result_grow.json").exists()
+    assert not (tmp_path / "grown.partial").exists()
+
+    description = json.loads((tmp_path / "run" / "model.json").read_text())
+    del description["table_order"]
+    (tmp_path / "run" / "model.json").write_text(json.dumps(description))
+    with pytest.raises(BadInput, match="its class table has another order"):
+        grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "again"))
+
+
 def test_another_tokenizer_or_no_entities(data, tmp_path):
     old_data, _ = data
     other = tmp_path / "other"

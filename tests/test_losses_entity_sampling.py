@@ -284,6 +284,20 @@ def test_rates_out_of_range(meshes, rate):
         draw(meshes["1x8x1"], ids, rate)
 
 
+@pytest.mark.parametrize(("rows", "entities"), [(16, 17), (16, 0), (12, 12)])
+def test_a_table_that_does_not_fit(meshes, rows, entities):
+    """Too many entities for the rows, none at all, rows that eight devices cannot share."""
+    with pytest.raises(BadInput, match=f"num_entities={entities} and a table of {rows} rows"):
+        entity_sampling.draw(
+            jax.random.key(0),
+            jnp.zeros((16, 1), jnp.int32),
+            table_rows=rows,
+            num_entities=entities,
+            rate=0.5,
+            mesh=meshes["1x8x1"],
+        )
+
+
 def test_no_row_leaves_its_device(meshes):
     """Collectives of draw, take, loss and put: labels and embeddings, never rows of the table."""
     b, d, k, c, mesh = 48, 24, 3, 1608, meshes["2x2x2"]
