@@ -26,6 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.distributed = False  # True on pods: one process a host, jax.distributed
+    config.start_timeout = 300  # seconds to wait for the other processes of a run
     config.mesh = common.mesh()
 
     config.batch_size = 32_768  # CLOC Table A

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mofi_jax.errors import BadInput
+from mofi_jax.errors import BadInput, Preempted
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -22,11 +22,17 @@ _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",
     "model": "A training run folder, an exported folder, or a named baseline.",
     "out": "Folder to write.",
+    "coordinator": "HOST:PORT of process 0, where jax does not find it by itself.",
+    "processes": "How many processes there are, with --coordinator.",
+    "process": "Which of them this is, counted from 0, with --coordinator.",
 }
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Parses the command line, calls ``main`` and exits; BadInput exits with code 2."""
+    """Parses the command line, calls ``main`` and exits.
+
+    Exit codes: 0 done, 2 `BadInput`, 75 `Preempted`, 1 any other exception.
+    """
     config = None
     optional: dict[str, Any] = {}
     required = []
@@ -64,6 +70,9 @@ def run(main: Callable[..., Any]) -> None:
             return main(**kwargs)
         except BadInput as error:
             complain(error)
+        except Preempted as left:
+            logging.warning("%s", left)
+            sys.exit(left.exit_code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, partition, telemetry
+from mofi_jax import cli, hosts, inference, partition, telemetry
 from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
@@ -29,14 +29,33 @@ from mofi_jax.model import mofi
 from mofi_jax.training import cadence, checkpoint, optim, settings, state, step
 
 
-def main(config: Any, workdir: str) -> None:
-    """Trains; a save that is under way is finished even if an exception cuts the run."""
+def main(
+    config: Any, workdir: str, coordinator: str = "", processes: str = "", process: str = ""
+) -> None:
+    """Trains; a save that is under way is finished even if an exception cuts the run.
+
+    Args:
+      config: see ``configs/mofi.py``.
+      workdir: folder of the run; one that all hosts share.
+      coordinator, processes, process: see `hosts.start`.
+
+    Raises:
+      BadInput: what cannot work, in one sentence, before anything is written where possible.
+      Preempted: a signal asked the run to leave, and its state is saved.
+    """
+    settings.validate(config)
+    hosts.start(
+        config.distributed,
+        coordinator=coordinator,
+        processes=processes,
+        process=process,
+        timeout=config.start_timeout,
+    )
     with contextlib.ExitStack() as cleanup:
         train(config, workdir, cleanup)
 
 
 def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
-    settings.validate(config)
     if "://" in workdir:
         raise BadInput(
             f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
@@ -44,8 +63,6 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     workdir = epath.Path(workdir)
 
     # ---------------------------------------------------------------------- hosts and devices
-    if config.distributed:
-        jax.distributed.initialize()
     lead = jax.process_index() == 0
     mesh = partition.make_mesh(**config.mesh)
     pieces = partition.batch_shards(mesh) * config.microbatches
@@ -173,18 +190,19 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     total = clock.total_steps
     bar = telemetry.progress(total * config.batch_size, first * config.batch_size)
     began = time.monotonic()
-    with bar:
+    with bar, hosts.listening() as leave:
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
             # before the batch that follows it, and nothing is in flight.
+            leaving = now != total and leave.asked(now)
             due = {
                 name: evaluator
                 for name, evaluator in suite.evaluators.items()
                 # A resumed run has these scores in its metrics already, unless it is the end.
                 if (now == 0 or cadence.due(now, periods[name], last=total))
-                and (now != first or first in (0, total))
+                and (now != first or first in (0, total) or not position.evaluated)
             }
-            if due:
+            if due and not leaving:
                 bar.set_postfix_str("evaluating")
                 start = time.monotonic()
                 scores = evaluation.run_all(due, train_state.params)
@@ -192,13 +210,18 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 metrics.write(now, scores)
                 evaluated += time.monotonic() - start
                 logging.info("step %d %s", now, brief(scores))
-            if now != first and cadence.due(now, save_every, last=total):
+            if now != first and (leaving or cadence.due(now, save_every, last=total)):
                 metrics.flush()
                 metrics.require_finite(now, values)
                 elapsed = seconds + time.monotonic() - began - evaluated
                 checkpointer.save(
-                    now, train_state, checkpoint.Position(examples, fingerprint, elapsed)
+                    now,
+                    train_state,
+                    checkpoint.Position(examples, fingerprint, elapsed, evaluated=not leaving),
                 )
+            if leaving:
+                checkpointer.wait()
+                raise hosts.preempted(workdir, now)
             if now == total:
                 break
             batch = partition.to_global(mesh, next(stream))

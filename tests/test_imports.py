@@ -19,7 +19,7 @@ MODULES = sorted(
 # From the ground up; a room uses only what lies below it.
 FLOORS = (
     ("errors",),
-    ("partition", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
+    ("partition", "hosts", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
     ("model",),
     ("losses",),
     ("data.pipeline",),

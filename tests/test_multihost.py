@@ -24,17 +24,13 @@ SCRIPT = """
     flags.FLAGS.mark_as_parsed()
     data, workdir, pictures, steps, process, port = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 4)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    start = jax.distributed.initialize
-    jax.distributed.initialize = lambda: start(
-        f"localhost:{port}", num_processes=2, process_id=int(process)
-    )
     from mofi_jax import train
     from tests import datasets
     config = datasets.tiny_config(data, steps=int(steps))
-    config.distributed = True
     config.evaluators = {"mine": {"kind": "retrieval", "images": pictures, "every": "4 steps"}}
-    train.main(config, workdir)
+    train.main(
+        config, workdir, coordinator=f"localhost:{port}", processes="2", process=process
+    )
 """
 
 

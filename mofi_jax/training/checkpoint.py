@@ -28,11 +28,14 @@ class Position:
       examples: examples consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
       seconds: time spent training so far.
+      evaluated: whether the evaluations that were due at this step are in the metrics; a run that
+        was asked to leave saves first.
     """
 
     examples: int
     data_fingerprint: Mapping[str, Any]
     seconds: float
+    evaluated: bool = True
 
 
 class Checkpointer:

@@ -31,6 +31,7 @@ def validate(config: Any) -> None:
         return key, value in allowed, f"one of {', '.join(allowed)}"
 
     checks = [
+        ("start_timeout", config.start_timeout > 0, "a positive number of seconds"),
         ("batch_size", config.batch_size > 0, "a positive number"),
         ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
         ("data.threads", config.data.threads > 0, "a positive number"),

@@ -1,0 +1,299 @@
+"""How the processes of a run come together and how they leave: start-up, roll call, preemption.
+
+`jax.distributed` gathers the processes of a TPU slice, a SLURM job or any list of machines.  When
+one of them never comes, its own time-out aborts the others without saying who is missing; the roll
+call here comes first and says so.  This file knows nothing of models or data.
+"""
+
+import contextlib
+import json
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mofi_jax.errors import BadInput, Preempted
+
+# Longest line of the roll call.
+_LINE = 4096
+# Pause between attempts to reach the lead, in seconds.
+_RETRY = 0.2
+# How much longer than process 0 the others wait, in seconds: its verdict names more.
+_LEAD_GRACE = 10.0
+
+
+def start(
+    distributed: bool, *, coordinator: str, processes: str, process: str, timeout: int
+) -> None:
+    """Joins this process to the others; before any other call of jax.
+
+    Args:
+      distributed: ``config.distributed``; without it, and without ``coordinator``, nothing happens.
+      coordinator: HOST:PORT of process 0, which listens there; "" on a TPU slice, under SLURM,
+        Kubernetes or Open MPI, where jax finds it.
+      processes: how many there are, "" where jax finds it.
+      process: which one this is, from 0, "" where jax finds it.
+      timeout: seconds to wait for the others (``config.start_timeout``).
+
+    Raises:
+      BadInput: flags that do not fit together, no cluster, an address that is taken, or processes
+        that did not come, by number.
+    """
+    if not (distributed or coordinator or processes or process):
+        return
+    given = [bool(flag) for flag in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise BadInput(
+            "--coordinator, --processes and --process belong together: give all three, or none "
+            "where jax finds them itself (TPU slice, SLURM, Kubernetes, Open MPI)."
+        )
+    if all(given):
+        address, count, own = coordinator, *_numbers(processes, process)
+        explicit: dict[str, Any] = {
+            "coordinator_address": address,
+            "num_processes": count,
+            "process_id": own,
+        }
+    else:
+        address, count, own = _detect(timeout)
+        explicit = {}
+    if address is not None:
+        roll_call(address, count, own, timeout=timeout)
+    jax.distributed.initialize(initialization_timeout=timeout, **explicit)
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _numbers(processes: str, process: str) -> tuple[int, int]:
+    if not processes.isdecimal() or not process.isdecimal() or int(process) >= int(processes):
+        raise BadInput(
+            f"--processes={processes} --process={process}: give the number of processes, and this "
+            "one's own, counted from 0."
+        )
+    return int(processes), int(process)
+
+
+def _detect(timeout: int) -> tuple[str | None, int, int]:
+    """Coordinator's address, number of processes and this one's, as jax would find them.
+
+    jax has no public function for it.  Where it moves, the roll call is lost, not the start.
+    """
+    try:
+        from jax._src import clusters
+
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    except (ImportError, AttributeError):
+        return None, 0, 0
+    address, count, own, _ = detect(None, None, None, None, None, timeout)
+    if address is None or count is None or own is None:
+        raise BadInput(
+            "config.distributed is set, but jax finds no cluster here (TPU slice, SLURM, "
+            "Kubernetes, Open MPI): pass --coordinator=HOST:PORT --processes=N --process=I, or "
+            "leave it unset on a lone machine."
+        )
+    return address, count, own
+
+
+# ---------------------------------------------------------------------------- roll call
+
+
+def roll_call(coordinator: str, processes: int, process: int, *, timeout: float) -> None:
+    """Returns once every process has come; process 0 counts them at the coordinator's address.
+
+    Raises:
+      BadInput: in every process that is there: who is missing or came twice, or that process 0
+        cannot be reached or cannot listen.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise BadInput(f"--coordinator={coordinator}: write HOST:PORT, as in 10.0.0.2:8476.")
+    if processes == 1:
+        return
+    address = host.strip("[]"), int(port)
+    if process == 0:
+        _count(address, processes, timeout)
+    else:
+        _report(address, processes, process, timeout)
+
+
+def _count(address: tuple[str, int], processes: int, timeout: float) -> None:
+    """Process 0: listens until all the others have said their number, and tells them so."""
+    deadline = time.monotonic() + timeout
+    here = {0: socket.gethostname()}
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(_listen(address[1]))
+        except OSError as error:
+            raise BadInput(
+                f"Process 0 cannot listen on port {address[1]} ({error.strerror}): end the process "
+                "that holds it, or choose another port in --coordinator."
+            ) from error
+        selector = stack.enter_context(selectors.DefaultSelector())
+        selector.register(server, selectors.EVENT_READ)
+        waiting: list[socket.socket] = []
+        verdict, told = "", time.monotonic()
+        while len(here) < processes and not verdict:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                verdict = _missing(here, processes, timeout)
+                break
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                logging.info("waiting for %d of %d processes", processes - len(here), processes)
+            for key, _ in selector.select(min(left, 1.0)):
+                if key.fileobj is server:
+                    connection = stack.enter_context(server.accept()[0])
+                    connection.settimeout(min(5.0, timeout))
+                    selector.register(connection, selectors.EVENT_READ)
+                    continue
+                connection = key.fileobj
+                selector.unregister(connection)
+                hello = _read(connection, {"process": int, "processes": int, "host": str})
+                if hello is None:  # a port scanner, or a process that went away again
+                    continue
+                waiting.append(connection)
+                verdict = verdict or _check(hello, here, processes)
+                here[hello["process"]] = hello["host"]
+        for connection in waiting:
+            with contextlib.suppress(OSError):
+                connection.sendall((json.dumps({"verdict": verdict}) + "\n").encode())
+        # The others hang up first, so that the port is free for jax at once.
+        for connection in waiting:
+            with contextlib.suppress(OSError):
+                connection.recv(1)
+    if verdict:
+        raise BadInput(verdict)
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+        )
+    return socket.create_server(("", port), backlog=1024)
+
+
+def _report(address: tuple[str, int], processes: int, process: int, timeout: float) -> None:
+    """Another process: says its number to process 0 and waits for the verdict."""
+    deadline = time.monotonic() + timeout + _LEAD_GRACE
+    hello = {"process": process, "processes": processes, "host": socket.gethostname()}
+    reason = "it never answered"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection(address, timeout=left) as connection:
+                connection.sendall((json.dumps(hello) + "\n").encode())
+                answer = _read(connection, {"verdict": str})
+        except OSError as error:
+            reason = str(error)
+            time.sleep(min(_RETRY, left))
+            continue
+        if answer is not None and answer["verdict"]:
+            raise BadInput(answer["verdict"])
+        if answer is not None:
+            return
+        time.sleep(min(_RETRY, left))
+    raise BadInput(
+        f"Process {process} could not reach process 0 at {address[0]}:{address[1]} within "
+        f"{timeout:g} s ({reason}): start it there, and let the port through the firewall."
+    )
+
+
+def _read(connection: socket.socket, expected: dict[str, type]) -> dict[str, Any] | None:
+    """One JSON line with values of these types, or None from who does not speak like that."""
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < _LINE:
+            part = connection.recv(_LINE)
+            if not part:
+                return None
+            data += part
+        value = json.loads(data)
+    except (OSError, ValueError):
+        return None
+    fits = isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in expected.items()
+    )
+    return value if fits else None
+
+
+def _check(hello: dict[str, Any], here: dict[int, str], processes: int) -> str:
+    """What is wrong with a process that came, "" if nothing is."""
+    number, host = hello["process"], hello["host"]
+    if hello["processes"] != processes:
+        return (
+            f"Process {number} on {host} was started with --processes={hello['processes']}, "
+            f"process 0 with {processes}: start all of them with the same number."
+        )
+    if number in here:
+        return (
+            f"Process {number} came twice, from {here[number]} and from {host}: give each its own "
+            "--process."
+        )
+    return ""
+
+
+def _missing(here: dict[int, str], processes: int, timeout: float) -> str:
+    absent = [i for i in range(processes) if i not in here]
+    some = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
+    there = ", ".join(f"{i} on {here[i]}" for i in sorted(here)[:20])
+    return (
+        f"{len(absent)} of {processes} processes did not come within {timeout:g} s "
+        f"(missing: {some}; there: {there}{', ...' if len(here) > 20 else ''}): start the missing "
+        "ones and see their logs, or raise config.start_timeout."
+    )
+
+
+# ---------------------------------------------------------------------------- preemption
+
+
+class Leave:
+    """Whether it is time to save and go, the same answer on every host.
+
+    A lone process listens for SIGTERM (spot machines, SLURM's ``--signal``) and Ctrl-C.  Among
+    several, jax's own service hears SIGTERM on any of them and makes all agree on a step.
+    """
+
+    def __init__(self) -> None:
+        self._signal: str | None = None
+
+    def asked(self, step: int) -> bool:
+        """Called by every host before every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal is not None
+
+    def _heard(self, number: int, frame: Any) -> None:
+        del frame
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self._signal = signal.Signals(number).name
+        logging.warning("%s: saving after this step, then leaving", self._signal)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Leave]:
+    """A `Leave` that hears signals inside the block."""
+    leave = Leave()
+    # Python lets only the main thread listen; several processes have jax's service.
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield leave
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, leave._heard)
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def preempted(workdir: Any, step: int) -> Preempted:
+    """The exception that ends the process once step ``step`` is on disk."""
+    return Preempted(f"{workdir} is saved at step {step}: the same command goes on from there.")

@@ -1,0 +1,138 @@
+"""Start-up: who is missing is named, in every process that is there; and leaving on a signal."""
+
+import concurrent.futures
+import os
+import signal
+import socket
+import threading
+
+import pytest
+
+from mofi_jax import hosts
+from mofi_jax.errors import BadInput
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def call(port, processes, who, timeout=20.0):
+    """The roll call of some processes, as threads; what each of them raised."""
+
+    def one(process):
+        try:
+            hosts.roll_call(f"localhost:{port}", processes, process, timeout=timeout)
+        except BadInput as error:
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(len(who)) as pool:
+        return list(pool.map(one, who))
+
+
+def test_everybody_comes(port):
+    assert call(port, 4, [3, 0, 2, 1]) == [""] * 4
+    # The port is free at once, for jax itself.
+    assert call(port, 2, [0, 1]) == [""] * 2
+
+
+def test_the_missing_are_named_in_every_process_that_came(port):
+    told = call(port, 5, [0, 1, 3], timeout=1.0)
+    here = socket.gethostname()
+    for message in told:
+        assert message.startswith("2 of 5 processes did not come within 1 s (missing: 2, 4; there:")
+        assert f"0 on {here}, 1 on {here}, 3 on {here}" in message
+
+
+def test_two_of_one_number(port):
+    told = call(port, 3, [0, 1, 1])
+    assert all(message.startswith("Process 1 came twice, from") for message in told)
+
+
+def test_another_number_of_processes(port):
+    def join(processes, process):
+        try:
+            hosts.roll_call(f"localhost:{port}", processes, process, timeout=20.0)
+        except BadInput as error:
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        lead, other = pool.submit(join, 3, 0), pool.submit(join, 2, 1)
+    for told in (lead.result(), other.result()):
+        assert "was started with --processes=2, process 0 with 3" in told
+
+
+def test_no_lead(port, monkeypatch):
+    monkeypatch.setattr(hosts, "_LEAD_GRACE", 0.0)
+    [told] = call(port, 2, [1], timeout=0.5)
+    assert told.startswith(f"Process 1 could not reach process 0 at localhost:{port} within 0.5 s")
+
+
+def test_a_port_that_is_taken(port):
+    with socket.create_server(("", port)), pytest.raises(BadInput, match=f"listen on port {port}"):
+        hosts.roll_call(f"localhost:{port}", 2, 0, timeout=1.0)
+
+
+def test_strangers_at_the_port_are_ignored(port):
+    """Something that connects and talks another language, or nothing at all, is no process."""
+
+    def stranger():
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"verdict": 3}\n', b"[1]\n"):
+            for _ in range(200):
+                try:
+                    with socket.create_connection(("localhost", port), timeout=1) as connection:
+                        connection.sendall(words)
+                    break
+                except OSError:
+                    threading.Event().wait(0.02)
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        lead = pool.submit(hosts.roll_call, f"localhost:{port}", 2, 0, timeout=20.0)
+        thread.join()
+        pool.submit(hosts.roll_call, f"localhost:{port}", 2, 1, timeout=20.0).result()
+        lead.result()
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:http", ":8476", "localhost:99999"])
+def test_addresses(address):
+    with pytest.raises(BadInput, match="write HOST:PORT"):
+        hosts.roll_call(address, 2, 0, timeout=1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("localhost:1", "2", ""), "belong together"),
+        (("localhost:1", "two", "0"), "--processes=two"),
+        (("localhost:1", "2", "2"), "counted from 0"),
+        (("", "", ""), "finds no cluster here"),
+    ],
+)
+def test_flags(flags, sentence):
+    coordinator, processes, process = flags
+    with pytest.raises(BadInput, match=sentence):
+        hosts.start(True, coordinator=coordinator, processes=processes, process=process, timeout=1)
+
+
+def test_a_lone_process_starts_nothing():
+    hosts.start(False, coordinator="", processes="", process="", timeout=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_to_leave(number):
+    before = signal.getsignal(number)
+    with hosts.listening() as leave:
+        assert not leave.asked(0)
+        os.kill(os.getpid(), number)
+        assert leave.asked(1)
+        assert leave.asked(2)
+        os.kill(os.getpid(), signal.SIGTERM)  # again: no harm
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(number) is before
