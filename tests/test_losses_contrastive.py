@@ -59,6 +59,11 @@ def count_correct(logits: np.ndarray, mode: str) -> float:
     return correct
 
 
+def pair_cosines() -> float:
+    image, text = (np.asarray(a, np.float64)[VALID] for a in make_batch())
+    return np.sum(image * text)
+
+
 @functools.cache
 def reference(scale: float, mode: str):
     """(total, correct, gradients of the mean) in float64, one row after the other."""
@@ -155,6 +160,7 @@ def test_against_float64(meshes, mesh, block_size, mode):
         assert float(result.total) == pytest.approx(total, rel=1e-6)
         assert (float(result.count), float(result.correct)) == (VALID.sum(), correct)
         assert 0 < correct < VALID.sum()
+        assert float(result.cosine) == pytest.approx(pair_cosines(), rel=1e-6)
         for name, a, b in zip(("image", "text", "scale"), grads, expected, strict=True):
             assert relative(a, b) <= 1e-5, name
         assert not np.any(grads[0][~VALID])

@@ -44,10 +44,10 @@ def make_batch(labels: int, batch: int = BATCH, dim: int = DIM, rows: int = ROWS
 
 
 def reference_loss(x, table, ids, weights, scale, margin):
-    """The definition in float64, one row at a time: (total, count, correct)."""
+    """The definition in float64, one row at a time: (total, count, correct, cosine)."""
     x, table = np.asarray(x, np.float64), np.asarray(table, np.float64)[:ENTITIES]
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-    total = count = correct = 0
+    total = count = correct = cosine = 0
     for row, row_ids, row_weights in zip(x, np.asarray(ids), np.asarray(weights), strict=True):
         labels = [(i, w) for i, w in zip(row_ids, row_weights, strict=True) if i >= 0 and w > 0]
         if not labels:
@@ -60,7 +60,8 @@ def reference_loss(x, table, ids, weights, scale, margin):
         total -= sum(float(w) * log_p[i] for i, w in labels)
         count += 1
         correct += int(np.argmax(cos)) in {i for i, _ in labels}
-    return total, count, correct
+        cosine += max(cos[i] for i, _ in labels)
+    return total, count, correct, cosine
 
 
 def value_and_grads(loss):
@@ -112,10 +113,11 @@ def relative(a, b):
     ("labels", "margin", "scale"), [(1, 0.0, 64.0), (3, 0.15, 20.0), (3, 0.4, 100.0)]
 )
 def test_dense_is_the_definition(labels, margin, scale):
-    total, count, correct = reference_loss(*make_batch(labels), scale, margin)
+    total, count, correct, cosine = reference_loss(*make_batch(labels), scale, margin)
     result, _ = dense(labels, margin, scale)
     assert float(result.total) == pytest.approx(total, rel=1e-6)
     assert (float(result.count), float(result.correct)) == (count, correct)
+    assert float(result.cosine) == pytest.approx(cosine, rel=1e-6)
     assert count == BATCH - 2
     assert 0 < correct < count, "the rows do not tell right from wrong"
 
@@ -148,6 +150,7 @@ def test_blocks_equal_dense(meshes, mesh, labels, margin, scale, block_size):
     assert float(result.total) == pytest.approx(float(expected.total), rel=1e-6)
     assert result.count == expected.count
     assert result.correct == expected.correct
+    assert float(result.cosine) == pytest.approx(float(expected.cosine), rel=1e-6)
     for name, a, b in zip(("embeddings", "table", "scale"), grads, expected_grads, strict=True):
         assert relative(a, b) <= 1e-5, name
     d_x, d_table, _ = grads

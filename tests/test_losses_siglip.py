@@ -24,6 +24,7 @@ from tests.test_losses_contrastive import (
     check_invalid_rows,
     count_correct,
     make_batch,
+    pair_cosines,
     program_of,
     related,
     relative,
@@ -94,6 +95,7 @@ def test_against_float64(meshes, mesh, block_size, mode):
         assert float(result.total) == pytest.approx(total, rel=1e-6)
         assert (float(result.count), float(result.correct)) == (VALID.sum(), correct)
         assert 0 < correct < VALID.sum()
+        assert float(result.cosine) == pytest.approx(pair_cosines(), rel=1e-6)
         for name, a, b in zip(("image", "text", "scale", "bias"), grads, expected, strict=True):
             assert relative(a, b) <= 1e-5, name
         assert not np.any(grads[0][~VALID])

@@ -16,8 +16,10 @@ class LossSum(NamedTuple):
       count: number of rows that take part.
       correct: number of those rows that rank the right answer strictly above every wrong one,
         margin aside.
+      cosine: sum of those rows' cosines with the right answer, the closest where there are several.
     """
 
     total: Float[Array, ""]
     count: Float[Array, ""]
     correct: Float[Array, ""]
+    cosine: Float[Array, ""]

@@ -62,7 +62,8 @@ def clip_softmax_dense(
         total -= 0.5 * jnp.sum(jnp.sum(log_p, axis=axis) / targets)
         best_wrong = jnp.max(jnp.where(pairs.wrong, cos, relations.LOWEST), axis=axis)
         correct += 0.5 * jnp.sum(valid & (pair > best_wrong))
-    return base.LossSum(total, jnp.sum(valid, dtype=jnp.float32), correct)
+    cosine = jnp.sum(jnp.where(valid, pair, 0.0))
+    return base.LossSum(total, jnp.sum(valid, dtype=jnp.float32), correct, cosine)
 
 
 # ---------------------------------------------------------------------------- sharded, in tiles
@@ -127,7 +128,7 @@ def _clip_forward(static, *inputs):
         functools.partial(_forward_shard, static),
         static.mesh,
         in_specs=_INPUTS,
-        out_specs=(base.LossSum(P(), P(), P()), blocks.BATCH, P()),
+        out_specs=(base.LossSum(P(), P(), P(), P()), blocks.BATCH, P()),
     )
     loss, rows, columns = run(*inputs)
     return loss, (*inputs, rows, columns)
@@ -257,6 +258,7 @@ def _forward_shard(static, image, text, scale, valid, shows, about):
         total=jnp.sum(jnp.where(valid, losses, 0.0)),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
+        cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
     )
     return lax.psum(local, partition.BATCH_AXES), rows, columns
 

@@ -155,10 +155,12 @@ def entity_softmax_dense(
     log_p = jax.nn.log_softmax(jnp.where(real, logits, MASKED), axis=-1)
     best_label = jnp.max(jnp.where(hit, cos, MASKED), axis=-1)
     best_other = jnp.max(jnp.where(hit | ~real, MASKED, cos), axis=-1)
+    labelled = jnp.any(hit, axis=-1)
     return base.LossSum(
         total=-jnp.sum(target * log_p),
-        count=jnp.sum(jnp.any(hit, axis=-1), dtype=jnp.float32),
+        count=jnp.sum(labelled, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
+        cosine=jnp.sum(jnp.where(labelled, best_label, 0.0)),
     )
 
 
@@ -283,7 +285,7 @@ def _softmax_forward(static, embeddings, table, ids, weights, scale, sample):
         functools.partial(_forward_shard, static),
         static.mesh,
         in_specs=(*_FORWARD_SPECS, _SAMPLE_SPECS if sample else None),
-        out_specs=(base.LossSum(P(), P(), P()), (P(), P(), P())),
+        out_specs=(base.LossSum(P(), P(), P(), P()), (P(), P(), P())),
     )
     loss, statistics = run(embeddings, table, ids, weights, scale, sample)
     return loss, (embeddings, table, ids, weights, scale, sample, statistics)
@@ -402,6 +404,7 @@ def _forward_shard(static, embeddings, table, ids, weights, scale, sample):
         total=jnp.sum((mass * top - target_sum) + mass * log_sum),
         count=jnp.sum(mass > 0, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
+        cosine=jnp.sum(jnp.where(mass > 0, best_label, 0.0)),
     )
     return loss, (top, log_sum, mass)
 

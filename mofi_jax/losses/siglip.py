@@ -64,6 +64,7 @@ def siglip_dense(
         total=jnp.sum(jnp.where(pairs.counted, losses, 0.0)),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
+        cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
     )
 
 
@@ -125,7 +126,7 @@ def _siglip_forward(static, *inputs):
         functools.partial(_forward_shard, static),
         static.mesh,
         in_specs=_INPUTS,
-        out_specs=base.LossSum(P(), P(), P()),
+        out_specs=base.LossSum(P(), P(), P(), P()),
     )
     return run(*inputs), inputs
 
@@ -246,6 +247,7 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
         total=jnp.sum(kept.loss),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
+        cosine=jnp.sum(jnp.where(valid, kept.pair, 0.0)),
     )
     return lax.psum(local, partition.BATCH_AXES)
 

@@ -66,6 +66,7 @@ def entity_task(
     rows = jnp.maximum(loss.count, 1.0)
     metrics = {
         "entity_accuracy": loss.correct / rows,
+        "target_cosine": loss.cosine / rows,
         "labelled_share": loss.count / images.shape[0],
     }
     if learned:
@@ -107,6 +108,7 @@ def contrastive_task(
         loss = contrastive.clip_softmax(images, texts, scale, **relations)
     pairs = jnp.maximum(loss.count, 1.0)
     metrics["contrastive_accuracy"] = loss.correct / pairs
+    metrics["pair_cosine"] = loss.cosine / pairs
     return loss.total / pairs, metrics
 
 
@@ -208,6 +210,7 @@ def make_update(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
