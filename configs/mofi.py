@@ -28,6 +28,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.distributed = False  # True on pods: one process a host, jax.distributed
     config.start_timeout = 300  # seconds to wait for the other processes of a run
     config.mesh = common.mesh()
+    # The share of the state that may lie whole on every device before training refuses to start.
+    config.max_replicated = 0.02
 
     config.batch_size = 32_768  # CLOC Table A
     config.total = "439087 steps"  # CLOC Table A: about 14 billion samples
@@ -58,6 +60,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.microbatches = 1
 
     config.optimizer = {
+        "kind": "adamw",  # or "adafactor": second moments take next to no memory
         "learning_rate": 5e-4,  # CLOC Table A
         "warmup": "2000 steps",  # CLOC Table A
         "final_fraction": 0.0,
@@ -68,10 +71,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "clip_norm": 5.0,  # Partial FC train_v2.py
         # Halves the first moment's memory; the class table is most of it.
         "first_moment_dtype": "bfloat16",
+        # Below 1: smaller steps for lower blocks, for fine-tuning.
+        "layer_decay": 1.0,
+        # Parts that stay as they are, by the beginning of their path: ("image",) is LiT.
+        "frozen": (),
         # From scratch the table learns at the towers' rate (UNICOM: 5x when fine-tuning).
         # second_moment "row" keeps one value for each entity in place of one for each weight.
         "table": {"learning_rate_multiplier": 1.0, "clip_norm": 5.0, "second_moment": "full"},
     }
+
+    # The moving average of the parameters, which is then evaluated and exported; 0 for none.
+    config.ema = {"decay": 0.0}
 
     config.evaluators = {}
     if arg.gpr1200:

@@ -9,6 +9,7 @@ This file knows nothing of models or losses beyond the names of parameters.  Mes
 The batch is split over (replica, fsdp); the class table over all axes on its class dimension.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mofi_jax.errors import BadInput
 
 BATCH_AXES = ("replica", "fsdp")
 ALL_AXES = ("replica", "fsdp", "tensor")
+
+_LARGE = 2**20  # bytes from which an array counts as replicated
 
 ENTITY_TABLE = "entity_table"  # the class table among the parameters
 # Of `table_rows`: a table whose rows lie in another order names the wrong entities.
@@ -31,6 +35,7 @@ TABLE_ORDER = 1
 # the parameter's path).  Each entry names the axis for each dimension counted from the last one, so
 # that a leading layer axis of a scanned stack needs no rule of its own.
 RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r"/v_(row|col)/", ()),  # Adafactor's sums, laid out unlike their parameter and small
     (rf"{ENTITY_TABLE}$", (ALL_AXES, None)),
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
@@ -65,7 +70,28 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             "replica times fsdp a multiple of the hosts, so that each feeds its own."
         )
     # Auto axes, spelled out once for the whole project: jax.make_mesh defaults to Explicit axes.
-    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+    axis_types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, jax.devices()), ALL_AXES, axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=axis_types)
+
+
+def _over_slices(sizes: list[int], slices: int, devices: list[Any]) -> np.ndarray:
+    """The devices of several TPU slices in the shape of the mesh.
+
+    Slices are joined by the data-centre network alone: they are laid along ``replica``, which only
+    gradients cross, once a step.
+    """
+    replica, fsdp, tensor = sizes
+    if replica % slices:
+        raise BadInput(
+            f"config.mesh.replica={replica} does not divide over {slices} slices: make it "
+            f"{slices} or a multiple, as parameters are not split across slices."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (replica // slices, fsdp, tensor), (slices, 1, 1), devices
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -137,17 +163,22 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The spec of one array by the first rule that matches; what does not divide stays whole."""
+    return PartitionSpec(*_spec(name, shape, mesh.shape))
+
+
+def _spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> list[Any]:
+    """Axes of each dimension on a mesh of these sizes."""
     if not shape:
-        return PartitionSpec()
+        return []
     axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
     # Fewer dimensions than the rule has: one value for each row of the class table.
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[: len(shape)]
     spec = []
     for size, axis in zip(shape, axes, strict=True):
         names = (axis,) if isinstance(axis, str) else (axis or ())
-        pieces = int(np.prod([mesh.shape[n] for n in names]))
+        pieces = math.prod(sizes[n] for n in names)
         spec.append(axis if pieces > 1 and size % pieces == 0 else None)
-    return PartitionSpec(*spec)
+    return spec
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -155,6 +186,58 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)),
         tree,
+    )
+
+
+def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> None:
+    """Refuses a state of which more than ``limit`` of the bytes lie whole on every device.
+
+    Wide models on wide meshes: a dimension that does not divide over ``fsdp`` stays whole, memory
+    runs out, and nothing says why.  Arrays below 1 MiB do not count.
+
+    Args:
+      tree: ShapeDtypeStructs or arrays with shardings.
+      limit: ``config.max_replicated``.
+
+    Raises:
+      BadInput: names the largest arrays and the largest ``fsdp`` that splits enough.
+    """
+    if mesh.size == 1:
+        return
+    leaves = [
+        (path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+    def whole(fsdp: int) -> list[tuple[int, str]]:
+        sizes = {"replica": rest // fsdp, "fsdp": fsdp, "tensor": mesh.shape["tensor"]}
+        found = [
+            (leaf.size * leaf.dtype.itemsize, name)
+            for name, leaf in leaves
+            if not any(_spec(name, leaf.shape, sizes))
+        ]
+        return sorted((entry for entry in found if entry[0] >= _LARGE), reverse=True)
+
+    rest = mesh.size // mesh.shape["tensor"]
+    total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    found = whole(mesh.shape["fsdp"])
+    share = sum(size for size, _ in found) / max(total, 1)
+    if share <= limit:
+        return
+    better = [
+        fsdp
+        for fsdp in range(rest, 1, -1)
+        if rest % fsdp == 0 and sum(size for size, _ in whole(fsdp)) <= limit * total
+    ]
+    remedy = (
+        f"set config.mesh.fsdp={better[0]} and config.mesh.replica={rest // better[0]}"
+        if better
+        else "choose another config.mesh"
+    )
+    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in found[:3])
+    raise BadInput(
+        f"{share:.0%} of the training state would lie whole on each of {mesh.size} devices, "
+        f"{len(found)} arrays, {names} first: {remedy}, or raise config.max_replicated={limit:g} "
+        "if that is meant."
     )
 
 

@@ -26,7 +26,7 @@ from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, checkpoint, settings, state
+from mofi_jax.training import cadence, checkpoint, optim, settings, state
 from mofi_jax.training import program as program_lib
 
 
@@ -99,6 +99,9 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         num_entities=len(entities) if entities else 0,
         examples_per_epoch=len(source),
     )
+    structs, shardings = state.abstract(program.init, mesh)
+    optim.check_frozen(structs.params, config.optimizer.frozen)
+    partition.check_replication(mesh, structs, config.max_replicated)
     model, clock, num_entities = program.model, program.clock, program.setting.num_entities
 
     # ---------------------------------------------------------------------- evaluators
@@ -131,9 +134,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     first = checkpointer.latest_step()
     if first is None:
         first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
-        train_state, shardings = state.create(program.init, config.seed, mesh)
+        train_state, _ = state.create(program.init, config.seed, mesh)
     else:
-        structs, shardings = state.abstract(program.init, mesh)
         train_state, position = checkpointer.restore(first, structs)
         changed = differences(position.data_fingerprint, fingerprint)
         if changed:
@@ -189,7 +191,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
             if due and not leaving:
                 bar.set_postfix_str("evaluating")
                 start = time.monotonic()
-                scores = evaluation.run_all(due, train_state.params)
+                scores = evaluation.run_all(due, train_state.evaluated)
                 metrics.flush()
                 metrics.write(now, scores)
                 evaluated += time.monotonic() - start

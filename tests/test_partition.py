@@ -127,3 +127,59 @@ def test_frequent_entities_are_spread_over_the_devices(devices):
         owner = partition.table_rows(np.arange(frequent), entities) // per_device
         counts = np.bincount(owner, minlength=devices)
         assert counts.max() <= 1.1 * frequent / devices + 4, "one device owns too many"
+
+
+def wide_structs(mesh, width=1280):
+    tree = {
+        "image/blocks/mlp/fc1/kernel": (32, width, 4 * width),
+        "image/blocks/attention/query/kernel": (32, width, 16, width // 16),
+        "image/blocks/mlp/fc1/bias": (32, 4 * width),
+        "image/position_embedding": (257, width),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in tree.items()}
+
+
+def test_too_much_on_every_device_is_refused_with_the_mesh_that_works():
+    """ViT-H's 1,280 columns do not divide over 512: its kernels would lie whole on each."""
+    mesh = jax.sharding.AbstractMesh((1, 512, 1), partition.ALL_AXES)
+    with pytest.raises(BadInput) as caught:
+        partition.check_replication(mesh, wide_structs(mesh), 0.02)
+    told = str(caught.value)
+    assert "of the training state would lie whole on each of 512 devices" in told
+    assert "image/blocks/mlp/fc1/kernel (800 MiB), image/blocks/attention/query/kernel" in told
+    assert "set config.mesh.fsdp=256 and config.mesh.replica=2" in told
+    works = jax.sharding.AbstractMesh((2, 256, 1), partition.ALL_AXES)
+    partition.check_replication(works, wide_structs(works), 0.02)
+    partition.check_replication(mesh, wide_structs(mesh), 1.0)
+
+
+def test_one_device_replicates_nothing(meshes):
+    partition.check_replication(meshes["1x1x1"], wide_structs(meshes["1x1x1"]), 0.0)
+
+
+class Chip:
+    """A TPU of several slices, as far as a mesh needs one."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v4", 0
+
+    def __init__(self, number):
+        self.id, self.process_index = number, number // 4
+        self.slice_index = number // 8
+        self.coords = (number % 2, number // 2 % 2, number // 4 % 2)
+
+    def __repr__(self):
+        return f"Chip({self.id})"
+
+
+def test_slices_lie_along_the_replica_axis(monkeypatch):
+    chips = [Chip(i) for i in range(16)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    arranged = partition._over_slices
+    for sizes in ([2, 8, 1], [4, 2, 2]):
+        devices = arranged(sizes, 2, chips)
+        assert devices.shape == tuple(sizes)
+        for half in np.split(devices, 2, axis=0):
+            assert len({chip.slice_index for chip in half.flat}) == 1
+    with pytest.raises(BadInput, match=r"config\.mesh\.replica=1 does not divide over 2 slices"):
+        partition.make_mesh(fsdp=16)

@@ -127,7 +127,7 @@ def moved_rows(
         new = np.zeros((table_rows, *old.shape[1:]), old.dtype)
         new[kept] = old[sources[kept]]
         parent = partition.path_name(path).split("/")[-2]
-        if parent == "params":
+        if parent in ("params", "ema"):
             new[fresh] = new_rows
         elif parent == "last_step":
             new[fresh] = old.max(initial=0)

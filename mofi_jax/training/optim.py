@@ -1,4 +1,4 @@
-"""The optimizer: AdamW for the towers, and the class table's own rule.
+"""The optimizer: AdamW or Adafactor for the towers, the class table's own rule, frozen parts.
 
 The table's rows are normalised in the loss, so weight decay would only change its effective
 learning rate: it gets none.  Its learning rate and its gradient clip are its own, because millions
@@ -7,13 +7,22 @@ of rows would otherwise dominate the global norm (UNICOM ``retrieval.py``, Parti
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mofi_jax import partition
+from mofi_jax.errors import BadInput
 from mofi_jax.training import cadence, class_table
+
+KINDS = ("adamw", "adafactor")
+
+# Adafactor keeps a mean square for each row and each column of a matrix whose sides are at least
+# this long.  An attention kernel is [width, heads, head size], so heads of 64 have to count.
+FACTORED_FROM = 32
 
 # No decay on vectors (norms, biases, class token), the temperature and the class table; position
 # embeddings are matrices by shape and biases by function (open_clip decays neither 1-d arrays nor
@@ -44,19 +53,20 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     """Builds the update rule.
 
     Args:
-      config: ``config.optimizer``: learning_rate (peak), warmup (a duration), final_fraction, b1,
-        b2, eps, weight_decay (multiplied by the learning rate, as `optax.adamw` does), clip_norm,
-        first_moment_dtype, and table = {learning_rate_multiplier, clip_norm, second_moment}.
+      config: ``config.optimizer``: kind (`KINDS`), learning_rate (peak), warmup (a duration),
+        final_fraction, b1, b2, eps, weight_decay (multiplied by the learning rate, as
+        `optax.adamw` does), clip_norm, first_moment_dtype, layer_decay (`scale_by_depth`; 1 for
+        one learning rate at all depths), frozen (`is_frozen`), and table =
+        {learning_rate_multiplier, clip_norm, second_moment}.
     """
     rate = schedule(config, clock)
     table = config.table
     rules = {
         "towers": optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(
-                b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment_dtype
-            ),
+            scale_by_adafactor(config) if config.kind == "adafactor" else _scale_by_adam(config),
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            scale_by_depth(config.layer_decay),
             optax.scale_by_learning_rate(rate),
         ),
         "table": optax.chain(
@@ -70,11 +80,99 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
             ),
             optax.scale_by_learning_rate(lambda step: rate(step) * table.learning_rate_multiplier),
         ),
+        "frozen": optax.set_to_zero(),
     }
+    frozen = tuple(config.frozen)
 
-    def label(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "table" if class_table.is_table(path) else "towers", params
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        del leaf
+        if is_frozen(path, frozen):
+            return "frozen"
+        return "table" if class_table.is_table(path) else "towers"
+
+    return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+
+
+def _scale_by_adam(config: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(
+        b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment_dtype
+    )
+
+
+def scale_by_adafactor(config: Any) -> optax.GradientTransformation:
+    """Adafactor as it trains vision transformers (arXiv 2106.04560, section 3.4).
+
+    Factored second moments, whose decay grows to ``b2``; a first moment of ``b1`` in
+    ``first_moment_dtype``; no scaling by the parameters.  Its memory is the first moment's.
+    """
+
+    def decay(step: jax.Array, power: float) -> jax.Array:
+        return jnp.minimum(1.0 - (step.astype(jnp.float32) + 1.0) ** -power, config.b2)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM, decay_rate_fn=decay),
+        optax.ema(config.b1, debias=False, accumulator_dtype=config.first_moment_dtype),
+    )
+
+
+def scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Smaller steps below: ``decay`` ** (blocks above + 1) for a block (BEiT, arXiv 2106.08254).
+
+    A tower's embeddings lie below its first block; its last norm and projection, and all that
+    belongs to no tower, are on top and take whole steps.  With decay 1 it is the identity.
+    """
+
+    def factor(path: tuple[Any, ...], update: jax.Array, layers: dict[str, int]) -> jax.Array:
+        names = partition.path_name(path).split("/")
+        depth = layers.get(names[0])
+        if depth is None or names[1] in ("final_norm", "post_norm", "projection"):
+            return update
+        if names[1] == "blocks":  # a stack: one slice for each block
+            scale = decay ** (depth - jnp.arange(depth, dtype=jnp.float32))
+            return update * scale.reshape(-1, *[1] * (update.ndim - 1)).astype(update.dtype)
+        return update * decay ** (depth + 1)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        layers = {
+            partition.path_name(path).split("/")[0]: leaf.shape[0]
+            for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]
+            if "blocks" in partition.path_name(path).split("/")
+        }
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: factor(path, leaf, layers), updates
         )
+        return scaled, state
 
-    return optax.partition(rules, label)
+    if decay == 1:
+        return optax.identity()
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
+    """Whether a parameter lies in one of the parts that ``config.optimizer.frozen`` names.
+
+    Args:
+      path: of the parameter in the tree of parameters.
+      frozen: beginnings of paths, as ``image`` (LiT, arXiv 2111.07991) or ``text/blocks``.
+    """
+    name = partition.path_name(path)
+    return any(name == part or name.startswith(f"{part}/") for part in frozen)
+
+
+def check_frozen(params: Any, frozen: Sequence[str]) -> None:
+    """Refuses a part that no parameter belongs to, and to freeze everything.
+
+    Raises:
+      BadInput: names the part and those there are.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    for part in frozen:
+        if not any(is_frozen(path, (part,)) for path in paths):
+            names = sorted({"/".join(partition.path_name(p).split("/")[:2]) for p in paths})
+            raise BadInput(
+                f"config.optimizer.frozen names {part!r}, which is no part of the model: choose "
+                f"from {', '.join(names)}, or what these begin with."
+            )
+    if all(is_frozen(path, frozen) for path in paths):
+        raise BadInput("config.optimizer.frozen leaves nothing to train: freeze fewer parts.")

@@ -87,9 +87,20 @@ def make(
         losses=losses,
         tx=tx,
         init=state.initialiser(
-            model, tx, losses=losses, table_rows=partition.padded_rows(num_entities, mesh)
+            model,
+            tx,
+            losses=losses,
+            table_rows=partition.padded_rows(num_entities, mesh),
+            ema=config.ema.decay > 0,
         ),
-        setting=step.Setting(model, mesh, num_entities, config.microbatches),
+        setting=step.Setting(
+            model,
+            mesh,
+            num_entities,
+            microbatches=config.microbatches,
+            frozen=tuple(config.optimizer.frozen),
+            ema_decay=config.ema.decay,
+        ),
         clock=clock,
         schedule=optim.schedule(config.optimizer, clock),
         seed=config.seed,

@@ -5,7 +5,7 @@ from typing import Any
 from mofi_jax.errors import BadInput
 from mofi_jax.losses import margins, relations
 from mofi_jax.model import mofi
-from mofi_jax.training import class_table
+from mofi_jax.training import class_table, optim
 
 KINDS = ("softmax", "sigmoid")  # of the contrastive loss
 
@@ -41,7 +41,11 @@ def validate(config: Any) -> None:
         ("data.max_labels", config.data.max_labels > 0, "a positive number"),
         ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
         ("microbatches", config.microbatches > 0, "a positive number"),
+        choice("optimizer.kind", optim.KINDS),
         choice("optimizer.table.second_moment", class_table.SECOND_MOMENTS),
+        ("optimizer.layer_decay", 0 < config.optimizer.layer_decay <= 1, "above 0, at most 1"),
+        ("ema.decay", 0 <= config.ema.decay < 1, "0 for none, or below 1"),
+        ("max_replicated", 0 <= config.max_replicated <= 1, "a share between 0 and 1"),
     ]
     for name, task in config.losses.items():
         checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))

@@ -26,12 +26,19 @@ SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10.0), -10.0
 class TrainState:
     """Plain pytrees; ``step`` counts finished updates (int32 scalar).
 
+    ``ema`` is the moving average of the parameters, in the same structure, or None without one.
     The leaves are arrays, or ShapeDtypeStructs and NamedShardings in trees about them.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated and exported."""
+        return self.params if self.ema is None else self.ema
 
 
 def initialiser(
@@ -40,6 +47,7 @@ def initialiser(
     *,
     losses: Mapping[str, Mapping[str, Any]],
     table_rows: int,
+    ema: bool = False,
 ):
     """A function of a seed that makes the state that the given losses need.
 
@@ -47,6 +55,7 @@ def initialiser(
       losses: ``config.losses``; "entity" brings the class table and a learned scale if it asks for
         one, "contrastive" the text tower and, for the sigmoid loss, its bias.
       table_rows: rows of the class table, padded to the mesh (`partition.padded_rows`).
+      ema: whether the state has an average of the parameters, which begins as they are.
     """
     towers = ("image", "text") if "contrastive" in losses else ("image",)
 
@@ -67,7 +76,9 @@ def initialiser(
             params[partition.ENTITY_TABLE] = TABLE_STD * jax.vmap(
                 lambda k: jax.random.normal(k, (model.embed_dim,), jnp.float32)
             )(row_keys)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        # A copy, as the parameters are donated on their own.
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
     return init
 

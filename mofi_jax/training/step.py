@@ -13,7 +13,7 @@ from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
-from mofi_jax.training import class_table
+from mofi_jax.training import class_table, optim
 from mofi_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -29,12 +29,16 @@ class Setting:
       mesh: the devices.
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers see a batch, see `in_microbatches`.
+      frozen: parts of the parameters that are constants, see `optim.is_frozen`.
+      ema_decay: of the average of the parameters, 0 for none, see `averaged`.
     """
 
     model: mofi.MofiConfig
     mesh: Mesh
     num_entities: int
     microbatches: int = 1
+    frozen: tuple[str, ...] = ()
+    ema_decay: float = 0.0
 
 
 def entity_task(
@@ -168,6 +172,13 @@ def make_loss(
     def loss_fn(
         params: Any, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[jax.Array, Metrics]:
+        # A frozen tower has no backward pass: its gradients are zeros that nobody computes.
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                jax.lax.stop_gradient(leaf) if optim.is_frozen(path, setting.frozen) else leaf
+            ),
+            params,
+        )
         images = in_microbatches(
             lambda pixels: mofi.embed_images(setting.model, params, pixels),
             batch["image"],
@@ -183,6 +194,26 @@ def make_loss(
         return total, {"loss": total, **metrics}
 
     return loss_fn
+
+
+def averaged(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average of the parameters after an update.
+
+    The decay grows to its value, so that the first steps are soon forgotten: (1 + n) / (10 + n)
+    after n updates, as TensorFlow's ExponentialMovingAverage does.  In sampled training a row of
+    the class table is averaged when it is drawn, as everything of that row.
+
+    Args:
+      ema: the average before, None where there is none.
+      params: after the update.
+      step: updates before this one.
+      decay: 0 where there is no average.
+    """
+    if ema is None:
+        return None
+    n = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+    return jax.tree.map(lambda average, new: new + keep * (average - new), ema, params)
 
 
 def make_update(
@@ -211,7 +242,8 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        ema = averaged(state.ema, params, state.step, setting.ema_decay)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
