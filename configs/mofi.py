@@ -54,6 +54,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # CosFace margin 0.3 at scale 32, as UNICOM on a million noisy web clusters; the "pfc" pair of
     # Partial FC at two million clean classes is 0.4 at 64.  Exact (sample_rate 1): with 2 million
     # entities that is 8 % of a B/16 image tower's arithmetic.
+    # A run or a Hugging Face CLIP folder to begin with, and the parts to take, as ("image",); none
+    # named takes all that fit.  Positions are resampled, entities matched by QID.
+    config.init = {"model": "", "parts": ()}
+
     config.losses = common.losses(arg.task, scale=32.0, margin=0.3)
     # Parts in which the towers see a batch: more of them need less memory and some more time, and
     # change neither the losses nor their global batch.
@@ -91,5 +95,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "every": "2 percent",
         }
     config.log_every = "50 steps"
-    config.checkpoint = {"every": "2000 steps", "keep": 3}
+    # The last `keep` checkpoints stay, and for ever one every `keep_every`, a multiple of `every`.
+    config.checkpoint = {"every": "2000 steps", "keep": 3, "keep_every": "0 steps"}
     return config

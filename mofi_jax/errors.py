@@ -1,5 +1,8 @@
 """The exceptions that are meant for people: told in one sentence, each with its exit code."""
 
+import errno
+import os
+
 
 class BadInput(ValueError):
     """Input that cannot be used.
@@ -17,3 +20,33 @@ class Preempted(Exception):
     """
 
     exit_code = 75
+
+
+# What a file system says when it will not be written.  The first three can only be about writing.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+
+
+def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> str | None:
+    """Why a folder cannot be written, in the system's words; None for errors about anything else.
+
+    Libraries in C++ report an OSError as text inside an exception of their own.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and (
+            error.errno in _FULL or (error.errno in _CLOSED and _about(error.filename, folder))
+        ):
+            return os.strerror(error.errno).lower()
+        for number in (*_FULL, *_CLOSED):
+            if os.strerror(number) in str(error) and str(folder) in str(error):
+                return os.strerror(number).lower()
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _about(filename: object, folder: os.PathLike | str) -> bool:
+    """Whether a file lies in a folder, or is one of those that should hold it."""
+    if filename is None:
+        return False
+    path, folder = os.path.abspath(str(filename)), os.path.abspath(folder)
+    return os.path.commonpath([path, folder]) in (path, folder)

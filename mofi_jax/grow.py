@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, partition, telemetry, train
+from mofi_jax import cli, inference, partition, run_folder, telemetry
 from mofi_jax.data import records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, class_table, state
@@ -90,7 +90,8 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
             "%s stands at step %d of config.total=%r: raise the total to train on",
             *(run, step, config.total),
         )
-    old_state, position = checkpointer.restore(step, structs)
+    old_state = checkpointer.restore(step, structs)
+    position = checkpoint.read_position(run, step)
     checkpointer.close()
 
     fresh = np.flatnonzero(sources < 0)
@@ -98,7 +99,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     grown = class_table.moved_rows(
         old_state,
         # From ids to rows of the table, which lie in another order.
-        sources=rows_of_sources(sources, len(old)),
+        sources=class_table.rows_of_sources(sources, len(old)),
         new_rows=rows[np.searchsorted(fresh, ids_by_row(fresh, len(new)))],
         table_rows=partition.padded_rows(len(new), mesh),
     )
@@ -112,9 +113,13 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
         telemetry.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
-    fingerprint = train.data_fingerprint(config, source, entities_path, texts)
+    fingerprint = run_folder.data_fingerprint(config, source, entities_path, texts)
     writer = checkpoint.Checkpointer(part, keep=1)
-    writer.save(step, grown, checkpoint.Position(0, fingerprint, position.seconds))
+    writer.save(
+        step,
+        grown,
+        checkpoint.Position(0, fingerprint, position.seconds, run_folder.as_json(config)),
+    )
     writer.close()
     counts = {
         "step": step,
@@ -159,8 +164,7 @@ def match(
     old: records.Entities, new: records.Entities, run: epath.Path, missing: str
 ) -> np.ndarray:
     """int64 [new entities]: the old id of each new one, -1 where there is none."""
-    ids = {qid: i for i, qid in enumerate(old.qids)}
-    sources = np.array([ids.get(qid, -1) for qid in new.qids], np.int64)
+    sources = class_table.match(old.qids, new.qids)
     lost = sorted(set(old.qids) - set(new.qids))
     if lost and missing == "refuse":
         some = ", ".join(lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
@@ -174,12 +178,6 @@ def match(
 def ids_by_row(ids: np.ndarray, num_entities: int) -> np.ndarray:
     """The given entity ids in the order of their rows of the table."""
     return ids[np.argsort(partition.table_rows(ids, num_entities))]
-
-
-def rows_of_sources(sources: np.ndarray, num_old: int) -> np.ndarray:
-    """int64 [new entities]: row of the old table for each row of the new one, -1 for new ones."""
-    ids = partition.table_entities(np.arange(len(sources)), len(sources))
-    return partition.table_rows(sources[ids], num_old)
 
 
 def new_rows(

@@ -250,27 +250,33 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 25
     Raises:
       BadInput: a folder that is neither, or one that is damaged.
     """
+    towers, params = read(path, mesh=mesh, batch_size=batch_size)
+    return Model(towers, towers.put(params), str(path))
+
+
+def read(
+    path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 256
+) -> tuple[Towers, Any]:
+    """As `load`, with the parameters whole in host memory."""
     path = epath.Path(path)
     mesh = partition.make_mesh() if mesh is None else mesh
     if (path / MODEL_FILE).exists():
-        towers, params = _read_run(path, mesh, batch_size)
-    elif huggingface.is_folder(path):
-        clip = huggingface.read(path)
-        towers = Towers(
-            config=clip.config,
-            tokenizer=clip.tokenizer,
-            entities=clip.entities,
-            preprocess=clip.preprocess,
-            mesh=mesh,
-            batch_size=batch_size,
-        )
-        params = clip.params
-    else:
+        return _read_run(path, mesh, batch_size)
+    if not huggingface.is_folder(path):
         raise BadInput(
             f"{path} is neither a training run ({MODEL_FILE}) nor a Hugging Face CLIP folder "
             "(config.json): give the folder of one of them."
         )
-    return Model(towers, towers.put(params), str(path))
+    clip = huggingface.read(path)
+    towers = Towers(
+        config=clip.config,
+        tokenizer=clip.tokenizer,
+        entities=clip.entities,
+        preprocess=clip.preprocess,
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    return towers, clip.params
 
 
 def describe(

@@ -4,16 +4,12 @@
 
 Reads from top to bottom: hosts, data, model, what is already there, update, evaluators, loop.  The
 same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters
-of an uninterrupted one, bit for bit.  The folder W holds ``model.json``, ``tokenizer.json``,
-``entities.parquet`` (with a class table), ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
-``tensorboard/`` and, once finished, ``result.json``.
+of an uninterrupted one, bit for bit.  For what the folder W holds, see `mofi_jax.run_folder`.
 """
 
 import contextlib
-import hashlib
-import json
+import dataclasses
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,11 +17,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, hosts, inference, partition, telemetry
+from mofi_jax import cli, errors, hosts, inference, partition, run_folder, telemetry, warm_start
 from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
-from mofi_jax.model import mofi
 from mofi_jax.training import cadence, checkpoint, optim, settings, state
 from mofi_jax.training import program as program_lib
 
@@ -52,8 +47,21 @@ def main(
         process=process,
         timeout=config.start_timeout,
     )
-    with contextlib.ExitStack() as cleanup:
-        train(config, workdir, cleanup)
+    try:
+        with contextlib.ExitStack() as cleanup:
+            train(config, workdir, cleanup)
+    except (OSError, ValueError) as error:
+        reason = None if isinstance(error, BadInput) else errors.storage_problem(error, workdir)
+        if reason is None:
+            raise
+        steps = checkpoint.saved_steps(workdir)
+        last = (
+            f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved yet"
+        )
+        raise BadInput(
+            f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
+            f"{last}."
+        ) from error
 
 
 def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
@@ -88,7 +96,9 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         entities=entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = data_fingerprint(config, source, entities_path if entities else None, texts)
+    fingerprint = run_folder.data_fingerprint(
+        config, source, entities_path if entities else None, texts
+    )
 
     # ---------------------------------------------------------------------- model
     program = program_lib.make(
@@ -122,28 +132,23 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     suite = evaluation.build_all(towers, wanted)
     log_every = clock.steps(config.log_every, key="config.log_every")
     save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
+    keep_every = clock.steps(config.checkpoint.keep_every, key="config.checkpoint.keep_every")
+    if keep_every and (not save_every or keep_every % save_every):
+        raise BadInput(
+            f"config.checkpoint.keep_every={config.checkpoint.keep_every!r} is {keep_every} steps "
+            f"and config.checkpoint.every={config.checkpoint.every!r} is {save_every}: make it a "
+            "multiple, so that there is something to keep."
+        )
     try_operations(config, source[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
-    check_workdir(workdir, config, model)
-    if lead:
-        prepare_workdir(workdir, config, model, tokenizer_path, entities_path, num_entities)
-    checkpointer = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
-    cleanup.callback(checkpointer.close)
-    resumed = checkpointer.latest_step() is not None
-    first = checkpointer.latest_step()
-    if first is None:
-        first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
-        train_state, _ = state.create(program.init, config.seed, mesh)
-    else:
-        train_state, position = checkpointer.restore(first, structs)
-        changed = differences(position.data_fingerprint, fingerprint)
-        if changed:
-            raise BadInput(
-                f"{workdir} was trained on other data ({changed}): restore that config, or choose "
-                "another --workdir."
-            )
-        logging.info("resumed at step %d, %d examples", first, position.examples)
+    description = inference.describe(
+        model, config.data.eval_ops, classified="entity" in config.losses
+    )
+    start = checkpoint.Position(0, fingerprint, 0.0, run_folder.as_json(config))
+    position = run_folder.check(workdir, description, structs, start)
+    resumed = bool(checkpoint.saved_steps(workdir))
+    first = checkpoint.saved_steps(workdir)[-1] if resumed else 0
     if first > clock.total_steps:
         raise BadInput(
             f"{workdir} stands at step {first}, beyond config.total={config.total!r} "
@@ -152,6 +157,28 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     if first >= clock.total_steps and (workdir / "result.json").exists():
         logging.info("%s is finished: %d steps", workdir, first)
         return
+    warm = None
+    if config.init.model and not resumed:
+        warm = warm_start.read(
+            config.init.model, tuple(config.init.parts), structs.params, entities, mesh
+        )
+    run_folder.prepare(
+        workdir,
+        config,
+        description,
+        tokenizer_path=tokenizer_path,
+        entities_path=entities_path if num_entities else None,
+    )
+    checkpointer = checkpoint.Checkpointer(
+        workdir, keep=config.checkpoint.keep, keep_every=keep_every
+    )
+    cleanup.callback(checkpointer.close)
+    if resumed:
+        train_state = checkpointer.restore(first, structs)
+        logging.info("resumed at step %d, %d examples", first, position.examples)
+    else:
+        train_state, _ = state.create(program.init, config.seed, mesh)
+        train_state = warm_start.apply(train_state, warm) if warm else train_state
 
     # ---------------------------------------------------------------------- update
     update = program.make_update(shardings)
@@ -203,7 +230,9 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 checkpointer.save(
                     now,
                     train_state,
-                    checkpoint.Position(examples, fingerprint, elapsed, evaluated=not leaving),
+                    dataclasses.replace(
+                        start, examples=examples, seconds=elapsed, evaluated=not leaving
+                    ),
                 )
             if leaving:
                 checkpointer.wait()
@@ -240,36 +269,6 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
 
 
-def data_fingerprint(
-    config: Any, source: records.Source, entities: epath.Path | None, texts: tokenizer.Tokenizer
-) -> dict[str, Any]:
-    """What decides which examples come in which order and what is in them."""
-
-    def sha256(path: epath.Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-    return {
-        "dataset": config.data.name,
-        "dataset_info": sha256(source.directory / "dataset_info.json"),
-        "examples": len(source),
-        "entities": sha256(entities) if entities else "",
-        "tokenizer": texts.fingerprint,
-        "seed": config.seed,
-        "train_ops": config.data.train_ops,
-        "text_sources": config.data.text_sources.to_dict(),
-        "max_labels": config.data.max_labels,
-    }
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Every key whose value differs, in words; empty if none does."""
-    return "; ".join(
-        f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    )
-
-
 def try_operations(config: Any, picture: bytes) -> None:
     """Runs both specifications on one picture, so that a wrong one is told before anything starts.
 
@@ -291,46 +290,6 @@ def try_operations(config: Any, picture: bytes) -> None:
                 f"config.data.{key} ends in a picture of shape {shape}, the model takes "
                 f"{(size, size, 3)}: change its last operation or config.model.image_size."
             )
-
-
-def check_workdir(workdir: epath.Path, config: Any, model: mofi.MofiConfig) -> None:
-    """Refuses a folder of another model, on every host; tells what else differs from last time."""
-    path = workdir / "model.json"
-    if not path.exists():
-        return
-    description = inference.describe(
-        model, config.data.eval_ops, classified="entity" in config.losses
-    )
-    changed = differences(json.loads(path.read_text()), description)
-    if changed:
-        raise BadInput(
-            f"{workdir} holds another model ({changed}): restore that config, or choose another "
-            "--workdir."
-        )
-    saved = json.loads((workdir / "config.json").read_text())
-    changed = differences(saved, json.loads(config.to_json_best_effort()))
-    if changed:
-        logging.warning("the config is not that of the last run in %s: %s", workdir, changed)
-
-
-def prepare_workdir(
-    workdir: epath.Path,
-    config: Any,
-    model: mofi.MofiConfig,
-    tokenizer_path: epath.Path,
-    entities_path: epath.Path,
-    num_entities: int,
-) -> None:
-    """Writes what makes the folder readable on its own."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
-    if num_entities:
-        entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
-    telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-    description = inference.describe(
-        model, config.data.eval_ops, classified="entity" in config.losses
-    )
-    telemetry.write_json(workdir / "model.json", description)
 
 
 def brief(values: dict[str, float], names: tuple[str, ...] | None = None) -> str:

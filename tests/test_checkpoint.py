@@ -1,18 +1,21 @@
 """State and position as one thing: exact, onto any mesh, mismatches named."""
 
+import dataclasses
+import errno
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from configs import quickstart
-from mofi_jax import partition
+from mofi_jax import errors, partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 from mofi_jax.training import cadence, checkpoint, class_table, optim, state
 
 
-def initialiser(width=8, rows=16, tx=None):
+def initialiser(width=8, rows=16, tx=None, ema=False):
     config = mofi.MofiConfig(
         image_size=16,
         patch_size=8,
@@ -25,10 +28,10 @@ def initialiser(width=8, rows=16, tx=None):
     )
     tx = tx or optax.adam(1e-3)
     losses = quickstart.get_config("task=multitask").losses
-    return state.initialiser(config, tx, losses=losses.to_dict(), table_rows=rows)
+    return state.initialiser(config, tx, losses=losses.to_dict(), table_rows=rows, ema=ema)
 
 
-POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5)
+POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5, {"total": "2 epochs"})
 
 
 @pytest.fixture
@@ -43,10 +46,10 @@ def saved(tmp_path, meshes):
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
 def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
-    checkpointer, train_state, _ = saved
+    checkpointer, train_state, folder = saved
     structs, shardings = state.abstract(initialiser(), meshes[mesh])
-    restored, position = checkpointer.restore(20, structs)
-    assert position == POSITION
+    restored = checkpointer.restore(20, structs)
+    assert checkpoint.read_position(folder, 20) == POSITION
     assert jax.tree.structure(restored) == jax.tree.structure(train_state)
     jax.tree.map(np.testing.assert_array_equal, train_state, restored)
     placed = jax.tree.map(lambda array, sharding: array.sharding == sharding, restored, shardings)
@@ -58,7 +61,7 @@ def test_padding_of_the_class_table_follows_the_mesh(saved, meshes):
     checkpointer, train_state, _ = saved
     for rows in (13, 24):
         structs, _ = state.abstract(initialiser(rows=rows), meshes["1x1x1"])
-        restored, _ = checkpointer.restore(20, structs)
+        restored = checkpointer.restore(20, structs)
         for table, whole in (
             (restored.params["entity_table"], train_state.params["entity_table"]),
             (restored.opt_state[0].mu["entity_table"], train_state.opt_state[0].mu["entity_table"]),
@@ -82,6 +85,49 @@ def test_latest_step_and_keep(saved):
     assert checkpointer.latest_step() == 40
     kept = [p.name for p in checkpointer.folder.iterdir() if p.name.isdigit()]
     assert sorted(kept) == ["30", "40"]
+
+
+def test_keeps_one_of_every_so_many_for_ever(tmp_path, meshes):
+    train_state, _ = state.create(initialiser(), 5, meshes["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=1, keep_every=20)
+    for step in range(10, 70, 10):
+        checkpointer.save(step, train_state, POSITION)
+    checkpointer.close()
+    assert checkpoint.saved_steps(tmp_path) == [20, 40, 60]
+
+
+def test_the_average_is_saved_and_is_what_others_read(tmp_path, meshes):
+    train_state, shardings = state.create(initialiser(ema=True), 5, meshes["1x8x1"])
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), out_shardings=shardings.ema)
+    train_state = dataclasses.replace(train_state, ema=double(train_state.ema))
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
+    checkpointer.save(20, train_state, POSITION)
+    checkpointer.wait()
+    structs, _ = state.abstract(initialiser(ema=True), meshes["2x2x2"])
+    restored = checkpointer.restore(20, structs)
+    jax.tree.map(np.testing.assert_array_equal, train_state, restored)
+    average = checkpoint.restore_params(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), average, train_state.params)
+    without, _ = state.abstract(initialiser(), meshes["1x1x1"])
+    with pytest.raises(BadInput, match=r"an average of the parameters is in it \(config.ema"):
+        checkpointer.restore(20, without)
+    checkpointer.close()
+
+
+def test_a_disk_that_is_full_is_told_by_the_system_s_own_words(tmp_path):
+    """Orbax reports it as text in a ValueError; an OSError about another folder is not ours."""
+    text = f'Error writing "a/0" in "{tmp_path}/checkpoints/2": No space left on device [28]'
+    assert errors.storage_problem(ValueError(text), tmp_path) == "no space left on device"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert errors.storage_problem(full, tmp_path) == "no space left on device"
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/data/i2e/1.0.0")
+    assert errors.storage_problem(elsewhere, tmp_path) is None
+    here = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".config.json"))
+    assert errors.storage_problem(here, tmp_path) == "permission denied"
+    wrapped = RuntimeError("save failed")
+    wrapped.__cause__ = full
+    assert errors.storage_problem(wrapped, tmp_path) == "no space left on device"
+    assert errors.storage_problem(ValueError("no"), tmp_path) is None
 
 
 def test_every_mismatch_is_named_at_once(saved, meshes):
@@ -134,7 +180,7 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
     checkpointer.wait()
     for name in ("2x1x2", "1x2x1", "1x1x1"):
         structs, _ = state.abstract(make(meshes[name]), meshes[name])
-        restored, _ = checkpointer.restore(1, structs)
+        restored = checkpointer.restore(1, structs)
         moved = 0
         for (path, a), b in zip(
             jax.tree_util.tree_flatten_with_path(eight)[0], jax.tree.leaves(restored), strict=True

@@ -26,6 +26,7 @@ FLOORS = (
     ("interop",),
     ("training",),
     ("inference",),
+    ("run_folder", "warm_start"),
     ("evaluators",),
     ("train", "evaluate", "export", "grow"),
 )

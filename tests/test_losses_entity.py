@@ -249,7 +249,7 @@ def test_many_labels_are_scattered(meshes):
     labels = entity._COMPARED_LABELS + 3
     for mesh in ("1x1x1", "2x2x2"):
         compare(meshes[mesh], labels, 0.3, 20.0, fixed_scale=True, block_size=50)
-    total, count, _ = reference_loss(*make_batch(labels), 20.0, 0.3)
+    total, count, _, _ = reference_loss(*make_batch(labels), 20.0, 0.3)
     result, _ = dense(labels, 0.3, 20.0)
     assert float(result.total) == pytest.approx(total, rel=1e-6)
     assert result.count == count

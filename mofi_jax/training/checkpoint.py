@@ -1,7 +1,8 @@
-"""Checkpoints: state, data position and clock as one thing (Orbax), restored onto any mesh.
+"""Checkpoints: state, data position, clock and config as one thing (Orbax), for any mesh.
 
 The data position is a single number, the examples consumed, so a checkpoint does not depend on the
 number of hosts.  A restore that does not fit lists every mismatch at once and changes nothing.
+Only a checkpoint that is whole counts: a save that was cut short is cleaned away at the next start.
 """
 
 import dataclasses
@@ -9,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
@@ -28,6 +30,7 @@ class Position:
       examples: examples consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
       seconds: time spent training so far.
+      config: the whole training config, as JSON has it; what differs on resume is told.
       evaluated: whether the evaluations that were due at this step are in the metrics; a run that
         was asked to leave saves first.
     """
@@ -35,18 +38,32 @@ class Position:
     examples: int
     data_fingerprint: Mapping[str, Any]
     seconds: float
+    config: Mapping[str, Any]
     evaluated: bool = True
 
 
 class Checkpointer:
-    """Saves and restores (TrainState, Position); saving is asynchronous."""
+    """Saves and restores (TrainState, Position); saving is asynchronous.
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int):
+    Args:
+      workdir: the run's folder; checkpoints lie in ``checkpoints/STEP/``.
+      keep: how many of the last ones stay.
+      keep_every: checkpoints of steps that this number divides stay for ever; 0 for none.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0):
         self.folder = epath.Path(workdir).absolute() / FOLDER
+        policies = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_names=("params", "optimizer", "position"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                create=True,
+            ),
+            item_names=("params", "optimizer", "ema", "position"),
         )
 
     def latest_step(self) -> int | None:
@@ -54,36 +71,37 @@ class Checkpointer:
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Starts saving; the arrays are copied first, so the state may be donated afterwards."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-                position=ocp.args.JsonSave(dataclasses.asdict(position)),
-            ),
-        )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items["position"] = ocp.args.JsonSave(dataclasses.asdict(position))
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Position]:
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Restores onto the shardings of ``abstract``, a TrainState of ShapeDtypeStructs.
 
         Raises:
           BadInput: names every array that is missing, left over or of another shape.
         """
-        folder = self.folder / str(step)
-        optimizer = {"step": abstract.step, "state": abstract.opt_state}
-        compare(folder, {"params": abstract.params, "optimizer": optimizer})
+        problems = mismatches(self.folder.parent, step, abstract)
+        if problems:
+            raise BadInput(
+                f"The checkpoint {self.folder / str(step)} belongs to another model "
+                f"({'; '.join(problems)}): use its own config, or another --workdir."
+            )
         # Not strict: the class table's padding, which depends on the mesh, is cut or filled with
         # zeros.  Everything else has been compared.
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params, strict=False),
-                optimizer=ocp.args.StandardRestore(optimizer, strict=False),
-                position=ocp.args.JsonRestore(),
+                **{
+                    name: ocp.args.StandardRestore(tree, strict=False)
+                    for name, tree in _items(abstract).items()
+                }
             ),
         )
-        state = TrainState(items.optimizer["step"], items.params, items.optimizer["state"])
-        return state, Position(**items.position)
+        optimizer = items.optimizer
+        return TrainState(
+            optimizer["step"], items.params, optimizer["state"], items.get("ema", None)
+        )
 
     def wait(self) -> None:
         """Returns once the last save is on disk."""
@@ -94,17 +112,52 @@ class Checkpointer:
         self._manager.close()
 
 
-def compare(folder: epath.Path, expected: Mapping[str, Any]) -> None:
+def read_position(workdir: epath.PathLike, step: int) -> Position:
+    """Where a run stood at a saved step."""
+    folder = epath.Path(workdir).absolute() / FOLDER / str(step) / "position"
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return Position(**checkpointer.restore(folder))
+
+
+def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list[str]:
+    """Every array of a saved step that is missing, left over or of another shape, in words."""
+    folder = epath.Path(workdir).absolute() / FOLDER / str(step)
+    expected = _items(abstract)
+    has_ema = (folder / "ema").exists()
+    if has_ema != ("ema" in expected):
+        expected.pop("ema", None)
+        there = "an" if has_ema else "no"
+        # One sentence in place of one for each parameter.
+        return [
+            f"{there} average of the parameters is in it (config.ema.decay)",
+            *compare(folder, expected),
+        ]
+    return compare(folder, expected)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a state consists of on disk: parameters and their average can be read on their own."""
+    items = {
+        "params": state.params,
+        "optimizer": {"step": state.step, "state": state.opt_state},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def compare(folder: epath.Path, expected: Mapping[str, Any]) -> list[str]:
     """Compares a checkpoint's arrays with trees of ShapeDtypeStructs, item by item.
 
-    Raises:
-      BadInput: names every array that is missing, left over or of another shape.
+    What is wrong with a parameter is not told again of its moments and its average.
     """
-    problems = []
+    problems: list[str] = []
+    told: set[str] = set()
     for item, tree in expected.items():
         saved = _shapes(_saved_tree(folder / item))
         wanted = _shapes(tree)
         for name in sorted(saved.keys() | wanted.keys()):
+            before = len(problems)
+            if any(name.endswith(f"/{parameter}") or name == parameter for parameter in told):
+                continue
             if name not in saved:
                 problems.append(f"{item}/{name} is not in the checkpoint")
             elif name not in wanted:
@@ -113,11 +166,9 @@ def compare(folder: epath.Path, expected: Mapping[str, Any]) -> None:
                 name, saved[name], wanted[name]
             ):
                 problems.append(f"{item}/{name} is {saved[name]} there and {wanted[name]} here")
-    if problems:
-        raise BadInput(
-            f"The checkpoint {folder} belongs to another model ({'; '.join(problems)}): use its "
-            "own config, or another --workdir."
-        )
+            if item == "params" and len(problems) > before:
+                told.add(name)
+    return problems
 
 
 def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -128,21 +179,29 @@ def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -
     return name.endswith("entity_table") and saved[1:] == wanted[1:]
 
 
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps whose checkpoints are whole, ascending."""
+    folder = epath.Path(workdir).absolute() / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def restore_params(workdir: epath.PathLike) -> Any:
-    """The parameters of a run's latest checkpoint, whole, on the first device.
+    """The parameters of a run's latest checkpoint as numpy arrays, whole.
+
+    Their average where the run has one: it is what a run evaluates.
 
     Raises:
       BadInput: there is no checkpoint.
     """
     folder = epath.Path(workdir).absolute() / FOLDER
-    step = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
-    if not step:
+    steps = saved_steps(workdir)
+    if not steps:
         raise BadInput(f"There is no checkpoint in {folder}: train first, or name another folder.")
-    item = folder / str(max(step)) / "params"
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    last = folder / str(steps[-1])
+    item = last / "ema" if (last / "ema").exists() else last / "params"
+    # An array of numpy's asks Orbax for one; these have no memory of their own.
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _saved_tree(item),
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
     )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(item, abstract)

@@ -8,6 +8,7 @@ step runs on a smaller state that holds only the drawn rows (`take`), and the re
 decayed by the steps it missed, as if its gradient had been zero.  Momentum alone never moves a row.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +95,18 @@ def scale_by_row_adam(
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def match(old: Sequence[str], new: Sequence[str]) -> Int[np.ndarray, " e"]:
+    """int64 [new entities]: the id that each has among the old QIDs, -1 where it is not there."""
+    ids = {qid: i for i, qid in enumerate(old)}
+    return np.array([ids.get(qid, -1) for qid in new], np.int64)
+
+
+def rows_of_sources(sources: Int[np.ndarray, " e"], num_old: int) -> Int[np.ndarray, " e"]:
+    """Old ids by new id -> row of the old table for each row of the new one, -1 for new ones."""
+    ids = partition.table_entities(np.arange(len(sources)), len(sources))
+    return partition.table_rows(sources[ids], num_old)
 
 
 def moved_rows(

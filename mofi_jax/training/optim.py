@@ -154,10 +154,14 @@ def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
 
     Args:
       path: of the parameter in the tree of parameters.
-      frozen: beginnings of paths, as ``image`` (LiT, arXiv 2111.07991) or ``text/blocks``.
+      frozen: see `in_parts`; ``image`` alone is LiT (arXiv 2111.07991).
     """
-    name = partition.path_name(path)
-    return any(name == part or name.startswith(f"{part}/") for part in frozen)
+    return in_parts(partition.path_name(path), frozen)
+
+
+def in_parts(name: str, parts: Sequence[str]) -> bool:
+    """Whether a path lies in one of some parts of a model, named by how their paths begin."""
+    return any(name == part or name.startswith(f"{part}/") for part in parts)
 
 
 def check_frozen(params: Any, frozen: Sequence[str]) -> None:

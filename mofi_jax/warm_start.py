@@ -1,0 +1,178 @@
+"""Begins a run with parameters of another: a run folder or a Hugging Face CLIP folder.
+
+``config.init`` names the folder and the parts to take.  Position embeddings are resampled to the
+run's resolution, rows of the class table move with their entities by QID; everything else has to
+fit as it is.  The optimizer starts anew, and so does the data.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from mofi_jax import inference, partition
+from mofi_jax.data import records
+from mofi_jax.errors import BadInput
+from mofi_jax.training import class_table, optim
+from mofi_jax.training.state import TrainState
+
+IMAGE_POSITIONS = "image/position_embedding"
+TEXT_POSITIONS = "text/position_embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is taken from another model.
+
+    Attributes:
+      params: path -> numpy array in the shape of this run's parameter; the class table as the other
+        model has it.
+      table_rows: row of that table for each entity's row here, -1 for one that it does not have;
+        None where no table is taken.
+    """
+
+    params: Mapping[str, np.ndarray]
+    table_rows: Int[np.ndarray, " e"] | None
+
+
+def read(
+    folder: str,
+    parts: Sequence[str],
+    structs: Any,
+    entities: records.Entities | None,
+    mesh: Mesh,
+) -> Source:
+    """Reads the parts and fits them to this run; nothing of it is on a device yet.
+
+    Args:
+      folder: ``config.init.model``.
+      parts: ``config.init.parts``, beginnings of paths as ``image`` or ``text/blocks``; none for
+        everything that both models have.
+      structs: this run's parameters, as ShapeDtypeStructs.
+      entities: this run's vocabulary.
+      mesh: the devices.
+
+    Raises:
+      BadInput: a folder that is no model, a part that one of the two models does not have, arrays
+        of other shapes; names all of them at once.
+    """
+    towers, params = inference.read(folder, mesh=mesh)
+    theirs, ours = _by_name(params), _by_name(structs)
+    problems = []
+    for part in parts:
+        for model, has in (("that model", theirs), ("this one", ours)):
+            if not any(optim.in_parts(name, (part,)) for name in has):
+                problems.append(f"{model} has no part {part!r}")
+    if parts:
+        chosen = [name for name in ours if optim.in_parts(name, parts)]
+        problems += [f"that model has no {name}" for name in chosen if name not in theirs]
+        chosen = [name for name in chosen if name in theirs]
+    else:
+        chosen = [name for name in ours if name in theirs]
+    taken: dict[str, np.ndarray] = {}
+    table_rows = None
+    for name in chosen:
+        value, shape = np.asarray(theirs[name]), tuple(ours[name].shape)
+        if name == partition.ENTITY_TABLE and value.shape[1:] == shape[1:]:
+            taken[name] = value
+            table_rows = _table_rows(towers.entities, entities)
+        elif name == IMAGE_POSITIONS and _can_resample(value.shape, shape):
+            taken[name] = resampled(value, shape[0])
+        elif name == TEXT_POSITIONS and value.shape[0] >= shape[0] and value.shape[1:] == shape[1:]:
+            taken[name] = value[: shape[0]]  # a causal tower never looked further
+        elif value.shape == shape:
+            taken[name] = value
+        else:
+            problems.append(f"{name} is {value.shape} there and {shape} here")
+    if not taken and not problems:
+        problems.append("the two models have nothing in common")
+    if problems:
+        raise BadInput(
+            f"config.init.model={folder!r} does not fit: {'; '.join(problems)}: choose another "
+            "model, or in config.init.parts only what fits."
+        )
+    return Source(taken, table_rows)
+
+
+def apply(state: TrainState, source: Source) -> TrainState:
+    """The state of a run that begins, with the parameters taken over; also into their average."""
+
+    def replaced(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = partition.path_name(path)
+        if name not in source.params:
+            return leaf
+        value = source.params[name]
+        if name == partition.ENTITY_TABLE:
+            return _table(leaf, value, source.table_rows)
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
+        )
+
+    params = jax.tree_util.tree_map_with_path(replaced, state.params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    told = f"{len(source.params)} arrays"
+    if source.table_rows is not None:
+        known = int((source.table_rows >= 0).sum())
+        told += f", {known} of {len(source.table_rows)} entities"
+    logging.info("warm start: %s", told)
+    return dataclasses.replace(state, params=params, ema=ema)
+
+
+def resampled(positions: Float[np.ndarray, "n d"], length: int) -> Float[np.ndarray, "m d"]:
+    """Position embeddings of a square grid with a class token, for a grid of another size.
+
+    Bicubic, antialiased where the grid shrinks; the class token's stays (as open_clip and timm do).
+
+    Args:
+      positions: of the class token, then of the patches row by row.
+      length: 1 + patches of the other grid.
+    """
+    old, new = _side(positions.shape[0]), _side(length)
+    if old == new:
+        return positions
+    grid = positions[1:].reshape(old, old, -1).astype(np.float32)
+    grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([positions[:1], np.asarray(grid).reshape(new * new, -1)])
+
+
+def _side(length: int) -> int:
+    """Patches along a side, 0 if they are no square."""
+    side = round((length - 1) ** 0.5)
+    return side if side * side == length - 1 else 0
+
+
+def _can_resample(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    return old[1:] == new[1:] and _side(old[0]) > 0 and _side(new[0]) > 0
+
+
+def _by_name(params: Any) -> dict[str, Any]:
+    return {
+        partition.path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+
+def _table_rows(theirs: records.Entities, ours: records.Entities) -> np.ndarray:
+    """For each row of our table, the row of theirs that holds the same entity, or -1."""
+    return class_table.rows_of_sources(class_table.match(theirs.qids, ours.qids), len(theirs.qids))
+
+
+def _table(leaf: jax.Array, value: np.ndarray, rows: np.ndarray) -> jax.Array:
+    """Our table with their rows; those of entities that they lack stay as they began."""
+    own = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+
+    def fill(index: tuple[slice, ...]) -> np.ndarray:
+        part = np.array(own[str(index)])
+        start = index[0].start or 0
+        sources = rows[start : start + len(part)]
+        known = np.flatnonzero(sources >= 0)
+        part[known] = value[sources[known]]
+        return part
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, fill)
