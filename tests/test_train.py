@@ -16,7 +16,7 @@ from etils import epath
 
 from mofi_jax import inference, telemetry, train
 from mofi_jax.data import ops, records
-from mofi_jax.errors import BadInput
+from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.training import checkpoint
 from tests import datasets
 
@@ -25,6 +25,11 @@ REPOSITORY = epath.Path(__file__).parent.parent
 
 def losses(workdir):
     return [line["loss"] for line in telemetry.read_metrics(workdir) if "loss" in line]
+
+
+def scores(workdir):
+    lines = telemetry.read_metrics(workdir)
+    return {line["step"]: line["mine/map"] for line in lines if "mine/map" in line}
 
 
 def assert_same_parameters(a, b):
@@ -287,3 +292,105 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     config.optimizer.warmup = "0 steps"
     with pytest.raises(BadInput, match=r"The loss is (nan|inf)"):
         train.main(config, str(tmp_path))
+
+
+def test_asked_to_leave_saves_and_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    """SIGTERM in the third step, at which an evaluation is due: saved first, evaluated after."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for entity in range(4):
+        for i in range(2):
+            rgb = datasets.drawing(entity, 100 + i)
+            (pictures / f"{entity}_{i}.jpg").write_bytes(ops.encode_jpeg(rgb, 95))
+    config = datasets.tiny_config(data, steps=6)
+    config.checkpoint.every = "5 steps"
+    config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "3 steps"}}
+    train.main(config, str(tmp_path / "whole"))
+    push = telemetry.Metrics.push
+
+    def terminated(self, step, metrics):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return push(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(telemetry.Metrics, "push", terminated)
+        with pytest.raises(Preempted, match="is saved at step 3: the same command goes on"):
+            train.main(config, str(tmp_path / "left"))
+    assert checkpoint.saved_steps(tmp_path / "left") == [3]
+    train.main(config, str(tmp_path / "left"))
+    assert_same_parameters(tmp_path / "whole", tmp_path / "left")
+    whole, left = (scores(tmp_path / name) for name in ("whole", "left"))
+    assert sorted(whole) == [0, 3, 6]
+    assert whole == left
+
+
+def test_the_average_is_what_is_evaluated_and_read(data, tmp_path):
+    """Against numpy, over parameters saved at every step; with a decay that has to grow."""
+    config = datasets.tiny_config(data, "task=supervised", steps=4)
+    config.checkpoint.update({"every": "1 steps", "keep": 4})
+    config.ema.decay = 0.2
+    train.main(config, str(tmp_path))
+
+    def at(step, item):
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(tmp_path / checkpoint.FOLDER / str(step) / item)
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+
+    average = at(1, "ema")
+    for step in (2, 3, 4):
+        decay = min(0.2, step / (9 + step))
+        params = at(step, "params")
+        average = [decay * a + (1 - decay) * p for a, p in zip(average, params, strict=True)]
+        for a, b in zip(average, at(step, "ema"), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+    read = jax.tree.leaves(checkpoint.restore_params(tmp_path))
+    for a, b in zip(read, at(4, "ema"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(np.any(a != p) for a, p in zip(read, at(4, "params"), strict=True))
+
+
+def test_a_frozen_tower_stays_and_is_not_differentiated(data, tmp_path):
+    config = datasets.tiny_config(data, "task=contrastive", steps=3)
+    config.optimizer.frozen = ("image",)
+    config.optimizer.weight_decay = 0.5
+    train.main(config, str(tmp_path / "frozen"))
+    config.total = "1 steps"
+    config.optimizer.learning_rate = 1e-30
+    train.main(config, str(tmp_path / "still"))
+    frozen, still = (checkpoint.restore_params(tmp_path / n) for n in ("frozen", "still"))
+    jax.tree.map(np.testing.assert_array_equal, frozen["image"], still["image"])
+    assert np.any(frozen["text"]["token_embedding"] != still["text"]["token_embedding"])
+
+
+def test_adafactor_learns_too(data, tmp_path):
+    config = learning_config(data, "task=supervised", 60)
+    config.optimizer.kind = "adafactor"
+    config.optimizer.layer_decay = 0.9
+    train.main(config, str(tmp_path))
+    curve = losses(tmp_path)
+    assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:10])
+
+
+@pytest.mark.parametrize("blocker", ["file", "full"])
+def test_a_folder_that_cannot_be_written(data, tmp_path, blocker, monkeypatch):
+    config = datasets.tiny_config(data, steps=4)
+    workdir = tmp_path / "run"
+    if blocker == "file":
+        workdir.write_text("")
+        sentence = r"cannot be written \((not a directory|file exists)\).*nothing is saved yet"
+    else:
+        # What tensorstore says when the disk fills up in the second save.
+        save = checkpoint.Checkpointer.save
+
+        def full(self, step, *args):
+            if step > 2:
+                raise ValueError(f'writing "{workdir}/x": No space left on device')
+            save(self, step, *args)
+
+        monkeypatch.setattr(checkpoint.Checkpointer, "save", full)
+        sentence = r"cannot be written \(no space left on device\).*goes on from step 2"
+    with pytest.raises(BadInput, match=sentence):
+        train.main(config, str(workdir))
