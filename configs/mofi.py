@@ -26,6 +26,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.distributed = False  # True on pods: one process a host, jax.distributed
+    # Folder of compiled programs inside the workdir, so that the next start is fast; "" for none.
+    config.compile_cache = "programs"
     config.start_timeout = 300  # seconds to wait for the other processes of a run
     config.mesh = common.mesh()
     # The share of the state that may lie whole on every device before training refuses to start.

@@ -7,6 +7,7 @@ call here comes first and says so.  This file knows nothing of models or data.
 
 import contextlib
 import json
+import os
 import selectors
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mofi_jax.errors import BadInput, Preempted
@@ -98,6 +100,19 @@ def _detect(timeout: int) -> tuple[str | None, int, int]:
             "leave it unset on a lone machine."
         )
     return address, count, own
+
+
+def keep_programs(folder: epath.PathLike) -> None:
+    """Keeps what XLA compiles in a folder, where the next start of the same config finds it.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, names another.  Process 0 alone writes, so that the
+    folder has to be shared for the others to find anything.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).absolute()))
+    # A start compiles dozens of small programs besides the step.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # ---------------------------------------------------------------------------- roll call

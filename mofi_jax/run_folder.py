@@ -1,8 +1,8 @@
 """A run's folder: what makes it readable on its own, and whether it fits the config at hand.
 
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
-``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and, once finished,
-``result.json``.
+``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``programs/`` (compiled by
+XLA) and, once finished, ``result.json``.
 """
 
 import hashlib

@@ -162,6 +162,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         warm = warm_start.read(
             config.init.model, tuple(config.init.parts), structs.params, entities, mesh
         )
+    if config.compile_cache:
+        hosts.keep_programs(workdir / config.compile_cache)
     run_folder.prepare(
         workdir,
         config,

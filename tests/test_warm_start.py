@@ -30,7 +30,10 @@ def world(tmp_path_factory):
     (new / records.TOKENIZER_FILE).write_bytes((old / records.TOKENIZER_FILE).read_bytes())
     known = records.read_entities(new / records.ENTITIES_FILE)
     qids = ["Q003", "Q900", "Q000", "Q006", "Q901", "Q001", "Q902", "Q005", "Q903"]
-    records.write_entities(new / records.ENTITIES_FILE, dataclasses.replace(known, qids=qids))
+    records.write_entities(
+        new / records.ENTITIES_FILE,
+        dataclasses.replace(known, qids=qids, counts=np.arange(30, 21, -1)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         one = jax.sharding.Mesh(
             np.array(jax.devices()[:1]).reshape(1, 1, 1),
