@@ -23,8 +23,10 @@ bad input (exit code 2); restarted, it goes on from its last checkpoint.
   --help
 
 --workdir and the data lie on a volume that the cluster mounts in every pod, for a bucket:
-  xpk storage attach NAME --cluster C --project P --zone Z --type gcsfuse --bucket B \
-      --mount-point /data --auto-mount true --readonly false
+  xpk storage attach NAME --cluster C --project P --zone Z --type gcsfuse --bucket B --size 10000 \
+      --mount-point /data --auto-mount true --readonly false \
+      --mount-options implicit-dirs,rename-dir-limit=200000
+xpk sends usage data unless told not to: xpk config set send-telemetry false
 Exit code: 0 finished, 125 failed (xpk's), or that of xpk.
 TEXT
 }
