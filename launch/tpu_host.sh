@@ -76,9 +76,9 @@ case "$command" in
     if alive; then
       group=$(cat mofi_pid)
       kill -TERM -- "-$group"
-      for _ in $(seq 60); do
+      for _ in $(seq 300); do # a minute, to save what it can
         alive || break
-        sleep 1
+        sleep 0.2
       done
       if alive; then kill -KILL -- "-$group"; fi
     fi
