@@ -27,7 +27,8 @@ FLOORS = (
     ("training",),
     ("inference",),
     ("evaluators",),
-    ("train", "evaluate", "export", "grow"),
+    ("sweep_table",),
+    ("train", "evaluate", "export", "grow", "doctor", "sweep"),
 )
 
 
