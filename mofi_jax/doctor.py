@@ -69,9 +69,11 @@ def examine(
     """All checks of this host; see `main` for the arguments."""
     report = Report()
     machine.versions(report, requirement_lines())
+    valid = False
     with report.about("config"):
         settings.validate(config)
         report.ok("config", "its values can work")
+        valid = True
 
     machine.leftovers(report)
     machine.gpu_memory_in_use(report)
@@ -94,6 +96,16 @@ def examine(
     stand_ins = np.full(tuple(sizes.values()), jax.devices("cpu")[0])
     mesh = Mesh(stand_ins, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
+    place = None
+    if "://" in workdir:
+        report.problem(
+            "workdir", f"{workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
+        )
+    else:
+        place = machine.folder(report, "workdir", pathlib.Path(workdir))
+    check_evaluators(report, config)
+    if not valid:  # nothing can be computed from values that cannot work
+        return report
     if found:
         with report.about("batch"):
             program_lib.check_batch(config, mesh)
@@ -103,14 +115,6 @@ def examine(
                     "choose a multiple."
                 )
             report.ok("batch", f"{config.batch_size} = {hosts} x {config.batch_size // hosts}")
-    place = None
-    if "://" in workdir:
-        report.problem(
-            "workdir", f"{workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
-        )
-    else:
-        place = machine.folder(report, "workdir", pathlib.Path(workdir))
-    check_evaluators(report, config)
     with report.about("data"):
         data = Data(config, hosts, report)
         with report.about("model"):
@@ -205,30 +209,51 @@ def check_run(
     if found and found["memory"]:
         check_device_memory(report, structs, found["memory"])
 
-    with report.about("workdir"):
-        description = inference.describe(
-            program.model, config.data.eval_ops, classified="entity" in config.losses
-        )
-        entities = data.entities_path if data.entities else None
-        fingerprint = run_folder.data_fingerprint(config, data.source, entities, data.texts)
-        start = checkpoint.Position(0, fingerprint, 0.0, run_folder.as_json(config))
-        run_folder.check(workdir, description, structs, start)
-        steps = checkpoint.saved_steps(workdir) if place else []
-        if steps:
-            report.ok("workdir", f"goes on from step {steps[-1]}")
     if place:
-        every = program.clock.steps(
-            config.checkpoint.keep_every, key="config.checkpoint.keep_every"
-        )
-        # One more than are kept: the next is whole before the oldest goes.
-        count = config.checkpoint.keep + 1 + (program.clock.total_steps // every if every else 0)
-        folder = pathlib.Path(workdir, checkpoint.FOLDER)
-        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        what = f"{count} checkpoints of {total / GIB:.2f} GiB"
-        machine.space(report, place, count * total, there, what)
+        with report.about("workdir"):
+            check_folder(report, config, workdir, data, program, structs)
+        check_space(report, config, workdir, program, total, place)
     hosts, on_cpu = (found["processes"], found["platform"] == "cpu") if found else (1, False)
     needed, what = host_memory(config, data, total, hosts, on_cpu)
     machine.memory(report, needed, what)
+
+
+def check_folder(
+    report: Report,
+    config: Any,
+    workdir: epath.Path,
+    data: Data,
+    program: program_lib.Program,
+    structs: state.TrainState,
+) -> None:
+    """Whether a run that is there already can go on with this config and these data."""
+    description = inference.describe(
+        program.model, config.data.eval_ops, classified="entity" in config.losses
+    )
+    entities = data.entities_path if data.entities else None
+    fingerprint = run_folder.data_fingerprint(config, data.source, entities, data.texts)
+    start = checkpoint.Position(0, fingerprint, 0.0, run_folder.as_json(config))
+    run_folder.check(workdir, description, structs, start)
+    if steps := checkpoint.saved_steps(workdir):
+        report.ok("workdir", f"goes on from step {steps[-1]}")
+
+
+def check_space(
+    report: Report,
+    config: Any,
+    workdir: epath.Path,
+    program: program_lib.Program,
+    state_bytes: int,
+    place: pathlib.Path,
+) -> None:
+    """The disk under ``place`` against the checkpoints that will lie there at once."""
+    every = program.clock.steps(config.checkpoint.keep_every, key="config.checkpoint.keep_every")
+    # One more than are kept: the next is whole before the oldest goes.
+    count = config.checkpoint.keep + 1 + (program.clock.total_steps // every if every else 0)
+    folder = pathlib.Path(workdir, checkpoint.FOLDER)
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    what = f"{count} checkpoints of {state_bytes / GIB:.2f} GiB"
+    machine.space(report, place, count * state_bytes, there, what)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -387,7 +387,7 @@ def folder(report: Report, name: str, path: pathlib.Path) -> pathlib.Path | None
     return place
 
 
-def space(report: Report, place: pathlib.Path, needed: float, there: float, what: str) -> None:
+def space(report: Report, place: pathlib.Path, needed: int, there: int, what: str) -> None:
     """Free disk against bytes to be written, of which some are there and will be replaced."""
     free = shutil.disk_usage(place).free + there
     text = f"{needed / GIB:.2f} GiB for {what}, {free / GIB:.1f} GiB free or to be replaced"
