@@ -67,6 +67,11 @@ def main(
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
     overrides = config_flags.get_override_values(flag)
     points, metric = load(path, arg or None)
+    if metric.partition("/")[0] not in config.evaluators:
+        raise BadInput(
+            f"METRIC={metric!r} in {path} is of no evaluator of the config: choose EVALUATOR/SCORE "
+            f"of {', '.join(config.evaluators) or 'config.evaluators, which is empty'}."
+        )
     names = check(points, config, overrides)
     chosen = range(len(points)) if index == "" else [number(index, len(points))]
     workdir = epath.Path(workdir)

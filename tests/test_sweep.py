@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import ml_collections
 import pytest
@@ -258,6 +259,17 @@ def test_command_refuses_in_one_sentence(tmp_path):
         .splitlines()[-1]
         .startswith("error: configs/quickstart.py has no get_hyper")
     )
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_metric_of_no_evaluator(monkeypatch, tmp_path):
+    flag = types.SimpleNamespace()
+    monkeypatch.setattr(sweep, "flags", types.SimpleNamespace(FLAGS={"config": flag}))
+    monkeypatch.setattr(sweep.config_flags, "get_config_filename", lambda _: "file.py:short")
+    monkeypatch.setattr(sweep.config_flags, "get_override_values", lambda _: {})
+    monkeypatch.setattr(sweep, "load", lambda *_: ([{"seed": 1}], "retrieval_unsen/map"))
+    with pytest.raises(BadInput, match="of no evaluator of the config: choose"):
+        sweep.main(learning_rate.get_config(), str(tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
 
 
