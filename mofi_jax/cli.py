@@ -2,7 +2,7 @@
 
 ``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
 config file (``--config file.py:args``, single keys with ``--config.key=value``), every other
-parameter is a text flag, optional if it has a default.
+parameter is a text flag, optional if it has a default; one with the default False is a switch.
 """
 
 import inspect
@@ -41,7 +41,8 @@ def run(main: Callable[..., Any]) -> None:
             config = config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
             continue
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        flags.DEFINE_string(name, default, _HELP.get(name, name.replace("_", " ")))
+        define = flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, _HELP.get(name, name.replace("_", " ")))
         (required.append(name) if default is None and parameter.default is not None else None)
         optional[name] = default
 

@@ -28,7 +28,8 @@ FLOORS = (
     ("inference",),
     ("run_folder", "warm_start"),
     ("evaluators",),
-    ("train", "evaluate", "export", "grow"),
+    ("sweep_table",),
+    ("train", "evaluate", "export", "grow", "doctor", "sweep"),
 )
 
 

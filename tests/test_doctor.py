@@ -1,0 +1,371 @@
+"""The doctor on a healthy set-up and on broken ones: each is named, with its remedy."""
+
+import fcntl
+import json
+import os
+import pathlib
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from mofi_jax import doctor, machine, train
+from mofi_jax.data import records
+from mofi_jax.machine import GIB, Report
+from mofi_jax.training import checkpoint
+from tests import datasets
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+EIGHT = {"replica": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    datasets.write(folder, name="i2e")
+    datasets.write(folder, name="i2t")
+    return folder
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """What jax would find, without the time that finding it takes; to be changed by a test."""
+    found = {
+        **{"platform": "tpu", "kind": "TPU v5 lite", "devices": 8, "local": 8, "processes": 1},
+        **{"memory": 16 * GIB, "mesh": dict(EIGHT)},
+    }
+    monkeypatch.setattr(machine, "look", lambda report, **_: found)
+    monkeypatch.setattr(machine, "gpus", lambda *_: None)
+    monkeypatch.setattr(machine, "tpus", lambda *_: None)
+    return found
+
+
+def told(report, level="problem"):
+    return {check.name: check.text for check in report.checks if check.level == level}
+
+
+# ------------------------------------------------------------------------- the whole
+
+
+def test_healthy_set_up_has_no_problem_and_leaves_nothing_behind(data, tmp_path, devices):
+    report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "new" / "run"))
+    assert told(report) == {}
+    looked_at = {"batch", "data", "entities", "first record", "model", "device memory", "disk"}
+    assert looked_at <= told(report, "ok").keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_that_of_the_training(data, tmp_path, devices, monkeypatch, meshes):
+    config = datasets.tiny_config(data, "task=supervised", steps=2)
+    monkeypatch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+    train.main(config, str(tmp_path / "run"))
+    report = doctor.examine(config, str(tmp_path / "run"))
+    assert told(report) == {}
+    assert "goes on from step 2" in [c.text for c in report.checks]
+    parameters = json.loads((tmp_path / "run/result.json").read_text())["parameters"]
+    assert told(report, "ok")["model"].startswith(f"{parameters / 1e6:,.1f} M parameters")
+    # What it says of a checkpoint's size is right within the files' own overhead.
+    [step] = checkpoint.saved_steps(tmp_path / "run")
+    folder = tmp_path / "run" / checkpoint.FOLDER / str(step)
+    arrays = sum(path.stat().st_size for path in folder.rglob("d/*") if path.is_file())
+    said = float(told(report, "ok")["disk"].split(" of ")[1].split()[0]) * GIB
+    assert said == pytest.approx(arrays, abs=0.01 * GIB)
+
+    # Another model, and other data, all at once.
+    config.model.image.width, config.seed = 32, 5
+    problem = told(doctor.examine(config, str(tmp_path / "run")))["workdir"]
+    assert "it holds another model" in problem
+    assert "seed was 0 and is 5" in problem
+
+
+def damage(config, folder):
+    shutil.copytree(config.data.dir, folder / "copy")
+    config.data.dir = str(folder / "copy")
+    [shard] = (folder / "copy/i2e" / records.VERSION).glob("*array_record*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+BROKEN = {
+    "batch": (lambda c, _: c.update(batch_size=12), "does not divide over the 8 devices"),
+    "data": (lambda c, _: c.data.update(dir="/no/where"), "no data set 'i2e' in /no/where"),
+    "data, damaged": (damage, "is cut short or damaged"),
+    "data, unlabelled": (lambda c, _: c.data.update(name="i2t"), "has no entities"),
+    "first record": (lambda c, _: c.data.update(eval_ops="decode"), "config.data.eval_ops ends in"),
+    "config": (lambda c, _: c.update(microbatches=0), "config.microbatches must be"),
+    "evaluators": (
+        lambda c, _: c.update(evaluators={"mine": {"kind": "retrieval", "images": "/no/x.tar"}}),
+        "config.evaluators.mine.images=/no/x.tar is not there",
+    ),
+    "model": (lambda c, _: c.update(total="ten steps"), "ten steps"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_set_up_is_named(name, data, tmp_path, devices):
+    change, sentence = BROKEN[name]
+    config = datasets.tiny_config(data, "task=supervised")
+    change(config, tmp_path)
+    problems = told(doctor.examine(config, str(tmp_path / "run")))
+    assert sentence in problems[name.partition(",")[0]]
+
+
+def test_state_that_does_not_fit_a_device(data, tmp_path, devices):
+    devices["memory"] = 1000
+    problems = told(doctor.examine(datasets.tiny_config(data), str(tmp_path / "run")))
+    assert list(problems) == ["device memory"]
+
+
+def test_fewer_shards_than_hosts(data, tmp_path, devices):
+    devices["processes"] = 4
+    report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "run"))
+    assert "1 shards for 4 hosts" in told(report, "warning")["shards"]
+
+
+def test_full_disk(data, tmp_path, devices, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
+    problems = told(doctor.examine(datasets.tiny_config(data), str(tmp_path / "run")))
+    assert "make room, or lower config.checkpoint.keep" in problems["disk"]
+
+
+@pytest.mark.parametrize(
+    ("workdir", "sentence"), [("gs://b/run", "mount the bucket"), ("file/run", "a folder fails")]
+)
+def test_workdir_that_cannot_be_written(workdir, sentence, data, tmp_path, devices):
+    (tmp_path / "file").write_text("")
+    workdir = workdir if "://" in workdir else str(tmp_path / workdir)
+    problems = told(doctor.examine(datasets.tiny_config(data), workdir))
+    assert sentence in problems["workdir"]
+
+
+def test_memory_grows_with_workers_and_entities(data):
+    config = datasets.tiny_config(data)
+    opened = doctor.Data(config, 1, Report())
+    alone, _ = doctor.host_memory(config, opened, 10 * GIB, 4, False)
+    config.data.workers = 8
+    many, text = doctor.host_memory(config, opened, 10 * GIB, 4, False)
+    assert many - alone > 8 * doctor.WORKER_BYTES
+    assert text.startswith("8 workers, ")
+    assert "2.5 of state" in text
+
+
+def test_command_ends_with_json_lines_and_an_exit_code(data, tmp_path):
+    command = [
+        *(sys.executable, "-m", "mofi_jax.doctor", "--config", "configs/quickstart.py", "--json"),
+        *(f"--config.data.dir={data}", f"--workdir={tmp_path / 'run'}"),
+    ]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    [problem] = [line for line in lines if line["level"] == "problem"]
+    assert problem["check"] == "batch"
+    assert "128 does not divide over the 3 devices" in problem["text"]
+
+
+# ------------------------------------------------------------------------- single checks
+
+
+def test_versions():
+    report = Report()
+    machine.versions(report, ["jax>=0.10  # why", "", "-r other.txt", "numpy<1", "no-such>=1"])
+    assert told(report)["packages"].startswith("numpy is 2")
+    assert "not <1; no-such is missing: run pip" in told(report)["packages"]
+    report = Report()
+    machine.versions(report, doctor.requirement_lines())
+    assert told(report) == {}
+
+
+def test_plugin_of_another_jax(monkeypatch):
+    versions = {"libtpu": "0.0.9", "jax": "0.10.2", "jax-cuda13-plugin": "0.10.2"}
+    monkeypatch.setattr(machine, "installed", versions.get)
+    asked = [
+        'libtpu==0.0.30.*; extra == "tpu"',
+        'jax-cuda13-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda13"',
+    ]
+    report = Report()
+    machine.plugins(report, asked)
+    assert list(told(report, "ok").values()) == ["jax-cuda13-plugin 0.10.2"]
+    assert 'pip install -U "jax[tpu]", on all hosts' in told(report)["plugin"]
+
+
+def look(report=None, timeout=20, mesh=None, **options):
+    report = report or Report()
+    joined = {"distributed": bool(options), "coordinator": "", "processes": "", "process": ""}
+    mesh = mesh or {"replica": 1, "fsdp": -1, "tensor": 1}
+    return machine.look(report, timeout=timeout, mesh=mesh, **{**joined, **options}), report
+
+
+def test_devices_and_mesh(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "6")
+    found, report = look(mesh={"replica": 2, "fsdp": -1, "tensor": 1})
+    assert (found["devices"], found["processes"], found["memory"]) == (6, 1, None)
+    assert found["mesh"] == {"replica": 2, "fsdp": 3, "tensor": 1}
+    found, report = look(mesh={"replica": 4, "fsdp": -1, "tensor": 1})
+    assert found is None
+    assert "does not cover 6 devices" in told(report)["devices"]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def test_two_hosts_find_each_other(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    address, found = f"localhost:{free_port()}", {}
+
+    def one(process):
+        found[process], _ = look(
+            timeout=60, coordinator=address, processes="2", process=str(process)
+        )
+
+    threads = [threading.Thread(target=one, args=(process,)) for process in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i]["processes"] for i in (0, 1)] == [2, 2]
+    assert [(found[i]["devices"], found[i]["local"]) for i in (0, 1)] == [(4, 2), (4, 2)]
+
+
+def test_a_host_that_never_comes_and_a_port_that_is_taken():
+    port = free_port()
+    address = f"localhost:{port}"
+    _, report = look(timeout=1, coordinator=address, processes="2", process="0")
+    assert "1 of 2 processes did not come within 1 s (missing: 1" in told(report)["devices"]
+    with socket.create_server(("", port)):
+        _, report = look(timeout=5, coordinator=address, processes="2", process="0")
+    assert f"cannot listen on port {port}" in told(report)["devices"]
+
+
+def test_a_start_that_hangs_does_not_hang_the_doctor(monkeypatch, tmp_path):
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(machine.sys, "executable", str(hanging))
+    monkeypatch.setattr(machine, "DEVICE_TIMEOUT", 0.3)
+    found, report = look()
+    assert found is None
+    assert "jax found no devices within 0.3 s" in told(report)["devices"]
+    hanging.write_text("#!/bin/sh\necho 'RuntimeError: no driver' >&2; exit 1\n")
+    monkeypatch.setattr(machine, "DEVICE_TIMEOUT", 20)
+    assert "jax does not start (RuntimeError: no driver)" in told(look()[1])["devices"]
+
+
+def nvidia_smi(monkeypatch, tmp_path, used="3"):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\ncase "$1" in *name*) echo "NVIDIA H100, 570.1, 3" ;; '
+        f'*) echo "0, 3"; echo "1, {used}" ;; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+def test_gpu_that_jax_does_not_see(monkeypatch, tmp_path):
+    nvidia_smi(monkeypatch, tmp_path)
+    monkeypatch.setattr(machine, "installed", {}.get)
+    report = Report()
+    machine.gpus(report, "cpu")
+    assert "1 x NVIDIA H100, but jax sees the CPU alone" in told(report)["gpu"]
+    assert 'pip install "jax[cuda13]"' in told(report)["gpu"]
+    monkeypatch.setattr(machine, "installed", {"jax-cuda13-plugin": "0.10.2"}.get)
+    report = Report()
+    machine.gpus(report, "cpu")
+    assert "whether driver 570.1 is new enough" in told(report)["gpu"]
+    report = Report()
+    machine.gpus(report, "gpu")
+    assert told(report) == {}
+
+
+def test_gpu_memory_that_others_hold(monkeypatch, tmp_path):
+    nvidia_smi(monkeypatch, tmp_path, used="70000")
+    report = Report()
+    machine.gpu_memory_in_use(report)
+    assert "(GPU 1 70000 MiB)" in told(report, "warning")["gpu memory"]
+
+
+def test_tpu_without_libtpu_or_unseen(monkeypatch, tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/accel0").touch()
+    for libtpu, platform, sentence in (
+        (None, "cpu", "no libtpu"),
+        ("0.0.30", "cpu", "unset JAX_PLATFORMS"),
+        ("0.0.30", "tpu", None),
+    ):
+        monkeypatch.setattr(machine, "installed", {"libtpu": libtpu}.get)
+        report = Report()
+        machine.tpus(report, platform, str(tmp_path))
+        assert sentence is None or sentence in told(report)["tpu"]
+        assert (sentence is None) == (told(report) == {})
+
+
+def test_a_process_that_holds_the_tpu(tmp_path):
+    fds = tmp_path / "proc/4242/fd"
+    fds.mkdir(parents=True)
+    (fds / "1").symlink_to("/dev/null")
+    report = Report()
+    machine.leftovers(report, str(tmp_path))
+    assert report.checks == []
+    (fds / "7").symlink_to("/dev/vfio/0")
+    machine.leftovers(report, str(tmp_path))
+    assert told(report)["leftover"] == "process 4242 holds /dev/vfio/0: end it."
+
+
+def test_libtpu_lock_that_is_held(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    lock = tmp_path / "tmp/libtpu_lockfile"
+    lock.touch()
+    report = Report()
+    machine.leftovers(report, str(tmp_path))
+    assert report.checks == []
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        machine.leftovers(report, str(tmp_path))
+    assert "is locked: end the process" in told(report)["leftover"]
+
+
+def test_memory_of_a_container(tmp_path):
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{GIB // 2}\n")
+    for needed, level in ((0.3, "ok"), (0.45, "warning"), (0.6, "problem")):
+        report = Report()
+        machine.memory(report, needed * GIB, "all", str(tmp_path))
+        assert told(report, level)["host memory"].startswith(f"about {needed:.1f} GiB of 0.5 GiB")
+    (tmp_path / "memory.max").write_text("max\n")
+    report = Report()
+    machine.memory(report, 0.6 * GIB, "all", str(tmp_path))
+    assert "of 0.5 GiB" not in report.checks[0].text
+
+
+def test_open_files():
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    report = Report()
+    machine.descriptors(report, limit)
+    assert told(report) == {}
+    machine.descriptors(report, limit + 1)
+    assert f"ulimit -n {limit + 1}" in told(report)["open files"]
+
+
+@pytest.mark.parametrize(
+    ("function", "remedy"),
+    [("rename", "--rename-dir-limit"), ("fsync", "name a folder"), ("replace", "name a folder")],
+)
+def test_file_systems_that_cannot_hold_checkpoints(function, remedy, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(machine.os, function, refuse)
+    report = Report()
+    assert machine.folder(report, "workdir", tmp_path / "run") is None
+    assert remedy in told(report)["workdir"]
+    assert "Operation not supported" in told(report)["workdir"]
+    assert list(tmp_path.iterdir()) == []
