@@ -22,6 +22,7 @@ _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",
     "model": "A training run folder, an exported folder, or a named baseline.",
     "out": "Folder to write.",
+    "profile": "N:M traces the updates from step N to step M into the workdir.",
 }
 
 

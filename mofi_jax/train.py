@@ -6,13 +6,13 @@ Reads from top to bottom: hosts, data, model, what is already there, update, eva
 same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters
 of an uninterrupted one, bit for bit.  The folder W holds ``model.json``, ``tokenizer.json``,
 ``entities.parquet`` (with a class table), ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
-``tensorboard/`` and, once finished, ``result.json``.
+``goodput.json``, ``tensorboard/`` and, once finished, ``result.json``; with ``--profile=N:M``
+``profile/``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,14 +29,18 @@ from mofi_jax.model import mofi
 from mofi_jax.training import cadence, checkpoint, optim, settings, state, step
 
 
-def main(config: Any, workdir: str) -> None:
+def main(config: Any, workdir: str, profile: str = "") -> None:
     """Trains; a save that is under way is finished even if an exception cuts the run."""
     with contextlib.ExitStack() as cleanup:
-        train(config, workdir, cleanup)
+        train(config, workdir, profile, cleanup)
 
 
-def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
+def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack) -> None:
+    # As a program, the process and its imports are this run's; elsewhere it begins here.
+    goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
+    cleanup.callback(goodput.close)
     settings.validate(config)
+    telemetry.require_wandb(config.telemetry.wandb)
     if "://" in workdir:
         raise BadInput(
             f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
@@ -55,6 +59,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
             f"{partition.batch_shards(mesh)} devices of the batch axes in "
             f"config.microbatches={config.microbatches} parts each: choose a multiple of {pieces}."
         )
+    watchdog = telemetry.Watchdog(workdir, goodput, minutes=config.telemetry.hang_minutes)
+    cleanup.callback(watchdog.close)
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
@@ -111,6 +117,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     suite = evaluation.build_all(towers, wanted)
     log_every = clock.steps(config.log_every, key="config.log_every")
     save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
+    window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
+    cleanup.callback(window.close)
     try_operations(config, source[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
@@ -122,7 +130,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     resumed = checkpointer.latest_step() is not None
     first = checkpointer.latest_step()
     if first is None:
-        first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
+        first, position = 0, checkpoint.Position(0, fingerprint, {})
         train_state, shardings = state.create(init, config.seed, mesh)
     else:
         structs, shardings = state.abstract(init, mesh)
@@ -154,9 +162,14 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     schedule = optim.schedule(config.optimizer, clock)
 
     # ---------------------------------------------------------------------- loop
-    metrics = telemetry.Metrics(workdir, resume_step=first if resumed else -1)
+    goodput.resume(workdir, position.seconds)
+    metrics = telemetry.Metrics(
+        workdir,
+        resume_step=first if resumed else -1,
+        wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
+    )
     cleanup.callback(metrics.abandon)
-    examples, seconds = position.examples, position.seconds
+    examples = position.examples
     stream = pipeline.training_stream(
         source,
         builder,
@@ -168,12 +181,17 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         threads=config.data.threads,
         workers=config.data.workers,
     )
+    contrasted = config.batch_size if "contrastive" in config.losses else 0
+    meter = telemetry.Meter(
+        goodput,
+        images_per_step=config.batch_size,
+        tokens_per_step=contrasted * config.model.context_length,
+    )
     scores: dict[str, float] = {}
-    evaluated = 0.0
     total = clock.total_steps
-    bar = telemetry.progress(total * config.batch_size, first * config.batch_size)
-    began = time.monotonic()
-    with bar:
+    values = before = None
+    goodput.enter("step")
+    with telemetry.Console(total, first=first, batch_size=config.batch_size) as console:
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
             # before the batch that follows it, and nothing is in flight.
@@ -184,37 +202,51 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 if (now == 0 or cadence.due(now, periods[name], last=total))
                 and (now != first or first in (0, total))
             }
+            saving = now != first and cadence.due(now, save_every, last=total)
+            if due or saving:
+                jax.block_until_ready(values)  # a step in flight is no part of what comes now
+                console.show(now, metrics.flush())
             if due:
-                bar.set_postfix_str("evaluating")
-                start = time.monotonic()
-                scores = evaluation.run_all(due, train_state.params)
-                metrics.flush()
+                console.status("evaluating")
+                with goodput.phase("eval"):
+                    scores = evaluation.run_all(due, train_state.params, watchdog.progress)
                 metrics.write(now, scores)
-                evaluated += time.monotonic() - start
                 logging.info("step %d %s", now, brief(scores))
-            if now != first and cadence.due(now, save_every, last=total):
-                metrics.flush()
+            if saving:
                 metrics.require_finite(now, values)
-                elapsed = seconds + time.monotonic() - began - evaluated
-                checkpointer.save(
-                    now, train_state, checkpoint.Position(examples, fingerprint, elapsed)
-                )
+                with goodput.phase("checkpoint"):
+                    spent = goodput.save()
+                    checkpointer.save(
+                        now, train_state, checkpoint.Position(examples, fingerprint, spent)
+                    )
+            window.at(now, in_flight=values)
             if now == total:
                 break
-            batch = partition.to_global(mesh, next(stream))
-            with jax.transfer_guard("disallow"):
-                train_state, values = update(train_state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                with goodput.phase("input"):
+                    batch = partition.to_global(mesh, next(stream))
+                with jax.transfer_guard("disallow"):
+                    train_state, values = update(train_state, batch)
             examples += config.batch_size
+            # One update in flight hides the host's work.  More would only hold more batches in the
+            # devices' memory, and nobody could tell whether the loop waits for them or for input.
+            jax.block_until_ready(before)
+            before = values
+            watchdog.progress(now)
+            metrics.watch(now + 1, values)
+            console.show(now, metrics.flush())
             if cadence.due(now + 1, log_every, last=total):
-                written = metrics.push(now + 1, {**values, "learning_rate": schedule(now)})
-                if written:
-                    bar.set_postfix_str(brief(written, ("loss", "entity_accuracy")))
-            bar.update(config.batch_size)
+                told = {"learning_rate": schedule(now), **meter.read(steps=now - first)}
+                metrics.push(now + 1, {**values, **told})
+                goodput.heartbeat()
+            console.step()
+        console.show(total, metrics.flush())
     metrics.close()
-    checkpointer.wait()
+    with goodput.phase("checkpoint"):
+        checkpointer.wait()
 
     # ---------------------------------------------------------------------- result
-    trained = seconds + time.monotonic() - began - evaluated
+    trained = goodput.training_seconds()
     if lead:
         telemetry.write_json(
             workdir / "result.json",
@@ -223,12 +255,14 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 "examples": examples,
                 "seconds": round(trained, 3),
                 "images_per_second": round(examples / max(trained, 1e-9), 1),
+                "goodput": {phase: round(s, 3) for phase, s in goodput.seconds().items()},
                 "entities": num_entities,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
                 "scores": scores,
             },
         )
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
+    logging.info("%s", goodput.line())
 
 
 def data_fingerprint(

@@ -28,7 +28,7 @@ def initialiser(width=8, rows=16, tx=None):
     return state.initialiser(config, tx, losses=losses.to_dict(), table_rows=rows)
 
 
-POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5)
+POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, {"step": 12.5, "lost": 3.0})
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ class Position:
     Attributes:
       examples: examples consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
-      seconds: time spent training so far.
+      seconds: wall time so far by phase (`mofi_jax.telemetry.Goodput.save`).
     """
 
     examples: int
     data_fingerprint: Mapping[str, Any]
-    seconds: float
+    seconds: Mapping[str, float]
 
 
 class Checkpointer:
