@@ -52,6 +52,10 @@ class Watchdog:
         self._step = self._step if step is None else step
         self._last = self._clock()
 
+    def idle(self) -> float:
+        """Seconds without progress."""
+        return self._clock() - max(self._last, self._goodput.moved)
+
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
@@ -60,7 +64,7 @@ class Watchdog:
     def _watch(self) -> None:
         told = 0  # times of this hang
         while not self._stop.wait(min(10.0, self._limit / 10)):
-            idle = self._clock() - max(self._last, self._goodput.moved)
+            idle = self.idle()
             due = int(idle / self._limit)
             if due > told:
                 self._speak(idle)
