@@ -27,7 +27,7 @@ FLOORS = (
     ("training",),
     ("inference",),
     ("evaluators",),
-    ("train", "evaluate", "export", "grow"),
+    ("train", "evaluate", "export", "grow", "curves"),
 )
 
 
