@@ -28,6 +28,7 @@ SUFFIXES = (".png", ".html")
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_TASKS = {"total": 0, "entity": 1, "contrastive": 2}  # of one colour in every panel
 _PHASE_COLOURS = dict(
     zip(
         telemetry.PHASES,
@@ -35,6 +36,7 @@ _PHASE_COLOURS = dict(
         strict=True,
     )
 )
+_PALE = ("start", "compile", "eval")
 _STYLE = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -87,21 +89,49 @@ class Panel:
     from_zero: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Metrics that share a panel in the picture of one run.
+
+    Attributes:
+      pattern: of their names.
+      title: of the panel they share; empty for evaluators, which share a panel by metric.
+      alone: title of the panel of one of them, with a place for its label.
+      options: of `Panel`.
+    """
+
+    pattern: str
+    title: str
+    alone: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 # In this order: what is learned, how, and at what price.  A pattern takes what no earlier one took.
-_FAMILIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    (r"loss(_.+)?", "Loss", {}),
-    (r".+_accuracy", "Accuracy on the batch", {}),
-    (r"(?!speed/|memory/|goodput/).+/.+", "", {}),  # evaluators, a panel for each of their metrics
-    (r"learning_rate.*", "Learning rate", {"from_zero": True}),
-    (r"(gradient|update)_norm.*", "Norms", {"log": True}),
-    (r".*_scale", "Scale of the logits", {}),
-    (r"speed/images_per_second", "Images per second", {"from_zero": True}),
-    (r"speed/(data_wait|mfu)", "Share of the time (%)", {"factor": 100.0, "from_zero": True}),
-    (r"memory/.+", "Memory (GiB)", {"from_zero": True}),
+_FAMILIES = (
+    Family(r"loss(_.+)?", "Loss", "Loss: {}"),
+    Family(r".+_accuracy", "Accuracy on the batch", "Accuracy on the batch: {}"),
+    Family(r"(?!speed/|memory/|goodput/).+/.+", "", ""),
+    Family(r"learning_rate.*", "Learning rates", "{}", {"from_zero": True}),
+    Family(r"(gradient|update)_norm.*", "Norms", "{}", {"log": True}),
+    Family(r".*cosine.*", "Cosines", "{}"),
+    Family(r".*_scale", "Scales of the logits", "{}"),
+    Family(r"speed/images_per_second", "", "{}", {"from_zero": True}),
+    Family(
+        r"speed/(data_wait|mfu)",
+        "Data wait and MFU (%)",
+        "{} (%)",
+        {"factor": 100.0, "from_zero": True},
+    ),
+    Family(r"memory/.+", "Memory (GiB)", "Memory of the {} (GiB)", {"from_zero": True}),
 )
 # Told by the table alone, or by the bar.
-_NOT_DRAWN = re.compile(r"step|time|goodput/.+|speed/.+")
-_LABELS = {"speed/data_wait": "waits for data", "speed/mfu": "MFU"}
+_NOT_DRAWN = re.compile(r"goodput/.+|speed/.+")
+_LABELS = {
+    "speed/mfu": "MFU",
+    "map": "mAP",
+    "map_no_self": "mAP without the query",
+    "loss": "total",
+}
 
 
 def main(*workdirs: str, out: str = "") -> None:
@@ -154,31 +184,28 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     """What to draw: families of metrics for one run; for several, a panel for each metric."""
     names = list(dict.fromkeys(name for run in runs for line in run.lines for name in line))
     result, left = [], [n for n in names if n not in ("step", "time")]
-    for pattern, title, options in _FAMILIES:
-        family = [name for name in left if re.fullmatch(pattern, name)]
-        left = [name for name in left if name not in family]
-        if title:
-            groups = {title: {name: label(name) for name in family}}
+    for family in _FAMILIES:
+        members = [name for name in left if re.fullmatch(family.pattern, name)]
+        left = [name for name in left if name not in members]
+        if family.alone:
+            groups = {family.title: {name: label(name) for name in members}}
         else:
             groups = {}
-            for name in family:
+            for name in members:
                 evaluator, _, metric = name.partition("/")
                 groups.setdefault(label(metric), {})[name] = evaluator
-        for heading, members in groups.items():
-            if len(runs) > 1:
-                result += [
-                    Panel(" ".join(dict.fromkeys((heading, text))), {name: text}, **options)
-                    if len(members) > 1 or not title
-                    else Panel(heading, {name: text}, **options)
-                    for name, text in members.items()
-                ]
-            elif members:
-                result.append(Panel(heading, members, **options))
+        for title, group in groups.items():
+            if len(runs) == 1 and len(group) > 1:
+                result.append(Panel(title, group, **family.options))
+                continue
+            for name, text in group.items():
+                alone = capital(family.alone.format(text)) if family.alone else f"{text}: {title}"
+                result.append(Panel(alone, {name: text}, **family.options))
     # Whatever else there is; what never changes says as much in the table.
     for name in left:
         values = np.concatenate([run.series(name)[1] for run in runs])
         if not _NOT_DRAWN.fullmatch(name) and np.ptp(values) > 0:
-            result.append(Panel(label(name).capitalize(), {name: label(name)}))
+            result.append(Panel(capital(label(name)), {name: label(name)}))
     return result
 
 
@@ -187,8 +214,11 @@ def label(name: str) -> str:
     if name in _LABELS:
         return _LABELS[name]
     text = name.rpartition("/")[2].removesuffix("_gib").removesuffix("_accuracy")
-    text = "total" if text == "loss" else text.removeprefix("loss_")
-    return text.replace("_", " ")
+    return text.removeprefix("loss_").replace("_", " ")
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -216,6 +246,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.divide(sums, weights, out=np.full(len(values), np.nan), where=weights > 1e-9)
 
 
+def noisy(values: np.ndarray) -> bool:
+    """Whether a curve goes up and down so often that its course is hard to see."""
+    finite = values[np.isfinite(values)]
+    return len(finite) >= _NOISY and bool(np.abs(np.diff(finite)).sum() > 6 * np.ptp(finite))
+
+
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most about `_DRAWN` points: the lowest and the highest of each stretch."""
     if len(values) <= _DRAWN:
@@ -237,23 +273,25 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             values = values * panel.factor
             if panel.log:
                 values = np.where(values > 0, values, np.nan)
-            colour = _COLOURS[(r if len(runs) > 1 else m) % len(_COLOURS)]
+            number = r if len(runs) > 1 else _TASKS.get(text, m)
+            colour = _COLOURS[number % len(_COLOURS)]
             text = run.name if len(runs) > 1 else text
-            if len(values) >= _NOISY:
+            raw = values[np.isfinite(values)]
+            if noisy(values):
                 axes.plot(*thinned(steps, values), color=colour, alpha=0.22, linewidth=0.6)
                 values = np.exp(smooth(np.log(values))) if panel.log else smooth(values)
-                marker = ""
-            else:
-                marker = "o" if len(values) <= 25 else ""
             axes.plot(
                 *thinned(steps, values),
                 color=colour,
                 linewidth=1.6,
-                marker=marker,
+                marker="o" if len(values) <= 25 else "",
                 markersize=3,
                 label=text,
             )
-            shown.append(values[np.isfinite(values)])
+            if len(raw):
+                # A first interval or a hiccup far outside must not flatten the rest.
+                usual = np.percentile(raw, (2, 98))
+                shown += [values[np.isfinite(values)], usual]
     axes.set_title(panel.title)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
@@ -267,7 +305,6 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     elif len(shown):
-        # A first interval or a hiccup far outside must not flatten the rest.
         low, high = shown.min(), shown.max()
         room = 0.06 * (high - low or abs(high) or 1.0)
         axes.set_ylim(0 if panel.from_zero else low - room, high + room)
@@ -287,7 +324,7 @@ def draw_goodput(axes: Axes, runs: Sequence[Run]) -> None:
                     *(left + share / 2, row, f"{phase}\n{share:.0f} %"),
                     ha="center",
                     va="center",
-                    color="white",
+                    color="black" if phase in _PALE else "white",
                     fontsize=8,
                 )
             left += share

@@ -24,6 +24,7 @@ TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
         (("mofi_jax.train", "--config", "configs/quickstart.py:task=x"), "Unknown task 'x'"),
         (("mofi_jax.train", "--config", "configs/quickstart.py:size=3"), "config argument 'size'"),
         (("mofi_jax.train",), "--config is missing"),
+        ((*TRAIN, "--profile=7"), "--profile=7 is no window of steps"),
     ],
 )
 def test_one_sentence(command, sentence, tmp_path):
@@ -41,3 +42,19 @@ def test_one_sentence(command, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [((), "No workdirs given"), (("no/where",), "There is no metric in no/where/metrics.jsonl")],
+)
+def test_what_is_written_without_a_flag(arguments, sentence):
+    done = subprocess.run(
+        [sys.executable, "-m", "mofi_jax.curves", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {sentence}")
