@@ -54,6 +54,7 @@ _COLUMNS = 3
 _PANEL_INCHES = (4.2, 2.7)
 _DPI = 150
 _NOISY = 60  # points from which a curve is smoothed
+_USUAL = (1, 99)  # percentiles of a noisy curve that its axis must show
 _DRAWN = 1200  # points of a raw curve at most
 
 
@@ -139,9 +140,9 @@ def main(*workdirs: str, out: str = "") -> None:
     path = epath.Path(out or epath.Path(workdirs[0]) / "curves.png")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"--out={out} must end in {' or '.join(SUFFIXES)}: rename it.")
+    runs = read_runs(workdirs)
     if not path.parent.exists():
         raise BadInput(f"--out={out} lies in a folder that does not exist: create {path.parent}.")
-    runs = read_runs(workdirs)
     if path.suffix == ".html":
         telemetry.write_text(path, page(runs))
     else:
@@ -249,7 +250,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def noisy(values: np.ndarray) -> bool:
     """Whether a curve goes up and down so often that its course is hard to see."""
     finite = values[np.isfinite(values)]
-    return len(finite) >= _NOISY and bool(np.abs(np.diff(finite)).sum() > 6 * np.ptp(finite))
+    if len(finite) < _NOISY:
+        return False
+    usual = np.clip(finite, *np.percentile(finite, _USUAL))
+    return bool(np.abs(np.diff(usual)).sum() > 6 * np.ptp(usual))
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -276,10 +280,13 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             number = r if len(runs) > 1 else _TASKS.get(text, m)
             colour = _COLOURS[number % len(_COLOURS)]
             text = run.name if len(runs) > 1 else text
-            raw = values[np.isfinite(values)]
             if noisy(values):
                 axes.plot(*thinned(steps, values), color=colour, alpha=0.22, linewidth=0.6)
+                # A hiccup far outside must neither bend the curve nor flatten the rest.
+                usual = np.percentile(values[np.isfinite(values)], _USUAL)
+                values = np.clip(values, *usual)
                 values = np.exp(smooth(np.log(values))) if panel.log else smooth(values)
+                shown.append(usual)
             axes.plot(
                 *thinned(steps, values),
                 color=colour,
@@ -288,10 +295,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
                 markersize=3,
                 label=text,
             )
-            if len(raw):
-                # A first interval or a hiccup far outside must not flatten the rest.
-                usual = np.percentile(raw, (2, 98))
-                shown += [values[np.isfinite(values)], usual]
+            shown.append(values[np.isfinite(values)])
     axes.set_title(panel.title)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))

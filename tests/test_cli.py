@@ -24,7 +24,6 @@ TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
         (("mofi_jax.train", "--config", "configs/quickstart.py:task=x"), "Unknown task 'x'"),
         (("mofi_jax.train", "--config", "configs/quickstart.py:size=3"), "config argument 'size'"),
         (("mofi_jax.train",), "--config is missing"),
-        ((*TRAIN, "--profile=7"), "--profile=7 is no window of steps"),
     ],
 )
 def test_one_sentence(command, sentence, tmp_path):
