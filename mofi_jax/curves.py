@@ -341,12 +341,10 @@ def draw_goodput(axes: Axes, runs: Sequence[Run]) -> None:
     axes.tick_params(axis="y", length=0)
     present = [p for p in telemetry.PHASES if any(goodput(run).get(p, 0) >= 0.05 for run in runs)]
     handles = [axes.barh(0, 0, color=_PHASE_COLOURS[phase]) for phase in present]
-    axes.legend(
-        handles,
-        present,
+    axes.figure.legend(
+        *(handles, present),
         ncols=len(present),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.12 - 0.3 / len(runs)),
+        loc="outside lower center",
         frameon=False,
         handlelength=1,
     )

@@ -195,8 +195,12 @@ class Goodput:
     def close(self) -> None:
         """A last sign of life, and no more listening to JAX."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
-        if self._path is not None and self._path.parent.exists():
+        if self._path is None:
+            return
+        try:
             self.save()
+        except OSError as error:  # the folder may be full or gone; what ended the run matters more
+            logging.warning("%s cannot be written: %s", self._path, error)
 
     def compiled(self, seconds: float) -> None:
         """Moves the last ``seconds`` of the present phase to "compile".
