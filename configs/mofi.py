@@ -99,4 +99,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.log_every = "50 steps"
     # The last `keep` checkpoints stay, and for ever one every `keep_every`, a multiple of `every`.
     config.checkpoint = {"every": "2000 steps", "keep": 3, "keep_every": "0 steps"}
+    config.telemetry = {
+        # Minutes without progress until a host tells where it stands (stderr and
+        # W/hang-PROCESS.txt); it is not killed.  0 for never.
+        "hang_minutes": 20.0,
+        "wandb": "",  # project of Weights & Biases; needs pip install wandb
+    }
     return config

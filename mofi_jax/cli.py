@@ -2,7 +2,8 @@
 
 ``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
 config file (``--config file.py:args``, single keys with ``--config.key=value``), every other
-parameter is a text flag, optional if it has a default; one with the default False is a switch.
+parameter is a text flag, optional if it has a default; one with the default False is a switch;
+``*names`` takes what is written without a flag, and wants at least one.
 """
 
 import inspect
@@ -21,7 +22,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",
     "model": "A training run folder, an exported folder, or a named baseline.",
-    "out": "Folder to write.",
+    "out": "File or folder to write.",
+    "profile": "N:M traces the updates from step N to step M into the workdir.",
     "coordinator": "HOST:PORT of process 0, where jax does not find it by itself.",
     "processes": "How many processes there are, with --coordinator.",
     "process": "Which of them this is, counted from 0, with --coordinator.",
@@ -36,9 +38,13 @@ def run(main: Callable[..., Any]) -> None:
     config = None
     optional: dict[str, Any] = {}
     required = []
+    positional = None
     for name, parameter in inspect.signature(main).parameters.items():
         if name == "config":
             config = config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
+            continue
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            positional = name
             continue
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         define = flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string
@@ -49,7 +55,9 @@ def run(main: Callable[..., Any]) -> None:
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
             rest = flags.FLAGS(argv)
-            if len(rest) > 1:
+            if positional and len(rest) == 1:
+                raise BadInput(f"No {positional} given: write one or more without a flag.")
+            if not positional and len(rest) > 1:
                 raise BadInput(f"Unexpected argument {rest[1]!r}: flags are written --name=value.")
             if config is not None and flags.FLAGS["config"].value is None:
                 raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
@@ -63,12 +71,11 @@ def run(main: Callable[..., Any]) -> None:
             complain(_explain(error, argv))
 
     def call(argv: Sequence[str]) -> Any:
-        del argv
         kwargs = {name: flags.FLAGS[name].value for name in optional}
         if config is not None:
             kwargs["config"] = flags.FLAGS.config
         try:
-            return main(**kwargs)
+            return main(*argv[1:], **kwargs)
         except BadInput as error:
             complain(error)
         except Preempted as left:

@@ -1,8 +1,9 @@
 """A run's folder: what makes it readable on its own, and whether it fits the config at hand.
 
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
-``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``programs/`` (compiled by
-XLA) and, once finished, ``result.json``.
+``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``goodput.json``, ``tensorboard/``,
+``programs/`` (compiled by XLA) and, once finished, ``result.json``; with ``--profile=N:M`` ``profile/``; after
+trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
 import hashlib

@@ -9,7 +9,6 @@ of an uninterrupted one, bit for bit.  For what the folder W holds, see `mofi_ja
 
 import contextlib
 import dataclasses
-import time
 from typing import Any
 
 import jax
@@ -26,13 +25,19 @@ from mofi_jax.training import program as program_lib
 
 
 def main(
-    config: Any, workdir: str, coordinator: str = "", processes: str = "", process: str = ""
+    config: Any,
+    workdir: str,
+    profile: str = "",
+    coordinator: str = "",
+    processes: str = "",
+    process: str = "",
 ) -> None:
     """Trains; a save that is under way is finished even if an exception cuts the run.
 
     Args:
       config: see ``configs/mofi.py``.
       workdir: folder of the run; one that all hosts share.
+      profile: see `telemetry.Profile`.
       coordinator, processes, process: see `hosts.start`.
 
     Raises:
@@ -40,6 +45,7 @@ def main(
       Preempted: a signal asked the run to leave, and its state is saved.
     """
     settings.validate(config)
+    telemetry.require_wandb(config.telemetry.wandb)
     hosts.start(
         config.distributed,
         coordinator=coordinator,
@@ -49,7 +55,7 @@ def main(
     )
     try:
         with contextlib.ExitStack() as cleanup:
-            train(config, workdir, cleanup)
+            train(config, workdir, profile, cleanup)
     except (OSError, ValueError) as error:
         reason = None if isinstance(error, BadInput) else errors.storage_problem(error, workdir)
         if reason is None:
@@ -64,7 +70,10 @@ def main(
         ) from error
 
 
-def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
+def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack) -> None:
+    # As a program, the process and its imports are this run's; elsewhere it begins here.
+    goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
+    cleanup.callback(goodput.close)
     if "://" in workdir:
         raise BadInput(
             f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
@@ -75,6 +84,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     lead = jax.process_index() == 0
     mesh = partition.make_mesh(**config.mesh)
     program_lib.check_batch(config, mesh)
+    watchdog = telemetry.Watchdog(workdir, goodput, minutes=config.telemetry.hang_minutes)
+    cleanup.callback(watchdog.close)
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
@@ -139,13 +150,15 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
             f"and config.checkpoint.every={config.checkpoint.every!r} is {save_every}: make it a "
             "multiple, so that there is something to keep."
         )
+    window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
+    cleanup.callback(window.close)
     try_operations(config, source[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
     description = inference.describe(
         model, config.data.eval_ops, classified="entity" in config.losses
     )
-    start = checkpoint.Position(0, fingerprint, 0.0, run_folder.as_json(config))
+    start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     position = run_folder.check(workdir, description, structs, start)
     resumed = bool(checkpoint.saved_steps(workdir))
     first = checkpoint.saved_steps(workdir)[-1] if resumed else 0
@@ -186,9 +199,14 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     update = program.make_update(shardings)
 
     # ---------------------------------------------------------------------- loop
-    metrics = telemetry.Metrics(workdir, resume_step=first if resumed else -1)
+    goodput.resume(workdir, position.seconds)
+    metrics = telemetry.Metrics(
+        workdir,
+        resume_step=first if resumed else -1,
+        wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
+    )
     cleanup.callback(metrics.abandon)
-    examples, seconds = position.examples, position.seconds
+    examples = position.examples
     stream = pipeline.training_stream(
         source,
         builder,
@@ -200,12 +218,18 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         threads=config.data.threads,
         workers=config.data.workers,
     )
+    contrasted = config.batch_size if "contrastive" in config.losses else 0
+    meter = telemetry.Meter(
+        goodput,
+        images_per_step=config.batch_size,
+        tokens_per_step=contrasted * config.model.context_length,
+    )
     scores: dict[str, float] = {}
-    evaluated = 0.0
     total = clock.total_steps
-    bar = telemetry.progress(total * config.batch_size, first * config.batch_size)
-    began = time.monotonic()
-    with bar, hosts.listening() as leave:
+    values = before = None
+    goodput.enter("step")
+    console = telemetry.Console(total, first=first, batch_size=config.batch_size)
+    with console, hosts.listening() as leave:
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
             # before the batch that follows it, and nothing is in flight.
@@ -217,44 +241,54 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 if (now == 0 or cadence.due(now, periods[name], last=total))
                 and (now != first or first in (0, total) or not position.evaluated)
             }
+            saving = now != first and (leaving or cadence.due(now, save_every, last=total))
+            if due or saving:
+                jax.block_until_ready(values)  # a step in flight is no part of what comes now
+                console.show(now, metrics.flush())
             if due and not leaving:
-                bar.set_postfix_str("evaluating")
-                start = time.monotonic()
-                scores = evaluation.run_all(due, train_state.evaluated)
-                metrics.flush()
+                console.status("evaluating")
+                with goodput.phase("eval"):
+                    scores = evaluation.run_all(due, train_state.evaluated, watchdog.progress)
                 metrics.write(now, scores)
-                evaluated += time.monotonic() - start
                 logging.info("step %d %s", now, brief(scores))
-            if now != first and (leaving or cadence.due(now, save_every, last=total)):
-                metrics.flush()
+            if saving:
                 metrics.require_finite(now, values)
-                elapsed = seconds + time.monotonic() - began - evaluated
-                checkpointer.save(
-                    now,
-                    train_state,
-                    dataclasses.replace(
-                        start, examples=examples, seconds=elapsed, evaluated=not leaving
-                    ),
-                )
+                with goodput.phase("checkpoint"):
+                    reached = dataclasses.replace(
+                        start, examples=examples, seconds=goodput.save(), evaluated=not leaving
+                    )
+                    checkpointer.save(now, train_state, reached)
             if leaving:
                 checkpointer.wait()
                 raise hosts.preempted(workdir, now)
+            window.at(now, in_flight=values)
             if now == total:
                 break
-            batch = partition.to_global(mesh, next(stream))
-            with jax.transfer_guard("disallow"):
-                train_state, values = update(train_state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                with goodput.phase("input"):
+                    batch = partition.to_global(mesh, next(stream))
+                with jax.transfer_guard("disallow"):
+                    train_state, values = update(train_state, batch)
             examples += config.batch_size
+            # One update in flight hides the host's work.  More would only hold more batches in the
+            # devices' memory, and nobody could tell whether the loop waits for them or for input.
+            jax.block_until_ready(before)
+            before = values
+            watchdog.progress(now)
+            metrics.watch(now + 1, values)
+            console.show(now, metrics.flush())
             if cadence.due(now + 1, log_every, last=total):
-                written = metrics.push(now + 1, {**values, "learning_rate": program.schedule(now)})
-                if written:
-                    bar.set_postfix_str(brief(written, ("loss", "entity_accuracy")))
-            bar.update(config.batch_size)
+                told = {"learning_rate": program.schedule(now), **meter.read(steps=now - first)}
+                metrics.push(now + 1, {**values, **told})
+                goodput.heartbeat()
+            console.step()
+        console.show(total, metrics.flush())
     metrics.close()
-    checkpointer.wait()
+    with goodput.phase("checkpoint"):
+        checkpointer.wait()
 
     # ---------------------------------------------------------------------- result
-    trained = seconds + time.monotonic() - began - evaluated
+    trained = goodput.training_seconds()
     if lead:
         telemetry.write_json(
             workdir / "result.json",
@@ -263,12 +297,14 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 "examples": examples,
                 "seconds": round(trained, 3),
                 "images_per_second": round(examples / max(trained, 1e-9), 1),
+                "goodput": {phase: round(s, 3) for phase, s in goodput.seconds().items()},
                 "entities": num_entities,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
                 "scores": scores,
             },
         )
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
+    logging.info("%s", goodput.line())
 
 
 def try_operations(config: Any, picture: bytes) -> None:

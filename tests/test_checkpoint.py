@@ -31,7 +31,9 @@ def initialiser(width=8, rows=16, tx=None, ema=False):
     return state.initialiser(config, tx, losses=losses.to_dict(), table_rows=rows, ema=ema)
 
 
-POSITION = checkpoint.Position(320, {"seed": 3, "dataset": "i2e"}, 12.5, {"total": "2 epochs"})
+POSITION = checkpoint.Position(
+    320, {"seed": 3, "dataset": "i2e"}, {"step": 12.5, "lost": 3.0}, {"total": "2 epochs"}
+)
 
 
 @pytest.fixture

@@ -41,3 +41,19 @@ def test_one_sentence(command, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [((), "No workdirs given"), (("no/where",), "There is no metric in no/where/metrics.jsonl")],
+)
+def test_what_is_written_without_a_flag(arguments, sentence):
+    done = subprocess.run(
+        [sys.executable, "-m", "mofi_jax.curves", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {sentence}")

@@ -29,7 +29,7 @@ FLOORS = (
     ("run_folder", "warm_start"),
     ("evaluators",),
     ("sweep_table",),
-    ("train", "evaluate", "export", "grow", "doctor", "sweep"),
+    ("train", "evaluate", "export", "grow", "doctor", "sweep", "curves"),
 )
 
 

@@ -76,8 +76,9 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, meshes):
     two, one = (telemetry.read_metrics(tmp_path / name) for name in ("two", "one"))
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(two, one, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
+        # A program may be compiled in another interval.
+        assert a.keys() ^ b.keys() <= {"speed/compile_seconds"}
+        for key in (k for k in a if not k.startswith(telemetry.TIMED)):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     # The table of the run on eight devices is padded to 8 rows, that of one device is not.
     rows = checkpoint.restore_params(tmp_path / "one")["entity_table"].shape[0]

@@ -187,6 +187,59 @@ def test_other_device_count_on_resume(data, tmp_path, monkeypatch):
     np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "whole"), rtol=1e-5)
 
 
+def test_wall_time_is_told_by_phase_across_a_restart(data, tmp_path, monkeypatch):
+    """The steps after the last checkpoint are lost; all phases together are the wall time."""
+    config = datasets.tiny_config(data, steps=6)
+    config.checkpoint.every = "3 steps"
+    began = time.time()
+    stop_after_four(config, tmp_path, monkeypatch)
+    before = json.loads((tmp_path / telemetry.GOODPUT_FILE).read_text())
+    time.sleep(0.3)
+    train.main(config, str(tmp_path))
+    wall = time.time() - began
+    result = json.loads((tmp_path / "result.json").read_text())
+    split = result["goodput"]
+    assert set(split) == set(telemetry.PHASES)
+    assert sum(split.values()) == pytest.approx(wall, abs=0.3)
+    assert split["down"] >= 0.3
+    assert 0 < split["lost"] < before["seconds"]["step"] + before["seconds"]["input"]
+    assert all(split[phase] > 0 for phase in ("start", "compile", "input", "step", "checkpoint"))
+    assert result["seconds"] == pytest.approx(split["input"] + split["step"], abs=0.3)
+    lines = telemetry.read_metrics(tmp_path)
+    for line in lines:
+        shares = [line[f"goodput/{phase}"] for phase in telemetry.PHASES]
+        assert sum(shares) == pytest.approx(1)
+        assert 0 <= line.get("speed/data_wait", 0) <= 1
+    assert sum("speed/images_per_second" in line for line in lines) == 4  # of 6, but two are first
+    assert "speed/compile_seconds" in lines[0]
+    assert lines[-1]["speed/tokens_per_second"] == pytest.approx(
+        lines[-1]["speed/images_per_second"] * config.model.context_length
+    )
+
+
+def test_profile_of_chosen_steps(data, tmp_path):
+    config = datasets.tiny_config(data, steps=6)
+    with pytest.raises(BadInput, match="--profile=7:8 ends after the run's 6 steps"):
+        train.main(config, str(tmp_path), "7:8")
+    assert not list(tmp_path.iterdir())
+    train.main(config, str(tmp_path), "2:4")
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert b"train" in traces[0].read_bytes()
+
+
+def test_a_log_file_says_how_far_the_run_is(data, tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
+    train.main(datasets.tiny_config(data, steps=6), str(tmp_path))
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
+    assert [line.split("  ")[0] for line in told] == [
+        f"step {n}/6 ({100 * n / 6:.1f} %)" for n in range(1, 7)
+    ]
+    assert "loss " in told[-1]
+    assert "img/s  data wait " in told[-1]
+    assert any(r.getMessage().startswith("goodput ") for r in caplog.records)
+
+
 def test_finished_run_is_left_alone(data, tmp_path):
     config = datasets.tiny_config(data, steps=2)
     train.main(config, str(tmp_path))
@@ -290,8 +343,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.clip_norm = 1e30
     config.optimizer.warmup = "0 steps"
-    with pytest.raises(BadInput, match=r"The loss is (nan|inf)"):
+    config.checkpoint.every = "1 steps"
+    with pytest.raises(BadInput, match=r"The loss is (nan|inf) at step"):
         train.main(config, str(tmp_path))
+    params = checkpoint.restore_params(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_asked_to_leave_saves_and_goes_on_bit_for_bit(data, tmp_path, monkeypatch):

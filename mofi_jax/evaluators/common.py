@@ -18,7 +18,7 @@ import json
 import pkgutil
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, Protocol, runtime_checkable
 
@@ -354,8 +354,15 @@ def build_all(towers: Any, configs: Mapping[str, Mapping[str, Any]]) -> Suite:
     return suite
 
 
-def run_all(evaluators: Mapping[str, Evaluator], params: Any) -> dict[str, float]:
+def run_all(
+    evaluators: Mapping[str, Evaluator],
+    params: Any,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Runs evaluators one after the other and names their numbers ``evaluator/metric``.
+
+    Args:
+      progress: called after each number, so that a watchdog knows that something moves.
 
     Raises:
       BadInput: what an evaluator refused, with its name in front.
@@ -366,6 +373,7 @@ def run_all(evaluators: Mapping[str, Evaluator], params: Any) -> dict[str, float
         try:
             for metric, value in evaluator.run(params):
                 results[f"{name}/{metric}"] = float(value)
+                progress()
         except BadInput as error:
             raise BadInput(f"Evaluator {name}: {error}") from error
         except Exception as error:

@@ -29,7 +29,7 @@ class Position:
     Attributes:
       examples: examples consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
-      seconds: time spent training so far.
+      seconds: wall time so far by phase (`mofi_jax.telemetry.Goodput.save`).
       config: the whole training config, as JSON has it; what differs on resume is told.
       evaluated: whether the evaluations that were due at this step are in the metrics; a run that
         was asked to leave saves first.
@@ -37,7 +37,7 @@ class Position:
 
     examples: int
     data_fingerprint: Mapping[str, Any]
-    seconds: float
+    seconds: Mapping[str, float]
     config: Mapping[str, Any]
     evaluated: bool = True
 

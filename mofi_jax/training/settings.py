@@ -40,6 +40,7 @@ def validate(config: Any) -> None:
         ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
         ("data.max_labels", config.data.max_labels > 0, "a positive number"),
         ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
+        ("telemetry.hang_minutes", config.telemetry.hang_minutes >= 0, "0 or more"),
         ("microbatches", config.microbatches > 0, "a positive number"),
         choice("optimizer.kind", optim.KINDS),
         choice("optimizer.table.second_moment", class_table.SECOND_MOMENTS),

@@ -1,0 +1,186 @@
+"""What telemetry and asynchronous checkpoints cost, as a share of the step.
+
+    python -m benchmarks.telemetry [--quick]
+
+Prints a table for people and then one JSON object per figure; exits 1 when a figure that was asked
+for does not hold.  One compiled update on one batch runs in this one process with all that the
+training loop says about a step, and without it, in short stretches that take turns, so that a busy
+machine slows both; figures are medians over pairs of neighbouring stretches.  A pair that differs
+by a save gives the price of one save, the wait until it is on disk included, of which a run that
+saves each 100 steps pays a hundredth a step.  The telemetry's own calls are timed as well: their
+sum is what a step would lose if no update were in flight to hide them.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from benchmarks import figures
+from configs import quickstart
+from mofi_jax import partition, telemetry
+from mofi_jax.training import cadence, checkpoint, optim, settings, state, step
+
+SAVE_EVERY = 100
+LOG_EVERY = 10  # the loop of configs/mofi.py logs each 50 steps
+ENTITIES = 5_000
+VOCABULARY = 1_000
+
+
+class Loop:
+    """The training loop on one batch, with a switch for what it says."""
+
+    def __init__(self, workdir: epath.PathLike, *, width: int, batch_size: int):
+        config = quickstart.get_config("task=multitask")
+        config.batch_size = batch_size
+        config.model.image.update(width=width, layers=4)
+        model = settings.model_config(config.model, vocab_size=VOCABULARY, eos_id=VOCABULARY - 1)
+        mesh = partition.make_mesh(**config.mesh)
+        clock = cadence.Clock(batch_size, examples_per_epoch=10_000, total_steps=10_000)
+        tx = optim.make(config.optimizer, clock)
+        losses = config.losses.to_dict()
+        init = state.initialiser(
+            model, tx, losses=losses, table_rows=partition.padded_rows(ENTITIES, mesh)
+        )
+        self.state, shardings = state.create(init, 0, mesh)
+        self.update = step.make_update(
+            step.Setting(model, mesh, ENTITIES), losses, tx, seed=0, shardings=shardings
+        )
+        self.batch = partition.to_global(mesh, random_batch(config, batch_size))
+        self.schedule = optim.schedule(config.optimizer, clock)
+        self.values: Any = None
+        self.step = 0
+        self.told_seconds: list[float] = []
+
+        self.goodput = telemetry.Goodput()
+        self.goodput.resume(workdir, {})
+        self.goodput.enter("step")
+        self.watchdog = telemetry.Watchdog(workdir, self.goodput, minutes=20.0)
+        self.metrics = telemetry.Metrics(workdir, resume_step=-1)
+        self.meter = telemetry.Meter(
+            self.goodput,
+            images_per_step=batch_size,
+            tokens_per_step=batch_size * config.model.context_length,
+            flops_per_step=1e12,
+            peak_flops=1e12,
+        )
+        self.console = telemetry.Console(10_000, first=0, batch_size=batch_size)
+        self.checkpointer = checkpoint.Checkpointer(workdir, keep=2)
+
+    def run(self, steps: int, *, telling: bool, saving: bool = False) -> float:
+        """Seconds a step, until all of it is computed and, with a save, on disk."""
+        start = time.perf_counter()
+        if saving:
+            with self.goodput.phase("checkpoint"):
+                position = checkpoint.Position(self.step, {}, self.goodput.save())
+                self.checkpointer.save(self.step, self.state, position)
+        for _ in range(steps):
+            before = self.values
+            if telling:
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                    with self.goodput.phase("input"):
+                        pass
+                    self.state, self.values = self.update(self.state, self.batch)
+            else:
+                self.state, self.values = self.update(self.state, self.batch)
+            jax.block_until_ready(before)
+            self.step += 1
+            if telling:
+                called = time.perf_counter()
+                self.tell()
+                self.told_seconds.append(time.perf_counter() - called)
+        jax.block_until_ready(self.values)
+        if saving:
+            self.checkpointer.wait()
+        return (time.perf_counter() - start) / steps
+
+    def tell(self) -> None:
+        """What the training loop does after each step."""
+        self.watchdog.progress(self.step)
+        self.metrics.watch(self.step, self.values)
+        self.console.show(self.step - 1, self.metrics.flush())
+        if self.step % LOG_EVERY == 0:
+            told = {"learning_rate": self.schedule(self.step), **self.meter.read(self.step)}
+            self.metrics.push(self.step, {**self.values, **told})
+            self.goodput.heartbeat()
+        self.console.step()
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.metrics.abandon()
+        self.watchdog.close()
+        self.goodput.close()
+
+
+def random_batch(config: Any, rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    size, length = config.model.image_size, config.model.context_length
+    ids = rng.integers(0, ENTITIES, (rows, config.data.max_labels)).astype(np.int32)
+    tokens = rng.integers(0, VOCABULARY - 1, (rows, length)).astype(np.int32)
+    tokens[:, -1] = VOCABULARY - 1
+    return {
+        "image": rng.integers(0, 256, (rows, size, size, 3)).astype(np.uint8),
+        "tokens": tokens,
+        "text_group": ids[:, 0],
+        "text_valid": np.ones(rows, bool),
+        "entity_ids": ids,
+        "entity_weights": np.full(ids.shape, 1 / ids.shape[1], np.float32),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    flags = parser.parse_args()
+    report = figures.Report()
+    pairs, save_pairs, steps = (6, 2, 3) if flags.quick else (24, 8, 4)
+    device = jax.devices()[0].device_kind.lower()
+    with tempfile.TemporaryDirectory() as folder:
+        width, batch_size = (64, 32) if flags.quick else (256, 160)
+        loop = Loop(folder, width=width, batch_size=batch_size)
+        loop.run(
+            LOG_EVERY + 2, telling=True, saving=True
+        )  # compiles, and opens what is opened once
+        loop.told_seconds.clear()
+        bare, told = [], []
+        for turn in range(pairs):
+            order = (bare, told) if turn % 2 else (told, bare)
+            for seconds in order:
+                seconds.append(loop.run(steps, telling=seconds is told))
+        unsaved, saved = [], []
+        for turn in range(save_pairs):
+            order = (unsaved, saved) if turn % 2 else (saved, unsaved)
+            for seconds in order:
+                seconds.append(loop.run(4 * steps, telling=True, saving=seconds is saved))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state))
+        calls = statistics.fmean(loop.told_seconds)
+        loop.close()
+
+    each = statistics.median(bare)
+    telling = statistics.median(t - b for t, b in zip(told, bare, strict=True))
+    save = statistics.median(4 * steps * (s - u) for s, u in zip(saved, unsaved, strict=True))
+    asked = None if flags.quick else "<= 1"
+    report.add("step", 1e3 * each, "ms", device, None if flags.quick else ">= 500")
+    report.add("state that is saved", size / 2**20, "MiB", device)
+    report.add("telemetry, calls of a step on the host", 1e3 * calls, "ms", device)
+    report.add("telemetry, calls, share of the step", 100 * calls / each, "%", device, asked)
+    report.add("telemetry, longer step", 1e3 * telling, "ms", device)
+    report.add("a save, until it is on disk", 1e3 * save, "ms", device)
+    report.add(
+        f"telemetry and a save each {SAVE_EVERY} steps, share of the step",
+        100 * (telling + save / SAVE_EVERY) / each,
+        "%",
+        device,
+        asked,
+    )
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The numbers of a run: JSON lines, TensorBoard and Weights & Biases; stops when one is not finite.
+
+The device never waits for a logger: `Metrics.push` takes device arrays, and they are written a step
+later, when they have been computed anyway.
+"""
+
+import collections
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from etils import epath
+
+from mofi_jax.errors import BadInput
+from mofi_jax.telemetry.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+NAN_FILE = "nan-batch.txt"
+# Names, or their beginnings, of what depends on the machine and the moment: the rest of a run's
+# numbers are the same each time.
+TIMED = ("time", "speed/", "memory/", "goodput/")
+
+_MUST_BE_FINITE = ("loss", "gradient_norm")
+# Steps whose loss is kept on the device until it is known to be finite.
+_WATCHED_STEPS = 1000
+_KEYS_TOLD = 3
+
+
+class Metrics:
+    """Appends ``{"step": n, "time": t, name: value, ...}`` to a run's metrics file, t in Unix time.
+
+    Args:
+      workdir: the run's folder.
+      resume_step: lines of later steps, and a line cut short by a crash, are dropped: they will be
+        written again.
+      keys: of all examples of the batch that led to a step, for `NAN_FILE`; None: not known.
+      wandb: a run of Weights & Biases, see `open_wandb`.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        resume_step: int,
+        keys: Callable[[int], list[str]] | None = None,
+        wandb: Any = None,
+    ):
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._unchecked: collections.deque[tuple[int, dict[str, Any]]] = collections.deque(
+            maxlen=_WATCHED_STEPS
+        )
+        self._keys = keys
+        self._wandb = wandb
+        self._folder = epath.Path(workdir)
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        path = self._folder / METRICS_FILE
+        kept = [line for line in read_metrics(self._folder) if line["step"] <= resume_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
+        folder = str(self._folder / "tensorboard")
+        self._tensorboard = tensorboardX.SummaryWriter(folder, flush_secs=10)
+
+    def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Remembers a step's loss, unread, to know later at which step it ceased to be finite."""
+        watched = {name: metrics[name] for name in _MUST_BE_FINITE if name in metrics}
+        self._unchecked.append((step, watched))
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Takes a step's device metrics; writes and returns those pushed before."""
+        written = self.flush()
+        self._pending = (step, metrics)
+        return written
+
+    def flush(self) -> dict[str, float]:
+        """Writes what is pending and returns it ({} if nothing was).
+
+        Raises:
+          BadInput: the loss is not finite.
+        """
+        if self._pending is None:
+            return {}
+        step, metrics = self._pending
+        self._pending = None
+        values = {k: float(np.asarray(v)) for k, v in jax.device_get(dict(metrics)).items()}
+        self.write(step, values)
+        self.require_finite(step, values)
+        return values
+
+    def require_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raises BadInput unless loss and gradient norm are finite; called before every save.
+
+        Writes the keys of the batch at which they first were not to `NAN_FILE` (host 0).
+        """
+        if _first_not_finite(metrics) is None:
+            while self._unchecked and self._unchecked[0][0] <= step:
+                self._unchecked.popleft()
+            return
+        for earlier, watched in [*self._unchecked, (step, metrics)]:
+            found = _first_not_finite(watched)
+            if found is not None:
+                name, value = found
+                raise BadInput(
+                    f"The {name} is {value} at step {earlier}: lower "
+                    "config.optimizer.learning_rate or raise its warmup; the last checkpoint is "
+                    f"from before{self._tell_batch(earlier)}."
+                )
+
+    def _tell_batch(self, step: int) -> str:
+        """Writes the keys of the batch that led to a step; the end of the sentence about it."""
+        if self._keys is None or not self._active:
+            return ""
+        keys = self._keys(step)
+        path = self._folder / NAN_FILE
+        write_text(path, "".join(f"{step}\t{key}\n" for key in keys))
+        first = ", ".join(keys[:_KEYS_TOLD])
+        return f", and {path} names the {len(keys)} examples of the batch ({first}, ...)"
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes host values at once."""
+        if not self._active:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the files of a run that has finished."""
+        self.flush()
+        self._finish(exit_code=0)
+
+    def abandon(self) -> None:
+        """Closes the files without what is pending; harmless when closed already."""
+        self._finish(exit_code=1)
+
+    def _finish(self, exit_code: int) -> None:
+        if self._active:
+            self._active = False
+            self._file.close()
+            self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=exit_code)
+
+
+def _first_not_finite(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    for name in _MUST_BE_FINITE:
+        value = float(np.asarray(jax.device_get(metrics.get(name, 0.0))))
+        if not math.isfinite(value):
+            return name, value
+    return None
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file; a last line cut short is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,67 @@
+"""A profile of chosen steps, for TensorBoard's profiler or Perfetto."""
+
+import re
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from mofi_jax.errors import BadInput
+
+PROFILE_FOLDER = "profile"
+
+
+class Profile:
+    """Traces the updates from step N to step M into ``workdir/profile``, on every host.
+
+    A run that goes on inside the window traces the rest of it; one that goes on behind it, nothing.
+
+    Args:
+      window: ``"N:M"``, N < M; empty for no profile.
+      workdir: the run's folder; nothing is written before step N.
+      total_steps: of the run, which must reach M.
+
+    Raises:
+      BadInput: not such a window.
+    """
+
+    def __init__(self, window: str, workdir: epath.PathLike, *, total_steps: int):
+        self._folder = epath.Path(workdir) / PROFILE_FOLDER
+        self._begin = self._end = 0
+        self._tracing = False
+        if not window:
+            return
+        numbers = re.fullmatch(r"(\d{1,15}):(\d{1,15})", window)
+        self._begin, self._end = map(int, numbers.groups()) if numbers else (0, 0)
+        if self._begin >= self._end:
+            raise BadInput(
+                f"--profile={window} is no window of steps: write --profile=N:M with N < M, as in "
+                "--profile=100:110."
+            )
+        if self._end > total_steps:
+            raise BadInput(
+                f"--profile={window} ends after the run's {total_steps} steps: choose an earlier "
+                "window, or raise config.total."
+            )
+
+    def at(self, step: int, in_flight: Any) -> None:
+        """Starts or stops as due before the update that follows ``step``.
+
+        Args:
+          in_flight: results of the last update, waited for before the trace ends.
+        """
+        if self._tracing and step >= self._end:
+            jax.block_until_ready(in_flight)
+            self.close()
+        elif not self._tracing and self._begin <= step < self._end:
+            jax.block_until_ready(in_flight)
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def close(self) -> None:
+        """Writes the trace if one is being taken."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            logging.info("profile of steps %d to %d: %s", self._begin, self._end, self._folder)

@@ -1,0 +1,56 @@
+"""Weights & Biases, for those who want it: the same numbers as the JSON lines."""
+
+import importlib
+import secrets
+from typing import Any
+
+import jax
+from etils import epath
+
+from mofi_jax.errors import BadInput
+from mofi_jax.telemetry.files import write_text
+
+WANDB_ID_FILE = "wandb_id.txt"
+
+
+def require_wandb(project: str) -> Any:
+    """The package ``wandb`` if a project is named, else None.
+
+    Raises:
+      BadInput: it is not installed.
+    """
+    if not project:
+        return None
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise BadInput(
+            f"config.telemetry.wandb={project!r} needs Weights & Biases: pip install wandb, or "
+            "leave the key empty."
+        ) from None
+
+
+def open_wandb(project: str, workdir: epath.PathLike, config: Any) -> Any:
+    """The run of this workdir, begun or gone on with; None without a project and off host 0.
+
+    Its id is kept in the workdir.  Weights & Biases takes no second value for a step: the steps
+    that a resumed run does again stand there as they were before, and they are the same.
+
+    Args:
+      config: an ml_collections ConfigDict, shown beside the curves.
+    """
+    package = require_wandb(project)
+    if package is None or jax.process_index() != 0:
+        return None
+    workdir = epath.Path(workdir).absolute()
+    path = workdir / WANDB_ID_FILE
+    if not path.exists():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return package.init(
+        project=project,
+        name=workdir.name,
+        id=path.read_text().strip(),
+        resume="allow",
+        dir=str(workdir),
+        config=config.to_dict(),
+    )

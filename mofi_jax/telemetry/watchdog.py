@@ -1,0 +1,96 @@
+"""Tells where a host stands when a run hangs; it kills nothing."""
+
+import datetime
+import faulthandler
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from mofi_jax.telemetry.goodput import Goodput
+
+
+class Watchdog:
+    """A thread that prints phase, step and the stacks of all threads when nothing moves.
+
+    Every host has its own, since in a hung run the stacks differ: one host waits for its data and
+    the others, in a collective, for that host.  A change of phase and a compiled program are
+    progress, beside the calls of `progress`.  It speaks again each time the limit has passed.
+
+    Args:
+      workdir: receives ``hang-PROCESS.txt``.
+      goodput: knows the phase.
+      minutes: without progress until it speaks; 0 for never.
+      clock: that of ``goodput``.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        goodput: Goodput,
+        *,
+        minutes: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._path = epath.Path(workdir) / f"hang-{jax.process_index()}.txt"
+        self._goodput = goodput
+        self._limit = minutes * 60
+        self._clock = clock
+        self._last = clock()
+        self._step: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if minutes > 0:
+            self._thread.start()
+
+    def progress(self, step: int | None = None) -> None:
+        """Something was finished: a step with its number, or a part of a long phase."""
+        self._step = self._step if step is None else step
+        self._last = self._clock()
+
+    def idle(self) -> float:
+        """Seconds without progress."""
+        return self._clock() - max(self._last, self._goodput.moved)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        told = 0  # times of this hang
+        while not self._stop.wait(min(10.0, self._limit / 10)):
+            idle = self.idle()
+            due = int(idle / self._limit)
+            if due > told:
+                self._speak(idle)
+            told = due
+
+    def _speak(self, idle: float) -> None:
+        stand = self._goodput.stand
+        now = datetime.datetime.now(datetime.UTC)
+        since = now - datetime.timedelta(seconds=self._clock() - stand.since)
+        reached = "before its first step" if self._step is None else f"at step {self._step}"
+        text = (
+            f"process {jax.process_index()} of {jax.process_count()} hangs: no progress for "
+            f"{idle / 60:.1f} minutes, in phase {stand.phase!r} since {since:%Y-%m-%d %H:%M:%S} "
+            f"UTC, {reached}\n{stacks()}\n"
+        )
+        print(text, file=sys.stderr, flush=True)
+        try:
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            print(f"{self._path} cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+def stacks() -> str:
+    """The Python stacks of all threads of this process, the innermost call first."""
+    with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to a real file only
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
