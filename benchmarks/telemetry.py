@@ -78,7 +78,7 @@ class Loop:
         start = time.perf_counter()
         if saving:
             with self.goodput.phase("checkpoint"):
-                position = checkpoint.Position(self.step, {}, self.goodput.save())
+                position = checkpoint.Position(self.step, {}, self.goodput.save(), {})
                 self.checkpointer.save(self.step, self.state, position)
         for _ in range(steps):
             before = self.values

@@ -232,7 +232,7 @@ def check_folder(
     )
     entities = data.entities_path if data.entities else None
     fingerprint = run_folder.data_fingerprint(config, data.source, entities, data.texts)
-    start = checkpoint.Position(0, fingerprint, 0.0, run_folder.as_json(config))
+    start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     run_folder.check(workdir, description, structs, start)
     if steps := checkpoint.saved_steps(workdir):
         report.ok("workdir", f"goes on from step {steps[-1]}")
