@@ -286,7 +286,8 @@ def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, An
         values = json.loads((path / MODEL_FILE).read_text())
         preprocess = values.pop("preprocess")
         table_order = values.pop("table_order", None)
-        config = mofi.MofiConfig.from_dict(values)
+        # Whoever reads the run may have other devices than whoever trained it.
+        config = mofi.MofiConfig.from_dict(values | {"attention": "auto"})
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, BadInput):
             raise

@@ -52,7 +52,13 @@ class ImageTower(nnx.Module):
         x = self.patch_embedding(_patches(x.astype(dtype), config.patch_size))
         cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
-        x = layers.run_stack(self.blocks, self.pre_norm(x), None, remat=config.remat)
+        x = layers.run_stack(
+            self.blocks,
+            self.pre_norm(x),
+            causal=False,
+            attention=config.attention,
+            remat=config.remat,
+        )
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 
 

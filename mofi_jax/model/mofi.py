@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.errors import BadInput
-from mofi_jax.model import image, layers, text
+from mofi_jax.model import attention, image, layers, text
 
 Params = dict[str, Any]
 TOWERS = {"image": image.ImageTower, "text": text.TextTower}
@@ -47,7 +47,8 @@ class MofiConfig:
       embed_dim: size of the shared embedding.
       activation: "gelu" (exact), "gelu_tanh" or "quick_gelu".
       dtype: of matrix products, "bfloat16" or "float32"; parameters are always float32.
-      remat: "none" or "full", see `layers.run_stack`.
+      remat: "none", "dots" or "full", see `layers.REMAT`.
+      attention: "auto", "xla" or "cudnn", see `attention.attend`.
     """
 
     image_size: int
@@ -62,6 +63,7 @@ class MofiConfig:
     layer_norm_eps: float = 1e-5
     dtype: str = "bfloat16"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -79,7 +81,8 @@ class MofiConfig:
         choices = {
             "activation": tuple(layers.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
-            "remat": ("none", "full"),
+            "remat": tuple(layers.REMAT),
+            "attention": attention.IMPLEMENTATIONS,
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:

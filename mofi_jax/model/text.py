@@ -42,9 +42,12 @@ class TextTower(nnx.Module):
         config = self.config
         length = tokens.shape[1]
         x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
-        causal = jnp.tril(jnp.ones((length, length), bool))
         x = layers.run_stack(
-            self.blocks, x.astype(jnp.dtype(config.dtype)), causal, remat=config.remat
+            self.blocks,
+            x.astype(jnp.dtype(config.dtype)),
+            causal=True,
+            attention=config.attention,
+            remat=config.remat,
         )
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.
