@@ -132,11 +132,13 @@ class Towers:
 
     @functools.cached_property
     def _image_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_images, self.config))
+        sharding = partition.batch_sharding(self.mesh)
+        return self._jit(functools.partial(mofi.embed_images, self.config, sharding=sharding))
 
     @functools.cached_property
     def _text_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_texts, self.config))
+        sharding = partition.batch_sharding(self.mesh)
+        return self._jit(functools.partial(mofi.embed_texts, self.config, sharding=sharding))
 
     @functools.cached_property
     def _entity_steps(self) -> dict[int, Callable]:

@@ -1,6 +1,7 @@
 """Both towers: published sizes, arithmetic that does not depend on scan, remat or padding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import layers, mofi
 
@@ -120,6 +122,33 @@ def test_remat_keeps_what_it_says():
     assert kept("full") == 1
     assert kept("dots") == 9
     assert kept("none") > 25
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_device_works_on_its_part_of_the_batch(meshes, named):
+    """Forward and backward pass with sharded parameters; without the sharding's name none does."""
+    mesh = meshes["1x8x1"]
+    width, depth, batch = 64, layers.UNROLLED_LAYERS + 1, 40
+    config = dataclasses.replace(CONFIG, image=mofi.TowerConfig(width, depth, 2))
+    shapes = jax.eval_shape(
+        lambda key: mofi.create(config, key, towers=("image",)), jax.random.key(0)
+    )
+    params = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+        shapes,
+        partition.tree_shardings(mesh, shapes),
+    )
+    where = partition.batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.uint8, sharding=where)
+
+    def loss(params, images):
+        sharding = where if named else None
+        return mofi.embed_images(config, params, images, sharding=sharding)[:, 0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, images).compile().as_text()
+    leading = {int(size) for size in re.findall(r"f32\[(\d+),5,\d+", text)}
+    assert batch // 8 in leading
+    assert (batch in leading) is not named
 
 
 def test_what_follows_the_end_of_text_changes_nothing(params):

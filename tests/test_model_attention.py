@@ -50,7 +50,7 @@ def test_cudnn_where_it_runs(monkeypatch, device, head_dim, dtype, runs):
 def test_cudnn_on_a_cpu_is_told(monkeypatch):
     config = dataclasses.replace(test_model.CONFIG, attention="cudnn", dtype="bfloat16")
     params = mofi.create(config, jax.random.key(0))
-    with pytest.raises(BadInput, match="config.model.attention='cudnn' does not run on cpu"):
+    with pytest.raises(BadInput, match=r"config.model.attention='cudnn' does not run on cpu"):
         mofi.embed_images(config, params, test_model.IMAGES)
 
 
@@ -105,4 +105,4 @@ def test_padding_for_cudnn_changes_no_number(stand_in, tower):
     assert stand_in
     np.testing.assert_allclose(embeddings, expected_embeddings, atol=1e-6)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=1e-5 + 2e-6 * jnp.abs(b).max())

@@ -44,7 +44,9 @@ class ImageTower(nnx.Module):
         )
         self.config = config
 
-    def __call__(self, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, images: UInt8[Array, "b s s 3"], sharding: jax.sharding.Sharding | None
+    ) -> Float[Array, "b d"]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = images.astype(jnp.float32) / 255.0
@@ -58,6 +60,7 @@ class ImageTower(nnx.Module):
             causal=False,
             attention=config.attention,
             remat=config.remat,
+            sharding=sharding,
         )
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 

@@ -171,6 +171,7 @@ def run_stack(
     causal: bool,
     attention: str,
     remat: str,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
@@ -181,10 +182,15 @@ def run_stack(
       causal: whether a position sees only those before it.
       attention: implementation, see `attention.IMPLEMENTATIONS`.
       remat: one of REMAT.
+      sharding: of x.  In a loop XLA takes the activations' sharding from the layers' parameters: as
+        these are split over their width, every device would work on a slice of the width of the
+        whole batch.
     """
     graph, params = nnx.split(blocks)
 
     def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        if sharding is not None:
+            x = jax.lax.with_sharding_constraint(x, sharding)
         return nnx.merge(graph, layer)(x, causal=causal, implementation=attention), None
 
     depth = jax.tree.leaves(params)[0].shape[0]

@@ -166,13 +166,19 @@ def create(
     return params
 
 
-def _run(config: MofiConfig, params: Params, tower: str, inputs: jax.Array) -> jax.Array:
+def _run(
+    config: MofiConfig,
+    params: Params,
+    tower: str,
+    inputs: jax.Array,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
     if tower not in params:
         raise BadInput(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = _merge(config, params[tower], tower)(inputs)
+    embeddings = _merge(config, params[tower], tower)(inputs, sharding)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -183,17 +189,30 @@ def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
 
 
 def embed_images(
-    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"]
+    config: MofiConfig,
+    params: Params,
+    images: UInt8[Array, "b s s 3"],
+    *,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Float[Array, "b d"]:
-    """uint8 RGB pictures -> float32 L2-normalised embeddings."""
-    return _run(config, params, "image", images)
+    """uint8 RGB pictures -> float32 L2-normalised embeddings.
+
+    Args:
+      sharding: of the activations' leading axis, the batch; name it wherever the parameters are
+        sharded (`layers.run_stack`).
+    """
+    return _run(config, params, "image", images, sharding)
 
 
 def embed_texts(
-    config: MofiConfig, params: Params, tokens: Int[Array, "b t"]
+    config: MofiConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    *,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Float[Array, "b d"]:
-    """int32 token ids -> float32 L2-normalised embeddings."""
-    return _run(config, params, "text", tokens)
+    """int32 token ids -> float32 L2-normalised embeddings; ``sharding`` as in `embed_images`."""
+    return _run(config, params, "text", tokens, sharding)
 
 
 def logit_scale(params: Params) -> Float[Array, ""]:

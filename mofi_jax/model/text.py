@@ -38,7 +38,9 @@ class TextTower(nnx.Module):
         )
         self.config = config
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, tokens: Int[Array, "b t"], sharding: jax.sharding.Sharding | None
+    ) -> Float[Array, "b d"]:
         config = self.config
         length = tokens.shape[1]
         x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
@@ -48,6 +50,7 @@ class TextTower(nnx.Module):
             causal=True,
             attention=config.attention,
             remat=config.remat,
+            sharding=sharding,
         )
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.
