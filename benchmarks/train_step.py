@@ -241,7 +241,7 @@ def attention(report: figures.Report, runner: Runner, flags: argparse.Namespace)
                     continue
                 report.add(f"{what}, {name}", 1000 * found["seconds"], "ms", device(result))
                 error = f"  gradients, {name} vs float32"
-                report.add(error, found["error_of_gradients"], "rel", device(result), "<= 0.02")
+                report.add(error, found["error_of_gradients"], "rel", device(result), "<= 0.03")
             print(f"-> {result['fastest']} for {what}; auto is {result['auto']} here")
 
 
@@ -250,7 +250,7 @@ def parse() -> argparse.Namespace:
     names = {"type": lambda text: text.split(","), "metavar": "A,B"}
     parser.add_argument("--quick", action="store_true", help="Ti/16 at 32 pixels in float32")
     parser.add_argument("--only", choices=SECTIONS, help="one section alone")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start nothing later than that")
+    parser.add_argument("--minutes", type=float, default=600, help="all ends by then")
     parser.add_argument("--variants", default=list(ASKED), **names)
     parser.add_argument("--tasks", default=["multitask", "contrastive"], **names)
     parser.add_argument("--remat", default=["dots", "none", "full"], **names)

@@ -132,13 +132,11 @@ class Towers:
 
     @functools.cached_property
     def _image_step(self) -> Callable:
-        sharding = partition.batch_sharding(self.mesh)
-        return self._jit(functools.partial(mofi.embed_images, self.config, sharding=sharding))
+        return self._jit(functools.partial(mofi.embed_images, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _text_step(self) -> Callable:
-        sharding = partition.batch_sharding(self.mesh)
-        return self._jit(functools.partial(mofi.embed_texts, self.config, sharding=sharding))
+        return self._jit(functools.partial(mofi.embed_texts, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _entity_steps(self) -> dict[int, Callable]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from mofi_jax.model import layers
@@ -45,7 +46,7 @@ class ImageTower(nnx.Module):
         self.config = config
 
     def __call__(
-        self, images: UInt8[Array, "b s s 3"], sharding: jax.sharding.Sharding | None
+        self, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
     ) -> Float[Array, "b d"]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -60,7 +61,7 @@ class ImageTower(nnx.Module):
             causal=False,
             attention=config.attention,
             remat=config.remat,
-            sharding=sharding,
+            mesh=mesh,
         )
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mofi_jax import partition
 from mofi_jax.model import attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -171,7 +173,7 @@ def run_stack(
     causal: bool,
     attention: str,
     remat: str,
-    sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
@@ -182,15 +184,14 @@ def run_stack(
       causal: whether a position sees only those before it.
       attention: implementation, see `attention.IMPLEMENTATIONS`.
       remat: one of REMAT.
-      sharding: of x.  In a loop XLA takes the activations' sharding from the layers' parameters: as
-        these are split over their width, every device would work on a slice of the width of the
-        whole batch.
+      mesh: whose batch axes the rows of x are split over.
     """
     graph, params = nnx.split(blocks)
 
     def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        if sharding is not None:
-            x = jax.lax.with_sharding_constraint(x, sharding)
+        # The weights are split over the same devices as the rows are.  Left to itself, the compiler
+        # may split widths in place of rows, so that every device holds the whole batch.
+        x = partition.over_batch(x, mesh)
         return nnx.merge(graph, layer)(x, causal=causal, implementation=attention), None
 
     depth = jax.tree.leaves(params)[0].shape[0]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.errors import BadInput
@@ -167,18 +168,14 @@ def create(
 
 
 def _run(
-    config: MofiConfig,
-    params: Params,
-    tower: str,
-    inputs: jax.Array,
-    sharding: jax.sharding.Sharding | None,
+    config: MofiConfig, params: Params, tower: str, inputs: jax.Array, mesh: Mesh | None
 ) -> jax.Array:
     if tower not in params:
         raise BadInput(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = _merge(config, params[tower], tower)(inputs, sharding)
+    embeddings = _merge(config, params[tower], tower)(inputs, mesh)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -189,30 +186,21 @@ def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
 
 
 def embed_images(
-    config: MofiConfig,
-    params: Params,
-    images: UInt8[Array, "b s s 3"],
-    *,
-    sharding: jax.sharding.Sharding | None = None,
+    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
     """uint8 RGB pictures -> float32 L2-normalised embeddings.
 
     Args:
-      sharding: of the activations' leading axis, the batch; name it wherever the parameters are
-        sharded (`layers.run_stack`).
+      mesh: whose batch axes the pictures are split over, where they are split at all.
     """
-    return _run(config, params, "image", images, sharding)
+    return _run(config, params, "image", images, mesh)
 
 
 def embed_texts(
-    config: MofiConfig,
-    params: Params,
-    tokens: Int[Array, "b t"],
-    *,
-    sharding: jax.sharding.Sharding | None = None,
+    config: MofiConfig, params: Params, tokens: Int[Array, "b t"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """int32 token ids -> float32 L2-normalised embeddings; ``sharding`` as in `embed_images`."""
-    return _run(config, params, "text", tokens, sharding)
+    """int32 token ids -> float32 L2-normalised embeddings; `mesh` as for `embed_images`."""
+    return _run(config, params, "text", tokens, mesh)
 
 
 def logit_scale(params: Params) -> Float[Array, ""]:

@@ -87,9 +87,7 @@ def contrastive_task(
     """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
     del sample
     texts = in_microbatches(
-        lambda tokens: mofi.embed_texts(
-            setting.model, params, tokens, sharding=partition.batch_sharding(setting.mesh)
-        ),
+        lambda tokens: mofi.embed_texts(setting.model, params, tokens, setting.mesh),
         batch["tokens"],
         setting,
     )
@@ -171,9 +169,7 @@ def make_loss(
         params: Any, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[jax.Array, Metrics]:
         images = in_microbatches(
-            lambda pixels: mofi.embed_images(
-                setting.model, params, pixels, sharding=partition.batch_sharding(setting.mesh)
-            ),
+            lambda pixels: mofi.embed_images(setting.model, params, pixels, setting.mesh),
             batch["image"],
             setting,
         )
