@@ -1,13 +1,13 @@
-"""What chips can do at most: the table behind MFU and roofline estimates, by jax's names of devices.
+"""What chips can do at most: the table behind MFU and rooflines, by jax's names of devices.
 
-Peaks are dense and per chip, as their makers state them.  A device that is not in the table has no
-peak here, so that a figure is missing rather than wrong.
+Peaks are dense and per chip, as their makers state them.  A device that is not in the table has
+none, so that a figure is missing rather than wrong.
 """
 
 import dataclasses
 from typing import Any
 
-GIB, GB = 2**30, 10**9
+GIB, GB = 2.0**30, 1e9
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,11 +132,11 @@ class Towers:
 
     @functools.cached_property
     def _image_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_images, self.config))
+        return self._jit(functools.partial(mofi.embed_images, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _text_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_texts, self.config))
+        return self._jit(functools.partial(mofi.embed_texts, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _entity_steps(self) -> dict[int, Callable]:

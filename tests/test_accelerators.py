@@ -1,4 +1,4 @@
-"""The chip table: jax's names of devices, devices that share a chip, and none for what is unknown."""
+"""The chip table: jax's names of devices, devices that share a chip, none for what is unknown."""
 
 import types
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
+
+from mofi_jax import partition
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -142,7 +145,12 @@ def make_stack(
 
 
 def run_stack(
-    blocks: Block, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None, *, remat: str
+    blocks: Block,
+    x: Float[Array, "b n w"],
+    mask: Bool[Array, "n n"] | None,
+    *,
+    remat: str,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
@@ -152,10 +160,14 @@ def run_stack(
     Args:
       remat: "none" keeps all activations for the backward pass, "full" keeps each block's input
         and recomputes the rest.
+      mesh: whose batch axes the rows of x are split over.
     """
     graph, params = nnx.split(blocks)
 
     def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        # The weights are split over the same devices as the rows are.  Left to itself, the compiler
+        # may split widths in place of rows, so that every device holds the whole batch.
+        x = partition.over_batch(x, mesh)
         return nnx.merge(graph, layer)(x, mask), None
 
     if remat == "full":

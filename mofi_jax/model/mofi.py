@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.errors import BadInput
@@ -163,13 +164,15 @@ def create(
     return params
 
 
-def _run(config: MofiConfig, params: Params, tower: str, inputs: jax.Array) -> jax.Array:
+def _run(
+    config: MofiConfig, params: Params, tower: str, inputs: jax.Array, mesh: Mesh | None
+) -> jax.Array:
     if tower not in params:
         raise BadInput(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = _merge(config, params[tower], tower)(inputs)
+    embeddings = _merge(config, params[tower], tower)(inputs, mesh)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -180,17 +183,21 @@ def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
 
 
 def embed_images(
-    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"]
+    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """uint8 RGB pictures -> float32 L2-normalised embeddings."""
-    return _run(config, params, "image", images)
+    """uint8 RGB pictures -> float32 L2-normalised embeddings.
+
+    Args:
+      mesh: whose batch axes the pictures are split over, where they are split at all.
+    """
+    return _run(config, params, "image", images, mesh)
 
 
 def embed_texts(
-    config: MofiConfig, params: Params, tokens: Int[Array, "b t"]
+    config: MofiConfig, params: Params, tokens: Int[Array, "b t"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """int32 token ids -> float32 L2-normalised embeddings."""
-    return _run(config, params, "text", tokens)
+    """int32 token ids -> float32 L2-normalised embeddings; `mesh` as for `embed_images`."""
+    return _run(config, params, "text", tokens, mesh)
 
 
 def logit_scale(params: Params) -> Float[Array, ""]:

@@ -87,7 +87,9 @@ def contrastive_task(
     """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
     del sample
     texts = in_microbatches(
-        lambda tokens: mofi.embed_texts(setting.model, params, tokens), batch["tokens"], setting
+        lambda tokens: mofi.embed_texts(setting.model, params, tokens, setting.mesh),
+        batch["tokens"],
+        setting,
     )
     scale = mofi.logit_scale(params)
     about = batch["text_group"]
@@ -167,7 +169,7 @@ def make_loss(
         params: Any, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[jax.Array, Metrics]:
         images = in_microbatches(
-            lambda pixels: mofi.embed_images(setting.model, params, pixels),
+            lambda pixels: mofi.embed_images(setting.model, params, pixels, setting.mesh),
             batch["image"],
             setting,
         )
