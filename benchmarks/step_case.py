@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mofi_jax import partition
+from mofi_jax import accelerators, flops, partition
 from mofi_jax.model import attention, layers, mofi
 from mofi_jax.training import cadence, optim, step
 from mofi_jax.training import state as state_lib
@@ -124,8 +124,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Compiles the step for all devices and times it.
 
     Returns:
-      seconds: of a step, the median of the groups; compile_seconds; flops: `step_flops`;
-      temporary_gib: of the program; loss: of the last step; attention: as chosen for the image
+      seconds: of a step, the median of the groups; compile_seconds; flops: of the model, on all devices; peak:
+      FLOP/s in bf16 of a device, None where unknown; temporary_gib: of the program; loss: of the last step; attention: as chosen for the image
       tower; platform, device (its kind), devices.
     """
     layers.UNROLLED_LAYERS = case.unroll
@@ -152,10 +152,12 @@ def measure(case: Case) -> dict[str, Any]:
 
     heads = model.image.width // model.image.heads
     device = jax.devices()[0]
+    chip = accelerators.chip_of(device)
     return {
         "seconds": statistics.median(seconds),
         "compile_seconds": compile_seconds,
-        "flops": step_flops(case, model),
+        "flops": flops.of_step(setting, losses, batch_size=case.batch).total,
+        "peak": chip.device_flops if chip else None,
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),
         "attention": attention.choose(
@@ -165,28 +167,6 @@ def measure(case: Case) -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
     }
-
-
-def step_flops(case: Case, model: mofi.MofiConfig) -> float:
-    """Matrix arithmetic of a step, a multiply-add as two; what is computed again does not count.
-
-    A forward pass takes 24 w^2 + 4 n w for each token and layer, a step three times that; the
-    patches need no gradient, hence two.
-    """
-
-    def tower(shape: mofi.TowerConfig, tokens: int) -> float:
-        width = shape.width
-        blocks = shape.layers * tokens * (24 * width**2 + 4 * tokens * width)
-        return 3 * (blocks + 2 * width * model.embed_dim)
-
-    patches = (model.image_size // model.patch_size) ** 2
-    picture = tower(model.image, patches + 1)
-    picture += 2 * 2 * patches * 3 * model.patch_size**2 * model.image.width
-    if case.task != "contrastive":
-        picture += 3 * 2 * case.entities * model.embed_dim
-    if case.task != "supervised":
-        picture += tower(model.text, model.context_length) + 3 * 2 * case.batch * model.embed_dim
-    return picture * case.batch
 
 
 if __name__ == "__main__":

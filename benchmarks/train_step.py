@@ -44,9 +44,6 @@ BATCH = {"B/16": 1024, "L/14": 512, "H/14": 256, "Ti/16": 16}
 ASKED = {"B/16": 3750, "L/14": 813, "H/14": 394}  # img/s on one H200, supervised
 ASKED_OVER_TORCH = 1.1
 
-# Dense bf16 FLOP/s by a part of the device's kind (vendors' data sheets).
-PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
-
 Result = dict[str, Any]
 
 
@@ -162,9 +159,8 @@ def add_step(report: figures.Report, case: Case, result: Result) -> None:
     used = "" if case.attention == result["attention"] else f" ({result['attention']})"
     report.add(f"{case}{used}", per_second(case, result), "img/s", where)
     rate = result["flops"] / result["seconds"] / result["devices"]
-    peak = next((p for kind, p in PEAK.items() if kind in result["device"]), None)
-    if peak and case.dtype == "bfloat16":
-        report.add("  MFU", rate / peak, "", where)
+    if result["peak"] and case.dtype == "bfloat16":
+        report.add("  MFU", rate / result["peak"], "", where)
     else:
         report.add("  model arithmetic per device", rate / 1e12, "TFLOP/s", where)
     report.add("  temporary memory per device", result["temporary_gib"], "GiB", where)

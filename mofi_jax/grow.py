@@ -21,8 +21,8 @@ from etils import epath
 from mofi_jax import cli, inference, partition, telemetry, train
 from mofi_jax.data import records, tokenizer
 from mofi_jax.errors import BadInput
-from mofi_jax.training import cadence, checkpoint, class_table, optim, settings
-from mofi_jax.training import state as state_lib
+from mofi_jax.training import checkpoint, class_table, state
+from mofi_jax.training import program as program_lib
 
 # As many QIDs as an error names.
 NAMED = 5
@@ -76,22 +76,16 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     step = checkpointer.latest_step()
     if step is None:
         raise BadInput(f"There is no checkpoint in {checkpointer.folder}: train first.")
-    model_config = settings.model_config(
-        config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id
+    program = program_lib.make(
+        config,
+        mesh,
+        vocab_size=texts.vocab_size,
+        eos_id=texts.eos_id,
+        num_entities=len(old),
+        examples_per_epoch=len(source),
     )
-    # The clock decides when the learning rate falls, not what the optimizer remembers.
-    clock = cadence.Clock(config.batch_size, len(source), total_steps=max(step, 1))
-    init = state_lib.initialiser(
-        model_config,
-        optim.make(config.optimizer, clock),
-        losses=config.losses.to_dict(),
-        table_rows=partition.padded_rows(len(old), mesh),
-    )
-    structs, _ = state_lib.abstract(init, mesh)
-    planned = cadence.make_clock(
-        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
-    )
-    if step >= planned.total_steps:
+    structs, _ = state.abstract(program.init, mesh)
+    if step >= program.clock.total_steps:
         logging.warning(
             "%s stands at step %d of config.total=%r: raise the total to train on",
             *(run, step, config.total),
@@ -100,7 +94,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     checkpointer.close()
 
     fresh = np.flatnonzero(sources < 0)
-    rows = new_rows(old_state.params, model_config, texts, new, fresh, len(old), mesh)
+    rows = new_rows(old_state.params, program.model, texts, new, fresh, len(old), mesh)
     grown = class_table.moved_rows(
         old_state,
         # From ids to rows of the table, which lie in another order.

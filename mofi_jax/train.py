@@ -26,7 +26,8 @@ from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, checkpoint, optim, settings, state, step
+from mofi_jax.training import cadence, checkpoint, settings, state
+from mofi_jax.training import program as program_lib
 
 
 def main(config: Any, workdir: str) -> None:
@@ -48,13 +49,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         jax.distributed.initialize()
     lead = jax.process_index() == 0
     mesh = partition.make_mesh(**config.mesh)
-    pieces = partition.batch_shards(mesh) * config.microbatches
-    if config.batch_size % pieces:
-        raise BadInput(
-            f"config.batch_size={config.batch_size} does not divide over the "
-            f"{partition.batch_shards(mesh)} devices of the batch axes in "
-            f"config.microbatches={config.microbatches} parts each: choose a multiple of {pieces}."
-        )
+    program_lib.check_batch(config, mesh)
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
@@ -68,9 +63,6 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
             f"{source.directory} has no entities, which the entity loss needs: name a labelled "
             "data set in config.data, or train with task=contrastive."
         )
-    clock = cadence.make_clock(
-        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
-    )
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
         text_sources=config.data.text_sources.to_dict(),
@@ -82,16 +74,15 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     fingerprint = data_fingerprint(config, source, entities_path if entities else None, texts)
 
     # ---------------------------------------------------------------------- model
-    model = settings.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
-    num_entities = len(entities) if entities and "entity" in config.losses else 0
-    tx = optim.make(config.optimizer, clock)
-    losses = config.losses.to_dict()
-    init = state.initialiser(
-        model,
-        tx,
-        losses=losses,
-        table_rows=partition.padded_rows(num_entities, mesh),
+    program = program_lib.make(
+        config,
+        mesh,
+        vocab_size=texts.vocab_size,
+        eos_id=texts.eos_id,
+        num_entities=len(entities) if entities else 0,
+        examples_per_epoch=len(source),
     )
+    model, clock, num_entities = program.model, program.clock, program.setting.num_entities
 
     # ---------------------------------------------------------------------- evaluators
     towers = inference.Towers(
@@ -123,9 +114,9 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     first = checkpointer.latest_step()
     if first is None:
         first, position = 0, checkpoint.Position(0, fingerprint, 0.0)
-        train_state, shardings = state.create(init, config.seed, mesh)
+        train_state, shardings = state.create(program.init, config.seed, mesh)
     else:
-        structs, shardings = state.abstract(init, mesh)
+        structs, shardings = state.abstract(program.init, mesh)
         train_state, position = checkpointer.restore(first, structs)
         changed = differences(position.data_fingerprint, fingerprint)
         if changed:
@@ -144,14 +135,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         return
 
     # ---------------------------------------------------------------------- update
-    update = step.make_update(
-        step.Setting(model, mesh, num_entities, config.microbatches),
-        losses,
-        tx,
-        seed=config.seed,
-        shardings=shardings,
-    )
-    schedule = optim.schedule(config.optimizer, clock)
+    update = program.make_update(shardings)
 
     # ---------------------------------------------------------------------- loop
     metrics = telemetry.Metrics(workdir, resume_step=first if resumed else -1)
@@ -206,7 +190,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 train_state, values = update(train_state, batch)
             examples += config.batch_size
             if cadence.due(now + 1, log_every, last=total):
-                written = metrics.push(now + 1, {**values, "learning_rate": schedule(now)})
+                written = metrics.push(now + 1, {**values, "learning_rate": program.schedule(now)})
                 if written:
                     bar.set_postfix_str(brief(written, ("loss", "entity_accuracy")))
             bar.update(config.batch_size)

@@ -12,7 +12,7 @@ from configs import common, i2e, mofi, quickstart
 from configs import eval as eval_config
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.training import cadence, optim, settings, state, step
+from mofi_jax.training import program, settings, state, step
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -24,31 +24,19 @@ def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
     mesh = meshes["2x2x2"]
     config = mofi.get_config(f"task={task},variant={variant},res=224")
     settings.validate(config)
-    # The vocabulary that the released text towers fit, OPT's.
-    model = settings.model_config(config.model, vocab_size=50_272, eos_id=50_271)
-    clock = cadence.make_clock(
-        config.total, batch_size=config.batch_size, examples_per_epoch=1_000_000_000
+    built = program.make(
+        config,
+        mesh,
+        # The vocabulary that the released text towers fit, OPT's.
+        vocab_size=50_272,
+        eos_id=50_271,
+        num_entities=2_000_003,
+        examples_per_epoch=1_000_000_000,
     )
-    assert clock.total_steps == 439_087
-    tx = optim.make(config.optimizer, clock)
-    entities = 2_000_003
-    init = state.initialiser(
-        model,
-        tx,
-        losses=config.losses.to_dict(),
-        table_rows=partition.padded_rows(entities, mesh),
-    )
-    structs, _ = state.abstract(init, mesh)
-    loss = step.make_loss(step.Setting(model, mesh, entities), config.losses.to_dict())
-    b, k, t = 64, config.data.max_labels, config.model.context_length
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, 224, 224, 3), "uint8"),
-        "tokens": jax.ShapeDtypeStruct((b, t), "int32"),
-        "text_group": jax.ShapeDtypeStruct((b,), "int32"),
-        "text_valid": jax.ShapeDtypeStruct((b,), "bool"),
-        "entity_ids": jax.ShapeDtypeStruct((b, k), "int32"),
-        "entity_weights": jax.ShapeDtypeStruct((b, k), "float32"),
-    }
+    assert built.clock.total_steps == 439_087
+    structs, _ = state.abstract(built.init, mesh)
+    loss = step.make_loss(built.setting, built.losses)
+    batch = program.batch_structs(config, mesh)
     value, metrics = jax.eval_shape(loss, structs.params, batch)
     assert value.shape == ()
     assert {f"loss_{name}" for name in config.losses} <= metrics.keys()

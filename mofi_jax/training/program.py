@@ -1,0 +1,130 @@
+"""A training config made into the parts of its step: the same for a run, its growth and its plan.
+
+Knows sizes, no data: whoever trains reads them from a data set, whoever plans names them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mofi_jax import partition
+from mofi_jax.errors import BadInput
+from mofi_jax.model import mofi
+from mofi_jax.training import cadence, optim, settings, state, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a training config comes to on one mesh.
+
+    Attributes:
+      model: both towers.
+      losses: task name -> {"weight": ..., options of the task}.
+      tx: the update rule.
+      init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
+      setting: what all tasks need to know, with the mesh.
+      clock: turns durations into steps; knows the length of the run.
+      schedule: learning rate by step.
+      seed: ``config.seed``.
+    """
+
+    model: mofi.MofiConfig
+    losses: Mapping[str, Mapping[str, Any]]
+    tx: optax.GradientTransformation
+    init: Callable[[jax.Array], state.TrainState]
+    setting: step.Setting
+    clock: cadence.Clock
+    schedule: optax.Schedule
+    seed: int
+
+    def make_update(
+        self, shardings: state.TrainState
+    ) -> Callable[[state.TrainState, step.Batch], tuple[state.TrainState, step.Metrics]]:
+        """The jitted step (`step.make_update`).
+
+        Args:
+          shardings: of the state, as `state.create` and `state.abstract` return them.
+        """
+        return step.make_update(
+            self.setting, self.losses, self.tx, seed=self.seed, shardings=shardings
+        )
+
+
+def make(
+    config: Any,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    num_entities: int,
+    examples_per_epoch: int,
+) -> Program:
+    """Builds the parts of the step; no array is made.
+
+    Args:
+      config: a training config that `settings.validate` has passed.
+      vocab_size, eos_id: of the tokenizer.
+      num_entities: size of the vocabulary; of no account without the entity loss.
+      examples_per_epoch: examples in the training split.
+
+    Raises:
+      BadInput: a duration that cannot be read, or a model whose sizes do not fit together.
+    """
+    model = settings.model_config(config.model, vocab_size=vocab_size, eos_id=eos_id)
+    clock = cadence.make_clock(
+        config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
+    )
+    losses = config.losses.to_dict()
+    num_entities = num_entities if "entity" in losses else 0
+    tx = optim.make(config.optimizer, clock)
+    return Program(
+        model=model,
+        losses=losses,
+        tx=tx,
+        init=state.initialiser(
+            model, tx, losses=losses, table_rows=partition.padded_rows(num_entities, mesh)
+        ),
+        setting=step.Setting(model, mesh, num_entities, config.microbatches),
+        clock=clock,
+        schedule=optim.schedule(config.optimizer, clock),
+        seed=config.seed,
+    )
+
+
+def check_batch(config: Any, mesh: Mesh) -> None:
+    """Raises BadInput unless the global batch divides over the mesh and its microbatches."""
+    shards = partition.batch_shards(mesh)
+    pieces = shards * config.microbatches
+    if config.batch_size % pieces:
+        raise BadInput(
+            f"config.batch_size={config.batch_size} does not divide over the {shards} devices of "
+            f"the batch axes in config.microbatches={config.microbatches} parts each: choose a "
+            f"multiple of {pieces}."
+        )
+
+
+def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch as `partition.to_global` places it, without the arrays.
+
+    Names, shapes and dtypes are those of `mofi_jax.data.pipeline.ExampleBuilder`.
+    """
+    b, size = config.batch_size, config.model.image_size
+    k, t = config.data.max_labels, config.model.context_length
+    sharding = partition.batch_sharding(mesh)
+    shapes = {
+        "image": ((b, size, size, 3), jnp.uint8),
+        "tokens": ((b, t), jnp.int32),
+        "text_group": ((b,), jnp.int32),
+        "text_valid": ((b,), jnp.bool_),
+        "entity_ids": ((b, k), jnp.int32),
+        "entity_weights": ((b, k), jnp.float32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
