@@ -124,9 +124,10 @@ def measure(case: Case) -> dict[str, Any]:
     """Compiles the step for all devices and times it.
 
     Returns:
-      seconds: of a step, the median of the groups; compile_seconds; flops: of the model, on all devices; peak:
-      FLOP/s in bf16 of a device, None where unknown; temporary_gib: of the program; loss: of the last step; attention: as chosen for the image
-      tower; platform, device (its kind), devices.
+      seconds: of a step, the median of the groups; compile_seconds; flops: of the model, on all
+      devices; peak: bf16 FLOP/s of a device, None where unknown; temporary_gib: of the program;
+      loss: of the last step; attention: as chosen for the image tower; platform, device (its kind),
+      devices.
     """
     layers.UNROLLED_LAYERS = case.unroll
     mesh, model = partition.make_mesh(), model_config(case)

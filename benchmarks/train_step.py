@@ -124,16 +124,20 @@ def on_h200(result: Result) -> bool:
 def steps(report: figures.Report, runner: Runner, flags: argparse.Namespace) -> None:
     """Every variant, way and task, the most telling first, for the time may not do for all."""
     measured: dict[str, dict[Case, Result]] = {variant: {} for variant in flags.variants}
-    torch: dict[str, tuple[int, Result]] = {}
+    torch: dict[str, tuple[int, Result | None]] = {}
+    first_remat, first_attention = flags.remat[0], flags.attention[0]
 
-    def add(case: Case) -> None:
-        case, result = runner.fit(case)
+    def add(variant: str, task: str, remat: str, attention: str) -> None:
+        case, result = runner.fit(flags.case(variant, task, remat, attention))
         if result is not None:
-            measured[case.variant][case] = result
+            measured[variant][case] = result
             add_step(report, case, result)
 
     for variant in flags.variants:
-        add(flags.case(variant, "supervised", flags.remat[0], flags.attention[0]))
+        add(variant, "supervised", first_remat, first_attention)
+        for attention in flags.attention[1:]:
+            if not measured[variant]:  # the first one does not run here
+                add(variant, "supervised", first_remat, attention)
     if "torch" in flags.sections:
         for variant in flags.variants:
             for case, result in measured[variant].items():
@@ -141,15 +145,16 @@ def steps(report: figures.Report, runner: Runner, flags: argparse.Namespace) -> 
     if "speed" in flags.sections:
         for task in flags.tasks:
             for variant in flags.variants:
-                add(flags.case(variant, task, flags.remat[0], flags.attention[0]))
-        ways = [(flags.remat[0], other) for other in flags.attention[1:]]
-        ways += [(other, flags.attention[0]) for other in flags.remat[1:]]
+                for case in tuple(measured[variant])[:1]:
+                    add(variant, task, case.remat, case.attention)
+        ways = [(first_remat, attention) for attention in flags.attention[1:]]
+        ways += [(remat, first_attention) for remat in flags.remat[1:]]
         for remat, attention in ways:
             for variant in flags.variants:
-                # On devices without cuDNN "auto" was "xla" already.
-                chosen = {result["attention"] for result in measured[variant].values()}
-                if remat != flags.remat[0] or chosen != {attention}:
-                    add(flags.case(variant, "supervised", remat, attention))
+                # On devices without cuDNN "auto" was "xla".
+                done = {(c.remat, r["attention"]) for c, r in measured[variant].items()}
+                if (remat, attention) not in done:
+                    add(variant, "supervised", remat, attention)
     for variant in flags.variants:
         add_best(report, measured[variant], torch.get(variant))
 
