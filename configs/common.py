@@ -69,7 +69,11 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
             "activation": "gelu",
             "layer_norm_eps": 1e-5,
             "dtype": "bfloat16",
+            # What each block keeps for its backward pass: none recomputes nothing, dots all but
+            # matrix products, full all.
             "remat": "full",
+            # auto: cudnn on NVIDIA GPUs, else xla (`mofi_jax.model.attention`).
+            "attention": "auto",
         }
     )
 

@@ -132,11 +132,11 @@ class Towers:
 
     @functools.cached_property
     def _image_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_images, self.config))
+        return self._jit(functools.partial(mofi.embed_images, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _text_step(self) -> Callable:
-        return self._jit(functools.partial(mofi.embed_texts, self.config))
+        return self._jit(functools.partial(mofi.embed_texts, self.config, mesh=self.mesh))
 
     @functools.cached_property
     def _entity_steps(self) -> dict[int, Callable]:
@@ -292,7 +292,8 @@ def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, An
         values = json.loads((path / MODEL_FILE).read_text())
         preprocess = values.pop("preprocess")
         table_order = values.pop("table_order", None)
-        config = mofi.MofiConfig.from_dict(values)
+        # Whoever reads the run may have other devices than whoever trained it.
+        config = mofi.MofiConfig.from_dict(values | {"attention": "auto"})
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, BadInput):
             raise

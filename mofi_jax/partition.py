@@ -104,6 +104,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside jit: x with its leading dimension over the batch axes; without a mesh, x itself."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

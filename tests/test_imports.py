@@ -114,3 +114,16 @@ def test_only_the_measuring_code_knows_of_the_truth():
     for module in MODULES:
         source = (REPOSITORY / (module.replace(".", "/") + ".py")).read_text()
         assert module == "data_prep.label_quality" or "truth.jsonl" not in source, module
+
+
+def test_import_of_the_step_benchmark_needs_jax_flax_and_optax_alone():
+    """It runs on GPU machines where neither the data libraries nor ml_collections are."""
+    code = """
+import sys
+absent = ("grain", "array_record", "ml_collections", "tensorflow_datasets", "spacy", "tensorflow")
+absent += ("duckdb", "pyarrow", "cv2", "torch", "timm", "transformers", "orbax")
+sys.modules.update(dict.fromkeys(absent))
+from benchmarks import attention_case, step_case, train_step
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Both towers: published sizes, arithmetic that does not depend on scan, remat or padding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import layers, mofi
 
@@ -71,8 +73,10 @@ def test_scan_equals_a_plain_loop(params):
     graph, state = nnx.split(stack)
     expected = x
     for i in range(3):
-        expected = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(expected, None)
-    np.testing.assert_allclose(layers.run_stack(stack, x, None, remat="none"), expected, atol=1e-6)
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        expected = block(expected, causal=False, implementation="xla")
+    result = layers.run_stack(stack, x, causal=False, attention="xla", remat="none")
+    np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 def test_layers_of_a_stack_differ():
@@ -82,15 +86,68 @@ def test_layers_of_a_stack_differ():
     assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
-def test_remat_changes_no_number(params):
-    def loss(params, remat):
-        config = dataclasses.replace(CONFIG, remat=remat)
-        z = mofi.embed_images(config, params, IMAGES)
-        return (z * jnp.arange(12.0)).sum()
+def remat_loss(params, remat, config=CONFIG):
+    config = dataclasses.replace(config, remat=remat)
+    z = mofi.embed_images(config, params, IMAGES)
+    return (z * jnp.arange(12.0)).sum() + (mofi.embed_texts(config, params, TOKENS)[:, 0]).sum()
 
-    plain, full = (jax.grad(loss)(params, remat) for remat in ("none", "full"))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_number(params, remat):
+    differentiate = jax.jit(jax.grad(remat_loss), static_argnums=1)
+    plain, other = differentiate(params, "none"), differentiate(params, remat)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_remat_keeps_what_it_says():
+    """Kept activations of a block, in multiples of its input: all, matrix products, the input."""
+    width, tokens, depth = 32, 6, layers.UNROLLED_LAYERS + 1
+    stack = nnx.eval_shape(
+        lambda: layers.make_stack(width, 2, depth, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    )
+    graph, shapes = nnx.split(stack)
+    x = jax.ShapeDtypeStruct((3, tokens, width), jnp.bfloat16)
+
+    def kept(remat):
+        def run(blocks, x):
+            merged = nnx.merge(graph, blocks)
+            return layers.run_stack(merged, x, causal=False, attention="xla", remat=remat)
+
+        residuals = jax.eval_shape(lambda blocks, x: jax.vjp(run, blocks, x)[1], shapes, x)
+        sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if 3 in r.shape]
+        return sum(sizes) / (depth * x.size * x.dtype.itemsize)
+
+    # The input, query, key, value, what attention adds to it, and four widths of the MLP.
+    assert kept("full") == 1
+    assert kept("dots") == 9
+    assert kept("none") > 25
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_device_works_on_its_part_of_the_batch(meshes, named):
+    """Forward and backward pass with sharded parameters; without the mesh none does."""
+    mesh = meshes["1x8x1"]
+    width, depth, batch = 64, layers.UNROLLED_LAYERS + 1, 40
+    config = dataclasses.replace(CONFIG, image=mofi.TowerConfig(width, depth, 2))
+    shapes = jax.eval_shape(
+        lambda key: mofi.create(config, key, towers=("image",)), jax.random.key(0)
+    )
+    params = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+        shapes,
+        partition.tree_shardings(mesh, shapes),
+    )
+    where = partition.batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.uint8, sharding=where)
+
+    def loss(params, images):
+        return mofi.embed_images(config, params, images, mesh if named else None)[:, 0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, images).compile().as_text()
+    leading = {int(size) for size in re.findall(r"f32\[(\d+),5,\d+", text)}
+    assert batch // 8 in leading
+    assert (batch in leading) is not named
 
 
 def test_what_follows_the_end_of_text_changes_nothing(params):
@@ -134,6 +191,8 @@ def test_config_round_trip():
         ({"image_size": 20}, "not a multiple of patch_size 8"),
         ({"activation": "relu"}, "config.model.activation='relu' is unknown"),
         ({"dtype": "float16"}, "config.model.dtype='float16'"),
+        ({"remat": "some"}, "config.model.remat='some' is unknown: choose from none, dots, full"),
+        ({"attention": "flash"}, "config.model.attention='flash'.*auto, xla, cudnn"),
         ({"image": mofi.TowerConfig(16, 2, 3)}, "does not divide into 3 heads"),
     ],
 )

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import quickstart
-from mofi_jax import partition
+from mofi_jax import hlo, partition
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import program, state
@@ -66,6 +66,30 @@ def test_one_step_of_what_the_stream_gives(tmp_path, meshes):
     assert int(after.step) == 1
     assert float(values["labelled_share"]) > 0
     assert after.params[partition.ENTITY_TABLE].shape[0] >= built.setting.num_entities
+
+
+def test_every_device_computes_its_share(meshes):
+    """Rows are split over the devices that the weights are split over: nothing is done twice."""
+    config = quickstart.get_config("task=multitask")
+    config.batch_size = 64
+    config.model.update(
+        {
+            "image": {"width": 64, "layers": 6, "heads": 2},
+            "text": {"width": 64, "layers": 6, "heads": 2},
+            "remat": "full",
+        }
+    )
+
+    def flops(mesh):
+        sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 1000, "examples_per_epoch": 1000}
+        built = program.make(config, mesh, **sizes)
+        structs, shardings = state.abstract(built.init, mesh)
+        batch = program.batch_structs(config, mesh)
+        compiled = built.make_update(shardings).lower(structs, batch).compile()
+        return hlo.costs(compiled.as_text(), devices=mesh.size).flops
+
+    whole = flops(meshes["1x1x1"])
+    assert whole / 8 <= flops(meshes["1x8x1"]) <= 1.1 * whole / 8
 
 
 def test_without_the_entity_loss_there_is_no_table(meshes):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from mofi_jax.model import layers
@@ -44,7 +45,9 @@ class ImageTower(nnx.Module):
         )
         self.config = config
 
-    def __call__(self, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
+    ) -> Float[Array, "b d"]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = images.astype(jnp.float32) / 255.0
@@ -52,7 +55,14 @@ class ImageTower(nnx.Module):
         x = self.patch_embedding(_patches(x.astype(dtype), config.patch_size))
         cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
-        x = layers.run_stack(self.blocks, self.pre_norm(x), None, remat=config.remat)
+        x = layers.run_stack(
+            self.blocks,
+            self.pre_norm(x),
+            causal=False,
+            attention=config.attention,
+            remat=config.remat,
+            mesh=mesh,
+        )
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 
 

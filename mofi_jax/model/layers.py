@@ -7,11 +7,16 @@ compute dtype, LayerNorm statistics and the softmax in float32.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from mofi_jax import partition
+from mofi_jax.model import attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -20,6 +25,25 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 UNROLLED_LAYERS = 4
+
+
+def _matrix_products(primitive: Any, *avals: Any, **params: Any) -> bool:
+    # What XLA's attention gives is a product of two batched arrays, hence computed again: a few
+    # percent of a block's arithmetic.  Keeping it would not help, as its gradient needs the logits.
+    # cuDNN's gives what its gradient needs.
+    return primitive.name.startswith(
+        "dot_product_attention_fwd"
+    ) or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+
+
+# What a block keeps from its forward for its backward pass: everything; its input and the results
+# of matrix products, 9 times the size of the input; its input alone.  (Everything is 43 times the
+# input of B/16, much of it in float32, and has to be written and read.)
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": _matrix_products,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class LayerNorm(nnx.Module):
@@ -74,19 +98,20 @@ class Attention(nnx.Module):
         self.out = make(shape, (width,), std=out_std)
 
     def __call__(
-        self, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None
+        self, x: Float[Array, "b n w"], *, causal: bool, implementation: str
     ) -> Float[Array, "b n w"]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        logits = jnp.einsum(
-            "bqhd,bkhd->bhqk",
-            query * query.shape[-1] ** -0.5,
-            key,
-            preferred_element_type=jnp.float32,
+        length, (_, head_dim) = x.shape[1], self.query.bias.shape[-2:]
+        chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype)
+        x = jnp.pad(x, ((0, 0), (0, attention.padding(length, chosen)), (0, 0)))
+        attended = attention.attend(
+            self.query(x),
+            self.key(x),
+            self.value(x),
+            length=length,
+            causal=causal,
+            implementation=chosen,
         )
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, value))
+        return self.out(attended)[:, :length]
 
 
 class Mlp(nnx.Module):
@@ -116,9 +141,9 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None
+        self, x: Float[Array, "b n w"], *, causal: bool, implementation: str
     ) -> Float[Array, "b n w"]:
-        x = x + self.attention(self.norm1(x), mask)
+        x = x + self.attention(self.norm1(x), causal=causal, implementation=implementation)
         return x + self.mlp(self.norm2(x))
 
 
@@ -142,7 +167,13 @@ def make_stack(
 
 
 def run_stack(
-    blocks: Block, x: Float[Array, "b n w"], mask: Bool[Array, "n n"] | None, *, remat: str
+    blocks: Block,
+    x: Float[Array, "b n w"],
+    *,
+    causal: bool,
+    attention: str,
+    remat: str,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
@@ -150,15 +181,22 @@ def run_stack(
     activations (a step of three layers takes 1.25 times as long in one).
 
     Args:
-      remat: "none" keeps all activations for the backward pass, "full" keeps each block's input
-        and recomputes the rest.
+      causal: whether a position sees only those before it.
+      attention: implementation, see `attention.IMPLEMENTATIONS`.
+      remat: one of REMAT.
+      mesh: whose batch axes the rows of x are split over.
     """
     graph, params = nnx.split(blocks)
 
     def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, layer)(x, mask), None
+        # The weights are split over the same devices as the rows are.  Left to itself, the compiler
+        # may split widths in place of rows, so that every device holds the whole batch.
+        x = partition.over_batch(x, mesh)
+        return nnx.merge(graph, layer)(x, causal=causal, implementation=attention), None
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
     depth = jax.tree.leaves(params)[0].shape[0]
-    return jax.lax.scan(body, x, params, unroll=depth if depth <= UNROLLED_LAYERS else 1)[0]
+    unrolled = depth <= UNROLLED_LAYERS
+    # Forward and backward loop are apart; without loops XLA would find the same computation twice
+    # and keep its result.
+    body = jax.checkpoint(body, prevent_cse=unrolled, policy=REMAT[remat])
+    return jax.lax.scan(body, x, params, unroll=depth if unrolled else 1)[0]

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.errors import BadInput
-from mofi_jax.model import image, layers, text
+from mofi_jax.model import attention, image, layers, text
 
 Params = dict[str, Any]
 TOWERS = {"image": image.ImageTower, "text": text.TextTower}
@@ -47,7 +48,8 @@ class MofiConfig:
       embed_dim: size of the shared embedding.
       activation: "gelu" (exact), "gelu_tanh" or "quick_gelu".
       dtype: of matrix products, "bfloat16" or "float32"; parameters are always float32.
-      remat: "none" or "full", see `layers.run_stack`.
+      remat: "none", "dots" or "full", see `layers.REMAT`.
+      attention: "auto", "xla" or "cudnn", see `attention.attend`.
     """
 
     image_size: int
@@ -62,6 +64,7 @@ class MofiConfig:
     layer_norm_eps: float = 1e-5
     dtype: str = "bfloat16"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -79,7 +82,8 @@ class MofiConfig:
         choices = {
             "activation": tuple(layers.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
-            "remat": ("none", "full"),
+            "remat": tuple(layers.REMAT),
+            "attention": attention.IMPLEMENTATIONS,
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -163,13 +167,15 @@ def create(
     return params
 
 
-def _run(config: MofiConfig, params: Params, tower: str, inputs: jax.Array) -> jax.Array:
+def _run(
+    config: MofiConfig, params: Params, tower: str, inputs: jax.Array, mesh: Mesh | None
+) -> jax.Array:
     if tower not in params:
         raise BadInput(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = _merge(config, params[tower], tower)(inputs)
+    embeddings = _merge(config, params[tower], tower)(inputs, mesh)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -180,17 +186,21 @@ def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
 
 
 def embed_images(
-    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"]
+    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """uint8 RGB pictures -> float32 L2-normalised embeddings."""
-    return _run(config, params, "image", images)
+    """uint8 RGB pictures -> float32 L2-normalised embeddings.
+
+    Args:
+      mesh: whose batch axes the pictures are split over, where they are split at all.
+    """
+    return _run(config, params, "image", images, mesh)
 
 
 def embed_texts(
-    config: MofiConfig, params: Params, tokens: Int[Array, "b t"]
+    config: MofiConfig, params: Params, tokens: Int[Array, "b t"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """int32 token ids -> float32 L2-normalised embeddings."""
-    return _run(config, params, "text", tokens)
+    """int32 token ids -> float32 L2-normalised embeddings; `mesh` as for `embed_images`."""
+    return _run(config, params, "text", tokens, mesh)
 
 
 def logit_scale(params: Params) -> Float[Array, ""]:

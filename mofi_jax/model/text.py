@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mofi_jax.model import layers
@@ -38,13 +39,17 @@ class TextTower(nnx.Module):
         )
         self.config = config
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
+    def __call__(self, tokens: Int[Array, "b t"], mesh: Mesh | None = None) -> Float[Array, "b d"]:
         config = self.config
         length = tokens.shape[1]
         x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
-        causal = jnp.tril(jnp.ones((length, length), bool))
         x = layers.run_stack(
-            self.blocks, x.astype(jnp.dtype(config.dtype)), causal, remat=config.remat
+            self.blocks,
+            x.astype(jnp.dtype(config.dtype)),
+            causal=True,
+            attention=config.attention,
+            remat=config.remat,
+            mesh=mesh,
         )
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.

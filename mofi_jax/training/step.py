@@ -92,7 +92,9 @@ def contrastive_task(
     """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
     del sample
     texts = in_microbatches(
-        lambda tokens: mofi.embed_texts(setting.model, params, tokens), batch["tokens"], setting
+        lambda tokens: mofi.embed_texts(setting.model, params, tokens, setting.mesh),
+        batch["tokens"],
+        setting,
     )
     scale = mofi.logit_scale(params)
     about = batch["text_group"]
@@ -180,7 +182,7 @@ def make_loss(
             params,
         )
         images = in_microbatches(
-            lambda pixels: mofi.embed_images(setting.model, params, pixels),
+            lambda pixels: mofi.embed_images(setting.model, params, pixels, setting.mesh),
             batch["image"],
             setting,
         )

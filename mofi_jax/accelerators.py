@@ -1,0 +1,78 @@
+"""What chips can do at most: the table behind MFU and rooflines, by jax's names of devices.
+
+Peaks are dense and per chip, as their makers state them.  A device that is not in the table has
+none, so that a figure is missing rather than wrong.
+"""
+
+import dataclasses
+from typing import Any
+
+GIB, GB = 2.0**30, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, which jax may show as several devices.
+
+    Attributes:
+      name: the usual short one.
+      bf16_flops: peak of matrix products in bfloat16, FLOP/s.
+      hbm_bytes: size of its memory.
+      hbm_bandwidth: of its memory, bytes/s.
+      link_bandwidth: to the other chips of its slice or node (ICI, NVLink), bytes/s, all links and
+        both directions added up, as makers do; None where no total is stated.
+      devices: jax devices that share one chip.
+    """
+
+    name: str
+    bf16_flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float | None
+    devices: int = 1
+
+    @property
+    def device_flops(self) -> float:
+        """Peak FLOP/s of one jax device: what MFU divides by."""
+        return self.bf16_flops / self.devices
+
+
+# Cloud TPU documentation, the page of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
+# v6e, tpu7x).  v4's page states no total for its links.
+_V4 = Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, None)
+_V5E = Chip("TPU v5e", 197e12, 16 * GIB, 819 * GB, 400 * GB)
+_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765 * GB, 1200 * GB)
+_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638 * GB, 800 * GB)
+# Two chiplets, each a jax device with half of everything.
+_V7X = Chip("TPU v7x", 2307e12, 192 * GIB, 7380 * GB, 1200 * GB, devices=2)
+
+# By `device_kind`.  TPUs: as libtpu names them, and their longer or shorter names in jax's own
+# tables.  GPUs: data sheets of NVIDIA, without sparsity; forms with other clocks or memory (PCIe,
+# NVL) have names of their own and are here only where their data sheet was read.
+_CHIPS: dict[str, Chip] = {
+    "TPU v4": _V4,
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _V7X,
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1555 * GB, 600 * GB),
+    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 312e12, 80 * GIB, 2039 * GB, 600 * GB),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350 * GB, 900 * GB),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800 * GB, 900 * GB),
+    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 8000 * GB, 1800 * GB),
+}
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip of a jax device (its ``device_kind`` and, on TPUs, ``num_cores``); None if unknown.
+
+    The two cores of a v4 or v5p chip are one jax device (megacore), unless the run asked libtpu for
+    one device a core: then each has half of the chip.
+    """
+    chip = _CHIPS.get(device.device_kind)
+    if chip in (_V4, _V5P) and getattr(device, "num_cores", 2) == 1:
+        return dataclasses.replace(chip, devices=2)
+    return chip

@@ -1,0 +1,103 @@
+"""Arithmetic of a training step: the matrix products that the model asks for, counted by hand.
+
+These are model FLOPs, what MFU divides: a forward pass and twice that for the gradients, without
+anything that is computed again to save memory (rematerialised blocks, microbatches, the second walk
+of the losses).  Only matrix products count, 2 FLOP for each multiplication and addition; norms,
+softmax and the optimizer are a few percent more.  The convention of PaLM (arXiv 2204.02311,
+appendix B), attention included; a causal mask saves nothing, as the masked logits are computed too.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mofi_jax import partition
+from mofi_jax.losses import entity_sampling
+from mofi_jax.model import mofi
+from mofi_jax.training import step
+
+TRAINED, FROZEN = 3, 1  # forward, and the gradients of inputs and of weights
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of one step over the global batch, on all devices together.
+
+    Attributes:
+      image, text: the towers with their projections.
+      classes: cosines with the class table.
+      pairs: cosines of images with texts.
+    """
+
+    image: float
+    text: float
+    classes: float
+    pairs: float
+
+    @property
+    def total(self) -> float:
+        return self.image + self.text + self.classes + self.pairs
+
+
+def of_step(
+    setting: step.Setting,
+    losses: Mapping[str, Mapping[str, Any]],
+    *,
+    batch_size: int,
+    frozen: Collection[str] = (),
+) -> StepFlops:
+    """FLOPs of one training step.
+
+    Args:
+      setting: of the step (`training.program.Program.setting`).
+      losses: task name -> options, as in ``config.losses``.
+      batch_size: global.
+      frozen: towers ("image", "text") that are not trained: forward only.
+    """
+    model = setting.model
+    classes = text = pairs = 0.0
+    times = {name: FROZEN if name in frozen else TRAINED for name in mofi.TOWERS}
+    # The pixels have no gradient, so their projection has one pass less.
+    backward_free = image_input(model) if "image" not in frozen else 0.0
+    image = batch_size * (times["image"] * image_forward(model) - backward_free)
+    if "entity" in losses:
+        rows = class_rows(setting, losses["entity"]["sample_rate"])
+        classes = TRAINED * 2.0 * batch_size * rows * model.embed_dim
+    if "contrastive" in losses:
+        text = batch_size * times["text"] * text_forward(model)
+        pairs = TRAINED * 2.0 * batch_size**2 * model.embed_dim
+    return StepFlops(image=image, text=text, classes=classes, pairs=pairs)
+
+
+def image_forward(model: mofi.MofiConfig) -> float:
+    """FLOPs of one picture through the image tower."""
+    tokens = (model.image_size // model.patch_size) ** 2 + 1
+    return image_input(model) + _tower(model.image, tokens, model.embed_dim)
+
+
+def image_input(model: mofi.MofiConfig) -> float:
+    """FLOPs of one picture's patches on their way to the tower's width."""
+    patches = (model.image_size // model.patch_size) ** 2
+    return 2.0 * patches * 3 * model.patch_size**2 * model.image.width
+
+
+def text_forward(model: mofi.MofiConfig) -> float:
+    """FLOPs of one text through the text tower; reading the token embeddings is no product."""
+    return _tower(model.text, model.context_length, model.embed_dim)
+
+
+def class_rows(setting: step.Setting, sample_rate: float) -> int:
+    """Rows of the class table that a step compares each picture with."""
+    if sample_rate == 1:
+        return setting.num_entities
+    rows = partition.padded_rows(setting.num_entities, setting.mesh)
+    return entity_sampling.places(rows, sample_rate, setting.mesh) * setting.mesh.size
+
+
+def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:
+    """The blocks, and the projection of the pooled token."""
+    width = tower.width
+    # Query, key, value and out; both layers of an MLP four times as wide.
+    weights = 4 * width**2 + 2 * 4 * width**2
+    attention = 2 * tokens * width
+    return 2.0 * (tower.layers * tokens * (weights + attention) + width * embed_dim)

@@ -1,0 +1,112 @@
+"""Scaled dot-product attention by the implementation that suits the device.
+
+The head dimension is the last axis, the sequence the second; the softmax runs in float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mofi_jax.errors import BadInput
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+# What "auto" means on each platform; a shape or dtype that cuDNN refuses takes "xla" on a GPU too.
+# gpu: not measured yet; reasoned: XLA writes and reads the float32 logits of all heads
+# (12 x 197 x 197 x 4 bytes = 1.9 MB a picture and layer of B/16, several times the block's other
+# activations), cuDNN's flash attention keeps them on the chip.  `python -m benchmarks.train_step
+# --only attention` measures both on the device at hand and says which to write here.
+AUTO = {"gpu": "cudnn", "tpu": "xla", "cpu": "xla"}
+
+
+def attend(
+    query: Float[Array, "b n h d"],
+    key: Float[Array, "b n h d"],
+    value: Float[Array, "b n h d"],
+    *,
+    length: int,
+    causal: bool,
+    implementation: str,
+) -> Float[Array, "b n h d"]:
+    """softmax(query key^T / sqrt(d)) value for each head.
+
+    Args:
+      length: positions from here on are padding (`padding`): the others neither see them nor get a
+        gradient from them, and what they themselves give means nothing.
+      causal: position i sees positions up to i alone.
+      implementation: "xla" or "cudnn", as `choose` gives it.
+    """
+    if implementation == "cudnn":
+        return _cudnn(query, key, value, length=length, causal=causal)
+    logits = jnp.einsum(
+        "bqhd,bkhd->bhqk",
+        query * query.shape[-1] ** -0.5,
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    if causal:
+        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def padding(length: int, implementation: str) -> int:
+    """Positions to append to a sequence of ``length`` for the implementation."""
+    # Jax refuses gradients of odd lengths through cuDNN, and those of a ViT with class token (197,
+    # 257) and of a context of 77 tokens are odd.
+    return length % 2 if implementation == "cudnn" else 0
+
+
+def _cudnn(query: Array, key: Array, value: Array, *, length: int, causal: bool) -> Array:
+    run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if causal:  # what is appended lies in everyone's future
+        return run(query, key, value, is_causal=True)
+    if length == key.shape[1]:
+        return run(query, key, value)
+    # As lengths, not as a mask: that would be a bias to cuDNN, a tensor of logits to read.  Zeros
+    # are written over the padding's keys and values so that, in the backward pass, they are written
+    # over whatever cuDNN leaves there as gradients.
+    batch, positions, heads, dim = key.shape
+    zeros = jnp.zeros((batch, positions - length, heads, dim), key.dtype)
+    key, value = (
+        jax.lax.dynamic_update_slice_in_dim(x, zeros, length, axis=1) for x in (key, value)
+    )
+    return run(query, key, value, key_value_seq_lengths=jnp.full((batch,), length, jnp.int32))
+
+
+def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype) -> str:
+    """ "xla" or "cudnn", for the devices that jax runs on by default.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+
+    Raises:
+      BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.
+    """
+    device = jax.devices()[0]
+    if implementation == "auto":
+        preferred = AUTO.get(device.platform, "xla")
+        return preferred if preferred == "xla" or _cudnn_runs(device, head_dim, dtype) else "xla"
+    if implementation == "cudnn" and not _cudnn_runs(device, head_dim, dtype):
+        raise BadInput(
+            f"config.model.attention='cudnn' does not run on {device.device_kind} with heads of "
+            f"{head_dim} dimensions in {jnp.dtype(dtype).name}: it needs an NVIDIA GPU from Ampere "
+            "on, bfloat16, and heads of a multiple of 8 up to 128 dimensions (256 from Hopper on); "
+            "choose auto or xla."
+        )
+    return implementation
+
+
+def _cudnn_runs(device: Any, head_dim: int, dtype: jnp.dtype) -> bool:
+    """What jax.nn.dot_product_attention(implementation="cudnn") asks for."""
+    # "9.0" on an H200; AMD's GPUs say "gfx942", other devices have no such attribute.
+    capability = str(getattr(device, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if device.platform != "gpu" or not major.isdigit() or int(major) < 8:
+        return False
+    largest = 256 if int(major) >= 9 else 128
+    return dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= largest
