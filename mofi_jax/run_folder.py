@@ -2,8 +2,8 @@
 
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
 ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``goodput.json``, ``tensorboard/``,
-``programs/`` (compiled by XLA) and, once finished, ``result.json``; with ``--profile=N:M`` ``profile/``; after
-trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
+``programs/`` (compiled by XLA) and, once finished, ``result.json``; with ``--profile=N:M``
+``profile/``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
 import hashlib
