@@ -16,7 +16,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, errors, hosts, inference, partition, run_folder, telemetry, warm_start
+from mofi_jax import (
+    accelerators,
+    cli,
+    errors,
+    flops,
+    hosts,
+    inference,
+    partition,
+    run_folder,
+    telemetry,
+    warm_start,
+)
 from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
@@ -218,11 +229,19 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         threads=config.data.threads,
         workers=config.data.workers,
     )
+    chip = accelerators.chip_of(jax.devices()[0])
     contrasted = config.batch_size if "contrastive" in config.losses else 0
     meter = telemetry.Meter(
         goodput,
         images_per_step=config.batch_size,
         tokens_per_step=contrasted * config.model.context_length,
+        flops_per_step=flops.of_step(
+            program.setting,
+            program.losses,
+            batch_size=config.batch_size,
+            frozen=program.setting.frozen,
+        ).total,
+        peak_flops=chip.device_flops * mesh.size if chip else None,
     )
     scores: dict[str, float] = {}
     total = clock.total_steps

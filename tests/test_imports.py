@@ -19,17 +19,28 @@ MODULES = sorted(
 # From the ground up; a room uses only what lies below it.
 FLOORS = (
     ("errors",),
-    ("partition", "hosts", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
+    (
+        "partition",
+        "hosts",
+        "telemetry",
+        "data.ops",
+        "data.records",
+        "data.tokenizer",
+        "cli",
+        "accelerators",
+        "hlo",
+        "tpu_topology",
+    ),
     ("model",),
     ("losses",),
     ("data.pipeline",),
     ("interop",),
     ("training",),
-    ("inference",),
+    ("inference", "flops"),
     ("run_folder", "warm_start"),
     ("evaluators",),
     ("sweep_table",),
-    ("train", "evaluate", "export", "grow", "doctor", "sweep", "curves"),
+    ("train", "evaluate", "export", "grow", "doctor", "sweep", "curves", "plan"),
 )
 
 
