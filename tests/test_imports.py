@@ -39,7 +39,7 @@ FLOORS = (
     ("inference", "flops"),
     ("run_folder", "warm_start"),
     ("evaluators",),
-    ("sweep_table",),
+    ("machine", "sweep_table"),
     ("train", "evaluate", "export", "grow", "doctor", "sweep", "curves", "plan"),
 )
 
