@@ -17,7 +17,9 @@ shift
 case "$command" in
   install)
     # TPU images come with Python 3.10; uv brings a newer one without touching the system's.
-    [ -x .local/bin/uv ] || python3 -m pip install --quiet --user uv
+    # An image whose pip may not install for a user has uv's own installer as the other way.
+    [ -x .local/bin/uv ] || python3 -m pip install --quiet --user uv ||
+      curl -fsSL https://astral.sh/uv/install.sh | sh
     [ -x mofi_venv/bin/python ] || .local/bin/uv venv --quiet --python 3.12 mofi_venv
     .local/bin/uv pip install --quiet --python mofi_venv/bin/python \
       -r mofi_jax/requirements.txt 'jax[tpu]'
