@@ -55,6 +55,11 @@ case "$command" in
       mv ../mofi_exit.part ../mofi_exit
     ' train "$@" >>mofi_log 2>&1 </dev/null &
     echo $! >mofi_pid
+    # Until the session is there, a look at it would find nothing and call that a crash.
+    for _ in $(seq 100); do
+      if alive || [ -f mofi_exit ]; then break; fi
+      sleep 0.1
+    done
     ;;
   poll)
     # The code first: what is written before it is in the log by then.
