@@ -17,7 +17,9 @@ shift
 case "$command" in
   install)
     # TPU images come with Python 3.10; uv brings a newer one without touching the system's.
-    [ -x .local/bin/uv ] || python3 -m pip install --quiet --user uv
+    # An image whose pip may not install for a user has uv's own installer as the other way.
+    [ -x .local/bin/uv ] || python3 -m pip install --quiet --user uv ||
+      curl -fsSL https://astral.sh/uv/install.sh | sh
     [ -x mofi_venv/bin/python ] || .local/bin/uv venv --quiet --python 3.12 mofi_venv
     .local/bin/uv pip install --quiet --python mofi_venv/bin/python \
       -r mofi_jax/requirements.txt 'jax[tpu]'
@@ -53,6 +55,11 @@ case "$command" in
       mv ../mofi_exit.part ../mofi_exit
     ' train "$@" >>mofi_log 2>&1 </dev/null &
     echo $! >mofi_pid
+    # Until the session is there, a look at it would find nothing and call that a crash.
+    for _ in $(seq 100); do
+      if alive || [ -f mofi_exit ]; then break; fi
+      sleep 0.1
+    done
     ;;
   poll)
     # The code first: what is written before it is in the log by then.

@@ -183,10 +183,10 @@ follow() { # prints the first host's log; sets code to the training's exit code,
   if $dry; then on_first poll 0; code=0; return; fi
   local misses=0
   while :; do
-    if on_first poll "$offset" >"$scratch/seen" 2>"$scratch/errors"; then
+    # The last line says where the log ends now and how the training stands.
+    if on_first poll "$offset" >"$scratch/seen" 2>"$scratch/errors" &&
+      read -r size status < <(tail -n 1 "$scratch/seen") && [[ $size =~ ^[0-9]+$ ]]; then
       misses=0
-      # The last line says where the log ends now and how the training stands.
-      read -r size status < <(tail -n 1 "$scratch/seen")
       head -c "$((size - offset))" "$scratch/seen"
       offset=$size
       case "$status" in

@@ -251,15 +251,9 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
     assert sweep.run(again, epath.Path(workdir), lead=True) == 0
 
 
-def test_command_refuses_in_one_sentence(tmp_path):
-    done = run_command("configs/quickstart.py", tmp_path / "sweep")
-    assert done.returncode == 2
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith("error: configs/quickstart.py has no get_hyper")
-    )
-    assert not (tmp_path / "sweep").exists()
+def test_config_without_points():
+    with pytest.raises(BadInput, match=r"configs/quickstart.py has no get_hyper"):
+        sweep.load(str(REPOSITORY / "configs/quickstart.py"), None)
 
 
 def test_metric_of_no_evaluator(monkeypatch, tmp_path):
