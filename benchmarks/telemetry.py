@@ -144,9 +144,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         width, batch_size = (64, 32) if flags.quick else (256, 160)
         loop = Loop(folder, width=width, batch_size=batch_size)
-        loop.run(
-            LOG_EVERY + 2, telling=True, saving=True
-        )  # compiles, and opens what is opened once
+        # Compiles, and opens what is opened once.
+        loop.run(LOG_EVERY + 2, telling=True, saving=True)
         loop.told_seconds.clear()
         bare, told = [], []
         for turn in range(pairs):
