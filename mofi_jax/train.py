@@ -307,7 +307,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         checkpointer.wait()
 
     # ---------------------------------------------------------------------- result
-    trained = goodput.training_seconds()
+    split = goodput.finish()
+    trained = split["input"] + split["step"]
     if lead:
         telemetry.write_json(
             workdir / "result.json",
@@ -316,7 +317,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
                 "examples": examples,
                 "seconds": round(trained, 3),
                 "images_per_second": round(examples / max(trained, 1e-9), 1),
-                "goodput": {phase: round(s, 3) for phase, s in goodput.seconds().items()},
+                "goodput": {phase: round(s, 3) for phase, s in split.items()},
                 "entities": num_entities,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
                 "scores": scores,

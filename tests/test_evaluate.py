@@ -170,8 +170,10 @@ def test_pictures_are_embedded_once_for_all_evaluators_and_anew_for_new_paramete
     config = {name: {"kind": "retrieval", "images": str(folder)} for name in ("a", "b")}
     suite = common.build_all(Counting(8), config)
     first = {"version": 1}
-    scores = common.run_all(suite.evaluators, first)
+    told = []
+    scores = common.run_all(suite.evaluators, first, lambda: told.append(len(seen)))
     assert sorted(scores) == ["a/map", "a/map_no_self", "b/map", "b/map_no_self"]
+    assert len(told) == 4
     assert seen == [12]
     common.run_all(suite.evaluators, {"version": 2})
     assert seen == [12, 12]

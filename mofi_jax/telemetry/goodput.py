@@ -33,7 +33,6 @@ GOODPUT_FILE = "goodput.json"
 PHASES = ("start", "compile", "input", "step", "eval", "checkpoint", "lost", "down")
 
 _REDONE = ("input", "step", "eval")  # by a process that goes on from an earlier checkpoint
-_TRAINING = ("input", "step")
 _HEARTBEAT_SECONDS = 10.0
 _COMPILE_EVENTS = "/jax/core/compile/"
 
@@ -109,25 +108,32 @@ class Goodput:
         self._path: epath.Path | None = None
         self._first_start = self._started
         self._written = self._mark
+        self._finished = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def resume(self, workdir: epath.PathLike, saved: Mapping[str, float]) -> None:
         """Adds what earlier processes spent on this run, and writes to the workdir from now on.
 
         Args:
-          workdir: the run's folder; without ``goodput.json`` nobody knows how long the run was
-            down, and the time since the first start is taken to be what ``saved`` sums to.
+          workdir: the run's folder.  A run that had finished, and now has a larger total, was not
+            down in between; without ``goodput.json`` nobody knows, and it is taken so too.
           saved: seconds by phase of the restored checkpoint; empty without one.
         """
         path = epath.Path(workdir) / GOODPUT_FILE
+        alive, first_start, finished = saved, 0.0, True
         try:
             found = json.loads(path.read_text())
-            alive, first_start = found["seconds"], float(found["first_start"])
+            alive, first_start, finished = (
+                {phase: float(found["seconds"][phase]) for phase in PHASES},
+                float(found["first_start"]),
+                bool(found["finished"]),
+            )
         except FileNotFoundError:
-            alive, first_start = saved, self._started - sum(saved.values())
+            pass
         except (ValueError, KeyError, TypeError) as error:
             logging.warning("%s cannot be read (%r): the run's time down is unknown", path, error)
-            alive, first_start = saved, self._started - sum(saved.values())
+        if finished:
+            first_start = self._started - sum(alive.values())
         idle = max(0.0, self._started - first_start - sum(alive.values()))
         for phase, seconds in carried_over(alive, saved, idle).items():
             self._seconds[phase] += seconds
@@ -160,11 +166,6 @@ class Goodput:
         self._settle()
         return dict(self._seconds)
 
-    def training_seconds(self) -> float:
-        """Seconds in input and step, which led to the present state."""
-        seconds = self.seconds()
-        return sum(seconds[phase] for phase in _TRAINING)
-
     def shares(self) -> dict[str, float]:
         """``goodput/PHASE``: share of the wall time since the very first start; they sum to 1."""
         seconds = self.seconds()
@@ -188,9 +189,15 @@ class Goodput:
         """Writes the split to the workdir (host 0, after `resume`) and returns it."""
         seconds = self.seconds()
         if self._path is not None:
-            write_json(self._path, {"first_start": self._first_start, "seconds": seconds})
+            state = {"first_start": self._first_start, "finished": self._finished}
+            write_json(self._path, {**state, "seconds": seconds})
         self._written = self._mark
         return seconds
+
+    def finish(self) -> dict[str, float]:
+        """As `save`, of a run that has reached its end."""
+        self._finished = True
+        return self.save()
 
     def close(self) -> None:
         """A last sign of life, and no more listening to JAX."""
