@@ -3,7 +3,8 @@
     python -m benchmarks.torch_vit '{"width": 768, "layers": 12, "heads": 12, ...}'
 
 Prints one JSON object.  bf16 autocast, scaled_dot_product_attention, fused AdamW and
-torch.compile.  The image tower is timm's ViT (its CLIP form) where timm is installed, else the same
+torch.compile, the usual form: autocast keeps the stream between the blocks in float32, which
+`mofi_jax` has in bf16.  The image tower is timm's ViT (its CLIP form) where timm is installed, else the same
 architecture below; the head is CosFace over all entities, written as one would in PyTorch.
 """
 
