@@ -77,7 +77,7 @@ def test_scan_equals_a_plain_loop(params):
     for i in range(3):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
         expected = block(expected, causal=False, implementation="xla")
-    result = layers.run_stack(stack, x, causal=False, attention="xla", remat="none")
+    result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_remat_keeps_what_it_says():
     def kept(remat):
         def run(blocks, x):
             merged = nnx.merge(graph, blocks)
-            return layers.run_stack(merged, x, causal=False, attention="xla", remat=remat)
+            return layers.run_stack(merged, x, causal=False, implementation="xla", remat=remat)
 
         residuals = jax.eval_shape(lambda blocks, x: jax.vjp(run, blocks, x)[1], shapes, x)
         sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if 3 in r.shape]

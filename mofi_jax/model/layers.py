@@ -122,16 +122,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n w"], *, causal: bool, implementation: str
     ) -> Float[Array, "b n w"]:
-        length, (_, head_dim) = x.shape[1], self.query.bias.shape[-2:]
-        chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype)
-        x = jnp.pad(x, ((0, 0), (0, attention.padding(length, chosen)), (0, 0)))
+        length = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, attention.padding(length, implementation)), (0, 0)))
         attended = attention.attend(
             self.query(x),
             self.key(x),
             self.value(x),
             length=length,
             causal=causal,
-            implementation=chosen,
+            implementation=implementation,
         )
         return self.out(attended)[:, :length]
 
@@ -193,7 +192,7 @@ def run_stack(
     x: Float[Array, "b n w"],
     *,
     causal: bool,
-    attention: str,
+    implementation: str,
     remat: str,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b n w"]:
@@ -204,17 +203,20 @@ def run_stack(
 
     Args:
       causal: whether a position sees only those before it.
-      attention: implementation, see `attention.IMPLEMENTATIONS`.
+      implementation: of attention, one of `attention.IMPLEMENTATIONS`.
       remat: one of REMAT.
       mesh: whose batch axes the rows of x are split over.
     """
     graph, params = nnx.split(blocks)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    head_dim = blocks.attention.query.bias.shape[-1]
+    chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype, device=device)
 
     def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
         # The weights are split over the same devices as the rows are.  Left to itself, the compiler
         # may split widths in place of rows, so that every device holds the whole batch.
         x = partition.over_batch(x, mesh)
-        return nnx.merge(graph, layer)(x, causal=causal, implementation=attention), None
+        return nnx.merge(graph, layer)(x, causal=causal, implementation=chosen), None
 
     depth = jax.tree.leaves(params)[0].shape[0]
     unrolled = depth <= UNROLLED_LAYERS
