@@ -36,7 +36,7 @@ TRIES = 3  # compiles for the largest batch
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one step.  Bytes and FLOPs are those of one chip.
+    """What the compiler says of one step.  Bytes are those of one chip.
 
     Attributes:
       topology, slices, devices, chips: what it was compiled for.
@@ -46,10 +46,11 @@ class Plan:
       needed: bytes that the step takes altogether, None where the compiler did not say.
       available: bytes that programs may take, None where it is not known.
       fits: whether the compiler found room.
-      counts: of arithmetic and traffic, None where the step does not fit.
-      xla_flops: the compiler's own count, in which a loop's body counts once.
+      counts: arithmetic and traffic of one device, None where the step does not fit.
+      xla_flops: the compiler's own count of one device, in which a loop's body counts once.
       model: FLOPs that the model asks for, on all chips together.
       bounds: seconds that a step takes at least, by what limits it.
+      chip: None where its figures are not known.
     """
 
     topology: str
@@ -237,7 +238,7 @@ def lower_bounds(counts: hlo.Costs, chip: accelerators.Chip | None) -> dict[str,
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr what is going on and for how long: a live line, or one each minute in a log."""
+    """Says on stderr what goes on and for how long: a live line, or one a minute in a log."""
     done = threading.Event()
     live = sys.stderr.isatty()
 
@@ -291,9 +292,7 @@ def remedies(config: Any, found: Plan) -> list[str]:
     shards = found.devices // config.mesh.get("tensor", 1)
     parts = config.microbatches
     if config.model.remat == "none":
-        hints.append(
-            "--config.model.remat=full computes activations again, a third more arithmetic"
-        )
+        hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
     if config.batch_size % (shards * parts * 2) == 0:
         hints.append(
             f"--config.microbatches={parts * 2} halves the activations, for one more forward pass"
@@ -441,6 +440,8 @@ def describe(config: Any, found: Plan) -> str:
     if found.bounds:
         lines += ["", f"{'a step takes at least':<28} {'ms':>9}"]
         lines += [f"  {what:<26} {value * 1e3:>9.1f}" for what, value in found.bounds.items()]
+        if found.slices > 1:
+            lines.append("  (no bound for what crosses slices: the network between them varies)")
         longest = max(found.bounds.values())
         lines.append(
             f"MFU at most {100 * found.mfu_bound:.0f} %, {found.batch_size / longest:,.0f} img/s, "
