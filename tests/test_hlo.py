@@ -24,7 +24,7 @@ TPU_TEXT = """HloModule jit_f, is_scheduled=true
   ROOT %result = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) tuple(%next, %product)
 }
 
-%condition.1 (arg.1: (s32[], bf16[8,4])) -> pred[] {
+%until.1 (arg.1: (s32[], bf16[8,4])) -> pred[] {
   %arg.1 = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
   %limit = s32[]{:T(128)} constant(12)
   %gte.2 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
@@ -38,7 +38,7 @@ ENTRY %main.1 (x: bf16[8,4], a: f32[3,5,7], b: f32[3,7,2]) -> (bf16[8,4], f32[3,
   %zero = s32[]{:T(128)} constant(3)
   %start = s32[]{:T(128)} copy(%zero)
   %init = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) tuple(%start, %x)
-  %loop = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)}) while(%init), condition=%condition.1, body=%body.1
+  %loop = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)}) while(%init), condition=%until.1, body=%body.1
   %last = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
   %sum = bf16[8,4]{1,0:T(8,128)(2,1)} all-reduce(%last), GROUPS, to_apply=%add
   %batched = f32[3,5,2]{2,1,0:T(8,128)} convolution(%a, %b), WINDOW
