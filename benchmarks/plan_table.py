@@ -81,6 +81,8 @@ def make(row: Row, folder: pathlib.Path) -> dict:
             cwd=REPOSITORY,
             check=False,
         )
+        if not done.exists():
+            sys.exit(f"error: no plan of {row.name}: see above.")
         whole.write_text(json.dumps(time.monotonic() - start))
     return json.loads(done.read_text()) | {"command_seconds": json.loads(whole.read_text())}
 

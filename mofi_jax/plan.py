@@ -211,11 +211,11 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
         kinds[kind] += math.prod(shape) * struct.dtype.itemsize
 
     for path, leaf in jax.tree_util.tree_flatten_with_path(structs)[0]:
-        parameter = not partition.path_name(path).startswith("opt_state/")
+        moment = partition.path_name(path).startswith("opt_state/")
         if class_table.is_table(path):
-            add("class table" if parameter else "its moments", leaf)
+            add("its moments" if moment else "class table", leaf)
         else:
-            add("parameters" if parameter else "optimizer", leaf)
+            add("optimizer" if moment else "parameters", leaf)
     for leaf in batch.values():
         add("batch", leaf)
     return kinds
@@ -291,7 +291,7 @@ def remedies(config: Any, found: Plan) -> list[str]:
     hints = []
     shards = found.devices // config.mesh.get("tensor", 1)
     parts = config.microbatches
-    if config.model.remat == "none":
+    if config.model.remat != "full":
         hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
     if config.batch_size % (shards * parts * 2) == 0:
         hints.append(
@@ -401,7 +401,7 @@ def describe(config: Any, found: Plan) -> str:
         "",
         f"{'memory of a chip':<28} {'GiB':>9}",
     ]
-    lines += [f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in found.memory.items()]
+    lines += [f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in found.memory.items() if size]
     if found.needed is not None:
         of = f"of {found.available / GIB:.2f}" if found.available else ""
         lines.append(f"  {'altogether':<26} {found.needed / GIB:>9.3f}  {of}")
