@@ -22,6 +22,11 @@ _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",
     "model": "A training run folder, an exported folder, or a named baseline.",
     "out": "Folder to write.",
+    "topology": "A TPU slice: version and chips, as in v5e:16x16 or v5p:8x8x4.",
+    "slices": "How many such slices.",
+    "entities": "Size of the entity vocabulary.",
+    "vocab_size": "Size of the tokenizer's vocabulary.",
+    "largest": "yes: also look for the largest batch that fits, with some more compiles.",
 }
 
 

@@ -10,12 +10,13 @@ The batch is split over (replica, fsdp); the class table over all axes on its cl
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mofi_jax.errors import BadInput
@@ -43,13 +44,20 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 
 
-def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    replica: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
     """Builds the mesh over all devices; one size may be -1 and takes what the others leave.
+
+    Args:
+      devices: `jax.devices` if left out; those of a slice to compile for (`tpu_topology.devices`).
 
     Raises:
       BadInput: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    given = jax.devices() if devices is None else list(devices)
+    hosts = len({device.process_index for device in given})
+    devices = len(given)
     sizes = [replica, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
@@ -59,13 +67,34 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover {devices} "
             "devices: make the sizes multiply to that number or set one of them to -1."
         )
-    if (replica_fsdp := sizes[0] * sizes[1]) % jax.process_count():
+    if (replica_fsdp := sizes[0] * sizes[1]) % hosts:
         raise BadInput(
-            f"config.mesh gives {replica_fsdp} batch shards to {jax.process_count()} hosts: make "
+            f"config.mesh gives {replica_fsdp} batch shards to {hosts} hosts: make "
             "replica times fsdp a multiple of the hosts, so that each feeds its own."
         )
     # Auto axes, spelled out once for the whole project: jax.make_mesh defaults to Explicit axes.
-    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+    axis_types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in given})
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, given), ALL_AXES, axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=axis_types, devices=given)
+
+
+def _over_slices(sizes: list[int], slices: int, devices: list[Any]) -> np.ndarray:
+    """The devices of several TPU slices in the shape of the mesh.
+
+    Slices are joined by the data-centre network alone: they are laid along ``replica``, which only
+    gradients cross, once a step.
+    """
+    replica, fsdp, tensor = sizes
+    if replica % slices:
+        raise BadInput(
+            f"config.mesh.replica={replica} does not divide over {slices} slices: make it "
+            f"{slices} or a multiple, as parameters are not split across slices."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (replica // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

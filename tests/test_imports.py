@@ -19,15 +19,25 @@ MODULES = sorted(
 # From the ground up; a room uses only what lies below it.
 FLOORS = (
     ("errors",),
-    ("partition", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
+    (
+        "partition",
+        "telemetry",
+        "data.ops",
+        "data.records",
+        "data.tokenizer",
+        "cli",
+        "accelerators",
+        "hlo",
+        "tpu_topology",
+    ),
     ("model",),
     ("losses",),
     ("data.pipeline",),
     ("interop",),
     ("training",),
-    ("inference",),
+    ("inference", "flops"),
     ("evaluators",),
-    ("train", "evaluate", "export", "grow"),
+    ("train", "evaluate", "export", "grow", "plan"),
 )
 
 

@@ -1,0 +1,92 @@
+"""The devices of TPU slices that this machine does not have, to compile for.
+
+The compiler is the package ``libtpu``.  Beside jax it makes every start of jax look for a TPU, so
+it may also lie in a folder of its own, ``tpu_compiler`` in the environment's folder.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import topologies
+
+from mofi_jax.errors import BadInput
+
+COMPILER = epath.Path(sys.prefix) / "tpu_compiler"
+
+# Dimensions of a slice, and the most chips that one has (docs.cloud.google.com/tpu/docs).
+SLICES = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 6144), "v6e": (2, 256), "tpu7x": (3, 9216)}
+# Versions whose two cores jax shows as one device, unless told otherwise.
+_MEGACORE = ("v4", "v5p")
+
+
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """Devices for which programs can be compiled, not run.
+
+    Sets up jax for compiling alone: call it before anything else of jax is used.
+
+    Args:
+      topology: version and chips of one slice, as in "v5e:16x16" or "v5p:8x8x4".
+      slices: how many such slices, connected by the data centre's network.
+
+    Raises:
+      BadInput: a topology that does not exist, or no compiler.
+    """
+    version, sides = _parse(topology)
+    if slices < 1:
+        raise BadInput(f"--slices={slices} must be 1 or more.")
+    _find_compiler()
+    # No TPU is looked for, nor a GPU taken, and several of these processes may run at once.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    jax.config.update("jax_platforms", "cpu")
+    options = {"num_slices": slices} if slices > 1 else {}
+    if version in _MEGACORE:
+        options["chip_config_name"] = "megacore"
+    if min(sides[:2]) < 2:  # less than the four chips of a host
+        bounds = [min(side, 2) for side in sides[:2]]
+        options["chips_per_host_bounds"] = (*bounds, 1)
+    try:
+        description = topologies.get_topology_desc(topology, platform="tpu", **options)
+    except Exception as error:
+        raise BadInput(
+            f"The TPU compiler does not know --topology={topology} "
+            f"({' '.join(str(error).split())[:200]}): {_known()}"
+        ) from error
+    return list(description.devices)
+
+
+def _parse(topology: str) -> tuple[str, list[int]]:
+    version, _, sides = topology.partition(":")
+    numbers = [int(side) for side in re.findall(r"\d+", sides)]
+    if version not in SLICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sides):
+        raise BadInput(f"--topology={topology} is no slice of TPUs: {_known()}")
+    dimensions, most = SLICES[version]
+    if len(numbers) != dimensions or math.prod(numbers) > most:
+        raise BadInput(
+            f"--topology={topology}: a slice of {version} has {dimensions} dimensions and at most "
+            f"{most} chips; --slices=N joins several."
+        )
+    return version, numbers
+
+
+def _known() -> str:
+    versions = ", ".join(SLICES)
+    return f"write VERSION:CHIPS with one of {versions}, as in v5e:16x16, v5p:8x8x4, tpu7x:4x4x8."
+
+
+def _find_compiler() -> None:
+    if importlib.util.find_spec("libtpu") is None and COMPILER.exists():
+        sys.path.append(str(COMPILER))
+    if importlib.util.find_spec("libtpu") is None:
+        wanted = (r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or ())
+        package = next((r for r in wanted if r.startswith("libtpu")), "libtpu")
+        raise BadInput(
+            "The TPU compiler is not installed: python -m pip install --no-deps "
+            f"--target {COMPILER} '{package}'"
+        )
