@@ -8,6 +8,7 @@ a block: how an implementation wants its inputs laid out and padded costs time t
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -65,11 +66,13 @@ def measure(case: Case) -> dict[str, Any]:
     some = params, x[:few], direction[:few]
     with jax.default_matmul_precision("highest"):
         exact = gradients("xla", jnp.float32)(*some)
+    device = jax.devices()[0]
+    what = {"head_dim": case.head_dim, "dtype": jnp.dtype(case.dtype), "device": device}
     found: dict[str, Any] = {}
     runs = {}
     for name in ("xla", "cudnn"):
-        run = gradients(name, jnp.dtype(case.dtype))
         try:
+            run = gradients(attention.choose(name, **what), jnp.dtype(case.dtype))
             error = difference(run(*some), exact)
             jax.block_until_ready(run(params, x, direction))
         except (BadInput, jax.errors.JaxRuntimeError, NotImplementedError) as reason:
@@ -86,11 +89,10 @@ def measure(case: Case) -> dict[str, Any]:
             seconds[name].append((time.perf_counter() - start) / LOOPS)
     for name in runs:
         found[name]["seconds"] = statistics.median(seconds[name])
-    device = jax.devices()[0]
     return {
         "implementations": found,
         "fastest": min(runs, key=lambda name: found[name]["seconds"]),
-        "auto": attention.choose("auto", head_dim=case.head_dim, dtype=jnp.dtype(case.dtype)),
+        "auto": attention.choose("auto", **what),
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
@@ -110,7 +112,7 @@ def difference(found: Any, exact: Any) -> float:
         if "key" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path):
             scale = largest
         error = float(jnp.linalg.norm(leaf.astype(jnp.float32) - reference)) / scale
-        worst = max(worst, error) if error == error else float("inf")
+        worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 

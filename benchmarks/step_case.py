@@ -162,7 +162,7 @@ def measure(case: Case) -> dict[str, Any]:
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),
         "attention": attention.choose(
-            case.attention, head_dim=heads, dtype=jax.numpy.dtype(model.dtype)
+            case.attention, head_dim=heads, dtype=jax.numpy.dtype(model.dtype), device=device
         ),
         "platform": device.platform,
         "device": device.device_kind,

@@ -2,9 +2,10 @@
 
     python -m benchmarks.torch_vit '{"width": 768, "layers": 12, "heads": 12, ...}'
 
-Prints one JSON object.  bf16 autocast, scaled_dot_product_attention, fused AdamW and
-torch.compile.  The image tower is timm's ViT (its CLIP form) where timm is installed, else the same
-architecture below; the head is CosFace over all entities, written as one would in PyTorch.
+Prints one JSON object.  torch.compile, bf16 autocast (which keeps the stream between the blocks in
+float32; `mofi_jax` has it in bf16), scaled_dot_product_attention and fused AdamW, as is usual.  The
+image tower is timm's ViT in its CLIP form where timm is installed, else the same architecture from
+below; the head is CosFace over all entities, as one would write it in PyTorch.
 """
 
 import dataclasses

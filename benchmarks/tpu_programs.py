@@ -9,25 +9,20 @@ TPU.  Run it as a process of its own: it sets up jax for compiling alone.
 
 import dataclasses
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-# Before jax is imported: no TPU is looked for, and several of these processes may run at once.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition
+from mofi_jax import partition, tpu_topology
 from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
 from mofi_jax.training import class_table
 
@@ -228,8 +223,7 @@ def collectives(text: str) -> dict[str, list[tuple[int, ...]]]:
 
 def describe(name: str) -> dict[str, Any]:
     program = PROGRAMS[name]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=program.topology)
-    devices = np.array(topology.devices).reshape(1, -1, 1)
+    devices = np.array(tpu_topology.devices(program.topology)).reshape(1, -1, 1)
     mesh = Mesh(devices, partition.ALL_AXES, (AxisType.Auto,) * 3)
     start = time.perf_counter()
     compiled = program.build(program, mesh).compile()

@@ -248,7 +248,7 @@ def attention(report: figures.Report, runner: Runner, flags: argparse.Namespace)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = {"type": lambda text: text.split(","), "metavar": "A,B"}
+    names = {"type": lambda text: [name for name in text.split(",") if name], "metavar": "A,B"}
     parser.add_argument("--quick", action="store_true", help="Ti/16 at 32 pixels in float32")
     parser.add_argument("--only", choices=SECTIONS, help="one section alone")
     parser.add_argument("--minutes", type=float, default=600, help="all ends by then")

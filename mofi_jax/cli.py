@@ -27,6 +27,11 @@ _HELP = {
     "coordinator": "HOST:PORT of process 0, where jax does not find it by itself.",
     "processes": "How many processes there are, with --coordinator.",
     "process": "Which of them this is, counted from 0, with --coordinator.",
+    "topology": "A TPU slice: version and chips, as in v5e:16x16 or v5p:8x8x4.",
+    "slices": "How many such slices.",
+    "entities": "Size of the entity vocabulary.",
+    "vocab_size": "Size of the tokenizer's vocabulary.",
+    "largest": "yes: also look for the largest batch that fits, with some more compiles.",
 }
 
 

@@ -36,7 +36,7 @@ TRIES = 3  # compiles for the largest batch
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one step.  Bytes and FLOPs are those of one chip.
+    """What the compiler says of one step.  Bytes are those of one chip.
 
     Attributes:
       topology, slices, devices, chips: what it was compiled for.
@@ -46,10 +46,11 @@ class Plan:
       needed: bytes that the step takes altogether, None where the compiler did not say.
       available: bytes that programs may take, None where it is not known.
       fits: whether the compiler found room.
-      counts: of arithmetic and traffic, None where the step does not fit.
-      xla_flops: the compiler's own count, in which a loop's body counts once.
+      counts: arithmetic and traffic of one device, None where the step does not fit.
+      xla_flops: the compiler's own count of one device, in which a loop's body counts once.
       model: FLOPs that the model asks for, on all chips together.
       bounds: seconds that a step takes at least, by what limits it.
+      chip: None where its figures are not known.
     """
 
     topology: str
@@ -210,11 +211,11 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
         kinds[kind] += math.prod(shape) * struct.dtype.itemsize
 
     for path, leaf in jax.tree_util.tree_flatten_with_path(structs)[0]:
-        parameter = not partition.path_name(path).startswith("opt_state/")
+        moment = partition.path_name(path).startswith("opt_state/")
         if class_table.is_table(path):
-            add("class table" if parameter else "its moments", leaf)
+            add("its moments" if moment else "class table", leaf)
         else:
-            add("parameters" if parameter else "optimizer", leaf)
+            add("optimizer" if moment else "parameters", leaf)
     for leaf in batch.values():
         add("batch", leaf)
     return kinds
@@ -237,7 +238,7 @@ def lower_bounds(counts: hlo.Costs, chip: accelerators.Chip | None) -> dict[str,
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr what is going on and for how long: a live line, or one each minute in a log."""
+    """Says on stderr what goes on and for how long: a live line, or one a minute in a log."""
     done = threading.Event()
     live = sys.stderr.isatty()
 
@@ -290,10 +291,8 @@ def remedies(config: Any, found: Plan) -> list[str]:
     hints = []
     shards = found.devices // config.mesh.get("tensor", 1)
     parts = config.microbatches
-    if config.model.remat == "none":
-        hints.append(
-            "--config.model.remat=full computes activations again, a third more arithmetic"
-        )
+    if config.model.remat != "full":
+        hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
     if config.batch_size % (shards * parts * 2) == 0:
         hints.append(
             f"--config.microbatches={parts * 2} halves the activations, for one more forward pass"
@@ -402,7 +401,7 @@ def describe(config: Any, found: Plan) -> str:
         "",
         f"{'memory of a chip':<28} {'GiB':>9}",
     ]
-    lines += [f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in found.memory.items()]
+    lines += [f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in found.memory.items() if size]
     if found.needed is not None:
         of = f"of {found.available / GIB:.2f}" if found.available else ""
         lines.append(f"  {'altogether':<26} {found.needed / GIB:>9.3f}  {of}")
@@ -441,6 +440,8 @@ def describe(config: Any, found: Plan) -> str:
     if found.bounds:
         lines += ["", f"{'a step takes at least':<28} {'ms':>9}"]
         lines += [f"  {what:<26} {value * 1e3:>9.1f}" for what, value in found.bounds.items()]
+        if found.slices > 1:
+            lines.append("  (no bound for what crosses slices: the network between them varies)")
         longest = max(found.bounds.values())
         lines.append(
             f"MFU at most {100 * found.mfu_bound:.0f} %, {found.batch_size / longest:,.0f} img/s, "

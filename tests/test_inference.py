@@ -144,6 +144,7 @@ def test_load_exported_folder(exported, meshes, config, params):
 
 def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokenizer, entities):
     description = inference.describe(config, PREPROCESS)
+    description["attention"] = "cudnn"  # trained on a GPU, read on a CPU
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)

@@ -1,6 +1,8 @@
 """Both towers: published sizes, arithmetic that does not depend on scan, remat or padding."""
 
 import dataclasses
+import functools
+import math
 import re
 
 import jax
@@ -75,7 +77,7 @@ def test_scan_equals_a_plain_loop(params):
     for i in range(3):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
         expected = block(expected, causal=False, implementation="xla")
-    result = layers.run_stack(stack, x, causal=False, attention="xla", remat="none")
+    result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
@@ -86,16 +88,15 @@ def test_layers_of_a_stack_differ():
     assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
-def remat_loss(params, remat, config=CONFIG):
-    config = dataclasses.replace(config, remat=remat)
-    z = mofi.embed_images(config, params, IMAGES)
-    return (z * jnp.arange(12.0)).sum() + (mofi.embed_texts(config, params, TOKENS)[:, 0]).sum()
-
-
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_number(params, remat):
-    differentiate = jax.jit(jax.grad(remat_loss), static_argnums=1)
-    plain, other = differentiate(params, "none"), differentiate(params, remat)
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        return (mofi.embed_images(config, params, IMAGES) * jnp.arange(12.0)).sum()
+
+    plain, other = gradient(params, "none"), gradient(params, remat)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -112,7 +113,7 @@ def test_remat_keeps_what_it_says():
     def kept(remat):
         def run(blocks, x):
             merged = nnx.merge(graph, blocks)
-            return layers.run_stack(merged, x, causal=False, attention="xla", remat=remat)
+            return layers.run_stack(merged, x, causal=False, implementation="xla", remat=remat)
 
         residuals = jax.eval_shape(lambda blocks, x: jax.vjp(run, blocks, x)[1], shapes, x)
         sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if 3 in r.shape]
@@ -121,7 +122,9 @@ def test_remat_keeps_what_it_says():
     # The input, query, key, value, what attention adds to it, and four widths of the MLP.
     assert kept("full") == 1
     assert kept("dots") == 9
-    assert kept("none") > 25
+    # With both norms' results, values after attention, the MLP's wide activation once more, and
+    # logits and weights of attention, which are small at this length.
+    assert 16 < kept("none") < 18
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -148,6 +151,17 @@ def test_each_device_works_on_its_part_of_the_batch(meshes, named):
     leading = {int(size) for size in re.findall(r"f32\[(\d+),5,\d+", text)}
     assert batch // 8 in leading
     assert (batch in leading) is not named
+
+
+def test_exact_gelu():
+    """Against the definition in float64; in bfloat16 within its rounding, tails included."""
+    x = np.linspace(-6, 6, 2001)
+    expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x])
+    gelu = layers.ACTIVATIONS["gelu"]
+    np.testing.assert_allclose(gelu(jnp.float32(x)), expected, atol=1e-6)
+    low = jnp.bfloat16(x)
+    expected = [0.5 * v * math.erfc(-v / math.sqrt(2)) for v in np.float64(low)]
+    np.testing.assert_allclose(np.float64(gelu(low)), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_what_follows_the_end_of_text_changes_nothing(params):

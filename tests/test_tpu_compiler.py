@@ -5,18 +5,18 @@ jax of everyday use does not look for a TPU.
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 from etils import epath
 
+from mofi_jax import tpu_topology
+
 REPOSITORY = epath.Path(__file__).parent.parent
-COMPILER = epath.Path(sys.prefix) / "tpu_compiler"
 
 needs_compiler = pytest.mark.skipif(
-    not COMPILER.exists(), reason="make test installs the TPU compiler"
+    not tpu_topology.COMPILER.exists(), reason="make test installs the TPU compiler"
 )
 
 
@@ -24,7 +24,6 @@ def compile_for_tpu(name):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tpu_programs", name],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(COMPILER)},
         capture_output=True,
         text=True,
         check=False,

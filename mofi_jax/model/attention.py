@@ -78,16 +78,16 @@ def _cudnn(query: Array, key: Array, value: Array, *, length: int, causal: bool)
     return run(query, key, value, key_value_seq_lengths=jnp.full((batch,), length, jnp.int32))
 
 
-def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype) -> str:
-    """ "xla" or "cudnn", for the devices that jax runs on by default.
+def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:
+    """Either "xla" or "cudnn".
 
     Args:
       implementation: one of IMPLEMENTATIONS.
+      device: one of those that the program is for.
 
     Raises:
       BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.
     """
-    device = jax.devices()[0]
     if implementation == "auto":
         preferred = AUTO.get(device.platform, "xla")
         return preferred if preferred == "xla" or _cudnn_runs(device, head_dim, dtype) else "xla"

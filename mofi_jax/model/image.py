@@ -59,7 +59,7 @@ class ImageTower(nnx.Module):
             self.blocks,
             self.pre_norm(x),
             causal=False,
-            attention=config.attention,
+            implementation=config.attention,
             remat=config.remat,
             mesh=mesh,
         )

@@ -47,7 +47,7 @@ class TextTower(nnx.Module):
             self.blocks,
             x.astype(jnp.dtype(config.dtype)),
             causal=True,
-            attention=config.attention,
+            implementation=config.attention,
             remat=config.remat,
             mesh=mesh,
         )

@@ -1,0 +1,238 @@
+"""Plans: B/16 compiled for a TPU slice, what is told when a step does not fit, bad input."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from etils import epath
+
+from configs import mofi, quickstart
+from mofi_jax import accelerators, flops, hlo, plan, tpu_topology
+from mofi_jax.errors import BadInput
+from mofi_jax.training import program, state
+
+REPOSITORY = epath.Path(__file__).parent.parent
+
+needs_compiler = pytest.mark.skipif(
+    not tpu_topology.COMPILER.exists(), reason="make test installs the TPU compiler"
+)
+
+V5E = accelerators.chip_of(type("Device", (), {"device_kind": "TPU v5 lite"}))
+
+
+def run_plan(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mofi_jax.plan", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_compiler
+def test_b16_on_sixteen_chips(tmp_path):
+    done = run_plan(
+        *("--config", "configs/mofi.py:task=supervised,variant=B/16", "--topology", "v5e:4x4"),
+        *("--config.batch_size=2048", "--entities=2_000_000", "--out", str(tmp_path / "out")),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["chips"], result["fits"], result["chip"]["name"]) == (16, True, "TPU v5e")
+    memory = result["memory"]
+    # 86 million parameters and projections in float32, spread over all chips but for small ones.
+    assert 86e6 * 4 / 16 <= memory["parameters"] <= 1.2 * 90e6 * 4 / 16
+    assert memory["class table"] == 125_000 * 512 * 4
+    assert memory["its moments"] == pytest.approx(125_000 * 512 * 6, rel=0.01)
+    assert memory["batch"] >= 128 * 224 * 224 * 3
+    assert memory["temporaries"] < 8 * plan.GIB < sum(memory.values()) + 7 * plan.GIB
+    assert sum(memory.values()) == result["needed"] < result["available"] == 16 * plan.GIB
+    # Rematerialised blocks run forward twice, but for the last product of each.
+    executed = result["counts"]["flops"] * 16 / sum(result["model"].values())
+    assert 1.15 <= executed <= 4 / 3
+    assert result["counts"]["flops_once"] == pytest.approx(result["xla_flops"], rel=0.05)
+    assert result["counts"]["unknown_loops"] == 0
+    assert {c["group"] for c in result["counts"]["collectives"]} == {16}
+    assert 0.2 < result["mfu_bound"] < 1
+    for line in ("class table", "MFU at most", "arithmetic of a step", "should fit"):
+        assert line in done.stdout
+
+
+@needs_compiler
+def test_what_does_not_fit_is_told_with_remedies(tmp_path):
+    done = run_plan(
+        *("--config", "configs/mofi.py:task=contrastive,variant=S/16", "--topology", "v5e:2x2"),
+        *("--config.batch_size=65536", "--config.model.remat=none", "--out", str(tmp_path)),
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert not result["fits"]
+    assert result["needed"] > result["available"] > 15 * plan.GIB
+    assert "temporaries" not in result["memory"]
+    for words in ("It does not fit", "GiB a chip of 15.8 GiB", "--config.microbatches=2"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+MESSAGES = [
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (122.76G) exceeds available HBM (15.75G).",
+        (122.76, 15.75),
+    ),
+    (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.06G of 15.75G hbm. Exceeded hbm capacity by 4.31G.",
+        (20.06, 15.75),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "gib"), MESSAGES)
+def test_the_compilers_error_is_read(message, gib):
+    assert plan.out_of_memory(message)
+    assert plan.memory_in(message) == tuple(int(n * 2**30) for n in gib)
+
+
+def test_other_errors_are_not_out_of_memory():
+    assert not plan.out_of_memory("INVALID_ARGUMENT: hbm")
+    assert not plan.out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
+    assert plan.memory_in("RESOURCE_EXHAUSTED: hbm is full") == (None, None)
+
+
+def found(config, *, fits=True, needed=4.0, temporaries=3.0, devices=16, table=0.5):
+    """A plan with numbers of GiB."""
+    memory = {"parameters": 0.2, "optimizer": 0.3, "class table": table, "its moments": 0.0}
+    memory = {kind: int(gib * plan.GIB) for kind, gib in memory.items()}
+    memory |= {"batch": 0} | ({"temporaries": int(temporaries * plan.GIB)} if fits else {})
+    return plan.Plan(
+        topology="v5e:4x4",
+        slices=1,
+        devices=devices,
+        chips=devices,
+        batch_size=config.batch_size,
+        seconds=1.0,
+        memory=memory,
+        needed=int(needed * plan.GIB),
+        available=16 * plan.GIB,
+        fits=fits,
+        counts=None,
+        xla_flops=None,
+        model=flops.StepFlops(1e12, 0.0, 0.0, 0.0),
+        bounds={},
+        chip=V5E,
+    )
+
+
+def test_remedies_are_keys_that_the_config_has_and_does_not_use_yet():
+    config = mofi.get_config()
+    config.batch_size = 4096
+    hints = "\n".join(plan.remedies(config, found(config, fits=False, table=1.0)))
+    assert "--config.microbatches=2" in hints
+    assert "second_moment=row" in hints
+    assert "sample_rate=0.1" in hints
+    assert "--config.batch_size=2048" in hints
+    for used in ("remat", "replica", "first_moment_dtype", "block_size"):
+        assert used not in hints
+    for key in [word.split("=")[0] for word in hints.split() if word.startswith("--config.")]:
+        value = config
+        for part in key.removeprefix("--config.").split("."):
+            value = value[part]  # raises for a key that there is not
+
+    config.model.remat, config.microbatches, config.losses.entity.block_size = "none", 256, 64
+    config.optimizer.first_moment_dtype, config.mesh.replica = "float32", 2
+    hints = "\n".join(plan.remedies(config, found(config, fits=False, table=0.0)))
+    for needed in ("remat=full", "replica=1", "first_moment_dtype", "block_size=0"):
+        assert needed in hints
+    assert "microbatches" not in hints, "a batch of 4,096 has no smaller parts on 16 devices"
+    assert "second_moment" not in hints
+
+
+def test_a_likely_batch_fills_the_memory_and_divides():
+    config = mofi.get_config()
+    config.batch_size = 1024
+    likely = plan.likely_batch(config, found(config, needed=4.0, temporaries=3.0))
+    # 1 GiB whatever the batch, 3 GiB for 1,024: 16 GiB hold a little less than 5 times as many.
+    assert 4.5 * 1024 <= likely <= 5 * 1024
+    assert likely % 16 == 0
+    assert plan.likely_batch(config, found(config, fits=False)) is None
+
+
+@pytest.mark.parametrize("limit", [700, 1500, 2048, 9000])
+def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, meshes):
+    config = quickstart.get_config()
+    config.batch_size = 1024
+
+    def compile_for(config, mesh, **_):
+        fits = config.batch_size <= limit
+        grows = 15.0 * config.batch_size / limit  # GiB
+        return found(config, fits=fits, needed=grows + 0.5, temporaries=grows)
+
+    monkeypatch.setattr(plan, "plan", compile_for)
+    first = compile_for(config, meshes["1x8x1"])
+    largest = plan.largest_batch(config, meshes["1x8x1"], first, {})
+    assert 0.7 * limit <= largest <= limit
+    assert largest % 16 == 0
+
+
+def test_bounds_and_mfu():
+    counts = hlo.Costs(
+        flops=197e12,
+        passes=394e12,
+        flops_once=1e12,
+        hbm_bytes=819e9,
+        collectives=(hlo.Collective("all-gather", 16, 1, 1, 100e9),),
+        unknown_loops=0,
+    )
+    bounds = plan.lower_bounds(counts, V5E)
+    assert bounds == {"arithmetic": 2.0, "HBM": 1.0, "links": 0.5}
+    v7x = accelerators.chip_of(type("Device", (), {"device_kind": "TPU7x"}))
+    assert plan.lower_bounds(counts, v7x)["HBM"] == 819 / 3690  # of half a chip
+    assert plan.lower_bounds(counts, None) == {}
+
+
+def test_state_bytes_are_those_of_real_arrays(meshes):
+    mesh = meshes["2x2x2"]
+    config = quickstart.get_config()
+    config.model.update({"image": {"width": 16, "layers": 2, "heads": 2}, "embed_dim": 8})
+    sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 1001, "examples_per_epoch": 1000}
+    made = program.make(config, mesh, **sizes)
+    structs, _ = state.abstract(made.init, mesh)
+    kinds = plan.state_bytes(structs, {})
+    arrays, _ = state.create(made.init, 0, mesh)
+    here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays)]
+    assert sum(kinds.values()) == sum(here)
+    assert kinds["class table"] == 126 * 8 * 4
+    assert kinds["its moments"] == 126 * (8 * 8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("v9:4x4", "one of v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e-256", "as in v5e:16x16"),
+        ("v5e:4x4x4", "2 dimensions"),
+        ("v5e:32x32", "at most 256 chips"),
+    ],
+)
+def test_wrong_topology(topology, words):
+    with pytest.raises(BadInput, match=words):
+        tpu_topology.devices(topology)
+
+
+def test_without_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpu_topology, "COMPILER", tmp_path / "none")
+    with pytest.raises(BadInput, match=r"pip install .* 'libtpu"):
+        tpu_topology.devices("v5e:4x4")
+
+
+def test_command_line_mistakes():
+    config = ("--config", "configs/mofi.py")
+    done = run_plan(*config, "--topology=v5e:5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --topology=v5e:5 is no slice")
+    assert "-0.5 is not a whole number" in run_plan(*config, "--topology=x", "--slices=-0.5").stderr
