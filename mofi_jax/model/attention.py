@@ -15,10 +15,10 @@ from mofi_jax.errors import BadInput
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 # What "auto" means on each platform; a shape or dtype that cuDNN refuses takes "xla" on a GPU too.
-# gpu: not measured yet; reasoned: XLA writes and reads the float32 logits of all heads
-# (12 x 197 x 197 x 4 bytes = 1.9 MB a picture and layer of B/16, several times the block's other
-# activations), cuDNN's flash attention keeps them on the chip.  `python -m benchmarks.train_step
-# --only attention` measures both on the device at hand and says which to write here.
+# gpu: reasoned, not measured: XLA writes and reads the float32 logits and the weights of all heads
+# (2.8 MB a picture and layer of B/16, where a block keeps 4.9 MB with cuDNN's attention, which
+# leaves them on the chip).  `python -m benchmarks.train_step --only attention` measures both on the
+# device at hand, compares their gradients, and says which to write here.
 AUTO = {"gpu": "cudnn", "tpu": "xla", "cpu": "xla"}
 
 
