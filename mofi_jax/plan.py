@@ -24,7 +24,15 @@ import jax
 from absl import logging
 from etils import epath
 
-from mofi_jax import accelerators, cli, flops, hlo, partition, telemetry, tpu_topology
+from mofi_jax import (
+    accelerators,
+    cli,
+    flops,
+    partition,
+    program_costs,
+    telemetry,
+    tpu_topology,
+)
 from mofi_jax.errors import BadInput
 from mofi_jax.training import class_table, program, settings, state
 
@@ -63,7 +71,7 @@ class Plan:
     needed: int | None
     available: int | None
     fits: bool
-    counts: hlo.Costs | None
+    counts: program_costs.Costs | None
     xla_flops: float | None
     model: flops.StepFlops
     bounds: dict[str, float]
@@ -188,7 +196,7 @@ def plan(
         "temporaries": share * (analysis.temp_size_in_bytes + max(0, new)),
         "program": share * analysis.generated_code_size_in_bytes,
     }
-    counts = hlo.costs(compiled.as_text(), devices=mesh.size)
+    counts = program_costs.costs(compiled.as_text(), devices=mesh.size)
     return Plan(
         **fixed,
         seconds=seconds,
@@ -221,7 +229,7 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
     return kinds
 
 
-def lower_bounds(counts: hlo.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
+def lower_bounds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
     """Seconds that one device needs at least for its arithmetic, its memory and its links."""
     if chip is None:
         return {}

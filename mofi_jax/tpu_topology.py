@@ -44,6 +44,9 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     _find_compiler()
     # No TPU is looked for, nor a GPU taken, and several of these processes may run at once.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # Without them the compiler complains on stderr that it runs on no TPU host.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_platforms", "cpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if version in _MEGACORE:
