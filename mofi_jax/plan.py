@@ -301,10 +301,11 @@ def remedies(config: Any, found: Plan) -> list[str]:
     parts = config.microbatches
     if config.model.remat != "full":
         hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
-    if config.batch_size % (shards * parts * 2) == 0:
+    more = _further_parts(found, config.batch_size // (shards * parts))
+    if more > 1:
         hints.append(
-            f"--config.microbatches={parts * 2} halves the activations, for one more forward pass"
-            + ("" if parts == 1 else " in smaller parts")
+            f"--config.microbatches={parts * more} keeps the activations of a part at a time"
+            + (", for one more forward pass" if parts == 1 else "")
         )
     if config.mesh.replica > found.slices:
         hints.append(
@@ -328,6 +329,16 @@ def remedies(config: Any, found: Plan) -> list[str]:
         hints.append(f"--config.batch_size={config.batch_size // 2} halves the batch")
     hints.append("a slice with more chips")
     return hints
+
+
+def _further_parts(found: Plan, rows: int) -> int:
+    """In how many parts, a power of two, to cut `rows` of a device so that they may fit."""
+    wanted, parts = 2.0, 1
+    if found.needed and found.available:
+        wanted = max(wanted, found.needed / found.available)
+    while parts < wanted and rows % (2 * parts) == 0:
+        parts *= 2
+    return parts
 
 
 # ---------------------------------------------------------------------------- the largest batch
