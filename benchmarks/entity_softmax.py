@@ -17,10 +17,8 @@ an accelerator; on a CPU, a tiny tower shows that the measurement runs.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -37,7 +35,7 @@ from jax.sharding import Mesh
 
 from benchmarks import entity_versions as versions
 from benchmarks import figures
-from mofi_jax import partition
+from mofi_jax import partition, tpu_topology
 from mofi_jax.losses import base, entity
 from mofi_jax.model import mofi
 from mofi_jax.training import cadence, optim, state, step
@@ -203,18 +201,14 @@ def measure(
 
 def tpu(report: figures.Report, quick: bool) -> None:
     """Memory of a chip as the TPU compiler plans it, in processes of their own."""
-    if importlib.util.find_spec("libtpu") is None and not tpu_compiler().exists():
-        print('no TPU compiler here: pip install "jax[tpu]", or run make test once')
+    if not tpu_topology.has_compiler():
+        print("no TPU compiler here: run make test once")
         return
     programs = {"exact_v5e": "<= 160", "exact_v6e": "<= 280", "dense_v5e": None}
     programs |= {"sampled_v5e": None, "clip_v5e": None, "siglip_v5e": None}
     for name in ("exact_v5e",) if quick else programs:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.tpu_programs", name],
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{tpu_compiler()}:{os.environ.get('PYTHONPATH', '')}",
-            },
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -226,11 +220,6 @@ def tpu(report: figures.Report, quick: bool) -> None:
         device = f"TPU {result['topology']}, compiled only"
         value = result["temporary_mib"]
         report.add(f"temporary memory per chip, {what}", value, "MiB", device, asked=programs[name])
-
-
-def tpu_compiler() -> pathlib.Path:
-    """Where `make test` puts libtpu."""
-    return pathlib.Path(sys.prefix) / "tpu_compiler"
 
 
 def whole_step(report: figures.Report, quick: bool) -> None:

@@ -24,7 +24,15 @@ import jax
 from absl import logging
 from etils import epath
 
-from mofi_jax import accelerators, cli, flops, hlo, partition, telemetry, tpu_topology
+from mofi_jax import (
+    accelerators,
+    cli,
+    flops,
+    partition,
+    program_costs,
+    telemetry,
+    tpu_topology,
+)
 from mofi_jax.errors import BadInput
 from mofi_jax.training import class_table, program, settings, state
 
@@ -63,7 +71,7 @@ class Plan:
     needed: int | None
     available: int | None
     fits: bool
-    counts: hlo.Costs | None
+    counts: program_costs.Costs | None
     xla_flops: float | None
     model: flops.StepFlops
     bounds: dict[str, float]
@@ -188,7 +196,7 @@ def plan(
         "temporaries": share * (analysis.temp_size_in_bytes + max(0, new)),
         "program": share * analysis.generated_code_size_in_bytes,
     }
-    counts = hlo.costs(compiled.as_text(), devices=mesh.size)
+    counts = program_costs.costs(compiled.as_text(), devices=mesh.size)
     return Plan(
         **fixed,
         seconds=seconds,
@@ -221,7 +229,7 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
     return kinds
 
 
-def lower_bounds(counts: hlo.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
+def lower_bounds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
     """Seconds that one device needs at least for its arithmetic, its memory and its links."""
     if chip is None:
         return {}
@@ -293,10 +301,11 @@ def remedies(config: Any, found: Plan) -> list[str]:
     parts = config.microbatches
     if config.model.remat != "full":
         hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
-    if config.batch_size % (shards * parts * 2) == 0:
+    more = _further_parts(found, config.batch_size // (shards * parts))
+    if more > 1:
         hints.append(
-            f"--config.microbatches={parts * 2} halves the activations, for one more forward pass"
-            + ("" if parts == 1 else " in smaller parts")
+            f"--config.microbatches={parts * more} keeps the activations of a part at a time"
+            + (", for one more forward pass" if parts == 1 else "")
         )
     if config.mesh.replica > found.slices:
         hints.append(
@@ -320,6 +329,16 @@ def remedies(config: Any, found: Plan) -> list[str]:
         hints.append(f"--config.batch_size={config.batch_size // 2} halves the batch")
     hints.append("a slice with more chips")
     return hints
+
+
+def _further_parts(found: Plan, rows: int) -> int:
+    """In how many parts, a power of two, to cut `rows` of a device so that they may fit."""
+    wanted, parts = 2.0, 1
+    if found.needed and found.available:
+        wanted = max(wanted, found.needed / found.available)
+    while parts < wanted and rows % (2 * parts) == 0:
+        parts *= 2
+    return parts
 
 
 # ---------------------------------------------------------------------------- the largest batch

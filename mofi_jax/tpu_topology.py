@@ -41,9 +41,12 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     version, sides = _parse(topology)
     if slices < 1:
         raise BadInput(f"--slices={slices} must be 1 or more.")
-    _find_compiler()
+    _require_compiler()
     # No TPU is looked for, nor a GPU taken, and several of these processes may run at once.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # Without them the compiler complains on stderr that it runs on no TPU host.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_platforms", "cpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if version in _MEGACORE:
@@ -80,10 +83,15 @@ def _known() -> str:
     return f"write VERSION:CHIPS with one of {versions}, as in v5e:16x16, v5p:8x8x4, tpu7x:4x4x8."
 
 
-def _find_compiler() -> None:
+def has_compiler() -> bool:
+    """Whether libtpu can be imported; from COMPILER, too, after this call."""
     if importlib.util.find_spec("libtpu") is None and COMPILER.exists():
         sys.path.append(str(COMPILER))
-    if importlib.util.find_spec("libtpu") is None:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _require_compiler() -> None:
+    if not has_compiler():
         wanted = (r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or ())
         package = next((r for r in wanted if r.startswith("libtpu")), "libtpu")
         raise BadInput(

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import quickstart
-from mofi_jax import hlo, partition
+from mofi_jax import partition, program_costs
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import program, state
@@ -86,7 +86,7 @@ def test_every_device_computes_its_share(meshes):
         structs, shardings = state.abstract(built.init, mesh)
         batch = program.batch_structs(config, mesh)
         compiled = built.make_update(shardings).lower(structs, batch).compile()
-        return hlo.costs(compiled.as_text(), devices=mesh.size).flops
+        return program_costs.costs(compiled.as_text(), devices=mesh.size).flops
 
     whole = flops(meshes["1x1x1"])
     assert whole / 8 <= flops(meshes["1x8x1"]) <= 1.1 * whole / 8
