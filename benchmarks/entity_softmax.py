@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +33,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks import entity_versions as versions
-from benchmarks import figures
+from benchmarks import figures, step_case
 from mofi_jax import partition, tpu_topology
 from mofi_jax.losses import base, entity
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, optim, state, step
+from mofi_jax.training import state, step
 
 SIMULATED = 8
 SECTIONS = ("exactness", "speed", "tpu", "step")
@@ -249,21 +248,7 @@ def whole_step(report: figures.Report, quick: bool) -> None:
             "block_size": 0,
         }
     }
-    optimizer = types.SimpleNamespace(
-        learning_rate=1e-4,
-        warmup="0 steps",
-        final_fraction=0.0,
-        b1=0.9,
-        b2=0.98,
-        eps=1e-6,
-        weight_decay=0.2,
-        clip_norm=5.0,
-        first_moment_dtype="bfloat16",
-        table=types.SimpleNamespace(
-            learning_rate_multiplier=1.0, clip_norm=5.0, second_moment="full"
-        ),
-    )
-    tx = optim.make(optimizer, cadence.Clock(batch, 10**6, 10**5))
+    tx = step_case.optimizer(batch)
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
 

@@ -89,6 +89,7 @@ def task_losses(task: str) -> dict[str, dict[str, Any]]:
 def optimizer(batch: int) -> Any:
     """The update rule of configs/mofi.py (which itself needs ml_collections)."""
     values = types.SimpleNamespace(
+        kind="adamw",
         learning_rate=5e-4,
         warmup="2000 steps",
         final_fraction=0.0,
@@ -98,6 +99,8 @@ def optimizer(batch: int) -> Any:
         weight_decay=0.2,
         clip_norm=5.0,
         first_moment_dtype="bfloat16",
+        layer_decay=1.0,
+        frozen=(),
         table=types.SimpleNamespace(
             learning_rate_multiplier=1.0, clip_norm=5.0, second_moment="full"
         ),
