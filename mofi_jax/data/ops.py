@@ -150,9 +150,9 @@ def decode() -> Operation:
 
     def apply(data: bytes, rng: np.random.Generator | None) -> np.ndarray:
         if data[:2] == b"\xff\xd8":
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is not None:
-                return image[..., ::-1]
+                return image
         return decode_rgb(data)
 
     return apply
@@ -223,7 +223,7 @@ def flip(probability: float = 0.5) -> Operation:
     """Left-right mirror with the given probability."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return image[:, ::-1] if rng.random() < probability else image
+        return cv2.flip(image, 1) if rng.random() < probability else image
 
     return apply
 

@@ -1,20 +1,21 @@
 """The training stream: one order fixed by the seed, any number of hosts, exact from any point.
 
-The position is one number, examples consumed.  The order over all epochs is an index permutation
-(Grain MapDataset: shuffle, repeat), random operations are keyed by the global index, and host h of
-n takes every n-th example from the position on; so any number of hosts continues exactly where any
-other number stopped.
+The position is one number, examples consumed.  The order over all epochs is a function of the index
+(Grain MapDataset: each set shuffled and repeated, the sets mixed by their weights), random
+operations are keyed by the global index, and host h of n takes every n-th example from the position
+on; so any number of hosts continues exactly where any other number stopped.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from mofi_jax.data import ops, records, tokenizer
 from mofi_jax.errors import BadInput
@@ -90,8 +91,137 @@ class ExampleBuilder:
         return self.entities.text(entity, with_description=source != "name"), entity
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of the mixture; the first of several is the primary one.
+
+    Attributes:
+      name: how examples of this set are told from those of others.
+      source: `records.open_source`.
+      weight: share of the examples, relative to the other sets.
+      remap: int32 [entities of this set], the id of each in the primary vocabulary, -1 where it has
+        none; None keeps the ids, as for the primary set.
+    """
+
+    name: str
+    source: records.Source
+    weight: float = 1.0
+    remap: np.ndarray | None = None
+
+    def record(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with ids of the primary vocabulary, without labels that are not in it."""
+        if self.remap is None:
+            return {**record, "set": self.name}
+        records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
+        ids = self.remap[record["entity_ids"]]
+        known = ids >= 0
+        return {
+            **record,
+            "set": self.name,
+            "entity_ids": ids[known],
+            "entity_scores": record["entity_scores"][known],
+        }
+
+
+def open_extra(
+    extra: Mapping[str, Mapping[str, Any]], entities: records.Entities | None
+) -> list[Part]:
+    """Opens ``config.data.extra``: what is mixed into the primary set, in the order of the names.
+
+    Entities are matched by QID; labels that the primary vocabulary lacks are dropped, and so are
+    all of them where it has none.
+
+    Args:
+      extra: name -> {dir, name, weight}; the weight of the primary set is 1.
+      entities: the primary vocabulary.
+
+    Raises:
+      BadInput: as `records.open_source`; a weight that is not positive; keys that do not fit.
+    """
+    ids = {qid: i for i, qid in enumerate(entities.qids)} if entities else {}
+    parts = []
+    for name, wanted in sorted(extra.items()):
+        if set(wanted) != {"dir", "name", "weight"}:
+            raise BadInput(
+                f"config.data.extra.{name} has the keys {', '.join(sorted(wanted)) or 'none'}: "
+                "give it dir, name and weight."
+            )
+        if not (wanted["weight"] > 0 and math.isfinite(wanted["weight"])):
+            raise BadInput(
+                f"config.data.extra.{name}.weight={wanted['weight']} is not positive: set it to "
+                "the examples of this set for each one of the primary set, or leave the set out."
+            )
+        source = records.open_source(wanted["dir"], wanted["name"])
+        path = source.directory / records.ENTITIES_FILE
+        remap = np.zeros(0, np.int32)  # without a vocabulary no record may carry a label
+        if path.exists():
+            own = records.read_entities(path)
+            remap = np.array([ids.get(qid, -1) for qid in own.qids], np.int32)
+            missing = remap < 0
+            logging.info(
+                "%s: %d of %d entities are not in the primary vocabulary; their %d labels of %d "
+                "are dropped",
+                *(name, missing.sum(), len(own), own.counts[missing].sum(), own.counts.sum()),
+            )
+        parts.append(Part(name, source, float(wanted["weight"]), remap))
+    return parts
+
+
+def examples_per_epoch(parts: Sequence[Part]) -> int:
+    """Examples of the mixture in which each of the primary set comes once: what an epoch means."""
+    return round(len(parts[0].source) * sum(p.weight for p in parts) / parts[0].weight)
+
+
+def check_shards(parts: Sequence[Part], hosts: int) -> None:
+    """Refuses a set of fewer shards than hosts.
+
+    Nothing would be wrong with the examples: every host opens all shards and reads its own records
+    from any of them.  But then several hosts always stand at the same file of the shared disk or
+    bucket, whose throughput is per file; a pod that reads so few files is fed by a sample, or by a
+    set that was never meant for it, and it is better to hear of that before it waits for data.
+
+    Raises:
+      BadInput: names the set.
+    """
+    for part in parts:
+        if part.source.shards < hosts:
+            raise BadInput(
+                f"{part.source.directory} has {part.source.shards} shards for {hosts} hosts, which "
+                "would wait for one another's reads: write it with a smaller "
+                "config.shard_examples (data_prep.build_i2e), or train on fewer hosts."
+            )
+
+
+def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
+    """The records of all sets in the order of training, without end.
+
+    Grain mixes by whole numbers: shares are exact to one percent of the smallest one.
+    """
+    sets = [
+        # A seed for each set, so that sets of one length are not walked through in step.
+        grain.MapDataset.source(part.source).seed((seed + i) % 2**32).shuffle().repeat()
+        for i, part in enumerate(parts)
+    ]
+    if len(parts) == 1:
+        return sets[0]
+    return grain.MapDataset.mix(
+        [records_of.map(part.record) for records_of, part in zip(sets, parts, strict=True)],
+        weights=[part.weight for part in parts],
+    )
+
+
+def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list[str]:
+    """NAME:KEY of the examples at the positions start, ..., start + count - 1.
+
+    Recomputed from the position, so that no keys travel with the batches; reads ``count`` records.
+    """
+    ordered = _ordered(parts, seed)
+    found = (ordered[i] for i in range(start, start + count))
+    return [f"{record.get('set', parts[0].name)}:{record['key']}" for record in found]
+
+
 def training_stream(
-    source: Any,
+    parts: Sequence[Part],
     builder: ExampleBuilder,
     *,
     seed: int,
@@ -105,7 +235,7 @@ def training_stream(
     """This host's part of every global batch from example ``start`` on, for ever.
 
     Args:
-      source: `records.open_source`.
+      parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
       batch_size: global; must divide by ``hosts``.
       threads: decoding threads per process.
@@ -115,15 +245,13 @@ def training_stream(
         raise BadInput(
             f"config.batch_size={batch_size} does not divide over {hosts} hosts: choose a multiple."
         )
+    check_shards(parts, hosts)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     # Two batches ahead, over all processes that decode for this host.
     ahead = max(threads, 2 * batch_size // hosts // max(1, workers))
     stream = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
+        _ordered(parts, seed)
         .random_map(builder)[start + host :: hosts]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
         .batch(batch_size // hosts, drop_remainder=True)

@@ -200,11 +200,16 @@ class Source:
     """Random access to the records of one split: `len(source)`, `source[i]` -> `parse`'s dict.
 
     Picklable, and safe to read from several threads; use `open_source` to make one.
+
+    Attributes:
+      directory: the folder of its version.
+      shards: number of files that hold the split.
     """
 
-    def __init__(self, raw, directory: epath.Path):
+    def __init__(self, raw, directory: epath.Path, shards: int):
         self._raw = raw
         self.directory = directory
+        self.shards = shards
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -278,7 +283,7 @@ def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> So
     for instruction in instructions:
         _check_shard(epath.Path(instruction.filename), instruction.examples_in_shard)
     raw = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    return Source(raw, directory)
+    return Source(raw, directory, len(instructions))
 
 
 def _check_shard(path: epath.Path, length: int) -> None:
