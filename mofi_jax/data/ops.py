@@ -7,6 +7,7 @@ the number of workers change no pixel.  Nothing here imports jax: data workers m
 """
 
 import ast
+import ctypes
 import functools
 import inspect
 import io
@@ -20,6 +21,23 @@ from PIL import Image, ImageOps
 from mofi_jax.errors import BadInput
 
 cv2.setNumThreads(0)  # the pipeline has its own threads
+
+
+def _keep_freed_pictures() -> None:
+    """Has glibc keep the memory of freed pictures for the next ones.
+
+    By default whatever takes more than 128 kB goes back to the system when it is freed, and the
+    pages of the next picture are zeroed anew: a quarter of the time of decoding 320 x 256 pixels.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD: blocks that go back at once
+    mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
+
+
+_keep_freed_pictures()
 
 Operation = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
 

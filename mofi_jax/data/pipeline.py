@@ -9,6 +9,7 @@ on; so any number of hosts continues exactly where any other number stopped.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ from mofi_jax.data import ops, records, tokenizer
 from mofi_jax.errors import BadInput
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
+
+EXAMPLES_AT_ONCE = 8  # of a decoding thread
+
+_ORDER, _DRAWS = 1, 3  # what a seed is for: the order of a set, the draws of the examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,12 @@ class ExampleBuilder:
     def _tokenizer(self) -> tokenizer.Tokenizer:
         return tokenizer.Tokenizer(self.tokenizer_path, self.context_length)
 
+    @functools.cached_property
+    def _sources(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The text sources, and up to which number in [0, 1) each is drawn."""
+        shares = np.cumsum(list(self.text_sources.values()), dtype=np.float64)
+        return tuple(self.text_sources), shares / shares[-1]
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_tokenizer", None)
@@ -61,7 +72,7 @@ class ExampleBuilder:
             records.validate_entity_ids(record["entity_ids"], len(self.entities), record["key"])
             ids[: len(best)] = record["entity_ids"][best]
             weights[: len(best)] = 1.0 / len(best)
-        text, group = self._text(record, ids, int(np.sum(ids >= 0)), rng)
+        text, group = self._text(record, ids, len(best) if self.entities is not None else 0, rng)
         return {
             "image": np.ascontiguousarray(image),
             "tokens": self._tokenizer([text])[0],
@@ -79,8 +90,8 @@ class ExampleBuilder:
         Pairs of one group are no negatives of one another (losses/contrastive.py): two pictures
         labelled with one entity, or two pictures with the same words.
         """
-        names, probabilities = zip(*self.text_sources.items(), strict=True)
-        source = names[rng.choice(len(names), p=np.asarray(probabilities) / sum(probabilities))]
+        names, shares = self._sources
+        source = names[shares.searchsorted(rng.random(), side="right")]
         if not labels or self.entities is None:
             digest = hashlib.blake2b(record["text"].strip().lower().encode(), digest_size=4)
             # Negative, so that no hash is mistaken for an entity.
@@ -108,19 +119,18 @@ class Part:
     weight: float = 1.0
     remap: np.ndarray | None = None
 
-    def record(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The record with ids of the primary vocabulary, without labels that are not in it."""
-        if self.remap is None:
-            return {**record, "set": self.name}
-        records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
-        ids = self.remap[record["entity_ids"]]
-        known = ids >= 0
-        return {
-            **record,
-            "set": self.name,
-            "entity_ids": ids[known],
-            "entity_scores": record["entity_scores"][known],
-        }
+    def record(self, serialized: bytes) -> dict[str, Any]:
+        """The record in the primary vocabulary, without labels that are not in it; `set` is new."""
+        record = {**records.parse(serialized), "set": self.name}
+        if self.remap is not None:
+            records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
+            ids = self.remap[record["entity_ids"]]
+            known = ids >= 0
+            record |= {
+                "entity_ids": ids[known],
+                "entity_scores": record["entity_scores"][known],
+            }
+        return record
 
 
 def open_extra(
@@ -198,26 +208,37 @@ def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
     Grain mixes by whole numbers: shares are exact to one percent of the smallest one.
     """
     sets = [
+        # As bytes: Grain measures what a source hands out, item by item of a dictionary.
+        grain.MapDataset.source(part.source.serialized)
         # A seed for each set, so that sets of one length are not walked through in step.
-        grain.MapDataset.source(part.source).seed((seed + i) % 2**32).shuffle().repeat()
+        .shuffle(seed=_derived(seed + i, _ORDER))
+        .repeat()
+        .map(part.record)
         for i, part in enumerate(parts)
     ]
-    if len(parts) == 1:
+    if len(sets) == 1:
         return sets[0]
-    return grain.MapDataset.mix(
-        [records_of.map(part.record) for records_of, part in zip(sets, parts, strict=True)],
-        weights=[part.weight for part in parts],
-    )
+    return grain.MapDataset.mix(sets, weights=[part.weight for part in parts])
+
+
+def _derived(seed: int, purpose: int) -> int:
+    return int(np.random.SeedSequence((seed, purpose)).generate_state(1)[0])
 
 
 def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list[str]:
-    """NAME:KEY of the examples at the positions start, ..., start + count - 1.
+    """SET:KEY of the examples at the positions start, ..., start + count - 1.
 
     Recomputed from the position, so that no keys travel with the batches; reads ``count`` records.
     """
     ordered = _ordered(parts, seed)
     found = (ordered[i] for i in range(start, start + count))
-    return [f"{record.get('set', parts[0].name)}:{record['key']}" for record in found]
+    return [f"{record['set']}:{record['key']}" for record in found]
+
+
+def _stack(examples: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
+    """Some examples, and some more: one batch of all, copied once."""
+    flat = list(itertools.chain.from_iterable(examples))
+    return {name: np.stack([example[name] for example in flat]) for name in flat[0]}
 
 
 def training_stream(
@@ -248,13 +269,17 @@ def training_stream(
     check_shards(parts, hosts)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
+    local = batch_size // hosts
+    # Threads take some examples at a time: handing over each alone costs as much as its tokens.
+    some = math.gcd(local, EXAMPLES_AT_ONCE)
     # Two batches ahead, over all processes that decode for this host.
-    ahead = max(threads, 2 * batch_size // hosts // max(1, workers))
+    ahead = max(2 * threads, 2 * local // some // max(1, workers))
     stream = (
         _ordered(parts, seed)
-        .random_map(builder)[start + host :: hosts]
+        .random_map(builder, seed=_derived(seed, _DRAWS))[start + host :: hosts]
+        .batch(some, batch_fn=list)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-        .batch(batch_size // hosts, drop_remainder=True)
+        .batch(local // some, drop_remainder=True, batch_fn=_stack)
     )
     if workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
