@@ -11,6 +11,7 @@ import ctypes
 import functools
 import inspect
 import io
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from mofi_jax.data import augment
 from mofi_jax.errors import BadInput
 
 cv2.setNumThreads(0)  # the pipeline has its own threads
@@ -33,8 +35,8 @@ def _keep_freed_pictures() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return  # another C library
-    mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD: blocks that go back at once
-    mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks that still go back at once
+    mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
 
 
 _keep_freed_pictures()
@@ -226,11 +228,12 @@ def random_resized_crop(
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]
-        area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
-        w = int(np.clip(round(np.sqrt(area * aspect)), 1, width))
-        h = int(np.clip(round(np.sqrt(area / aspect)), 1, height))
-        top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        draws = rng.random(4)
+        area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[1]
+        w = min(width, max(1, round(math.sqrt(area * aspect))))
+        h = min(height, max(1, round(math.sqrt(area / aspect))))
+        top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
         return _resize(image[top : top + h, left : left + w], size, size, "area")
 
     return apply
@@ -309,5 +312,20 @@ def light(brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.
         grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
         pixels = (grey[..., None] + (pixels - grey[..., None]) * s) * b
         return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+    return apply
+
+
+@_register
+def randaugment(num_ops: int = 2, magnitude: float = 9) -> Operation:
+    """``num_ops`` operations drawn from the set of RandAugment, at magnitude 0 to 10 (`augment`).
+
+    The defaults are the paper's for ImageNet (ResNet-50).
+    """
+    if not (type(num_ops) is int and num_ops >= 0 and 0 <= magnitude <= augment.MAX_MAGNITUDE):
+        raise TypeError(num_ops, magnitude)
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return augment.randaugment(image, rng, num_ops=num_ops, magnitude=magnitude)
 
     return apply
