@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import cli, inference, partition, telemetry, train
-from mofi_jax.data import records, tokenizer
+from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import cadence, checkpoint, class_table, optim, settings
 from mofi_jax.training import state as state_lib
@@ -69,6 +69,10 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         source.directory / records.TOKENIZER_FILE, config.model.context_length
     )
     check_tokenizer(run, texts)
+    parts = [
+        pipeline.Part(config.data.name, source),
+        *pipeline.open_extra(config.data.extra.to_dict(), new),
+    ]
     sources = match(old, new, run, missing)
 
     mesh = partition.make_mesh()
@@ -80,7 +84,8 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id
     )
     # The clock decides when the learning rate falls, not what the optimizer remembers.
-    clock = cadence.Clock(config.batch_size, len(source), total_steps=max(step, 1))
+    epoch = pipeline.examples_per_epoch(parts)
+    clock = cadence.Clock(config.batch_size, epoch, total_steps=max(step, 1))
     init = state_lib.initialiser(
         model_config,
         optim.make(config.optimizer, clock),
@@ -89,7 +94,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     )
     structs, _ = state_lib.abstract(init, mesh)
     planned = cadence.make_clock(
-        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
+        config.total, batch_size=config.batch_size, examples_per_epoch=epoch
     )
     if step >= planned.total_steps:
         logging.warning(
@@ -118,7 +123,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
         telemetry.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
-    fingerprint = train.data_fingerprint(config, source, entities_path, texts)
+    fingerprint = train.data_fingerprint(config, parts, texts)
     writer = checkpoint.Checkpointer(part, keep=1)
     writer.save(step, grown, checkpoint.Position(0, fingerprint, position.seconds))
     writer.close()

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import cli, inference, partition, telemetry
-from mofi_jax.data import ops, pipeline, records, tokenizer
+from mofi_jax.data import ops, pipeline, prefetch, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.model import mofi
@@ -68,8 +68,15 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
             f"{source.directory} has no entities, which the entity loss needs: name a labelled "
             "data set in config.data, or train with task=contrastive."
         )
+    parts = [
+        pipeline.Part(config.data.name, source),
+        *pipeline.open_extra(config.data.extra.to_dict(), entities),
+    ]
+    pipeline.check_shards(parts, jax.process_count())
     clock = cadence.make_clock(
-        config.total, batch_size=config.batch_size, examples_per_epoch=len(source)
+        config.total,
+        batch_size=config.batch_size,
+        examples_per_epoch=pipeline.examples_per_epoch(parts),
     )
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
@@ -79,7 +86,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         entities=entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = data_fingerprint(config, source, entities_path if entities else None, texts)
+    fingerprint = data_fingerprint(config, parts, texts)
 
     # ---------------------------------------------------------------------- model
     model = settings.model_config(config.model, vocab_size=texts.vocab_size, eos_id=texts.eos_id)
@@ -158,7 +165,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
     cleanup.callback(metrics.abandon)
     examples, seconds = position.examples, position.seconds
     stream = pipeline.training_stream(
-        source,
+        parts,
         builder,
         seed=config.seed,
         start=examples,
@@ -168,6 +175,8 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
         threads=config.data.threads,
         workers=config.data.workers,
     )
+    batches = prefetch.to_devices(stream, mesh, config.data.prefetch)
+    cleanup.callback(batches.close)
     scores: dict[str, float] = {}
     evaluated = 0.0
     total = clock.total_steps
@@ -201,7 +210,7 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
                 )
             if now == total:
                 break
-            batch = partition.to_global(mesh, next(stream))
+            batch = next(batches)
             with jax.transfer_guard("disallow"):
                 train_state, values = update(train_state, batch)
             examples += config.batch_size
@@ -232,18 +241,23 @@ def train(config: Any, workdir: str, cleanup: contextlib.ExitStack) -> None:
 
 
 def data_fingerprint(
-    config: Any, source: records.Source, entities: epath.Path | None, texts: tokenizer.Tokenizer
+    config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
     """What decides which examples come in which order and what is in them."""
 
-    def sha256(path: epath.Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def described(part: pipeline.Part) -> dict[str, Any]:
+        files = {"dataset_info": "dataset_info.json", "entities": records.ENTITIES_FILE}
+        paths = {name: part.source.directory / file for name, file in files.items()}
+        return {"examples": len(part.source)} | {
+            name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+            for name, path in paths.items()
+        }
 
+    primary, *extra = parts
     return {
         "dataset": config.data.name,
-        "dataset_info": sha256(source.directory / "dataset_info.json"),
-        "examples": len(source),
-        "entities": sha256(entities) if entities else "",
+        **described(primary),
+        "extra": {part.name: {"weight": part.weight, **described(part)} for part in extra},
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
         "train_ops": config.data.train_ops,

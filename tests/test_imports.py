@@ -19,10 +19,10 @@ MODULES = sorted(
 # From the ground up; a room uses only what lies below it.
 FLOORS = (
     ("errors",),
-    ("partition", "telemetry", "data.ops", "data.records", "data.tokenizer", "cli"),
+    ("partition", "telemetry", "data.augment", "data.ops", "data.records", "data.tokenizer", "cli"),
     ("model",),
     ("losses",),
-    ("data.pipeline",),
+    ("data.pipeline", "data.prefetch"),
     ("interop",),
     ("training",),
     ("inference",),

@@ -26,9 +26,7 @@ def _moved(image: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
     (a, b, right), (c, d, down) = matrix
     x, y = (width - 1) / 2, (height - 1) / 2
     about = np.array([[a, b, right + x - a * x - b * y], [c, d, down + y - c * x - d * y]])
-    return cv2.warpAffine(
-        image, about, (width, height), flags=cv2.INTER_LINEAR, borderValue=_GREY
-    )
+    return cv2.warpAffine(image, about, (width, height), flags=cv2.INTER_LINEAR, borderValue=_GREY)
 
 
 def _by_pillow(

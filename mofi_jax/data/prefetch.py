@@ -46,6 +46,7 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
             with self._changed:
                 self._ready.append(item)
                 self._changed.notify_all()
+            del item  # or this frame would keep a batch that is long used up
 
     def __next__(self) -> dict[str, jax.Array]:
         with self._changed:
@@ -75,9 +76,7 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
             self._stream.close()
 
 
-def to_devices(
-    stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int
-) -> DeviceBatches:
+def to_devices(stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int) -> DeviceBatches:
     """Puts this host's part of each batch onto its devices, up to ``depth`` batches ahead.
 
     Batches come in the order of the stream, as `partition.to_global` makes them.  An exception of
