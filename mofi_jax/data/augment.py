@@ -8,6 +8,7 @@ shrink as the magnitude grows; here, as in torchvision and timm, all grow.)
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ _MAX_SHEAR, _MAX_SHIFT, _MAX_DEGREES = 0.3, 150 / 331, 30.0  # AutoAugment, arXi
 _MAX_ENHANCE, _MAX_BITS_LOST = 0.9, 4
 
 
-def _moved(image: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
+def _moved(image: np.ndarray, matrix: list[list[Any]]) -> np.ndarray:
     """The picture under x' = M [x, y, 1] about its centre, of the same size."""
     height, width = image.shape[:2]
     (a, b, right), (c, d, down) = matrix
@@ -74,7 +75,7 @@ ONE_SIDED = frozenset({"solarize", "posterize"})  # no strength below 0
 
 
 def randaugment(
-    image: np.ndarray, rng: np.random.Generator, *, num_ops: int, magnitude: float
+    image: np.ndarray, rng: np.random.Generator, *, num_ops: int, magnitude: float | int
 ) -> np.ndarray:
     """Applies ``num_ops`` operations drawn with replacement, at one magnitude, 0 to 10.
 

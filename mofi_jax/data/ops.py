@@ -317,7 +317,7 @@ def light(brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.
 
 
 @_register
-def randaugment(num_ops: int = 2, magnitude: float = 9) -> Operation:
+def randaugment(num_ops: int = 2, magnitude: float | int = 9) -> Operation:
     """``num_ops`` operations drawn from the set of RandAugment, at magnitude 0 to 10 (`augment`).
 
     The defaults are the paper's for ImageNet (ResNet-50).
