@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -228,6 +229,42 @@ def test_resume_on_other_data_is_refused(data, tmp_path):
     config.seed = 1
     with pytest.raises(BadInput, match=r"trained on other data \(seed was 0 and is 1"):
         train.main(config, str(tmp_path))
+
+
+def test_a_mixture_resumes_exactly_and_only_with_the_same_sets(data, tmp_path, monkeypatch):
+    other = {"dir": str(data), "name": "i2t", "weight": 0.5}
+    config = datasets.tiny_config(data, steps=6)
+    train.main(config, str(tmp_path / "alone"))
+    config.data.extra = {"pairs": other}
+    train.main(config, str(tmp_path / "whole"))
+    assert losses(tmp_path / "whole") != losses(tmp_path / "alone")
+    stop_after_four(config, tmp_path / "cut", monkeypatch)
+    train.main(config, str(tmp_path / "cut"))
+    assert_same_parameters(tmp_path / "whole", tmp_path / "cut")
+    config.total = "8 steps"
+    config.data.extra.pairs.weight = 0.25
+    with pytest.raises(BadInput, match=r"trained on other data \(extra was .*'weight': 0\.5.* and"):
+        train.main(config, str(tmp_path / "whole"))
+    with config.unlocked():
+        config.data.extra = {}
+    with pytest.raises(BadInput, match=r"trained on other data \(extra was .* and is \{\}"):
+        train.main(config, str(tmp_path / "whole"))
+
+
+def test_the_state_of_the_input_is_small(data, tmp_path):
+    """At most 10 kB with ten sets: a position and what it is a position of, no iterator."""
+    config = datasets.tiny_config(data, steps=1)
+    other = {"dir": str(data), "name": "i2t", "weight": 0.5}
+    config.data.extra = {f"set_{i}": other for i in range(9)}
+    train.main(config, str(tmp_path))
+    position = tmp_path / "checkpoints" / "1" / "position"
+    assert sum(file.stat().st_size for file in position.rglob("*")) <= 10_000
+
+
+def test_nothing_is_left_running(data, tmp_path, monkeypatch):
+    train.main(datasets.tiny_config(data, steps=2), str(tmp_path / "whole"))
+    stop_after_four(datasets.tiny_config(data, steps=6), tmp_path / "cut", monkeypatch)
+    assert "to_devices" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_entity_loss_needs_labels(data, tmp_path):
