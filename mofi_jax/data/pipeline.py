@@ -248,9 +248,9 @@ def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
     sets = [
         # As bytes: Grain measures what a source hands out, item by item of a dictionary.
         grain.MapDataset.source(part.source.serialized)
-        # A seed for each set, so that sets of one length are not walked through in step; the next
-        # epochs of a set take the seeds that follow.
-        .shuffle(seed=int(np.random.SeedSequence((seed, i)).generate_state(1)[0]))
+        # A seed for each set, so that sets of one length are not walked through in step; Grain takes
+        # the seeds that follow it for the next epochs.
+        .shuffle(seed=int(np.random.SeedSequence((seed, 1 + i)).generate_state(1)[0]))
         .repeat()
         .map(part.record)
         for i, part in enumerate(parts)
