@@ -248,7 +248,7 @@ def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
     sets = [
         # As bytes: Grain measures what a source hands out, item by item of a dictionary.
         grain.MapDataset.source(part.source.serialized)
-        # A seed for each set, so that sets of one length are not walked through in step; Grain takes
+        # A seed for each set, so that sets of one length are not walked in step; Grain takes
         # the seeds that follow it for the next epochs.
         .shuffle(seed=int(np.random.SeedSequence((seed, 1 + i)).generate_state(1)[0]))
         .repeat()
