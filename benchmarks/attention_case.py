@@ -53,9 +53,13 @@ def measure(case: Case) -> dict[str, Any]:
         @jax.jit
         def run(params: Any, x: jax.Array, direction: jax.Array) -> Any:
             def loss(params: Any, x: jax.Array) -> jax.Array:
+                more = attention.padding(case.length, implementation)
                 y = nnx.merge(graph, params)(
-                    x.astype(dtype), causal=case.causal, implementation=implementation
-                )
+                    jnp.pad(x.astype(dtype), ((0, 0), (0, more), (0, 0))),
+                    length=case.length,
+                    causal=case.causal,
+                    implementation=implementation,
+                )[:, : case.length]
                 return jnp.vdot(y.astype(jnp.float32), direction.astype(jnp.float32))
 
             return jax.grad(loss, (0, 1))(params, x)

@@ -32,7 +32,7 @@ class Case:
     Attributes:
       task: "supervised", "contrastive" or "multitask".
       entities: rows of the class table.
-      unroll: stacks of up to so many layers run without a loop.
+      unroll: stacks of up to so many layers run without a loop; -1 for what the device has.
       groups, steps: groups of steps between two looks at the clock, and steps of a group.
     """
 
@@ -44,12 +44,12 @@ class Case:
     dtype: str = "bfloat16"
     remat: str = "dots"
     attention: str = "auto"
-    unroll: int = layers.UNROLLED_LAYERS
+    unroll: int = -1
     groups: int = 5
     steps: int = 5
 
     def __str__(self) -> str:
-        unrolled = "" if self.unroll == layers.UNROLLED_LAYERS else f" unroll={self.unroll}"
+        unrolled = "" if self.unroll < 0 else f" unroll={self.unroll}"
         return (
             f"{self.variant} {self.image_size}px {self.task} B={self.batch:,} "
             f"remat={self.remat} attention={self.attention}{unrolled}"
@@ -132,7 +132,8 @@ def measure(case: Case) -> dict[str, Any]:
       loss: of the last step; attention: as chosen for the image tower; platform, device (its kind),
       devices.
     """
-    layers.UNROLLED_LAYERS = case.unroll
+    if case.unroll >= 0:
+        layers.UNROLLED_LAYERS[jax.default_backend()] = case.unroll
     mesh, model = partition.make_mesh(), model_config(case)
     losses, tx = task_losses(case.task), optimizer(case.batch)
     rows = partition.padded_rows(case.entities, mesh)

@@ -40,7 +40,7 @@ from mofi_jax.model import mofi
 SECTIONS = ("speed", "torch", "attention")
 
 # Halved where they do not fit.
-BATCH = {"B/16": 1024, "L/14": 512, "H/14": 256, "Ti/16": 16}
+BATCH = {"B/16": 1024, "L/14": 256, "H/14": 128, "Ti/16": 16}
 ASKED = {"B/16": 3750, "L/14": 813, "H/14": 394}  # img/s on one H200, supervised
 ASKED_OVER_TORCH = 1.1
 

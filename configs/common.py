@@ -112,3 +112,25 @@ def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any
 def mesh() -> dict[str, int]:
     """All devices on the fsdp axis (`mofi_jax.partition.make_mesh`)."""
     return {"replica": 1, "fsdp": -1, "tensor": 1}
+
+
+def extra_sets(text: str) -> dict[str, dict[str, Any]]:
+    """``NAME@DIR@WEIGHT+NAME@DIR@WEIGHT`` -> ``config.data.extra``: labelled sets to mix in.
+
+    Raises:
+      BadInput: what cannot be read so, or a name that comes twice.
+    """
+    sets: dict[str, dict[str, Any]] = {}
+    for part in filter(None, text.split("+")):
+        name, _, rest = part.partition("@")
+        folder, _, weight = rest.rpartition("@")
+        try:
+            if not name or not folder or name in sets:
+                raise ValueError(part)
+            sets[name] = {"dir": folder, "name": "i2e", "weight": float(weight)}
+        except ValueError:
+            raise BadInput(
+                f"extra={text} cannot be read at {part!r}: write NAME@DIR@WEIGHT, several with + "
+                "between them, each name once."
+            ) from None
+    return sets

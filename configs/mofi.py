@@ -21,8 +21,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """task=supervised|contrastive|multitask, variant=B/16|L/14|H/14|S/16|Ti/16, res=pixels.
 
     gpr1200=PATH measures retrieval on a folder or tar of {class}_{name}.jpg while it trains.
+    extra=NAME@DIR@WEIGHT+... mixes in the sets DIR/i2e, each WEIGHT examples for one of the primary
+    set.
     """
-    arg = common.parse_arg(arg, task="multitask", variant="B/16", res=224, gpr1200="")
+    arg = common.parse_arg(arg, task="multitask", variant="B/16", res=224, gpr1200="", extra="")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.distributed = False  # True on pods: one process a host, jax.distributed
@@ -42,7 +44,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data = {
         "dir": "data",  # holds i2e/1.0.0/, as data_prep.build_i2e writes it
         "name": "i2e",
-        # axlearn vision/input_image.py: random crop, flip, no RandAugment.
+        # Sets that are mixed in, NAME -> {dir, name, weight}; the weight of the set above is 1.  It
+        # alone defines vocabulary, tokenizer and epoch (each of its examples once); labels of the
+        # others are matched by QID, and dropped where its vocabulary lacks them.
+        "extra": common.extra_sets(arg.extra),
+        # axlearn vision/input_image.py: random crop, flip, no RandAugment ("|randaugment(2, 9)").
         "train_ops": f"decode|random_resized_crop({arg.res})|flip",
         # apple/ml-mofi eval/utils.py: short side, bilinear without antialiasing, centre crop.
         "eval_ops": f"decode|resize_short({arg.res}, 'bilinear')|center_crop({arg.res})",
@@ -51,6 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "max_labels": 4,
         "threads": 16,
         "workers": 8,
+        "prefetch": 2,  # batches that wait on the devices, so that no step waits for their way
     }
 
     # CosFace margin 0.3 at scale 32, as UNICOM on a million noisy web clusters; the "pfc" pair of

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import AxisType, Mesh
 
 from mofi_jax import cli, inference, machine, partition, run_folder, train
-from mofi_jax.data import records, tokenizer
+from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint, optim, settings, state
@@ -143,12 +143,6 @@ class Data:
         folder = self.source.directory
         shards = len(list(folder.glob("*.array_record-*")))
         report.ok("data", f"{len(self.source):,} examples in {shards} shards, {folder}")
-        if shards < hosts:
-            report.warning(
-                "shards",
-                f"{shards} shards for {hosts} hosts, which read from the same files: write more "
-                "(config.shard_examples of data_prep.build_i2e).",
-            )
         # Every process that decodes opens every shard.
         machine.descriptors(report, shards + OTHER_FILES)
         self.texts = tokenizer.Tokenizer(
@@ -165,6 +159,12 @@ class Data:
                 f"{folder} has no entities, which the entity loss needs: name a labelled data set "
                 "in config.data, or train with task=contrastive."
             )
+        self.parts = [
+            pipeline.Part(config.data.name, self.source),
+            *pipeline.open_extra(config.data.extra.to_dict(), self.entities),
+        ]
+        with report.about("shards"):
+            pipeline.check_shards(self.parts, hosts)
         with report.about("first record"):
             first = self.source[0]
             train.try_operations(config, first["image"])
@@ -194,7 +194,7 @@ def check_run(
         vocab_size=data.texts.vocab_size,
         eos_id=data.texts.eos_id,
         num_entities=len(data.entities) if data.entities else 0,
-        examples_per_epoch=len(data.source),
+        examples_per_epoch=pipeline.examples_per_epoch(data.parts),
     )
     structs, _ = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
@@ -230,8 +230,7 @@ def check_folder(
     description = inference.describe(
         program.model, config.data.eval_ops, classified="entity" in config.losses
     )
-    entities = data.entities_path if data.entities else None
-    fingerprint = run_folder.data_fingerprint(config, data.source, entities, data.texts)
+    fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     run_folder.check(workdir, description, structs, start)
     if steps := checkpoint.saved_steps(workdir):

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import cli, inference, partition, run_folder, telemetry
-from mofi_jax.data import records, tokenizer
+from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, class_table, state
 from mofi_jax.training import program as program_lib
@@ -69,6 +69,10 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         source.directory / records.TOKENIZER_FILE, config.model.context_length
     )
     check_tokenizer(run, texts)
+    parts = [
+        pipeline.Part(config.data.name, source),
+        *pipeline.open_extra(config.data.extra.to_dict(), new),
+    ]
     sources = match(old, new, run, missing)
 
     mesh = partition.make_mesh()
@@ -82,7 +86,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         vocab_size=texts.vocab_size,
         eos_id=texts.eos_id,
         num_entities=len(old),
-        examples_per_epoch=len(source),
+        examples_per_epoch=pipeline.examples_per_epoch(parts),
     )
     structs, _ = state.abstract(program.init, mesh)
     if step >= program.clock.total_steps:
@@ -113,7 +117,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
         telemetry.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
-    fingerprint = run_folder.data_fingerprint(config, source, entities_path, texts)
+    fingerprint = run_folder.data_fingerprint(config, parts, texts)
     writer = checkpoint.Checkpointer(part, keep=1)
     writer.save(
         step,

@@ -8,7 +8,7 @@ W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class t
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,24 +17,29 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mofi_jax import inference, telemetry
-from mofi_jax.data import records, tokenizer
+from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, state
 
 
 def data_fingerprint(
-    config: Any, source: records.Source, entities: epath.Path | None, texts: tokenizer.Tokenizer
+    config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
     """What decides which examples come in which order and what is in them."""
 
-    def sha256(path: epath.Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def described(part: pipeline.Part) -> dict[str, Any]:
+        files = {"dataset_info": "dataset_info.json", "entities": records.ENTITIES_FILE}
+        paths = {name: part.source.directory / file for name, file in files.items()}
+        return {"examples": len(part.source)} | {
+            name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+            for name, path in paths.items()
+        }
 
+    primary, *extra = parts
     return {
         "dataset": config.data.name,
-        "dataset_info": sha256(source.directory / "dataset_info.json"),
-        "examples": len(source),
-        "entities": sha256(entities) if entities else "",
+        **described(primary),
+        "extra": {part.name: {"weight": part.weight, **described(part)} for part in extra},
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
         "train_ops": config.data.train_ops,

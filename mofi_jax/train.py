@@ -28,7 +28,7 @@ from mofi_jax import (
     telemetry,
     warm_start,
 )
-from mofi_jax.data import ops, pipeline, records, tokenizer
+from mofi_jax.data import ops, pipeline, prefetch, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.training import cadence, checkpoint, optim, settings, state
@@ -110,6 +110,11 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
             f"{source.directory} has no entities, which the entity loss needs: name a labelled "
             "data set in config.data, or train with task=contrastive."
         )
+    parts = [
+        pipeline.Part(config.data.name, source),
+        *pipeline.open_extra(config.data.extra.to_dict(), entities),
+    ]
+    pipeline.check_shards(parts, jax.process_count())
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
         text_sources=config.data.text_sources.to_dict(),
@@ -118,9 +123,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         entities=entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = run_folder.data_fingerprint(
-        config, source, entities_path if entities else None, texts
-    )
+    fingerprint = run_folder.data_fingerprint(config, parts, texts)
 
     # ---------------------------------------------------------------------- model
     program = program_lib.make(
@@ -129,7 +132,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         vocab_size=texts.vocab_size,
         eos_id=texts.eos_id,
         num_entities=len(entities) if entities else 0,
-        examples_per_epoch=len(source),
+        examples_per_epoch=pipeline.examples_per_epoch(parts),
     )
     structs, shardings = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
@@ -211,15 +214,18 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
 
     # ---------------------------------------------------------------------- loop
     goodput.resume(workdir, position.seconds)
+    batch_size, examples = config.batch_size, position.examples
     metrics = telemetry.Metrics(
         workdir,
         resume_step=first if resumed else -1,
+        keys=lambda step: pipeline.batch_keys(
+            parts, config.seed, position.examples + (step - 1 - first) * batch_size, batch_size
+        ),
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
     cleanup.callback(metrics.abandon)
-    examples = position.examples
     stream = pipeline.training_stream(
-        source,
+        parts,
         builder,
         seed=config.seed,
         start=examples,
@@ -229,6 +235,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         threads=config.data.threads,
         workers=config.data.workers,
     )
+    batches = prefetch.to_devices(stream, mesh, config.data.prefetch)
+    cleanup.callback(batches.close)
     chip = accelerators.chip_of(jax.devices()[0])
     contrasted = config.batch_size if "contrastive" in config.losses else 0
     meter = telemetry.Meter(
@@ -278,14 +286,15 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
                     )
                     checkpointer.save(now, train_state, reached)
             if leaving:
-                checkpointer.wait()
+                with goodput.phase("checkpoint"):
+                    checkpointer.wait()
                 raise hosts.preempted(workdir, now)
             window.at(now, in_flight=values)
             if now == total:
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=now):
                 with goodput.phase("input"):
-                    batch = partition.to_global(mesh, next(stream))
+                    batch = next(batches)
                 with jax.transfer_guard("disallow"):
                     train_state, values = update(train_state, batch)
             examples += config.batch_size

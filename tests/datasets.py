@@ -11,6 +11,7 @@ from mofi_jax.data import ops, records, tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES = ("circle", "square")
+SHARDS = 4
 
 
 def drawing(entity: int, seed: int, size: int = 24) -> np.ndarray:
@@ -36,12 +37,21 @@ def name_of(entity: int) -> str:
 def write(
     folder: epath.PathLike, *, name: str = "i2e", examples: int = 48, entities: int = 7
 ) -> epath.Path:
-    """Writes a data set of drawings; "i2t" carries no labels.  Returns its version folder."""
+    """Writes a data set of drawings; "i2t" carries no labels.  Returns its version folder.
+
+    Record i has the key i, the entity i % entities and, where i % 5 is 0, the next one too.
+    """
     version = epath.Path(folder) / name / records.VERSION
     version.mkdir(parents=True)
     labelled = name == "i2e"
-    path = version / records.shard_name(name, "train", 0, 1)
-    writer = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+    lengths = [
+        (shard + 1) * examples // SHARDS - shard * examples // SHARDS for shard in range(SHARDS)
+    ]
+    paths = [version / records.shard_name(name, "train", shard, SHARDS) for shard in range(SHARDS)]
+    writers = [
+        array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS) for path in paths
+    ]
+    shard_of = np.repeat(np.arange(SHARDS), lengths)
     num_bytes = 0
     for i in range(examples):
         entity = i % entities
@@ -59,9 +69,10 @@ def write(
             }
         )
         num_bytes += len(record)
-        writer.write(record)
-    writer.close()
-    records.write_metadata(version, name=name, shard_lengths=[examples], num_bytes=num_bytes)
+        writers[shard_of[i]].write(record)
+    for writer in writers:
+        writer.close()
+    records.write_metadata(version, name=name, shard_lengths=lengths, num_bytes=num_bytes)
     names = [name_of(i) for i in range(entities)]
     tokenizer.train_bpe(
         [f"a {n} number {i}" for n in names for i in range(4)], 300, version / "tokenizer.json"

@@ -111,7 +111,13 @@ def test_parse_arg_never_fails_otherwise(text):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("batch_size", 0), ("data.max_labels", 0), ("losses.entity.scale", 0.0), ("losses", {})],
+    [
+        ("batch_size", 0),
+        ("data.max_labels", 0),
+        ("data.prefetch", 0),
+        ("losses.entity.scale", 0.0),
+        ("losses", {}),
+    ],
 )
 def test_validate_names_the_key(key, value):
     config = quickstart.get_config("task=multitask")
@@ -122,6 +128,21 @@ def test_validate_names_the_key(key, value):
             config.update_from_flattened_dict({key: value})
     with pytest.raises(BadInput, match=f"config.{key} must be"):
         settings.validate(config)
+
+
+def test_sets_to_mix_in():
+    config = mofi.get_config("task=multitask,extra=cc12m@/data/cc@0.5+laion@/mnt/a@b@2")
+    assert config.data.extra.to_dict() == {
+        "cc12m": {"dir": "/data/cc", "name": "i2e", "weight": 0.5},
+        "laion": {"dir": "/mnt/a@b", "name": "i2e", "weight": 2.0},
+    }
+    assert mofi.get_config().data.extra.to_dict() == {}
+
+
+@pytest.mark.parametrize("text", ["a", "a@b", "a@b@c", "@b@1", "a@@1", "a@b@1+a@c@1"])
+def test_sets_to_mix_in_that_cannot_be_read(text):
+    with pytest.raises(BadInput, match=r"extra=.* cannot be read at .*write NAME@DIR@WEIGHT"):
+        mofi.get_config(f"extra={text}")
 
 
 def test_unknown_variant():

@@ -76,7 +76,7 @@ def test_scan_equals_a_plain_loop(params):
     expected = x
     for i in range(3):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-        expected = block(expected, causal=False, implementation="xla")
+        expected = block(expected, length=5, causal=False, implementation="xla")
     result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
@@ -103,7 +103,7 @@ def test_remat_changes_no_number(params, remat):
 
 def test_remat_keeps_what_it_says():
     """Kept activations of a block, in multiples of its input: all, matrix products, the input."""
-    width, tokens, depth = 32, 6, layers.UNROLLED_LAYERS + 1
+    width, tokens, depth = 32, 6, layers.UNROLLED_LAYERS["cpu"] + 1
     stack = nnx.eval_shape(
         lambda: layers.make_stack(width, 2, depth, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
     )
@@ -131,7 +131,7 @@ def test_remat_keeps_what_it_says():
 def test_each_device_works_on_its_part_of_the_batch(meshes, named):
     """Forward and backward pass with sharded parameters; without the mesh none does."""
     mesh = meshes["1x8x1"]
-    width, depth, batch = 64, layers.UNROLLED_LAYERS + 1, 40
+    width, depth, batch = 64, layers.UNROLLED_LAYERS["cpu"] + 1, 40
     config = dataclasses.replace(CONFIG, image=mofi.TowerConfig(width, depth, 2))
     shapes = jax.eval_shape(
         lambda key: mofi.create(config, key, towers=("image",)), jax.random.key(0)

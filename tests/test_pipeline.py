@@ -35,9 +35,15 @@ def builder(folder, name="i2e", **changes):
     return pipeline.ExampleBuilder(**{**settings, **changes})
 
 
-def batches(folder, count, *, name="i2e", start=0, host=0, hosts=1, batch_size=8, workers=0):
+def alone(folder, name="i2e"):
+    return [pipeline.Part(name, records.open_source(folder, name))]
+
+
+def batches(
+    folder, count, *, parts=None, name="i2e", start=0, host=0, hosts=1, batch_size=8, workers=0
+):
     stream = pipeline.training_stream(
-        records.open_source(folder, name),
+        parts or alone(folder, name),
         builder(folder, name),
         seed=3,
         start=start,
@@ -47,7 +53,9 @@ def batches(folder, count, *, name="i2e", start=0, host=0, hosts=1, batch_size=8
         threads=2,
         workers=workers,
     )
-    return list(itertools.islice(stream, count))
+    drawn = list(itertools.islice(stream, count))
+    stream.close()
+    return drawn
 
 
 def assert_same(a, b):
@@ -166,3 +174,176 @@ def test_builder_pickles_without_its_tokenizer(folder):
 def test_batch_must_divide_over_the_hosts(folder):
     with pytest.raises(BadInput, match="does not divide over 3 hosts"):
         batches(folder, 1, hosts=3)
+
+
+# ------------------------------------------------------------------------------- several data sets
+
+
+@pytest.fixture(scope="module")
+def mixed(folder, tmp_path_factory):
+    """The primary set, one of ten entities whose ids run the other way, and one without labels.
+
+    Of those ten entities Q006, ..., Q000 are known to the primary set; Q009, Q008, Q007 are not.
+    """
+    other = tmp_path_factory.mktemp("other")
+    version = datasets.write(other, examples=30, entities=10)
+    vocabulary = records.Entities(
+        qids=[f"Q{i:03d}" for i in range(9, -1, -1)],
+        names=["unused"] * 10,
+        descriptions=[""] * 10,
+        counts=np.arange(10, 0, -1),
+    )
+    records.write_entities(version / records.ENTITIES_FILE, vocabulary)
+    extra = {
+        "reversed": {"dir": str(other), "name": "i2e", "weight": 0.5},
+        "pairs": {"dir": str(folder), "name": "i2t", "weight": 0.25},
+    }
+    entities = builder(folder).entities
+    return [*alone(folder), *pipeline.open_extra(extra, entities)]
+
+
+def test_sets_come_in_the_order_of_their_names_and_are_remapped_by_qid(mixed):
+    assert [(part.name, part.weight) for part in mixed] == [
+        ("i2e", 1.0),
+        ("pairs", 0.25),
+        ("reversed", 0.5),
+    ]
+    np.testing.assert_array_equal(mixed[2].remap, [-1, -1, -1, 6, 5, 4, 3, 2, 1, 0])
+    # Record 2 names entity 2, which is Q007 there; record 5 names 5 and 6, which are Q004 and Q003.
+    read = [mixed[2].record(mixed[2].source.serialized[i]) for i in (2, 5)]
+    assert [r["entity_ids"].tolist() for r in read] == [[], [4, 3]]
+    assert [len(r["entity_scores"]) for r in read] == [0, 2]
+
+
+def test_labels_that_are_dropped_are_counted_in_the_log(mixed, folder, caplog):
+    wanted = {"dir": str(mixed[2].source.directory.parent.parent), "name": "i2e", "weight": 1}
+    with caplog.at_level("INFO"):
+        pipeline.open_extra({"more": wanted}, builder(folder).entities)
+    # The counts of the three unknown ones are 10, 9 and 8, those of all 10 + 9 + ... + 1.
+    assert "more: 3 of 10 entities are not in the primary vocabulary" in caplog.text
+    assert "27 labels of 55 are dropped" in caplog.text
+
+
+def test_shares_follow_the_weights(folder, mixed):
+    keys = pipeline.batch_keys(mixed, 3, 0, 700)
+    counts = [sum(key.startswith(f"{part.name}:") for key in keys) for part in mixed]
+    np.testing.assert_allclose(counts, [400, 100, 200], atol=2)
+    # So also in every stretch: no batch is of one set.
+    assert all(
+        abs(sum(k.startswith("i2e:") for k in keys[i : i + 70]) - 40) <= 2
+        for i in range(0, 700, 70)
+    )
+
+
+def test_an_epoch_shows_every_primary_example_once(mixed):
+    epoch = pipeline.examples_per_epoch(mixed)
+    assert epoch == 84  # 48 x 1.75
+    for first in (0, epoch):
+        keys = [k for k in pipeline.batch_keys(mixed, 5, first, epoch) if k.startswith("i2e:")]
+        assert len(keys) == len(set(keys)) == 48
+
+
+def test_a_mixture_is_the_same_for_any_hosts_and_continues_exactly(folder, mixed):
+    whole = batches(folder, 8, parts=mixed)
+    parts = [batches(folder, 8, parts=mixed, host=h, hosts=4) for h in range(4)]
+    for step, batch in enumerate(whole):
+        for name in batch:
+            merged = np.stack([part[step][name] for part in parts], 1).reshape(batch[name].shape)
+            np.testing.assert_array_equal(merged, batch[name])
+    assert_same(batches(folder, 1, parts=mixed, start=40)[0], whole[5])
+    rest = batches(folder, 2, parts=mixed, start=48, host=1, hosts=2)
+    np.testing.assert_array_equal(rest[1]["image"], whole[7]["image"][1::2])
+
+
+def test_a_mixture_in_worker_processes(folder, mixed):
+    here, there = (batches(folder, 3, parts=mixed, workers=w) for w in (0, 1))
+    for a, b in zip(here, there, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("which", ["alone", "mixed"])
+def test_batch_keys_name_what_the_stream_gave(folder, mixed, which):
+    """Each example rebuilt from the record of its key, whichever batch and host it was in."""
+    parts = mixed if which == "mixed" else alone(folder)
+    by_name = {part.name: part for part in parts}
+    plain = builder(folder, image_ops="decode|resize_short(16)")
+    stream = pipeline.training_stream(
+        parts, plain, seed=3, start=24, host=1, hosts=2, batch_size=16, threads=2, workers=0
+    )
+    batch = next(itertools.islice(stream, 2, 3))
+    stream.close()
+    keys = pipeline.batch_keys(parts, 3, 24 + 2 * 16, 16)[1::2]
+    assert len(set(keys)) > 4
+    for i, key in enumerate(keys):
+        name, _, number = key.partition(":")
+        part = by_name[name]
+        record = part.record(part.source.serialized[int(number)])
+        example = plain(record, np.random.default_rng(0))
+        np.testing.assert_array_equal(batch["image"][i], example["image"])
+        np.testing.assert_array_equal(batch["entity_ids"][i], example["entity_ids"])
+
+
+def test_text_and_picture_are_drawn_anew_each_epoch(folder):
+    """Position decides the draws: the same record has other texts and views in later epochs."""
+    drawn = batches(folder, 24)
+    texts, views = {}, {}
+    for step, batch in enumerate(drawn):
+        keys = pipeline.batch_keys(alone(folder), 3, step * 8, 8)
+        for key, tokens, image in zip(keys, batch["tokens"], batch["image"], strict=True):
+            texts.setdefault(key, set()).add(tokens.tobytes())
+            views.setdefault(key, set()).add(image.tobytes())
+    assert len(texts) == 48
+    assert all(len(seen) == 4 for seen in views.values())  # four epochs
+    # Alt-text, name, or both with the description: few keep to one in four draws.
+    assert sum(len(seen) > 1 for seen in texts.values()) > 40
+
+
+def test_text_sources_are_drawn_by_their_weights(folder):
+    build = builder(folder, text_sources=TEXT)
+    record = next(r for r in records.open_source(folder, "i2e") if len(r["entity_ids"]) == 1)
+    rng = np.random.default_rng(0)
+    texts = [build._text(record, record["entity_ids"], 1, rng)[0] for _ in range(4000)]
+    name = build.entities.names[record["entity_ids"][0]]
+    expected = {record["text"]: 0.4, f"{name}, a drawing": 0.3, name: 0.3}
+    for text, share in expected.items():
+        assert texts.count(text) / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_an_unlabelled_primary_set_takes_captions_alone(folder, mixed):
+    entities_there = {"dir": str(folder), "name": "i2e", "weight": 1.0}
+    parts = [*alone(folder, "i2t"), *pipeline.open_extra({"labelled": entities_there}, None)]
+    [batch] = batches(folder, 1, parts=parts, name="i2t", batch_size=16)
+    assert (batch["entity_ids"] == -1).all()
+    assert (batch["text_group"] < 0).all()
+
+
+def test_labels_of_a_set_without_a_vocabulary_are_refused(folder, tmp_path):
+    version = datasets.write(tmp_path, examples=8)
+    (version / records.ENTITIES_FILE).unlink()
+    extra = {"bare": {"dir": str(tmp_path), "name": "i2e", "weight": 1.0}}
+    [part] = pipeline.open_extra(extra, builder(folder).entities)
+    with pytest.raises(BadInput, match="beyond the vocabulary of 0 entities"):
+        part.record(part.source.serialized[0])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({"weight": 0.0}, r"config\.data\.extra\.x\.weight=0\.0 is not positive"),
+        ({"weight": float("nan")}, "is not positive"),
+        ({"dir": "no/where"}, "There is no data set 'i2e' in no/where"),
+        ({"wieght": 1}, "has the keys dir, name, weight, wieght: give it dir, name and weight"),
+    ],
+)
+def test_extra_sets_that_cannot_be(folder, wanted, sentence):
+    extra = {"x": {"dir": str(folder), "name": "i2e", "weight": 1.0, **wanted}}
+    with pytest.raises(BadInput, match=sentence):
+        pipeline.open_extra(extra, builder(folder).entities)
+
+
+def test_fewer_shards_than_hosts(folder, mixed):
+    pipeline.check_shards(mixed, datasets.SHARDS)
+    with pytest.raises(BadInput, match=r"has 4 shards for 5 hosts.*smaller config\.shard_examples"):
+        pipeline.check_shards(mixed, 5)
+    with pytest.raises(BadInput, match="has 4 shards for 8 hosts"):
+        batches(folder, 1, hosts=8)

@@ -1,5 +1,6 @@
 """Training as a whole: it learns, resumes bit for bit, and does not depend on the device count."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -113,6 +115,7 @@ def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
     config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path / "whole"))
     stop_after_four(config, tmp_path / "cut", monkeypatch)
+    assert "to_devices" not in {thread.name for thread in threading.enumerate()}
     assert not (tmp_path / "cut" / "result.json").exists()
     train.main(config, str(tmp_path / "cut"))
     assert_same_parameters(tmp_path / "whole", tmp_path / "cut")
@@ -289,6 +292,31 @@ def test_resume_on_other_data_is_refused(data, tmp_path):
     config.seed = 1
     with pytest.raises(BadInput, match=r"trained on other data \(seed was 0 and is 1"):
         train.main(config, str(tmp_path))
+
+
+def test_a_mixture_is_trained_on_and_is_part_of_the_fingerprint(data, tmp_path):
+    config = datasets.tiny_config(data, steps=6)
+    config.data.extra = {"pairs": {"dir": str(data), "name": "i2t", "weight": 0.5}}
+    train.main(config, str(tmp_path))
+    # The pictures without labels are among the examples.
+    shares = [line["labelled_share"] for line in telemetry.read_metrics(tmp_path)]
+    assert np.mean(shares) == pytest.approx(2 / 3, abs=0.02)
+    config.total = "8 steps"
+    config.data.extra.pairs.weight = 0.25
+    with pytest.raises(BadInput, match=r"trained on other data \(extra was .*'weight': 0\.5.* and"):
+        train.main(config, str(tmp_path))
+
+
+def test_the_state_of_the_input_is_small(data):
+    """At most 10 kB with ten sets: a position and what it is a position of, no iterator."""
+    config = datasets.tiny_config(data)
+    source = records.open_source(data, "i2e")
+    parts = [train.pipeline.Part(f"set_{i}", source, 0.5) for i in range(10)]
+    texts = train.tokenizer.Tokenizer(source.directory / records.TOKENIZER_FILE, 12)
+    fingerprint = train.data_fingerprint(config, parts, texts)
+    position = checkpoint.Position(10**12, fingerprint, 1e6)
+    assert len(fingerprint["extra"]) == 9
+    assert len(json.dumps(dataclasses.asdict(position))) <= 10_000
 
 
 def test_entity_loss_needs_labels(data, tmp_path):

@@ -1,25 +1,29 @@
 """The training stream: one order fixed by the seed, any number of hosts, exact from any point.
 
-The position is one number, examples consumed.  The order over all epochs is an index permutation
-(Grain MapDataset: shuffle, repeat), random operations are keyed by the global index, and host h of
-n takes every n-th example from the position on; so any number of hosts continues exactly where any
-other number stopped.
+The position is one number, examples consumed.  The order over all epochs is a function of the index
+(Grain MapDataset: each set shuffled and repeated, the sets mixed by their weights), random
+operations are keyed by the global index, and host h of n takes every n-th example from the position
+on; so any number of hosts continues exactly where any other number stopped.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from mofi_jax.data import ops, records, tokenizer
 from mofi_jax.errors import BadInput
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
+
+EXAMPLES_AT_ONCE = 8  # of a decoding thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,12 @@ class ExampleBuilder:
     def _tokenizer(self) -> tokenizer.Tokenizer:
         return tokenizer.Tokenizer(self.tokenizer_path, self.context_length)
 
+    @functools.cached_property
+    def _sources(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The text sources, and up to which number in [0, 1) each is drawn."""
+        shares = np.cumsum(list(self.text_sources.values()), dtype=np.float64)
+        return tuple(self.text_sources), shares / shares[-1]
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_tokenizer", None)
@@ -52,17 +62,41 @@ class ExampleBuilder:
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Returns image uint8 [s, s, 3], tokens int32 [t], text_group int32, text_valid bool,
         entity_ids int32 [k] (-1 where there is none), entity_weights float32 [k] (sum 1 or 0)."""
+        words = self._words(record, rng)
+        return {"image": self._picture(record, rng), **words}
+
+    def examples(
+        self, seed: int, placed: Sequence[tuple[int, Mapping[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """The examples of some (position, record); draws depend on seed and position alone.
+
+        First all words, then all pictures: a picture takes the whole cache of a core, and making
+        words between two of them takes twice as long.
+        """
+        draw = _Draws(seed)
+        words = [self._words(record, draw.at(index, 0)) for index, record in placed]
+        return [
+            {"image": self._picture(record, draw.at(index, 1)), **made}
+            for (index, record), made in zip(placed, words, strict=True)
+        ]
+
+    def _picture(self, record: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
         image = ops.build(self.image_ops)({"image": record["image"]}, rng)["image"]
+        return np.ascontiguousarray(image)
+
+    def _words(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """All of an example but its picture."""
         ids = np.full(self.max_labels, -1, np.int32)
         weights = np.zeros(self.max_labels, np.float32)
-        best = np.argsort(-record["entity_scores"], kind="stable")[: self.max_labels]
-        if len(best) and self.entities is not None:
+        labels = 0
+        if self.entities is not None:
             records.validate_entity_ids(record["entity_ids"], len(self.entities), record["key"])
-            ids[: len(best)] = record["entity_ids"][best]
-            weights[: len(best)] = 1.0 / len(best)
-        text, group = self._text(record, ids, int(np.sum(ids >= 0)), rng)
+            best = np.argsort(-record["entity_scores"], kind="stable")[: self.max_labels]
+            if labels := len(best):
+                ids[:labels] = record["entity_ids"][best]
+                weights[:labels] = 1.0 / labels
+        text, group = self._text(record, ids, labels, rng)
         return {
-            "image": np.ascontiguousarray(image),
             "tokens": self._tokenizer([text])[0],
             "text_group": np.int32(group),
             "text_valid": np.bool_(bool(text.strip())),
@@ -78,8 +112,8 @@ class ExampleBuilder:
         Pairs of one group are no negatives of one another (losses/contrastive.py): two pictures
         labelled with one entity, or two pictures with the same words.
         """
-        names, probabilities = zip(*self.text_sources.items(), strict=True)
-        source = names[rng.choice(len(names), p=np.asarray(probabilities) / sum(probabilities))]
+        names, shares = self._sources
+        source = names[shares.searchsorted(rng.random(), side="right")]
         if not labels or self.entities is None:
             digest = hashlib.blake2b(record["text"].strip().lower().encode(), digest_size=4)
             # Negative, so that no hash is mistaken for an entity.
@@ -90,8 +124,164 @@ class ExampleBuilder:
         return self.entities.text(entity, with_description=source != "name"), entity
 
 
+class _Draws:
+    """The random numbers of an example: Philox, keyed by seed and position."""
+
+    def __init__(self, seed: int):
+        self._rng = np.random.Generator(np.random.Philox(key=seed))
+        self._fresh = self._rng.bit_generator.state
+
+    def at(self, position: int, purpose: int) -> np.random.Generator:
+        """One generator, wound to where the draws of this position for this purpose begin."""
+        # Setting the state takes a fifth of the time of making another generator.
+        self._fresh["state"]["key"][1] = position
+        self._fresh["state"]["counter"][3] = purpose
+        self._rng.bit_generator.state = self._fresh
+        return self._rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of the mixture; the first of several is the primary one.
+
+    Attributes:
+      name: how examples of this set are told from those of others.
+      source: `records.open_source`.
+      weight: share of the examples, relative to the other sets.
+      remap: int32 [entities of this set], the id of each in the primary vocabulary, -1 where it has
+        none; None keeps the ids, as for the primary set.
+    """
+
+    name: str
+    source: records.Source
+    weight: float = 1.0
+    remap: np.ndarray | None = None
+
+    def record(self, serialized: bytes) -> dict[str, Any]:
+        """The record in the primary vocabulary, without labels that are not in it; `set` is new."""
+        record = {**records.parse(serialized), "set": self.name}
+        if self.remap is not None:
+            records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
+            ids = self.remap[record["entity_ids"]]
+            known = ids >= 0
+            record |= {
+                "entity_ids": ids[known],
+                "entity_scores": record["entity_scores"][known],
+            }
+        return record
+
+
+def open_extra(
+    extra: Mapping[str, Mapping[str, Any]], entities: records.Entities | None
+) -> list[Part]:
+    """Opens ``config.data.extra``: what is mixed into the primary set, in the order of the names.
+
+    Entities are matched by QID; labels that the primary vocabulary lacks are dropped, and so are
+    all of them where it has none.
+
+    Args:
+      extra: name -> {dir, name, weight}; the weight of the primary set is 1.
+      entities: the primary vocabulary.
+
+    Raises:
+      BadInput: as `records.open_source`; a weight that is not positive; keys that do not fit.
+    """
+    ids = {qid: i for i, qid in enumerate(entities.qids)} if entities else {}
+    parts = []
+    for name, wanted in sorted(extra.items()):
+        if set(wanted) != {"dir", "name", "weight"}:
+            raise BadInput(
+                f"config.data.extra.{name} has the keys {', '.join(sorted(wanted)) or 'none'}: "
+                "give it dir, name and weight."
+            )
+        if not (wanted["weight"] > 0 and math.isfinite(wanted["weight"])):
+            raise BadInput(
+                f"config.data.extra.{name}.weight={wanted['weight']} is not positive: set it to "
+                "the examples of this set for each one of the primary set, or leave the set out."
+            )
+        source = records.open_source(wanted["dir"], wanted["name"])
+        path = source.directory / records.ENTITIES_FILE
+        remap = np.zeros(0, np.int32)  # without a vocabulary no record may carry a label
+        if path.exists():
+            own = records.read_entities(path)
+            remap = np.array([ids.get(qid, -1) for qid in own.qids], np.int32)
+            missing = remap < 0
+            logging.info(
+                "%s: %d of %d entities are not in the primary vocabulary; their %d labels of %d "
+                "are dropped",
+                *(name, missing.sum(), len(own), own.counts[missing].sum(), own.counts.sum()),
+            )
+        parts.append(Part(name, source, float(wanted["weight"]), remap))
+    return parts
+
+
+def examples_per_epoch(parts: Sequence[Part]) -> int:
+    """Examples of the mixture in which each of the primary set comes once: what an epoch means."""
+    return round(len(parts[0].source) * sum(p.weight for p in parts) / parts[0].weight)
+
+
+def check_shards(parts: Sequence[Part], hosts: int) -> None:
+    """Refuses a set of fewer shards than hosts.
+
+    Nothing would be wrong with the examples: every host opens all shards and reads its own records
+    from any of them.  But then several hosts always stand at the same file of the shared disk or
+    bucket, whose throughput is per file; a pod that reads so few files is fed by a sample, or by a
+    set that was never meant for it, and it is better to hear of that before it waits for data.
+
+    Raises:
+      BadInput: names the set.
+    """
+    for part in parts:
+        if part.source.shards < hosts:
+            raise BadInput(
+                f"{part.source.directory} has {part.source.shards} shards for {hosts} hosts, which "
+                "would wait for one another's reads: write it with a smaller "
+                "config.shard_examples (data_prep.build_i2e), or train on fewer hosts."
+            )
+
+
+def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
+    """The records of all sets in the order of training, without end.
+
+    Grain mixes by whole numbers: shares are exact to one percent of the smallest one.
+    """
+    sets = [
+        # As bytes: Grain measures what a source hands out, item by item of a dictionary.
+        grain.MapDataset.source(part.source.serialized)
+        # A seed for each set, so that sets of one length are not walked in step; Grain takes
+        # the seeds that follow it for the next epochs.
+        .shuffle(seed=int(np.random.SeedSequence((seed, 1 + i)).generate_state(1)[0]))
+        .repeat()
+        .map(part.record)
+        for i, part in enumerate(parts)
+    ]
+    if len(sets) == 1:
+        return sets[0]
+    return grain.MapDataset.mix(sets, weights=[part.weight for part in parts])
+
+
+def _placed(position: int, record: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    return position, record
+
+
+def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list[str]:
+    """SET:KEY of the examples at the positions start, ..., start + count - 1.
+
+    Recomputed from the position, so that no keys travel with the batches; reads ``count`` records.
+    """
+    ordered = _ordered(parts, seed)
+    found = (ordered[i] for i in range(start, start + count))
+    return [f"{record['set']}:{record['key']}" for record in found]
+
+
+def _stack(examples: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
+    """Some examples, and some more: one batch of all, copied once."""
+    flat = list(itertools.chain.from_iterable(examples))
+    return {name: np.stack([example[name] for example in flat]) for name in flat[0]}
+
+
 def training_stream(
-    source: Any,
+    parts: Sequence[Part],
     builder: ExampleBuilder,
     *,
     seed: int,
@@ -105,7 +295,7 @@ def training_stream(
     """This host's part of every global batch from example ``start`` on, for ever.
 
     Args:
-      source: `records.open_source`.
+      parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
       batch_size: global; must divide by ``hosts``.
       threads: decoding threads per process.
@@ -115,18 +305,20 @@ def training_stream(
         raise BadInput(
             f"config.batch_size={batch_size} does not divide over {hosts} hosts: choose a multiple."
         )
+    check_shards(parts, hosts)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
+    local = batch_size // hosts
+    # Threads take some examples at a time: handing over each alone costs as much as its tokens.
+    some = math.gcd(local, EXAMPLES_AT_ONCE)
     # Two batches ahead, over all processes that decode for this host.
-    ahead = max(threads, 2 * batch_size // hosts // max(1, workers))
+    ahead = max(2 * threads, 2 * local // some // max(1, workers))
     stream = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(builder)[start + host :: hosts]
+        _ordered(parts, seed)
+        .map_with_index(_placed)[start + host :: hosts]
+        .batch(some, batch_fn=functools.partial(builder.examples, seed))
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-        .batch(batch_size // hosts, drop_remainder=True)
+        .batch(local // some, drop_remainder=True, batch_fn=_stack)
     )
     if workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

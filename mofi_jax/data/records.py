@@ -111,8 +111,8 @@ def parse(record: bytes) -> dict[str, Any]:
             "key": fields["key"].bytes_list.value[0].decode(),
             "image": fields["image"].bytes_list.value[0],
             "text": fields["text"].bytes_list.value[0].decode(),
-            "entity_ids": np.array(fields["entity_ids"].int64_list.value, np.int32),
-            "entity_scores": np.array(fields["entity_scores"].float_list.value, np.float32),
+            "entity_ids": _array(fields["entity_ids"].int64_list.value, np.int32),
+            "entity_scores": _array(fields["entity_scores"].float_list.value, np.float32),
             "source": fields["source"].bytes_list.value[0].decode(),
             "width": fields["width"].int64_list.value[0],
             "height": fields["height"].int64_list.value[0],
@@ -122,6 +122,11 @@ def parse(record: bytes) -> dict[str, Any]:
             set(features()) - {name for name in fields if fields[name].WhichOneof("kind")}
         )
         raise ValueError(f"record lacks the fields {', '.join(missing)}") from None
+
+
+def _array(values: Sequence[Any], dtype: Any) -> np.ndarray:
+    """A few numbers as an array; np.array asks a protobuf field for each of them several times."""
+    return np.fromiter(values, dtype, len(values))
 
 
 def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
@@ -200,20 +205,26 @@ class Source:
     """Random access to the records of one split: `len(source)`, `source[i]` -> `parse`'s dict.
 
     Picklable, and safe to read from several threads; use `open_source` to make one.
+
+    Attributes:
+      serialized: the same records as bytes, before `parse`.
+      directory: the folder of its version.
+      shards: number of files that hold the split.
     """
 
-    def __init__(self, raw, directory: epath.Path):
-        self._raw = raw
+    def __init__(self, serialized, directory: epath.Path, shards: int):
+        self.serialized = serialized
         self.directory = directory
+        self.shards = shards
 
     def __len__(self) -> int:
-        return len(self._raw)
+        return len(self.serialized)
 
     def __getitem__(self, index) -> dict[str, Any]:
         # ArrayRecord answers a position beyond the end with another error than iteration expects.
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return parse(self._raw[index])
+        return parse(self.serialized[index])
 
     def __repr__(self) -> str:
         return f"Source({str(self.directory)!r}, {len(self)} records)"
@@ -278,7 +289,7 @@ def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> So
     for instruction in instructions:
         _check_shard(epath.Path(instruction.filename), instruction.examples_in_shard)
     raw = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    return Source(raw, directory)
+    return Source(raw, directory, len(instructions))
 
 
 def _check_shard(path: epath.Path, length: int) -> None:

@@ -36,6 +36,7 @@ def validate(config: Any) -> None:
         ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
         ("data.threads", config.data.threads > 0, "a positive number"),
         ("data.workers", config.data.workers >= 0, "0 or more"),
+        ("data.prefetch", config.data.prefetch > 0, "a positive number"),
         ("losses", len(config.losses) > 0, "at least one task"),
         ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
         ("data.max_labels", config.data.max_labels > 0, "a positive number"),

@@ -1,0 +1,95 @@
+"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719): operations of the paper's set on one picture.
+
+Each operation is a pure function of uint8 [h, w, 3] and a strength in [-1, 1].  At strength 0 those
+that have one leave the picture as it is, at 1 they do the most that the paper's magnitude 10 does;
+those with a direction are drawn with either sign.  (The paper's own code lets the effect of some
+shrink as the magnitude grows; here, as in torchvision and timm, all grow.)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MAX_MAGNITUDE = 10.0
+
+_GREY = (128, 128, 128)  # what moves in from outside, as in AutoAugment
+_MAX_SHEAR, _MAX_SHIFT, _MAX_DEGREES = 0.3, 150 / 331, 30.0  # AutoAugment, arXiv 1805.09501
+_MAX_ENHANCE, _MAX_BITS_LOST = 0.9, 4
+
+
+def _moved(image: np.ndarray, matrix: list[list[Any]]) -> np.ndarray:
+    """The picture under x' = M [x, y, 1] about its centre, of the same size."""
+    height, width = image.shape[:2]
+    (a, b, right), (c, d, down) = matrix
+    x, y = (width - 1) / 2, (height - 1) / 2
+    about = np.array([[a, b, right + x - a * x - b * y], [c, d, down + y - c * x - d * y]])
+    return cv2.warpAffine(image, about, (width, height), flags=cv2.INTER_LINEAR, borderValue=_GREY)
+
+
+def _by_pillow(
+    function: Callable[[Image.Image, float], Image.Image],
+) -> Callable[[np.ndarray, float], np.ndarray]:
+    return lambda image, strength: np.asarray(function(Image.fromarray(image), strength))
+
+
+def _enhanced(kind: type) -> Callable[[np.ndarray, float], np.ndarray]:
+    return _by_pillow(lambda picture, s: kind(picture).enhance(1 + _MAX_ENHANCE * s))
+
+
+def _rotated(image: np.ndarray, strength: float) -> np.ndarray:
+    angle = math.radians(_MAX_DEGREES * strength)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _moved(image, [[cos, -sin, 0], [sin, cos, 0]])
+
+
+# Name -> (picture, strength) -> picture: the 14 operations of the paper's table.
+OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "identity": lambda image, _: image,
+    "auto_contrast": _by_pillow(lambda picture, _: ImageOps.autocontrast(picture)),
+    "equalize": _by_pillow(lambda picture, _: ImageOps.equalize(picture)),
+    "rotate": _rotated,
+    "solarize": _by_pillow(lambda picture, s: ImageOps.solarize(picture, round(256 * (1 - s)))),
+    "color": _enhanced(ImageEnhance.Color),
+    "posterize": _by_pillow(
+        lambda picture, s: ImageOps.posterize(picture, 8 - round(_MAX_BITS_LOST * s))
+    ),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, s: _moved(image, [[1, _MAX_SHEAR * s, 0], [0, 1, 0]]),
+    "shear_y": lambda image, s: _moved(image, [[1, 0, 0], [_MAX_SHEAR * s, 1, 0]]),
+    "translate_x": lambda image, s: _moved(
+        image, [[1, 0, _MAX_SHIFT * s * image.shape[1]], [0, 1, 0]]
+    ),
+    "translate_y": lambda image, s: _moved(
+        image, [[1, 0, 0], [0, 1, _MAX_SHIFT * s * image.shape[0]]]
+    ),
+}
+
+WITHOUT_STRENGTH = frozenset({"identity", "auto_contrast", "equalize"})
+ONE_SIDED = frozenset({"solarize", "posterize"})  # no strength below 0
+
+
+def randaugment(
+    image: np.ndarray, rng: np.random.Generator, *, num_ops: int, magnitude: float | int
+) -> np.ndarray:
+    """Applies ``num_ops`` operations drawn with replacement, at one magnitude, 0 to 10.
+
+    Args:
+      image: uint8 [h, w, 3], which is not changed.
+      rng: decides the operations and their directions.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
+    names = tuple(OPERATIONS)
+    strength = magnitude / MAX_MAGNITUDE
+    for draw, side in rng.random((num_ops, 2)):
+        name = names[int(draw * len(names))]
+        sign = 1 if name in ONE_SIDED or side < 0.5 else -1
+        image = OPERATIONS[name](image, sign * strength)
+    return image
