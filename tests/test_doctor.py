@@ -120,9 +120,9 @@ def test_state_that_does_not_fit_a_device(data, tmp_path, devices):
 
 
 def test_fewer_shards_than_hosts(data, tmp_path, devices):
-    devices["processes"] = 4
-    report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "run"))
-    assert "1 shards for 4 hosts" in told(report, "warning")["shards"]
+    devices["processes"] = 8
+    problems = told(doctor.examine(datasets.tiny_config(data), str(tmp_path / "run")))
+    assert "has 4 shards for 8 hosts" in problems["shards"]
 
 
 def test_full_disk(data, tmp_path, devices, monkeypatch):

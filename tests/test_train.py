@@ -372,8 +372,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     config.optimizer.clip_norm = 1e30
     config.optimizer.warmup = "0 steps"
     config.checkpoint.every = "1 steps"
-    with pytest.raises(BadInput, match=r"The loss is (nan|inf) at step"):
+    with pytest.raises(BadInput, match=r"The loss is (nan|inf) at step .* names the 16 examples"):
         train.main(config, str(tmp_path))
+    lines = (tmp_path / telemetry.NAN_FILE).read_text().splitlines()
+    assert len({line.split("\t")[1] for line in lines}) == config.batch_size == len(lines)
     params = checkpoint.restore_params(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
