@@ -38,6 +38,7 @@ def test_b16_on_sixteen_chips(tmp_path):
     done = run_plan(
         *("--config", "configs/mofi.py:task=supervised,variant=B/16", "--topology", "v5e:4x4"),
         *("--config.batch_size=2048", "--entities=2_000_000", "--out", str(tmp_path / "out")),
+        "--config.model.remat=full",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -129,7 +130,7 @@ def found(config, *, fits=True, needed=4.0, temporaries=3.0, devices=16, table=0
 
 def test_remedies_are_keys_that_the_config_has_and_does_not_use_yet():
     config = mofi.get_config()
-    config.batch_size = 4096
+    config.batch_size, config.model.remat = 4096, "full"
     hints = "\n".join(plan.remedies(config, found(config, fits=False, table=1.0)))
     assert "--config.microbatches=2" in hints
     assert "second_moment=row" in hints

@@ -111,9 +111,11 @@ class Bucket(memory.MemoryFileSystem):
 
 def test_a_bucket(work, monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: Bucket())
-    assert run(work, "gs://bucket/data")["copied"] == 5
-    assert run(work, "gs://bucket/data")["copied"] == 0
     source = work.workdir / "i2e" / records.VERSION
+    files = len(contents(source))
+    assert files > 4
+    assert run(work, "gs://bucket/data")["copied"] == files
+    assert run(work, "gs://bucket/data")["copied"] == 0
     for name, data in contents(source).items():
         assert Bucket().cat(f"gs://bucket/data/i2e/{records.VERSION}/{name}") == data
 

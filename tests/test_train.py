@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mofi_jax import inference, telemetry, train
+from mofi_jax import inference, run_folder, telemetry, train
 from mofi_jax.data import ops, records
 from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.training import checkpoint
@@ -313,8 +313,9 @@ def test_the_state_of_the_input_is_small(data):
     source = records.open_source(data, "i2e")
     parts = [train.pipeline.Part(f"set_{i}", source, 0.5) for i in range(10)]
     texts = train.tokenizer.Tokenizer(source.directory / records.TOKENIZER_FILE, 12)
-    fingerprint = train.data_fingerprint(config, parts, texts)
-    position = checkpoint.Position(10**12, fingerprint, 1e6)
+    fingerprint = run_folder.data_fingerprint(config, parts, texts)
+    seconds = dict.fromkeys(telemetry.PHASES, 1e6)
+    position = checkpoint.Position(10**12, fingerprint, seconds, run_folder.as_json(config))
     assert len(fingerprint["extra"]) == 9
     assert len(json.dumps(dataclasses.asdict(position))) <= 10_000
 
