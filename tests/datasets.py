@@ -35,7 +35,12 @@ def name_of(entity: int) -> str:
 
 
 def write(
-    folder: epath.PathLike, *, name: str = "i2e", examples: int = 48, entities: int = 7
+    folder: epath.PathLike,
+    *,
+    name: str = "i2e",
+    examples: int = 48,
+    entities: int = 7,
+    shards: int = SHARDS,
 ) -> epath.Path:
     """Writes a data set of drawings; "i2t" carries no labels.  Returns its version folder.
 
@@ -44,14 +49,12 @@ def write(
     version = epath.Path(folder) / name / records.VERSION
     version.mkdir(parents=True)
     labelled = name == "i2e"
-    lengths = [
-        (shard + 1) * examples // SHARDS - shard * examples // SHARDS for shard in range(SHARDS)
-    ]
-    paths = [version / records.shard_name(name, "train", shard, SHARDS) for shard in range(SHARDS)]
+    lengths = [(i + 1) * examples // shards - i * examples // shards for i in range(shards)]
+    paths = [version / records.shard_name(name, "train", shard, shards) for shard in range(shards)]
     writers = [
         array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS) for path in paths
     ]
-    shard_of = np.repeat(np.arange(SHARDS), lengths)
+    shard_of = np.repeat(np.arange(shards), lengths)
     num_bytes = 0
     for i in range(examples):
         entity = i % entities

@@ -15,7 +15,7 @@ from tests.inputs import make_config, read, tables_of
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    datasets.write(folder, name="i2t", examples=24)
+    datasets.write(folder, name="i2t", examples=24, shards=1)
     return folder
 
 
@@ -67,7 +67,7 @@ def test_what_is_not_there_is_told(data_dir, name, words):
 
 def changed_copy(folder, change):
     """A data set whose metadata say something else."""
-    version = datasets.write(folder, name="i2t", examples=4)
+    version = datasets.write(folder, name="i2t", examples=4, shards=1)
     change(version)
     return folder
 
@@ -96,7 +96,7 @@ def test_features_that_are_not_known_are_told(tmp_path):
 
 
 def test_a_damaged_shard_is_told(tmp_path):
-    version = datasets.write(tmp_path, name="i2t", examples=4)
+    version = datasets.write(tmp_path, name="i2t", examples=4, shards=1)
     [shard] = (path for path in version.iterdir() if tfds_sets.is_shard(str(path)))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(errors.BadInput, match="is damaged or shorter than its dataset_info"):
