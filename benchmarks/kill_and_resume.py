@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from benchmarks import figures
 
@@ -216,17 +217,15 @@ def each_once(steps: dict[int, dict[int, int]], total: int, examples: int) -> bo
 
 def parameters(folder: pathlib.Path, workdir: str) -> list[np.ndarray]:
     import jax
-    import orbax.checkpoint as ocp
 
     from mofi_jax.training import checkpoint
 
     step = checkpoint.saved_steps(folder / workdir)[-1]
-    with ocp.StandardCheckpointer() as checkpointer:
-        trees = [
-            checkpointer.restore(folder.absolute() / workdir / "checkpoints" / str(step) / item)
-            for item in ("params", "optimizer", "ema")
-        ]
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(trees)]
+    saved = folder.absolute() / workdir / checkpoint.FOLDER / str(step)
+    trees = [
+        checkpoint.read_item(epath.Path(saved / item)) for item in ("params", "optimizer", "ema")
+    ]
+    return jax.tree.leaves(trees)
 
 
 def losses(folder: pathlib.Path, workdir: str) -> list[float]:

@@ -198,7 +198,11 @@ def restore_params(workdir: epath.PathLike) -> Any:
     if not steps:
         raise BadInput(f"There is no checkpoint in {folder}: train first, or name another folder.")
     last = folder / str(steps[-1])
-    item = last / "ema" if (last / "ema").exists() else last / "params"
+    return read_item(last / "ema" if (last / "ema").exists() else last / "params")
+
+
+def read_item(item: epath.Path) -> Any:
+    """The tree in a folder of a checkpoint as numpy arrays, whole, on any number of devices."""
     # An array of numpy's asks Orbax for one; these have no memory of their own.
     abstract = jax.tree.map(
         lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
