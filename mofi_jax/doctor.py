@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import AxisType, Mesh
 
 from mofi_jax import cli, inference, machine, partition, run_folder, train
-from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.data import pipeline, records, training_set
 from mofi_jax.errors import BadInput
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint, optim, settings, state
@@ -116,7 +116,7 @@ def examine(
                 )
             report.ok("batch", f"{config.batch_size} = {hosts} x {config.batch_size // hosts}")
     with report.about("data"):
-        data = Data(config, hosts, report)
+        data = check_data(report, config, hosts)
         with report.about("model"):
             check_run(report, config, epath.Path(workdir), data, mesh, found, place)
     return report
@@ -131,53 +131,37 @@ def requirement_lines() -> list[str]:
     return importlib.metadata.requires("mofi_jax") or []
 
 
-class Data:
-    """The training data, opened as a training opens them.
+def check_data(report: Report, config: Any, hosts: int) -> training_set.TrainingSet:
+    """Opens the training data as a training does, and looks at the first record.
 
     Raises:
       BadInput: they cannot be read; the sentence names the file.
     """
-
-    def __init__(self, config: Any, hosts: int, report: Report):
-        self.source = records.open_source(config.data.dir, config.data.name)
-        folder = self.source.directory
-        shards = len(list(folder.glob("*.array_record-*")))
-        report.ok("data", f"{len(self.source):,} examples in {shards} shards, {folder}")
-        # Every process that decodes opens every shard.
-        machine.descriptors(report, shards + OTHER_FILES)
-        self.texts = tokenizer.Tokenizer(
-            folder / records.TOKENIZER_FILE, config.model.context_length
-        )
-        report.ok("tokenizer", f"{self.texts.vocab_size:,} tokens")
-        self.entities_path = folder / records.ENTITIES_FILE
-        self.entities = None
-        if self.entities_path.exists():
-            self.entities = records.read_entities(self.entities_path)
-            report.ok("entities", f"{len(self.entities):,}")
-        elif "entity" in config.losses:
-            raise BadInput(
-                f"{folder} has no entities, which the entity loss needs: name a labelled data set "
-                "in config.data, or train with task=contrastive."
-            )
-        self.parts = [
-            pipeline.Part(config.data.name, self.source),
-            *pipeline.open_extra(config.data.extra.to_dict(), self.entities),
-        ]
-        with report.about("shards"):
-            pipeline.check_shards(self.parts, hosts)
-        with report.about("first record"):
-            first = self.source[0]
-            train.try_operations(config, first["image"])
-            if self.entities is not None:
-                records.validate_entity_ids(first["entity_ids"], len(self.entities), first["key"])
-            report.ok("first record", f"{first['key']!r} decodes to the model's size")
+    data = training_set.open_training_set(config)
+    shards = sum(part.source.shards for part in data.parts)
+    count = sum(len(part.source) for part in data.parts)
+    report.ok("data", f"{count:,} examples in {shards} shards, {data.primary.directory}")
+    # Every process that decodes opens every shard.
+    machine.descriptors(report, shards + OTHER_FILES)
+    report.ok("tokenizer", f"{data.texts.vocab_size:,} tokens")
+    if data.entities is not None:
+        report.ok("entities", f"{data.num_entities:,}")
+    with report.about("shards"):
+        pipeline.check_shards(data.parts, hosts)
+    with report.about("first record"):
+        first = data.primary[0]
+        train.try_operations(config, first["image"])
+        if data.entities is not None:
+            records.validate_entity_ids(first["entity_ids"], data.num_entities, first["key"])
+        report.ok("first record", f"{first['key']!r} decodes to the model's size")
+    return data
 
 
 def check_run(
     report: Report,
     config: Any,
     workdir: epath.Path,
-    data: Data,
+    data: training_set.TrainingSet,
     mesh: Mesh,
     found: dict[str, Any] | None,
     place: pathlib.Path | None,
@@ -193,7 +177,7 @@ def check_run(
         mesh,
         vocab_size=data.texts.vocab_size,
         eos_id=data.texts.eos_id,
-        num_entities=len(data.entities) if data.entities else 0,
+        num_entities=data.num_entities,
         examples_per_epoch=pipeline.examples_per_epoch(data.parts),
     )
     structs, _ = state.abstract(program.init, mesh)
@@ -222,7 +206,7 @@ def check_folder(
     report: Report,
     config: Any,
     workdir: epath.Path,
-    data: Data,
+    data: training_set.TrainingSet,
     program: program_lib.Program,
     structs: state.TrainState,
 ) -> None:
@@ -281,12 +265,12 @@ def check_device_memory(report: Report, structs: state.TrainState, limit: int) -
 
 
 def host_memory(
-    config: Any, data: Data, state_bytes: int, hosts: int, on_cpu: bool
+    config: Any, data: training_set.TrainingSet, state_bytes: int, hosts: int, on_cpu: bool
 ) -> tuple[float, str]:
     """Bytes that the processes of one host will need, and of what the number is made."""
     workers = config.data.workers
     batch = config.batch_size // hosts
-    example = config.model.image_size**2 * 3 + len(data.source[0]["image"])
+    example = config.model.image_size**2 * 3 + len(data.primary[0]["image"])
     # Two batches ahead over all processes that decode, one more in each worker, one on its way.
     batches = (3 + workers) * batch * example
     words = 0

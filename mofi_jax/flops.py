@@ -8,7 +8,7 @@ appendix B), attention included; a causal mask saves nothing, as the masked logi
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mofi_jax import partition
@@ -44,21 +44,19 @@ def of_step(
     losses: Mapping[str, Mapping[str, Any]],
     *,
     batch_size: int,
-    frozen: Collection[str] = (),
 ) -> StepFlops:
     """FLOPs of one training step.
 
     Args:
-      setting: of the step (`training.program.Program.setting`).
+      setting: of the step (`training.program.Program`); a frozen tower has no backward pass.
       losses: task name -> options, as in ``config.losses``.
       batch_size: global.
-      frozen: towers ("image", "text") that are not trained: forward only.
     """
     model = setting.model
     classes = text = pairs = 0.0
-    times = {name: FROZEN if name in frozen else TRAINED for name in mofi.TOWERS}
+    times = {name: FROZEN if name in setting.frozen else TRAINED for name in mofi.TOWERS}
     # The pixels have no gradient, so their projection has one pass less.
-    backward_free = image_input(model) if "image" not in frozen else 0.0
+    backward_free = image_input(model) if "image" not in setting.frozen else 0.0
     image = batch_size * (times["image"] * image_forward(model) - backward_free)
     if "entity" in losses:
         rows = class_rows(setting, losses["entity"]["sample_rate"])

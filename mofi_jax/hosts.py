@@ -310,5 +310,5 @@ def listening() -> Iterator[Leave]:
 
 
 def preempted(workdir: Any, step: int) -> Preempted:
-    """The exception that ends the process once step ``step`` is on disk."""
-    return Preempted(f"{workdir} is saved at step {step}: the same command goes on from there.")
+    """The exception that ends the process; its state is on disk, or the run had not begun."""
+    return Preempted(f"{workdir} stands at step {step}: the same command goes on from there.")

@@ -28,7 +28,7 @@ from mofi_jax import (
     telemetry,
     warm_start,
 )
-from mofi_jax.data import ops, pipeline, prefetch, records, tokenizer
+from mofi_jax.data import ops, pipeline, prefetch, training_set
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.training import cadence, checkpoint, optim, settings, state
@@ -100,39 +100,26 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
-    source = records.open_source(config.data.dir, config.data.name)
-    tokenizer_path = source.directory / records.TOKENIZER_FILE
-    texts = tokenizer.Tokenizer(tokenizer_path, config.model.context_length)
-    entities_path = source.directory / records.ENTITIES_FILE
-    entities = records.read_entities(entities_path) if entities_path.exists() else None
-    if "entity" in config.losses and entities is None:
-        raise BadInput(
-            f"{source.directory} has no entities, which the entity loss needs: name a labelled "
-            "data set in config.data, or train with task=contrastive."
-        )
-    parts = [
-        pipeline.Part(config.data.name, source),
-        *pipeline.open_extra(config.data.extra.to_dict(), entities),
-    ]
-    pipeline.check_shards(parts, jax.process_count())
+    data = training_set.open_training_set(config)
+    pipeline.check_shards(data.parts, jax.process_count())
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
         text_sources=config.data.text_sources.to_dict(),
-        tokenizer_path=str(tokenizer_path),
+        tokenizer_path=str(data.tokenizer_path),
         context_length=config.model.context_length,
-        entities=entities,
+        entities=data.entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = run_folder.data_fingerprint(config, parts, texts)
+    fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
 
     # ---------------------------------------------------------------------- model
     program = program_lib.make(
         config,
         mesh,
-        vocab_size=texts.vocab_size,
-        eos_id=texts.eos_id,
-        num_entities=len(entities) if entities else 0,
-        examples_per_epoch=pipeline.examples_per_epoch(parts),
+        vocab_size=data.texts.vocab_size,
+        eos_id=data.texts.eos_id,
+        num_entities=data.num_entities,
+        examples_per_epoch=pipeline.examples_per_epoch(data.parts),
     )
     structs, shardings = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
@@ -142,8 +129,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
     # ---------------------------------------------------------------------- evaluators
     towers = inference.Towers(
         config=model,
-        tokenizer=texts if "contrastive" in config.losses else None,
-        entities=entities if num_entities else None,
+        tokenizer=data.texts if "contrastive" in config.losses else None,
+        entities=data.entities if num_entities else None,
         preprocess=config.data.eval_ops,
         mesh=mesh,
     )
@@ -166,7 +153,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         )
     window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
     cleanup.callback(window.close)
-    try_operations(config, source[0]["image"])
+    try_operations(config, data.primary[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
     description = inference.describe(
@@ -174,8 +161,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
     )
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     position = run_folder.check(workdir, description, structs, start)
-    resumed = bool(checkpoint.saved_steps(workdir))
-    first = checkpoint.saved_steps(workdir)[-1] if resumed else 0
+    steps = checkpoint.saved_steps(workdir)
+    resumed, first = bool(steps), (steps or [0])[-1]
     if first > clock.total_steps:
         raise BadInput(
             f"{workdir} stands at step {first}, beyond config.total={config.total!r} "
@@ -187,7 +174,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
     warm = None
     if config.init.model and not resumed:
         warm = warm_start.read(
-            config.init.model, tuple(config.init.parts), structs.params, entities, mesh
+            config.init.model, tuple(config.init.parts), structs.params, data.entities, mesh
         )
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
@@ -195,8 +182,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         workdir,
         config,
         description,
-        tokenizer_path=tokenizer_path,
-        entities_path=entities_path if num_entities else None,
+        tokenizer_path=data.tokenizer_path,
+        entities_path=data.entities_path if num_entities else None,
     )
     checkpointer = checkpoint.Checkpointer(
         workdir, keep=config.checkpoint.keep, keep_every=keep_every
@@ -219,13 +206,13 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         workdir,
         resume_step=first if resumed else -1,
         keys=lambda step: pipeline.batch_keys(
-            parts, config.seed, position.examples + (step - 1 - first) * batch_size, batch_size
+            data.parts, config.seed, position.examples + (step - 1 - first) * batch_size, batch_size
         ),
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
     cleanup.callback(metrics.abandon)
     stream = pipeline.training_stream(
-        parts,
+        data.parts,
         builder,
         seed=config.seed,
         start=examples,
@@ -244,10 +231,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
         images_per_step=config.batch_size,
         tokens_per_step=contrasted * config.model.context_length,
         flops_per_step=flops.of_step(
-            program.setting,
-            program.losses,
-            batch_size=config.batch_size,
-            frozen=program.setting.frozen,
+            program.setting, program.losses, batch_size=config.batch_size
         ).total,
         peak_flops=chip.device_flops * mesh.size if chip else None,
     )

@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from mofi_jax import doctor, machine, train
-from mofi_jax.data import records
+from mofi_jax.data import records, training_set
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint
 from tests import datasets
@@ -144,7 +144,7 @@ def test_workdir_that_cannot_be_written(workdir, sentence, data, tmp_path, devic
 
 def test_memory_grows_with_workers_and_entities(data):
     config = datasets.tiny_config(data)
-    opened = doctor.Data(config, 1, Report())
+    opened = training_set.open_training_set(config)
     alone, _ = doctor.host_memory(config, opened, 10 * GIB, 4, False)
     config.data.workers = 8
     many, text = doctor.host_memory(config, opened, 10 * GIB, 4, False)

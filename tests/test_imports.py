@@ -32,7 +32,7 @@ FLOORS = (
     ("accelerators", "hlo", "program_costs", "tpu_topology"),
     ("model",),
     ("losses",),
-    ("data.pipeline", "data.prefetch"),
+    ("data.pipeline", "data.prefetch", "data.training_set"),
     ("interop",),
     ("training",),
     ("inference", "flops"),

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 
 from mofi_jax import inference, run_folder, telemetry, train
-from mofi_jax.data import ops, records
+from mofi_jax.data import ops, records, tokenizer
 from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.training import checkpoint
 from tests import datasets
@@ -312,7 +312,7 @@ def test_the_state_of_the_input_is_small(data):
     config = datasets.tiny_config(data)
     source = records.open_source(data, "i2e")
     parts = [train.pipeline.Part(f"set_{i}", source, 0.5) for i in range(10)]
-    texts = train.tokenizer.Tokenizer(source.directory / records.TOKENIZER_FILE, 12)
+    texts = tokenizer.Tokenizer(source.directory / records.TOKENIZER_FILE, 12)
     fingerprint = run_folder.data_fingerprint(config, parts, texts)
     seconds = dict.fromkeys(telemetry.PHASES, 1e6)
     position = checkpoint.Position(10**12, fingerprint, seconds, run_folder.as_json(config))
@@ -402,7 +402,7 @@ def test_asked_to_leave_saves_and_goes_on_bit_for_bit(data, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(telemetry.Metrics, "push", terminated)
-        with pytest.raises(Preempted, match="is saved at step 3: the same command goes on"):
+        with pytest.raises(Preempted, match="stands at step 3: the same command goes on"):
             train.main(config, str(tmp_path / "left"))
     assert checkpoint.saved_steps(tmp_path / "left") == [3]
     train.main(config, str(tmp_path / "left"))

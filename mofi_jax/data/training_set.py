@@ -1,0 +1,64 @@
+"""A training config's data, opened: the sets of the mixture, their vocabulary and tokenizer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """Opened, and nothing read of it but the vocabulary.
+
+    Attributes:
+      parts: the sets of the mixture, the primary one first: vocabulary and tokenizer are its.
+      texts: the tokenizer, at the model's context length.
+      entities: the vocabulary, None for sets without labels.
+    """
+
+    parts: Sequence[pipeline.Part]
+    texts: tokenizer.Tokenizer
+    entities: records.Entities | None
+
+    @property
+    def primary(self) -> records.Source:
+        return self.parts[0].source
+
+    @property
+    def tokenizer_path(self) -> epath.Path:
+        return self.primary.directory / records.TOKENIZER_FILE
+
+    @property
+    def entities_path(self) -> epath.Path:
+        """There only where `entities` are."""
+        return self.primary.directory / records.ENTITIES_FILE
+
+    @property
+    def num_entities(self) -> int:
+        return len(self.entities) if self.entities else 0
+
+
+def open_training_set(config: Any) -> TrainingSet:
+    """Opens ``config.data`` as a training does.
+
+    Raises:
+      BadInput: a set that is not there or damaged, or no entities where a loss needs them; names
+        the folder.
+    """
+    source = records.open_source(config.data.dir, config.data.name)
+    texts = tokenizer.Tokenizer(
+        source.directory / records.TOKENIZER_FILE, config.model.context_length
+    )
+    path = source.directory / records.ENTITIES_FILE
+    entities = records.read_entities(path) if path.exists() else None
+    if "entity" in config.losses and entities is None:
+        raise BadInput(
+            f"{source.directory} has no entities, which the entity loss needs: name a labelled "
+            "data set in config.data, or train with task=contrastive."
+        )
+    extra = pipeline.open_extra(config.data.extra.to_dict(), entities)
+    return TrainingSet([pipeline.Part(config.data.name, source), *extra], texts, entities)
