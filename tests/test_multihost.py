@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from benchmarks import kill_and_resume
 from mofi_jax import telemetry, train
 from mofi_jax.data import ops
 from mofi_jax.training import checkpoint
@@ -84,3 +85,14 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, meshes):
     rows = checkpoint.restore_params(tmp_path / "one")["entity_table"].shape[0]
     a, b = (checkpoint.restore_params(tmp_path / n)["entity_table"][:rows] for n in ("two", "one"))
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):
+    """2 x 4 devices -> 1 x 8 -> 1 x 2, asked to leave by SIGTERM in between; nothing is lost."""
+    kill_and_resume.prepare(tmp_path)
+    moved = kill_and_resume.moves(tmp_path, steps=9)
+    assert moved["codes"] == [[75, 75], [75], [0]]
+    assert moved["steps"] == 9
+    assert moved["difference"] <= 1e-5
+    assert moved["each_once"]
+    assert moved["same_steps"]
