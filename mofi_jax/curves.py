@@ -32,7 +32,17 @@ _TASKS = {"total": 0, "entity": 1, "contrastive": 2}  # of one colour in every p
 _PHASE_COLOURS = dict(
     zip(
         telemetry.PHASES,
-        ("#BBBBBB", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#882255", "#444444"),
+        (
+            "#BBBBBB",
+            "#E69F00",
+            "#D55E00",
+            "#009E73",
+            "#56B4E9",
+            "#CC79A7",
+            "#F0E442",
+            "#882255",
+            "#444444",
+        ),
         strict=True,
     )
 )

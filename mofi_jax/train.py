@@ -273,7 +273,8 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
                 with goodput.phase("checkpoint"):
                     checkpointer.wait()
                 raise hosts.preempted(workdir, now)
-            window.at(now, in_flight=values)
+            with goodput.phase("profile"):
+                window.at(now, in_flight=values)
             if now == total:
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=now):

@@ -229,6 +229,9 @@ def test_profile_of_chosen_steps(data, tmp_path):
     traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     assert b"train" in traces[0].read_bytes()
+    # Writing it takes longer than the steps, and is none.
+    split = json.loads((tmp_path / "result.json").read_text())["goodput"]
+    assert split["profile"] > 0.1
 
 
 def test_a_log_file_says_how_far_the_run_is(data, tmp_path, caplog):

@@ -6,6 +6,7 @@
     step        everything else in the loop: the device computes
     eval        evaluators
     checkpoint  the loop waits for a save, which goes on in the background
+    profile     a trace is begun or written (``--profile``); the steps in between are steps
     lost        input, steps and evaluations of an earlier process that came after the checkpoint
                 from which the next one went on, and so were done again
     down        between the last sign of life of a process and the start of the next
@@ -30,7 +31,7 @@ from etils import epath
 from mofi_jax.telemetry.files import write_json
 
 GOODPUT_FILE = "goodput.json"
-PHASES = ("start", "compile", "input", "step", "eval", "checkpoint", "lost", "down")
+PHASES = ("start", "compile", "input", "step", "eval", "checkpoint", "profile", "lost", "down")
 
 _REDONE = ("input", "step", "eval")  # by a process that goes on from an earlier checkpoint
 _HEARTBEAT_SECONDS = 10.0
