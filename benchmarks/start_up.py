@@ -41,7 +41,8 @@ def child(arguments: list[str]) -> None:
             "data.dir": folder,
             "data.threads": 1,
             "data.workers": 0,
-            "model.dtype": "float32",
+            # bfloat16 is emulated on CPUs, so that the step itself would be most of the time.
+            "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         }
     )
     make_update = program.Program.make_update
@@ -51,7 +52,9 @@ def child(arguments: list[str]) -> None:
 
         def run(*step):
             result = jax.block_until_ready(update(*step))
-            print(json.dumps({"first_step": time.time() - float(began)}), flush=True)
+            took = time.time() - float(began)
+            device = jax.devices()[0].device_kind
+            print(json.dumps({"first_step": took, "device": device}), flush=True)
             os._exit(0)  # what comes after, a save of the whole state, is not what is measured
             return result
 
@@ -61,8 +64,8 @@ def child(arguments: list[str]) -> None:
     train.main(config, workdir)
 
 
-def start(folder: pathlib.Path, workdir: pathlib.Path, variant: str) -> float:
-    """Seconds from the start of the process to the end of the first step."""
+def start(folder: pathlib.Path, workdir: pathlib.Path, variant: str) -> tuple[float, str]:
+    """Seconds from the start of the process to the end of the first step; the device."""
     command = [sys.executable, "-m", "benchmarks.start_up", "--child", str(folder), str(workdir)]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
@@ -75,7 +78,8 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, variant: str) -> float:
     )
     for line in done.stdout.splitlines():
         if line.startswith("{"):
-            return json.loads(line)["first_step"]
+            told = json.loads(line)
+            return told["first_step"], told["device"]
     raise SystemExit(done.stderr)
 
 
@@ -95,13 +99,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mofi_jax_start_") as name:
         folder = pathlib.Path(name)
         datasets.write(folder / "data")
-        first = start(folder / "data", folder / "run", variant)
-        again = start(folder / "data", folder / "run", variant)
-    report.add(f"{variant} multi-task: first start to the first step", first, "s", figures.CPU)
-    report.add(f"{variant} multi-task: second start to the first step", again, "s", figures.CPU)
+        first, device = start(folder / "data", folder / "run", variant)
+        again, _ = start(folder / "data", folder / "run", variant)
+    report.add(f"{variant} multi-task: first start to the first step", first, "s", device)
+    report.add(f"{variant} multi-task: second start to the first step", again, "s", device)
     report.add(
         f"{variant} multi-task: first start / second start",
-        *(first / again, "x", figures.CPU, ">= 3"),
+        *(first / again, "x", device, ">= 3"),
     )
     return report.finish()
 

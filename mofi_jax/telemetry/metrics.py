@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from mofi_jax.errors import BadInput
@@ -64,8 +63,7 @@ class Metrics:
         kept = [line for line in read_metrics(self._folder) if line["step"] <= resume_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
-        folder = str(self._folder / "tensorboard")
-        self._tensorboard = tensorboardX.SummaryWriter(folder, flush_secs=10)
+        self._tensorboard: Any = None
 
     def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Remembers a step's loss, unread, to know later at which step it ceased to be finite."""
@@ -129,6 +127,14 @@ class Metrics:
         line = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._tensorboard is None:
+            # Imports PyTorch where that is installed: more than a second that a run, or a part that
+            # reads metrics alone, need not wait for.
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(self._folder / "tensorboard"), flush_secs=10
+            )
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -147,7 +153,8 @@ class Metrics:
         if self._active:
             self._active = False
             self._file.close()
-            self._tensorboard.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=exit_code)
 
