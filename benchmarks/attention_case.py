@@ -45,7 +45,7 @@ def measure(case: Case) -> dict[str, Any]:
     module = layers.Attention(
         width, case.heads, std=width**-0.5, out_std=width**-0.5, rngs=nnx.Rngs(0)
     )
-    graph, params = nnx.split(module)
+    graph, params = nnx.split((module, layers.LayerNorm(width, eps=1e-5)))
     shape = case.batch, case.length, width
     x, direction = jax.random.normal(jax.random.key(1), (2, *shape), jnp.dtype(case.dtype))
 
@@ -54,7 +54,8 @@ def measure(case: Case) -> dict[str, Any]:
         def run(params: Any, x: jax.Array, direction: jax.Array) -> Any:
             def loss(params: Any, x: jax.Array) -> jax.Array:
                 more = attention.padding(case.length, implementation)
-                y = nnx.merge(graph, params)(
+                block, norm = nnx.merge(graph, params)
+                y = jax.tree.map(lambda leaf: leaf.astype(dtype), block.fold(norm))(
                     jnp.pad(x.astype(dtype), ((0, 0), (0, more), (0, 0))),
                     length=case.length,
                     causal=case.causal,

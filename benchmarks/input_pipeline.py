@@ -299,7 +299,7 @@ def resume(report: figures.Report, folder: pathlib.Path, threads: int) -> None:
     tiny = state.TrainState(jnp.zeros((), jnp.int32), {"x": jnp.zeros(2)}, {"x": jnp.zeros(2)})
     workdir = folder / "run"
     saver = checkpoint.Checkpointer(workdir, keep=1)
-    saver.save(5, tiny, checkpoint.Position(5 * BATCH, {"seed": 0}, 0.0))
+    saver.save(5, tiny, checkpoint.Position(5 * BATCH, {"seed": 0}, {}, {}))
     saver.close()
     loader = checkpoint.Checkpointer(workdir, keep=1)
     began = time.perf_counter()

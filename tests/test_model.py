@@ -72,11 +72,10 @@ def test_bfloat16_stays_near_float32(params):
 def test_scan_equals_a_plain_loop(params):
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(stack)
     expected = x
     for i in range(3):
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-        expected = block(expected, length=5, causal=False, implementation="xla")
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack.fold(x.dtype))
+        expected = stack.run(expected, layer, length=5, causal=False, implementation="xla")
     result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
     np.testing.assert_allclose(result, expected, atol=1e-6)
 

@@ -67,15 +67,30 @@ def _cudnn(query: Array, key: Array, value: Array, *, length: int, causal: bool)
         return run(query, key, value, is_causal=True)
     if length == key.shape[1]:
         return run(query, key, value)
-    # As lengths, not as a mask: that would be a bias to cuDNN, a tensor of logits to read.  Zeros
-    # are written over the padding's keys and values so that, in the backward pass, they are written
-    # over whatever cuDNN leaves there as gradients.
-    batch, positions, heads, dim = key.shape
-    zeros = jnp.zeros((batch, positions - length, heads, dim), key.dtype)
-    key, value = (
-        jax.lax.dynamic_update_slice_in_dim(x, zeros, length, axis=1) for x in (key, value)
-    )
+    batch = key.shape[0]
+    key, value = _without_gradient(key, length), _without_gradient(value, length)
+    # As lengths, not as a mask: that would be a bias to cuDNN, a tensor of logits to read.
     return run(query, key, value, key_value_seq_lengths=jnp.full((batch,), length, jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _without_gradient(x: Array, length: int) -> Array:
+    """x; its gradient from position ``length`` on is zero, whatever cuDNN leaves there."""
+    del length
+    return x
+
+
+def _without_gradient_forward(x: Array, length: int) -> tuple[Array, None]:
+    del length
+    return x, None
+
+
+def _without_gradient_backward(length: int, _: None, gradient: Array) -> tuple[Array]:
+    zeros = jnp.zeros_like(gradient[:, length:])
+    return (jax.lax.dynamic_update_slice_in_dim(gradient, zeros, length, axis=1),)
+
+
+_without_gradient.defvjp(_without_gradient_forward, _without_gradient_backward)
 
 
 def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:

@@ -8,7 +8,7 @@ compute dtype, LayerNorm statistics and the softmax in float32.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +32,43 @@ def _gelu(x: jax.Array) -> jax.Array:
 
     The gradient is written out so that it needs the input alone, and not the value again.
     """
+    return _gelu_forward(x)[0]
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
-    return (x32 * _normal(x32, x.dtype)[0]).astype(x.dtype)
+    return (x32 * _normal_distribution(x32)).astype(x.dtype), x
 
 
-def _normal(x: jax.Array, precision: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Distribution function and density of the normal distribution, float32.
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    x32 = x.astype(jnp.float32)
+    below, density = (_normal if x.dtype == jnp.float32 else _normal_anew)(x32)
+    return ((gradient.astype(jnp.float32) * (below + x32 * density)).astype(x.dtype),)
 
-    For what is rounded to bfloat16 anyway, Abramowitz and Stegun's 7.1.26, off by less than 3e-7:
-    it has the density as a factor, so that both cost one exponential.  Otherwise erf, and not the
-    erfc of `jax.nn.gelu(approximate=False)`, which XLA makes of two polynomials: four times as long
-    on a CPU, forward and backward.
+
+_gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def _normal_distribution(x: jax.Array) -> jax.Array:
+    # erf, and not the erfc of jax.nn.gelu(approximate=False), which XLA makes of two polynomials:
+    # four times as long on a CPU, forward and backward.
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Distribution function and density of the normal distribution, float32."""
+    return _normal_distribution(x), jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+
+
+def _normal_anew(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same, off by less than 3e-7, by arithmetic that has nothing in common with the forward's.
+
+    Where forward and backward pass are not apart, in loops or by rematerialisation, XLA would find
+    what they have in common and keep it, in float32: for 24 layers of L/14 26 GB, and an eighth of
+    the step's time to write and read them.  Abramowitz and Stegun's 7.1.26 has the density as a
+    factor, so that both cost one exponential.
     """
     density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
-    if precision == jnp.float32:
-        return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5))), density
     t = 1 / (1 + (0.3275911 * math.sqrt(0.5)) * jnp.abs(x))
     terms = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
     series = jnp.zeros_like(x)
@@ -54,19 +76,6 @@ def _normal(x: jax.Array, precision: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         series = t * (0.5 * (2 * math.pi) ** 0.5 * term + series)
     tail = series * density
     return jnp.where(x < 0, tail, 1 - tail), density
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _gelu(x), x
-
-
-def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    x32 = x.astype(jnp.float32)
-    below, density = _normal(x32, x.dtype)
-    return ((gradient.astype(jnp.float32) * (below + x32 * density)).astype(x.dtype),)
-
-
-_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -101,6 +110,36 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _standardise(x: jax.Array, eps: float) -> jax.Array:
+    """x with mean 0 and variance 1 along its last axis; arithmetic in float32."""
+    return _standardised(x, eps)[0].astype(x.dtype)
+
+
+def _standardised(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Standardised x in float32, and one over the standard deviation."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred * factor, factor
+
+
+def _standardise_forward(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    return _standardise(x, eps), x
+
+
+def _standardise_backward(eps: float, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # Mean and variance anew: XLA makes one pass of either direction where it need not keep them.
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    unit, factor = _standardised(x, eps)
+    g = gradient.astype(jnp.float32)
+    along = (g * unit).mean(-1, keepdims=True)
+    return ((factor * (g - g.mean(-1, keepdims=True) - unit * along)).astype(x.dtype),)
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
+
+
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis; statistics in float32 whatever the compute dtype."""
 
@@ -110,43 +149,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
-        return _normalise(x, self.scale[...], self.bias[...], self.eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    return _normalise_forward(x, scale, bias, eps)[0]
-
-
-def _normalise_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    centred = x32 - mean
-    factor = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    return (centred * factor * scale + bias).astype(x.dtype), (x, scale, mean, factor)
-
-
-def _normalise_backward(
-    eps: float, kept: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    del eps
-    x, scale, mean, factor = kept
-    unit = (x.astype(jnp.float32) - mean) * factor
-    g = gradient.astype(jnp.float32) * scale
-    along = (g * unit).mean(-1, keepdims=True)
-    d_x = factor * (g - g.mean(-1, keepdims=True) - unit * along)
-    # From the arrays again: sharing g * unit with the sums along the rows, XLA would write it to
-    # memory in float32 and read it back (11 ms of a step of 280 of B/16 on an H200).
-    x, gradient = jax.lax.optimization_barrier((x, gradient))
-    unit = (x.astype(jnp.float32) - mean) * factor
-    g = gradient.astype(jnp.float32)
-    rows = tuple(range(x.ndim - 1))
-    return d_x.astype(x.dtype), (g * unit).sum(rows), g.sum(rows)
-
-
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+        unit = _standardise(x.astype(jnp.float32), self.eps)
+        return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class Projection(nnx.Module):
@@ -172,6 +176,44 @@ class Projection(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
         return y + self.bias[...].astype(x.dtype) if self.use_bias else y
 
+    def after(self, norm: LayerNorm) -> tuple[Array, Array]:
+        """Kernel and bias, float32, that take what the norm has standardised but not scaled yet.
+
+        (unit * scale + bias) @ kernel is unit @ (scale * kernel) + bias @ kernel.  So the gradients
+        of scale and bias are sums over the kernel and not over all rows of a batch.  Parameters may
+        have leading axes, all the same.
+        """
+        scale, bias, kernel = norm.scale[...], norm.bias[...], self.kernel[...]
+        width_axis = scale.ndim - 1
+        outputs = (1,) * (kernel.ndim - scale.ndim)
+        scale, bias = (x.reshape(*x.shape, *outputs) for x in (scale, bias))
+        return scale * kernel, self.bias[...] + (bias * kernel).sum(width_axis)
+
+
+class AttentionWeights(NamedTuple):
+    """As `Attention.fold` gives them, any leading axes."""
+
+    query: Float[Array, "*l w h d"]
+    query_bias: Float[Array, "*l h d"]
+    key: Float[Array, "*l w h d"]
+    value: Float[Array, "*l w h d"]
+    out: Float[Array, "*l h d w"]
+    out_bias: Float[Array, "*l w"]
+
+    def __call__(
+        self, unit: Float[Array, "b n w"], *, length: int, causal: bool, implementation: str
+    ) -> Float[Array, "b n w"]:
+        """Of standardised inputs; arguments as of `attention.attend`."""
+        attended = attention.attend(
+            jnp.tensordot(unit, self.query, 1) + self.query_bias,
+            jnp.tensordot(unit, self.key, 1),
+            jnp.tensordot(unit, self.value, 1),
+            length=length,
+            causal=causal,
+            implementation=implementation,
+        )
+        return jnp.tensordot(attended, self.out, 2) + self.out_bias
+
 
 class Attention(nnx.Module):
     """Multi-head self-attention."""
@@ -184,35 +226,53 @@ class Attention(nnx.Module):
         self.value = make((width,), shape, std=std)
         self.out = make(shape, (width,), std=out_std)
 
-    def __call__(
-        self, x: Float[Array, "b n w"], *, length: int, causal: bool, implementation: str
-    ) -> Float[Array, "b n w"]:
-        """Arguments as of `attention.attend`."""
-        attended = attention.attend(
-            self.query(x),
-            self.key(x),
-            self.value(x),
-            length=length,
-            causal=causal,
-            implementation=implementation,
-        )
-        return self.out(attended)
+    def fold(self, norm: LayerNorm) -> AttentionWeights:
+        """With what the norm before it scales and adds, float32.
+
+        Two of the four biases need no array of activations written again, nor read for their
+        gradients.  The key's adds the same to all logits of a query, which the softmax takes away:
+        it is never trained, and kept for other implementations' sake alone.  The value's comes out
+        of the weighted mean as it went in, so that the output's kernel takes it to its bias.
+        """
+        query, query_bias = self.query.after(norm)
+        key, _ = self.key.after(norm)
+        value, value_bias = self.value.after(norm)
+        out = self.out.kernel[...]
+        through = (value_bias[..., None] * out).sum((-3, -2))
+        return AttentionWeights(query, query_bias, key, value, out, self.out.bias[...] + through)
+
+
+class MlpWeights(NamedTuple):
+    """As `Mlp.fold` gives them, any leading axes."""
+
+    fc1: Float[Array, "*l w m"]
+    fc1_bias: Float[Array, "*l m"]
+    fc2: Float[Array, "*l m w"]
+    fc2_bias: Float[Array, "*l w"]
+
+    def __call__(self, unit: Float[Array, "b n w"], *, activation: str) -> Float[Array, "b n w"]:
+        """Of standardised inputs."""
+        hidden = ACTIVATIONS[activation](unit @ self.fc1 + self.fc1_bias)
+        return hidden @ self.fc2 + self.fc2_bias
 
 
 class Mlp(nnx.Module):
     """width -> 4 width -> width."""
 
-    def __init__(self, width: int, *, activation: str, std: float, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, std: float, out_std: float, rngs: nnx.Rngs):
         self.fc1 = Projection((width,), (4 * width,), std=std, use_bias=True, rngs=rngs)
         self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
-        self.activation = activation
 
-    def __call__(self, x: Float[Array, "b n w"]) -> Float[Array, "b n w"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+    def fold(self, norm: LayerNorm) -> MlpWeights:
+        """With what the norm before it scales and adds, float32."""
+        return MlpWeights(*self.fc1.after(norm), self.fc2.kernel[...], self.fc2.bias[...])
 
 
 class Block(nnx.Module):
-    """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release)."""
+    """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release).
+
+    Or a stack of them, whose parameters have a leading layer axis (`make_stack`).
+    """
 
     def __init__(
         self, width: int, heads: int, *, layers: int, activation: str, eps: float, rngs: nnx.Rngs
@@ -221,17 +281,24 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(width, eps=eps)
         self.attention = Attention(width, heads, std=std, out_std=out_std, rngs=rngs)
         self.norm2 = LayerNorm(width, eps=eps)
-        self.mlp = Mlp(
-            width, activation=activation, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs
-        )
+        self.mlp = Mlp(width, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs)
+        self.activation = activation
 
-    def __call__(
-        self, x: Float[Array, "b n w"], *, length: int, causal: bool, implementation: str
+    def fold(self, dtype: jnp.dtype) -> tuple[AttentionWeights, MlpWeights]:
+        """What `run` multiplies with and adds, in the compute dtype."""
+        weights = self.attention.fold(self.norm1), self.mlp.fold(self.norm2)
+        return jax.tree.map(lambda leaf: _cast(leaf, dtype), weights)
+
+    def run(
+        self,
+        x: Float[Array, "b n w"],
+        weights: tuple[AttentionWeights, MlpWeights],
+        **how: Any,
     ) -> Float[Array, "b n w"]:
-        x = x + self.attention(
-            self.norm1(x), length=length, causal=causal, implementation=implementation
-        )
-        return x + self.mlp(self.norm2(x))
+        """One layer with its weights; ``how``: as of `attention.attend`."""
+        attend, mlp = weights
+        x = x + attend(_standardise(x, self.norm1.eps), **how)
+        return x + mlp(_standardise(x, self.norm2.eps), activation=self.activation)
 
 
 def make_stack(
@@ -270,31 +337,52 @@ def run_stack(
       remat: one of REMAT.
       mesh: whose batch axes the rows of x are split over.
     """
-    graph, params = nnx.split(blocks)
+    weights = blocks.fold(x.dtype)
+    depth, *_, head_dim = weights[0].query.shape
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    head_dim = blocks.attention.query.bias.shape[-1]
     chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype, device=device)
     length = x.shape[1]
     # Once for all layers: padding in each of them would cost a copy of its input and its output.
     x = jnp.pad(x, ((0, 0), (0, attention.padding(length, chosen)), (0, 0)))
 
-    def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         # The weights are split over the same devices as the rows are.  Left to itself, the compiler
         # may split widths in place of rows, so that every device holds the whole batch.
         x = partition.over_batch(x, mesh)
         if device.platform == "gpu":
             x = _row_major(x)
-        x = nnx.merge(graph, layer)(x, length=length, causal=causal, implementation=chosen)
-        return x, None
+        return blocks.run(x, layer, length=length, causal=causal, implementation=chosen), None
 
-    depth = jax.tree.leaves(params)[0].shape[0]
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)
     if policy := REMAT[remat]:
         # Forward and backward loop are apart; without loops XLA would find the same computation
         # twice and keep its result.
         body = jax.checkpoint(body, prevent_cse=unrolled, policy=policy)
-    x = jax.lax.scan(body, x, params, unroll=depth if unrolled else 1)[0]
+    x = jax.lax.scan(body, x, weights, unroll=depth if unrolled else 1)[0]
     return x[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _cast(stacked: Array, dtype: jnp.dtype) -> Array:
+    """To the compute dtype, with gradients that exist as one array.
+
+    Left to itself and without a loop over the layers, XLA has the optimiser look for each element's
+    gradient among those of all layers: 6 ms of L/14's step of 280 on an H200, whose memory would
+    allow for 2.
+    """
+    return stacked.astype(dtype)
+
+
+def _cast_forward(stacked: Array, dtype: jnp.dtype) -> tuple[Array, None]:
+    return stacked.astype(dtype), None
+
+
+def _cast_backward(dtype: jnp.dtype, _: None, gradient: Array) -> tuple[Array]:
+    del dtype
+    return (jax.lax.optimization_barrier(gradient).astype(jnp.float32),)
+
+
+_cast.defvjp(_cast_forward, _cast_backward)
 
 
 def _row_major(x: Array) -> Array:
