@@ -75,7 +75,8 @@ def test_scan_equals_a_plain_loop(params):
     expected = x
     for i in range(3):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack.fold(x.dtype))
-        expected = stack.run(expected, layer, length=5, causal=False, implementation="xla")
+        how = {"length": 5, "causal": False, "implementation": "xla"}
+        expected = stack.run(expected, layer, anew=False, **how)
     result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
     np.testing.assert_allclose(result, expected, atol=1e-6)
 

@@ -110,28 +110,40 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _standardise(x: jax.Array, eps: float) -> jax.Array:
-    """x with mean 0 and variance 1 along its last axis; arithmetic in float32."""
-    return _standardised(x, eps)[0].astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _standardise(x: jax.Array, eps: float, anew: bool) -> jax.Array:
+    """x with mean 0 and variance 1 along its last axis; arithmetic in float32.
+
+    Args:
+      anew: the backward pass computes mean and variance again.  XLA for GPUs makes one pass over
+        the array of either direction where nothing else comes out; TPUs need one for each mean.
+    """
+    return _standardise_forward(x, eps, anew)[0]
 
 
-def _standardised(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Standardised x in float32, and one over the standard deviation."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    return centred * factor, factor
+def _standardise_forward(
+    x: jax.Array, eps: float, anew: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    del anew
+    mean, factor = _moments(x, eps)
+    return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype), (x, mean, factor)
 
 
-def _standardise_forward(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    return _standardise(x, eps), x
+def _moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Mean, and one over the standard deviation."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
 
 
-def _standardise_backward(eps: float, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # Mean and variance anew: XLA makes one pass of either direction where it need not keep them.
-    x, gradient = jax.lax.optimization_barrier((x, gradient))
-    unit, factor = _standardised(x, eps)
+def _standardise_backward(
+    eps: float, anew: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array]:
+    x, mean, factor = kept
+    if anew:
+        x, gradient = jax.lax.optimization_barrier((x, gradient))
+        mean, factor = _moments(x, eps)
+    unit = (x.astype(jnp.float32) - mean) * factor
     g = gradient.astype(jnp.float32)
     along = (g * unit).mean(-1, keepdims=True)
     return ((factor * (g - g.mean(-1, keepdims=True) - unit * along)).astype(x.dtype),)
@@ -149,7 +161,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
-        unit = _standardise(x.astype(jnp.float32), self.eps)
+        unit = _standardise(x.astype(jnp.float32), self.eps, False)
         return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -293,12 +305,19 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b n w"],
         weights: tuple[AttentionWeights, MlpWeights],
+        *,
+        anew: bool,
         **how: Any,
     ) -> Float[Array, "b n w"]:
-        """One layer with its weights; ``how``: as of `attention.attend`."""
+        """One layer with its weights.
+
+        Args:
+          anew: as of `_standardise`.
+          how: as of `attention.attend`.
+        """
         attend, mlp = weights
-        x = x + attend(_standardise(x, self.norm1.eps), **how)
-        return x + mlp(_standardise(x, self.norm2.eps), activation=self.activation)
+        x = x + attend(_standardise(x, self.norm1.eps, anew), **how)
+        return x + mlp(_standardise(x, self.norm2.eps, anew), activation=self.activation)
 
 
 def make_stack(
@@ -340,6 +359,7 @@ def run_stack(
     weights = blocks.fold(x.dtype)
     depth, *_, head_dim = weights[0].query.shape
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    on_gpu = device.platform == "gpu"
     chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype, device=device)
     length = x.shape[1]
     # Once for all layers: padding in each of them would cost a copy of its input and its output.
@@ -349,9 +369,10 @@ def run_stack(
         # The weights are split over the same devices as the rows are.  Left to itself, the compiler
         # may split widths in place of rows, so that every device holds the whole batch.
         x = partition.over_batch(x, mesh)
-        if device.platform == "gpu":
+        if on_gpu:
             x = _row_major(x)
-        return blocks.run(x, layer, length=length, causal=causal, implementation=chosen), None
+        how = {"length": length, "causal": causal, "implementation": chosen}
+        return blocks.run(x, layer, anew=on_gpu, **how), None
 
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)
     if policy := REMAT[remat]:
