@@ -291,7 +291,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
             metrics.watch(now + 1, values)
             console.show(now, metrics.flush())
             if cadence.due(now + 1, log_every, last=total):
-                told = {"learning_rate": program.schedule(now), **meter.read(steps=now - first)}
+                told = {**program.learning_rates(now), **meter.read(steps=now - first)}
                 metrics.push(now + 1, {**values, **told})
                 goodput.heartbeat()
             console.step()

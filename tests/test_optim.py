@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.training import cadence, optim
 
@@ -110,6 +111,21 @@ def still(**changes):
     return config(
         **{"learning_rate": 0.1, "warmup": "0 steps", "weight_decay": 0.0, "eps": 1e-30, **changes}
     )
+
+
+def test_told_learning_rates_are_those_of_the_update():
+    settings = still()
+    settings.table.learning_rate_multiplier = 3.0
+    params = {"logit_scale": jnp.ones(()), partition.ENTITY_TABLE: jnp.ones((4, 2))}
+    sizes, _ = step_sizes(settings, params)
+    told = optim.learning_rates(settings, CLOCK, entity_loss=True)(0)
+    assert told == {
+        "learning_rate": pytest.approx(0.1 * sizes["logit_scale"]),
+        "learning_rate/class_table": pytest.approx(0.1 * sizes[partition.ENTITY_TABLE][0, 0]),
+    }
+    assert "learning_rate/class_table" not in optim.learning_rates(
+        settings, CLOCK, entity_loss=False
+    )(0)
 
 
 def test_layer_decay_makes_lower_blocks_slower():

@@ -7,7 +7,7 @@ of rows would otherwise dominate the global norm (UNICOM ``retrieval.py``, Parti
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,26 @@ def schedule(config: Any, clock: cadence.Clock) -> optax.Schedule:
         decay_steps=max(clock.total_steps, warmup + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
+
+
+def learning_rates(
+    config: Any, clock: cadence.Clock, *, entity_loss: bool
+) -> Callable[[int], dict[str, float]]:
+    """What to tell of a step: the towers' learning rate and, where there is one, the table's own.
+
+    Args:
+      config: ``config.optimizer``, as of `make`.
+    """
+    rate = schedule(config, clock)
+
+    def of_step(step: int) -> dict[str, float]:
+        rates = {"learning_rate": float(rate(step))}
+        if entity_loss:
+            multiplier = config.table.learning_rate_multiplier
+            rates["learning_rate/class_table"] = rates["learning_rate"] * multiplier
+        return rates
+
+    return of_step
 
 
 def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:

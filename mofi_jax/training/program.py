@@ -29,7 +29,7 @@ class Program:
       init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
       setting: what all tasks need to know, with the mesh.
       clock: turns durations into steps; knows the length of the run.
-      schedule: learning rate by step.
+      learning_rates: by step, as they are logged.
       seed: ``config.seed``.
     """
 
@@ -39,7 +39,7 @@ class Program:
     init: Callable[[jax.Array], state.TrainState]
     setting: step.Setting
     clock: cadence.Clock
-    schedule: optax.Schedule
+    learning_rates: Callable[[int], dict[str, float]]
     seed: int
 
     def make_update(
@@ -102,7 +102,9 @@ def make(
             ema_decay=config.ema.decay,
         ),
         clock=clock,
-        schedule=optim.schedule(config.optimizer, clock),
+        learning_rates=optim.learning_rates(
+            config.optimizer, clock, entity_loss="entity" in losses
+        ),
         seed=config.seed,
     )
 
