@@ -81,6 +81,48 @@ def test_scan_equals_a_plain_loop(params):
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_folded_block_is_the_textbook_block(anew):
+    """Values and all gradients, scales and biases far from 1 and 0; a stack of one layer."""
+    stack = layers.make_stack(16, 2, 1, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(stack)
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    state = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), state)
+    x, direction = jax.random.normal(jax.random.key(1), (2, 2, 5, 16))
+
+    def folded(state):
+        block = nnx.merge(graph, state)
+        layer = jax.tree.map(lambda leaf: leaf[0], block.fold(x.dtype))
+        how = {"length": 5, "causal": False, "implementation": "xla"}
+        return block.run(x, layer, anew=anew, **how)
+
+    def textbook(state):
+        p = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(state))
+
+        def norm(x, p):
+            unit = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            return unit * p["scale"] + p["bias"]
+
+        def dense(x, p, axes=1):
+            return jnp.tensordot(x, p["kernel"], axes) + p["bias"]
+
+        unit, heads = norm(x, p["norm1"]), p["attention"]
+        query, key, value = (dense(unit, heads[name]) for name in ("query", "key", "value"))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) * 8**-0.5)
+        y = x + dense(jnp.einsum("bhqk,bkhd->bqhd", weights, value), heads["out"], 2)
+        hidden = dense(norm(y, p["norm2"]), p["mlp"]["fc1"])
+        return y + dense(jax.nn.gelu(hidden, approximate=False), p["mlp"]["fc2"])
+
+    np.testing.assert_allclose(folded(state), textbook(state), rtol=1e-5, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda state, f=f: jnp.vdot(f(state), direction))(state)
+        for f in (folded, textbook)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert not ours["attention"]["key"]["bias"][...].any()
+
+
 def test_layers_of_a_stack_differ():
     stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
     kernel = stack.mlp.fc1.kernel[...]
