@@ -145,14 +145,14 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
     machine.descriptors(report, shards + OTHER_FILES)
     report.ok("tokenizer", f"{data.texts.vocab_size:,} tokens")
     if data.entities is not None:
-        report.ok("entities", f"{data.num_entities:,}")
+        report.ok("entities", f"{len(data.entities):,}")
     with report.about("shards"):
         pipeline.check_shards(data.parts, hosts)
     with report.about("first record"):
         first = data.primary[0]
         train.try_operations(config, first["image"])
         if data.entities is not None:
-            records.validate_entity_ids(first["entity_ids"], data.num_entities, first["key"])
+            records.validate_entity_ids(first["entity_ids"], len(data.entities), first["key"])
         report.ok("first record", f"{first['key']!r} decodes to the model's size")
     return data
 
@@ -172,14 +172,7 @@ def check_run(
       found: what `machine.look` has found.
       place: where the folder is or will be, None if it cannot be written.
     """
-    program = program_lib.make(
-        config,
-        mesh,
-        vocab_size=data.texts.vocab_size,
-        eos_id=data.texts.eos_id,
-        num_entities=data.num_entities,
-        examples_per_epoch=pipeline.examples_per_epoch(data.parts),
-    )
+    program = program_lib.make(config, mesh, **data.sizes)
     structs, _ = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     total = tree_bytes(structs)

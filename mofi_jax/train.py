@@ -113,14 +113,7 @@ def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack
     fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
 
     # ---------------------------------------------------------------------- model
-    program = program_lib.make(
-        config,
-        mesh,
-        vocab_size=data.texts.vocab_size,
-        eos_id=data.texts.eos_id,
-        num_entities=data.num_entities,
-        examples_per_epoch=pipeline.examples_per_epoch(data.parts),
-    )
+    program = program_lib.make(config, mesh, **data.sizes)
     structs, shardings = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     partition.check_replication(mesh, structs, config.max_replicated)

@@ -38,8 +38,14 @@ class TrainingSet:
         return self.primary.directory / records.ENTITIES_FILE
 
     @property
-    def num_entities(self) -> int:
-        return len(self.entities) if self.entities else 0
+    def sizes(self) -> dict[str, int]:
+        """What `mofi_jax.training.program.make` asks about data."""
+        return {
+            "vocab_size": self.texts.vocab_size,
+            "eos_id": self.texts.eos_id,
+            "num_entities": len(self.entities) if self.entities else 0,
+            "examples_per_epoch": pipeline.examples_per_epoch(self.parts),
+        }
 
 
 def open_training_set(config: Any) -> TrainingSet:
