@@ -88,7 +88,8 @@ class Program:
                     visit(instruction.attribute("body") or "", times * turns, fused)
                 elif instruction.operation == "fusion":
                     visit(instruction.attribute("calls") or "", times, True)
-                elif instruction.operation == "call":
+                elif instruction.operation in ("call", "call-start"):
+                    # The latter: what TPUs from v6e on leave to their SparseCores.
                     visit(instruction.attribute("to_apply") or "", times, fused)
                 elif instruction.operation == "async-start":
                     visit(instruction.attribute("calls") or "", times, fused)

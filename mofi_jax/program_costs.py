@@ -26,7 +26,8 @@ COLLECTIVES = (
 # Instructions that name data without touching it.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
-    *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
+    *("while", "conditional", "call", "call-start", "async-start"),
+    *("partition-id", "replica-id", "opt-barrier"),
 )
 
 

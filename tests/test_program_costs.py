@@ -155,6 +155,32 @@ def test_the_text_of_the_tpu_compiler():
     assert found.hbm_bytes == turns * (32 + 64 + 3 * 4) + once
 
 
+def test_collectives_that_a_tpu_leaves_to_its_sparse_cores():
+    """Called asynchronously, in a computation of their own: counted once, with its traffic."""
+    text = """HloModule jit_f, is_scheduled=true
+
+%called_computation.1 (param: f32[8,4], token: token[]) -> f32[64,4] {
+  %param = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %token = token[] parameter(1)
+  ROOT %all-gather.1 = f32[64,4]{1,0:T(8,128)} all-gather(%param), GROUPS, dimensions={0}
+}
+
+ENTRY %main.1 (x: f32[8,4]) -> f32[64,4] {
+  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %ready = token[] after-all()
+  %begun = ((f32[8,4]{1,0:T(8,128)}, token[]), f32[64,4]{1,0:T(8,128)}) call-start(%x, %ready), CALL
+  ROOT %all = f32[64,4]{1,0:T(8,128)} call-done(%begun)
+}
+"""
+    text = text.replace("GROUPS", "replica_groups={{0,1,2,3,4,5,6,7}}").replace(
+        "CALL", 'async_execution_thread="sparsecore", to_apply=%called_computation.1'
+    )
+    found = program_costs.costs(text, devices=8)
+    gathered = 64 * 4 * 4
+    assert found.collectives == (Collective("all-gather", 8, 1, gathered, gathered * 7 / 8),)
+    assert found.hbm_bytes == gathered + gathered / 8
+
+
 def test_fusions_touch_slices_of_what_they_are_given():
     """One layer of a stack is read, inside a fusion of a fusion; one is written in its place."""
     text = """
