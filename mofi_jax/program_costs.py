@@ -93,7 +93,7 @@ def costs(text: str, *, devices: int) -> Costs:
             if not fused:
                 hbm_bytes += times * traffic.of(instruction, computation)
             kind = instruction.operation.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not _continues(instruction, computation):
                 group = _group_size(instruction.text, devices)
                 result = _result_bytes(instruction)
                 entry = sums[kind, group]
@@ -108,6 +108,17 @@ def costs(text: str, *, devices: int) -> Costs:
         hbm_bytes=hbm_bytes,
         collectives=tuple(sorted(found, key=lambda c: -c.sent_bytes)),
         unknown_loops=len(program.unknown_loops),
+    )
+
+
+def _continues(collective: hlo.Instruction, around: hlo.Computation) -> bool:
+    """Whether it has begun in another fusion.
+
+    The TPU compiler has a collective go on beside arithmetic by writing it into each fusion that it
+    goes on in; the one that begins it says so.
+    """
+    return "chain_id=" in collective.text and not any(
+        'custom_call_target="AsyncCollectiveStart"' in other.text for other in around.values()
     )
 
 
@@ -146,13 +157,26 @@ class _Traffic:
             ]
             root = next((i for i in inside.values() if i.root), None)
             parts = [None] if root is None else self._updated(root, inside)
-            if len(parts) == len(instruction.arrays):
-                written = sum(
-                    array.bytes if part is None else part
-                    for part, array in zip(parts, instruction.arrays, strict=True)
-                    if not array.on_chip
-                )
+            if len(parts) != len(instruction.arrays):
+                parts = [None] * len(instruction.arrays)
+            given, kept = self._handed_on(instruction, inside)
+            reads = [size for place, size in enumerate(reads) if place not in given]
+            written = sum(
+                array.bytes if part is None else part
+                for place, (part, array) in enumerate(zip(parts, instruction.arrays, strict=True))
+                if not array.on_chip and place not in kept
+            )
         return sum(reads) + written
+
+    def _handed_on(
+        self, fusion: hlo.Instruction, inside: hlo.Computation
+    ) -> tuple[set[int], set[int]]:
+        """Operands and results of a fusion that are a collective's on its way (`_continues`)."""
+        if not any(i.operation in COLLECTIVES and "chain_id=" in i.text for i in inside.values()):
+            return set(), set()
+        aliased = re.search(r"output_to_operand_aliasing=\{(.*?)\}, \w+=", fusion.text)
+        pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", aliased[1] if aliased else "")
+        return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
     def _inside(self, fusion: hlo.Instruction) -> hlo.Computation:
         return self.computations.get(fusion.attribute("calls") or "", {})

@@ -181,6 +181,74 @@ ENTRY %main.1 (x: f32[8,4]) -> f32[64,4] {
     assert found.hbm_bytes == gathered + gathered / 8
 
 
+def test_a_collective_that_goes_on_beside_arithmetic_counts_once():
+    """The compiler writes it into every fusion meanwhile, here three turns of a loop."""
+    gather = "f32[64,4]{1,0} all-gather(%p0), GROUPS, dimensions={0}, CHAIN"
+    text = f"""HloModule jit_f, is_scheduled=true
+
+%begin (p0: f32[8,4]) -> (f32[8,4], f32[64,4], u32[]) {{
+  %p0 = f32[8,4]{{1,0}} parameter(0)
+  %all-gather.1 = {gather}
+  ROOT %begun = (f32[8,4]{{1,0}}, f32[64,4]{{1,0}}, u32[]) custom-call(%all-gather.1), BEGIN
+}}
+
+%beside (p0: f32[8,4], p1: f32[64,4], p2: f32[100]) -> (f32[100], f32[8,4], f32[64,4]) {{
+  %p0 = f32[8,4]{{1,0}} parameter(0)
+  %p1 = f32[64,4]{{1,0}} parameter(1)
+  %all-gather.2 = {gather}
+  %p2 = f32[100]{{0}} parameter(2)
+  %square = f32[100]{{0}} multiply(%p2, %p2)
+  ROOT %all = (f32[100]{{0}}, f32[8,4]{{1,0}}, f32[64,4]{{1,0}}) tuple(%square, %p0, %all-gather.2)
+}}
+
+%end (p0: f32[8,4], p1: f32[64,4]) -> f32[64,4] {{
+  %p0 = f32[8,4]{{1,0}} parameter(0)
+  %p1 = f32[64,4]{{1,0}} parameter(1)
+  %all-gather.3 = {gather}
+  ROOT %ended = f32[64,4]{{1,0}} custom-call(%p0, %p1, %all-gather.3), END
+}}
+
+%body (arg: (f32[100], f32[8,4], f32[64,4])) -> (f32[100], f32[8,4], f32[64,4]) {{
+  %arg = (f32[100]{{0}}, f32[8,4]{{1,0}}, f32[64,4]{{1,0}}) parameter(0)
+  %x = f32[100]{{0}} get-tuple-element(%arg), index=0
+  %a = f32[8,4]{{1,0}} get-tuple-element(%arg), index=1
+  %b = f32[64,4]{{1,0}} get-tuple-element(%arg), index=2
+  ROOT %f = (f32[100]{{0}}, f32[8,4]{{1,0}}, f32[64,4]{{1,0}}) fusion(%a, %b, %x), INPLACE
+}}
+
+ENTRY %main (x: f32[100], shard: f32[8,4]) -> f32[64,4] {{
+  %x = f32[100]{{0}} parameter(0)
+  %shard = f32[8,4]{{1,0}} parameter(1)
+  %s = (f32[8,4]{{1,0}}, f32[64,4]{{1,0}}, u32[]) fusion(%shard), FIRST, calls=%begin
+  %a = f32[8,4]{{1,0}} get-tuple-element(%s), index=0
+  %b = f32[64,4]{{1,0}} get-tuple-element(%s), index=1
+  %init = (f32[100]{{0}}, f32[8,4]{{1,0}}, f32[64,4]{{1,0}}) tuple(%x, %a, %b)
+  %loop = (f32[100]{{0}}, f32[8,4]{{1,0}}, f32[64,4]{{1,0}}) while(%init), body=%body, TURNS
+  %c = f32[8,4]{{1,0}} get-tuple-element(%loop), index=1
+  %d = f32[64,4]{{1,0}} get-tuple-element(%loop), index=2
+  ROOT %done = f32[64,4]{{1,0}} fusion(%c, %d), LAST, calls=%end
+}}
+"""
+    for short, long in {
+        "GROUPS": "replica_groups={{0,1,2,3,4,5,6,7}}",
+        "CHAIN": 'frontend_attributes={chain_id="0"}',
+        "BEGIN": 'custom_call_target="AsyncCollectiveStart"',
+        "END": 'custom_call_target="AsyncCollectiveDone"',
+        "INPLACE": "kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, "
+        "calls=%beside",
+        "FIRST": "kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}",
+        "LAST": "kind=kCustom, output_to_operand_aliasing={{}: (1, {})}",
+        "TURNS": 'backend_config={"known_trip_count":{"n":"3"}}',
+    }.items():
+        text = text.replace(short, long)
+    found = program_costs.costs(text, devices=8)
+    gathered = 64 * 4 * 4
+    assert found.collectives == (Collective("all-gather", 8, 1, gathered, gathered * 7 / 8),)
+    squares = 3 * 2 * 100 * 4
+    # Written as it begins; its own part is read as it ends, and so is a counter of 4 bytes.
+    assert squares + gathered <= found.hbm_bytes <= squares + gathered + gathered / 8 + 4
+
+
 def test_fusions_touch_slices_of_what_they_are_given():
     """One layer of a stack is read, inside a fusion of a fusion; one is written in its place."""
     text = """
