@@ -28,12 +28,13 @@ class Row:
     batch: int = 32_768
     millions: float = 2
     task: str = "multitask"
+    remat: str = ""  # instead of the config's own
 
     @property
     def name(self) -> str:
         return (
             f"{self.variant} {self.task}, batch {self.batch:,}, {self.millions:g} M entities, "
-            f"{self.topology}"
+            f"{self.topology}{self.remat and f', remat={self.remat}'}"
         )
 
 
@@ -52,7 +53,7 @@ TABLE = (
     Row("B/16", "v5p:4x4x4"),
     Row("B/16", "v6e:8x8"),
     Row("B/16", "tpu7x:2x4x4"),
-    Row("L/14", "v5e:16x16"),
+    Row("L/14", "v5e:16x16", remat="full"),
     Row("L/14", "v5p:8x8x4"),
     Row("L/14", "v6e:16x16"),
     Row("L/14", "tpu7x:4x4x8"),
@@ -74,6 +75,7 @@ def make(row: Row, folder: pathlib.Path) -> dict:
                 *(sys.executable, "-m", "mofi_jax.plan"),
                 *("--config", f"configs/mofi.py:task={row.task},variant={row.variant}"),
                 f"--config.batch_size={row.batch}",
+                *([f"--config.model.remat={row.remat}"] if row.remat else []),
                 *("--topology", row.topology),
                 f"--entities={round(row.millions * 1e6)}",
                 *("--out", str(folder)),
@@ -127,7 +129,7 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows:
-            name = f"{row.variant}-{row.topology}-{row.batch}-{row.millions:g}"
+            name = f"{row.variant}-{row.topology}-{row.batch}-{row.millions:g}{row.remat}"
             name = name.replace("/", "").replace(":", "-")
             result = make(row, (flags.out or pathlib.Path(scratch)) / name)
             results.append((row, result))
