@@ -305,7 +305,8 @@ def resume(report: figures.Report, folder: pathlib.Path, threads: int) -> None:
     began = time.perf_counter()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tiny)
-    _, position = loader.restore(5, structs)
+    loader.restore(5, structs)
+    position = checkpoint.read_position(workdir, 5)
     stream = ours(folder, threads + 1, start=position.examples)
     found = next(stream)
     seconds = time.perf_counter() - began

@@ -53,7 +53,7 @@ class Loop:
         self.state, shardings = state.create(program.init, config.seed, mesh)
         self.update = program.make_update(shardings)
         self.batch = partition.to_global(mesh, random_batch(config, batch_size))
-        self.schedule = program.schedule
+        self.learning_rates = program.learning_rates
         self.values: Any = None
         self.step = 0
         self.told_seconds: list[float] = []
@@ -106,7 +106,7 @@ class Loop:
         self.metrics.watch(self.step, self.values)
         self.console.show(self.step - 1, self.metrics.flush())
         if self.step % LOG_EVERY == 0:
-            told = {"learning_rate": self.schedule(self.step), **self.meter.read(self.step)}
+            told = {**self.learning_rates(self.step), **self.meter.read(self.step)}
             self.metrics.push(self.step, {**self.values, **told})
             self.goodput.heartbeat()
         self.console.step()

@@ -137,6 +137,11 @@ class _Traffic:
         operands = [around[name].arrays for name in instruction.operands if name in around]
         reads = [sum(a.bytes for a in arrays if not a.on_chip) for arrays in operands]
         written = sum(a.bytes for a in instruction.arrays if not a.on_chip)
+        if operation == "slice-start":
+            source = around[instruction.operands[0]].arrays[0]
+            slices = [a for a in instruction.arrays[1:] if a.dtype == source.dtype]
+            moved = sum(a.bytes * (2 - a.on_chip) for a in slices)
+            return moved - source.on_chip * sum(a.bytes for a in slices)
         if operation.endswith("-start"):
             # Its result names what it reads as well.
             return sum(reads) + sum(a.bytes for a in instruction.arrays[:1] if not a.on_chip)

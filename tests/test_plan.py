@@ -124,6 +124,7 @@ def found(config, *, fits=True, needed=4.0, temporaries=3.0, devices=16, table=0
         xla_flops=None,
         model=flops.StepFlops(1e12, 0.0, 0.0, 0.0),
         bounds={},
+        hbm_seconds=None,
         chip=V5E,
     )
 
@@ -189,9 +190,9 @@ def test_bounds_and_mfu():
         unknown_loops=0,
     )
     bounds = plan.lower_bounds(counts, V5E)
-    assert bounds == {"arithmetic": 2.0, "HBM": 1.0, "links": 0.5}
+    assert bounds == {"arithmetic": 2.0, "links": 0.5}
     v7x = accelerators.chip_of(type("Device", (), {"device_kind": "TPU7x"}))
-    assert plan.lower_bounds(counts, v7x)["HBM"] == 819 / 3690  # of half a chip
+    assert plan.lower_bounds(counts, v7x)["arithmetic"] == 2 * 394 / 2307  # of half a chip
     assert plan.lower_bounds(counts, None) == {}
 
 

@@ -181,6 +181,18 @@ ENTRY %main.1 (x: f32[8,4]) -> f32[64,4] {
     assert found.hbm_bytes == gathered + gathered / 8
 
 
+def test_a_slice_fetched_ahead_is_read_alone():
+    text = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main.1 (x: bf16[64,8]) -> bf16[16,8] {
+  %x = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %begun = ((bf16[64,8]{1,0}), bf16[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16]}
+  ROOT %done = bf16[16,8]{1,0:S(1)} slice-done(%begun)
+}
+"""
+    assert program_costs.costs(text, devices=1).hbm_bytes == 16 * 8 * 2
+
+
 def test_a_collective_that_goes_on_beside_arithmetic_counts_once():
     """The compiler writes it into every fusion meanwhile, here three turns of a loop."""
     gather = "f32[64,4]{1,0} all-gather(%p0), GROUPS, dimensions={0}, CHAIN"
