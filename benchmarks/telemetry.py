@@ -142,7 +142,7 @@ def main() -> int:
     pairs, save_pairs, steps = (4, 4, 3) if flags.quick else (12, 16, 4)
     device = jax.devices()[0].device_kind.lower()
     with tempfile.TemporaryDirectory() as folder:
-        width, batch_size = (64, 32) if flags.quick else (256, 96)
+        width, batch_size = (64, 32) if flags.quick else (256, 120)
         loop = Loop(folder, width=width, batch_size=batch_size)
         # Compiles, and opens what is opened once.
         loop.run(LOG_EVERY + 2, telling=True, saving=True)

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ class Metrics:
         )
         self._keys = keys
         self._wandb = wandb
+        self._tensorboard: futures.Future[Any] | None = None
         self._folder = epath.Path(workdir)
         self._active = jax.process_index() == 0
         if not self._active:
@@ -63,12 +65,13 @@ class Metrics:
         kept = [line for line in read_metrics(self._folder) if line["step"] <= resume_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
-        self._tensorboard: Any = None
 
     def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Remembers a step's loss, unread, to know later at which step it ceased to be finite."""
         watched = {name: metrics[name] for name in _MUST_BE_FINITE if name in metrics}
         self._unchecked.append((step, watched))
+        # The devices are at work now, and the host has time for an import.
+        self._open_tensorboard()
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Takes a step's device metrics; writes and returns those pushed before."""
@@ -127,18 +130,19 @@ class Metrics:
         line = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._tensorboard is None:
-            # Imports PyTorch where that is installed: more than a second that a run, or a part that
-            # reads metrics alone, need not wait for.
-            import tensorboardX
-
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(self._folder / "tensorboard"), flush_secs=10
-            )
+        tensorboard = self._open_tensorboard().result()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def _open_tensorboard(self) -> futures.Future[Any] | None:
+        """Its writer, opened in a thread of its own; None on hosts that write nothing."""
+        if self._tensorboard is None and self._active:
+            opener = futures.ThreadPoolExecutor(1)
+            self._tensorboard = opener.submit(_tensorboard_writer, self._folder / "tensorboard")
+            opener.shutdown(wait=False)
+        return self._tensorboard
 
     def close(self) -> None:
         """Writes what is pending and closes the files of a run that has finished."""
@@ -154,9 +158,17 @@ class Metrics:
             self._active = False
             self._file.close()
             if self._tensorboard is not None:
-                self._tensorboard.close()
+                self._tensorboard.result().close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=exit_code)
+
+
+def _tensorboard_writer(folder: epath.Path) -> Any:
+    # Imports PyTorch where that is installed: more than a second that no run need wait for.
+    import tensorboardX
+
+    # Scalars beyond the queue's length would wait for the thread that writes.
+    return tensorboardX.SummaryWriter(str(folder), flush_secs=10, max_queue=1000)
 
 
 def _first_not_finite(metrics: Mapping[str, Any]) -> tuple[str, float] | None:

@@ -51,16 +51,19 @@ def schedule(config: Any, clock: cadence.Clock) -> optax.Schedule:
 
 def learning_rates(
     config: Any, clock: cadence.Clock, *, entity_loss: bool
-) -> Callable[[int], dict[str, float]]:
+) -> Callable[[int], dict[str, jax.Array]]:
     """What to tell of a step: the towers' learning rate and, where there is one, the table's own.
+
+    On the device, where they may have to wait for a step that is under way.
 
     Args:
       config: ``config.optimizer``, as of `make`.
     """
     rate = schedule(config, clock)
 
-    def of_step(step: int) -> dict[str, float]:
-        rates = {"learning_rate": float(rate(step))}
+    @jax.jit  # one program for the host to start, and not a dozen operations
+    def of_step(step: Any) -> dict[str, Any]:
+        rates = {"learning_rate": rate(step)}
         if entity_loss:
             multiplier = config.table.learning_rate_multiplier
             rates["learning_rate/class_table"] = rates["learning_rate"] * multiplier

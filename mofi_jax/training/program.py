@@ -39,7 +39,7 @@ class Program:
     init: Callable[[jax.Array], state.TrainState]
     setting: step.Setting
     clock: cadence.Clock
-    learning_rates: Callable[[int], dict[str, float]]
+    learning_rates: Callable[[int], dict[str, jax.Array]]
     seed: int
 
     def make_update(
