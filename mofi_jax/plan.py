@@ -207,12 +207,11 @@ def plan(
         memory=memory,
         needed=needed,
         available=available,
-        # The compiler has been seen to give programs of 35 GiB for a TPU v6e of 32.
-        fits=available is None or needed <= available,
+        fits=fits(needed, available),
         counts=counts,
         xla_flops=compiled.cost_analysis().get("flops"),
         bounds=lower_bounds(counts, chip),
-        hbm_seconds=counts.hbm_bytes / (chip.hbm_bandwidth / chip.devices) if chip else None,
+        hbm_seconds=hbm_seconds(counts, chip),
     )
 
 
@@ -233,6 +232,19 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
     for leaf in batch.values():
         add("batch", leaf)
     return kinds
+
+
+def fits(needed: int, available: int | None) -> bool:
+    """Whether a program that the compiler has made fits in a chip's memory.
+
+    It has been seen to make programs of 35 GiB for a TPU v6e of 32.
+    """
+    return available is None or needed <= available
+
+
+def hbm_seconds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> float | None:
+    """Seconds that one device's HBM takes for all that is counted, more than it moves."""
+    return counts.hbm_bytes / (chip.hbm_bandwidth / chip.devices) if chip else None
 
 
 def lower_bounds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
@@ -462,7 +474,7 @@ def describe(config: Any, found: Plan) -> str:
     if found.bounds:
         lines += ["", f"{'a step takes at least':<28} {'ms':>9}"]
         lines += [f"  {what:<26} {value * 1e3:>9.1f}" for what, value in found.bounds.items()]
-        lines.append(f"  {'HBM, at most':<26} {found.hbm_seconds * 1e3:>9.1f}")
+        lines.append(f"  {'HBM, if all counted moves':<26} {found.hbm_seconds * 1e3:>9.1f}")
         if found.slices > 1:
             lines.append("  (no bound for what crosses slices: the network between them varies)")
         longest = max(found.bounds.values())

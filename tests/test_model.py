@@ -13,7 +13,7 @@ from flax import nnx
 
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.model import layers, mofi
+from mofi_jax.model import activations, layers, mofi
 
 CONFIG = mofi.MofiConfig(
     image_size=16,
@@ -199,7 +199,7 @@ def test_exact_gelu():
     """Against the definition in float64; in bfloat16 within its rounding, tails included."""
     x = np.linspace(-6, 6, 2001)
     expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x])
-    gelu = layers.ACTIVATIONS["gelu"]
+    gelu = activations.ACTIVATIONS["gelu"]
     np.testing.assert_allclose(gelu(jnp.float32(x)), expected, atol=1e-6)
     low = jnp.bfloat16(x)
     expected = [0.5 * v * math.erfc(-v / math.sqrt(2)) for v in np.float64(low)]

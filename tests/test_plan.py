@@ -194,6 +194,15 @@ def test_bounds_and_mfu():
     v7x = accelerators.chip_of(type("Device", (), {"device_kind": "TPU7x"}))
     assert plan.lower_bounds(counts, v7x)["arithmetic"] == 2 * 394 / 2307  # of half a chip
     assert plan.lower_bounds(counts, None) == {}
+    assert plan.hbm_seconds(counts, V5E) == 1.0
+    assert plan.hbm_seconds(counts, v7x) == 819 / 3690  # of half a chip
+    assert plan.hbm_seconds(counts, None) is None
+
+
+def test_what_is_larger_than_the_chip_does_not_fit_though_it_compiled():
+    assert plan.fits(32, 32)
+    assert not plan.fits(33, 32)
+    assert plan.fits(33, None)
 
 
 def test_state_bytes_are_those_of_real_arrays(meshes):

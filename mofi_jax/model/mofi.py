@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.errors import BadInput
-from mofi_jax.model import attention, image, layers, text
+from mofi_jax.model import activations, attention, image, layers, text
 
 Params = dict[str, Any]
 TOWERS = {"image": image.ImageTower, "text": text.TextTower}
@@ -80,7 +80,7 @@ class MofiConfig:
                     f"heads: change config.model.{name}."
                 )
         choices = {
-            "activation": tuple(layers.ACTIVATIONS),
+            "activation": tuple(activations.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
             "remat": tuple(layers.REMAT),
             "attention": attention.IMPLEMENTATIONS,
