@@ -24,6 +24,7 @@ from mofi_jax import (
     hosts,
     inference,
     partition,
+    paths,
     run_folder,
     telemetry,
     warm_start,
@@ -57,6 +58,7 @@ def main(
     """
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
+    workdir = paths.output_folder(workdir, "--workdir")
     hosts.start(
         config.distributed,
         coordinator=coordinator,
@@ -81,15 +83,10 @@ def main(
         ) from error
 
 
-def train(config: Any, workdir: str, profile: str, cleanup: contextlib.ExitStack) -> None:
+def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.ExitStack) -> None:
     # As a program, the process and its imports are this run's; elsewhere it begins here.
     goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
     cleanup.callback(goodput.close)
-    if "://" in workdir:
-        raise BadInput(
-            f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
-        )
-    workdir = epath.Path(workdir)
 
     # ---------------------------------------------------------------------- hosts and devices
     lead = jax.process_index() == 0
