@@ -1,13 +1,16 @@
 # make quickstart   the whole recipe on the bundled sample, in runs/quickstart/
 # make compare      trains each task alone on the same labels, for the table of results
-# make test         lint and every test
+# make test         lint and the tests, those marked slow left out
+# make test-all     lint and every test
 # make smoke        imports everything and trains one step (used for other Python versions)
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Each process takes neighbouring tests, so that files share what they set up, and steals at the end.
+PYTEST = $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart compare test smoke format clean
+.PHONY: quickstart compare test test-all lint smoke format clean
 
 quickstart: $(VENV)/.core
 	$(RUN) -m quickstart
@@ -15,10 +18,15 @@ quickstart: $(VENV)/.core
 compare: $(VENV)/.core
 	$(RUN) -m quickstart --compare
 
-test: $(VENV)/.test $(VENV)/.tpu_compiler
+test: lint $(VENV)/.tpu_compiler
+	$(PYTEST) -m "not slow"
+
+test-all: lint $(VENV)/.tpu_compiler
+	$(PYTEST)
+
+lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
 
 smoke: $(VENV)/.core
 	$(RUN) -m pip install -q pytest beartype

@@ -7,8 +7,9 @@ import tempfile
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Many tests train the same tiny model: each of its programs is compiled once in a session, in all
-# processes.  The folder is new each time, so that nothing stale is ever read.
+# Many tests train the same tiny model: each of its programs is compiled once in a session of a test
+# process and its children.  The folder is new each time, so that nothing stale is ever read, and a
+# process's own, as jax writes into it without a lock.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_programs_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
