@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "b2": 0.98,  # CLOC Table A
         "eps": 1e-6,  # SuperClass
         "weight_decay": 0.2,  # CLOC Table A; times the learning rate, not on norms and biases
-        "clip_norm": 5.0,  # Partial FC train_v2.py
+        "clip_norm": 5.0,  # Partial FC train_v2.py; 0 for none
         # Halves the first moment's memory; the class table is most of it.
         "first_moment_dtype": "bfloat16",
         # Below 1: smaller steps for lower blocks, for fine-tuning.
@@ -105,6 +105,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         }
     config.log_every = "50 steps"
     # The last `keep` checkpoints stay, and for ever one every `keep_every`, a multiple of `every`.
+    # The end of the run is saved in any case.
     config.checkpoint = {"every": "2000 steps", "keep": 3, "keep_every": "0 steps"}
     config.telemetry = {
         # Minutes without progress until a host tells where it stands (stderr and

@@ -121,7 +121,7 @@ class Family:
 _FAMILIES = (
     Family(r"loss(_.+)?", "Loss", "Loss: {}"),
     Family(r".+_accuracy", "Accuracy on the batch", "Accuracy on the batch: {}"),
-    Family(r"(?!speed/|memory/|goodput/).+/.+", "", ""),
+    Family(r"(?!speed/|memory/|goodput/|learning_rate/|gradient_norm/).+/.+", "", ""),
     Family(r"learning_rate.*", "Learning rates", "{}", {"from_zero": True}),
     Family(r"(gradient|update)_norm.*", "Norms", "{}", {"log": True}),
     Family(r".*cosine.*", "Cosines", "{}"),
@@ -142,6 +142,8 @@ _LABELS = {
     "map": "mAP",
     "map_no_self": "mAP without the query",
     "loss": "total",
+    "gradient_norm/towers": "gradient norm of the towers",
+    "gradient_norm/table": "gradient norm of the class table",
 }
 
 

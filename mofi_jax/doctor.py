@@ -181,6 +181,8 @@ def check_run(
         f"{sum(leaf.size for leaf in jax.tree.leaves(structs.params)) / 1e6:,.1f} M parameters, "
         f"{total / GIB:.2f} GiB of training state, {program.clock.total_steps:,} steps",
     )
+    for sentence in settings.warnings(config, program.clock, eos_id=program.model.eos_id):
+        report.warning("config", sentence)
     with report.about("sharding"):
         partition.check_replication(mesh, structs, config.max_replicated)
     if found and found["memory"]:

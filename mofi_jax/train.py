@@ -141,6 +141,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             f"and config.checkpoint.every={config.checkpoint.every!r} is {save_every}: make it a "
             "multiple, so that there is something to keep."
         )
+    for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
+        logging.warning("%s", sentence)
     window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
     cleanup.callback(window.close)
     try_operations(config, data.primary[0]["image"])
@@ -242,7 +244,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 if (now == 0 or cadence.due(now, periods[name], last=total))
                 and (now != first or first in (0, total) or not position.evaluated)
             }
-            saving = now != first and (leaving or cadence.due(now, save_every, last=total))
+            # What the last step leaves is saved in any case.
+            saving = now != first and (
+                leaving or now == total or cadence.due(now, save_every, last=total)
+            )
             if due or saving:
                 jax.block_until_ready(values)  # a step in flight is no part of what comes now
                 console.show(now, metrics.flush())

@@ -43,6 +43,11 @@ def test_total_cannot_be_a_percentage():
         cadence.make_clock("50 percent", batch_size=10, examples_per_epoch=100)
 
 
+def test_a_total_beyond_counting_is_refused():
+    with pytest.raises(BadInput, match="more steps than can be counted"):
+        cadence.make_clock("1e10 steps", batch_size=10, examples_per_epoch=100)
+
+
 def test_due_at_multiples_and_at_the_end():
     assert [s for s in range(1, 11) if cadence.due(s, 4, last=10)] == [4, 8, 10]
     assert not any(cadence.due(s, 0, last=10) for s in range(11))

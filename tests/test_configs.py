@@ -1,5 +1,7 @@
 """Configs: every variant and task builds, every key is read, arguments are typed."""
 
+import functools
+import math
 import pathlib
 import re
 
@@ -12,7 +14,7 @@ from configs import common, i2e, mofi, quickstart
 from configs import eval as eval_config
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
-from mofi_jax.training import program, settings, state, step
+from mofi_jax.training import cadence, program, settings, state, step
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -113,21 +115,69 @@ def test_parse_arg_never_fails_otherwise(text):
     ("key", "value"),
     [
         ("batch_size", 0),
+        ("batch_size", 16.0),
+        ("batch_size", "16"),
+        ("seed", -1),
+        ("seed", 2**32),
         ("data.max_labels", 0),
         ("data.prefetch", 0),
+        ("data.text_sources", {"alt_text": 2.0, "name": -1.0}),
+        ("data.text_sources", {"alt_text": "much"}),
+        ("optimizer.learning_rate", math.nan),
+        ("optimizer.learning_rate", math.inf),
+        ("optimizer.clip_norm", -1.0),
+        ("optimizer.table.clip_norm", -1.0),
+        ("optimizer.first_moment_dtype", "half"),
         ("losses.entity.scale", 0.0),
+        ("losses.entity.margin", math.nan),
         ("losses", {}),
+        ("losses", {"captions": {"weight": 1.0}}),
     ],
 )
 def test_validate_names_the_key(key, value):
     config = quickstart.get_config("task=multitask")
-    with config.unlocked():
-        if key == "losses":
-            config.losses = value
-        else:
-            config.update_from_flattened_dict({key: value})
+    *parts, last = key.split(".")
+    inner = functools.reduce(lambda inner, part: inner[part], parts, config)
+    with inner.ignore_type():
+        inner[last] = value
     with pytest.raises(BadInput, match=f"config.{key} must be"):
         settings.validate(config)
+
+
+def test_validate_names_a_key_that_is_missing():
+    with pytest.raises(BadInput, match=r"config.seed is missing: add it"):
+        settings.validate(eval_config.get_config("sample"))
+    config = quickstart.get_config("task=multitask")
+    del config.losses.entity["margin"]
+    with pytest.raises(BadInput, match=r"config.losses.entity.margin is missing"):
+        settings.validate(config)
+
+
+def test_a_learned_scale_may_begin_at_its_cap():
+    config = quickstart.get_config("task=supervised")
+    config.losses.entity.update({"scale": 100.0, "learn_scale": True})
+    settings.validate(config)
+    config.losses.entity.scale = 101.0
+    with pytest.raises(BadInput, match=r"losses.entity.scale must be a number at most 100, its"):
+        settings.validate(config)
+
+
+def test_what_is_seldom_meant_is_told():
+    def told(task="multitask", *, total="100 steps", eos_id=300, every="10 steps"):
+        config = quickstart.get_config(f"task={task}")
+        config.optimizer.warmup = "20 steps"
+        config.checkpoint.every = every
+        clock = cadence.make_clock(total, batch_size=10, examples_per_epoch=1000)
+        return settings.warnings(config, clock, eos_id=eos_id)
+
+    assert told() == told("supervised", eos_id=2) == []
+    [sentence] = told(total="20 steps")
+    assert "warmup='20 steps' is 20 steps and the run has 20" in sentence
+    [sentence] = told(every="0 epochs")
+    assert "config.checkpoint.every='0 epochs' saves nothing before the run ends" in sentence
+    [sentence] = told(eos_id=2)
+    assert "EOS has the id 2" in sentence
+    assert "cannot be exported" in sentence
 
 
 def test_sets_to_mix_in():

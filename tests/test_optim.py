@@ -82,6 +82,24 @@ def test_clips_do_not_mix(part):
             np.testing.assert_array_equal(x, y)
 
 
+def test_a_clip_of_zero_is_none():
+    settings = config(warmup="0 steps", clip_norm=0.0)
+    settings.table.clip_norm = 0.0
+    tx, gradients = optim.make(settings, CLOCK), jax.tree.map(lambda x: 100.0 * x, PARAMS)
+    _, after = tx.update(gradients, tx.init(PARAMS), PARAMS)
+    for group, moments in (("towers", "image"), ("table", "entity_table")):
+        mu = after.inner_states[group].inner_state[1].mu[moments]
+        for leaf in jax.tree.leaves(mu):
+            np.testing.assert_allclose(leaf, 100.0 * (1 - settings.b1), rtol=1e-2)  # in bfloat16
+
+
+def test_groups_are_what_the_clips_see():
+    towers = {name: PARAMS[name] for name in ("image", "logit_scale")}
+    table = PARAMS["entity_table"]
+    assert optim.clipped_groups(PARAMS) == {"towers": towers, "table": table}
+    assert optim.clipped_groups(towers) == {"towers": towers}
+
+
 STACKS = {
     "image": {
         "patch_embedding": {"kernel": jnp.ones((4, 6))},

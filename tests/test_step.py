@@ -158,6 +158,9 @@ def test_every_row_drawn_is_the_exact_update(meshes, mesh):
     sampled, metrics = train(meshes[mesh], config, steps=3)
     assert metrics["sample_overflow"] == 0
     assert metrics["loss"] == pytest.approx(exact_metrics["loss"], rel=1e-5)
+    parts = [metrics[f"gradient_norm/{group}"] for group in ("towers", "table")]
+    assert min(parts) > 0
+    assert metrics["gradient_norm"] == pytest.approx(np.hypot(*parts), rel=1e-6)
     assert largest_difference(sampled.params, exact.params) <= 2e-5
     for moment in ("mu", "nu"):
         got, expected = (
@@ -209,6 +212,54 @@ def test_a_learned_scale_moves_and_is_capped(meshes, kind):
     assert float(mofi.entity_scale({"entity_log_scale": jnp.float32(9.0)})) == 100
     fixed, _ = train(meshes["1x1x1"], options())
     assert "entity_log_scale" not in fixed.params
+
+
+CAP = np.log(np.float32(mofi.MAX_LOGIT_SCALE))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_scale_ends_at_its_cap_and_comes_back_from_it(meshes, monkeypatch, rate):
+    """With a loss that pulls both scales down or up, as the batch says."""
+
+    def loss(params, batch, sample=None):
+        scales = {"logit_scale": mofi.logit_scale(params), "entity": mofi.entity_scale(params)}
+        return jnp.mean(batch["pull"]) * sum(scales.values()), scales
+
+    monkeypatch.setattr(step, "make_loss", lambda setting, losses: loss)
+    mesh = meshes["1x1x1"]
+    config = options(entity__sample_rate=rate)
+    config.optimizer.learning_rate = 0.01
+    losses = config.losses.to_dict()
+
+    def after(pull, start, frozen=()):
+        config.optimizer.frozen = frozen
+        tx = optim.make(config.optimizer, cadence.Clock(BATCH, 1000, 100))
+        setting = step.Setting(MODEL, mesh, 16, frozen=frozen, ema_decay=0.9)
+        params = {partition.ENTITY_TABLE: jnp.ones((16, 2)), "logit_bias": jnp.float32(9)}
+        params |= {name: jnp.float32(start) for name in mofi.LOG_SCALES}
+        ema = jax.tree.map(jnp.copy, params)
+        old = state.TrainState(jnp.int32(0), params, tx.init(params), ema)
+        shardings = partition.tree_shardings(mesh, old)
+        update = step.make_update(setting, losses, tx, seed=0, shardings=shardings)
+        batch = {"pull": np.full(8, pull, np.float32), "entity_ids": np.zeros((8, 1), np.int32)}
+        new, metrics = update(jax.device_put(old, shardings), partition.to_global(mesh, batch))
+        assert new.params["logit_bias"] == 9
+        return jax.device_get((new, metrics))
+
+    up, metrics = after(-1.0, CAP - np.float32(0.005))
+    down, at_cap = after(1.0, CAP)
+    loaded, beyond = after(1.0, CAP + np.float32(0.5))
+    for name in mofi.LOG_SCALES:
+        assert up.params[name] == loaded.params[name] == CAP
+        # The first update's decay is 1 / 10.
+        assert up.ema[name] == pytest.approx(CAP - 0.0005, abs=1e-6)
+        assert down.params[name] == pytest.approx(CAP - 0.01, abs=1e-5)
+    assert metrics["logit_scale"] == pytest.approx(100 * np.exp(-0.005), rel=1e-5)
+    assert beyond["logit_scale"] == beyond["entity"] == 100
+    for told in (at_cap, beyond):
+        assert told["gradient_norm"] == pytest.approx(100 * 2**0.5, rel=1e-5)
+    frozen, _ = after(-1.0, CAP + np.float32(0.5), frozen=("logit_scale",))
+    assert frozen.params["logit_scale"] == CAP + np.float32(0.5)
 
 
 def test_sigmoid_starts_at_the_papers_scale_and_bias(meshes):

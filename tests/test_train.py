@@ -87,6 +87,7 @@ def learning_config(data, arg, steps):
 
 def test_contrastive_learns_from_unlabelled_pairs(data, tmp_path):
     train.main(learning_config(data, "task=contrastive,data=i2t", 100), str(tmp_path))
+    assert checkpoint.saved_steps(tmp_path) == [100]  # the end is saved also where nothing else is
     curve = losses(tmp_path)
     assert np.mean(curve[-10:]) < 0.6 * np.mean(curve[:10])
 

@@ -28,7 +28,7 @@ ACTIVATION_FROM = {
 ACTIVATION_TO = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 # transformers compares with this id before it decides how to pool.
-_ARGMAX_EOS = 2
+ARGMAX_EOS = 2
 
 
 def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> di
             f"is not the model's (EOS {config.eos_id}, {config.vocab_size} ids): give the one it "
             "was trained with."
         )
-    if config.eos_id == _ARGMAX_EOS:
+    if config.eos_id == ARGMAX_EOS:
         raise BadInput(
             f"The EOS of {tokenizer.path} has the id 2, for which transformers pools texts at "
             "another token than this model does: train with a tokenizer whose EOS has another id."
@@ -162,7 +162,7 @@ def _pooling_eos(
 ) -> int:
     """The id at whose first occurrence transformers pools, see the top of this file."""
     stated = stated[0] if isinstance(stated, list) else stated
-    if stated == _ARGMAX_EOS:
+    if stated == ARGMAX_EOS:
         if tokenizer is None or tokenizer.eos_id != tokenizer.vocab_size - 1:
             raise BadInput(
                 f"{where} says eos_token_id 2, with which transformers pools texts at the largest "

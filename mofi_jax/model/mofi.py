@@ -8,7 +8,7 @@ parameters without projections), the arithmetic is that of Hugging Face CLIPMode
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ TOWERS = {"image": image.ImageTower, "text": text.TextTower}
 # CLIP's initial temperature and cap (arXiv 2103.00020 section 2.5; axlearn vision/clip.py).
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = 100.0
+# The parameters that are logarithms of a scale.
+LOG_SCALES = ("logit_scale", "entity_log_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +207,29 @@ def embed_texts(
 
 def logit_scale(params: Params) -> Float[Array, ""]:
     """The contrastive temperature's inverse, capped at 100."""
-    return jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
+    return _scale(params["logit_scale"])
 
 
 def entity_scale(params: Params) -> Float[Array, ""]:
     """The learned factor of the entity loss's cosines, capped at 100 as the temperature is."""
-    return jnp.minimum(jnp.exp(params["entity_log_scale"]), MAX_LOGIT_SCALE)
+    return _scale(params["entity_log_scale"])
+
+
+def _scale(logarithm: jax.Array) -> jax.Array:
+    # The cap takes no part in the gradient, or a parameter at it or loaded beyond it would stay.
+    value = jnp.minimum(jnp.exp(logarithm), MAX_LOGIT_SCALE)
+    return jax.lax.stop_gradient(value) * jnp.exp(logarithm - jax.lax.stop_gradient(logarithm))
+
+
+def capped(params: Params, frozen: Sequence[str] = ()) -> Params:
+    """The parameters after an update: a learned scale beyond its cap is put back to it, as in CLIP.
+
+    Args:
+      frozen: names that stay as they are.
+    """
+    names = [name for name in LOG_SCALES if name in params and name not in frozen]
+    cap = math.log(MAX_LOGIT_SCALE)
+    return params | {name: jnp.minimum(params[name], cap) for name in names}
 
 
 def parameter_count(config: MofiConfig, tower: str, *, with_projection: bool = True) -> int:

@@ -32,7 +32,7 @@ class Clock:
         Raises:
           BadInput: not a number and a unit, or negative.
         """
-        number, _, unit = duration.strip().partition(" ")
+        number, _, unit = str(duration).strip().partition(" ")
         unit = unit.strip() if unit.strip().endswith("s") or unit == "percent" else f"{unit}s"
         try:
             amount = float(number)
@@ -62,6 +62,10 @@ def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock
     steps = clock.steps(total, key="config.total")
     if not steps:
         raise BadInput(f"config.total={total!r} trains for no step at all: make it longer.")
+    if steps >= 2**31:
+        raise BadInput(
+            f"config.total={total!r} is more steps than can be counted: make it shorter."
+        )
     return dataclasses.replace(clock, total_steps=steps)
 
 

@@ -78,22 +78,22 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     Args:
       config: ``config.optimizer``: kind (`KINDS`), learning_rate (peak), warmup (a duration),
         final_fraction, b1, b2, eps, weight_decay (multiplied by the learning rate, as
-        `optax.adamw` does), clip_norm, first_moment_dtype, layer_decay (`scale_by_depth`; 1 for
-        one learning rate at all depths), frozen (`is_frozen`), and table =
-        {learning_rate_multiplier, clip_norm, second_moment}.
+        `optax.adamw` does), clip_norm (0 for none), first_moment_dtype, layer_decay
+        (`scale_by_depth`; 1 for one learning rate at all depths), frozen (`is_frozen`), and table
+        = {learning_rate_multiplier, clip_norm, second_moment}.
     """
     rate = schedule(config, clock)
     table = config.table
     rules = {
         "towers": optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
+            _clip(config.clip_norm),
             scale_by_adafactor(config) if config.kind == "adafactor" else _scale_by_adam(config),
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
             scale_by_depth(config.layer_decay),
             optax.scale_by_learning_rate(rate),
         ),
         "table": optax.chain(
-            optax.clip_by_global_norm(table.clip_norm),
+            _clip(table.clip_norm),
             class_table.scale_by_row_adam(
                 config.b1,
                 config.b2,
@@ -114,6 +114,18 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
         return "table" if class_table.is_table(path) else "towers"
 
     return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    # optax would scale every gradient to a norm of 0.
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
+def clipped_groups(params: Any) -> dict[str, Any]:
+    """Parameters, or their gradients, by the norm that clips them: towers, and table if any."""
+    rest = dict(params)
+    table = rest.pop(partition.ENTITY_TABLE, None)
+    return {"towers": rest} | ({} if table is None else {"table": table})
 
 
 def _scale_by_adam(config: Any) -> optax.GradientTransformation:

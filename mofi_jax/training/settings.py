@@ -1,13 +1,89 @@
 """A training config's values: checked once at the start, and turned into the model's own config."""
 
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mofi_jax.errors import BadInput
+from mofi_jax.interop import clip_config
 from mofi_jax.losses import margins, relations
 from mofi_jax.model import mofi
-from mofi_jax.training import class_table, optim
+from mofi_jax.training import cadence, class_table, optim
 
 KINDS = ("softmax", "sigmoid")  # of the contrastive loss
+
+Check = tuple[str, Callable[[Any], bool]]  # what a value must be: in words, and as a test
+
+POSITIVE: Check = "above 0", lambda x: x > 0
+NOT_NEGATIVE: Check = "of 0 or more", lambda x: x >= 0
+BELOW_ONE: Check = "of 0 or more and below 1", lambda x: 0 <= x < 1
+SHARE: Check = "above 0 and at most 1", lambda x: 0 < x <= 1
+
+
+def real(words: str, fits: Callable[[Any], bool]) -> Check:
+    return (
+        f"a number {words}",
+        lambda x: (
+            isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and fits(x)
+        ),
+    )
+
+
+def whole(words: str, fits: Callable[[Any], bool]) -> Check:
+    is_number = real(words, fits)[1]
+    return f"a whole number {words}", lambda x: isinstance(x, numbers.Integral) and is_number(x)
+
+
+def choice(allowed: tuple[str, ...]) -> Check:
+    return f"one of {', '.join(allowed)}", lambda x: x in allowed
+
+
+OF_LOSSES: dict[str, dict[str, Check]] = {
+    "entity": {
+        "scale": real(*POSITIVE),
+        "margin": real(*BELOW_ONE),
+        "margin_kind": choice(margins.KINDS),
+        "sample_rate": real(*SHARE),
+        "block_size": whole(*NOT_NEGATIVE),
+    },
+    "contrastive": {"kind": choice(KINDS), "same_entity": choice(relations.SAME_ENTITY)},
+}
+CHECKS: dict[str, Check] = {
+    "seed": whole(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32),
+    "start_timeout": whole(*POSITIVE),
+    "max_replicated": real("from 0 to 1", lambda x: 0 <= x <= 1),
+    "batch_size": whole(*POSITIVE),
+    "microbatches": whole(*POSITIVE),
+    "losses": (
+        f"one or both of {', '.join(OF_LOSSES)}",
+        lambda tasks: len(tasks) > 0 and set(tasks) <= OF_LOSSES.keys(),
+    ),
+    "data.threads": whole(*POSITIVE),
+    "data.workers": whole(*NOT_NEGATIVE),
+    "data.prefetch": whole(*POSITIVE),
+    "data.max_labels": whole(*POSITIVE),
+    "data.text_sources": (
+        "weights of 0 or more, one of them positive",
+        lambda w: all(map(real(*NOT_NEGATIVE)[1], w.values())) and sum(w.values()) > 0,
+    ),
+    "optimizer.kind": choice(optim.KINDS),
+    "optimizer.learning_rate": real(*POSITIVE),
+    "optimizer.final_fraction": real(*NOT_NEGATIVE),
+    "optimizer.b1": real(*BELOW_ONE),
+    "optimizer.b2": real(*BELOW_ONE),
+    "optimizer.eps": real(*POSITIVE),
+    "optimizer.weight_decay": real(*NOT_NEGATIVE),
+    "optimizer.clip_norm": real(*NOT_NEGATIVE),
+    "optimizer.first_moment_dtype": choice(("bfloat16", "float32")),
+    "optimizer.layer_decay": real(*SHARE),
+    "optimizer.table.learning_rate_multiplier": real(*NOT_NEGATIVE),
+    "optimizer.table.clip_norm": real(*NOT_NEGATIVE),
+    "optimizer.table.second_moment": choice(class_table.SECOND_MOMENTS),
+    "ema.decay": real(*BELOW_ONE),
+    "checkpoint.keep": whole(*POSITIVE),
+    "telemetry.hang_minutes": real(*NOT_NEGATIVE),
+}
 
 
 def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
@@ -21,54 +97,54 @@ def validate(config: Any) -> None:
     """Checks the values of a finished training config.
 
     Raises:
-      BadInput: names the first key whose value cannot work.
+      BadInput: names the first key that is missing, or whose value cannot work.
     """
+    _check(config, CHECKS)
+    more: dict[str, Check] = {}
+    for name in config.losses:
+        of_loss = {"weight": real(*POSITIVE), **OF_LOSSES[name]}
+        more |= {f"losses.{name}.{key}": check for key, check in of_loss.items()}
+    _check(config, more)
+    if "entity" in config.losses and config.losses.entity.learn_scale:
+        cap = mofi.MAX_LOGIT_SCALE
+        words = f"at most {cap:g}, its cap, where it is learned"
+        _check(config, {"losses.entity.scale": real(words, lambda x: x <= cap)})
 
-    def choice(key: str, allowed: tuple[str, ...]) -> tuple[str, bool, str]:
+
+def _check(config: Any, checks: Mapping[str, Check]) -> None:
+    for key, (wanted, fits) in checks.items():
         value = config
-        for part in key.split("."):
-            value = value[part]
-        return key, value in allowed, f"one of {', '.join(allowed)}"
+        try:
+            for part in key.split("."):
+                value = value[part]
+        except (KeyError, TypeError):
+            raise BadInput(f"config.{key} is missing: add it, see configs/mofi.py.") from None
+        if not fits(value):
+            shown = "" if hasattr(value, "items") else f", not {value!r}"
+            raise BadInput(
+                f"config.{key} must be {wanted}{shown}: change it in the config file or flag."
+            )
 
-    checks = [
-        ("start_timeout", config.start_timeout > 0, "a positive number of seconds"),
-        ("batch_size", config.batch_size > 0, "a positive number"),
-        ("optimizer.learning_rate", config.optimizer.learning_rate > 0, "a positive number"),
-        ("data.threads", config.data.threads > 0, "a positive number"),
-        ("data.workers", config.data.workers >= 0, "0 or more"),
-        ("data.prefetch", config.data.prefetch > 0, "a positive number"),
-        ("losses", len(config.losses) > 0, "at least one task"),
-        ("data.text_sources", sum(config.data.text_sources.values()) > 0, "a positive weight"),
-        ("data.max_labels", config.data.max_labels > 0, "a positive number"),
-        ("checkpoint.keep", config.checkpoint.keep > 0, "a positive number"),
-        ("telemetry.hang_minutes", config.telemetry.hang_minutes >= 0, "0 or more"),
-        ("microbatches", config.microbatches > 0, "a positive number"),
-        choice("optimizer.kind", optim.KINDS),
-        choice("optimizer.table.second_moment", class_table.SECOND_MOMENTS),
-        ("optimizer.layer_decay", 0 < config.optimizer.layer_decay <= 1, "above 0, at most 1"),
-        ("ema.decay", 0 <= config.ema.decay < 1, "0 for none, or below 1"),
-        ("max_replicated", 0 <= config.max_replicated <= 1, "a share between 0 and 1"),
-    ]
-    for name, task in config.losses.items():
-        checks.append((f"losses.{name}.weight", task.weight > 0, "a positive weight"))
-        if name == "entity":
-            checks += [
-                ("losses.entity.scale", task.scale > 0, "a positive scale"),
-                ("losses.entity.margin", 0 <= task.margin < 1, "a margin in [0, 1)"),
-                choice("losses.entity.margin_kind", margins.KINDS),
-                ("losses.entity.sample_rate", 0 < task.sample_rate <= 1, "above 0, at most 1"),
-                ("losses.entity.block_size", task.block_size >= 0, "0 or more"),
-            ]
-            if task.learn_scale:
-                fits = task.scale < mofi.MAX_LOGIT_SCALE
-                checks.append(
-                    ("losses.entity.scale", fits, "below 100, its cap, where it is learned")
-                )
-        if name == "contrastive":
-            checks += [
-                choice("losses.contrastive.kind", KINDS),
-                choice("losses.contrastive.same_entity", relations.SAME_ENTITY),
-            ]
-    for key, fine, wanted in checks:
-        if not fine:
-            raise BadInput(f"config.{key} must be {wanted}: change it in the config file or flag.")
+
+def warnings(config: Any, clock: cadence.Clock, *, eos_id: int) -> list[str]:
+    """Sentences about what works and is seldom meant, for people to read before the run."""
+    told, total, optimizer = [], clock.total_steps, config.optimizer
+    warmup = clock.steps(optimizer.warmup, key="config.optimizer.warmup")
+    if warmup >= total:
+        told.append(
+            f"config.optimizer.warmup={optimizer.warmup!r} is {warmup} steps and the run has "
+            f"{total}: the learning rate never reaches its peak; shorten the warm-up."
+        )
+    every = config.checkpoint.every
+    if not clock.steps(every, key="config.checkpoint.every"):
+        told.append(
+            f"config.checkpoint.every={every!r} saves nothing before the run ends or is asked to "
+            "leave: a crash loses all of it."
+        )
+    if "contrastive" in config.losses and eos_id == clip_config.ARGMAX_EOS:
+        told.append(
+            f"The tokenizer's EOS has the id {eos_id}, for which transformers pools texts at "
+            "another token: this run cannot be exported; if it should, take a tokenizer whose EOS "
+            "has another id."
+        )
+    return told

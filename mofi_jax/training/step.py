@@ -241,8 +241,10 @@ def make_update(
         differentiate = jax.value_and_grad(loss_fn, has_aux=True)
         (_, metrics), grads = differentiate(state.params, batch, sample)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        params = mofi.capped(optax.apply_updates(state.params, updates), setting.frozen)
+        groups = optim.clipped_groups(grads)
+        norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
+        metrics |= {"gradient_norm": optax.tree.norm(norms), **norms}
         metrics["update_norm"] = optax.tree.norm(updates)
         ema = averaged(state.ema, params, state.step, setting.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
