@@ -140,6 +140,14 @@ def test_a_hiccup_does_not_flatten_the_rest():
     assert strong.get_linewidth() > faint.get_linewidth()
 
 
+def test_parts_of_norms_and_learning_rates_are_no_evaluators():
+    names = ("learning_rate", "learning_rate/class_table", "gradient_norm", "gradient_norm/table")
+    found = {
+        panel.title: set(panel.metrics) for panel in curves.panels([run([dict.fromkeys(names, 1)])])
+    }
+    assert found == {"Learning rates": set(names[:2]), "Norms": set(names[2:])}
+
+
 def test_logarithmic_norms_leave_out_zeros():
     lines = [{"step": i, "gradient_norm": 10.0 ** (-i / 20) * (i != 5)} for i in range(100)]
     [axes] = curves.draw([run(lines)]).axes

@@ -52,8 +52,11 @@ def told(report, level="problem"):
 
 
 def test_healthy_set_up_has_no_problem_and_leaves_nothing_behind(data, tmp_path, devices):
-    report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "new" / "run"))
+    config = datasets.tiny_config(data)
+    config.checkpoint.every = "0 steps"
+    report = doctor.examine(config, str(tmp_path / "new" / "run"))
     assert told(report) == {}
+    assert "saves nothing before the run ends" in told(report, "warning")["config"]
     looked_at = {"batch", "data", "entities", "first record", "model", "device memory", "disk"}
     assert looked_at <= told(report, "ok").keys()
     assert list(tmp_path.iterdir()) == []
