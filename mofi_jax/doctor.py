@@ -211,9 +211,11 @@ def check_folder(
     )
     fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
-    run_folder.check(workdir, description, structs, start)
-    if steps := checkpoint.saved_steps(workdir):
-        report.ok("workdir", f"goes on from step {steps[-1]}")
+    found = run_folder.check(workdir, description, structs, start, verify=config.checkpoint.verify)
+    for _, wrong in found.damaged:
+        report.warning("workdir", f"a checkpoint is damaged ({wrong})")
+    if found.step is not None:
+        report.ok("workdir", f"goes on from step {found.step}")
 
 
 def check_space(

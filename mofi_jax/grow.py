@@ -9,7 +9,6 @@ RUN's own text tower, or at random where it has none.  Everything else of the la
 step included, is taken over; the data begin from their first example.  Run again, it does nothing.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -18,10 +17,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, partition, run_folder, telemetry
+from mofi_jax import cli, inference, json_files, partition, run_folder, telemetry
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
-from mofi_jax.training import checkpoint, class_table, state
+from mofi_jax.training import checkpoint, class_table, settings, state
 from mofi_jax.training import program as program_lib
 
 # As many QIDs as an error names.
@@ -54,7 +53,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
 
     config = read_config(run)
-    order = json.loads((run / inference.MODEL_FILE).read_text()).get("table_order")
+    order = inference.read_description(run).get("table_order")
     if order != partition.TABLE_ORDER:
         raise BadInput(f"{run} was trained by another version: its class table has another order.")
     if name:
@@ -76,10 +75,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     sources = match(old, new, run, missing)
 
     mesh = partition.make_mesh()
-    checkpointer = checkpoint.Checkpointer(run, keep=1_000_000)
-    step = checkpointer.latest_step()
-    if step is None:
-        raise BadInput(f"There is no checkpoint in {checkpointer.folder}: train first.")
+    step = checkpoint.last_step(run)
     program = program_lib.make(
         config,
         mesh,
@@ -94,9 +90,8 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
             "%s stands at step %d of config.total=%r: raise the total to train on",
             *(run, step, config.total),
         )
-    old_state = checkpointer.restore(step, structs)
+    old_state = checkpoint.restore(run, step, structs)
     position = checkpoint.read_position(run, step)
-    checkpointer.close()
 
     fresh = np.flatnonzero(sources < 0)
     rows = new_rows(old_state.params, program.model, texts, new, fresh, len(old), mesh)
@@ -145,7 +140,12 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
     path = run / "config.json"
     if not path.exists():
         raise BadInput(f"{run} is no training run (no config.json): name the --workdir of one.")
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    remedy = "put back the config.json that the training wrote"
+    config = ml_collections.ConfigDict(json_files.read_object(path, remedy))
+    try:
+        settings.validate(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no training config ({error}): {remedy}.") from error
     if "entity" not in config.losses:
         raise BadInput(
             f"{run} was trained without the entity loss, so it has no vocabulary to grow: train "

@@ -13,10 +13,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -312,3 +313,41 @@ def listening() -> Iterator[Leave]:
 def preempted(workdir: Any, step: int) -> Preempted:
     """The exception that ends the process; its state is on disk, or the run had not begun."""
     return Preempted(f"{workdir} stands at step {step}: the same command goes on from there.")
+
+
+# ---------------------------------------------------------------------------- agreement
+
+
+def agree(find: Callable[[], Any]) -> Any:
+    """What host 0 finds, on every host: files that each host reads for itself may differ.
+
+    Args:
+      find: called on host 0 alone; returns what JSON can hold.
+
+    Raises:
+      BadInput: host 0's, on every host, so that none waits for one that has left.
+    """
+    if jax.process_count() == 1:
+        return find()
+    answer: dict[str, Any] = {}
+    failure: BaseException | None = None
+    if jax.process_index() == 0:
+        try:
+            answer = {"found": find()}
+        except BadInput as error:
+            answer = {"refused": str(error)}
+        except Exception as error:  # noqa: BLE001  the others have to hear of it before it goes on
+            failure = error
+            answer = {"failed": f"process 0: {type(error).__name__}: {error}"}
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    # Every host has to know the size of what it receives.
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    answer = json.loads(np.asarray(text, np.uint8).tobytes())
+    if failure is not None:
+        raise failure
+    if "refused" in answer:
+        raise BadInput(answer["refused"])
+    if "failed" in answer:
+        raise RuntimeError(answer["failed"])
+    return answer["found"]

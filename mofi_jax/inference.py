@@ -10,8 +10,7 @@ the results of its own.
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax import partition
+from mofi_jax import json_files, partition
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -32,6 +31,9 @@ from mofi_jax.model import mofi
 from mofi_jax.training import checkpoint
 
 MODEL_FILE = "model.json"
+
+# Of a model's config, what only training asks for, and what its readers take instead.
+OWN_TO_TRAINING = {"remat": "none", "attention": "auto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,13 +263,16 @@ def read(
     path = epath.Path(path)
     mesh = partition.make_mesh() if mesh is None else mesh
     if (path / MODEL_FILE).exists():
-        return _read_run(path, mesh, batch_size)
+        towers, params = _read_run(path, mesh, batch_size)
+        checkpoint.check_finite(params, path)
+        return towers, params
     if not huggingface.is_folder(path):
         raise BadInput(
             f"{path} is neither a training run ({MODEL_FILE}) nor a Hugging Face CLIP folder "
             "(config.json): give the folder of one of them."
         )
     clip = huggingface.read(path)
+    checkpoint.check_finite(clip.params, path)
     towers = Towers(
         config=clip.config,
         tokenizer=clip.tokenizer,
@@ -282,26 +287,52 @@ def read(
 def describe(
     config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
 ) -> dict[str, Any]:
-    """What a run's model.json holds; with the order of the class table where it has one."""
+    """What a run's model.json holds; with the order of the class table where it has one.
+
+    Not how the run spent memory or with which kernels: its readers have other devices.
+    """
     order = {"table_order": partition.TABLE_ORDER} if classified else {}
-    return {**config.to_dict(), "preprocess": preprocess, **order}
+    model = {k: v for k, v in config.to_dict().items() if k not in OWN_TO_TRAINING}
+    return {**model, "preprocess": preprocess, **order}
+
+
+def read_description(run: epath.PathLike) -> dict[str, Any]:
+    """A run's model.json.
+
+    Raises:
+      BadInput: it is not there, or does not describe a model.
+    """
+    path = epath.Path(run) / MODEL_FILE
+    remedy = "run the training again, which writes it"
+    values = json_files.read_object(path, remedy)
+    try:
+        _model(values)
+        ops.parse(values["preprocess"])
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} does not describe a model ({error}): {remedy}.") from error
+    return values
+
+
+def _model(description: Mapping[str, Any]) -> mofi.MofiConfig:
+    values = {k: v for k, v in description.items() if k not in ("preprocess", "table_order")}
+    return mofi.MofiConfig.from_dict(values | OWN_TO_TRAINING)
 
 
 def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, Any]:
-    try:
-        values = json.loads((path / MODEL_FILE).read_text())
-        preprocess = values.pop("preprocess")
-        table_order = values.pop("table_order", None)
-        # Whoever reads the run may have other devices than whoever trained it.
-        config = mofi.MofiConfig.from_dict(values | {"attention": "auto"})
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(
-            f"{path / MODEL_FILE} does not describe a model ({error!r}): run the training again, "
-            "which writes it."
-        ) from error
+    values = read_description(path)
+    config, table_order = _model(values), values.get("table_order")
     params = checkpoint.restore_params(path)
+    towers = tuple(name for name in mofi.TOWERS if name in params)
+    wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
+    wrong = checkpoint.differences(
+        *({name: tree[name] for name in towers} for tree in (params, wanted))
+    )
+    if wrong:
+        name, how = next(iter(wrong.items()))
+        raise BadInput(
+            f"{path / MODEL_FILE} does not describe the run's checkpoint ({name} {how}, one of "
+            f"{len(wrong)} arrays): put back the one that was written with it."
+        )
     tokenizer = entities = None
     if "text" in params and (path / records.TOKENIZER_FILE).exists():
         tokenizer = tokenizer_lib.Tokenizer(path / records.TOKENIZER_FILE, config.context_length)
@@ -317,7 +348,7 @@ def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, An
             config=config,
             tokenizer=tokenizer,
             entities=entities,
-            preprocess=preprocess,
+            preprocess=values["preprocess"],
             mesh=mesh,
             batch_size=batch_size,
         ),

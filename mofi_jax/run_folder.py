@@ -3,9 +3,10 @@
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
 ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``goodput.json``, ``tensorboard/``,
 ``programs/`` (compiled by XLA) and, once finished, ``result.json``; with ``--profile=N:M``
-``profile/``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
+``profile/``; while it runs ``run.lock``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax import inference, telemetry
+from mofi_jax import hosts, inference, telemetry
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, state
@@ -55,6 +56,7 @@ def as_json(config: Any) -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Every key whose value differs, in words; empty if none does."""
+    saved, current = _flat(saved), _flat(current)
     return "; ".join(
         f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
         for key in sorted(saved.keys() | current.keys())
@@ -62,54 +64,97 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     )
 
 
+def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model.json, what has to stay as it is; earlier versions wrote more into it."""
+    return {k: v for k, v in model.items() if k not in ("dtype", *inference.OWN_TO_TRAINING)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, as flags name them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a folder holds; the same on every host.
+
+    Attributes:
+      step: the last step that can be read, None without one.
+      position: from which to go on.
+      damaged: later steps that cannot be read, and what is wrong with each.
+      finished: whether it has a result.
+    """
+
+    step: int | None
+    position: checkpoint.Position
+    damaged: Sequence[tuple[int, str]]
+    finished: bool
+
+
 def check(
     workdir: epath.Path,
     model: Mapping[str, Any],
     structs: state.TrainState,
     position: checkpoint.Position,
-) -> checkpoint.Position:
-    """Whether the folder is that of this run; the same answer on every host.
+    *,
+    verify: bool = True,
+) -> Found:
+    """Whether the folder is that of this run; host 0 looks for all.
+
+    Compared is what decides shapes, meaning and the order of the data: a run may go on in another
+    precision, with other memory settings or workers.
 
     Args:
       workdir: the folder, which need not exist.
       model: what its model.json would hold (`inference.describe`).
       structs: the training state of this config, as ShapeDtypeStructs.
       position: of a run of this config that begins.
-
-    Returns:
-      The position from which to go on: that of the last checkpoint, or `position`.
+      verify: see `checkpoint.damage`.
 
     Raises:
       BadInput: it holds another model, was trained on other data, or its checkpoint has other
         arrays; names all of it at once.
     """
-    problems = []
-    path = workdir / inference.MODEL_FILE
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), model)
-        problems += [f"it holds another model ({changed})"] if changed else []
-    steps = checkpoint.saved_steps(workdir)
-    if steps:
-        saved = checkpoint.read_position(workdir, steps[-1])
-        changed = differences(saved.data_fingerprint, position.data_fingerprint)
-        problems += [f"it was trained on other data ({changed})"] if changed else []
-        wrong = checkpoint.mismatches(workdir, steps[-1], structs)
-        problems += [f"its checkpoint has other arrays ({'; '.join(wrong)})"] if wrong else []
-    if problems:
-        raise BadInput(
-            f"{workdir} does not fit this config: {', and '.join(problems)}: restore its own "
-            "config, or choose another --workdir."
-        )
-    if not steps:
-        return position
-    changed = differences(saved.config, position.config)
-    if changed:
-        logging.warning("the config is not that of the last checkpoint: %s", changed)
-    return saved
+
+    def look() -> dict[str, Any]:
+        problems = []
+        if (workdir / inference.MODEL_FILE).exists():
+            saved_model = inference.read_description(workdir)
+            changed = differences(*(_compared(values) for values in (saved_model, model)))
+            problems += [f"it holds another model ({changed})"] if changed else []
+        step, damaged = checkpoint.newest_whole(workdir, verify=verify)
+        saved = position
+        if step is not None:
+            saved = checkpoint.read_position(workdir, step)
+            changed = differences(saved.data_fingerprint, position.data_fingerprint)
+            problems += [f"it was trained on other data ({changed})"] if changed else []
+            wrong = checkpoint.mismatches(workdir, step, structs)
+            problems += [f"its checkpoint has other arrays ({'; '.join(wrong)})"] if wrong else []
+        if problems:
+            raise BadInput(
+                f"{workdir} does not fit this config: {', and '.join(problems)}: restore its own "
+                "config, or choose another --workdir."
+            )
+        if changed := differences(saved.config, position.config):
+            logging.warning("the config is not that of the last checkpoint: %s", changed)
+        return {
+            "step": step,
+            "position": dataclasses.asdict(saved),
+            "damaged": damaged,
+            "finished": (workdir / "result.json").exists(),
+        }
+
+    found = hosts.agree(look)
+    return Found(**found | {"position": checkpoint.Position(**found["position"])})
 
 
 def prepare(
     workdir: epath.Path,
+    found: Found,
     config: Any,
     model: Mapping[str, Any],
     *,
@@ -119,21 +164,24 @@ def prepare(
     """Host 0 writes what makes the folder readable on its own; the others look whether it is there.
 
     Args:
+      found: steps that are damaged are taken out of the way of what will be saved.
       entities_path: None for a run without a class table.
 
     Raises:
       BadInput: another host does not see what host 0 has written.
     """
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        checkpoint.set_aside(workdir, found.damaged, found.step)
         telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
         if entities_path is not None:
             entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
         telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
         telemetry.write_json(workdir / inference.MODEL_FILE, dict(model))
+
+    hosts.agree(write)
     if jax.process_count() == 1:
         return
-    multihost_utils.sync_global_devices("run folder")
     shared = multihost_utils.process_allgather((workdir / inference.MODEL_FILE).exists())
     if not shared.all():
         missing = ", ".join(str(i) for i, there in enumerate(shared) if not there)

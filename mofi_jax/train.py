@@ -26,6 +26,7 @@ from mofi_jax import (
     partition,
     paths,
     run_folder,
+    run_lock,
     telemetry,
     warm_start,
 )
@@ -152,15 +153,16 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         model, config.data.eval_ops, classified="entity" in config.losses
     )
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
-    position = run_folder.check(workdir, description, structs, start)
-    steps = checkpoint.saved_steps(workdir)
-    resumed, first = bool(steps), (steps or [0])[-1]
+    verify = config.checkpoint.verify
+    cleanup.enter_context(run_lock.held(workdir))
+    found = run_folder.check(workdir, description, structs, start, verify=verify)
+    position, resumed, first = found.position, found.step is not None, found.step or 0
     if first > clock.total_steps:
         raise BadInput(
             f"{workdir} stands at step {first}, beyond config.total={config.total!r} "
             f"({clock.total_steps} steps): raise the total, or choose another --workdir."
         )
-    if first >= clock.total_steps and (workdir / "result.json").exists():
+    if first >= clock.total_steps and found.finished:
         logging.info("%s is finished: %d steps", workdir, first)
         return
     warm = None
@@ -172,17 +174,18 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         hosts.keep_programs(workdir / config.compile_cache)
     run_folder.prepare(
         workdir,
+        found,
         config,
         description,
         tokenizer_path=data.tokenizer_path,
         entities_path=data.entities_path if num_entities else None,
     )
     checkpointer = checkpoint.Checkpointer(
-        workdir, keep=config.checkpoint.keep, keep_every=keep_every
+        workdir, keep=config.checkpoint.keep, keep_every=keep_every, sums=verify
     )
     cleanup.callback(checkpointer.close)
     if resumed:
-        train_state = checkpointer.restore(first, structs)
+        train_state = checkpoint.restore(workdir, first, structs)
         logging.info("resumed at step %d, %d examples", first, position.examples)
     else:
         train_state, _ = state.create(program.init, config.seed, mesh)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import errno
+import hashlib
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ from configs import quickstart
 from mofi_jax import errors, partition
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, checkpoint, class_table, optim, state
+from mofi_jax.training import cadence, checkpoint, checksums, class_table, optim, state
 
 
 def initialiser(width=8, rows=16, tx=None, ema=False):
@@ -48,9 +51,9 @@ def saved(tmp_path, meshes):
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
 def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
-    checkpointer, train_state, folder = saved
+    _, train_state, folder = saved
     structs, shardings = state.abstract(initialiser(), meshes[mesh])
-    restored = checkpointer.restore(20, structs)
+    restored = checkpoint.restore(folder, 20, structs)
     assert checkpoint.read_position(folder, 20) == POSITION
     assert jax.tree.structure(restored) == jax.tree.structure(train_state)
     jax.tree.map(np.testing.assert_array_equal, train_state, restored)
@@ -60,10 +63,10 @@ def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
 
 def test_padding_of_the_class_table_follows_the_mesh(saved, meshes):
     """16 rows were saved; 13 cut padding off, 24 add rows of zeros, the moments alike."""
-    checkpointer, train_state, _ = saved
+    _, train_state, folder = saved
     for rows in (13, 24):
         structs, _ = state.abstract(initialiser(rows=rows), meshes["1x1x1"])
-        restored = checkpointer.restore(20, structs)
+        restored = checkpoint.restore(folder, 20, structs)
         for table, whole in (
             (restored.params["entity_table"], train_state.params["entity_table"]),
             (restored.opt_state[0].mu["entity_table"], train_state.opt_state[0].mu["entity_table"]),
@@ -80,11 +83,11 @@ def test_params_alone(saved):
 
 
 def test_latest_step_and_keep(saved):
-    checkpointer, train_state, _ = saved
+    checkpointer, train_state, folder = saved
     for step in (30, 40):
         checkpointer.save(step, train_state, POSITION)
     checkpointer.wait()
-    assert checkpointer.latest_step() == 40
+    assert checkpoint.saved_steps(folder)[-1] == 40
     kept = [p.name for p in checkpointer.folder.iterdir() if p.name.isdigit()]
     assert sorted(kept) == ["30", "40"]
 
@@ -106,13 +109,13 @@ def test_the_average_is_saved_and_is_what_others_read(tmp_path, meshes):
     checkpointer.save(20, train_state, POSITION)
     checkpointer.wait()
     structs, _ = state.abstract(initialiser(ema=True), meshes["2x2x2"])
-    restored = checkpointer.restore(20, structs)
+    restored = checkpoint.restore(tmp_path, 20, structs)
     jax.tree.map(np.testing.assert_array_equal, train_state, restored)
     average = checkpoint.restore_params(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), average, train_state.params)
     without, _ = state.abstract(initialiser(), meshes["1x1x1"])
     with pytest.raises(BadInput, match=r"an average of the parameters is in it \(config.ema"):
-        checkpointer.restore(20, without)
+        checkpoint.restore(tmp_path, 20, without)
     checkpointer.close()
 
 
@@ -133,21 +136,21 @@ def test_a_disk_that_is_full_is_told_by_the_system_s_own_words(tmp_path):
 
 
 def test_every_mismatch_is_named_at_once(saved, meshes):
-    checkpointer, _, _ = saved
+    _, _, folder = saved
     structs, _ = state.abstract(initialiser(width=16), meshes["1x1x1"])
     with pytest.raises(BadInput) as caught:
-        checkpointer.restore(20, structs)
+        checkpoint.restore(folder, 20, structs)
     for name in ("image/class_embedding is (8,)", "image/blocks/mlp/fc1/bias is (1, 32)"):
         assert f"params/{name}" in str(caught.value)
 
 
 def test_missing_and_left_over_arrays_are_named(saved, meshes):
-    checkpointer, _, _ = saved
+    _, _, folder = saved
     structs, _ = state.abstract(initialiser(tx=optax.sgd(1e-3, momentum=0.9)), meshes["1x1x1"])
     with pytest.raises(
         BadInput, match=r"nu/.*is not in the model.*trace/.*is not in the checkpoint"
     ):
-        checkpointer.restore(20, structs)
+        checkpoint.restore(folder, 20, structs)
 
 
 def test_no_checkpoint(tmp_path):
@@ -182,7 +185,7 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
     checkpointer.wait()
     for name in ("2x1x2", "1x2x1", "1x1x1"):
         structs, _ = state.abstract(make(meshes[name]), meshes[name])
-        restored = checkpointer.restore(1, structs)
+        restored = checkpoint.restore(tmp_path, 1, structs)
         moved = 0
         for (path, a), b in zip(
             jax.tree_util.tree_flatten_with_path(eight)[0], jax.tree.leaves(restored), strict=True
@@ -198,3 +201,153 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
             assert a.dtype == b.dtype
         assert moved == 4, "table, two moments, last step"
     checkpointer.close()
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory, meshes):
+    """A run with two saved steps, 20 and 40, to be copied before it is hurt."""
+    folder = tmp_path_factory.mktemp("steps")
+    checkpointer = checkpoint.Checkpointer(folder, keep=2)
+    train_state, _ = state.create(initialiser(ema=True), 5, meshes["1x1x1"])
+    for step in (20, 40):
+        checkpointer.save(step, train_state, dataclasses.replace(POSITION, examples=step))
+    checkpointer.close()
+    return folder
+
+
+@pytest.fixture
+def run(steps, tmp_path):
+    return shutil.copytree(steps, tmp_path / "run")
+
+
+def files_of(step):
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_sums_are_those_of_sha256sum(run):
+    folder = run / checkpoint.FOLDER / "40"
+    lines = (folder / checksums.FILE).read_text().splitlines()
+    files = [path for path in files_of(folder) if path.name != checksums.FILE]
+    assert lines == [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}"
+        for path in files
+    ]
+
+
+def test_every_flipped_bit_is_noticed(run):
+    """60 bits, anywhere in the files of a step: arrays, metadata and the sums themselves."""
+    folder = run / checkpoint.FOLDER / "40"
+    files = files_of(folder)
+    rng = np.random.default_rng(0)
+    assert checkpoint.damage(run, 40) is None
+    for path in rng.choice(files, 60):
+        whole = path.read_bytes()
+        hurt = bytearray(whole)
+        hurt[rng.integers(len(hurt))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(hurt)
+        assert str(folder) in (checkpoint.damage(run, 40) or ""), path
+        path.write_bytes(whole)
+    assert checkpoint.damage(run, 40) is None
+
+
+HURTS = {
+    "missing file": (lambda f: (f / "params/_METADATA").unlink(), "params/_METADATA is missing"),
+    "missing item": (lambda f: shutil.rmtree(f / "optimizer"), "optimizer/.* is missing"),
+    "cut": (lambda f: cut(f / "params/_sharding"), "params/_sharding is not what was saved"),
+    "empty": (lambda f: (f / "position/metadata").write_text(""), "position/metadata is not what"),
+    "left over": (lambda f: (f / "params/new").write_text(""), "params/new is not in SHA256SUMS"),
+    "cut sums": (lambda f: cut(f / checksums.FILE), "(SHA256SUMS|is missing)"),
+    "nothing left": (lambda f: (shutil.rmtree(f), f.mkdir()), "position cannot be read"),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("hurt", HURTS)
+def test_a_damaged_step_is_named_and_the_one_before_it_offered(run, hurt):
+    folder = run / checkpoint.FOLDER / "40"
+    do, said = HURTS[hurt]
+    do(folder)
+    with pytest.raises(BadInput, match=f"{folder}.*{said}.* and step 20 is read"):
+        checkpoint.restore_params(run)
+    folder.rename(run / "aside")
+    assert checkpoint.last_step(run) == 20
+    (run / checkpoint.FOLDER / "20/params/_METADATA").unlink()
+    with pytest.raises(BadInput, match=r"No checkpoint of .* is whole .*params/_METADATA"):
+        checkpoint.restore_params(run)
+
+
+@pytest.mark.parametrize(
+    "name", ["params/_METADATA", "params/manifest.ocdbt", "params/array_metadatas/process_0"]
+)
+def test_a_step_without_sums_is_read_with_a_warning_and_fails_in_one_sentence(
+    run, meshes, name, caplog
+):
+    folder = run / checkpoint.FOLDER / "40"
+    (folder / checksums.FILE).unlink()
+    checkpoint.restore_params(run)
+    assert f"{folder} has no SHA256SUMS: damage to it may go unnoticed" in caplog.text
+    (folder / name).write_text("{")
+    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    with pytest.raises(BadInput, match=f"{folder}/params cannot be read"):
+        checkpoint.restore(run, 40, structs)
+
+
+def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, meshes, caplog):
+    folder = run / checkpoint.FOLDER
+    (folder / "40.damaged").mkdir()  # of an earlier time
+    (folder / "40/params/_METADATA").unlink()
+    step, damaged = checkpoint.newest_whole(run)
+    assert step == 20
+    checkpoint.set_aside(run, damaged, step)
+    assert "step 40 is damaged" in caplog.text
+    assert checkpoint.saved_steps(run) == [20]
+    assert (folder / "40.damaged1/params").exists()
+    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(run, keep=1)
+    checkpointer.save(40, checkpoint.restore(run, 20, structs), POSITION)
+    checkpointer.close()
+    assert checkpoint.last_step(run) == 40
+    assert (folder / "40.damaged1/params").exists()
+
+
+def test_without_verify_nothing_is_summed_or_checked(run, meshes, monkeypatch):
+    monkeypatch.delattr(checksums, "_sums")
+    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(run, keep=1, sums=False)
+    checkpointer.save(60, checkpoint.restore(run, 40, structs), POSITION)
+    checkpointer.close()
+    assert checkpoint.newest_whole(run, verify=False) == (60, [])
+    assert not (run / checkpoint.FOLDER / "60" / checksums.FILE).exists()
+
+
+def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, meshes, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    monkeypatch.setattr(checksums, "write", full)
+    train_state, _ = state.create(initialiser(), 5, meshes["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+    checkpointer.save(20, train_state, POSITION)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.wait()
+    # It is whole all the same.
+    assert checkpoint.newest_whole(tmp_path, verify=False) == (20, [])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(meshes, value):
+    tree = {"image": {"kernel": np.ones((4, 2), np.float32)}, "logit_scale": np.float32(1)}
+    placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
+    for params in (tree, placed):
+        checkpoint.check_finite(params, "run")
+    tree["image"]["kernel"][1, 1] = value
+    placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
+    for params in (tree, placed):
+        with pytest.raises(BadInput, match="run holds values that are not finite in image/kernel:"):
+            checkpoint.check_finite(params, "run")

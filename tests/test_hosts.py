@@ -136,3 +136,57 @@ def test_a_signal_asks_to_leave(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(number) is before
+
+
+# ---------------------------------------------------------------------------- agreement
+
+
+def as_two_hosts(monkeypatch, find):
+    """What `hosts.agree` gives on host 0 and on host 1, whose own look would find nothing."""
+    sent, results = [], []
+    received = None
+
+    def broadcast(array):
+        if received is None:
+            sent.append(array)
+            return array
+        expected = received.pop(0)
+        assert array.shape == expected.shape  # as the real one demands
+        return expected
+
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
+    for process in (0, 1):
+        monkeypatch.setattr(hosts.jax, "process_index", lambda process=process: process)
+        try:
+            results.append(hosts.agree(find if process == 0 else lambda: 1 / 0))
+        except Exception as error:
+            results.append(error)
+        received = list(sent)
+    return results
+
+
+@pytest.mark.parametrize(
+    "found", [None, 3, {"step": 4, "position": {"examples": 10**12}}, "é" * 99]
+)
+def test_every_host_gets_what_host_0_finds(monkeypatch, found):
+    assert as_two_hosts(monkeypatch, lambda: found) == [found, found]
+
+
+def test_every_host_gets_the_sentence_of_host_0(monkeypatch):
+    def refuse():
+        raise BadInput("no")
+
+    assert [repr(e) for e in as_two_hosts(monkeypatch, refuse)] == ["BadInput('no')"] * 2
+
+
+def test_no_host_waits_for_one_that_failed(monkeypatch):
+    ours, theirs = as_two_hosts(monkeypatch, lambda: os.stat("/proc/nothing"))
+    assert isinstance(ours, FileNotFoundError)
+    assert isinstance(theirs, RuntimeError)
+    assert "process 0: FileNotFoundError: " in str(theirs)
+    assert "/proc/nothing" in str(theirs)
+
+
+def test_a_lone_host_asks_nobody():
+    assert hosts.agree(lambda: 4) == 4

@@ -30,6 +30,30 @@ MAX_LOGIT_SCALE = 100.0
 LOG_SCALES = ("logit_scale", "entity_log_scale")
 
 
+# What sizes may be: generous, yet small enough that a damaged file does not take all memory.
+LIMITS = {
+    "image_size": (1, 8_192),
+    "patch_size": (1, 1_024),
+    "width": (1, 65_536),
+    "layers": (1, 1_024),
+    "heads": (1, 1_024),
+    "vocab_size": (1, 10_000_000),
+    "context_length": (1, 65_536),
+    "eos_id": (0, 10_000_000),
+    "embed_dim": (1, 65_536),
+}
+
+
+def _check_sizes(config: Any, prefix: str = "") -> None:
+    for name in (field.name for field in dataclasses.fields(config) if field.name in LIMITS):
+        value, (low, high) = getattr(config, name), LIMITS[name]
+        if type(value) is not int or not low <= value <= high:
+            raise BadInput(
+                f"config.model.{prefix}{name}={value!r} must be a whole number from {low} to "
+                f"{high}: correct it."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
     """Shape of one transformer; its MLPs are four times as wide."""
@@ -69,6 +93,19 @@ class MofiConfig:
     attention: str = "auto"
 
     def __post_init__(self):
+        _check_sizes(self)
+        for name in ("image", "text"):
+            _check_sizes(getattr(self, name), f"{name}.")
+        if self.eos_id >= self.vocab_size:
+            raise BadInput(
+                f"eos_id {self.eos_id} is not below vocab_size {self.vocab_size}: give the sizes "
+                "of the model's own tokenizer."
+            )
+        if type(self.layer_norm_eps) is not float or not 0 <= self.layer_norm_eps < 1:
+            raise BadInput(
+                f"config.model.layer_norm_eps={self.layer_norm_eps!r} must be a number from 0 to "
+                "1: correct it."
+            )
         if self.image_size % self.patch_size:
             raise BadInput(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
@@ -88,7 +125,7 @@ class MofiConfig:
             "attention": attention.IMPLEMENTATIONS,
         }
         for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
+            if not isinstance(getattr(self, key), str) or getattr(self, key) not in allowed:
                 raise BadInput(
                     f"config.model.{key}={getattr(self, key)!r} is unknown: choose from "
                     f"{', '.join(allowed)}."
@@ -99,10 +136,14 @@ class MofiConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MofiConfig":
-        values = dict(values)
-        values["image"] = TowerConfig(**values["image"])
-        values["text"] = TowerConfig(**values["text"])
-        return cls(**values)
+        """Raises BadInput for a field that is missing, unknown, of another type or out of range."""
+        try:
+            towers = {name: TowerConfig(**values[name]) for name in ("image", "text")}
+            return cls(**{**values, **towers})
+        except (KeyError, TypeError) as error:
+            raise BadInput(
+                f"The model's fields are not those of MofiConfig ({error}): correct them."
+            ) from error
 
 
 # Shapes by name: patch, image tower, text tower, embedding.  B, L and H are MOFI's (depth and width

@@ -2,24 +2,32 @@
 
 The data position is a single number, the examples consumed, so a checkpoint does not depend on the
 number of hosts.  A restore that does not fit lists every mismatch at once and changes nothing.
-Only a checkpoint that is whole counts: a save that was cut short is cleaned away at the next start.
+Only a checkpoint that is whole counts: a save that was cut short is cleaned away at the next start,
+and checksums tell a file that has changed since.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mofi_jax import partition
+from mofi_jax import hosts, partition
 from mofi_jax.errors import BadInput
+from mofi_jax.training import checksums
 from mofi_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+# What each host needs of a step; beside it "ema", where a run has an average.
+ITEMS = ("params", "optimizer", "position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +51,18 @@ class Position:
 
 
 class Checkpointer:
-    """Saves and restores (TrainState, Position); saving is asynchronous.
+    """Saves (TrainState, Position) in the background; `restore` reads what it saved.
 
     Args:
       workdir: the run's folder; checkpoints lie in ``checkpoints/STEP/``.
       keep: how many of the last ones stay.
       keep_every: checkpoints of steps that this number divides stay for ever; 0 for none.
+      sums: whether host 0 reads a saved step once more to write its checksums.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0):
+    def __init__(
+        self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0, sums: bool = True
+    ):
         self.folder = epath.Path(workdir).absolute() / FOLDER
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
@@ -62,66 +73,241 @@ class Checkpointer:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 create=True,
+                single_host_load_and_broadcast=True,
             ),
-            item_names=("params", "optimizer", "ema", "position"),
+            item_names=(*ITEMS, "ema"),
         )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        self._sums = sums and jax.process_index() == 0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checksums")
+        self._summed: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Starts saving; the arrays are copied first, so the state may be donated afterwards."""
+        self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["position"] = ocp.args.JsonSave(dataclasses.asdict(position))
         self._manager.save(step, args=ocp.args.Composite(**items))
+        if self._sums:
+            self._summed = self._pool.submit(self._sum, self.folder / str(step))
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Restores onto the shardings of ``abstract``, a TrainState of ShapeDtypeStructs.
-
-        Raises:
-          BadInput: names every array that is missing, left over or of another shape.
-        """
-        problems = mismatches(self.folder.parent, step, abstract)
-        if problems:
-            raise BadInput(
-                f"The checkpoint {self.folder / str(step)} belongs to another model "
-                f"({'; '.join(problems)}): use its own config, or another --workdir."
-            )
-        # Not strict: the class table's padding, which depends on the mesh, is cut or filled with
-        # zeros.  Everything else has been compared.
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    name: ocp.args.StandardRestore(tree, strict=False)
-                    for name, tree in _items(abstract).items()
-                }
-            ),
-        )
-        optimizer = items.optimizer
-        return TrainState(
-            optimizer["step"], items.params, optimizer["state"], items.get("ema", None)
-        )
+    def _sum(self, folder: epath.Path) -> None:
+        """Sums a step that all hosts have finished; killed before, it counts as one without."""
+        self._manager.wait_until_finished()
+        checksums.write(folder)
 
     def wait(self) -> None:
         """Returns once the last save is on disk."""
         self._manager.wait_until_finished()
+        if self._summed is not None:
+            self._summed.result()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+        self._pool.shutdown()
+
+
+# ---------------------------------------------------------------------------- which step
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps whose saves were finished, ascending; of damage it knows nothing."""
+    folder = epath.Path(workdir).absolute() / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
+def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | None:
+    """What is wrong with a saved step, in words with its folder; None if it can be read.
+
+    Args:
+      verify: read every file and compare its checksum, where there are checksums: a process that
+        was killed at the wrong moment, ``config.checkpoint.verify=False`` and earlier versions
+        have left none.
+    """
+    folder = _step(workdir, step)
+    if verify and (folder / checksums.FILE).exists():
+        wrong = checksums.damage(folder)
+        return wrong and f"{folder}: {wrong}"
+    if verify:
+        logging.warning("%s has no %s: damage to it may go unnoticed", folder, checksums.FILE)
+    try:
+        read_position(workdir, step)
+        for item in ITEMS[:2]:
+            _saved_tree(folder / item)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def newest_whole(
+    workdir: epath.PathLike, *, verify: bool = True
+) -> tuple[int | None, list[tuple[int, str]]]:
+    """The last step that can be read, None if none was saved, and later ones with what is wrong.
+
+    Raises:
+      BadInput: steps were saved, and all of them are damaged.
+    """
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(saved_steps(workdir)):
+        wrong = damage(workdir, step, verify=verify)
+        if wrong is None:
+            return step, damaged
+        damaged.append((step, wrong))
+    if damaged:
+        raise BadInput(
+            f"No checkpoint of {workdir} is whole ({damaged[0][1]}): restore its "
+            f"{FOLDER}/ from a copy, or train anew in another folder."
+        )
+    return None, damaged
+
+
+def set_aside(
+    workdir: epath.PathLike, damaged: Sequence[tuple[int, str]], step: int | None
+) -> None:
+    """Takes damaged steps out of the way of a run that goes on from ``step``; deletes nothing."""
+    for bad, wrong in damaged:
+        folder = _step(workdir, bad)
+        names = (f"{bad}.damaged{number or ''}" for number in range(1_000))
+        aside = next(folder.parent / name for name in names if not (folder.parent / name).exists())
+        folder.rename(aside)
+        logging.warning(
+            "the checkpoint of step %d is damaged (%s): it is kept as %s, and the run goes on from "
+            "step %d",
+            *(bad, wrong, aside, step),
+        )
+
+
+def last_step(workdir: epath.PathLike) -> int:
+    """The last saved step, for whoever reads a run.
+
+    Raises:
+      BadInput: there is none, or it is damaged; names the step before it that is whole.
+    """
+    step, damaged = newest_whole(workdir)
+    if step is None:
+        raise BadInput(
+            f"There is no checkpoint in {_step(workdir, 0).parent}: train first, or name another "
+            "folder."
+        )
+    if damaged:
+        wrong = "; ".join(wrong for _, wrong in damaged)
+        raise BadInput(
+            f"The last checkpoint is damaged ({wrong}): restore it from a copy, or move it out of "
+            f"{FOLDER}/, and step {step} is read."
+        )
+    return step
+
+
+def _step(workdir: epath.PathLike, step: int) -> epath.Path:
+    return epath.Path(workdir).absolute() / FOLDER / str(step)
+
+
+# ---------------------------------------------------------------------------- reading
 
 
 def read_position(workdir: epath.PathLike, step: int) -> Position:
-    """Where a run stood at a saved step."""
-    folder = epath.Path(workdir).absolute() / FOLDER / str(step) / "position"
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    """Where a run stood at a saved step.
+
+    Raises:
+      BadInput: it cannot be read.
+    """
+    folder = _step(workdir, step) / "position"
+    with _reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return Position(**checkpointer.restore(folder))
+
+
+def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
+    """Restores onto the shardings of ``abstract``, a TrainState of ShapeDtypeStructs.
+
+    Raises:
+      BadInput: names every array that is missing, left over or of another shape; files that cannot
+        be read, and parameters that are not finite.
+    """
+    folder = _step(workdir, step)
+    problems = hosts.agree(lambda: mismatches(workdir, step, abstract))
+    if problems:
+        raise BadInput(
+            f"The checkpoint {folder} belongs to another model ({'; '.join(problems)}): use its "
+            "own config, or another --workdir."
+        )
+    items = {}
+    for name, tree in _items(abstract).items():
+        with _reading(folder / name), ocp.StandardCheckpointer() as checkpointer:
+            # Not strict: the class table's padding, which depends on the mesh, is cut or filled
+            # with zeros.  Everything else has been compared.
+            items[name] = checkpointer.restore(folder / name, tree, strict=False)
+    check_finite({name: items[name] for name in ("params", "ema") if name in items}, folder)
+    optimizer = items["optimizer"]
+    return TrainState(optimizer["step"], items["params"], optimizer["state"], items.get("ema"))
+
+
+def restore_params(workdir: epath.PathLike) -> Any:
+    """The parameters of a run's latest checkpoint as numpy arrays, whole.
+
+    Their average where the run has one: it is what a run evaluates.
+
+    Raises:
+      BadInput: there is no checkpoint, or it is damaged.
+    """
+    folder = _step(workdir, last_step(workdir))
+    return read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
+
+
+def read_item(item: epath.Path) -> Any:
+    """The tree in a folder of a checkpoint as numpy arrays, whole, on any number of devices."""
+    # An array of numpy's asks Orbax for one; these have no memory of their own.
+    abstract = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
+    )
+    with _reading(item), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(item, abstract)
+
+
+def check_finite(params: Any, where: epath.PathLike) -> None:
+    """Raises BadInput that names the arrays with values that are not finite."""
+
+    def finite(numbers: Any, array: Any) -> Any:
+        # The extremes are NaN if any value is, and take no memory as isfinite of all would.
+        return numbers.isfinite(array.min()) & numbers.isfinite(array.max())
+
+    if isinstance(jax.tree.leaves(params)[0], jax.Array):
+        fine = jax.jit(lambda tree: jax.tree.map(lambda x: finite(jnp, x), tree))(params)
+    else:
+        fine = jax.tree.map(lambda x: finite(np, x), params)
+    bad = [
+        partition.path_name(path)
+        for path, value in jax.tree_util.tree_flatten_with_path(fine)[0]
+        if not value
+    ]
+    if bad:
+        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise BadInput(
+            f"{where} holds values that are not finite in {some}: nothing can be computed with "
+            "them; take an earlier checkpoint, or another model."
+        )
+
+
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Says of a folder that cannot be read that it cannot."""
+    try:
+        yield
+    except (BadInput, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax and tensorstore raise all kinds about damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{folder} cannot be read ({type(error).__name__}: {reason}): restore it from a copy, "
+            "or move its step out of the folder, and the one before it is read."
+        ) from error
+
+
+# ---------------------------------------------------------------------------- comparing
 
 
 def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list[str]:
     """Every array of a saved step that is missing, left over or of another shape, in words."""
-    folder = epath.Path(workdir).absolute() / FOLDER / str(step)
+    folder = _step(workdir, step)
     expected = _items(abstract)
     has_ema = (folder / "ema").exists()
     if has_ema != ("ema" in expected):
@@ -152,22 +338,26 @@ def compare(folder: epath.Path, expected: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     told: set[str] = set()
     for item, tree in expected.items():
-        saved = _shapes(_saved_tree(folder / item))
-        wanted = _shapes(tree)
-        for name in sorted(saved.keys() | wanted.keys()):
-            before = len(problems)
+        for name, wrong in differences(_saved_tree(folder / item), tree).items():
             if any(name.endswith(f"/{parameter}") or name == parameter for parameter in told):
                 continue
-            if name not in saved:
-                problems.append(f"{item}/{name} is not in the checkpoint")
-            elif name not in wanted:
-                problems.append(f"{item}/{name} is not in the model")
-            elif saved[name] != wanted[name] and not _padding_alone(
-                name, saved[name], wanted[name]
-            ):
-                problems.append(f"{item}/{name} is {saved[name]} there and {wanted[name]} here")
-            if item == "params" and len(problems) > before:
+            problems.append(f"{item}/{name} {wrong}")
+            if item == "params":
                 told.add(name)
+    return problems
+
+
+def differences(saved: Any, wanted: Any) -> dict[str, str]:
+    """Arrays by name whose shapes differ between two trees, and how."""
+    saved, wanted = _shapes(saved), _shapes(wanted)
+    problems = {}
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in saved:
+            problems[name] = "is not in the checkpoint"
+        elif name not in wanted:
+            problems[name] = "is not in the model"
+        elif saved[name] != wanted[name] and not _padding_alone(name, saved[name], wanted[name]):
+            problems[name] = f"is {saved[name]} there and {wanted[name]} here"
     return problems
 
 
@@ -179,41 +369,9 @@ def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -
     return name.endswith("entity_table") and saved[1:] == wanted[1:]
 
 
-def saved_steps(workdir: epath.PathLike) -> list[int]:
-    """The steps whose checkpoints are whole, ascending."""
-    folder = epath.Path(workdir).absolute() / FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
-
-
-def restore_params(workdir: epath.PathLike) -> Any:
-    """The parameters of a run's latest checkpoint as numpy arrays, whole.
-
-    Their average where the run has one: it is what a run evaluates.
-
-    Raises:
-      BadInput: there is no checkpoint.
-    """
-    folder = epath.Path(workdir).absolute() / FOLDER
-    steps = saved_steps(workdir)
-    if not steps:
-        raise BadInput(f"There is no checkpoint in {folder}: train first, or name another folder.")
-    last = folder / str(steps[-1])
-    return read_item(last / "ema" if (last / "ema").exists() else last / "params")
-
-
-def read_item(item: epath.Path) -> Any:
-    """The tree in a folder of a checkpoint as numpy arrays, whole, on any number of devices."""
-    # An array of numpy's asks Orbax for one; these have no memory of their own.
-    abstract = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(item, abstract)
-
-
 def _saved_tree(folder: epath.Path) -> Any:
     """The tree of a saved item with ArrayMetadata leaves."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(folder).item_metadata.tree
 
 

@@ -1,0 +1,99 @@
+"""One run per folder: a lock on a file in it, which goes when its holder ends or dies."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+from absl import logging
+from etils import epath
+
+from mofi_jax import hosts
+from mofi_jax.errors import BadInput
+
+FILE = "run.lock"
+
+# A file server takes back the locks of a machine that vanished after its lease, on NFS 90 seconds.
+_LEASE_SECONDS = 120.0
+_RETRY_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[None]:
+    """Makes the folder and holds it inside the block; host 0 holds it for all hosts.
+
+    Where the file system has no locks (some mounts of buckets), a warning says so.
+
+    Raises:
+      BadInput: another run holds it; says where that runs and since when.
+    """
+    file: IO[str] | None = None
+
+    def take() -> None:
+        nonlocal file
+        file = _take(workdir)
+
+    new = not workdir.exists()
+    hosts.agree(take)
+    try:
+        yield
+    finally:
+        if file is not None:
+            (workdir / FILE).unlink(missing_ok=True)
+            file.close()
+            if new:  # empty if the run was refused
+                with contextlib.suppress(OSError):
+                    os.rmdir(workdir)
+
+
+def _take(workdir: epath.Path) -> IO[str] | None:
+    """The locked file, or None where there are no locks."""
+    deadline = time.monotonic() + _LEASE_SECONDS
+    while True:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / FILE, "a+")  # noqa: SIM115  it stays open as long as it is locked
+        try:
+            # By process, unlike flock: children that outlive this one do not keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with file:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    logging.warning(
+                        "%s cannot be locked (%s): start no second run in it",
+                        *(workdir, error.strerror),
+                    )
+                    return None
+                owner = _owner(file)
+            if owner.get("host") == socket.gethostname() or time.monotonic() > deadline:
+                raise BadInput(
+                    f"--workdir={workdir} is in use by process {owner.get('process', '?')} on "
+                    f"{owner.get('host', '?')} since {owner.get('since', '?')}: let it finish, end "
+                    "it, or name another folder; processes of one run need config.distributed."
+                ) from error
+            logging.info("%s is held by a run on %s: waiting", workdir, owner.get("host", "?"))
+            time.sleep(_RETRY_SECONDS)
+            continue
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # its holder removed it a moment ago
+    now = datetime.datetime.now(datetime.UTC)
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{now:%F %T} UTC"}
+    file.truncate(0)
+    file.write(json.dumps(owner) + "\n")
+    file.flush()
+    return file
+
+
+def _owner(file: IO[str]) -> dict[str, Any]:
+    """Who holds the lock, as far as the file says so yet."""
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read()))
+    except (ValueError, TypeError):
+        return {}
