@@ -82,6 +82,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.table.second_moment": choice(class_table.SECOND_MOMENTS),
     "ema.decay": real(*BELOW_ONE),
     "checkpoint.keep": whole(*POSITIVE),
+    "checkpoint.verify": ("True or False", lambda x: isinstance(x, bool)),
     "telemetry.hang_minutes": real(*NOT_NEGATIVE),
 }
 
