@@ -32,7 +32,7 @@ from data_prep import (
     sources,
     vocabulary,
 )
-from mofi_jax import cli, errors
+from mofi_jax import cli, errors, paths
 
 
 def main(
@@ -66,6 +66,7 @@ def build(
       BadInput: anything about the configuration or the input that makes it impossible.
     """
     started = time.monotonic()
+    paths.output_folder(workdir, "--workdir")
     validate(config)
     stages: dict[str, dict[str, int]] = {}
     with engine.Engine(
@@ -181,8 +182,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             bool(config.clip) and os.path.isdir(config.clip),
             config,
             "clip",
-            "name the folder of a trained run or of a Hugging Face CLIP model, or take"
-            " --config.labels=text",
+            "name the folder of a trained run or of a Hugging Face CLIP model (`hf download NAME"
+            " --local-dir FOLDER` fetches one from the hub), or take --config.labels=text",
         )
         try:
             config.template.format(name="", description="")

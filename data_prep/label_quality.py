@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import candidates, engine, manifests, selection
-from mofi_jax import cli, errors
+from mofi_jax import cli, errors, paths
 
 SETS = ("text_only", "selected")
 SWEPT = {"min_fit": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
@@ -85,7 +85,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     Raises:
       BadInput: a file is missing or holds no usable row, or labels/ is not there yet.
     """
-    root = epath.Path(workdir)
+    root = paths.output_folder(workdir, "--workdir")
     known = read_truth(truth, classes)
     shards = sorted(root.glob("labels/*.parquet"))
     if not shards:

@@ -3,15 +3,19 @@
 ``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
 config file (``--config file.py:args``, single keys with ``--config.key=value``), every other
 parameter is a text flag, optional if it has a default; one with the default False is a switch;
-``*names`` takes what is written without a flag, and wants at least one.
+``*names`` takes what is written without a flag, and wants at least one.  A ``~`` at the start of a
+flag's or a config key's text is the home folder: shells leave it alone behind ``--flag=``.
 """
 
 import inspect
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -59,7 +63,7 @@ def run(main: Callable[..., Any]) -> None:
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS([_with_home(argument) for argument in argv])
             if positional and len(rest) == 1:
                 raise BadInput(f"No {positional} given: write one or more without a flag.")
             if not positional and len(rest) > 1:
@@ -67,7 +71,8 @@ def run(main: Callable[..., Any]) -> None:
             if config is not None and flags.FLAGS["config"].value is None:
                 raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
             if config is not None:
-                flags.FLAGS.config.lock()  # a file that could not be loaded says so only here
+                # A file that could not be loaded says so only here.
+                _with_home(flags.FLAGS.config).lock()
             missing = [f"--{n}" for n in required if not flags.FLAGS[n].value]
             if missing:
                 raise BadInput(f"{' and '.join(missing)} missing: see --help for what they mean.")
@@ -87,10 +92,30 @@ def run(main: Callable[..., Any]) -> None:
             logging.warning("%s", left)
             sys.exit(left.exit_code)
 
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a log that is not UTF-8 costs a character, not the result behind it.
+        if stream is not None:
+            stream.reconfigure(errors="replace")
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_from_here)
     app.run(call, flags_parser=parse)
+
+
+def _with_home(value: Any) -> Any:
+    """The same with the home folder for ``~``, also behind ``NAME=``; a config in place."""
+    if isinstance(value, str):
+        name, text = re.fullmatch(r"((?:[^/=]*=)?)(.*)", value, re.DOTALL).groups()
+        return name + os.path.expanduser(text)
+    if isinstance(value, tuple | list):
+        return type(value)(map(_with_home, value))
+    if isinstance(value, dict):
+        return {key: _with_home(inner) for key, inner in value.items()}
+    if isinstance(value, ml_collections.ConfigDict):
+        for key, inner in value.items():
+            if (expanded := _with_home(inner)) != inner:
+                value[key] = expanded
+    return value
 
 
 def _from_here(record: Any) -> bool:

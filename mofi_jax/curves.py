@@ -21,7 +21,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mofi_jax import cli, telemetry
+from mofi_jax import cli, paths, telemetry
 from mofi_jax.errors import BadInput
 
 SUFFIXES = (".png", ".html")
@@ -149,7 +149,7 @@ _LABELS = {
 
 def main(*workdirs: str, out: str = "") -> None:
     """Draws the runs of `workdirs` to the file `out`."""
-    path = epath.Path(out or epath.Path(workdirs[0]) / "curves.png")
+    path = paths.output_file(out or epath.Path(workdirs[0]) / "curves.png", "--out")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"--out={out} must end in {' or '.join(SUFFIXES)}: rename it.")
     runs = read_runs(workdirs)
@@ -170,16 +170,16 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     Raises:
       BadInput: a folder without metrics, or given twice.
     """
-    paths = [epath.Path(workdir).resolve() for workdir in workdirs]
-    for path, given in zip(paths, workdirs, strict=True):
-        if paths.count(path) > 1:
+    folders = [epath.Path(workdir).resolve() for workdir in workdirs]
+    for path, given in zip(folders, workdirs, strict=True):
+        if folders.count(path) > 1:
             raise BadInput(f"{given} is given twice: name each run once.")
     # As much of the path as tells the runs apart.
     depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
+    while len({path.parts[-depth:] for path in folders}) < len(folders):
         depth += 1
     runs = []
-    for path, given in zip(paths, workdirs, strict=True):
+    for path, given in zip(folders, workdirs, strict=True):
         lines = telemetry.read_metrics(path)
         if not lines:
             raise BadInput(

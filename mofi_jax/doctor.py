@@ -17,9 +17,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax import cli, inference, machine, partition, run_folder, train
+from mofi_jax import cli, inference, machine, partition, paths, run_folder, train
 from mofi_jax.data import pipeline, records, training_set
 from mofi_jax.errors import BadInput
+from mofi_jax.evaluators import common as evaluation
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint, optim, settings, state
 from mofi_jax.training import program as program_lib
@@ -97,11 +98,8 @@ def examine(
     mesh = Mesh(stand_ins, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
     place = None
-    if "://" in workdir:
-        report.problem(
-            "workdir", f"{workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
-        )
-    else:
+    with report.about("workdir"):
+        paths.output_folder(workdir, "--workdir")
         place = machine.folder(report, "workdir", pathlib.Path(workdir))
     check_evaluators(report, config)
     if not valid:  # nothing can be computed from values that cannot work
@@ -284,16 +282,10 @@ def host_memory(
 def check_evaluators(report: Report, config: Any) -> None:
     """The files that evaluators in the loop will ask for, hours into the run."""
     for name, options in config.evaluators.items():
-        missing = [
-            f"{key}={options[key]}"
-            for key in ("images", "classes")
-            if options.get(key) and not epath.Path(options[key]).exists()
-        ]
-        if missing:
-            report.problem(
-                "evaluators",
-                f"config.evaluators.{name}.{' and '.join(missing)} is not there: correct the path.",
-            )
+        for key, read in (("images", evaluation.read_set), ("classes", evaluation.read_classes)):
+            if options.get(key):
+                with report.about("evaluators", f"config.evaluators.{name}.{key}: "):
+                    read(options[key])
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 from absl import logging
-from etils import epath
 
-from mofi_jax import cli, inference, telemetry
+from mofi_jax import cli, inference, paths, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.evaluators import retrieval
@@ -30,6 +29,8 @@ RAW_PIXELS = "raw_pixels"
 def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) -> None:
     """Evaluates `model` by `config` and writes to the folder `out`."""
     start = time.monotonic()
+    default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
+    out = paths.output_folder(out or default, "--out")
 
     # ---------------------------------------------------------------------- model
     if model == RAW_PIXELS:
@@ -39,13 +40,11 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
             )
         towers = inference.RawPixels(config.raw_pixels_size)
         params, description = {}, "raw pixels"
-        out = epath.Path(out or f"runs/evaluation/{RAW_PIXELS}")
     else:
         loaded = inference.load(model, batch_size=config.batch_size)
         towers, params, description = loaded.towers, loaded.params, loaded.description
         if config.preprocess:
             towers = dataclasses.replace(towers, preprocess=config.preprocess)
-        out = epath.Path(out or epath.Path(model) / "evaluation")
 
     # ---------------------------------------------------------------------- evaluators
     suite = evaluation.build_all(towers, config.evaluators.to_dict())
@@ -66,7 +65,6 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
     for key, value in scores.items():
         name, _, metric = key.partition("/")
         metrics.setdefault(name, {})[metric] = value
-    print(table(description, metrics, suite.skipped), flush=True)
     telemetry.write_json(
         out / "result.json",
         {
@@ -77,6 +75,7 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
             "seconds": round(time.monotonic() - start, 1),
         },
     )
+    print(table(description, metrics, suite.skipped), flush=True)
     logging.info("written: %s", out)
 
 

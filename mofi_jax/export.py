@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference
+from mofi_jax import cli, inference, paths
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
 from mofi_jax.interop import huggingface
@@ -68,9 +68,8 @@ def main(model: str, out: str, format: str = "hf") -> None:
         raise BadInput(
             f"--format={format} is unknown: choose {' or '.join(FORMATS)} (Hugging Face CLIPModel)."
         )
-    target = epath.Path(out)
-    taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if taken and not (target / huggingface.PREPROCESS).exists():
+    target = paths.replaced_folder(out, "--out")
+    if target.is_dir() and any(target.iterdir()) and not (target / huggingface.PREPROCESS).exists():
         raise BadInput(
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )

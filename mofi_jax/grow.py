@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, json_files, partition, run_folder, telemetry
+from mofi_jax import cli, inference, json_files, partition, paths, run_folder, telemetry
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, class_table, settings, state
@@ -45,7 +45,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"--missing={missing}: choose refuse or drop.")
     if jax.process_count() > 1:
         raise BadInput("A vocabulary grows on one host: start this command on one alone.")
-    run, out = epath.Path(model), epath.Path(workdir)
+    run, out = epath.Path(model), paths.replaced_folder(workdir, "--workdir")
     if (out / "result_grow.json").exists():
         logging.info("%s is grown already", out)
         return

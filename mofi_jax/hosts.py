@@ -70,7 +70,30 @@ def start(
     if address is not None:
         roll_call(address, count, own, timeout=timeout)
     jax.distributed.initialize(initialization_timeout=timeout, **explicit)
+    devices()
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def devices() -> list[jax.Device]:
+    """All devices, of all processes.
+
+    Raises:
+      BadInput: JAX_PLATFORMS names what is not there.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without a GPU jax passes "cuda" over and fails an assertion.  Whatever else does not
+        # start, such as a TPU that another process holds, may do so later.
+        absent = ("not in the list of known backends", "cannot open shared object file")
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in absent):
+            raise
+        reason = str(error).partition(" (")[0] or "there are none"
+        raise BadInput(
+            f"JAX_PLATFORMS={jax.config.jax_platforms} names devices that jax cannot use here "
+            f"({reason}): unset it, or install what they need, as in pip "
+            'install "jax[cuda13]".'
+        ) from error
 
 
 def _numbers(processes: str, process: str) -> tuple[int, int]:

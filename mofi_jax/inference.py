@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax import json_files, partition
+from mofi_jax import json_files, partition, paths
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -260,7 +260,7 @@ def read(
     path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 256
 ) -> tuple[Towers, Any]:
     """As `load`, with the parameters whole in host memory."""
-    path = epath.Path(path)
+    path = paths.local_input(path, "the model")
     mesh = partition.make_mesh() if mesh is None else mesh
     if (path / MODEL_FILE).exists():
         towers, params = _read_run(path, mesh, batch_size)
@@ -269,7 +269,8 @@ def read(
     if not huggingface.is_folder(path):
         raise BadInput(
             f"{path} is neither a training run ({MODEL_FILE}) nor a Hugging Face CLIP folder "
-            "(config.json): give the folder of one of them."
+            "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
+            "fetches one from the hub."
         )
     clip = huggingface.read(path)
     checkpoint.check_finite(clip.params, path)

@@ -48,7 +48,7 @@ class Check:
 
 
 class Report:
-    """Collects checks; a `BadInput` inside ``about`` is a problem with its own sentence."""
+    """Collects checks; a `BadInput` inside ``about`` is a problem, told by its own sentence."""
 
     def __init__(self) -> None:
         self.checks: list[Check] = []
@@ -63,11 +63,11 @@ class Report:
         self.checks.append(Check(name, "problem", text))
 
     @contextlib.contextmanager
-    def about(self, name: str) -> Iterator[None]:
+    def about(self, name: str, where: str = "") -> Iterator[None]:
         try:
             yield
         except BadInput as error:
-            self.problem(name, " ".join(str(error).split()))
+            self.problem(name, where + " ".join(str(error).split()))
 
     @property
     def problems(self) -> list[Check]:

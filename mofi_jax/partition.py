@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mofi_jax import hosts as hosts_lib
 from mofi_jax.errors import BadInput
 
 BATCH_AXES = ("replica", "fsdp")
@@ -54,12 +55,12 @@ def make_mesh(
     """Builds the mesh over all devices; one size may be -1 and takes what the others leave.
 
     Args:
-      devices: `jax.devices` if left out; those of a slice to compile for (`tpu_topology.devices`).
+      devices: `hosts.devices` if left out; of a slice to compile for, `tpu_topology.devices`.
 
     Raises:
-      BadInput: the sizes do not multiply to the number of devices.
+      BadInput: the sizes do not multiply to the number of devices, or these are not there.
     """
-    given = jax.devices() if devices is None else list(devices)
+    given = hosts_lib.devices() if devices is None else list(devices)
     hosts = len({device.process_index for device in given})
     devices = len(given)
     sizes = [replica, fsdp, tensor]

@@ -1,6 +1,6 @@
-"""What a command may write to, asked before the work: a flag's text becomes a path or one sentence.
+"""What a command may write to and read: a flag's text becomes a path, or one sentence at the start.
 
-Knows nothing of what is written there.
+Knows nothing of what lies there.
 """
 
 import glob
@@ -16,7 +16,7 @@ def output_folder(text: epath.PathLike, flag: str) -> epath.Path:
     """The folder that a flag names, which need not exist; nothing is written.
 
     Args:
-      text: the flag's value; ``~`` is the home folder.
+      text: the flag's value.
       flag: as in "--workdir", for the error message.
 
     Raises:
@@ -37,6 +37,25 @@ def output_folder(text: epath.PathLike, flag: str) -> epath.Path:
     return path
 
 
+def replaced_folder(text: epath.PathLike, flag: str) -> epath.Path:
+    """As `output_folder`, of a folder that is written beside its place and then moved into it.
+
+    A link to a folder stays, and what it leads to is replaced.
+
+    Raises:
+      BadInput: also for a folder that cannot be moved away.
+    """
+    path = epath.Path(os.path.realpath(output_folder(text, flag)))
+    holds_current = os.path.commonpath([path, os.getcwd()]) == os.fspath(path)
+    if os.path.ismount(path) or holds_current:
+        raise BadInput(
+            f"{flag}={text} is mounted or the current folder, and would be replaced as a whole: "
+            "name a new folder in it."
+        )
+    _check_writable(path.parent, text, flag)
+    return path
+
+
 def output_file(text: epath.PathLike, flag: str) -> epath.Path:
     """The file that a flag names, which need not exist; nothing is written.
 
@@ -50,12 +69,26 @@ def output_file(text: epath.PathLike, flag: str) -> epath.Path:
     return path
 
 
+def local_input(text: epath.PathLike, what: str) -> epath.Path:
+    """The path of something to read.
+
+    Raises:
+      BadInput: a remote path.
+    """
+    if "://" in os.fspath(text):
+        raise BadInput(
+            f"{os.fspath(text)} is a remote path: copy {what} to a local disk, or mount the bucket "
+            "(gcsfuse)."
+        )
+    return epath.Path(text)
+
+
 def _local(text: epath.PathLike, flag: str) -> epath.Path:
     if "://" in os.fspath(text):
         raise BadInput(
             f"{flag}={text} is a remote path: mount the bucket (gcsfuse), or name a local one."
         )
-    return epath.Path(os.path.expanduser(text))
+    return epath.Path(text)
 
 
 def _check_writable(folder: epath.Path, text: epath.PathLike, flag: str) -> None:

@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 
 from mofi_jax import (
     accelerators,
     cli,
     flops,
     partition,
+    paths,
     program_costs,
     telemetry,
     tpu_topology,
@@ -101,6 +101,7 @@ def main(
 ) -> None:
     """Plans, prints and writes."""
     settings.validate(config)
+    folder = paths.output_folder(out, "--out") if out else None
     if largest not in ("yes", "no"):
         raise BadInput(f"--largest={largest}: choose yes or no.")
     sizes = {
@@ -112,16 +113,16 @@ def main(
     mesh = partition.make_mesh(**config.mesh, devices=devices)
     program.check_batch(config, mesh)
     found = plan(config, mesh, topology=topology, slices=count, **sizes)
-    print(describe(config, found))
     result = {"config": config.to_dict(), **sizes, **found.to_dict()}
     if largest == "yes":
         options = {"topology": topology, "slices": count, **sizes}
         result["largest_batch"] = largest_batch(config, mesh, found, options)
-        print(f"largest batch that fits: {result['largest_batch']:,}, compiled")
-    if out:
-        folder = epath.Path(out)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         telemetry.write_json(folder / "result.json", result)
+    print(describe(config, found))
+    if largest == "yes":
+        print(f"largest batch that fits: {result['largest_batch']:,}, compiled")
     if not found.fits:
         sys.exit(1)
 

@@ -33,7 +33,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mofi_jax import cli, sweep_table, telemetry
+from mofi_jax import cli, paths, sweep_table, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.training import settings
 
@@ -74,7 +74,7 @@ def main(
         )
     names = check(points, config, overrides)
     chosen = range(len(points)) if index == "" else [number(index, len(points))]
-    workdir = epath.Path(workdir)
+    workdir = paths.output_folder(workdir, "--workdir")
     if list:
         for i in chosen:
             print(f"{i:3d}  {sweep_table.state_of(workdir / names[i]):9s} {names[i]}")
@@ -172,10 +172,6 @@ def claim(workdir: epath.Path, points: Sequence[Mapping[str, Any]], lead: bool) 
     Raises:
       BadInput: it is another one's.
     """
-    if "://" in str(workdir):
-        raise BadInput(
-            f"--workdir={workdir} is a remote path: mount the bucket (gcsfuse), or name a folder."
-        )
     path = workdir / POINTS_FILE
     own = json.loads(json.dumps([dict(point) for point in points]))
     if path.exists() and json.loads(path.read_text()) != own:

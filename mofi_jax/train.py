@@ -90,8 +90,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     cleanup.callback(goodput.close)
 
     # ---------------------------------------------------------------------- hosts and devices
-    lead = jax.process_index() == 0
     mesh = partition.make_mesh(**config.mesh)
+    lead = jax.process_index() == 0
     program_lib.check_batch(config, mesh)
     watchdog = telemetry.Watchdog(workdir, goodput, minutes=config.telemetry.hang_minutes)
     cleanup.callback(watchdog.close)

@@ -1,5 +1,6 @@
 """Every main's command line: bad input is one sentence on stderr, exit code 2, nothing written."""
 
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,32 @@ def test_one_sentence(command, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not workdir.exists()
+
+
+def test_home_is_expanded_and_a_poor_terminal_costs_no_result(tmp_path):
+    code = (
+        "from mofi_jax import cli\n"
+        "def main(config, out):\n"
+        "    print(out, config.data.dir, config.sources, config.data.name, '\u2588')\n"
+        "cli.run(main)"
+    )
+    (tmp_path / "c.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    values = {'data': {'dir': '~/d', 'name': 'a~/b'}, 'sources': ('t=~/t', '~/u=v')}\n"
+        "    return ml_collections.ConfigDict(values)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config=~/c.py", "--out=~/o"],
+        cwd=REPOSITORY,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    home = str(tmp_path)
+    sources = (f"t={home}/t", f"{home}/u=v")
+    assert done.stdout == f"{home}/o {home}/d {sources} a~/b ?\n"
 
 
 @pytest.mark.parametrize(

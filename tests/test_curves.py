@@ -45,7 +45,7 @@ def test_a_real_run_as_a_picture(trained, capsys):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
     drawn = titles(*curves.read_runs([str(trained[0])]))
     assert drawn[:2] == ["Loss", "Accuracy on the batch"]
-    assert {"Learning rate", "Norms", "Images per second", "Data wait (%)"} <= set(drawn)
+    assert {"Learning rates", "Norms", "Images per second", "Data wait (%)"} <= set(drawn)
     assert not [title for title in drawn if "MFU" in title]  # not known here: no panel for it
 
 

@@ -101,7 +101,7 @@ BROKEN = {
     "config": (lambda c, _: c.update(microbatches=0), "config.microbatches must be"),
     "evaluators": (
         lambda c, _: c.update(evaluators={"mine": {"kind": "retrieval", "images": "/no/x.tar"}}),
-        "config.evaluators.mine.images=/no/x.tar is not there",
+        "config.evaluators.mine.images: There is no picture set at /no/x.tar",
     ),
     "model": (lambda c, _: c.update(total="ten steps"), "ten steps"),
 }
@@ -136,7 +136,8 @@ def test_full_disk(data, tmp_path, devices, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("workdir", "sentence"), [("gs://b/run", "mount the bucket"), ("file/run", "a folder fails")]
+    ("workdir", "sentence"),
+    [("gs://b/run", "mount the bucket"), ("file/run", "cannot be written (not a dir")],
 )
 def test_workdir_that_cannot_be_written(workdir, sentence, data, tmp_path, devices):
     (tmp_path / "file").write_text("")

@@ -99,8 +99,13 @@ def test_unusable_picture_sets(folder, tmp_path):
         common.read_set(tmp_path / "short.tar")
     with tarfile.open(tmp_path / "zipped.tar.gz", "w:gz") as tar:
         tar.add(folder / "340_0.jpg", "340_0.jpg")
-    with pytest.raises(BadInput, match=r"cannot be read as a .tar"):
-        common.read_set(tmp_path / "zipped.tar.gz")
+    (tmp_path / "set.zip").write_bytes(b"PK\x03\x04")
+    for name, kind in (("zipped.tar.gz", "gzip"), ("set.zip", "zip")):
+        with pytest.raises(BadInput, match=rf"{name} is packed by {kind}, .*: unpack it and give"):
+            common.read_set(tmp_path / name)
+    for read in (common.read_set, common.read_classes, inference.read):
+        with pytest.raises(BadInput, match=r"^gs://b/x is a remote path: copy the "):
+            read("gs://b/x")
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for inner in ("a", "b"):
             tar.add(folder / "340_0.jpg", f"{inner}/340_0.jpg")

@@ -66,10 +66,13 @@ def test_folder_and_report(source, tmp_path):
 
 
 def test_exporting_again_replaces(source, tmp_path):
-    out = tmp_path / "exported"
-    for _ in range(2):
-        export.main(str(source), str(out), "hf")
-    assert _names(tmp_path) == ["exported"]
+    """Also through a link, which stays."""
+    out, link = tmp_path / "exported", tmp_path / "latest"
+    link.symlink_to(out)
+    for path in (out, link):
+        export.main(str(source), f"{path}/", "hf")
+    assert _names(tmp_path) == ["exported", "latest"]
+    assert link.is_symlink()
     assert {"result.json", "config.json", "model.safetensors"} <= set(_names(out))
 
 

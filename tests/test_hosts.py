@@ -6,9 +6,10 @@ import signal
 import socket
 import threading
 
+import jax
 import pytest
 
-from mofi_jax import hosts
+from mofi_jax import hosts, partition
 from mofi_jax.errors import BadInput
 
 
@@ -118,6 +119,31 @@ def test_flags(flags, sentence):
     coordinator, processes, process = flags
     with pytest.raises(BadInput, match=sentence):
         hosts.start(True, coordinator=coordinator, processes=processes, process=process, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (AssertionError(), r"\(there are none\)"),
+        (RuntimeError("Backend 'x' is not in the list of known backends: (set X)"), "known backen"),
+    ],
+)
+def test_devices_that_are_not_there_are_named(monkeypatch, failure, reason):
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(BadInput, match=f"JAX_PLATFORMS=.* cannot use here .*{reason}.*: unset it"):
+        partition.make_mesh()
+
+
+def test_a_device_that_is_taken_may_be_free_later(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu': it is in use by process 7")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(RuntimeError, match="in use"):
+        hosts.devices()
 
 
 def test_a_lone_process_starts_nothing():

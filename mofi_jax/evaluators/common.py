@@ -28,6 +28,7 @@ import tqdm
 from etils import epath
 from jaxtyping import Float, Int
 
+from mofi_jax import paths
 from mofi_jax.data import ops
 from mofi_jax.errors import BadInput
 
@@ -35,6 +36,14 @@ from mofi_jax.errors import BadInput
 _SHARED = ("common", "neighbours")
 _PICTURE = re.compile(r"(\d+)_.+\.(jpe?g|png|webp)", re.IGNORECASE)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# How files begin that a picture set comes in and is not read from.
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 _DECODE_THREADS = 8
 _CHUNK = 1024  # pictures decoded ahead of the devices: 150 MB at 224 pixels
 
@@ -100,7 +109,7 @@ def read_set(path: epath.PathLike) -> PictureSet:
     Raises:
       BadInput: missing or unreadable path, no pictures, or a picture named otherwise.
     """
-    path = epath.Path(path)
+    path = paths.local_input(path, "the picture set")
     if path.is_dir():
         files = {p.name: None for p in path.iterdir() if _is_picture(p.name)}
     elif path.exists():
@@ -110,7 +119,10 @@ def read_set(path: epath.PathLike) -> PictureSet:
             f"There is no picture set at {path}: give a folder or a .tar of {{class}}_{{name}}.jpg."
         )
     if not files:
-        raise BadInput(f"{path} holds no pictures: give the folder or .tar with the files in it.")
+        raise BadInput(
+            f"{path} holds no pictures of its own: give a folder or .tar with the files of all "
+            "classes in it, each named {class number}_{name}.jpg."
+        )
     matches = {name: _PICTURE.fullmatch(name) for name in files}
     wrong = sorted(name for name, match in matches.items() if not match)
     if wrong:
@@ -135,6 +147,13 @@ def _is_picture(name: str) -> bool:
 
 def _tar_spans(path: epath.Path) -> dict[str, tuple[int, int]]:
     spans: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        start = file.read(8)
+    if packed := next((kind for mark, kind in _PACKED.items() if start.startswith(mark)), None):
+        raise BadInput(
+            f"{path} is packed by {packed}, so that no picture in it can be found by its place: "
+            "unpack it and give the folder."
+        )
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -173,7 +192,7 @@ def read_classes(path: epath.PathLike) -> dict[int, Class]:
     Raises:
       BadInput: missing file, or a line that is not as described.
     """
-    path = epath.Path(path)
+    path = paths.local_input(path, "the class table")
     if not path.exists():
         raise BadInput(f"There is no class table at {path}: correct `classes` or leave it out.")
     classes: dict[int, Class] = {}
