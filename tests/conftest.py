@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import tempfile
+from importlib import metadata
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # process's own, as jax writes into it without a lock.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_programs_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Programs run for milliseconds here: optimising their machine code is most of what tests would do.
+# `make test-all` sets XLA_FLAGS to nothing and so takes the code that users run.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+if metadata.version("jaxlib").startswith("0.10."):  # XLA exits at a flag that it does not know
+    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
 import jax
 import numpy as np

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.losses import entity, entity_sampling
+from tests import pairwise
 from tests.test_losses_entity import ENTITIES, collectives, make_batch, relative, shapes
 
 MESHES = ["1x1x1", "1x8x1", "2x2x2"]
@@ -154,10 +155,12 @@ def sampled_loss(mesh, x, table, *, ids, weights, rate, scale, margin, seed=0, d
     return result, grads
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-@pytest.mark.parametrize(("labels", "scale", "margin"), [(1, 20.0, 0.0), (3, 64.0, 0.3)])
-def test_sampled_blocks_equal_sampled_dense(meshes, mesh, rate, labels, scale, margin):
+@pytest.mark.parametrize(
+    ("mesh", "rate", "setting"),
+    pairwise.product(MESHES, [0.1, 0.5], [(1, 20.0, 0.0), (3, 64.0, 0.3)]),
+)
+def test_sampled_blocks_equal_sampled_dense(meshes, mesh, rate, setting):
+    labels, scale, margin = setting
     x, table, ids, weights = make_batch(labels)
     run = functools.partial(
         sampled_loss,
