@@ -15,10 +15,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_prog
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Programs run for milliseconds here: optimising their machine code is most of what tests would do.
 # `make test-all` sets XLA_FLAGS to nothing and so takes the code that users run.
-FAST_COMPILE = "--xla_backend_optimization_level=0"
-if metadata.version("jaxlib").startswith("0.10."):  # XLA exits at a flag that it does not know
-    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+# XLA exits at a flag that it does not know, and the second one is of this release.
+os.environ["XLA_FLAGS"] = os.environ.get(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import jax
 import numpy as np

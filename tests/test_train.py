@@ -125,43 +125,44 @@ def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
     assert [line["loss"] for line in cut] == [line["loss"] for line in whole]
 
 
-SCRIPT = """
-    import sys
+KILLED = """
+    import os, signal, sys
     from absl import flags
     flags.FLAGS.mark_as_parsed()
-    from mofi_jax import train
-    from tests import datasets
-    config = datasets.tiny_config(sys.argv[1], steps=int(sys.argv[3]))
-    config.checkpoint.every = "20 steps"
-    train.main(config, sys.argv[2])
+    from mofi_jax import telemetry, train
+    from tests import datasets, test_train
+    push = telemetry.Metrics.push
+    def killed(self, step, metrics):
+        if step == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        push(self, step, metrics)
+    telemetry.Metrics.push = killed
+    train.main(test_train.killed_config(sys.argv[1]), sys.argv[2])
 """
 
 
-def start(data, workdir, steps):
-    """The training as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(data), str(workdir), str(steps)],
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def killed_config(data):
+    config = datasets.tiny_config(data, steps=40)
+    config.checkpoint.every = "10 steps"
+    return config
 
 
 def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     """kill -9 while training, the same command again: the same parameters, bit for bit."""
-    steps = 150
-    assert start(data, tmp_path / "whole", steps).wait() == 0
-    process = start(data, tmp_path / "killed", steps)
-    deadline = time.monotonic() + 120
-    while len(losses(tmp_path / "killed")) < 50 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(losses(tmp_path / "killed"))
-    assert 50 <= done < steps
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(data), str(tmp_path / "killed")],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert 10 in checkpoint.saved_steps(tmp_path / "killed")
+    assert 10 <= len(losses(tmp_path / "killed")) < 25
     assert not (tmp_path / "killed" / "result.json").exists()
-    assert start(data, tmp_path / "killed", steps).wait() == 0
+    train.main(killed_config(data), str(tmp_path / "killed"))
+    train.main(killed_config(data), str(tmp_path / "whole"))
     assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
@@ -172,6 +173,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
 def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch):
     """20 steps in fp32 within 1e-5 relative, also with parameters that do not divide evenly."""
     config = datasets.tiny_config(data, steps=20)
+    config.checkpoint.every = "20 steps"
     train.main(config, str(tmp_path / "one"))
     monkeypatch.undo()
     config.mesh.update(mesh)
