@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,14 @@ def run(main: Callable[..., Any]) -> None:
         except Preempted as left:
             logging.warning("%s", left)
             sys.exit(left.exit_code)
+        except (KeyError, AttributeError) as error:
+            # Of the config itself, where it is that of another command.
+            if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            complain(
+                f"The config has no key {_key(error)!r}, which this command reads: give --config a "
+                "file for it, see configs/."
+            )
 
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a log that is not UTF-8 costs a character, not the result behind it.
@@ -136,14 +145,18 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
             f"There is no config file {paths[0].partition(':')[0]!r}: check the path of --config."
         )
     if isinstance(error, (KeyError, AttributeError)):
-        key = " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
         return (
-            f"The config has no key {key!r}, which a --config flag sets: see {paths[0]} for the "
-            "keys there are."
+            f"The config has no key {_key(error)!r}, which a --config flag sets: see {paths[0]} "
+            "for the keys there are."
         )
     # config_flags raises the type that the config file raised, with the whole traceback as message.
     last = str(error).strip().splitlines()[-1].rpartition(f"{BadInput.__name__}: ")[2]
     return last if isinstance(error, BadInput) else f"{last.removesuffix('.')}: see --help."
+
+
+def _key(error: BaseException) -> str:
+    """The key that an ml_collections config did not find."""
+    return " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
 
 
 def complain(error: BaseException | str) -> None:

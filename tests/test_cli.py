@@ -44,11 +44,12 @@ def test_one_sentence(command, sentence, tmp_path):
     assert not workdir.exists()
 
 
-def test_home_is_expanded_and_a_poor_terminal_costs_no_result(tmp_path):
+def test_home_a_poor_terminal_and_the_config_of_another_command(tmp_path):
     code = (
         "from mofi_jax import cli\n"
         "def main(config, out):\n"
         "    print(out, config.data.dir, config.sources, config.data.name, '\u2588')\n"
+        "    config.data.seed\n"
         "cli.run(main)"
     )
     (tmp_path / "c.py").write_text(
@@ -63,11 +64,13 @@ def test_home_is_expanded_and_a_poor_terminal_costs_no_result(tmp_path):
         env={**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
     home = str(tmp_path)
     sources = (f"t={home}/t", f"{home}/u=v")
     assert done.stdout == f"{home}/o {home}/d {sources} a~/b ?\n"
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The config has no key 'seed', which this command reads:")
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,10 @@ def test_profile_of_chosen_steps(data, tmp_path):
 
 def test_a_log_file_says_how_far_the_run_is(data, tmp_path, caplog):
     caplog.set_level("INFO", logger="absl")
-    train.main(datasets.tiny_config(data, steps=6), str(tmp_path))
+    config = datasets.tiny_config(data, steps=6)
+    config.optimizer.warmup = "6 steps"
+    train.main(config, str(tmp_path))
+    assert any("never reaches its peak" in r.getMessage() for r in caplog.records)
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
     assert [line.split("  ")[0] for line in told] == [
         f"step {n}/6 ({100 * n / 6:.1f} %)" for n in range(1, 7)
