@@ -118,6 +118,8 @@ def test_parse_arg_never_fails_otherwise(text):
         ("batch_size", 16.0),
         ("batch_size", "16"),
         ("seed", -1),
+        ("mesh.fsdp", 0),
+        ("mesh.tensor", 2.0),
         ("seed", 2**32),
         ("data.max_labels", 0),
         ("data.prefetch", 0),

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.interop import clip_config
 from mofi_jax.losses import margins, relations
@@ -52,6 +53,12 @@ OF_LOSSES: dict[str, dict[str, Check]] = {
 CHECKS: dict[str, Check] = {
     "seed": whole(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32),
     "start_timeout": whole(*POSITIVE),
+    **{
+        f"mesh.{axis}": whole(
+            "above 0, or -1 for what the others leave", lambda x: x > 0 or x == -1
+        )
+        for axis in partition.ALL_AXES
+    },
     "max_replicated": real("from 0 to 1", lambda x: 0 <= x <= 1),
     "batch_size": whole(*POSITIVE),
     "microbatches": whole(*POSITIVE),
