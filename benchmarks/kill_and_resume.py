@@ -105,6 +105,9 @@ def prepare(folder: pathlib.Path) -> None:
 
 def child(args: argparse.Namespace) -> None:
     """The real training main; around it, notes of what each step uses and of evaluations."""
+    from mofi_jax import preemption
+
+    preemption.leave_from_the_start()  # as the main does, before the imports
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()

@@ -34,6 +34,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "--config configs/eval.py:sample."
         )
     config = ml_collections.ConfigDict()
+    config.distributed = False  # True on pods: one process a host, jax.distributed
+    config.start_timeout = 300  # seconds to wait for the other processes
+    config.mesh = common.mesh()
     # Picture operations in place of the model's own; "" for its own.
     config.preprocess = ""
     config.batch_size = 256

@@ -128,9 +128,9 @@ def _identify(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dic
 @functools.lru_cache(maxsize=1)
 def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
-    from mofi_jax import inference
+    from mofi_jax import inference, partition
 
-    return inference.load(folder, batch_size=batch_size)
+    return inference.load(folder, mesh=partition.make_mesh(), batch_size=batch_size)
 
 
 # --------------------------------------------------------------------------------------- the texts

@@ -3,7 +3,8 @@
     python -m mofi_jax.evaluate --config configs/eval.py:sample --model W [--out D]
 
 W is a training run, an exported Hugging Face folder, or ``raw_pixels``, the baseline that compares
-pictures by their pixels.  D (by default W/evaluation) receives
+pictures by their pixels.  On several hosts, start it on all of them with the flags of
+`mofi_jax.train`.  D (by default W/evaluation) receives
 
     gallery_NAME.png  queries and neighbours, for every retrieval evaluator
     result.json       {"model", "metrics": {evaluator: {metric: value}},
@@ -18,7 +19,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from mofi_jax import cli, inference, paths, telemetry
+from mofi_jax import cli, hosts, inference, partition, paths, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.evaluators import retrieval
@@ -26,11 +27,32 @@ from mofi_jax.evaluators import retrieval
 RAW_PIXELS = "raw_pixels"
 
 
-def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) -> None:
-    """Evaluates `model` by `config` and writes to the folder `out`."""
+def main(
+    config: ml_collections.ConfigDict,
+    model: str,
+    out: str | None = None,
+    coordinator: str = "",
+    processes: str = "",
+    process: str = "",
+) -> None:
+    """Evaluates `model` by `config` and writes to the folder `out`.
+
+    Args:
+      config: see ``configs/eval.py``.
+      model, out: see the top of this file.
+      coordinator, processes, process: see `hosts.start`.
+    """
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
     out = paths.output_folder(out or default, "--out")
+    hosts.start(
+        config.distributed,
+        coordinator=coordinator,
+        processes=processes,
+        process=process,
+        timeout=config.start_timeout,
+    )
+    mesh = partition.make_mesh(**config.mesh)
 
     # ---------------------------------------------------------------------- model
     if model == RAW_PIXELS:
@@ -38,10 +60,10 @@ def main(config: ml_collections.ConfigDict, model: str, out: str | None = None) 
             raise BadInput(
                 "config.preprocess does not apply to raw_pixels: set config.raw_pixels_size."
             )
-        towers = inference.RawPixels(config.raw_pixels_size)
+        towers = inference.RawPixels(config.raw_pixels_size, mesh)
         params, description = {}, "raw pixels"
     else:
-        loaded = inference.load(model, batch_size=config.batch_size)
+        loaded = inference.load(model, mesh=mesh, batch_size=config.batch_size)
         towers, params, description = loaded.towers, loaded.params, loaded.description
         if config.preprocess:
             towers = dataclasses.replace(towers, preprocess=config.preprocess)

@@ -7,6 +7,9 @@ and in it result.json, the parity report: the largest and mean difference of L2-
 embeddings, for pictures and texts, between the model and each reader of the folder, in float32.
 Readers are our own and, where torch and transformers are installed, theirs. A difference above 1e-4
 is a failure: the folder does not appear and the exit code is not 0.
+
+It runs on one host, on its CPU: what is written and compared are whole arrays in float32, and the
+accelerators of a pod would wait for all of their hosts.
 """
 
 import importlib.metadata
@@ -21,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, paths
+from mofi_jax import cli, inference, partition, paths
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
 from mofi_jax.interop import huggingface
@@ -73,7 +76,8 @@ def main(model: str, out: str, format: str = "hf") -> None:
         raise BadInput(
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )
-    loaded = inference.load(model)
+    jax.config.update("jax_platforms", "cpu")
+    loaded = inference.load(model, mesh=partition.make_mesh())
     mark = uuid.uuid4().hex[:8]
     temporary = target.with_name(f".{target.name}-{mark}")
     replaced = target.with_name(f".{target.name}-{mark}-replaced")

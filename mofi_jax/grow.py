@@ -7,11 +7,13 @@ Entities are matched by QID: those that RUN knows keep their row of the class ta
 to the bit, whatever their new ids; new ones start at the embedding of their name and description by
 RUN's own text tower, or at random where it has none.  Everything else of the last checkpoint, the
 step included, is taken over; the data begin from their first example.  Run again, it does nothing.
+
+It runs on one host, because a table moves as one array; on a host of a larger TPU slice set
+JAX_PLATFORMS=cpu, as the slice's chips would wait for its other hosts.
 """
 
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from absl import logging
@@ -39,12 +41,10 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
 
     Raises:
       BadInput: a run without checkpoint or class table, another tokenizer, entities that would be
-        lost, a workdir that holds another run, more than one host.
+        lost, a workdir that holds another run.
     """
     if missing not in ("refuse", "drop"):
         raise BadInput(f"--missing={missing}: choose refuse or drop.")
-    if jax.process_count() > 1:
-        raise BadInput("A vocabulary grows on one host: start this command on one alone.")
     run, out = epath.Path(model), paths.replaced_folder(workdir, "--workdir")
     if (out / "result_grow.json").exists():
         logging.info("%s is grown already", out)
@@ -102,7 +102,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         new_rows=rows[np.searchsorted(fresh, ids_by_row(fresh, len(new)))],
         table_rows=partition.padded_rows(len(new), mesh),
     )
-    grown = jax.device_put(grown, partition.tree_shardings(mesh, grown))
+    grown = partition.put(mesh, grown)
 
     # Under another name until it is whole: train would begin anew in a folder without checkpoint.
     part = out.parent / f"{out.name}.partial"

@@ -1,4 +1,4 @@
-"""How the processes of a run come together and how they leave: start-up, roll call, preemption.
+"""How the processes of a run come together, and agree: start-up, roll call.
 
 `jax.distributed` gathers the processes of a TPU slice, a SLURM job or any list of machines.  When
 one of them never comes, its own time-out aborts the others without saying who is missing; the roll
@@ -9,11 +9,9 @@ import contextlib
 import json
 import os
 import selectors
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax.errors import BadInput, Preempted
+from mofi_jax.errors import BadInput
 
 # Longest line of the roll call.
 _LINE = 4096
@@ -286,56 +284,6 @@ def _missing(here: dict[int, str], processes: int, timeout: float) -> str:
         f"(missing: {some}; there: {there}{', ...' if len(here) > 20 else ''}): start the missing "
         "ones and see their logs, or raise config.start_timeout."
     )
-
-
-# ---------------------------------------------------------------------------- preemption
-
-
-class Leave:
-    """Whether it is time to save and go, the same answer on every host.
-
-    A lone process listens for SIGTERM (spot machines, SLURM's ``--signal``) and Ctrl-C.  Among
-    several, jax's own service hears SIGTERM on any of them and makes all agree on a step.
-    """
-
-    def __init__(self) -> None:
-        self._signal: str | None = None
-
-    def asked(self, step: int) -> bool:
-        """Called by every host before every step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
-
-    def _heard(self, number: int, frame: Any) -> None:
-        del frame
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
-        self._signal = signal.Signals(number).name
-        logging.warning("%s: saving after this step, then leaving", self._signal)
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[Leave]:
-    """A `Leave` that hears signals inside the block."""
-    leave = Leave()
-    # Python lets only the main thread listen; several processes have jax's service.
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield leave
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, leave._heard)
-    try:
-        yield leave
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def preempted(workdir: Any, step: int) -> Preempted:
-    """The exception that ends the process; its state is on disk, or the run had not begun."""
-    return Preempted(f"{workdir} stands at step {step}: the same command goes on from there.")
 
 
 # ---------------------------------------------------------------------------- agreement

@@ -4,8 +4,8 @@
 model's functions without its parameters, which is what evaluators and the training loop share.
 `RawPixels` is the baseline with the same interface. This file knows nothing of training.
 
-In a multi-host job every host passes inputs of its own, the same number as all others, and gets
-the results of its own.
+In a multi-host job every host passes the same inputs and gets all results; the devices of each are
+given only what lies on them.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
@@ -69,8 +68,7 @@ class Towers:
 
         Args:
           params: parameters.
-          batches: of `batch_size` pictures or fewer. In a multi-host job every host gives as many
-            batches as all others, each with its own share.
+          batches: of `batch_size` pictures or fewer.
 
         Yields:
           The embeddings of each batch, in order.
@@ -105,7 +103,7 @@ class Towers:
         if table is not None:
             missing = partition.padded_rows(table.shape[0], self.mesh) - table.shape[0]
             params = params | {"entity_table": np.pad(np.asarray(table), ((0, missing), (0, 0)))}
-        return jax.device_put(params, partition.tree_shardings(self.mesh, params))
+        return partition.put(self.mesh, params)
 
     def nearest_entities(
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], k: int
@@ -158,7 +156,7 @@ class Towers:
         return self._entity_steps[k]
 
     def _jit(self, function: Callable) -> Callable:
-        return jax.jit(function, out_shardings=partition.batch_sharding(self.mesh))
+        return jax.jit(function, out_shardings=partition.replicated(self.mesh))
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
         """Results of step(params, batch) over all inputs, in batches of one size.
@@ -174,23 +172,22 @@ class Towers:
 
     @property
     def _step_size(self) -> int:
-        """Rows that this host gives to a step."""
         shards = partition.batch_shards(self.mesh)
-        return -(-self.batch_size // shards) * shards // jax.process_count()
+        return -(-self.batch_size // shards) * shards
 
     def _stream(self, step: Callable, params: Any, batches: Iterable[np.ndarray]) -> Iterator[Any]:
         """Yields step(params, batch) without the padding that gives all batches one size."""
-        spec = partition.batch_sharding(self.mesh).spec
+        sharding = partition.batch_sharding(self.mesh)
 
         def fetch(result: Any, rows: int) -> Any:
-            local = multihost_utils.global_array_to_host_local_array(result, self.mesh, spec)
-            return jax.tree.map(lambda array: np.asarray(array)[:rows], local)
+            return jax.tree.map(lambda array: np.asarray(array)[:rows], result)
 
         waiting = None
         for part in batches:
             batch = np.zeros((self._step_size, *part.shape[1:]), part.dtype)
             batch[: len(part)] = part
-            result = step(params, partition.to_global(self.mesh, {"batch": batch})["batch"])
+            placed = jax.make_array_from_callback(batch.shape, sharding, batch.__getitem__)
+            result = step(params, placed)
             # Fetched one batch late: the next one is prepared while the devices work.
             if waiting is not None:
                 yield fetch(*waiting)
@@ -241,12 +238,12 @@ class Model:
         return self.towers.nearest_entities(self.params, embeddings, k)
 
 
-def load(path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 256) -> Model:
+def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
     """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
 
     Args:
       path: the folder.
-      mesh: the devices to use; all of them if None.
+      mesh: the devices to use (`partition.make_mesh`).
       batch_size: see `Towers`.
 
     Raises:
@@ -256,12 +253,9 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 25
     return Model(towers, towers.put(params), str(path))
 
 
-def read(
-    path: epath.PathLike, *, mesh: Mesh | None = None, batch_size: int = 256
-) -> tuple[Towers, Any]:
+def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[Towers, Any]:
     """As `load`, with the parameters whole in host memory."""
     path = paths.local_input(path, "the model")
-    mesh = partition.make_mesh() if mesh is None else mesh
     if (path / MODEL_FILE).exists():
         towers, params = _read_run(path, mesh, batch_size)
         checkpoint.check_finite(params, path)
@@ -368,16 +362,13 @@ class RawPixels:
     """
 
     image_size: int
+    mesh: Mesh
     tokenizer: None = None
     entities: None = None
 
     @property
     def preprocess(self) -> str:
         return f"decode|resize_short({self.image_size})|center_crop({self.image_size})"
-
-    @functools.cached_property
-    def mesh(self) -> Mesh:
-        return partition.make_mesh()
 
     def embed_images(
         self, params: Any, images: UInt8[np.ndarray, "n s s 3"]

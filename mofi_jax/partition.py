@@ -6,9 +6,11 @@ This file knows nothing of models or losses beyond the names of parameters.  Mes
 * ``fsdp``: batch and parameters.
 * ``tensor``: wide matrices; 1 unless asked for.
 
-The batch is split over (replica, fsdp); the class table over all axes on its class dimension.
+The batch is split over (replica, fsdp); the class table over all axes on its class dimension.  A
+host's devices may lie anywhere in the mesh: on most TPU slices they are no block of it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +22,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mofi_jax import hosts as hosts_lib
+from mofi_jax import hosts
 from mofi_jax.errors import BadInput
 
 BATCH_AXES = ("replica", "fsdp")
@@ -58,53 +60,77 @@ def make_mesh(
       devices: `hosts.devices` if left out; of a slice to compile for, `tpu_topology.devices`.
 
     Raises:
-      BadInput: the sizes do not multiply to the number of devices, or these are not there.
+      BadInput: the sizes do not multiply to the number of devices, or slices would share
+        parameters; or there are none.
     """
-    given = hosts_lib.devices() if devices is None else list(devices)
-    hosts = len({device.process_index for device in given})
-    devices = len(given)
+    given = hosts.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if -1 in sizes or int(np.prod(sizes)) != devices:
+    if sizes.count(-1) == 1 and known > 0 and len(given) % known == 0:
+        sizes[sizes.index(-1)] = len(given) // known
+    if -1 in sizes or int(np.prod(sizes)) != len(given):
         raise BadInput(
-            f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover {devices} "
-            "devices: make the sizes multiply to that number or set one of them to -1."
+            f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover "
+            f"{len(given)} devices: make the sizes multiply to that number or set one of them to "
+            "-1."
         )
-    if (replica_fsdp := sizes[0] * sizes[1]) % hosts:
-        raise BadInput(
-            f"config.mesh gives {replica_fsdp} batch shards to {hosts} hosts: make "
-            "replica times fsdp a multiple of the hosts, so that each feeds its own."
-        )
-    # Auto axes, spelled out once for the whole project: jax.make_mesh defaults to Explicit axes.
-    axis_types = (AxisType.Auto,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in given})
-    if slices > 1:
-        return Mesh(_over_slices(sizes, slices, given), ALL_AXES, axis_types=axis_types)
-    return jax.make_mesh(tuple(sizes), ALL_AXES, axis_types=axis_types, devices=given)
-
-
-def _over_slices(sizes: list[int], slices: int, devices: list[Any]) -> np.ndarray:
-    """The devices of several TPU slices in the shape of the mesh.
-
-    Slices are joined by the data-centre network alone: they are laid along ``replica``, which only
-    gradients cross, once a step.
-    """
     replica, fsdp, tensor = sizes
-    if replica % slices:
+    groups: dict[int, list[Any]] = {}
+    for device in given:
+        groups.setdefault(slice_of(device), []).append(device)
+    if replica % len(groups):
         raise BadInput(
-            f"config.mesh.replica={replica} does not divide over {slices} slices: make it "
-            f"{slices} or a multiple, as parameters are not split across slices."
+            f"config.mesh.replica={replica} does not divide over {len(groups)} slices: make it "
+            f"{len(groups)} or a multiple, as parameters are not split across slices."
         )
-    return mesh_utils.create_hybrid_device_mesh(
-        (replica // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
+    # Slices are joined by the data-centre network alone: they are laid along ``replica``, which
+    # only gradients cross, once a step.
+    shape = (replica // len(groups), fsdp, tensor)
+    arranged = [
+        mesh_utils.create_device_mesh(shape, groups[number], allow_split_physical_axes=True)
+        for number in sorted(groups)
+    ]
+    # Auto axes, spelled out once for the whole project: jax's default is Explicit axes.
+    return Mesh(np.concatenate(arranged), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_of(device: Any) -> int:
+    """The TPU slice of a device; 0 for all others.
+
+    jax numbers the hosts of GPUs and CPUs as slices too (by their boot id), but a network between
+    nodes is no reason to keep parameters whole on each of them: ``replica`` decides that there.
+    """
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Number of pieces into which the batch dimension is split."""
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+
+
+@functools.lru_cache(maxsize=64)
+def held_shards(mesh: Mesh, process: int | None = None) -> np.ndarray:
+    """Which pieces of the batch (int [n], ascending) lie on the devices of a process.
+
+    With ``tensor`` across hosts, several processes hold the same piece.
+
+    Args:
+      process: this one if None.
+    """
+    process = jax.process_index() if process is None else process
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return np.flatnonzero((owners.reshape(batch_shards(mesh), -1) == process).any(1))
+
+
+def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """The rows of a global batch (int [n], ascending) that a process has to feed.
+
+    Args:
+      batch_size: a multiple of `batch_shards`.
+      process: this one if None.
+    """
+    length = batch_size // batch_shards(mesh)
+    return (held_shards(mesh, process)[:, None] * length + np.arange(length)).reshape(-1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -255,6 +281,40 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
 
 
 def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Each host's part of the batch -> global arrays, leading dimension over the batch axes."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """This host's rows of the batch (`batch_rows`) -> global arrays, split over the batch axes."""
+    sharding, shards, held = batch_sharding(mesh), batch_shards(mesh), len(held_shards(mesh))
+    return {
+        name: jax.make_array_from_callback(
+            (len(local) // held * shards, *local.shape[1:]),
+            sharding,
+            lambda index, local=local: local[local_piece(mesh, index, len(local))],
+        )
+        for name, local in batch.items()
+    }
+
+
+def local_piece(
+    mesh: Mesh, index: tuple[slice, ...], rows: int, process: int | None = None
+) -> slice:
+    """Where a device's piece of the global batch is among the rows of its host.
+
+    Args:
+      index: of the piece in the global array.
+      rows: of the host, as `batch_rows` counts them.
+      process: this one if None.
+    """
+    held = held_shards(mesh, process)
+    length = rows // len(held)
+    start = int(np.searchsorted(held, (index[0].start or 0) // length)) * length
+    return slice(start, start + length)
+
+
+def put(mesh: Mesh, tree: Any) -> Any:
+    """Whole arrays, the same on every host -> global arrays, split by the path rules."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(
+            np.shape(leaf), sharding, lambda index: np.asarray(leaf)[index]
+        ),
+        tree,
+        tree_shardings(mesh, tree),
+    )

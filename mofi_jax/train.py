@@ -7,6 +7,12 @@ same command with the same ``--workdir`` resumes; a run killed at any moment end
 of an uninterrupted one, bit for bit.  For what the folder W holds, see `mofi_jax.run_folder`.
 """
 
+from mofi_jax import preemption
+
+if __name__ == "__main__":
+    # A machine may be taken away during the imports that follow, which take seconds.
+    preemption.leave_from_the_start()
+
 import contextlib
 import dataclasses
 from typing import Any
@@ -88,6 +94,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # As a program, the process and its imports are this run's; elsewhere it begins here.
     goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
     cleanup.callback(goodput.close)
+    leave = cleanup.enter_context(preemption.listening())
 
     # ---------------------------------------------------------------------- hosts and devices
     mesh = partition.make_mesh(**config.mesh)
@@ -132,7 +139,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         )
         for name in wanted
     }
-    suite = evaluation.build_all(towers, wanted)
+    suite = evaluation.build_all(towers, {name: wanted[name] for name in wanted if periods[name]})
+    never = {name: "its `every` is 0" for name in wanted if not periods[name]}
+    for name, reason in {**suite.skipped, **never}.items():
+        logging.info("config.evaluators.%s is left out: %s", name, reason)
     log_every = clock.steps(config.log_every, key="config.log_every")
     save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
     keep_every = clock.steps(config.checkpoint.keep_every, key="config.checkpoint.keep_every")
@@ -235,11 +245,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     values = before = None
     goodput.enter("step")
     console = telemetry.Console(total, first=first, batch_size=config.batch_size)
-    with console, hosts.listening() as leave:
+    leave.defer()
+    with console:
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
             # before the batch that follows it, and nothing is in flight.
-            leaving = now != total and leave.asked(now)
+            leaving = now != total and leave.asked()
             due = {
                 name: evaluator
                 for name, evaluator in suite.evaluators.items()
@@ -270,7 +281,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             if leaving:
                 with goodput.phase("checkpoint"):
                     checkpointer.wait()
-                raise hosts.preempted(workdir, now)
+                raise preemption.preempted(workdir, now)
             with goodput.phase("profile"):
                 window.at(now, in_flight=values)
             if now == total:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from mofi_jax import errors, export, inference
+from mofi_jax import errors, export, inference, partition
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
@@ -55,10 +55,13 @@ def test_folder_and_report(source, tmp_path):
     assert theirs["text"]["min_cosine"] == pytest.approx(1)
     ours = report["differences"]["mofi_jax"]
     assert ours["image"]["max"] == ours["text"]["max"] == 0
-    assert report["tokenizer"] == inference.load(source).towers.tokenizer.fingerprint
+    assert (
+        report["tokenizer"]
+        == inference.load(source, mesh=partition.make_mesh()).towers.tokenizer.fingerprint
+    )
     assert report["versions"]["transformers"] == transformers.__version__
     assert _names(out.parent) == ["exported"]
-    again = inference.load(out)
+    again = inference.load(out, mesh=partition.make_mesh())
     assert again.towers.preprocess == "decode|resize_short(20, 'bilinear')|center_crop(16)"
     card = (out / "README.md").read_text()
     assert "2 x 16 / 2" in card
@@ -84,18 +87,18 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
         clip.params["text"]["final_norm"]["scale"] *= np.linspace(0.9, 1.1, 24, dtype=np.float32)
         return clip
 
-    model = inference.load(source)
+    model = inference.load(source, mesh=partition.make_mesh())
     monkeypatch.setattr(huggingface, "read", wrong)
-    monkeypatch.setattr(inference, "load", lambda path: model)
+    monkeypatch.setattr(inference, "load", lambda path, mesh: model)
     with pytest.raises(export.ParityError, match="1e-04 is allowed"):
         export.main(str(source), str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
 
 
 def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
-    model = inference.load(source)
+    model = inference.load(source, mesh=partition.make_mesh())
     model = inference.Model(model.towers, {"image": model.params["image"]}, "supervised")
-    monkeypatch.setattr(inference, "load", lambda path: model)
+    monkeypatch.setattr(inference, "load", lambda path, mesh: model)
     with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):
         export.main("supervised", str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []

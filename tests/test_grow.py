@@ -115,7 +115,7 @@ def test_new_rows_are_what_the_text_tower_says(data, tmp_path):
     old_data, new_data = data
     train.main(datasets.tiny_config(old_data, steps=2), str(tmp_path / "run"))
     grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
-    model = inference.load(tmp_path / "grown")
+    model = inference.load(tmp_path / "grown", mesh=partition.make_mesh())
     fresh = [i for i, qid in enumerate(model.towers.entities.qids) if qid in ("Q007", "Q008")]
     words = [model.towers.entities.text(i, with_description=True) for i in fresh]
     ids, cosines = model.name_entities(model.embed_texts(words), 1)

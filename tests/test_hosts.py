@@ -1,8 +1,7 @@
-"""Start-up: who is missing is named, in every process that is there; and leaving on a signal."""
+"""Start-up: who is missing is named, in every process that is there."""
 
 import concurrent.futures
 import os
-import signal
 import socket
 import threading
 
@@ -148,20 +147,6 @@ def test_a_device_that_is_taken_may_be_free_later(monkeypatch):
 
 def test_a_lone_process_starts_nothing():
     hosts.start(False, coordinator="", processes="", process="", timeout=1)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_to_leave(number):
-    before = signal.getsignal(number)
-    with hosts.listening() as leave:
-        assert not leave.asked(0)
-        os.kill(os.getpid(), number)
-        assert leave.asked(1)
-        assert leave.asked(2)
-        os.kill(os.getpid(), signal.SIGTERM)  # again: no harm
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(number) is before
 
 
 # ---------------------------------------------------------------------------- agreement

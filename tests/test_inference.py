@@ -166,7 +166,7 @@ def test_a_class_table_in_another_order_is_refused(
     records.write_entities(tmp_path / "entities.parquet", entities)
     monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
     with pytest.raises(errors.BadInput, match="trained by another version, whose class table"):
-        inference.load(tmp_path)
+        inference.load(tmp_path, mesh=partition.make_mesh())
 
 
 def test_names_follow_the_order_of_the_class_table(tmp_path, meshes, config, params, tokenizer):
@@ -196,12 +196,12 @@ def test_names_follow_the_order_of_the_class_table(tmp_path, meshes, config, par
 
 def test_bad_folders(tmp_path, exported):
     with pytest.raises(errors.BadInput, match="neither a training run"):
-        inference.load(tmp_path)
+        inference.load(tmp_path, mesh=partition.make_mesh())
     with pytest.raises(errors.BadInput, match="neither a training run"):
-        inference.load(tmp_path / "absent")
+        inference.load(tmp_path / "absent", mesh=partition.make_mesh())
     (tmp_path / "model.json").write_text('{"image_size": 16}')
     with pytest.raises(errors.BadInput, match="does not describe a model"):
-        inference.load(tmp_path)
+        inference.load(tmp_path, mesh=partition.make_mesh())
 
 
 def test_without_text_or_entities(meshes, config, params):
@@ -237,7 +237,7 @@ def test_preprocessing_of_another_size(meshes, config, tokenizer):
 
 
 def test_raw_pixels_feature():
-    baseline = inference.RawPixels(SIZE)
+    baseline = inference.RawPixels(SIZE, partition.make_mesh())
     image = baseline.decode(_picture("white"))
     feature = baseline.embed_images(None, image[None])
     assert feature.shape == (1, 3 * SIZE**2)
@@ -253,7 +253,7 @@ def test_raw_pixels_feature():
 def test_raw_pixels_on_the_sample(name, score):
     """The first row of the table of results, by plain numpy from the definition of the protocol."""
     pictures = common.read_set(SAMPLE / f"{name}.tar")
-    features = common.embed_pictures(inference.RawPixels(40), None, pictures)
+    features = common.embed_pictures(inference.RawPixels(40, partition.make_mesh()), None, pictures)
     order = np.argsort(-features @ features.T, axis=1, kind="stable")
     precisions = []
     for query, ranking in enumerate(order):

@@ -148,11 +148,11 @@ def test_refuses_what_would_give_a_wrong_number(meshes):
     index = neighbours.build_index(features, mesh=meshes["1x1x1"])
     relevant = np.zeros((10, 1), np.int32)
     with pytest.raises(BadInput, match=r"index features are not finite \(row 3\)"):
-        neighbours.build_index(broken)
+        neighbours.build_index(broken, mesh=meshes["1x1x1"])
     with pytest.raises(BadInput, match="query features are not finite"):
         neighbours.count_ranks(index, broken, relevant)
     with pytest.raises(BadInput, match="empty"):
-        neighbours.build_index(features[:0])
+        neighbours.build_index(features[:0], mesh=meshes["1x1x1"])
     with pytest.raises(BadInput, match="10 nearest neighbours asked of 10 rows"):
         neighbours.top_k(index, features, 10, excluded=np.arange(10, dtype=np.int32))
     with pytest.raises(BadInput, match="Unknown tie policy"):

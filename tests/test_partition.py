@@ -1,15 +1,20 @@
 """Path rules, uneven shapes, and the way of a host's batch onto the mesh."""
 
+import subprocess
+import sys
+import textwrap
+
 import jax
 import numpy as np
 import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from configs import quickstart
-from mofi_jax import partition
+from mofi_jax import partition, tpu_topology
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 from mofi_jax.training import state
@@ -157,29 +162,104 @@ def test_one_device_replicates_nothing(meshes):
     partition.check_replication(meshes["1x1x1"], wide_structs(meshes["1x1x1"]), 0.0)
 
 
-class Chip:
-    """A TPU of several slices, as far as a mesh needs one."""
+class Device:
+    """What a mesh needs of one: two hosts of four in each slice."""
 
-    platform, device_kind, core_on_chip = "tpu", "TPU v4", 0
+    core_on_chip = 0
 
-    def __init__(self, number):
+    def __init__(self, number, platform="tpu"):
         self.id, self.process_index = number, number // 4
         self.slice_index = number // 8
+        self.platform, self.device_kind = platform, "TPU v4" if platform == "tpu" else "NVIDIA H100"
         self.coords = (number % 2, number // 2 % 2, number // 4 % 2)
 
     def __repr__(self):
-        return f"Chip({self.id})"
+        return f"Device({self.id})"
 
 
-def test_slices_lie_along_the_replica_axis(monkeypatch):
-    chips = [Chip(i) for i in range(16)]
-    monkeypatch.setattr(jax, "devices", lambda: chips)
-    monkeypatch.setattr(jax, "device_count", lambda: 16)
-    arranged = partition._over_slices
-    for sizes in ([2, 8, 1], [4, 2, 2]):
-        devices = arranged(sizes, 2, chips)
-        assert devices.shape == tuple(sizes)
-        for half in np.split(devices, 2, axis=0):
-            assert len({chip.slice_index for chip in half.flat}) == 1
+@pytest.mark.parametrize("sizes", [(2, 8, 1), (4, 2, 2)])
+def test_tpu_slices_lie_along_the_replica_axis(sizes):
+    mesh = partition.make_mesh(*sizes, devices=[Device(i) for i in range(16)])
+    assert mesh.devices.shape == sizes
+    for half in np.split(mesh.devices, 2, axis=0):
+        assert len({chip.slice_index for chip in half.flat}) == 1
+
+
+def test_tpu_slices_share_no_parameters():
     with pytest.raises(BadInput, match=r"config\.mesh\.replica=1 does not divide over 2 slices"):
-        partition.make_mesh(fsdp=16)
+        partition.make_mesh(devices=[Device(i) for i in range(16)])
+
+
+def test_gpu_nodes_are_no_slices():
+    """jax numbers them as slices by their boot id; parameters are split over all of them."""
+    devices = [Device(i, "gpu") for i in reversed(range(16))]
+    assert dict(partition.make_mesh(devices=devices).shape)["fsdp"] == 16
+    hybrid = partition.make_mesh(replica=2, devices=devices)
+    assert [{d.slice_index for d in node.flat} for node in hybrid.devices] == [{0}, {1}]
+
+
+SCATTERED = {  # a host's devices in the mesh: blocks, every other one, two that share their rows
+    "blocks": (np.arange(8) // 4, (2, 4, 1)),
+    "scattered": (np.arange(8) % 2, (1, 8, 1)),
+    "shared": (np.arange(8) % 2, (1, 4, 2)),
+    "uneven": (np.array([0, 0, 1, 0, 1, 1, 1, 0]), (2, 2, 2)),
+}
+
+
+def fake_mesh(owners, shape):
+    devices = [Device(i) for i in range(len(owners))]
+    for device, owner in zip(devices, owners, strict=True):
+        device.process_index = int(owner)
+    mesh_devices = np.array(devices).reshape(shape)
+    return Mesh(mesh_devices, partition.ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("layout", SCATTERED)
+def test_every_device_is_fed_its_rows_wherever_it_lies(layout):
+    check_feeding(fake_mesh(*SCATTERED[layout]))
+
+
+def check_feeding(mesh):
+    """What each host gives each of its devices is what the sharding wants to be there."""
+    size = 3 * partition.batch_shards(mesh)
+    wanted = partition.batch_sharding(mesh).devices_indices_map((size,))
+    fed = set()
+    for process in {device.process_index for device in mesh.devices.flat}:
+        rows = partition.batch_rows(mesh, size, process)
+        assert np.all(np.diff(rows) > 0)
+        fed |= set(rows.tolist())
+        for device, index in wanted.items():
+            if device.process_index == process:
+                local = partition.local_piece(mesh, index, len(rows), process)
+                np.testing.assert_array_equal(rows[local], np.arange(size)[index])
+    assert fed == set(range(size))
+
+
+TOPOLOGIES = ("v5e:4x8", "v5e:8x8", "v5e:16x16", "v5p:2x2x2", "v5p:4x4x4", "v6e:8x8", "v4:4x4x4")
+
+
+@pytest.mark.skipif(not tpu_topology.COMPILER.exists(), reason="make test installs the compiler")
+def test_hosts_of_real_slices_lie_anywhere():
+    """On all of them, hosts' chips are no block of the mesh, and each host feeds what it holds."""
+    code = """
+        import sys
+        from mofi_jax import partition, tpu_topology
+        from tests import test_partition
+        for topology in sys.argv[1:]:
+            mesh = partition.make_mesh(devices=tpu_topology.devices(topology))
+            test_partition.check_feeding(mesh)
+            owners = [device.process_index for device in mesh.devices.flat]
+            changes = sum(a != b for a, b in zip(owners, owners[1:]))
+            print(topology, len(set(owners)), changes)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *TOPOLOGIES],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.strip().splitlines():
+        topology, hosts, changes = line.split()
+        assert int(changes) > int(hosts) - 1, topology  # as many, where each host is one run
+    assert len(done.stdout.strip().splitlines()) == len(TOPOLOGIES)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mofi_jax import inference, run_folder, telemetry, train
+from mofi_jax import inference, partition, run_folder, telemetry, train
 from mofi_jax.data import ops, records, tokenizer
 from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.training import checkpoint
@@ -70,7 +70,7 @@ def test_one_step_of_every_task(data, tmp_path, task):
     params = checkpoint.restore_params(tmp_path)
     assert ("entity_table" in params) == (task != "contrastive")
     assert ("text" in params) == (task != "supervised")
-    towers = inference.load(tmp_path).towers
+    towers = inference.load(tmp_path, mesh=partition.make_mesh()).towers
     assert (towers.tokenizer is None) == (task == "supervised")
     assert (towers.entities is None) == (task == "contrastive")
 
@@ -260,7 +260,7 @@ def test_finished_run_is_left_alone(data, tmp_path):
     assert (tmp_path / "result.json").stat().st_mtime_ns == before
 
 
-def test_evaluates_in_the_loop(data, tmp_path):
+def test_evaluates_in_the_loop(data, tmp_path, caplog):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for entity in range(4):
@@ -268,13 +268,23 @@ def test_evaluates_in_the_loop(data, tmp_path):
             rgb = datasets.drawing(entity, 100 + i)
             (pictures / f"{entity}_{i}.jpg").write_bytes(ops.encode_jpeg(rgb, 95))
     config = datasets.tiny_config(data, "task=contrastive", steps=4)
-    config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "2 steps"}}
-    train.main(config, str(tmp_path / "run"))
+    (tmp_path / "classes").write_text('{"class": 0, "label": "thing", "id": "Q0"}')
+    mine = {"kind": "retrieval", "images": str(pictures), "every": "2 steps"}
+    config.evaluators = {
+        "mine": mine,
+        "never": mine | {"every": "0 steps"},
+        "entity": mine | {"kind": "classification", "classes": str(tmp_path / "classes")},
+    }
+    with caplog.at_level("INFO"):
+        train.main(config, str(tmp_path / "run"))
+    assert "config.evaluators.never is left out: its `every` is 0" in caplog.text
+    assert "config.evaluators.entity is left out: the model has no entities" in caplog.text
     scored = [line for line in telemetry.read_metrics(tmp_path / "run") if "mine/map" in line]
     assert [line["step"] for line in scored] == [0, 2, 4]
     assert all(0 < line["mine/map"] <= 1 for line in scored)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["scores"]["mine/map"] == scored[-1]["mine/map"]
+    assert {key.partition("/")[0] for key in result["scores"]} == {"mine"}
 
 
 def test_checkpoint_of_another_shape_is_refused_by_name(data, tmp_path):

@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common
 
@@ -21,6 +22,7 @@ class Spoken:
     entities = None
 
     def __init__(self, pictures, texts):
+        self.mesh = partition.make_mesh()
         self.pictures, self.texts = np.array(pictures, np.float32), texts
 
     def decode(self, data):

@@ -106,21 +106,18 @@ class RankCounts:
         return np.sort(np.where(real, ranks, np.nan), axis=1)
 
 
-def build_index(
-    features: Float[np.ndarray, "e d"], *, mesh: Mesh | None = None, block_size: int = 4096
-) -> Index:
+def build_index(features: Float[np.ndarray, "e d"], *, mesh: Mesh, block_size: int = 4096) -> Index:
     """Spreads features over the devices; every host passes the same array.
 
     Args:
       features: one row per picture, L2-normalised if the score is to be the cosine.
-      mesh: the devices to use; all of them if None.
+      mesh: the devices to use.
       block_size: index rows scored at a time, over all devices together.
 
     Raises:
       BadInput: no rows, or numbers that are not finite.  NaN compares false with everything and
         would otherwise give every relevant row rank 1.
     """
-    mesh = partition.make_mesh() if mesh is None else mesh
     _check_finite(features, "index")
     size, shards = len(features), mesh.size
     rows = -(-min(block_size, size) // shards)

@@ -13,6 +13,7 @@ at random.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
@@ -113,7 +114,7 @@ class Evaluator:
         ``left_out_no_self`` is their number.
         """
         features = self.features.embed(self.towers, params, self.pictures)
-        index = neighbours.build_index(features)
+        index = neighbours.build_index(features, mesh=self.towers.mesh)
         counts = neighbours.count_ranks(index, features, same_class(self.pictures.classes))
         precision = average_precision(counts.ranks(self.ties))
         yield "map", float(precision.mean())
@@ -138,7 +139,7 @@ class Evaluator:
         }
 
     def gallery(self, params: Any, path: epath.PathLike) -> None:
-        """Writes a PNG: evenly spaced queries, each with its nearest neighbours but itself.
+        """Writes a PNG (host 0): evenly spaced queries, each with its nearest others.
 
         The queries are chosen by position alone, so a gallery is no better than the model.
         """
@@ -147,11 +148,13 @@ class Evaluator:
         shown = min(_GALLERY_QUERIES, total)
         queries = ((np.arange(shown) + 0.5) * total / shown).astype(np.int32)
         rows, scores = neighbours.top_k(
-            neighbours.build_index(features),
+            neighbours.build_index(features, mesh=self.towers.mesh),
             features[queries],
             min(_GALLERY_NEIGHBOURS, total - 1),
             excluded=queries,
         )
+        if jax.process_index() != 0:
+            return
         figure = self._draw(queries, rows, scores)
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ class Evaluator:
     def run(self, params: Any) -> Iterator[tuple[str, float]]:
         """Yields ``top1`` and ``top5``: shares of pictures, 0..1."""
         features = self.features.embed(self.towers, params, self.pictures)
-        index = neighbours.build_index(self.embed_classes(params))
+        index = neighbours.build_index(self.embed_classes(params), mesh=self.towers.mesh)
         found, _ = neighbours.top_k(index, features, min(5, len(self.names)))
         right = found == self.labels[:, None]
         yield "top1", float(right[:, 0].mean())

@@ -13,7 +13,7 @@ from mofi_jax import partition
 from mofi_jax.errors import BadInput
 from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
-from mofi_jax.training import class_table, optim
+from mofi_jax.training import average, class_table, optim
 from mofi_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -30,7 +30,7 @@ class Setting:
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers see a batch, see `in_microbatches`.
       frozen: parts of the parameters that are constants, see `optim.is_frozen`.
-      ema_decay: of the average of the parameters, 0 for none, see `averaged`.
+      ema_decay: of the average of the parameters, 0 for none, see `average`.
     """
 
     model: mofi.MofiConfig
@@ -198,26 +198,6 @@ def make_loss(
     return loss_fn
 
 
-def averaged(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """The exponential moving average of the parameters after an update.
-
-    The decay grows to its value, so that the first steps are soon forgotten: (1 + n) / (10 + n)
-    after n updates, as TensorFlow's ExponentialMovingAverage does.  In sampled training a row of
-    the class table is averaged when it is drawn, as everything of that row.
-
-    Args:
-      ema: the average before, None where there is none.
-      params: after the update.
-      step: updates before this one.
-      decay: 0 where there is no average.
-    """
-    if ema is None:
-        return None
-    n = step.astype(jnp.float32)
-    keep = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
-    return jax.tree.map(lambda average, new: new + keep * (average - new), ema, params)
-
-
 def make_update(
     setting: Setting,
     losses: Mapping[str, Mapping[str, Any]],
@@ -246,7 +226,7 @@ def make_update(
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
         metrics |= {"gradient_norm": optax.tree.norm(norms), **norms}
         metrics["update_norm"] = optax.tree.norm(updates)
-        ema = averaged(state.ema, params, state.step, setting.ema_decay)
+        ema = average.updated(state.ema, params, state.step, setting.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -260,6 +240,7 @@ def make_update(
             mesh=mesh,
         )
         small = class_table.take(state, sample.rows, mesh)
+        small = average.caught_up(small, setting.ema_decay)
         small, metrics = dense_update(small, batch, sample)
         return class_table.put(state, small, sample.rows, mesh), metrics
 

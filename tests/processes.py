@@ -1,0 +1,157 @@
+"""Trains, goes on and evaluates in one of several processes; `start` runs all of them.
+
+    python -m tests.processes '{"process": 0, ...}'
+
+They are joined by jax.distributed over loopback, with four simulated devices each.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from configs import eval as eval_config
+from mofi_jax import evaluate, partition, preemption, train
+from mofi_jax.data import ops
+from mofi_jax.errors import Preempted
+from tests import datasets
+
+REPOSITORY = epath.Path(__file__).parent.parent
+PROCESSES, DEVICES = 2, 4
+
+
+def prepare(folder):
+    """Data, and a picture set with its classes."""
+    datasets.write(folder / "data")
+    (folder / "pictures").mkdir()
+    for entity, i in itertools.product(range(3), range(3)):
+        picture = ops.encode_jpeg(datasets.drawing(entity, 50 + i), 95)
+        (folder / "pictures" / f"{entity}_{i}.jpg").write_bytes(picture)
+    lines = [
+        json.dumps({"class": i, "label": datasets.name_of(i), "id": f"Q{i:03d}"}) for i in range(3)
+    ]
+    (folder / "classes.jsonl").write_text("\n".join(lines))
+
+
+def train_and_evaluate(folder, name, mesh, **where):
+    """Three steps, then four more, evaluated by both mains; ``where``: see `hosts.start`."""
+    files = {"images": str(folder / "pictures"), "classes": str(folder / "classes.jsonl")}
+    evaluators = {
+        kind: {"kind": kind, **files} for kind in ("retrieval", "zeroshot", "classification")
+    }
+    config = datasets.tiny_config(folder / "data")
+    config.mesh.update(mesh)
+    config.evaluators = {kind: {**e, "every": "3 steps"} for kind, e in evaluators.items()}
+    config.total = "3 steps"
+    train.main(config, str(folder / name), **where)
+    config.total = "7 steps"
+    train.main(config, str(folder / name))
+    config = eval_config.get_config("sample")
+    config.mesh.update(mesh)
+    config.evaluators = evaluators
+    evaluate.main(config, str(folder / name), str(folder / f"{name}.scores"))
+
+
+def leave(folder, name, mesh, process):
+    """A run that has resumed hears SIGTERM in one process, before its loop: both leave alike."""
+    config = datasets.tiny_config(folder / "data", steps=1_000_000)
+    config.mesh.update(mesh)
+    config.checkpoint.every = config.log_every = "100000 steps"
+    defer = preemption.Leave.defer
+
+    def heard(self):
+        if process == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        defer(self)
+
+    preemption.Leave.defer = heard
+    try:
+        train.main(config, str(folder / name))
+    except Preempted as left:
+        print(left)
+        sys.exit(left.exit_code)
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def of_a_node(process, command):
+    """The command on a node of its own, as far as jaxlib sees: it tells them apart by boot id."""
+    script = (
+        f"echo 00000000-0000-0000-0000-{process:012d} > $0 && "
+        'mount --bind $0 /proc/sys/kernel/random/boot_id && exec "$@"'
+    )
+    return ["unshare", "--mount", "sh", "-c", script, f"/tmp/mofi_jax_boot_id_{process}", *command]
+
+
+def nodes_can_be_made():
+    """Mount namespaces are for root, where they are permitted at all."""
+    try:
+        return subprocess.run(of_a_node(0, ["true"]), check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def start(folder, name, **options):
+    """Runs `main` in `PROCESSES` processes; returns their exit codes and what they printed."""
+    port, nodes = free_port(), nodes_can_be_made()
+    processes = []
+    for i in range(PROCESSES):
+        where = {"process": i, "coordinator": f"localhost:{port}", "nodes": nodes}
+        settings = {"folder": str(folder), "name": name, **where, **options}
+        command = [sys.executable, "-m", "tests.processes", json.dumps(settings)]
+        processes.append(
+            subprocess.Popen(
+                of_a_node(i, command) if nodes else command,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def main(options):
+    folder, name, mesh = epath.Path(options["folder"]), options["name"], options["mesh"]
+    process = options["process"]
+    flags.FLAGS.mark_as_parsed()
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    make_mesh = partition.make_mesh
+    if options.get("permuted"):
+
+        def permuted(*sizes, **axes):
+            blocks = np.array(jax.devices()).reshape(PROCESSES, DEVICES)
+            devices = blocks.T.ravel().tolist()  # of processes 0, 1, 0, 1, ...
+            return make_mesh(*sizes, **axes, devices=devices)
+
+        partition.make_mesh = permuted
+    if options.get("slices"):
+        partition.slice_of = lambda device: device.process_index
+    train_and_evaluate(
+        folder,
+        name,
+        mesh,
+        coordinator=options["coordinator"],
+        processes=str(PROCESSES),
+        process=str(process),
+    )
+    assert not options["nodes"] or len({d.slice_index for d in jax.devices()}) == PROCESSES
+    if options.get("leave"):
+        leave(folder, name, mesh, process)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
