@@ -103,7 +103,8 @@ def test_unusable_picture_sets(folder, tmp_path):
     for name, kind in (("zipped.tar.gz", "gzip"), ("set.zip", "zip")):
         with pytest.raises(BadInput, match=rf"{name} is packed by {kind}, .*: unpack it and give"):
             common.read_set(tmp_path / name)
-    for read in (common.read_set, common.read_classes, inference.read):
+    read_model = functools.partial(inference.read, mesh=partition.make_mesh())
+    for read in (common.read_set, common.read_classes, read_model):
         with pytest.raises(BadInput, match=r"^gs://b/x is a remote path: copy the "):
             read("gs://b/x")
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:

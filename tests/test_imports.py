@@ -20,6 +20,9 @@ FLOORS = (
     (
         "partition",
         "hosts",
+        "preemption",
+        "paths",
+        "json_files",
         "telemetry",
         "data.augment",
         "data.ops",
@@ -34,7 +37,7 @@ FLOORS = (
     ("interop",),
     ("training",),
     ("inference", "flops"),
-    ("run_folder", "warm_start"),
+    ("run_folder", "run_lock", "warm_start"),
     ("evaluators",),
     ("machine", "sweep_table"),
     ("train", "evaluate", "export", "grow", "doctor", "sweep", "curves", "plan"),
