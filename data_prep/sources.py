@@ -176,7 +176,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         elif file.kind == "tfds":
             for start in range(*file.span, rows):
                 piece = [start, min(start + rows, file.span[1])]
-                parts.append(((path, *tfds_sets.metadata(path)), {**part, "range": piece}))
+                parts.append(((path, *tfds_sets.described_in(path)), {**part, "range": piece}))
         elif f"{number:05d}" in plans:
             plan = json.loads(plans[f"{number:05d}"].read_text())
             part |= {"stem": file.stem, "folder": os.path.dirname(file.path)}

@@ -13,9 +13,15 @@ from collections.abc import Iterator, Sequence
 from data_prep import pictures, samples
 from data_prep.samples import Sample
 from mofi_jax import errors
+from mofi_jax.data import metadata
 
 PREFIX = "tfds:"
+_MODULE = "tensorflow_datasets.core.features"
 _PICTURE_FEATURES = ("image", "jpg", "picture", "photo")
+_CLASSES = {
+    "Image": (f"{_MODULE}.image_feature.Image", f"{_MODULE}.labeled_image.LabeledImage"),
+    "Text": (f"{_MODULE}.text_feature.Text",),
+}
 _BATCH = 32  # records
 
 
@@ -36,40 +42,21 @@ def find(pattern: str) -> list[Shard]:
     Raises:
       BadInput: no such data set or split, another file format, or no picture or caption in it.
     """
-    import tensorflow_datasets as tfds
-
-    from mofi_jax.data import records
-
     rest, _, data_dir = pattern.removeprefix(PREFIX).partition("@")
     name, _, split = rest.partition(":")
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    directory = records.find_directory(os.path.abspath(os.path.expanduser(data_dir)), name)
-    info = tfds.builder_from_directory(directory).info
-    if info.file_format is None or info.file_format.value != "array_record":
-        raise errors.BadInput(
-            f"sources: {directory} is not stored as ArrayRecord: prepare it again with"
-            " tfds build --file_format=array_record."
-        )
+    directory = metadata.find_directory(os.path.abspath(os.path.expanduser(data_dir)), name)
     _features(os.fspath(directory))
-    try:
-        instructions = info.splits[split or "train"].file_instructions
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise errors.BadInput(
-            f"sources: {pattern} has no such split ({reason}): choose from"
-            f" {', '.join(info.splits)}."
-        ) from error
-    found = []
-    for part in instructions:
-        count = part.take if part.take >= 0 else part.examples_in_shard - part.skip
-        found.append(Shard(os.fspath(part.filename), part.skip, part.skip + count))
-    return found
+    return [
+        Shard(os.fspath(part.filename), part.skip, part.skip + part.take)
+        for part in metadata.shard_parts(directory, split or "train")
+    ]
 
 
-def metadata(shard: str) -> tuple[str, ...]:
+def described_in(shard: str) -> tuple[str, ...]:
     """The files beside a shard that say what its records hold."""
     directory = os.path.dirname(shard)
-    names = ("dataset_info.json", "features.json")
+    names = (metadata.INFO_FILE, metadata.FEATURES_FILE)
     return tuple(os.path.join(directory, name) for name in names)
 
 
@@ -83,7 +70,7 @@ def read(
     """The samples of the records `part["range"]` of a shard.
 
     Args:
-      inputs: the shard, then `metadata`.
+      inputs: the shard, then `described_in`.
       part: `range`: first record and the one after the last.
       keep: further features to read, where they hold one value.
       counts: `members` is counted up.
@@ -119,24 +106,16 @@ def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes]:
 @functools.lru_cache(maxsize=64)
 def _features(directory: str) -> tuple[str, str]:
     """The names of the picture and the caption among the features of a data set."""
-    import tensorflow_datasets as tfds
-
-    features = tfds.builder_from_directory(directory).info.features
-    kinds = {
-        kind: [name for name, feature in features.items() if isinstance(feature, kind)]
-        for kind in (tfds.features.Image, tfds.features.Text)
-    }
+    features = metadata.feature_classes(directory)
     found = []
-    for kind, wanted in (
-        (tfds.features.Image, _PICTURE_FEATURES),
-        (tfds.features.Text, samples.TEXT_COLUMNS),
-    ):
-        name = samples.pick(kinds[kind], wanted)
-        if name is None and len(kinds[kind]) == 1:
-            [name] = kinds[kind]
+    for kind, wanted in (("Image", _PICTURE_FEATURES), ("Text", samples.TEXT_COLUMNS)):
+        names = [name for name, feature in features.items() if feature in _CLASSES[kind]]
+        name = samples.pick(names, wanted)
+        if name is None and len(names) == 1:
+            [name] = names
         if name is None:
             raise errors.BadInput(
-                f"sources: {directory} has no {kind.__name__} feature that is known by its name"
+                f"sources: {directory} has no {kind} feature that is known by its name"
                 f" (features found: {', '.join(features)}): write it with one of"
                 f" {', '.join(wanted)}."
             )

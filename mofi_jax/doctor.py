@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import AxisType, Mesh
 
 from mofi_jax import cli, inference, machine, partition, paths, run_folder, train
-from mofi_jax.data import pipeline, records, training_set
+from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.machine import GIB, Report
@@ -31,8 +31,6 @@ REQUIREMENTS = pathlib.Path(__file__).parents[1] / "requirements.txt"
 WORKER_BYTES, MAIN_BYTES = 0.25 * GIB, 2.0 * GIB
 # Bytes of a short string's Python object beside its characters, and of its place in a list.
 STRING_BYTES = 49 + 8
-# Files that Python, jax and the logs keep open, beside the shards.
-OTHER_FILES = 256
 
 
 def main(
@@ -140,12 +138,18 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
     count = sum(len(part.source) for part in data.parts)
     report.ok("data", f"{count:,} examples in {shards} shards, {data.primary.directory}")
     # Every process that decodes opens every shard.
-    machine.descriptors(report, shards + OTHER_FILES)
+    machine.descriptors(report, shards)
     report.ok("tokenizer", f"{data.texts.vocab_size:,} tokens")
     if data.entities is not None:
         report.ok("entities", f"{len(data.entities):,}")
     with report.about("shards"):
         pipeline.check_shards(data.parts, hosts)
+    if workers := config.data.workers:
+        with report.about("shared memory"):
+            pixels = config.model.image_size**2 * 3
+            needed = pipeline.shared_bytes(pixels, config.batch_size // hosts, workers)
+            limits.require_shared_memory(needed, workers)
+            report.ok("shared memory", f"{needed / 2**20:.0f} MiB for {workers} workers")
     with report.about("first record"):
         first = data.primary[0]
         train.try_operations(config, first["image"])
@@ -266,8 +270,8 @@ def host_memory(
     workers = config.data.workers
     batch = config.batch_size // hosts
     example = config.model.image_size**2 * 3 + len(data.primary[0]["image"])
-    # Two batches ahead over all processes that decode, one more in each worker, one on its way.
-    batches = (3 + workers) * batch * example
+    # Two batches ahead over all processes that decode, one that is put together, one on its way.
+    batches = 4 * batch * example + pipeline.shared_bytes(example, batch, workers)
     words = 0
     if data.entities is not None:
         columns = (data.entities.qids, data.entities.names, data.entities.descriptions)

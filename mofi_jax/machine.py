@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from absl import flags
 from packaging import requirements, version
 
 from mofi_jax import hosts, partition
+from mofi_jax.data import limits
 from mofi_jax.errors import BadInput
 
 OLDEST_PYTHON = (3, 11)
@@ -335,16 +335,11 @@ def memory(report: Report, needed: float, what: str, cgroup: str = "/sys/fs/cgro
         report.ok("host memory", text)
 
 
-def descriptors(report: Report, needed: int) -> None:
-    """The limit of open files against the number of them that will be open at once."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        report.problem(
-            "open files",
-            f"a process may open {limit}, {needed} are needed: run ulimit -n {needed}.",
-        )
-    else:
-        report.ok("open files", f"at most {needed} of {limit}")
+def descriptors(report: Report, shards: int) -> None:
+    """Whether a process may hold all shards open at once."""
+    with report.about("open files"):
+        limit = limits.allow_open_files(shards)
+        report.ok("open files", f"{shards} shards and {limits.OTHER_FILES} others of {limit}")
 
 
 def folder(report: Report, name: str, path: pathlib.Path) -> pathlib.Path | None:

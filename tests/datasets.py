@@ -1,5 +1,9 @@
 """Small data sets and configs that several tests share."""
 
+import itertools
+import json
+from collections.abc import Sequence
+
 import cv2
 import ml_collections
 import numpy as np
@@ -51,11 +55,8 @@ def write(
     labelled = name == "i2e"
     lengths = [(i + 1) * examples // shards - i * examples // shards for i in range(shards)]
     paths = [version / records.shard_name(name, "train", shard, shards) for shard in range(shards)]
-    writers = [
-        array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS) for path in paths
-    ]
     shard_of = np.repeat(np.arange(shards), lengths)
-    num_bytes = 0
+    serialized: list[list[bytes]] = [[] for _ in paths]
     for i in range(examples):
         entity = i % entities
         ids = ([entity, (entity + 1) % entities] if i % 5 == 0 else [entity]) if labelled else []
@@ -71,10 +72,10 @@ def write(
                 "height": 24,
             }
         )
-        num_bytes += len(record)
-        writers[shard_of[i]].write(record)
-    for writer in writers:
-        writer.close()
+        serialized[shard_of[i]].append(record)
+    for path, examples_there in zip(paths, serialized, strict=True):
+        write_shard(path, examples_there)
+    num_bytes = sum(map(len, itertools.chain.from_iterable(serialized)))
     records.write_metadata(version, name=name, shard_lengths=lengths, num_bytes=num_bytes)
     names = [name_of(i) for i in range(entities)]
     tokenizer.train_bpe(
@@ -89,6 +90,27 @@ def write(
         )
         records.write_entities(version / records.ENTITIES_FILE, vocabulary)
     return version
+
+
+def write_shard(path: epath.PathLike, serialized: Sequence[bytes]) -> None:
+    """Writes a shard of records as they are."""
+    writer = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+    for record in serialized:
+        writer.write(record)
+    writer.close()
+
+
+def name_foreign_class(version: epath.Path, module: str, *, legacy: bool) -> None:
+    """Has features.json name `module`.Foreign for one feature, in either format of TFDS."""
+    path = version / "features.json"
+    features = json.loads(path.read_text())["featuresDict"]["features"]
+    features["extra"] = {"pythonClassName": f"{module}.Foreign", "text": {}}
+    name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    content = {"pythonClassName": name, "featuresDict": {"features": features}}
+    if legacy:
+        fields = {key: {"type": f["pythonClassName"], "content": {}} for key, f in features.items()}
+        content = {"type": name, "content": fields}
+    path.write_text(json.dumps(content))
 
 
 def tiny_config(

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import pathlib
-import resource
 import shutil
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import threading
 import pytest
 
 from mofi_jax import doctor, machine, train
-from mofi_jax.data import records, training_set
+from mofi_jax.data import limits, records, training_set
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint
 from tests import datasets
@@ -350,13 +349,31 @@ def test_memory_of_a_container(tmp_path):
     assert "of 0.5 GiB" not in report.checks[0].text
 
 
-def test_open_files():
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+@pytest.mark.parametrize(
+    ("limits_here", "shards", "raised"),
+    [((1024, 4096), 768, False), ((1024, 4096), 769, True), ((1024, -1), 10**5, True)],
+)
+def test_the_limit_of_open_files_is_raised_where_it_may_be(
+    limits_here, shards, raised, monkeypatch, caplog
+):
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: limits_here)
+    found = []
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda _, new: found.append(new))
     report = Report()
-    machine.descriptors(report, limit)
+    with caplog.at_level("INFO"):
+        machine.descriptors(report, shards)
     assert told(report) == {}
-    machine.descriptors(report, limit + 1)
-    assert f"ulimit -n {limit + 1}" in told(report)["open files"]
+    needed = shards + limits.OTHER_FILES
+    assert found == ([(needed, limits_here[1])] if raised else [])
+    assert ("raised the limit of open files from 1024" in caplog.text) == bool(raised)
+
+
+def test_more_shards_than_files_may_be_open(monkeypatch):
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (256, 300))
+    report = Report()
+    machine.descriptors(report, 100)
+    assert "at most 300 files here, and 100 shards need 356" in told(report)["open files"]
+    assert "ulimit -Hn 356" in told(report)["open files"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ FLOORS = (
         "json_files",
         "telemetry",
         "data.augment",
+        "data.limits",
+        "data.metadata",
         "data.ops",
         "data.records",
         "data.tokenizer",

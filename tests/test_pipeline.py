@@ -2,11 +2,12 @@
 
 import itertools
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 
-from mofi_jax.data import pipeline, records
+from mofi_jax.data import limits, pipeline, records
 from mofi_jax.errors import BadInput
 from tests import datasets
 
@@ -97,9 +98,92 @@ def test_continues_exactly_also_on_other_host_counts(folder):
     np.testing.assert_array_equal(rest[0]["image"], whole[4]["image"][1::2])
 
 
-def test_worker_processes_change_nothing(folder):
-    for a, b in zip(batches(folder, 3), batches(folder, 3, workers=1), strict=True):
+@pytest.mark.parametrize("workers", [2, 3])
+def test_worker_processes_change_nothing(folder, monkeypatch, workers):
+    """Also from an odd step on, and where batches are split into several groups."""
+    monkeypatch.setattr(pipeline, "_WORKER_GROUP", 3)
+    there = batches(folder, 4, start=24, workers=workers)
+    for a, b in zip(batches(folder, 7)[3:], there, strict=True):
         assert_same(a, b)
+
+
+def test_two_hosts_of_workers_and_the_one_that_goes_on_see_every_example_once(folder):
+    """Six steps of 8 are an epoch of 48: three on two hosts, the rest on one."""
+    apart = [batches(folder, 3, host=h, hosts=2, workers=2 * h) for h in range(2)]
+    rest = batches(folder, 3, start=24, workers=1)
+    whole = batches(folder, 6)
+    for step in range(3):
+        merged = {key: np.stack([a[step][key] for a in apart], 1) for key in whole[step]}
+        assert_same({k: v.reshape(whole[step][k].shape) for k, v in merged.items()}, whole[step])
+    for a, b in zip(rest, whole[3:], strict=True):
+        assert_same(a, b)
+    keys = [key for step in range(6) for key in pipeline.batch_keys(alone(folder), 3, 8 * step, 8)]
+    assert len(set(keys)) == 48
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(1, 1), (15, 1), (250, 2), (18, 2)])
+def test_batches_of_any_size(folder, batch_size, hosts):
+    """Cut out of the same order, whatever the groups that make them."""
+    found = batches(folder, 2, batch_size=batch_size, hosts=hosts)
+    one_by_one = batches(folder, 20, batch_size=hosts, hosts=hosts)
+    assert [len(batch["tokens"]) for batch in found] == [batch_size // hosts] * 2
+    joined = np.concatenate([batch["image"] for batch in found])[:20]
+    np.testing.assert_array_equal(joined, [b["image"][0] for b in one_by_one][: len(joined)])
+
+
+def test_groups_split_a_batch_evenly(folder):
+    ordered, build = pipeline._ordered(alone(folder), 0), builder(folder)
+    for local, per_batch in ((15, 2), (9, 2), (1, 1), (1000, 125), (33, 5)):
+        groups = pipeline._Groups(ordered, build, 0, 100, 1, 3, local, per_batch)
+        found = [groups.positions(i) for i in range(3 * per_batch)]
+        assert [p for group in found for p in group] == list(range(101, 101 + 9 * local, 3))
+        sizes = [len(group) for group in found]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_too_little_shared_memory_is_told_before_workers_start(folder, monkeypatch):
+    full = shutil._ntuple_diskusage(2**20, 2**20, 0)
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda _: full)
+    words = r"config.data.workers=2 need \d+ MiB of shared memory, and /dev/shm has 0 MiB free"
+    with pytest.raises(BadInput, match=words):
+        batches(folder, 1, workers=2)
+    batches(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """One shard each with a record that is no record, a broken picture, and bytes overwritten."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for kind in ("record", "picture", "shard"):
+        datasets.write(folder / kind, examples=3, shards=1)
+        source = records.open_source(folder / kind, "i2e")
+        [path] = source.files
+        if kind == "shard":
+            data = bytearray(path.read_bytes())
+            at = data.index(source[1]["image"])
+            data[at : at + 100] = bytes(100)
+            path.write_bytes(data)
+        else:
+            examples = [records.serialize(source[i]) for i in range(3)]
+            broken = source[1] | {"image": b"\xff\xd8\xff and no more"}
+            examples[1] = b"no record" if kind == "record" else records.serialize(broken)
+            datasets.write_shard(path, examples)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "words"),
+    [
+        ("record", 0, "Record 1 of .*-00000-of-00001 cannot be read .*: the shard is damaged"),
+        ("shard", 0, "Record 1 of .*-00000-of-00001 cannot be read .*: the shard is damaged"),
+        ("picture", 0, "'000001', has a picture that cannot be decoded .*remove_keys"),
+        ("picture", 2, r"Record 1 of .*-00000-of-00001, '000001', .* \(not_a_picture\)"),
+    ],
+)
+def test_damaged_records_are_named(damaged, kind, words, workers):
+    """Bad input also where a thread or another process meets it, so that the exit code is 2."""
+    with pytest.raises(BadInput, match=words):
+        batches(damaged / kind, 1, batch_size=3, workers=workers)
 
 
 def test_every_epoch_has_every_example_in_another_order(folder):
@@ -210,7 +294,7 @@ def test_sets_come_in_the_order_of_their_names_and_are_remapped_by_qid(mixed):
     ]
     np.testing.assert_array_equal(mixed[2].remap, [-1, -1, -1, 6, 5, 4, 3, 2, 1, 0])
     # Record 2 names entity 2, which is Q007 there; record 5 names 5 and 6, which are Q004 and Q003.
-    read = [mixed[2].record(mixed[2].source.serialized[i]) for i in (2, 5)]
+    read = [mixed[2].record(i) for i in (2, 5)]
     assert [r["entity_ids"].tolist() for r in read] == [[], [4, 3]]
     assert [len(r["entity_scores"]) for r in read] == [0, 2]
 
@@ -277,7 +361,7 @@ def test_batch_keys_name_what_the_stream_gave(folder, mixed, which):
     for i, key in enumerate(keys):
         name, _, number = key.partition(":")
         part = by_name[name]
-        record = part.record(part.source.serialized[int(number)])
+        record = part.record(int(number))
         example = plain(record, np.random.default_rng(0))
         np.testing.assert_array_equal(batch["image"][i], example["image"])
         np.testing.assert_array_equal(batch["entity_ids"][i], example["entity_ids"])
@@ -323,7 +407,7 @@ def test_labels_of_a_set_without_a_vocabulary_are_refused(folder, tmp_path):
     extra = {"bare": {"dir": str(tmp_path), "name": "i2e", "weight": 1.0}}
     [part] = pipeline.open_extra(extra, builder(folder).entities)
     with pytest.raises(BadInput, match="beyond the vocabulary of 0 entities"):
-        part.record(part.source.serialized[0])
+        part.record(0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mofi_jax import errors
-from mofi_jax.data import records
+from mofi_jax.data import metadata, records
 
 
 def _jpeg(seed=0, height=12, width=17):
@@ -98,7 +98,7 @@ def test_newest_version_wins(tmp_path):
     _write(tmp_path / "newer", [2])
     (tmp_path / "newer/i2e/1.0.0").rename(tmp_path / "i2e/1.10.0")
     (tmp_path / "i2e/1.9.0").mkdir()  # unfinished: no metadata
-    assert records.find_directory(tmp_path, "i2e").name == "1.10.0"
+    assert metadata.find_directory(tmp_path, "i2e").name == "1.10.0"
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
@@ -237,3 +237,19 @@ def test_entities_out_of_order_or_damaged(tmp_path):
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(errors.BadInput, match="not a vocabulary"):
         records.read_entities(path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"fileFormat": 3}', '{"splits": 1}'])
+def test_metadata_of_another_form_are_told(tmp_path, content):
+    _write(tmp_path, [3])
+    (tmp_path / "i2e/1.0.0/dataset_info.json").write_text(content)
+    with pytest.raises(errors.BadInput, match=r"dataset_info\.json cannot be read.*copy the data"):
+        records.open_source(tmp_path, "i2e")
+
+
+@pytest.mark.parametrize("name", ["data [v1]", "data*x", "d?", "a{b,c}"])
+def test_folders_whose_names_are_patterns(tmp_path, name):
+    _write(tmp_path / name, [2, 1])
+    assert [e["key"] for e in records.open_source(tmp_path / name, "i2e")] == [
+        *("00000", "00001", "00002")
+    ]

@@ -14,7 +14,7 @@ import pytest
 
 from data_prep import published, remove_keys
 from mofi_jax import errors
-from mofi_jax.data import records
+from mofi_jax.data import metadata, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 JPEG = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -174,7 +174,7 @@ def test_a_kill_leaves_no_half_version(tmp_path, moment):
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert killed.returncode == -9
-    assert records.find_directory(tmp_path, "i2e") == old
+    assert metadata.find_directory(tmp_path, "i2e") == old
     assert not (old.parent / "1.0.1").exists()
     remove_keys.remove(old, keys)
     assert sorted(os.listdir(old.parent)) == ["1.0.0", "1.0.1"]

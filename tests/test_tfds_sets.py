@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -101,3 +102,27 @@ def test_a_damaged_shard_is_told(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(errors.BadInput, match="is damaged or shorter than its dataset_info"):
         run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_classes_that_metadata_name_are_not_imported(tmp_path, monkeypatch, legacy):
+    """Neither as a source nor for training: a file beside the data is nobody's code."""
+    version = datasets.write(tmp_path, name="i2t", examples=4, shards=1)
+    (tmp_path / "stranger.py").write_text("open('ran', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    datasets.name_foreign_class(version, "stranger", legacy=legacy)
+    info = version / "dataset_info.json"
+    info.write_text(info.read_text().replace("mofi_jax.data.records", "stranger.sets"))
+    pairs, _, _ = run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+    assert len(pairs) == 4
+    assert [record["key"] for record in records.open_source(tmp_path, "i2t")] == list(pairs)
+    assert not (tmp_path / "ran").exists()
+    assert "stranger" not in sys.modules
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"featuresDict": {"features": {"a": 1}}}'])
+def test_features_of_another_form_are_told(tmp_path, content):
+    changed_copy(tmp_path, lambda version: (version / "features.json").write_text(content))
+    with pytest.raises(errors.BadInput, match="does not name the features of a data set"):
+        sources.find([f"s=tfds:i2t@{tmp_path}"])

@@ -9,8 +9,8 @@ on; so any number of hosts continues exactly where any other number stopped.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +18,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from mofi_jax.data import ops, records, tokenizer
+from mofi_jax.data import limits, ops, records, tokenizer
 from mofi_jax.errors import BadInput
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
 
-EXAMPLES_AT_ONCE = 8  # of a decoding thread
+# Examples that a thread makes at once, and those that a worker process hands over at once: handing
+# over each alone would cost as much as its tokens, and a shared array as much as two pictures.
+_THREAD_GROUP, _WORKER_GROUP = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,14 @@ class ExampleBuilder:
         ]
 
     def _picture(self, record: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
-        image = ops.build(self.image_ops)({"image": record["image"]}, rng)["image"]
+        try:
+            image = ops.build(self.image_ops)({"image": record["image"]}, rng)["image"]
+        except ops.UndecodableImage as error:
+            raise BadInput(
+                f"{record['place']}, {record['key']!r}, has a picture that cannot be decoded "
+                f"({error.reason}): copy the shard again, or take the record out with "
+                "data_prep.remove_keys."
+            ) from error
         return np.ascontiguousarray(image)
 
     def _words(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -157,9 +166,12 @@ class Part:
     weight: float = 1.0
     remap: np.ndarray | None = None
 
-    def record(self, serialized: bytes) -> dict[str, Any]:
-        """The record in the primary vocabulary, without labels that are not in it; `set` is new."""
-        record = {**records.parse(serialized), "set": self.name}
+    def record(self, index: int) -> dict[str, Any]:
+        """The record in the primary vocabulary, without labels that are not in it.
+
+        New are `set`, the name of this part, and `place`, where it was read.
+        """
+        record = {**self.source[index], "set": self.name, "place": self.source.place(index)}
         if self.remap is not None:
             records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
             ids = self.remap[record["entity_ids"]]
@@ -246,8 +258,7 @@ def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
     Grain mixes by whole numbers: shares are exact to one percent of the smallest one.
     """
     sets = [
-        # As bytes: Grain measures what a source hands out, item by item of a dictionary.
-        grain.MapDataset.source(part.source.serialized)
+        grain.MapDataset.range(len(part.source))
         # A seed for each set, so that sets of one length are not walked in step; Grain takes
         # the seeds that follow it for the next epochs.
         .shuffle(seed=int(np.random.SeedSequence((seed, 1 + i)).generate_state(1)[0]))
@@ -260,10 +271,6 @@ def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
     return grain.MapDataset.mix(sets, weights=[part.weight for part in parts])
 
 
-def _placed(position: int, record: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
-    return position, record
-
-
 def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list[str]:
     """SET:KEY of the examples at the positions start, ..., start + count - 1.
 
@@ -274,10 +281,67 @@ def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list
     return [f"{record['set']}:{record['key']}" for record in found]
 
 
-def _stack(examples: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
-    """Some examples, and some more: one batch of all, copied once."""
-    flat = list(itertools.chain.from_iterable(examples))
-    return {name: np.stack([example[name] for example in flat]) for name in flat[0]}
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """The examples of one host in groups by number; batches are split into ``per_batch`` each."""
+
+    ordered: grain.MapDataset
+    builder: ExampleBuilder
+    seed: int
+    start: int
+    host: int
+    hosts: int
+    local: int  # batch size of the host
+    per_batch: int
+
+    def positions(self, number: int) -> range:
+        """Where in the order the examples of a group are."""
+        batch, group = divmod(number, self.per_batch)
+        first, last = (
+            batch * self.local + i * self.local // self.per_batch for i in (group, group + 1)
+        )
+        origin = self.start + self.host
+        return range(origin + self.hosts * first, origin + self.hosts * last, self.hosts)
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        placed = [(i, self.ordered[i]) for i in self.positions(number)]
+        examples = self.builder.examples(self.seed, placed)
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups, one after the other, as batches of ``local`` examples."""
+    try:
+        while True:
+            batch: dict[str, np.ndarray] = {}
+            row = 0
+            while row < local:
+                group = next(groups)
+                if not batch:
+                    batch = {
+                        name: np.empty((local, *values.shape[1:]), values.dtype)
+                        for name, values in group.items()
+                    }
+                size = len(group["tokens"])
+                for name, values in group.items():
+                    batch[name][row : row + size] = values
+                row += size
+            yield batch
+    finally:
+        groups.close()
+
+
+def shared_bytes(example: int, local: int, workers: int) -> int:
+    """Bytes that lie in shared memory at once, as measured.
+
+    Four groups of each worker, ready, waiting, taken and on its way, and the one that is being
+    copied into the batch.
+
+    Args:
+      example: bytes of one.
+      local: batch size of the host.
+    """
+    return (4 * workers + 1) * min(local, _WORKER_GROUP) * example
 
 
 def training_stream(
@@ -309,17 +373,22 @@ def training_stream(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     local = batch_size // hosts
-    # Threads take some examples at a time: handing over each alone costs as much as its tokens.
-    some = math.gcd(local, EXAMPLES_AT_ONCE)
+    size = _WORKER_GROUP if workers else _THREAD_GROUP
+    groups = _Groups(
+        *(_ordered(parts, seed), builder, seed, start, host, hosts, local, -(-local // size))
+    )
     # Two batches ahead, over all processes that decode for this host.
-    ahead = max(2 * threads, 2 * local // some // max(1, workers))
+    ahead = max(2 * threads, -(-2 * groups.per_batch // max(1, workers)))
     stream = (
-        _ordered(parts, seed)
-        .map_with_index(_placed)[start + host :: hosts]
-        .batch(some, batch_fn=functools.partial(builder.examples, seed))
+        grain.MapDataset.range(sys.maxsize)
+        .map(groups)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-        .batch(local // some, drop_remainder=True, batch_fn=_stack)
     )
     if workers:
+        [example] = builder.examples(seed, [(start, groups.ordered[start])])
+        limits.require_shared_memory(
+            shared_bytes(sum(values.nbytes for values in example.values()), local, workers), workers
+        )
+        # Grain deals the groups out to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(stream)
+    return _batches(iter(stream), local)

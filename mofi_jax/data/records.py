@@ -13,9 +13,10 @@ A data set is a folder `DATA_DIR/NAME/VERSION/` with
     entities.parquet                         the vocabulary, row = entity id (labelled sets only)
 """
 
+import bisect
 import dataclasses
 import functools
-import re
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from mofi_jax import errors
+from mofi_jax.data import limits, metadata
 
 ENTITIES_FILE = "entities.parquet"
 TOKENIZER_FILE = "tokenizer.json"
@@ -194,7 +196,7 @@ def write_metadata(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".metadata-") as temporary:
         temporary = epath.Path(temporary)
         info.write_to_directory(temporary)
-        for file in ("features.json", "dataset_info.json"):
+        for file in (metadata.FEATURES_FILE, metadata.INFO_FILE):
             (temporary / file).rename(directory / file)
 
 
@@ -207,57 +209,55 @@ class Source:
     Picklable, and safe to read from several threads; use `open_source` to make one.
 
     Attributes:
-      serialized: the same records as bytes, before `parse`.
       directory: the folder of its version.
-      shards: number of files that hold the split.
+      files: the shards that hold the split.
     """
 
-    def __init__(self, serialized, directory: epath.Path, shards: int):
-        self.serialized = serialized
+    def __init__(self, parts: Sequence[Any], directory: epath.Path):
+        # All that reading imports, before there are threads: two of them that import TensorFlow
+        # Datasets at once can wait for one another for ever.
+        from array_record.python import array_record_data_source
+        from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
+
+        self._parts = tuple(parts)
+        self._records = array_record_data_source.ArrayRecordDataSource(list(parts))
+        # Of each shard the index of the record after its last, and its own number of that one.
+        self._ends = list(itertools.accumulate(part.take for part in parts))
+        self._stops = [part.skip + part.take for part in parts]
         self.directory = directory
-        self.shards = shards
+        self.files = [epath.Path(part.filename) for part in parts]
+
+    def __reduce__(self):
+        return Source, (self._parts, self.directory)
+
+    @property
+    def shards(self) -> int:
+        return len(self.files)
 
     def __len__(self) -> int:
-        return len(self.serialized)
+        return len(self._records)
 
     def __getitem__(self, index) -> dict[str, Any]:
         # ArrayRecord answers a position beyond the end with another error than iteration expects.
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return parse(self.serialized[index])
+        try:
+            return parse(self._records[index])
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise errors.BadInput(
+                f"{self.place(index)} cannot be read ({reason}): the shard is damaged, copy it "
+                "again."
+            ) from error
+
+    def place(self, index: int) -> str:
+        """Where a record is, for people."""
+        shard = bisect.bisect_right(self._ends, index)
+        number = self._stops[shard] - (self._ends[shard] - index)
+        return f"Record {number} of {self.files[shard]}"
 
     def __repr__(self) -> str:
         return f"Source({str(self.directory)!r}, {len(self)} records)"
-
-
-def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
-    """The folder of the newest version of data set `name` ("i2e" or "i2e/config") in `data_dir`.
-
-    Raises:
-      BadInput: remote path, no such data set, or one without metadata.
-    """
-    if "://" in str(data_dir):
-        raise errors.BadInput(
-            f"Cannot read {data_dir}: ArrayRecord opens local files only; copy the data set to a "
-            "local disk or mount the bucket with gcsfuse, and give that path."
-        )
-    root = epath.Path(data_dir) / name
-    if not root.is_dir():
-        raise errors.BadInput(
-            f"There is no data set {name!r} in {data_dir} (looked for the folder {root}); check "
-            "the path, or write it with data_prep.build_i2e."
-        )
-    versions = []
-    for child in root.iterdir():
-        is_version = re.fullmatch(r"\d+\.\d+\.\d+", child.name)
-        if is_version and (child / "dataset_info.json").exists():
-            versions.append(([int(number) for number in child.name.split(".")], child))
-    if not versions:
-        raise errors.BadInput(
-            f"{root} holds no finished version (a folder such as {VERSION}/ with "
-            "dataset_info.json); run data_prep.build_i2e again, which resumes where it stopped."
-        )
-    return max(versions)[1]
 
 
 def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> Source:
@@ -269,27 +269,15 @@ def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> So
       split: split, or a TFDS slice of it such as "train[:90%]".
 
     Raises:
-      BadInput: data set, split or shard missing; shard cut short or damaged; remote path.
+      BadInput: data set, split or shard missing; shard cut short or damaged; remote path; more
+        shards than files may be open.
     """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import decode
-
-    directory = find_directory(data_dir, name)
-    try:
-        builder = tfds.builder_from_directory(directory)
-        instructions = builder.info.splits[split].file_instructions
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise errors.BadInput(
-            f"Cannot read split {split!r} of {directory}: {reason}; check the split's name and the "
-            "folder's dataset_info.json."
-        ) from error
-    if not instructions:
-        raise errors.BadInput(f"Split {split!r} of {directory} is empty; ask for a larger one.")
-    for instruction in instructions:
-        _check_shard(epath.Path(instruction.filename), instruction.examples_in_shard)
-    raw = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    return Source(raw, directory, len(instructions))
+    directory = metadata.find_directory(data_dir, name)
+    parts = metadata.shard_parts(directory, split)
+    limits.allow_open_files(len(parts))
+    for part in parts:
+        _check_shard(epath.Path(part.filename), part.examples_in_shard)
+    return Source(parts, directory)
 
 
 def _check_shard(path: epath.Path, length: int) -> None:

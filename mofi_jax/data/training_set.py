@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.data import limits, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 
 
@@ -67,4 +67,5 @@ def open_training_set(config: Any) -> TrainingSet:
             "data set in config.data, or train with task=contrastive."
         )
     extra = pipeline.open_extra(config.data.extra.to_dict(), entities)
+    limits.allow_open_files(sum(opened.shards for opened in (source, *(e.source for e in extra))))
     return TrainingSet([pipeline.Part(config.data.name, source), *extra], texts, entities)
