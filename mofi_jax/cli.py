@@ -68,7 +68,10 @@ def run(main: Callable[..., Any]) -> None:
             if positional and len(rest) == 1:
                 raise BadInput(f"No {positional} given: write one or more without a flag.")
             if not positional and len(rest) > 1:
-                raise BadInput(f"Unexpected argument {rest[1]!r}: flags are written --name=value.")
+                raise BadInput(
+                    f"Unexpected argument {rest[1]!r}: flags are written --name=value, and values "
+                    "with spaces in quotes."
+                )
             if config is not None and flags.FLAGS["config"].value is None:
                 raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
             if config is not None:

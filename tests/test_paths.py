@@ -7,7 +7,7 @@ import pytest
 
 from configs import eval as eval_config
 from configs import i2e, kb, quickstart
-from data_prep import build_i2e, build_kb, label_quality
+from data_prep import build_i2e, build_kb, label_quality, publish
 from mofi_jax import curves, evaluate, export, grow, paths, plan
 from mofi_jax.errors import BadInput
 
@@ -79,6 +79,7 @@ WRITERS = {
     "export": lambda out: export.main("no/model", out),
     "grow": lambda out: grow.main("no/model", "no/data", out),
     "label_quality": lambda out: label_quality.main(out, "no/truth"),
+    "publish": lambda out: publish.check(out),
     "plan": lambda out: plan.main(quickstart.get_config("task=multitask"), "v5e:2x2", out=out),
 }
 
