@@ -113,6 +113,7 @@ def test_an_accelerator_stage_runs_in_one_process_per_machine(tmp_path, executor
     assert str(os.getpid()) not in processes
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_in_mid_job_changes_no_byte(tmp_path, cluster, executor):
     tasks = make_tasks(tmp_path / "in", [f"word {i}" for i in range(12)])
     engine.Engine(tmp_path / "here").map_shards("shout", shout, tasks, SETTINGS)
@@ -138,6 +139,7 @@ def test_a_machine_that_dies_in_mid_job_changes_no_byte(tmp_path, cluster, execu
     cluster.second = cluster.add_node(num_cpus=1)
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_writes_the_same_shards_on_two_machines(tmp_path, cluster):
     folder = tmp_path / "in"
     folder.mkdir()

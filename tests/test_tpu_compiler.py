@@ -50,7 +50,12 @@ def no_large_tensor(program):
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "limit_mib"),
-    [("exact_v5e", 160), ("exact_v6e", 280), ("exact_v5p_768", 450), ("learned_arcface_v5e", 160)],
+    [
+        ("exact_v5e", 160),
+        pytest.param("exact_v6e", 280, marks=pytest.mark.slow),
+        pytest.param("exact_v5p_768", 450, marks=pytest.mark.slow),
+        pytest.param("learned_arcface_v5e", 160, marks=pytest.mark.slow),
+    ],
 )
 def test_exact_softmax(name, limit_mib):
     program = compile_for_tpu(name)
@@ -75,7 +80,10 @@ def test_dense_softmax_is_what_the_blocks_avoid():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("name", "limit_mib"), [("sampled_v5e", 200), ("sampled_row_v5e", 200)])
+@pytest.mark.parametrize(
+    ("name", "limit_mib"),
+    [("sampled_v5e", 200), pytest.param("sampled_row_v5e", 200, marks=pytest.mark.slow)],
+)
 def test_sampled_step_updates_in_place(name, limit_mib):
     program = compile_for_tpu(name)
     assert program["temporary_mib"] <= limit_mib
@@ -92,7 +100,10 @@ def test_sampled_step_updates_in_place(name, limit_mib):
 @pytest.mark.parametrize(
     ("name", "kinds", "limit_mib"),
     [
-        ("clip_v5e", {"all-gather", "all-reduce", "reduce-scatter"}, 200),
+        pytest.param(
+            *("clip_v5e", {"all-gather", "all-reduce", "reduce-scatter"}, 200),
+            marks=pytest.mark.slow,
+        ),
         # On four chips the compiler moves a remainder of the gradient by a permutation.
         ("clip_v5e_small", {"all-gather", "all-reduce", "collective-permute"}, 200),
         ("siglip_v5e", {"collective-permute", "all-reduce"}, 64),
