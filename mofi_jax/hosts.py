@@ -33,10 +33,10 @@ _LEAD_GRACE = 10.0
 def start(
     distributed: bool, *, coordinator: str, processes: str, process: str, timeout: int
 ) -> None:
-    """Joins this process to the others; before any other call of jax.
+    """Joins this process to the others and opens its devices; before any other call of jax.
 
     Args:
-      distributed: ``config.distributed``; without it, and without ``coordinator``, nothing happens.
+      distributed: ``config.distributed``; without it, and without ``coordinator``, it is alone.
       coordinator: HOST:PORT of process 0, which listens there; "" on a TPU slice, under SLURM,
         Kubernetes or Open MPI, where jax finds it.
       processes: how many there are, "" where jax finds it.
@@ -44,10 +44,11 @@ def start(
       timeout: seconds to wait for the others (``config.start_timeout``).
 
     Raises:
-      BadInput: flags that do not fit together, no cluster, an address that is taken, or processes
-        that did not come, by number.
+      BadInput: flags that do not fit together, no cluster, an address that is taken, processes
+        that did not come, by number, or no device of the wanted platform.
     """
     if not (distributed or coordinator or processes or process):
+        devices()
         return
     given = [bool(flag) for flag in (coordinator, processes, process)]
     if any(given) and not all(given):

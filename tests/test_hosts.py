@@ -1,6 +1,7 @@
 """Start-up: who is missing is named, in every process that is there."""
 
 import concurrent.futures
+import functools
 import os
 import socket
 import threading
@@ -132,8 +133,10 @@ def test_devices_that_are_not_there_are_named(monkeypatch, failure, reason):
         raise failure
 
     monkeypatch.setattr(jax, "devices", fail)
-    with pytest.raises(BadInput, match=f"JAX_PLATFORMS=.* cannot use here .*{reason}.*: unset it"):
-        partition.make_mesh()
+    alone = functools.partial(hosts.start, False, coordinator="", processes="", process="")
+    for call in (partition.make_mesh, functools.partial(alone, timeout=1)):
+        with pytest.raises(BadInput, match=f"JAX_PLATFORMS=.* use here .*{reason}.*: unset it"):
+            call()
 
 
 def test_a_device_that_is_taken_may_be_free_later(monkeypatch):
