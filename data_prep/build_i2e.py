@@ -33,6 +33,7 @@ from data_prep import (
     vocabulary,
 )
 from mofi_jax import cli, errors, paths
+from mofi_jax.data import ops
 
 
 def main(
@@ -166,6 +167,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         least |= {"max_candidates": 1, "batch_size": 1, "max_labels": 1, "min_images": 1}
     for key, value in least.items():
         _check(config[key] >= value, config, key, f"give at least {value}")
+    most = ops.MAX_PIXELS
+    _check(config.max_pixels <= most, config, "max_pixels", f"give at most {most}")
     budget = config.failure_budget
     _check(0 <= budget < 1, config, "failure_budget", "give a share from 0 to below 1")
     _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")

@@ -1,9 +1,7 @@
 """Pictures: which can be used, and a hash by which near-copies find each other."""
 
 import functools
-import io
 import typing
-import warnings
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -39,8 +37,6 @@ def check_picture(data: bytes, limits: dict) -> Checked:
       Rejected: "empty_picture", "too_many_bytes", "not_a_picture", "too_small", "too_wide",
         "too_many_pixels", "truncated" or "corrupt".
     """
-    from PIL import Image
-
     from mofi_jax.data import ops
 
     if not data:
@@ -48,15 +44,10 @@ def check_picture(data: bytes, limits: dict) -> Checked:
     if len(data) > MAX_BYTES:
         raise Rejected("too_many_bytes")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of many pixels; the limit here is the config's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                width, height = picture.size
-    except Image.DecompressionBombError:
-        raise Rejected("too_many_pixels") from None
-    except Exception:  # noqa: BLE001  Pillow's parsers raise whatever the bytes lead them to
-        raise Rejected("not_a_picture") from None
+        with ops.open_picture(data) as picture:
+            width, height = picture.size
+    except ops.UndecodableImage as error:
+        raise Rejected(error.reason) from None
     if min(width, height) < limits["min_side"]:
         raise Rejected("too_small")
     if max(width, height) > limits["max_aspect"] * min(width, height):

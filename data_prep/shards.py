@@ -5,7 +5,6 @@ DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.p
                 `mofi_jax.data.records`)
 """
 
-import io
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ import cv2
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from data_prep import engine, plan, sources, vocabulary
 from mofi_jax.data import ops, records, tokenizer
@@ -112,7 +110,7 @@ def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
       ops.UndecodableImage: corrupt or truncated input.
     """
     if data[:2] == b"\xff\xd8":
-        with Image.open(io.BytesIO(data)) as header:  # reads the header alone
+        with ops.open_picture(data) as header:
             upright = header.getexif().get(ORIENTATION, 1) == 1
             plain = header.format == "JPEG" and header.mode == "RGB" and upright
             if plain and min(header.size) <= max_side:

@@ -239,6 +239,7 @@ def fails(config, tmp_path):
         ("labels", "guess", "choose clip or text"),
         ("workers", 0, "give at least 1"),
         ("jpeg_quality", 101, "give 1 to 100"),
+        ("max_pixels", 64_000_001, "give at most 64000000"),
         ("shard_examples", 0, "give at least 1"),
         ("max_candidates", 0, "give at least 1"),
         ("sources", ("x=/nowhere",), "does not exist: name a folder"),

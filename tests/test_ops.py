@@ -2,13 +2,15 @@
 
 import io
 import pickle
+import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from mofi_jax.data import ops
 from mofi_jax.errors import BadInput
@@ -84,6 +86,64 @@ def test_arbitrary_bytes_are_refused_with_a_reason(data):
     with pytest.raises(ops.UndecodableImage) as caught:
         ops.decode_rgb(data)
     assert caught.value.reason in ("empty", "not_a_picture", "truncated", "corrupt")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        b"P6 1 1 255 abc",
+        b"SIMPLE  =                    T" + b" " * 3000,
+    ],
+    ids=["EPS", "PPM", "FITS"],
+)
+def test_formats_that_no_web_has_are_no_pictures(data):
+    """Pillow would hand an EPS to Ghostscript, whatever the file is called."""
+    with pytest.raises(ops.UndecodableImage) as caught:
+        ops.build("decode")({"image": data}, None)
+    assert caught.value.reason == "not_a_picture"
+
+
+def test_what_cameras_and_newer_phones_write():
+    picture = Image.fromarray(cv2.GaussianBlur(gradient(), (5, 5), 0))
+    kinds = {"MPO": {"save_all": True, "append_images": [picture]}}
+    if features.check("avif"):
+        kinds["AVIF"] = {}
+    for kind, options in kinds.items():
+        rgb = ops.decode_rgb(saved(picture, kind, quality=95, **options))
+        assert np.abs(rgb.astype(int) - np.asarray(picture)).mean() < 6
+
+
+def declaring(data, height, width):
+    """A JPEG or PNG whose header says another size."""
+    if data[:2] == b"\xff\xd8":
+        at = data.index(b"\xff\xc0") + 5
+        return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(8001, 8000), (30_000, 30_000)])
+def test_pictures_that_declare_too_many_pixels_are_not_decoded(kind, size, monkeypatch):
+    data = declaring(saved(Image.fromarray(gradient()), kind), *size)
+    monkeypatch.setattr(cv2, "imdecode", None)
+    monkeypatch.setattr(Image.Image, "load", None)
+    for decode in (ops.decode_rgb, lambda d: ops.build("decode")({"image": d}, None)):
+        with pytest.raises(ops.UndecodableImage) as caught:
+            decode(data)
+        assert caught.value.reason == "too_many_pixels"
+
+
+def test_the_fast_decoder_takes_only_jpegs_whose_size_is_plain(monkeypatch):
+    data = saved(Image.fromarray(gradient()), "JPEG", quality=95, exif=Image.Exif())
+    assert ops._declared_pixels(data) == 600
+    # A marker without length, after which a length would be read out of what follows.
+    hidden = data[:2] + b"\xff\xd0" + data[2:]
+    assert ops._declared_pixels(hidden) is None
+    assert ops._declared_pixels(data[:20]) is None
+    monkeypatch.setattr(cv2, "imdecode", None)
+    assert ops.build("decode")({"image": hidden}, None)["image"].shape == (20, 30, 3)
 
 
 def test_jpeg_round_trip():
