@@ -20,6 +20,10 @@ POSITIVE: Check = "above 0", lambda x: x > 0
 NOT_NEGATIVE: Check = "of 0 or more", lambda x: x >= 0
 BELOW_ONE: Check = "of 0 or more and below 1", lambda x: 0 <= x < 1
 SHARE: Check = "above 0 and at most 1", lambda x: 0 < x <= 1
+PARTS: Check = (
+    'names of parts in brackets, as ("image",)',
+    lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
+)
 
 
 def real(words: str, fits: Callable[[Any], bool]) -> Check:
@@ -72,8 +76,13 @@ CHECKS: dict[str, Check] = {
     "data.max_labels": whole(*POSITIVE),
     "data.text_sources": (
         "weights of 0 or more, one of them positive",
-        lambda w: all(map(real(*NOT_NEGATIVE)[1], w.values())) and sum(w.values()) > 0,
+        lambda w: (
+            hasattr(w, "values")
+            and all(map(real(*NOT_NEGATIVE)[1], w.values()))
+            and sum(w.values()) > 0
+        ),
     ),
+    "init.parts": PARTS,
     "optimizer.kind": choice(optim.KINDS),
     "optimizer.learning_rate": real(*POSITIVE),
     "optimizer.final_fraction": real(*NOT_NEGATIVE),
@@ -83,6 +92,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.weight_decay": real(*NOT_NEGATIVE),
     "optimizer.clip_norm": real(*NOT_NEGATIVE),
     "optimizer.first_moment_dtype": choice(("bfloat16", "float32")),
+    "optimizer.frozen": PARTS,
     "optimizer.layer_decay": real(*SHARE),
     "optimizer.table.learning_rate_multiplier": real(*NOT_NEGATIVE),
     "optimizer.table.clip_norm": real(*NOT_NEGATIVE),
