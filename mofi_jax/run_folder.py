@@ -9,6 +9,7 @@ W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class t
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mofi_jax import hosts, inference, telemetry
-from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.data import metadata, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, state
 
@@ -26,12 +27,20 @@ from mofi_jax.training import checkpoint, state
 def data_fingerprint(
     config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
-    """What decides which examples come in which order and what is in them."""
+    """What decides which examples come in which order and what is in them.
+
+    Shards are known by their sizes, and by their numbers of records in dataset_info.json, which
+    `records.open_source` has compared with them.
+    """
 
     def described(part: pipeline.Part) -> dict[str, Any]:
-        files = {"dataset_info": "dataset_info.json", "entities": records.ENTITIES_FILE}
+        files = {"dataset_info": metadata.INFO_FILE, "entities": records.ENTITIES_FILE}
         paths = {name: part.source.directory / file for name, file in files.items()}
-        return {"examples": len(part.source)} | {
+        shards = "".join(f"{file.name} {os.path.getsize(file)}\n" for file in part.source.files)
+        return {
+            "examples": len(part.source),
+            "shards": hashlib.sha256(shards.encode()).hexdigest(),
+        } | {
             name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
             for name, path in paths.items()
         }
@@ -62,6 +71,22 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key)
     )
+
+
+def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """The differences of two fingerprints; those of earlier versions know no shards."""
+    before, now = _flat(saved), _flat(current)
+    unknown = {key for key in now if key.rpartition(".")[2] == "shards"} - before.keys()
+    return differences(before, {key: now[key] for key in now.keys() - unknown})
+
+
+def _way_on(workdir: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """What a run can do about data that have grown."""
+    if not saved.get("examples", 0) < current.get("examples", 0):
+        return ""
+    if (workdir / records.ENTITIES_FILE).exists():
+        return ", or, if its data have grown, take the run to them with mofi_jax.grow"
+    return f", or, if its data have grown, begin a new run with --config.init.model={workdir}"
 
 
 def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +146,7 @@ def check(
     """
 
     def look() -> dict[str, Any]:
-        problems = []
+        problems, way_on = [], ""
         if (workdir / inference.MODEL_FILE).exists():
             saved_model = inference.read_description(workdir)
             changed = differences(*(_compared(values) for values in (saved_model, model)))
@@ -130,14 +155,16 @@ def check(
         saved = position
         if step is not None:
             saved = checkpoint.read_position(workdir, step)
-            changed = differences(saved.data_fingerprint, position.data_fingerprint)
+            fingerprints = saved.data_fingerprint, position.data_fingerprint
+            changed = data_changes(*fingerprints)
             problems += [f"it was trained on other data ({changed})"] if changed else []
+            way_on = _way_on(workdir, *fingerprints)
             wrong = checkpoint.mismatches(workdir, step, structs)
             problems += [f"its checkpoint has other arrays ({'; '.join(wrong)})"] if wrong else []
         if problems:
             raise BadInput(
                 f"{workdir} does not fit this config: {', and '.join(problems)}: restore its own "
-                "config, or choose another --workdir."
+                f"config, or choose another --workdir{way_on}."
             )
         if changed := differences(saved.config, position.config):
             logging.warning("the config is not that of the last checkpoint: %s", changed)

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 
 from mofi_jax import inference, partition, run_folder, telemetry, train
-from mofi_jax.data import ops, records, tokenizer
+from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.training import checkpoint
 from tests import datasets
@@ -311,6 +311,37 @@ def test_resume_on_other_data_is_refused(data, tmp_path):
     config.seed = 1
     with pytest.raises(BadInput, match=r"trained on other data \(seed was 0 and is 1"):
         train.main(config, str(tmp_path))
+    config.seed = 0
+    datasets.write(tmp_path / "more", examples=50)
+    config.data.dir = str(tmp_path / "more")
+    with pytest.raises(BadInput, match=r"examples was 48 and is 50.*with mofi_jax\.grow"):
+        train.main(config, str(tmp_path))
+    (tmp_path / records.ENTITIES_FILE).unlink()
+    with pytest.raises(BadInput, match=f"a new run with --config.init.model={tmp_path}"):
+        train.main(config, str(tmp_path))
+
+
+def test_a_shard_replaced_by_another_is_other_data(tmp_path):
+    config = datasets.tiny_config(tmp_path)
+    datasets.write(tmp_path, examples=8, shards=2)
+    source = records.open_source(tmp_path, "i2e")
+    texts = tokenizer.Tokenizer(source.directory / records.TOKENIZER_FILE, 12)
+    parts = [pipeline.Part("i2e", source), pipeline.Part("more", source)]
+
+    before = run_folder.data_fingerprint(config, parts, texts)
+    longer = {"text": "a red circle " * 10_000}  # ArrayRecord fills up blocks of 64 kB
+    content = [records.serialize(source[i] | longer) for i in range(4)]
+    datasets.write_shard(source.files[0], content)
+    after = run_folder.data_fingerprint(config, parts, texts)
+    changed = run_folder.data_changes(before, after)
+    assert [part.partition(" was ")[0] for part in changed.split("; ")] == [
+        *("extra.more.shards", "shards")
+    ]
+    # Runs of versions that knew nothing of shards go on.
+    old = {key: value for key, value in before.items() if key != "shards"}
+    del old["extra"]["more"]["shards"]
+    assert run_folder.data_changes(old, after) == ""
+    assert "seed was" in run_folder.data_changes(old, after | {"seed": 7})
 
 
 def test_a_mixture_is_trained_on_and_is_part_of_the_fingerprint(data, tmp_path):
