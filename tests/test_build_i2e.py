@@ -94,7 +94,7 @@ def test_the_data_set_opens_by_name_and_agrees_with_the_funnel(reference):
     assert (workdir / "report/index.html").exists()
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_writes_the_same_bytes(reference, folder, tmp_path, workers):
     workdir, result = reference
     again = build_i2e.build(make_config(folder, workers=workers), str(tmp_path))
@@ -193,6 +193,7 @@ def clip(tmp_path_factory):
     return folder / "hf"
 
 
+@pytest.mark.slow
 def test_labels_by_clip_are_the_same_bytes_for_two_workers_and_after_a_kill(folder, clip, tmp_path):
     # Both as commands: the tests' own process simulates 8 devices, which split a batch otherwise
     # and so round its last bits otherwise.
