@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 import shutil
 import tempfile
 from importlib import metadata
@@ -55,3 +56,22 @@ def meshes() -> dict[str, Mesh]:
         "2x2x2": partition.make_mesh(replica=2, fsdp=2, tensor=2),
         "8x1x1": partition.make_mesh(replica=8, fsdp=1, tensor=1),
     }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, meshes) -> pathlib.Path:
+    """data/ of seven entities and run/, 20 steps of multitask training on one device.
+
+    To be read only: a test that changes something copies it first.
+    """
+    from mofi_jax import train
+    from tests import datasets
+
+    folder = tmp_path_factory.mktemp("trained")
+    datasets.write(folder / "data", entities=7)
+    config = datasets.tiny_config(folder / "data", steps=20)
+    config.checkpoint.update({"every": "20 steps", "keep": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "make_mesh", lambda *_, **__: meshes["1x1x1"])
+        train.main(config, str(folder / "run"))
+    return folder

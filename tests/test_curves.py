@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mofi_jax import curves, telemetry, train
+from mofi_jax import curves, telemetry
 from mofi_jax.errors import BadInput
-from tests import datasets
 
 
 def run(lines, name="run"):
@@ -22,46 +21,43 @@ def titles(*runs):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, meshes):
-    """The workdir of a run of 20 steps, and that of another killed after 4."""
+def runs(tmp_path_factory, trained):
+    """The metrics of a run of 20 steps, and those of another killed after 4."""
     folder = tmp_path_factory.mktemp("runs")
-    datasets.write(folder / "data")
-    config = datasets.tiny_config(folder / "data", steps=20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
-        train.main(config, str(folder / "long"))
-    (folder / "short").mkdir()
-    lines = (folder / "long" / telemetry.METRICS_FILE).read_text().splitlines(keepends=True)
-    (folder / "short" / telemetry.METRICS_FILE).write_text("".join(lines[:4]) + lines[4][:30])
+    lines = (trained / "run" / telemetry.METRICS_FILE).read_text().splitlines(keepends=True)
+    told = {"long": "".join(lines), "short": "".join(lines[:4]) + lines[4][:30]}
+    for name, text in told.items():
+        (folder / name).mkdir()
+        (folder / name / telemetry.METRICS_FILE).write_text(text)
     return folder / "long", folder / "short"
 
 
-def test_a_real_run_as_a_picture(trained, capsys):
-    curves.main(str(trained[0]))
-    path = trained[0] / "curves.png"
+def test_a_real_run_as_a_picture(runs, capsys):
+    curves.main(str(runs[0]))
+    path = runs[0] / "curves.png"
     assert capsys.readouterr().out.strip() == str(path)
     picture = cv2.imread(str(path))
     assert picture.shape[1] > 1500
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
-    drawn = titles(*curves.read_runs([str(trained[0])]))
+    drawn = titles(*curves.read_runs([str(runs[0])]))
     assert drawn[:2] == ["Loss", "Accuracy on the batch"]
     assert {"Learning rates", "Norms", "Images per second", "Data wait (%)"} <= set(drawn)
     assert not [title for title in drawn if "MFU" in title]  # not known here: no panel for it
 
 
-def test_two_real_runs_as_a_page_that_needs_no_other_file(trained, tmp_path):
+def test_two_real_runs_as_a_page_that_needs_no_other_file(runs, tmp_path):
     out = tmp_path / "both.html"
-    curves.main(*map(str, trained), out=str(out))
+    curves.main(*map(str, runs), out=str(out))
     text = out.read_text()
     assert "Loss: entity" in text
     assert "long: 20 steps" in text
     assert "short: 4 steps" in text
     for reference in ("<script", "<link", "<img", "url(http", "@import"):
         assert reference not in text
-    last = telemetry.read_metrics(trained[1])[-1]
+    last = telemetry.read_metrics(runs[1])[-1]
     assert f"<td>{last['loss']:.5g}</td><td>4</td>" in text
     drawings = text.split("<svg")[1:]
-    assert len(drawings) == len(curves.panels(curves.read_runs(list(map(str, trained))))) + 1
+    assert len(drawings) == len(curves.panels(curves.read_runs(list(map(str, runs))))) + 1
     for drawing in drawings:
         svg = xml.etree.ElementTree.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>")
         assert "viewBox" in svg.attrib

@@ -1,6 +1,7 @@
 """A run carried over to a larger vocabulary: rows by QID, moments, new rows, and it trains on."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -21,10 +22,10 @@ def one_device(monkeypatch, meshes):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, trained):
     """The old data of seven entities; the new of ten, the old ones among them with other ids."""
-    old, new = (tmp_path_factory.mktemp(name) for name in ("old", "new"))
-    old_version = datasets.write(old, entities=7)
+    old, new = trained / "data", tmp_path_factory.mktemp("new")
+    old_version = old / "i2e" / records.VERSION
     version = datasets.write(new, entities=10)
     # The tokenizer stays that of the old data: a run's words keep their meaning.
     (version / records.TOKENIZER_FILE).write_bytes(
@@ -66,26 +67,29 @@ def saved(workdir):
 
 
 @pytest.mark.parametrize("task", ["multitask", "supervised"])
-def test_grows_and_trains_on(data, tmp_path, task):
+def test_grows_and_trains_on(data, trained, tmp_path, task):
     old_data, new_data = data
-    config = datasets.tiny_config(old_data, f"task={task}", steps=4)
-    config.checkpoint.keep = 1
-    train.main(config, str(tmp_path / "run"))
-    grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    run = trained / "run"
+    if task == "supervised":
+        run = tmp_path / "run"
+        config = datasets.tiny_config(old_data, f"task={task}", steps=20)
+        config.checkpoint.every = "20 steps"
+        train.main(config, str(run))
+    grow.main(str(run), str(new_data), str(tmp_path / "grown"))
     result = json.loads((tmp_path / "grown" / "result_grow.json").read_text())
     assert (result["kept"], result["added"], result["dropped"]) == (7, 3, 0)
     assert result["new_rows"] == ("text tower" if task == "multitask" else "random")
 
-    old = records.read_entities(tmp_path / "run" / records.ENTITIES_FILE)
+    old = records.read_entities(run / records.ENTITIES_FILE)
     new = records.read_entities(tmp_path / "grown" / records.ENTITIES_FILE)
     assert len(new) == 10
-    before, after = saved(tmp_path / "run"), saved(tmp_path / "grown")
+    before, after = saved(run), saved(tmp_path / "grown")
     assert before.keys() == after.keys()
     moved = [name for name in before if name.endswith(TABLE)]
     assert len(moved) == 4, "table, two moments, last step"
     for name in before:
         if name in moved:
-            was = by_qid(tmp_path / "run", before[name], old)
+            was = by_qid(run, before[name], old)
             now = by_qid(tmp_path / "grown", after[name], new)
             for qid in old.qids:
                 np.testing.assert_array_equal(now[qid], was[qid], err_msg=f"{name} {qid}")
@@ -93,28 +97,27 @@ def test_grows_and_trains_on(data, tmp_path, task):
                 if "mu" in name or "nu" in name:
                     np.testing.assert_array_equal(now[qid], 0)
                 elif "last_step" in name:
-                    assert now[qid] == 4
+                    assert now[qid] == 20
                 else:
                     length = np.median([np.linalg.norm(row) for row in was.values()])
                     assert np.linalg.norm(now[qid]) == pytest.approx(length, rel=1e-4)
         else:
             np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
-    # The same command on the new data goes on from step 4.
-    config = datasets.tiny_config(new_data, f"task={task}", steps=6)
+    # The same command on the new data goes on from step 20.
+    config = datasets.tiny_config(new_data, f"task={task}", steps=22)
     train.main(config, str(tmp_path / "grown"))
     lines = telemetry.read_metrics(tmp_path / "grown")
-    assert [line["step"] for line in lines] == [5, 6]
+    assert [line["step"] for line in lines] == [21, 22]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert json.loads((tmp_path / "grown" / "result.json").read_text())["entities"] == 10
 
 
-def test_new_rows_are_what_the_text_tower_says(data, tmp_path):
+def test_new_rows_are_what_the_text_tower_says(data, trained, tmp_path):
     from mofi_jax import inference
 
-    old_data, new_data = data
-    train.main(datasets.tiny_config(old_data, steps=2), str(tmp_path / "run"))
-    grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "grown"))
+    _, new_data = data
+    grow.main(str(trained / "run"), str(new_data), str(tmp_path / "grown"))
     model = inference.load(tmp_path / "grown", mesh=partition.make_mesh())
     fresh = [i for i, qid in enumerate(model.towers.entities.qids) if qid in ("Q007", "Q008")]
     words = [model.towers.entities.text(i, with_description=True) for i in fresh]
@@ -143,10 +146,10 @@ def test_refusals(data, tmp_path):
     assert (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns == before
 
 
-def test_a_kill_leaves_nothing_to_train_in(data, tmp_path, monkeypatch):
+def test_a_kill_leaves_nothing_to_train_in(data, trained, tmp_path, monkeypatch):
     """Until everything is written there is no folder; the same command then starts over."""
-    old_data, new_data = data
-    train.main(datasets.tiny_config(old_data, steps=1), str(tmp_path / "run"))
+    _, new_data = data
+    shutil.copytree(trained / "run", tmp_path / "run")
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -167,13 +170,12 @@ def test_a_kill_leaves_nothing_to_train_in(data, tmp_path, monkeypatch):
         grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "again"))
 
 
-def test_another_tokenizer_or_no_entities(data, tmp_path):
+def test_another_tokenizer_or_no_entities(data, trained, tmp_path):
     old_data, _ = data
     other = tmp_path / "other"
     datasets.write(other, entities=9)
-    train.main(datasets.tiny_config(old_data, steps=1), str(tmp_path / "run"))
     with pytest.raises(BadInput, match="is not the tokenizer of"):
-        grow.main(str(tmp_path / "run"), str(other), str(tmp_path / "grown"))
+        grow.main(str(trained / "run"), str(other), str(tmp_path / "grown"))
     train.main(datasets.tiny_config(old_data, "task=contrastive", steps=1), str(tmp_path / "clip"))
     with pytest.raises(BadInput, match="no vocabulary to grow"):
         grow.main(str(tmp_path / "clip"), str(other), str(tmp_path / "grown"))

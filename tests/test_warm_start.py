@@ -22,10 +22,12 @@ def one_device(monkeypatch, meshes):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, trained):
     """A trained run of seven entities; data of nine, five of them the old ones with other ids."""
     folder = tmp_path_factory.mktemp("world")
-    old = datasets.write(folder / "old", entities=7)
+    (folder / "old").symlink_to(trained / "data")
+    (folder / "run").symlink_to(trained / "run")
+    old = folder / "old" / "i2e" / records.VERSION
     new = datasets.write(folder / "new", entities=9)
     (new / records.TOKENIZER_FILE).write_bytes((old / records.TOKENIZER_FILE).read_bytes())
     known = records.read_entities(new / records.ENTITIES_FILE)
@@ -34,14 +36,6 @@ def world(tmp_path_factory):
         new / records.ENTITIES_FILE,
         dataclasses.replace(known, qids=qids, counts=np.arange(30, 21, -1)),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        one = jax.sharding.Mesh(
-            np.array(jax.devices()[:1]).reshape(1, 1, 1),
-            partition.ALL_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        )
-        patch.setattr(partition, "make_mesh", lambda **_: one)
-        train.main(datasets.tiny_config(folder / "old", steps=4), str(folder / "run"))
     return folder
 
 
