@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mofi_jax.errors import BadInput, Preempted
+from mofi_jax.errors import BadInput, Preempted, StorageFailed
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -131,9 +131,15 @@ def _with_home(value: Any) -> Any:
 
 
 def _from_here(record: Any) -> bool:
-    """Libraries are heard from warnings on: Orbax tells ten lines about every checkpoint."""
+    """Libraries are heard from warnings on: Orbax tells ten lines about every checkpoint.
+
+    Without tracebacks: what fails in their threads is raised again in ours, or does not matter.
+    """
     own = tuple(str(_ROOT / name) for name in ("mofi_jax", "data_prep", "quickstart"))
-    return record.levelno >= 30 or record.pathname.startswith(own)
+    if record.pathname.startswith(own):
+        return True
+    record.exc_info = record.exc_text = None
+    return record.levelno >= 30
 
 
 def _explain(error: BaseException, argv: Sequence[str]) -> str:
@@ -165,4 +171,6 @@ def _key(error: BaseException) -> str:
 def complain(error: BaseException | str) -> None:
     """Prints one line on stderr and exits with code 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if isinstance(error, StorageFailed):
+        os._exit(2)
     sys.exit(2)

@@ -12,6 +12,13 @@ class BadInput(ValueError):
     """
 
 
+class StorageFailed(BadInput):
+    """What was to be written was not; the process leaves without waiting for anything.
+
+    The threads of libraries and other hosts may wait for it to finish what it cannot.
+    """
+
+
 class Preempted(Exception):
     """Asked to leave, and everything is saved: the same command goes on.
 

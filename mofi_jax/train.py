@@ -76,7 +76,7 @@ def main(
     try:
         with contextlib.ExitStack() as cleanup:
             train(config, workdir, profile, cleanup)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = None if isinstance(error, BadInput) else errors.storage_problem(error, workdir)
         if reason is None:
             raise
@@ -84,7 +84,7 @@ def main(
         last = (
             f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved yet"
         )
-        raise BadInput(
+        raise errors.StorageFailed(
             f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
             f"{last}."
         ) from error
@@ -297,6 +297,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             jax.block_until_ready(before)
             before = values
             watchdog.progress(now)
+            checkpointer.check()
             metrics.watch(now + 1, values)
             console.show(now, metrics.flush())
             if cadence.due(now + 1, log_every, last=total):

@@ -9,6 +9,7 @@ and checksums tell a file that has changed since.
 import concurrent.futures
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,12 +75,13 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 create=True,
                 single_host_load_and_broadcast=True,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_together),
             ),
             item_names=(*ITEMS, "ema"),
         )
         self._sums = sums and jax.process_index() == 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checksums")
-        self._summed: concurrent.futures.Future[None] | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Starts saving; the arrays are copied first, so the state may be donated afterwards."""
@@ -87,24 +89,34 @@ class Checkpointer:
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["position"] = ocp.args.JsonSave(dataclasses.asdict(position))
         self._manager.save(step, args=ocp.args.Composite(**items))
-        if self._sums:
-            self._summed = self._pool.submit(self._sum, self.folder / str(step))
+        self._saving = self._pool.submit(self._finish, self.folder / str(step))
 
-    def _sum(self, folder: epath.Path) -> None:
+    def _finish(self, folder: epath.Path) -> None:
         """Sums a step that all hosts have finished; killed before, it counts as one without."""
         self._manager.wait_until_finished()
-        checksums.write(folder)
+        if self._sums:
+            checksums.write(folder)
+
+    def check(self) -> None:
+        """Raises what went wrong with the last save, without waiting for its end."""
+        if self._saving is not None and self._saving.done():
+            self._saving.result()
 
     def wait(self) -> None:
         """Returns once the last save is on disk."""
-        self._manager.wait_until_finished()
-        if self._summed is not None:
-            self._summed.result()
+        if self._saving is not None:
+            self._saving.result()
 
     def close(self) -> None:
+        self._pool.shutdown(wait=False)
         self.wait()
         self._manager.close()
-        self._pool.shutdown()
+
+
+def _together(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier; a host whose save has failed leaves, and waits for nobody."""
+    if sys.exception() is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 # ---------------------------------------------------------------------------- which step
