@@ -395,7 +395,15 @@ class RawPixels:
 
 
 def _decode(operations: Callable, data: bytes, size: int) -> np.ndarray:
-    pixels = operations({"image": data}, None)["image"]
+    try:
+        pixels = operations({"image": data}, None)["image"]
+    except (BadInput, ops.UndecodableImage):
+        raise
+    except Exception as error:  # OpenCV's own, or Python's, about the operations' arguments
+        raise BadInput(
+            f"The preprocessing fails ({type(error).__name__}: {' '.join(str(error).split())}): "
+            "correct its arguments."
+        ) from error
     if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
         raise BadInput(
             f"The preprocessing gives {pixels.dtype} {list(pixels.shape)} where the model takes "

@@ -185,7 +185,7 @@ def parse(spec: str) -> tuple[Operation, ...]:
             call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
             args = [ast.literal_eval(a) for a in call.args]
             kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, AttributeError, ValueError):
+        except (SyntaxError, AttributeError, ValueError, MemoryError, RecursionError):
             raise BadInput(
                 f"The picture operation {part.strip()!r} in {spec!r} cannot be read: write "
                 "name or name(literal, key=literal), separated by |."

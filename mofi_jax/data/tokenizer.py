@@ -7,7 +7,6 @@ file knows nothing of models; it only promises ids below `Tokenizer.vocab_size`.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from etils import epath
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mofi_jax import json_files
 from mofi_jax.errors import BadInput
 
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
@@ -144,7 +144,7 @@ class Tokenizer:
         # A caption that spells "<|endoftext|>" is text like any other, not a second EOS.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.bos_id, self.eos_id, self.pad_id = _special_ids(self.path, vocabulary)
 
     def __reduce__(self):
@@ -178,17 +178,12 @@ def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int
     config_path = path.parent / "tokenizer_config.json"
     config = {}
     if config_path.exists():
-        try:
-            config = json.loads(config_path.read_text())
-        except ValueError as error:
-            raise BadInput(
-                f"{config_path} is not JSON ({error}): write it again, or remove it."
-            ) from error
+        config = json_files.read_object(config_path, "write it again, or remove it")
     ids = {}
     for kind, known in KNOWN_NAMES.items():
         name = config.get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name
-        names = known if name is None else (name, *known)
+        names = (name, *known) if isinstance(name, str) else known
         ids[kind] = next((vocabulary[n] for n in names if n in vocabulary), None)
     if ids["eos"] is not None and ids["bos"] in (None, ids["eos"]):
         # OPT and GPT-2 name one token for both; pooling at the first EOS needs two different ones.

@@ -27,6 +27,23 @@ ACTIVATION_FROM = {
 }
 ACTIVATION_TO = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
+HEADS = "num_attention_heads"
+# What a number may be, as for our own config.
+SIZES = {
+    "hidden_size": mofi.LIMITS["width"],
+    "intermediate_size": (1, 4 * mofi.LIMITS["width"][1]),
+    "num_hidden_layers": mofi.LIMITS["layers"],
+    HEADS: mofi.LIMITS["heads"],
+    "vocab_size": mofi.LIMITS["vocab_size"],
+    "max_position_embeddings": mofi.LIMITS["context_length"],
+    "eos_token_id": mofi.LIMITS["eos_id"],
+    "image_size": mofi.LIMITS["image_size"],
+    "patch_size": mofi.LIMITS["patch_size"],
+    "projection_dim": mofi.LIMITS["embed_dim"],
+}
+LISTS = ("eos_token_id", "image_size", "patch_size")  # may also be several numbers
+KINDS = {"hidden_act": (str, "a name"), "layer_norm_eps": ((int, float), "a number")}
+
 # transformers compares with this id before it decides how to pool.
 ARGMAX_EOS = 2
 
@@ -103,58 +120,87 @@ def from_config(
             "type 'clip' (CLIPModel)."
         )
 
-    def field(section: str, key: str) -> Any:
-        value = (values.get(section) or {}).get(key)
-        if value is None:
-            raise BadInput(
-                f"{where} lacks {section}.{key}: add the value the model was trained with, since a "
-                "default would be a guess."
-            )
-        return value
-
     def refuse(what: str) -> None:
         raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
 
     def same(key: str) -> Any:
-        text, vision = field("text_config", key), field("vision_config", key)
+        text, vision = (
+            field(values, where, f"{tower}_config", key) for tower in ("text", "vision")
+        )
         if text != vision:
             refuse(f"{key} {text!r} for text and {vision!r} for pictures")
         return text
 
     def square(key: str) -> int:
-        value = field("vision_config", key)
+        value = field(values, where, "vision_config", key)
         sides = set(value) if isinstance(value, list) else {value}
         if len(sides) != 1:
             refuse(f"vision_config.{key} {value}")
-        return int(sides.pop())
+        return sides.pop()
 
     def tower(section: str) -> mofi.TowerConfig:
-        width = field(section, "hidden_size")
-        if field(section, "intermediate_size") != 4 * width:
-            refuse(f"{section}.intermediate_size other than 4 x hidden_size")
-        return mofi.TowerConfig(
-            width, field(section, "num_hidden_layers"), field(section, "num_attention_heads")
+        width, inner, layers, heads = (
+            field(values, where, section, key)
+            for key in ("hidden_size", "intermediate_size", "num_hidden_layers", HEADS)
         )
+        if inner != 4 * width:
+            refuse(f"{section}.intermediate_size other than 4 x hidden_size")
+        return mofi.TowerConfig(width, layers, heads)
 
-    if values.get("projection_dim") is None:
-        raise BadInput(f"{where} lacks projection_dim: add the size of the shared embedding.")
     activation = same("hidden_act")
     if activation not in ACTIVATION_FROM:
         refuse(f"hidden_act {activation!r}")
-    return mofi.MofiConfig(
-        image_size=square("image_size"),
-        patch_size=square("patch_size"),
-        image=tower("vision_config"),
-        text=tower("text_config"),
-        vocab_size=field("text_config", "vocab_size"),
-        context_length=field("text_config", "max_position_embeddings"),
-        eos_id=_pooling_eos(field("text_config", "eos_token_id"), where, tokenizer),
-        embed_dim=values["projection_dim"],
-        activation=ACTIVATION_FROM[activation],
-        layer_norm_eps=same("layer_norm_eps"),
-        dtype="float32",
-        remat="none",
-    )
+    stated = field(values, where, "text_config", "eos_token_id")
+    try:
+        return mofi.MofiConfig(
+            image_size=square("image_size"),
+            patch_size=square("patch_size"),
+            image=tower("vision_config"),
+            text=tower("text_config"),
+            vocab_size=field(values, where, "text_config", "vocab_size"),
+            context_length=field(values, where, "text_config", "max_position_embeddings"),
+            eos_id=_pooling_eos(stated, where, tokenizer),
+            embed_dim=field(values, where, "", "projection_dim"),
+            activation=ACTIVATION_FROM[activation],
+            layer_norm_eps=float(same("layer_norm_eps")),
+            dtype="float32",
+            remat="none",
+        )
+    except BadInput as error:
+        if str(where) in str(error):
+            raise
+        raise BadInput(f"{where} describes no model that can be built: {error}") from error
+
+
+def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: str) -> Any:
+    """A value of config.json, checked for type and range.
+
+    Args:
+      section: "text_config", "vision_config", or "" for the top.
+
+    Raises:
+      BadInput: the section is no object, or the value is missing, of another type or out of range.
+    """
+    part = values.get(section) if section else values
+    value = part.get(key) if isinstance(part, Mapping) else None
+    name = f"{section}.{key}".lstrip(".")
+    if value is None:
+        raise BadInput(
+            f"{where} lacks {name}: add the value the model was trained with, since a default "
+            "would be a guess."
+        )
+    if key in SIZES:
+        low, high = SIZES[key]
+        numbers = value if isinstance(value, list) and key in LISTS and value else [value]
+        fits = all(type(number) is int and low <= number <= high for number in numbers)
+        wanted = f"a whole number from {low} to {high}"
+    else:
+        kinds, wanted = KINDS[key]
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+    if not fits:
+        shown = repr(value)[:50]
+        raise BadInput(f"{where} has {name}={shown}, which must be {wanted}: copy the file again.")
+    return value
 
 
 def _pooling_eos(

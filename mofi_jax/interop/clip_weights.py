@@ -17,6 +17,7 @@ from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 
 ENTITY_TABLE = partition.ENTITY_TABLE
+NAMED = 10  # arrays of one kind that an error names
 # Parameters of the training losses that are no part of CLIPModel.
 OF_LOSSES = (ENTITY_TABLE, "entity_log_scale", "logit_bias")
 
@@ -183,7 +184,11 @@ def from_state_dict(
             node[weight.path[-1]] = arrays[0] if weight.layers is None else np.stack(arrays)
     if missing or misshapen or left:
         found = {"missing": missing, "unexpected": sorted(left), "of another shape": misshapen}
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
+        told = "; ".join(
+            f"{kind}: {', '.join(names[:NAMED])}" + (", ..." if len(names) > NAMED else "")
+            for kind, names in found.items()
+            if names
+        )
         raise BadInput(
             f"The weights in {where} are not those its config.json describes ({told}): use a "
             "complete CLIPModel folder."

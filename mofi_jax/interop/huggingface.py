@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from mofi_jax import partition
+from mofi_jax import json_files, partition
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -30,6 +30,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ENTITY_TABLE_FILE = "entity_table.safetensors"
 PREPROCESS = "preprocess.json"
+
+COPY_AGAIN = "copy the whole CLIPModel folder again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +78,22 @@ def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
     }
 
 
+def _close(found: Any, expected: Sequence[float]) -> bool:
+    return (
+        isinstance(found, list)
+        and len(found) == len(expected)
+        and all(type(value) in (int, float) for value in found)
+        and np.allclose(found, expected, atol=1e-4)
+    )
+
+
 def _read_preprocess(folder: epath.Path, image_size: int) -> str:
     """The picture operations: preprocess.json if ours, else nearest to preprocessor_config.json.
 
     A folder with neither (weights alone) gets the short side and centre crop of every CLIP.
     """
     if (folder / PREPROCESS).exists():
-        spec = _read_json(folder / PREPROCESS).get("preprocess")
+        spec = json_files.read_object(folder / PREPROCESS, COPY_AGAIN).get("preprocess")
         if not isinstance(spec, str):
             raise BadInput(
                 f"{folder / PREPROCESS} lacks the key preprocess: export the model again."
@@ -92,20 +103,22 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
     path = folder / "preprocessor_config.json"
     resize = image_size
     if path.exists():
-        values = _read_json(path)
+        values = json_files.read_object(path, COPY_AGAIN)
         for key, expected in (
             ("image_mean", image_lib.PIXEL_MEAN),
             ("image_std", image_lib.PIXEL_STD),
         ):
-            if not np.allclose(values.get(key, expected), expected, atol=1e-4):
+            found = values.get(key, list(expected))
+            if not _close(found, expected):
                 raise BadInput(
-                    f"{path} normalises with {key} {values[key]} and this model with "
+                    f"{path} normalises with {key} {found} and this model with "
                     f"{list(expected)}: fold the difference into the weights or use another model."
                 )
         size, crop = values.get("size", image_size), values.get("crop_size", image_size)
         resize = size.get("shortest_edge") if isinstance(size, dict) else size
         crop = crop.get("height") if isinstance(crop, dict) else crop
-        if resize is None or resize < image_size or crop != image_size:
+        fits = type(resize) is int and image_size <= resize <= mofi.LIMITS["image_size"][1]
+        if not fits or crop != image_size:
             raise BadInput(
                 f"{path} has size {size} and crop_size {crop}: only a short side (shortest_edge) "
                 f"and centre crop to the model's {image_size} pixels can be read: add {PREPROCESS}."
@@ -132,12 +145,13 @@ def read(folder: epath.PathLike) -> Clip:
       BadInput: a file or field missing or damaged, or weights that do not fit the configuration.
     """
     folder = epath.Path(folder)
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = json_files.read_object(path, COPY_AGAIN)
     tokenizer = None
     if (folder / records.TOKENIZER_FILE).exists():
-        length = (values.get("text_config") or {}).get("max_position_embeddings") or 0
+        length = clip_config.field(values, path, "text_config", "max_position_embeddings")
         tokenizer = tokenizer_lib.Tokenizer(folder / records.TOKENIZER_FILE, length)
-    config = clip_config.from_config(values, folder / "config.json", tokenizer)
+    config = clip_config.from_config(values, path, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: "
@@ -240,10 +254,14 @@ def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
     if (folder / WEIGHTS).exists():
         return _load(folder / WEIGHTS)
     if (folder / INDEX).exists():
-        state: dict[str, np.ndarray] = {}
-        for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values())):
-            state |= _load(folder / name)
-        return state
+        names = json_files.read_object(folder / INDEX, COPY_AGAIN).get("weight_map")
+        files = list(names.values()) if isinstance(names, dict) else [None]
+        # A name is that of a file beside the index, and of nothing else on this machine.
+        if not all(isinstance(name, str) and name == epath.Path(name).name for name in files):
+            raise BadInput(
+                f"{folder / INDEX} has no weight_map from arrays to files beside it: {COPY_AGAIN}."
+            )
+        return {k: v for name in sorted(set(files)) for k, v in _load(folder / name).items()}
     raise BadInput(
         f"{folder} has no weights in safetensors format ({WEIGHTS} or {INDEX}): save the model "
         "with safe_serialization=True."
@@ -267,18 +285,6 @@ def _load(path: epath.Path) -> dict[str, np.ndarray]:
         raise BadInput(
             f"The weights {path} cannot be read ({error}): copy the file again."
         ) from error
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing: give a complete CLIPModel folder.") from error
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}): copy the file again.") from error
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} does not hold a JSON object: copy the file again.")
-    return values
 
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
