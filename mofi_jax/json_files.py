@@ -8,22 +8,28 @@ from etils import epath
 from mofi_jax.errors import BadInput
 
 
-def read_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
+def read(path: epath.PathLike, remedy: str) -> Any:
+    """The JSON value in a file.
 
     Args:
       path: the file.
-      remedy: what to do where it is not there or not one, as in "copy it again".
+      remedy: what to do where it cannot be read, as in "copy it again".
 
     Raises:
-      BadInput: no such file, not JSON in UTF-8, or no object.
+      BadInput: no such file, or not JSON in UTF-8.
     """
     try:
-        values = json.loads(epath.Path(path).read_bytes())
+        return json.loads(epath.Path(path).read_bytes())
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): {remedy}.") from error
+        reason = error.strerror or error
+        raise BadInput(f"{path} cannot be read ({reason}): {remedy}.") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from error
+
+
+def read_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+    """As `read`, of an object; anything else is BadInput too."""
+    values = read(path, remedy)
     if not isinstance(values, dict):
         raise BadInput(f"{path} does not hold a JSON object: {remedy}.")
     return values

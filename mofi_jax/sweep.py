@@ -33,11 +33,12 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mofi_jax import cli, paths, sweep_table, telemetry
+from mofi_jax import cli, json_files, paths, sweep_table, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.training import settings
 
 POINTS_FILE, FAILED_FILE = "points.json", "failed.json"
+DELETE = "delete this folder, and the sweep runs the point again"
 TRAIN = (sys.executable, "-m", "mofi_jax.train")
 NAME_LENGTH = 120  # a folder's name has room for 255 bytes
 
@@ -174,7 +175,7 @@ def claim(workdir: epath.Path, points: Sequence[Mapping[str, Any]], lead: bool) 
     """
     path = workdir / POINTS_FILE
     own = json.loads(json.dumps([dict(point) for point in points]))
-    if path.exists() and json.loads(path.read_text()) != own:
+    if path.exists() and json_files.read(path, "name another folder for the sweep") != own:
         raise BadInput(
             f"{workdir} holds a sweep over other points ({path}): choose another --workdir."
         )
@@ -224,10 +225,9 @@ def is_through(folder: epath.Path, config: Any) -> bool:
     values = json.loads(config.to_json_best_effort())
     if (folder / "result.json").exists():
         # With another config, say a larger total, the training itself knows what is left to do.
-        return json.loads((folder / "config.json").read_text()) == values
+        return json_files.read(folder / "config.json", DELETE) == values
     if (folder / FAILED_FILE).exists() and telemetry.read_metrics(folder):
-        failed = json.loads((folder / FAILED_FILE).read_text())
-        return failed == {"exit_code": 2, "config": values}
+        return json_files.read(folder / FAILED_FILE, DELETE) == {"exit_code": 2, "config": values}
     return False
 
 

@@ -1,13 +1,13 @@
 """What a sweep found: its points ranked by one score, as JSON, Markdown and a plot."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from etils import epath
 
-from mofi_jax import telemetry
+from mofi_jax import json_files, telemetry
+from mofi_jax.errors import BadInput
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +45,10 @@ def row(folder: epath.Path, point: Mapping[str, Any], metric: str) -> dict[str, 
         "score": None,
     }
     if found["state"] == "finished":
-        result = json.loads((folder / "result.json").read_text())
+        path, remedy = folder / "result.json", "delete it, and the sweep runs this point again"
+        result = json_files.read_object(path, remedy)
+        if not isinstance(result.get("scores"), dict) or not {"steps", "seconds"} <= result.keys():
+            raise BadInput(f"{path} is not the result of a training: {remedy}.")
         found["score"] = result["scores"].get(metric)
         found |= {key: result[key] for key in ("scores", "steps", "seconds")}
     return found

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -129,9 +130,12 @@ class Goodput:
                 float(found["first_start"]),
                 bool(found["finished"]),
             )
+            if not all(map(math.isfinite, (first_start, *alive.values()))):
+                raise ValueError("not finite")
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            alive, first_start, finished = saved, 0.0, True
             logging.warning("%s cannot be read (%r): the run's time down is unknown", path, error)
         if finished:
             first_start = self._started - sum(alive.values())

@@ -180,13 +180,16 @@ def _first_not_finite(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file; a last line cut short is left out."""
+    """The lines of a run's metrics file, up to one that is cut short or damaged."""
     path = epath.Path(workdir) / METRICS_FILE
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().decode(errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                break
+            lines.append(line)
     return lines
