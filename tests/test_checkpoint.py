@@ -5,10 +5,12 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import quickstart
@@ -338,6 +340,29 @@ def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, meshes, monkeypatch
         checkpointer.wait()
     # It is whole all the same.
     assert checkpoint.newest_whole(tmp_path, verify=False) == (20, [])
+
+
+def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, meshes, monkeypatch):
+    """The barriers of Orbax are not entered while the save's own error is on its way."""
+    entered = []
+    barrier = lambda **_: entered.append(sys.exception())  # noqa: E731
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda **_: barrier)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    train_state = checkpoint.restore(run, 40, structs)
+    checkpointer = checkpoint.Checkpointer(run, keep=1)
+    checkpointer.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer._manager._checkpointer.handler, "finalize", full)
+        checkpointer.save(60, train_state, POSITION)
+        for told in (checkpointer.wait, checkpointer.check, checkpointer.close):
+            with pytest.raises(OSError, match="No space left"):
+                told()
+    assert entered == [None] * len(entered)
+    assert checkpoint.saved_steps(run)[-1] == 40
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,11 +1,14 @@
 """Every main's command line: bad input is one sentence on stderr, exit code 2, nothing written."""
 
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 from etils import epath
+
+from mofi_jax import cli, errors
 
 REPOSITORY = epath.Path(__file__).parent.parent
 TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
@@ -87,3 +90,25 @@ def test_what_is_written_without_a_flag(arguments, sentence):
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {sentence}")
+
+
+def test_libraries_are_heard_without_tracebacks():
+    error = (ValueError, ValueError("full"), None)
+    for name, level, heard, traced in (
+        (cli.__file__, logging.INFO, True, True),
+        ("/lib/orbax/save.py", logging.ERROR, True, False),
+        ("/lib/orbax/save.py", logging.INFO, False, False),
+    ):
+        record = logging.LogRecord("absl", level, name, 1, "failed", (), error)
+        assert cli._from_here(record) is heard
+        assert bool(record.exc_info) is traced
+
+
+def test_what_cannot_be_written_ends_at_once(monkeypatch, capsys):
+    """Without what a normal exit waits for: threads of libraries, and the other hosts."""
+    codes = []
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        cli.complain(errors.StorageFailed("W cannot be written"))
+    assert codes == [2]
+    assert capsys.readouterr().err == "error: W cannot be written\n"

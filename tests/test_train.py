@@ -529,3 +529,34 @@ def test_a_workdir_that_is_a_pattern_is_refused_before_anything_is_written(data,
     with pytest.raises(BadInput, match=r"--workdir=.* has one of the characters"):
         train.main(datasets.tiny_config(data, steps=4), str(tmp_path / "run [lr=1e-3]"))
     assert not list(tmp_path.iterdir())
+
+
+def test_goes_on_with_other_means_from_the_step_before_a_damaged_one(data, tmp_path, caplog):
+    """What decides neither shapes nor meaning nor the order of the data may change."""
+    config = datasets.tiny_config(data, "task=contrastive", steps=4)
+    config.checkpoint.keep = 2
+    train.main(config, str(tmp_path))
+    (tmp_path / checkpoint.FOLDER / "4/params/_METADATA").unlink()
+    changes = {
+        "total": "6 steps",
+        "model.remat": "full",
+        "model.attention": "xla",
+        "model.dtype": "bfloat16",
+        "microbatches": 2,
+        "data.threads": 3,
+        "data.prefetch": 1,
+    }
+    before = {key: config.to_dict() for key in changes}
+    for key in changes:
+        for part in key.split("."):
+            before[key] = before[key][part]
+    config.update_from_flattened_dict(changes)
+    train.main(config, str(tmp_path))
+    for key, value in changes.items():
+        assert value != before[key]
+        assert f"{key} was {before[key]!r} and is {value!r}" in caplog.text
+    assert "the checkpoint of step 4 is damaged" in caplog.text
+    assert checkpoint.last_step(tmp_path) == 6
+    assert (tmp_path / checkpoint.FOLDER / "4.damaged").exists()
+    steps = [line["step"] for line in telemetry.read_metrics(tmp_path) if "loss" in line]
+    assert steps == list(range(1, 7))
