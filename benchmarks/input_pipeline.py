@@ -13,7 +13,8 @@ turns.
 * torch: ``torch.utils.data.DataLoader`` over files, Pillow transforms in their usual form (random
   resized crop, flip, to a tensor, normalised), two worker processes.
 * ours: the stream that training draws from: I2E shards, crop, flip, one of the texts drawn and
-  made into tokens, labels, batches of uint8.
+  made into tokens, labels, batches of uint8.  Once decoded in threads of the process, once in two
+  workers that share as many threads.
 
 PATH is a folder or a tar of ``{class}_{name}.jpg``, by default the bundled sample.  Pictures that
 are smaller than 256 pixels are laid together, 20 to a mosaic.
@@ -44,7 +45,8 @@ from mofi_jax.training import checkpoint, state
 
 SIZE, SHORT_SIDE, TILE, QUALITY = 224, 256, 64, 90
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # the defaults of ops.random_resized_crop
-BATCH, WARM_UP = 64, 2
+BATCH, WARM_UP = 64, 4
+WORKERS = (0, 2)
 ENTITIES = 1_000
 # Grain's shuffle walks through powers of four: drawing from less takes longer (0.1 ms from 256).
 RECORDS = 4_096
@@ -206,8 +208,10 @@ def torch_loader(files: list[str], workers: int) -> Iterator[int]:
         yield len(batch)
 
 
-def ours(folder: pathlib.Path, threads: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """The stream of `mofi_jax.train`."""
+def ours(
+    folder: pathlib.Path, threads: int, *, workers: int = 0, start: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """The stream of `mofi_jax.train`; the threads are those of all workers."""
     source = records.open_source(folder, "i2e")
     builder = pipeline.ExampleBuilder(
         image_ops=f"decode|random_resized_crop({SIZE})|flip",
@@ -225,8 +229,8 @@ def ours(folder: pathlib.Path, threads: int, start: int = 0) -> Iterator[dict[st
         host=0,
         hosts=1,
         batch_size=BATCH,
-        threads=threads,
-        workers=0,
+        threads=max(1, threads // max(1, workers)),
+        workers=workers,
     )
 
 
@@ -264,7 +268,12 @@ def speed(
     versions: dict[str, Callable[[], Iterator[Any]]] = {
         "bare": lambda: bare(jpegs, threads, crop=False),
         "bare, with crops": lambda: bare(jpegs, threads, crop=True),
-        "ours": lambda: ours(folder, threads),
+        **{
+            f"ours, {workers} workers": lambda workers=workers: ours(
+                folder, threads, workers=workers
+            )
+            for workers in WORKERS
+        },
         "torch": lambda: torch_loader(files, workers=2),
     }
     rates: dict[str, list[float]] = {name: [] for name in versions}
@@ -277,16 +286,17 @@ def speed(
     for name in versions:
         report.add(f"224-pixel pictures, {name}", statistics.median(rates[name]), "img/s", device)
 
-    def ratio(other: str) -> float:
-        return statistics.median(a / b for a, b in zip(rates["ours"], rates[other], strict=True))
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
-    bar = f"speed over bare decode and resize, {threads} threads"
-    report.add(bar, ratio("bare"), "x", device, ">= 0.85")
-    bar = f"speed over bare decode, crop and resize, {threads} threads"
-    report.add(bar, ratio("bare, with crops"), "x", device)
-    report.add(
-        "speed over torch DataLoader, Pillow, 2 workers", ratio("torch"), "x", device, ">= 1.3"
-    )
+    for workers in WORKERS:
+        name, how = f"ours, {workers} workers", f"{threads} threads, {workers} workers"
+        bar = f"speed over bare decode and resize, {how}"
+        report.add(bar, ratio(name, "bare"), "x", device, ">= 0.85")
+        bar = f"speed over bare decode, crop and resize, {how}"
+        report.add(bar, ratio(name, "bare, with crops"), "x", device)
+        bar = f"speed over torch DataLoader, Pillow, 2 workers, {how}"
+        report.add(bar, ratio(name, "torch"), "x", device, ">= 1.3")
 
 
 def resume(report: figures.Report, folder: pathlib.Path, threads: int) -> None:

@@ -120,8 +120,13 @@ def _kind(path: str) -> str | None:
 def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
     if os.path.isdir(pattern):
         listed = [os.path.join(pattern, entry) for entry in os.listdir(pattern)]
+    elif os.path.exists(pattern):
+        listed = [pattern]
     else:
-        listed = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        folder, last = os.path.split(pattern)
+        if os.path.isdir(folder):  # a name, whatever characters are in it
+            folder = glob.escape(folder)
+        listed = glob.glob(os.path.join(folder, last), recursive=True)
     by_kind: dict[str, set[str]] = {kind: set() for kind in _KINDS}
     for path in listed:
         kind = _kind(path)

@@ -146,8 +146,9 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
         pipeline.check_shards(data.parts, hosts)
     if workers := config.data.workers:
         with report.about("shared memory"):
-            pixels = config.model.image_size**2 * 3
-            needed = pipeline.shared_bytes(pixels, config.batch_size // hosts, workers)
+            local = config.batch_size // hosts
+            held = pipeline.buffers(local, config.data.threads, workers)
+            needed = held.shared * config.model.image_size**2 * 3
             limits.require_shared_memory(needed, workers)
             report.ok("shared memory", f"{needed / 2**20:.0f} MiB for {workers} workers")
     with report.about("first record"):
@@ -270,8 +271,9 @@ def host_memory(
     workers = config.data.workers
     batch = config.batch_size // hosts
     example = config.model.image_size**2 * 3 + len(data.primary[0]["image"])
-    # Two batches ahead over all processes that decode, one that is put together, one on its way.
-    batches = 4 * batch * example + pipeline.shared_bytes(example, batch, workers)
+    # One batch more is on its way to the devices.
+    held = pipeline.buffers(batch, config.data.threads, workers)
+    batches = (held.total + batch) * example
     words = 0
     if data.entities is not None:
         columns = (data.entities.qids, data.entities.names, data.entities.descriptions)

@@ -141,6 +141,21 @@ def test_groups_split_a_batch_evenly(folder):
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(
+    ("local", "threads", "workers", "expected"),
+    [
+        (64, 2, 0, (8, 8, 16, 0, 192)),
+        (15, 4, 0, (8, 2, 8, 0, 79)),
+        (1024, 2, 8, (32, 32, 8, 1056, 4128)),
+        (16, 1, 2, (16, 1, 2, 144, 224)),
+    ],
+)
+def test_two_batches_wait_over_all_processes(local, threads, workers, expected):
+    held = pipeline.buffers(local, threads, workers)
+    assert held == expected
+    assert max(1, workers) * held.ahead * held.group >= 2 * local
+
+
 def test_too_little_shared_memory_is_told_before_workers_start(folder, monkeypatch):
     full = shutil._ntuple_diskusage(2**20, 2**20, 0)
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda _: full)

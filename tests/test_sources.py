@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 
 import hypothesis
 import pytest
@@ -251,3 +252,13 @@ def test_two_workers_write_the_same_bytes(tmp_path):
         )
         digests.append([manifest["outputs"] for manifest in manifests])
     assert digests[0] == digests[1]
+
+
+def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
+    folder = tmp_path / "in [x]"
+    folder.mkdir()
+    for name in ("0.tar", "1.tar"):
+        (folder / name).touch()
+    found = sources.find([f"s={folder}/*.tar"])
+    assert [os.path.basename(file.path) for file in found] == ["0.tar", "1.tar"]
+    assert [file.path for file in sources.find([f"s={folder}/1.tar"])] == [f"{folder}/1.tar"]

@@ -12,7 +12,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -331,17 +331,24 @@ def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np
         groups.close()
 
 
-def shared_bytes(example: int, local: int, workers: int) -> int:
-    """Bytes that lie in shared memory at once, as measured.
+class Buffers(NamedTuple):
+    """How the examples of a host wait; sizes in examples."""
 
-    Four groups of each worker, ready, waiting, taken and on its way, and the one that is being
-    copied into the batch.
+    group: int  # what a thread makes at once
+    groups: int  # into how many of them a batch is split
+    ahead: int  # groups that wait in each process that decodes: two batches over all
+    shared: int  # in shared memory, as measured: four groups of each worker, and one
+    total: int  # all that wait, and the batch that is being put together
 
-    Args:
-      example: bytes of one.
-      local: batch size of the host.
-    """
-    return (4 * workers + 1) * min(local, _WORKER_GROUP) * example
+
+def buffers(local: int, threads: int, workers: int) -> Buffers:
+    """What waits for batches of ``local`` examples a host; see `training_stream`."""
+    group = min(local, _WORKER_GROUP if workers else _THREAD_GROUP)
+    groups = -(-local // group)
+    processes = max(1, workers)
+    ahead = max(2 * threads, -(-2 * groups // processes))
+    shared = (4 * workers + 1) * group if workers else 0
+    return Buffers(group, groups, ahead, shared, processes * ahead * group + shared + local)
 
 
 def training_stream(
@@ -373,22 +380,17 @@ def training_stream(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     local = batch_size // hosts
-    size = _WORKER_GROUP if workers else _THREAD_GROUP
-    groups = _Groups(
-        *(_ordered(parts, seed), builder, seed, start, host, hosts, local, -(-local // size))
-    )
-    # Two batches ahead, over all processes that decode for this host.
-    ahead = max(2 * threads, -(-2 * groups.per_batch // max(1, workers)))
+    held = buffers(local, threads, workers)
+    groups = _Groups(_ordered(parts, seed), builder, seed, start, host, hosts, local, held.groups)
     stream = (
         grain.MapDataset.range(sys.maxsize)
         .map(groups)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=held.ahead))
     )
     if workers:
         [example] = builder.examples(seed, [(start, groups.ordered[start])])
-        limits.require_shared_memory(
-            shared_bytes(sum(values.nbytes for values in example.values()), local, workers), workers
-        )
+        size = sum(values.nbytes for values in example.values())
+        limits.require_shared_memory(held.shared * size, workers)
         # Grain deals the groups out to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return _batches(iter(stream), local)
