@@ -6,11 +6,14 @@ call here comes first and says so.  This file knows nothing of models or data.
 """
 
 import contextlib
+import functools
 import json
 import os
+import re
 import selectors
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +139,26 @@ def keep_programs(folder: epath.PathLike) -> None:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).absolute()))
     # A start compiles dozens of small programs besides the step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    warnings.showwarning = functools.partial(
+        _without_damaged, epath.Path(folder), warnings.showwarning
+    )
+
+
+def _without_damaged(
+    folder: epath.Path, show: Callable[..., None], message: Warning | str, *args: Any, **kwargs: Any
+) -> None:
+    """Shows a warning; removes the program that it says cannot be read.
+
+    jax compiles it again, and then keeps the file that it finds: at every start anew.
+    """
+    found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+    if found is None:
+        show(message, *args, **kwargs)
+    elif jax.process_index() == 0:
+        logging.warning("a program in %s is damaged and compiled again: %s", folder, found[1])
+        for path in folder.iterdir():
+            if path.name.startswith(f"{found[1]}-"):
+                path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- roll call

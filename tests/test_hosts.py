@@ -5,9 +5,11 @@ import functools
 import os
 import socket
 import threading
+import warnings
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mofi_jax import hosts, partition
 from mofi_jax.errors import BadInput
@@ -204,3 +206,34 @@ def test_no_host_waits_for_one_that_failed(monkeypatch):
 
 def test_a_lone_host_asks_nobody():
     assert hosts.agree(lambda: 4) == 4
+
+
+def test_a_damaged_program_is_replaced(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    kept = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in kept}
+
+    def compile_anew():
+        compilation_cache.reset_cache()
+
+        def kept_program(x):
+            return x * 3 + 1
+
+        assert jax.jit(kept_program)(2) == 7
+        [path] = tmp_path.glob("jit_kept_program-*-cache")
+        return path
+
+    try:
+        hosts.keep_programs(tmp_path)
+        jax.config.update(kept[1], 0.0)
+        path = compile_anew()
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        compile_anew()
+        assert "is damaged and compiled again: jit_kept_program" in caplog.text
+        assert len(path.read_bytes()) > len(whole) // 2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
