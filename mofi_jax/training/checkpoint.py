@@ -224,7 +224,8 @@ def read_position(workdir: epath.PathLike, step: int) -> Position:
       BadInput: it cannot be read.
     """
     folder = _step(workdir, step) / "position"
-    with _reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    handler = ocp.JsonCheckpointHandler()
+    with _reading(folder), ocp.Checkpointer(handler, **_by_this_host()) as checkpointer:
         return Position(**checkpointer.restore(folder))
 
 
@@ -261,7 +262,7 @@ def restore_params(workdir: epath.PathLike) -> Any:
     Raises:
       BadInput: there is no checkpoint, or it is damaged.
     """
-    folder = _step(workdir, last_step(workdir))
+    folder = _step(workdir, hosts.agree(lambda: last_step(workdir)))
     return read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
 
 
@@ -271,7 +272,7 @@ def read_item(item: epath.Path) -> Any:
     abstract = jax.tree.map(
         lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
     )
-    with _reading(item), ocp.StandardCheckpointer() as checkpointer:
+    with _reading(item), ocp.StandardCheckpointer(**_by_this_host()) as checkpointer:
         return checkpointer.restore(item, abstract)
 
 
@@ -383,8 +384,15 @@ def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -
 
 def _saved_tree(folder: epath.Path) -> Any:
     """The tree of a saved item with ArrayMetadata leaves."""
-    with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
+    with _reading(folder), ocp.StandardCheckpointer(**_by_this_host()) as checkpointer:
         return checkpointer.metadata(folder).item_metadata.tree
+
+
+def _by_this_host() -> dict[str, Any]:
+    """For readers that wait for no other host: Orbax has all of them meet after each read."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    return {"multiprocessing_options": alone}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
