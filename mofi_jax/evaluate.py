@@ -45,14 +45,15 @@ def main(
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
     out = paths.output_folder(out or default, "--out")
+    # A config of one's own needs none of what concerns several hosts.
     hosts.start(
-        config.distributed,
+        config.get("distributed", False),
         coordinator=coordinator,
         processes=processes,
         process=process,
-        timeout=config.start_timeout,
+        timeout=config.get("start_timeout", 300),
     )
-    mesh = partition.make_mesh(**config.mesh)
+    mesh = partition.make_mesh(**config.get("mesh", {}))
 
     # ---------------------------------------------------------------------- model
     if model == RAW_PIXELS:

@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,6 +123,13 @@ def test_a_picture_that_cannot_be_decoded_is_named(folder, tmp_path):
         common.embed_pictures(
             inference.RawPixels(8, partition.make_mesh()), {}, common.read_set(copy)
         )
+
+
+def test_a_config_of_ones_own_says_nothing_of_hosts(tmp_path):
+    values = {"preprocess": "", "raw_pixels_size": 8}
+    values["evaluators"] = {"mine": {"kind": "retrieval", "images": str(tmp_path / "nowhere")}}
+    with pytest.raises(BadInput, match=r"Evaluator mine: There is no picture set at .*nowhere"):
+        evaluate.main(ml_collections.ConfigDict(values), "raw_pixels", str(tmp_path / "out"))
 
 
 def test_class_tables(tmp_path):
