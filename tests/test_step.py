@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -52,8 +53,9 @@ def options(**changes):
     return config
 
 
-def train(mesh, config, *, steps=1, microbatches=1, seed=0, batch=None):
-    """(state, metrics of the last step) after some steps on one batch."""
+@functools.cache
+def built(mesh, config, seed):
+    """(the first state on the host, its shardings, the update), compiled once for all tests."""
     losses = config.losses.to_dict()
     clock = cadence.Clock(batch_size=BATCH, examples_per_epoch=1000, total_steps=100)
     tx = optim.make(config.optimizer, clock)
@@ -61,8 +63,15 @@ def train(mesh, config, *, steps=1, microbatches=1, seed=0, batch=None):
         MODEL, tx, losses=losses, table_rows=partition.padded_rows(ENTITIES, mesh)
     )
     train_state, shardings = state.create(init, 1, mesh)
-    setting = step.Setting(MODEL, mesh, ENTITIES, microbatches)
+    setting = step.Setting(MODEL, mesh, ENTITIES, 1)
     update = step.make_update(setting, losses, tx, seed=seed, shardings=shardings)
+    return jax.device_get(train_state), shardings, update
+
+
+def train(mesh, config, *, steps=1, seed=0, batch=None):
+    """(state, metrics of the last step) after some steps on one batch."""
+    first, shardings, update = built(mesh, ml_collections.FrozenConfigDict(config), seed)
+    train_state = jax.device_put(first, shardings)
     batch = partition.to_global(mesh, batch or batch_of())
     for _ in range(steps):
         train_state, metrics = update(train_state, batch)
