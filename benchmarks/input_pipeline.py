@@ -226,9 +226,8 @@ def ours(
         builder,
         seed=0,
         start=start,
-        host=0,
-        hosts=1,
         batch_size=BATCH,
+        rows=np.arange(BATCH),
         threads=max(1, threads // max(1, workers)),
         workers=workers,
     )

@@ -19,7 +19,6 @@ from jax.sharding import AxisType, Mesh
 
 from mofi_jax import cli, inference, machine, partition, paths, run_folder, train
 from mofi_jax.data import limits, pipeline, records, training_set
-from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.machine import GIB, Report
 from mofi_jax.training import checkpoint, optim, settings, state
@@ -105,12 +104,8 @@ def examine(
     if found:
         with report.about("batch"):
             program_lib.check_batch(config, mesh)
-            if config.batch_size % hosts:
-                raise BadInput(
-                    f"config.batch_size={config.batch_size} does not divide over {hosts} hosts: "
-                    "choose a multiple."
-                )
-            report.ok("batch", f"{config.batch_size} = {hosts} x {config.batch_size // hosts}")
+            shards = partition.batch_shards(mesh)
+            report.ok("batch", f"{config.batch_size} = {shards} x {config.batch_size // shards}")
     with report.about("data"):
         data = check_data(report, config, hosts)
         with report.about("model"):
@@ -146,7 +141,7 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
         pipeline.check_shards(data.parts, hosts)
     if workers := config.data.workers:
         with report.about("shared memory"):
-            local = config.batch_size // hosts
+            local = -(-config.batch_size // hosts)
             held = pipeline.buffers(local, config.data.threads, workers)
             needed = held.shared * config.model.image_size**2 * 3
             limits.require_shared_memory(needed, workers)
@@ -269,7 +264,7 @@ def host_memory(
 ) -> tuple[float, str]:
     """Bytes that the processes of one host will need, and of what the number is made."""
     workers = config.data.workers
-    batch = config.batch_size // hosts
+    batch = -(-config.batch_size // hosts)
     example = config.model.image_size**2 * 3 + len(data.primary[0]["image"])
     # One batch more is on its way to the devices.
     held = pipeline.buffers(batch, config.data.threads, workers)

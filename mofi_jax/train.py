@@ -221,9 +221,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         builder,
         seed=config.seed,
         start=examples,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
         batch_size=config.batch_size,
+        rows=partition.batch_rows(mesh, config.batch_size),
         threads=config.data.threads,
         workers=config.data.workers,
     )

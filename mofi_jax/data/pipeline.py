@@ -2,8 +2,8 @@
 
 The position is one number, examples consumed.  The order over all epochs is a function of the index
 (Grain MapDataset: each set shuffled and repeated, the sets mixed by their weights), random
-operations are keyed by the global index, and host h of n takes every n-th example from the position
-on; so any number of hosts continues exactly where any other number stopped.
+operations are keyed by the global index, and row r of a batch is the example r places behind its
+position, whichever host feeds it; so any number of hosts continues exactly where any other stopped.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags, logging
+from jaxtyping import Int
 
 from mofi_jax.data import limits, ops, records, tokenizer
 from mofi_jax.errors import BadInput
@@ -289,19 +290,15 @@ class _Groups:
     builder: ExampleBuilder
     seed: int
     start: int
-    host: int
-    hosts: int
-    local: int  # batch size of the host
+    batch_size: int
+    rows: Int[np.ndarray, " n"]
     per_batch: int
 
-    def positions(self, number: int) -> range:
+    def positions(self, number: int) -> list[int]:
         """Where in the order the examples of a group are."""
         batch, group = divmod(number, self.per_batch)
-        first, last = (
-            batch * self.local + i * self.local // self.per_batch for i in (group, group + 1)
-        )
-        origin = self.start + self.host
-        return range(origin + self.hosts * first, origin + self.hosts * last, self.hosts)
+        first, last = (i * len(self.rows) // self.per_batch for i in (group, group + 1))
+        return (self.start + batch * self.batch_size + self.rows[first:last]).tolist()
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         placed = [(i, self.ordered[i]) for i in self.positions(number)]
@@ -357,9 +354,8 @@ def training_stream(
     *,
     seed: int,
     start: int,
-    host: int,
-    hosts: int,
     batch_size: int,
+    rows: Int[np.ndarray, " n"],
     threads: int,
     workers: int,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -368,20 +364,15 @@ def training_stream(
     Args:
       parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
-      batch_size: global; must divide by ``hosts``.
+      batch_size: global.
+      rows: of the global batch, ascending: those that this host feeds (`partition.batch_rows`).
       threads: decoding threads per process.
       workers: extra processes; 0 decodes in this one.
     """
-    if batch_size % hosts:
-        raise BadInput(
-            f"config.batch_size={batch_size} does not divide over {hosts} hosts: choose a multiple."
-        )
-    check_shards(parts, hosts)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
-    local = batch_size // hosts
-    held = buffers(local, threads, workers)
-    groups = _Groups(_ordered(parts, seed), builder, seed, start, host, hosts, local, held.groups)
+    held = buffers(len(rows), threads, workers)
+    groups = _Groups(_ordered(parts, seed), builder, seed, start, batch_size, rows, held.groups)
     stream = (
         grain.MapDataset.range(sys.maxsize)
         .map(groups)
@@ -393,4 +384,4 @@ def training_stream(
         limits.require_shared_memory(held.shared * size, workers)
         # Grain deals the groups out to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _batches(iter(stream), local)
+    return _batches(iter(stream), len(rows))
