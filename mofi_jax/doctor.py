@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax import cli, inference, machine, partition, paths, run_folder, train
+from mofi_jax import cli, machine, model_file, partition, paths, run_folder, train
 from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.machine import GIB, Report
@@ -204,7 +204,7 @@ def check_folder(
     structs: state.TrainState,
 ) -> None:
     """Whether a run that is there already can go on with this config and these data."""
-    description = inference.describe(
+    description = model_file.describe(
         program.model, config.data.eval_ops, classified="entity" in config.losses
     )
     fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)

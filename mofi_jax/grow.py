@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, json_files, partition, paths, run_folder, telemetry
+from mofi_jax import cli, inference, json_files, model_file, partition, paths, run_folder, telemetry
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, class_table, settings, state
@@ -53,7 +53,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
 
     config = read_config(run)
-    order = inference.read_description(run).get("table_order")
+    order = model_file.read(run).get("table_order")
     if order != partition.TABLE_ORDER:
         raise BadInput(f"{run} was trained by another version: its class table has another order.")
     if name:
@@ -109,7 +109,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     if part.exists():
         part.rmtree()
     part.mkdir(parents=True)
-    for file in (inference.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
+    for file in (model_file.NAME, "config.json", records.TOKENIZER_FILE):
         telemetry.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
     fingerprint = run_folder.data_fingerprint(config, parts, texts)

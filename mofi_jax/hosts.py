@@ -346,3 +346,24 @@ def agree(find: Callable[[], Any]) -> Any:
     if "failed" in answer:
         raise RuntimeError(answer["failed"])
     return answer["found"]
+
+
+def all_or_none(do: Callable[[], Any]) -> Any:
+    """This host's own result of ``do``, once every host has one.
+
+    Raises:
+      BadInput: on every host if on any, so that none waits for one that has left.
+    """
+    if jax.process_count() == 1:
+        return do()
+    result, refused = None, None
+    try:
+        result = do()
+    except BadInput as error:
+        refused = error
+    fine = multihost_utils.process_allgather(np.bool_(refused is None))
+    if refused is not None:
+        raise refused
+    if not fine.all():
+        raise BadInput(f"Process {int(np.argmin(fine))} cannot go on: see what it says.")
+    return result

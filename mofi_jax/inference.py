@@ -10,7 +10,7 @@ given only what lies on them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax import json_files, partition, paths
+from mofi_jax import model_file, partition, paths
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -28,11 +28,6 @@ from mofi_jax.losses import entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
 from mofi_jax.training import checkpoint
-
-MODEL_FILE = "model.json"
-
-# Of a model's config, what only training asks for, and what its readers take instead.
-OWN_TO_TRAINING = {"remat": "none", "attention": "auto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,13 +251,13 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[Towers, Any]:
     """As `load`, with the parameters whole in host memory."""
     path = paths.local_input(path, "the model")
-    if (path / MODEL_FILE).exists():
+    if (path / model_file.NAME).exists():
         towers, params = _read_run(path, mesh, batch_size)
         checkpoint.check_finite(params, path)
         return towers, params
     if not huggingface.is_folder(path):
         raise BadInput(
-            f"{path} is neither a training run ({MODEL_FILE}) nor a Hugging Face CLIP folder "
+            f"{path} is neither a training run ({model_file.NAME}) nor a Hugging Face CLIP folder "
             "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
             "fetches one from the hub."
         )
@@ -279,43 +274,9 @@ def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[To
     return towers, clip.params
 
 
-def describe(
-    config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
-) -> dict[str, Any]:
-    """What a run's model.json holds; with the order of the class table where it has one.
-
-    Not how the run spent memory or with which kernels: its readers have other devices.
-    """
-    order = {"table_order": partition.TABLE_ORDER} if classified else {}
-    model = {k: v for k, v in config.to_dict().items() if k not in OWN_TO_TRAINING}
-    return {**model, "preprocess": preprocess, **order}
-
-
-def read_description(run: epath.PathLike) -> dict[str, Any]:
-    """A run's model.json.
-
-    Raises:
-      BadInput: it is not there, or does not describe a model.
-    """
-    path = epath.Path(run) / MODEL_FILE
-    remedy = "run the training again, which writes it"
-    values = json_files.read_object(path, remedy)
-    try:
-        _model(values)
-        ops.parse(values["preprocess"])
-    except (BadInput, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} does not describe a model ({error}): {remedy}.") from error
-    return values
-
-
-def _model(description: Mapping[str, Any]) -> mofi.MofiConfig:
-    values = {k: v for k, v in description.items() if k not in ("preprocess", "table_order")}
-    return mofi.MofiConfig.from_dict(values | OWN_TO_TRAINING)
-
-
 def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, Any]:
-    values = read_description(path)
-    config, table_order = _model(values), values.get("table_order")
+    values = model_file.read(path)
+    config, table_order = model_file.config(values), values.get("table_order")
     params = checkpoint.restore_params(path)
     towers = tuple(name for name in mofi.TOWERS if name in params)
     wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
@@ -325,8 +286,8 @@ def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, An
     if wrong:
         name, how = next(iter(wrong.items()))
         raise BadInput(
-            f"{path / MODEL_FILE} does not describe the run's checkpoint ({name} {how}, one of "
-            f"{len(wrong)} arrays): put back the one that was written with it."
+            f"{path / model_file.NAME} does not describe the run's checkpoint ({name} {how}, one "
+            f"of {len(wrong)} arrays): put back the one that was written with it."
         )
     tokenizer = entities = None
     if "text" in params and (path / records.TOKENIZER_FILE).exists():

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax import hosts, inference, telemetry
+from mofi_jax import hosts, model_file, telemetry
 from mofi_jax.data import metadata, pipeline, records, tokenizer
 from mofi_jax.errors import BadInput
 from mofi_jax.training import checkpoint, state
@@ -89,11 +89,6 @@ def _way_on(workdir: epath.Path, saved: Mapping[str, Any], current: Mapping[str,
     return f", or, if its data have grown, begin a new run with --config.init.model={workdir}"
 
 
-def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model.json, what has to stay as it is; earlier versions wrote more into it."""
-    return {k: v for k, v in model.items() if k not in ("dtype", *inference.OWN_TO_TRAINING)}
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots, as flags name them."""
     flat: dict[str, Any] = {}
@@ -135,7 +130,7 @@ def check(
 
     Args:
       workdir: the folder, which need not exist.
-      model: what its model.json would hold (`inference.describe`).
+      model: what its model.json would hold (`model_file.describe`).
       structs: the training state of this config, as ShapeDtypeStructs.
       position: of a run of this config that begins.
       verify: see `checkpoint.damage`.
@@ -147,9 +142,9 @@ def check(
 
     def look() -> dict[str, Any]:
         problems, way_on = [], ""
-        if (workdir / inference.MODEL_FILE).exists():
-            saved_model = inference.read_description(workdir)
-            changed = differences(*(_compared(values) for values in (saved_model, model)))
+        if (workdir / model_file.NAME).exists():
+            saved_model = model_file.read(workdir)
+            changed = differences(*(model_file.compared(values) for values in (saved_model, model)))
             problems += [f"it holds another model ({changed})"] if changed else []
         step, damaged = checkpoint.newest_whole(workdir, verify=verify)
         saved = position
@@ -204,12 +199,12 @@ def prepare(
         if entities_path is not None:
             entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
         telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-        telemetry.write_json(workdir / inference.MODEL_FILE, dict(model))
+        telemetry.write_json(workdir / model_file.NAME, dict(model))
 
     hosts.agree(write)
     if jax.process_count() == 1:
         return
-    shared = multihost_utils.process_allgather((workdir / inference.MODEL_FILE).exists())
+    shared = multihost_utils.process_allgather((workdir / model_file.NAME).exists())
     if not shared.all():
         missing = ", ".join(str(i) for i, there in enumerate(shared) if not there)
         raise BadInput(

@@ -29,6 +29,7 @@ from mofi_jax import (
     flops,
     hosts,
     inference,
+    model_file,
     partition,
     paths,
     run_folder,
@@ -159,7 +160,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     try_operations(config, data.primary[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
-    description = inference.describe(
+    description = model_file.describe(
         model, config.data.eval_ops, classified="entity" in config.losses
     )
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
@@ -177,8 +178,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         return
     warm = None
     if config.init.model and not resumed:
-        warm = warm_start.read(
-            config.init.model, tuple(config.init.parts), structs.params, data.entities, mesh
+        folder, parts = config.init.model, tuple(config.init.parts)
+        warm = hosts.all_or_none(
+            lambda: warm_start.read(folder, parts, structs.params, data.entities, mesh)
         )
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)

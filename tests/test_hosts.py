@@ -8,6 +8,7 @@ import threading
 import warnings
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -206,6 +207,28 @@ def test_no_host_waits_for_one_that_failed(monkeypatch):
 
 def test_a_lone_host_asks_nobody():
     assert hosts.agree(lambda: 4) == 4
+
+
+@pytest.mark.parametrize("others", [[True, True], [True, False], [False, True]])
+def test_one_host_that_refuses_takes_all_with_it(monkeypatch, others):
+    """As process 0 of two, whose part is the first."""
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    told = []
+    gather = lambda fine: told.append(fine) or np.array(others)  # noqa: E731
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+
+    def do():
+        if not others[0]:
+            raise BadInput("no such folder")
+        return 3
+
+    if all(others):
+        assert hosts.all_or_none(do) == 3
+    else:
+        said = "Process 1 cannot go on" if others[0] else "no such folder"
+        with pytest.raises(BadInput, match=said):
+            hosts.all_or_none(do)
+    assert told == [others[0]]
 
 
 def test_a_damaged_program_is_replaced(tmp_path, monkeypatch, caplog):

@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 from PIL import Image
 
-from mofi_jax import errors, inference, partition
+from mofi_jax import errors, inference, model_file, partition
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.evaluators import common
@@ -143,7 +143,7 @@ def test_load_exported_folder(exported, meshes, config, params):
 
 
 def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokenizer, entities):
-    description = inference.describe(config, PREPROCESS)
+    description = model_file.describe(config, PREPROCESS)
     description["attention"] = "cudnn"  # trained on a GPU, read on a CPU
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
@@ -159,7 +159,7 @@ def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokeni
 def test_a_class_table_in_another_order_is_refused(
     monkeypatch, tmp_path, config, params, tokenizer, entities
 ):
-    description = inference.describe(config, PREPROCESS)
+    description = model_file.describe(config, PREPROCESS)
     del description["table_order"]
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())

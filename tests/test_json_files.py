@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from hypothesis import strategies as st
 
-from mofi_jax import grow, inference, json_files, telemetry
+from mofi_jax import grow, json_files, model_file, telemetry
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
 from mofi_jax.interop import clip_config, huggingface
@@ -74,7 +74,7 @@ def damaged(values):
     return st.lists(change, min_size=1, max_size=2).map(apply)
 
 
-DESCRIPTION = inference.describe(CONFIG, "decode|resize_short(16)|center_crop(16)")
+DESCRIPTION = model_file.describe(CONFIG, "decode|resize_short(16)|center_crop(16)")
 
 
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=150)
@@ -82,7 +82,7 @@ DESCRIPTION = inference.describe(CONFIG, "decode|resize_short(16)|center_crop(16
 def test_any_damage_to_a_description_is_one_sentence(tmp_path_factory, values, clip):
     folder = epath.Path(tmp_path_factory.getbasetemp())
     for read, name, content in (
-        (lambda: inference.read_description(folder), "model.json", values),
+        (lambda: model_file.read(folder), "model.json", values),
         (lambda: huggingface.read(folder), "config.json", clip),
     ):
         (folder / name).write_text(json.dumps(content))
@@ -92,11 +92,11 @@ def test_any_damage_to_a_description_is_one_sentence(tmp_path_factory, values, c
 
 def test_descriptions_that_are_whole_are_read(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(DESCRIPTION))
-    assert inference.read_description(tmp_path) == DESCRIPTION
+    assert model_file.read(tmp_path) == DESCRIPTION
     # Earlier versions wrote how the run used memory, too.
     more = {**DESCRIPTION, "remat": "dots", "attention": "cudnn"}
     (tmp_path / "model.json").write_text(json.dumps(more))
-    assert inference.read_description(tmp_path) == more
+    assert model_file.read(tmp_path) == more
     found = clip_config.from_config(CLIP, "config.json")
     assert found == mofi.MofiConfig.from_dict({**CONFIG.to_dict(), "dtype": "float32"})
 
