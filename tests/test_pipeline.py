@@ -98,11 +98,10 @@ def test_continues_exactly_also_on_other_host_counts(folder):
     np.testing.assert_array_equal(rest[0]["image"], whole[4]["image"][4:])
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_worker_processes_change_nothing(folder, monkeypatch, workers):
-    """Also from an odd step on, and where batches are split into several groups."""
+def test_worker_processes_change_nothing(folder, monkeypatch):
+    """Three of them, from an odd step on, where batches are split into several groups."""
     monkeypatch.setattr(pipeline, "_WORKER_GROUP", 3)
-    there = batches(folder, 4, start=24, workers=workers)
+    there = batches(folder, 4, start=24, workers=3)
     for a, b in zip(batches(folder, 7)[3:], there, strict=True):
         assert_same(a, b)
 
@@ -194,7 +193,7 @@ def damaged(tmp_path_factory):
         ("record", 0, "Record 1 of .*-00000-of-00001 cannot be read .*: the shard is damaged"),
         ("shard", 0, "Record 1 of .*-00000-of-00001 cannot be read .*: the shard is damaged"),
         ("picture", 0, "'000001', has a picture that cannot be decoded .*remove_keys"),
-        ("picture", 2, r"Record 1 of .*-00000-of-00001, '000001', .* \(not_a_picture\)"),
+        ("picture", 1, r"Record 1 of .*-00000-of-00001, '000001', .* \(not_a_picture\)"),
     ],
 )
 def test_damaged_records_are_named(damaged, kind, words, workers):
