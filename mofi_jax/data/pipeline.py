@@ -282,7 +282,7 @@ def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list
     return [f"{record['set']}:{record['key']}" for record in found]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # Grain asks for it, and the vocabulary is long
 class _Groups:
     """The examples of one host in groups by number; batches are split into ``per_batch`` each."""
 
