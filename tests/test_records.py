@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mofi_jax import errors
-from mofi_jax.data import metadata, records
+from mofi_jax.data import limits, metadata, records, training_set
+from tests import datasets
 
 
 def _jpeg(seed=0, height=12, width=17):
@@ -253,3 +254,19 @@ def test_folders_whose_names_are_patterns(tmp_path, name):
     assert [e["key"] for e in records.open_source(tmp_path / name, "i2e")] == [
         *("00000", "00001", "00002")
     ]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    """Told where a set is opened, and for all sets of a mixture together."""
+    _write(tmp_path, [1, 1])
+    datasets.write(tmp_path / "more", examples=4, shards=2)
+    config = datasets.tiny_config(tmp_path / "more")
+    config.data.extra = {"x": {"dir": str(tmp_path / "more"), "name": "i2e", "weight": 1.0}}
+    limit = limits.OTHER_FILES + 1
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (limit, limit))
+    with pytest.raises(errors.BadInput, match="2 shards need 258"):
+        records.open_source(tmp_path, "i2e")
+    limit = limits.OTHER_FILES + 3
+    assert len(records.open_source(tmp_path, "i2e")) == 2
+    with pytest.raises(errors.BadInput, match="4 shards need 260"):
+        training_set.open_training_set(config)
