@@ -2,7 +2,7 @@
 
     python -m benchmarks.kill_and_resume [--kills 10] [--quick]
 
-Two figures, each on real processes joined by jax.distributed over loopback, with simulated devices:
+Two figures, on real processes joined by jax.distributed over loopback, with simulated devices:
 
 * kill -9 in a save, in an evaluation and between steps, in turn, of one process or of both; the
   same command goes on each time.  The final parameters have to be those of an uninterrupted run bit
@@ -47,9 +47,17 @@ class Cluster:
     devices: int
 
     def start(
-        self, folder: pathlib.Path, workdir: str, *, steps: int, pause: float
+        self,
+        folder: pathlib.Path,
+        workdir: str,
+        *,
+        steps: int,
+        pause: float,
+        workers: int = 0,
+        die_at: int = -1,
     ) -> list[subprocess.Popen]:
-        """The same training in each process; their logs lie in ``folder``/``workdir``.log/."""
+        """The same training in each process, with ``workers`` for data; each pauses before every
+        step, and kills itself before step ``die_at``.  Logs lie in ``folder``/``workdir``.log/."""
         port = free_port()
         logs = folder / f"{workdir}.log"
         logs.mkdir(exist_ok=True)
@@ -59,7 +67,7 @@ class Cluster:
                 *(sys.executable, "-m", "benchmarks.kill_and_resume", "--child", str(folder)),
                 *("--workdir", workdir, "--steps", str(steps), "--pause", str(pause)),
                 *("--processes", str(self.processes), "--process", str(process)),
-                *("--port", str(port)),
+                *("--port", str(port), "--workers", str(workers), "--die_at", str(die_at)),
             ]
             log = open(logs / f"{time.time():.3f}-{process}.txt", "w")  # noqa: SIM115  the child's
             environment = {
@@ -120,6 +128,7 @@ def child(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.child)
     config = datasets.tiny_config(folder / "data", steps=args.steps)
     config.total = f"{args.steps} steps"
+    config.data.workers = args.workers
     config.checkpoint.every = f"{PERIODS['checkpoint']} steps"
     config.ema.decay = 0.9
     config.evaluators = {
@@ -140,6 +149,8 @@ def child(args: argparse.Namespace) -> None:
 
         def run(train_state: Any, batch: Any) -> Any:
             step = int(np.asarray(train_state.step.addressable_shards[0].data))
+            if step == args.die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
             rows = {}
             for shard in batch["image"].addressable_shards:
                 start = shard.index[0].start or 0
@@ -218,22 +229,30 @@ def each_once(steps: dict[int, dict[int, int]], total: int, examples: int) -> bo
     return len(steps) == total and all(len(set(epoch)) == examples for epoch in epochs)
 
 
-def batches(steps: dict[int, dict[int, int]]) -> dict[int, list[int]]:
-    """The pictures of each step; which row one has depends on the number of hosts."""
-    return {step: sorted(rows.values()) for step, rows in steps.items()}
+def saved(folder: pathlib.Path, workdir: str) -> list[int]:
+    from mofi_jax.training import checkpoint
+
+    return checkpoint.saved_steps(folder / workdir)
 
 
 def parameters(folder: pathlib.Path, workdir: str) -> list[np.ndarray]:
+    """Everything of the last checkpoint: parameters, optimizer, average."""
     import jax
 
     from mofi_jax.training import checkpoint
 
-    step = checkpoint.saved_steps(folder / workdir)[-1]
-    saved = folder.absolute() / workdir / checkpoint.FOLDER / str(step)
+    last = folder.absolute() / workdir / checkpoint.FOLDER / str(saved(folder, workdir)[-1])
     trees = [
-        checkpoint.read_item(epath.Path(saved / item)) for item in ("params", "optimizer", "ema")
+        checkpoint.read_item(epath.Path(last / item)) for item in ("params", "optimizer", "ema")
     ]
     return jax.tree.leaves(trees)
+
+
+def bits_differ(some: list[np.ndarray], others: list[np.ndarray]) -> int:
+    """In how many arrays."""
+    return sum(
+        a.shape != b.shape or a.tobytes() != b.tobytes() for a, b in zip(some, others, strict=True)
+    )
 
 
 def losses(folder: pathlib.Path, workdir: str) -> list[float]:
@@ -296,16 +315,12 @@ def kills(folder: pathlib.Path, number: int, *, steps: int, seed: int) -> dict[s
         done.append(moment)
         print(f"  killed {moment} after {len(losses(folder, 'killed'))} steps", flush=True)
     assert wait(cluster.start(folder, "killed", steps=steps, pause=0.0)) == [0, 0]
-    whole, killed = parameters(folder, "whole"), parameters(folder, "killed")
     return {
         "moments": done,
-        "differing": sum(
-            a.shape != b.shape or a.tobytes() != b.tobytes()
-            for a, b in zip(whole, killed, strict=True)
-        ),
+        "differing": bits_differ(parameters(folder, "whole"), parameters(folder, "killed")),
         "same_losses": losses(folder, "whole") == losses(folder, "killed"),
         "each_once": each_once(used(folder, "killed"), steps, 48),
-        "same_steps": batches(used(folder, "whole")) == batches(used(folder, "killed")),
+        "same_steps": used(folder, "whole") == used(folder, "killed"),
     }
 
 
@@ -328,7 +343,7 @@ def moves(folder: pathlib.Path, *, steps: int = 20) -> dict[str, Any]:
         "steps": len(moved),
         "difference": float(np.max(np.abs(moved - stayed) / np.abs(stayed))),
         "each_once": each_once(used(folder, "moved"), steps, 48),
-        "same_steps": batches(used(folder, "stayed")) == batches(used(folder, "moved")),
+        "same_steps": used(folder, "stayed") == used(folder, "moved"),
     }
 
 
@@ -340,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", default="", help="folder to work in, which stays")
     for name in ("child", "workdir"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name in ("steps", "processes", "process", "port"):
+    for name in ("steps", "processes", "process", "port", "workers", "die_at"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pause", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import kill_and_resume
+from benchmarks import kill_and_resume, resume_workers
 from mofi_jax import telemetry
 from mofi_jax.errors import Preempted
 from tests import processes
@@ -48,3 +48,10 @@ def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):
     assert moved["difference"] <= 1e-5
     assert moved["each_once"]
     assert moved["same_steps"]
+
+
+@pytest.mark.slow
+def test_data_workers_and_fewer_hosts_change_no_bit(tmp_path):
+    kill_and_resume.prepare(tmp_path)
+    found = resume_workers.resumed(tmp_path, range(4))
+    assert found == {"differing": 0, "same_rows": True}
