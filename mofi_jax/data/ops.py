@@ -128,7 +128,7 @@ def _to_rgb(picture: Image.Image) -> np.ndarray:
 def _declared_pixels(jpeg: bytes) -> int | None:
     """Width times height in the header of a JPEG; None where it is not a plain chain of segments.
 
-    Takes 2 microseconds, where Pillow takes 100.
+    Takes 2 microseconds, where Pillow takes 20 and decoding 300.
     """
     at, end = 2, len(jpeg) - 8
     while at < end and jpeg[at] == 0xFF:
