@@ -281,8 +281,14 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
 
 
 def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows of the batch (`batch_rows`) -> global arrays, split over the batch axes."""
+    """This host's rows of the batch (`batch_rows`) -> global arrays, split over the batch axes.
+
+    Raises:
+      ValueError: the rows do not divide over the pieces of the batch that this host holds.
+    """
     sharding, shards, held = batch_sharding(mesh), batch_shards(mesh), len(held_shards(mesh))
+    if any(len(local) % held for local in batch.values()):
+        raise ValueError(f"rows that do not divide over {held} pieces of the batch")
     return {
         name: jax.make_array_from_callback(
             (len(local) // held * shards, *local.shape[1:]),

@@ -116,7 +116,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities=data.entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
+    fingerprint = hosts.agree(lambda: run_folder.data_fingerprint(config, data.parts, data.texts))
 
     # ---------------------------------------------------------------------- model
     program = program_lib.make(config, mesh, **data.sizes)
