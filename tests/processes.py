@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -90,9 +91,11 @@ def of_a_node(process, command):
     """The command on a node of its own, as far as jaxlib sees: it tells them apart by boot id."""
     script = (
         f"echo 00000000-0000-0000-0000-{process:012d} > $0 && "
-        'mount --bind $0 /proc/sys/kernel/random/boot_id && exec "$@"'
+        'mount --bind $0 /proc/sys/kernel/random/boot_id && rm $0 && exec "$@"'
     )
-    return ["unshare", "--mount", "sh", "-c", script, f"/tmp/mofi_jax_boot_id_{process}", *command]
+    # A file of this process's own: another test process may start nodes at the same moment.
+    name = f"{tempfile.gettempdir()}/mofi_jax_boot_id_{os.getpid()}_{process}"
+    return ["unshare", "--mount", "sh", "-c", script, name, *command]
 
 
 def nodes_can_be_made():
