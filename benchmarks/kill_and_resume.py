@@ -366,8 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = pathlib.Path(args.keep or tempfile.mkdtemp(prefix="mofi_jax_kill_"))
     folder.mkdir(exist_ok=True)
     prepare(folder)
-    report = figures.Report()
-    device = "cpu, 2 processes x 4 simulated devices"
+    report, device = figures.Report(), "cpu, 2 processes x 4 simulated devices"
     result = kills(folder, number, steps=20 * number + 40, seed=args.seed)
     report.add("kill -9 and resume: kills", len(result["moments"]), "times", device)
     report.add(

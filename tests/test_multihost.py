@@ -16,7 +16,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["scattered", pytest.param("slices", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tmp_path, layout):
     """Losses and scores of a training with evaluators, of its resume and of `evaluate`."""
     options = LAYOUTS[layout]
