@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from configs import quickstart
 from mofi_jax import errors, partition
@@ -92,6 +93,16 @@ def test_latest_step_and_keep(saved):
     assert checkpoint.saved_steps(folder)[-1] == 40
     kept = [p.name for p in checkpointer.folder.iterdir() if p.name.isdigit()]
     assert sorted(kept) == ["30", "40"]
+
+
+def test_a_save_asks_nothing_about_preemption(saved, monkeypatch):
+    """The loop asks alone: the service compares the numbers of questions."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpointer, train_state, _ = saved
+    checkpointer.save(30, train_state, POSITION)
+    checkpointer.wait()
+    assert asked == []
 
 
 def test_keeps_one_of_every_so_many_for_ever(tmp_path, meshes):

@@ -68,7 +68,7 @@ class Checkpointer:
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -111,6 +111,17 @@ class Checkpointer:
         self._pool.shutdown(wait=False)
         self.wait()
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own questions to the preemption service, by the number of the step.
+
+    The service compares the numbers of questions: after one of another order than those of
+    `mofi_jax.preemption.Leave`, a signal would wait for a number that the loop never asks.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _together(*, key: str, timeout_ms: int) -> None:
