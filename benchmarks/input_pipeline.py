@@ -227,7 +227,6 @@ def ours(
         seed=0,
         start=start,
         batch_size=BATCH,
-        rows=np.arange(BATCH),
         threads=max(1, threads // max(1, workers)),
         workers=workers,
     )

@@ -49,8 +49,9 @@ def batches(
         builder(folder, name),
         seed=3,
         start=start,
+        host=host,
+        hosts=hosts,
         batch_size=batch_size,
-        rows=np.array_split(np.arange(batch_size), hosts)[host],
         threads=2,
         workers=workers,
     )

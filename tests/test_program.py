@@ -54,10 +54,7 @@ def test_one_step_of_what_the_stream_gives(tmp_path, meshes):
     )
     options = {"seed": 0, "start": 0, "threads": 1, "workers": 0}
     parts = [pipeline.Part("i2e", source)]
-    rows = partition.batch_rows(mesh, config.batch_size)
-    stream = pipeline.training_stream(
-        parts, builder, batch_size=config.batch_size, rows=rows, **options
-    )
+    stream = pipeline.training_stream(parts, builder, batch_size=config.batch_size, **options)
     [batch] = itertools.islice(stream, 1)
     batch = partition.to_global(mesh, batch)
     described = program.batch_structs(config, mesh)

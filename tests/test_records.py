@@ -100,6 +100,9 @@ def test_newest_version_wins(tmp_path):
     (tmp_path / "newer/i2e/1.0.0").rename(tmp_path / "i2e/1.10.0")
     (tmp_path / "i2e/1.9.0").mkdir()  # unfinished: no metadata
     assert metadata.find_directory(tmp_path, "i2e").name == "1.10.0"
+    for too_deep in ("i2e", "i2e/1.10.0"):
+        with pytest.raises(errors.BadInput, match=f"give {tmp_path}, which holds it"):
+            metadata.find_directory(tmp_path / too_deep, "i2e")
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, -1])

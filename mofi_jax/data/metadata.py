@@ -30,9 +30,14 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
         )
     root = epath.Path(data_dir) / name
     if not root.is_dir():
+        within = [folder for folder in (root.parent, root.parent.parent) if folder.name == name]
+        remedy = (
+            f"give {within[0].parent}, which holds it"
+            if within and within[0].is_dir()
+            else "check the path, or write it with data_prep.build_i2e"
+        )
         raise BadInput(
-            f"There is no data set {name!r} in {data_dir} (looked for the folder {root}); check "
-            "the path, or write it with data_prep.build_i2e."
+            f"There is no data set {name!r} in {data_dir} (looked for the folder {root}): {remedy}."
         )
     versions = []
     for child in root.iterdir():

@@ -355,9 +355,11 @@ def training_stream(
     seed: int,
     start: int,
     batch_size: int,
-    rows: Int[np.ndarray, " n"],
     threads: int,
     workers: int,
+    host: int = 0,
+    hosts: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of every global batch from example ``start`` on, for ever.
 
@@ -365,10 +367,13 @@ def training_stream(
       parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
       batch_size: global.
-      rows: of the global batch, ascending: those that this host feeds (`partition.batch_rows`).
       threads: decoding threads per process.
       workers: extra processes; 0 decodes in this one.
+      host, hosts: this host feeds an equal run of every batch, the ``host``-th ...
+      rows: ... or these of its rows (`partition.batch_rows`), ascending.
     """
+    if rows is None:
+        rows = np.array_split(np.arange(batch_size), hosts)[host]
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     held = buffers(len(rows), threads, workers)
