@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax import model_file, partition, paths
+from mofi_jax import hosts, model_file, partition, paths
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.errors import BadInput
@@ -251,17 +251,23 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[Towers, Any]:
     """As `load`, with the parameters whole in host memory."""
     path = paths.local_input(path, "the model")
-    if (path / model_file.NAME).exists():
-        towers, params = _read_run(path, mesh, batch_size)
+
+    def look() -> dict[str, Any] | None:
+        return model_file.read(path) if (path / model_file.NAME).exists() else None
+
+    # What kind of folder it is decides what hosts ask one another: host 0 looks for all.
+    description = hosts.agree(look)
+    if description is not None:
+        towers, params = _read_run(path, description, mesh, batch_size)
         checkpoint.check_finite(params, path)
         return towers, params
-    if not huggingface.is_folder(path):
+    if not hosts.agree(lambda: huggingface.is_folder(path)):
         raise BadInput(
             f"{path} is neither a training run ({model_file.NAME}) nor a Hugging Face CLIP folder "
             "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
             "fetches one from the hub."
         )
-    clip = huggingface.read(path)
+    clip = hosts.all_or_none(lambda: huggingface.read(path))
     checkpoint.check_finite(clip.params, path)
     towers = Towers(
         config=clip.config,
@@ -274,8 +280,9 @@ def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[To
     return towers, clip.params
 
 
-def _read_run(path: epath.Path, mesh: Mesh, batch_size: int) -> tuple[Towers, Any]:
-    values = model_file.read(path)
+def _read_run(
+    path: epath.Path, values: dict[str, Any], mesh: Mesh, batch_size: int
+) -> tuple[Towers, Any]:
     config, table_order = model_file.config(values), values.get("table_order")
     params = checkpoint.restore_params(path)
     towers = tuple(name for name in mofi.TOWERS if name in params)

@@ -33,7 +33,7 @@ def read(run: epath.PathLike) -> dict[str, Any]:
       BadInput: it is not there, or does not describe a model.
     """
     path = epath.Path(run) / NAME
-    remedy = "run the training again, which writes it"
+    remedy = "put back a copy, or take it away and run the training again, which writes it"
     values = json_files.read_object(path, remedy)
     try:
         config(values)

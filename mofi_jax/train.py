@@ -106,7 +106,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
-    data = training_set.open_training_set(config)
+    data = hosts.all_or_none(lambda: training_set.open_training_set(config))
     pipeline.check_shards(data.parts, jax.process_count())
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
@@ -179,9 +179,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     warm = None
     if config.init.model and not resumed:
         folder, parts = config.init.model, tuple(config.init.parts)
-        warm = hosts.all_or_none(
-            lambda: warm_start.read(folder, parts, structs.params, data.entities, mesh)
-        )
+        warm = warm_start.read(folder, parts, structs.params, data.entities, mesh)
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
     run_folder.prepare(
@@ -218,15 +216,17 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
     cleanup.callback(metrics.abandon)
-    stream = pipeline.training_stream(
-        data.parts,
-        builder,
-        seed=config.seed,
-        start=examples,
-        batch_size=config.batch_size,
-        rows=partition.batch_rows(mesh, config.batch_size),
-        threads=config.data.threads,
-        workers=config.data.workers,
+    stream = hosts.all_or_none(
+        lambda: pipeline.training_stream(
+            data.parts,
+            builder,
+            seed=config.seed,
+            start=examples,
+            batch_size=config.batch_size,
+            rows=partition.batch_rows(mesh, config.batch_size),
+            threads=config.data.threads,
+            workers=config.data.workers,
+        )
     )
     batches = prefetch.to_devices(stream, mesh, config.data.prefetch)
     cleanup.callback(batches.close)

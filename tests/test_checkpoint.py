@@ -372,7 +372,7 @@ def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, meshes, monk
         for told in (checkpointer.wait, checkpointer.check, checkpointer.close):
             with pytest.raises(OSError, match="No space left"):
                 told()
-    assert entered == [None] * len(entered)
+    assert set(entered) == {None}
     assert checkpoint.saved_steps(run)[-1] == 40
 
 

@@ -204,6 +204,19 @@ def test_bad_folders(tmp_path, exported):
         inference.load(tmp_path, mesh=partition.make_mesh())
 
 
+def test_host_0_says_what_a_folder_is_and_none_reads_alone(tmp_path, exported, meshes, monkeypatch):
+    """A host that refused before the others ask would leave them waiting for its answer."""
+
+    def refuse(_):
+        raise errors.BadInput("as host 0 says")
+
+    for ask in ("agree", "all_or_none"):
+        with monkeypatch.context() as patch:
+            patch.setattr(inference.hosts, ask, refuse)
+            with pytest.raises(errors.BadInput, match="as host 0 says"):
+                inference.read(tmp_path if ask == "agree" else exported, mesh=meshes["1x1x1"])
+
+
 def test_without_text_or_entities(meshes, config, params):
     towers = _towers(config, None, None, meshes["1x1x1"], batch_size=4)
     with pytest.raises(errors.BadInput, match=r"no tokenizer\.json"):

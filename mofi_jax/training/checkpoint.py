@@ -274,7 +274,9 @@ def restore_params(workdir: epath.PathLike) -> Any:
       BadInput: there is no checkpoint, or it is damaged.
     """
     folder = _step(workdir, hosts.agree(lambda: last_step(workdir)))
-    return read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
+    return hosts.all_or_none(
+        lambda: read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
+    )
 
 
 def read_item(item: epath.Path) -> Any:
