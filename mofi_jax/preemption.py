@@ -28,6 +28,13 @@ def _leave_at_once(number: int, frame: Any) -> None:
     raise SystemExit(Preempted.exit_code)
 
 
+def leave_to_the_run(worker: int, workers: int) -> None:
+    """In a data worker: SLURM and terminals signal all processes, and the run ends its workers."""
+    del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Leave:
     """Whether it is time to save and go, the same answer on every host; see `listening`.
 

@@ -1,8 +1,11 @@
 """The training stream: one order for any number of hosts, exact from any point."""
 
 import itertools
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 
 import grain
 import numpy as np
@@ -106,6 +109,20 @@ def test_worker_processes_change_nothing(folder, monkeypatch):
     there = batches(folder, 4, start=24, workers=3)
     for a, b in zip(batches(folder, 7)[3:], there, strict=True):
         assert_same(a, b)
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_run(folder):
+    """As SLURM and Ctrl-C send it: the run still has to finish its step."""
+    options = {"seed": 3, "start": 0, "batch_size": 8, "threads": 1, "workers": 1}
+    stream = pipeline.training_stream(alone(folder), builder(folder), **options)
+    next(stream)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+    # More than can wait.
+    assert len(list(itertools.islice(stream, 20))) == 20
+    stream.close()
+    assert not multiprocessing.active_children()
 
 
 def test_two_hosts_of_workers_and_the_one_that_goes_on_see_every_example_once(folder):

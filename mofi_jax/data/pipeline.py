@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Int
 
+from mofi_jax import preemption
 from mofi_jax.data import limits, ops, records, tokenizer
 from mofi_jax.errors import BadInput
 
@@ -388,5 +389,7 @@ def training_stream(
         size = sum(values.nbytes for values in example.values())
         limits.require_shared_memory(held.shared * size, workers)
         # Grain deals the groups out to its workers in turn, and takes them back in turn.
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), preemption.leave_to_the_run
+        )
     return _batches(iter(stream), len(rows))
