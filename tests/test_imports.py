@@ -36,7 +36,7 @@ FLOORS = (
     ("model",),
     ("losses",),
     ("data.pipeline", "data.prefetch", "data.training_set"),
-    ("interop",),
+    ("interop", "model_file"),
     ("training",),
     ("inference", "flops"),
     ("run_folder", "run_lock", "warm_start"),
