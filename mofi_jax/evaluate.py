@@ -70,7 +70,7 @@ def main(
             towers = dataclasses.replace(towers, preprocess=config.preprocess)
 
     # ---------------------------------------------------------------------- evaluators
-    suite = evaluation.build_all(towers, config.evaluators.to_dict())
+    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, config.evaluators.to_dict()))
     if not suite.evaluators:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in suite.skipped.items())
         raise BadInput(f"No evaluator of --config applies to {model} ({reasons}): use another one.")

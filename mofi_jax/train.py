@@ -140,7 +140,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         )
         for name in wanted
     }
-    suite = evaluation.build_all(towers, {name: wanted[name] for name in wanted if periods[name]})
+    asked = {name: wanted[name] for name in wanted if periods[name]}
+    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, asked))
     never = {name: "its `every` is 0" for name in wanted if not periods[name]}
     for name, reason in {**suite.skipped, **never}.items():
         logging.info("config.evaluators.%s is left out: %s", name, reason)
