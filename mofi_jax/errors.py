@@ -31,7 +31,11 @@ class Preempted(Exception):
 
 # What a file system says when it will not be written.  The first three can only be about writing.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+_CLOSED = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT),
+    # Something else lies where a file or a folder should.
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+)
 
 
 def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> str | None:

@@ -17,15 +17,18 @@ from mofi_jax.errors import Preempted
 
 def leave_from_the_start() -> None:
     """Has SIGTERM end this process with 75 until `listening` begins."""
-    signal.signal(signal.SIGTERM, _leave_at_once)
+
+    def leave(number: int, frame: Any) -> None:
+        _say_leaving(number)
+        # An exception in the middle of importing a library in C++ crashes the process.
+        os._exit(Preempted.exit_code)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
-def _leave_at_once(number: int, frame: Any) -> None:
-    del frame
+def _say_leaving(number: int) -> None:
     # Not print: the signal may have come in the middle of another one.
     os.write(2, f"{signal.Signals(number).name} before the first step: leaving\n".encode())
-    # No Exception, which a library may take for a failure of its own.
-    raise SystemExit(Preempted.exit_code)
 
 
 def leave_to_the_run(worker: int, workers: int) -> None:
@@ -68,7 +71,9 @@ class Leave:
         if number == signal.SIGINT and (again or not self._deferred):
             raise KeyboardInterrupt
         if not self._deferred:
-            _leave_at_once(number, frame)
+            _say_leaving(number)
+            # No Exception, which a library may take for a failure of its own.
+            raise SystemExit(Preempted.exit_code)
         os.write(2, f"{self._signal}: saving after this step, then leaving\n".encode())
 
 

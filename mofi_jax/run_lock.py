@@ -57,7 +57,8 @@ def _take(workdir: epath.Path) -> IO[str] | None:
     deadline = time.monotonic() + _LEASE_SECONDS
     while True:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / FILE, "a+")  # noqa: SIM115  it stays open as long as it is locked
+        # It stays open as long as it is locked.
+        file = open(workdir / FILE, "a+", opener=_no_link)  # noqa: SIM115
         try:
             # By process, unlike flock: children that outlive this one do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,6 +89,11 @@ def _take(workdir: epath.Path) -> IO[str] | None:
     file.write(json.dumps(owner) + "\n")
     file.flush()
     return file
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file, but not through a link, which a copied folder may hold: it is overwritten."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from configs import quickstart
-from mofi_jax import errors, partition
+from mofi_jax import errors, partition, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 from mofi_jax.training import cadence, checkpoint, checksums, class_table, optim, state
@@ -130,6 +130,16 @@ def test_the_average_is_saved_and_is_what_others_read(tmp_path, meshes):
     with pytest.raises(BadInput, match=r"an average of the parameters is in it \(config.ema"):
         checkpoint.restore(tmp_path, 20, without)
     checkpointer.close()
+
+
+def test_something_else_in_place_of_a_file_or_a_folder(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(BadInput, match="checkpoints is a file"):
+        checkpoint.saved_steps(tmp_path)
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        telemetry.write_json(tmp_path / "result.json", {})
+    assert errors.storage_problem(caught.value, tmp_path) == "is a directory"
 
 
 def test_a_disk_that_is_full_is_told_by_the_system_s_own_words(tmp_path):

@@ -285,6 +285,7 @@ def test_their_preprocessing_is_read(folder, tmp_path):
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         ({"size": {"height": 24, "width": 24}}, "shortest_edge"),
         ({"crop_size": 32}, "crop_size"),
+        ({"image_mean": [10**400, 0.4, 0.4]}, "image_mean"),
     ],
 )
 def test_other_preprocessing_is_refused(folder, tmp_path, change, named):
@@ -450,6 +451,13 @@ def test_damaged_files(folder, tmp_path):
     (copy / huggingface.WEIGHTS).write_bytes(weights[: len(weights) // 2])
     with pytest.raises(errors.BadInput, match=r"model\.safetensors cannot be read"):
         huggingface.read(copy)
+    for dtype, shape, size in (("F8_E4M3", [4], 4), ("F32", [1] * 100, 4), ("F32", [0, 2**62], 0)):
+        array = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"a": array}).encode()
+        content = len(header).to_bytes(8, "little") + header + bytes(size)
+        (copy / huggingface.WEIGHTS).write_bytes(content)
+        with pytest.raises(errors.BadInput, match=r"model\.safetensors cannot be read"):
+            huggingface.read(copy)
     (copy / huggingface.WEIGHTS).unlink()
     with pytest.raises(errors.BadInput, match="no weights in safetensors format"):
         huggingface.read(copy)

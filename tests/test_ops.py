@@ -104,6 +104,15 @@ def test_formats_that_no_web_has_are_no_pictures(data):
     assert caught.value.reason == "not_a_picture"
 
 
+def test_a_line_of_pixels_is_not_enlarged_to_gigabytes(monkeypatch):
+    monkeypatch.setattr(cv2, "resize", None)
+    line = saved(Image.new("RGB", (20_000, 1)), "PNG")
+    with pytest.raises(ops.UndecodableImage, match="too_elongated"):
+        ops.build("decode|resize_short(224)|center_crop(224)")({"image": line}, None)
+    with pytest.raises(BadInput, match="Wrong arguments"):
+        ops.build("decode|resize_short(100000)")
+
+
 def test_what_cameras_and_newer_phones_write():
     picture = Image.fromarray(cv2.GaussianBlur(gradient(), (5, 5), 0))
     kinds = {"MPO": {"save_all": True, "append_images": [picture]}}

@@ -5,6 +5,8 @@ import sys
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,6 +242,29 @@ def test_entities_out_of_order_or_damaged(tmp_path):
         records.read_entities(path)
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(errors.BadInput, match="not a vocabulary"):
+        records.read_entities(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("image_count", ["x", "y"]),
+        ("image_count", [None, 1]),
+        ("image_count", [[1], [2]]),
+        ("name", [None, "a"]),
+        ("qid", [b"\xff", b"Q2"]),
+        ("id", [{"a": 1}, {"a": 2}]),
+    ],
+)
+def test_a_vocabulary_of_other_types_is_told(tmp_path, column, values):
+    path = tmp_path / "entities.parquet"
+    entities = records.Entities(["Q1", "Q2"], ["a", "b"], ["", ""], np.array([4, 3]))
+    records.write_entities(path, entities)
+    table = pq.read_table(path)
+    pq.write_table(
+        table.set_column(table.column_names.index(column), column, pa.array(values)), path
+    )
+    with pytest.raises(errors.BadInput, match="not a vocabulary with the columns"):
         records.read_entities(path)
 
 

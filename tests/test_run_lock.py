@@ -10,7 +10,7 @@ import sys
 import pytest
 from etils import epath
 
-from mofi_jax import run_lock
+from mofi_jax import errors, run_lock
 from mofi_jax.errors import BadInput
 
 # What another process does, without the imports of ours.
@@ -70,6 +70,18 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path):
     with run_lock.held(epath.Path(tmp_path / "new")):
         assert [path.name for path in (tmp_path / "new").iterdir()] == [run_lock.FILE]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / run_lock.FILE).symlink_to("precious")
+    with (
+        pytest.raises(OSError, match="symbolic link") as caught,
+        run_lock.held(epath.Path(tmp_path)),
+    ):
+        pass
+    assert errors.storage_problem(caught.value, tmp_path)  # train's one sentence
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):

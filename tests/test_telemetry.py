@@ -72,6 +72,13 @@ def test_a_line_torn_in_the_middle_of_a_resumed_run_leaves_whole_lines(tmp_path)
     assert [line["step"] for line in telemetry.read_metrics(tmp_path)] == [1, 3]
 
 
+def test_a_damaged_line_costs_no_other(tmp_path):
+    path = tmp_path / telemetry.METRICS_FILE
+    path.write_text('{"step": 1}\n{"st\n[]\n{"step": "2"}\n{"step": 3}\n')
+    telemetry.Metrics(tmp_path, resume_step=3).close()
+    assert [line["step"] for line in telemetry.read_metrics(tmp_path)] == [1, 3]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_is_written_and_stops(tmp_path, value):
     metrics = telemetry.Metrics(tmp_path, resume_step=0)

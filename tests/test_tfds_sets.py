@@ -121,7 +121,9 @@ def test_classes_that_metadata_name_are_not_imported(tmp_path, monkeypatch, lega
     assert "stranger" not in sys.modules
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"featuresDict": {"features": {"a": 1}}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"featuresDict": {"features": {"a": 1}}}', "[" * 100_000]
+)
 def test_features_of_another_form_are_told(tmp_path, content):
     changed_copy(tmp_path, lambda version: (version / "features.json").write_text(content))
     with pytest.raises(errors.BadInput, match="does not name the features of a data set"):

@@ -101,7 +101,7 @@ def feature_classes(directory: epath.PathLike) -> dict[str, str]:
             return {name: str(feature["type"]) for name, feature in content["content"].items()}
         features = content["featuresDict"]["features"]
         return {name: str(feature["pythonClassName"]) for name, feature in features.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{path} does not name the features of a data set ({_reason(error)}): copy it again."
         ) from error

@@ -240,15 +240,16 @@ def resize_short(size: int, method: str = "area") -> Operation:
     ``bilinear`` is the arithmetic of the released MOFI evaluation (tensor resize with
     ``antialias=False``, apple/ml-mofi eval/utils.py), up to rounding to uint8.
     """
-    if method not in ("area", "bilinear"):
-        raise TypeError(method)
+    if method not in ("area", "bilinear") or size > MAX_PIXELS**0.5:
+        raise TypeError(size, method)
 
     def apply(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         height, width = image.shape[:2]
         short = min(height, width)
-        return _resize(
-            image, max(size, width * size // short), max(size, height * size // short), method
-        )
+        wide, high = max(size, width * size // short), max(size, height * size // short)
+        if wide * high > MAX_PIXELS:  # a line of pixels would grow to gigabytes
+            raise UndecodableImage("too_elongated")
+        return _resize(image, wide, high, method)
 
     return apply
 

@@ -380,11 +380,14 @@ def read_entities(path: epath.PathLike) -> Entities:
             f"There is no vocabulary at {path}; a labelled data set carries {ENTITIES_FILE} beside "
             "its shards: copy it too."
         )
-    columns = ["id", "qid", "name", "description", "image_count"]
+    whole, text = pa.int64(), pa.string()
+    columns = {"id": whole, "qid": text, "name": text, "description": text, "image_count": whole}
     try:
-        table = pq.read_table(str(path), columns=columns)
+        table = pq.read_table(str(path), columns=list(columns)).cast(pa.schema(columns))
+        if empty := [c for c in columns if c != "description" and table[c].null_count]:
+            raise pa.ArrowInvalid(f"{empty[0]} is empty in some rows")
         ids, counts = (table[c].to_numpy() for c in ("id", "image_count"))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError) as error:
         raise errors.BadInput(
             f"{path} is not a vocabulary with the columns {', '.join(columns)} "
             f"({str(error).partition(chr(10))[0]}); write it with data_prep.build_i2e."
@@ -393,6 +396,6 @@ def read_entities(path: epath.PathLike) -> Entities:
         raise errors.BadInput(
             f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
         )
-    qids, names, descriptions = (table[c].to_pylist() for c in columns[1:4])
+    qids, names, descriptions = (table[c].to_pylist() for c in ("qid", "name", "description"))
     descriptions = [text or "" for text in descriptions]
-    return Entities(qids, names, descriptions, counts.astype(np.int64))
+    return Entities(qids, names, descriptions, counts)

@@ -36,8 +36,8 @@ class Metrics:
 
     Args:
       workdir: the run's folder.
-      resume_step: lines of later steps, and a line cut short by a crash, are dropped: they will be
-        written again.
+      resume_step: lines of later steps are dropped, for they will be written again; so are
+        damaged ones.
       keys: of all examples of the batch that led to a step, for `NAN_FILE`; None: not known.
       wandb: a run of Weights & Biases, see `open_wandb`.
     """
@@ -180,7 +180,7 @@ def _first_not_finite(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, up to one that is cut short or damaged."""
+    """The lines of a run's metrics file, without those that are cut short or damaged."""
     path = epath.Path(workdir) / METRICS_FILE
     lines = []
     if path.exists():
@@ -188,8 +188,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):
-                break
-            if not isinstance(line, dict) or type(line.get("step")) is not int:
-                break
-            lines.append(line)
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
     return lines

@@ -134,9 +134,19 @@ def _together(*, key: str, timeout_ms: int) -> None:
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
-    """The steps whose saves were finished, ascending; of damage it knows nothing."""
+    """The steps whose saves were finished, ascending; of damage it knows nothing.
+
+    Raises:
+      BadInput: a file lies where they should.
+    """
     folder = epath.Path(workdir).absolute() / FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    try:
+        return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    except NotADirectoryError as error:
+        raise BadInput(
+            f"{folder} is a file, and a run keeps its checkpoints there: move it away, or name "
+            "another folder."
+        ) from error
 
 
 def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | None:
@@ -148,7 +158,7 @@ def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | 
         have left none.
     """
     folder = _step(workdir, step)
-    if verify and (folder / checksums.FILE).exists():
+    if verify and (folder / checksums.FILE).is_file():
         wrong = checksums.damage(folder)
         return wrong and f"{folder}: {wrong}"
     if verify:
