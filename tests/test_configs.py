@@ -137,6 +137,16 @@ def test_parse_arg_never_fails_otherwise(text):
         ("losses.entity.margin", math.nan),
         ("losses", {}),
         ("losses", {"captions": {"weight": 1.0}}),
+        ("losses.entity.learn_scale", "x"),
+        ("seed", 10**310),
+        ("data.dir", None),
+        ("data.name", 3),
+        ("data.extra", None),
+        ("data.train_ops", None),
+        ("data.eval_ops", ["decode"]),
+        ("model.context_length", "16"),
+        ("evaluators", None),
+        ("init.model", 3),
     ],
 )
 def test_validate_names_the_key(key, value):

@@ -397,5 +397,4 @@ def read_entities(path: epath.PathLike) -> Entities:
             f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
         )
     qids, names, descriptions = (table[c].to_pylist() for c in ("qid", "name", "description"))
-    descriptions = [text or "" for text in descriptions]
-    return Entities(qids, names, descriptions, counts)
+    return Entities(qids, names, [description or "" for description in descriptions], counts)

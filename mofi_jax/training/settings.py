@@ -1,7 +1,8 @@
 """A training config's values: checked once at the start, and turned into the model's own config."""
 
-import math
 import numbers
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ POSITIVE: Check = "above 0", lambda x: x > 0
 NOT_NEGATIVE: Check = "of 0 or more", lambda x: x >= 0
 BELOW_ONE: Check = "of 0 or more and below 1", lambda x: 0 <= x < 1
 SHARE: Check = "above 0 and at most 1", lambda x: 0 < x <= 1
+SWITCH: Check = ("True or False", lambda x: isinstance(x, bool))
+TEXT: Check = ("text", lambda x: isinstance(x, str | os.PathLike))
+MAPPING: Check = ("keys with values", lambda x: hasattr(x, "to_dict"))
 PARTS: Check = (
     'names of parts in brackets, as ("image",)',
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
@@ -30,7 +34,11 @@ def real(words: str, fits: Callable[[Any], bool]) -> Check:
     return (
         f"a number {words}",
         lambda x: (
-            isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and fits(x)
+            # Not math.isfinite, which raises where an int is too large for a float.
+            isinstance(x, numbers.Real)
+            and not isinstance(x, bool)
+            and abs(x) <= sys.float_info.max
+            and fits(x)
         ),
     )
 
@@ -47,6 +55,7 @@ def choice(allowed: tuple[str, ...]) -> Check:
 OF_LOSSES: dict[str, dict[str, Check]] = {
     "entity": {
         "scale": real(*POSITIVE),
+        "learn_scale": SWITCH,
         "margin": real(*BELOW_ONE),
         "margin_kind": choice(margins.KINDS),
         "sample_rate": real(*SHARE),
@@ -70,6 +79,11 @@ CHECKS: dict[str, Check] = {
         f"one or both of {', '.join(OF_LOSSES)}",
         lambda tasks: len(tasks) > 0 and set(tasks) <= OF_LOSSES.keys(),
     ),
+    "data.dir": TEXT,
+    "data.name": TEXT,
+    "data.extra": MAPPING,
+    "data.train_ops": TEXT,
+    "data.eval_ops": TEXT,
     "data.threads": whole(*POSITIVE),
     "data.workers": whole(*NOT_NEGATIVE),
     "data.prefetch": whole(*POSITIVE),
@@ -82,6 +96,9 @@ CHECKS: dict[str, Check] = {
             and sum(w.values()) > 0
         ),
     ),
+    "model.context_length": whole(*POSITIVE),
+    "evaluators": MAPPING,
+    "init.model": ("text, empty for none", lambda x: not x or TEXT[1](x)),
     "init.parts": PARTS,
     "optimizer.kind": choice(optim.KINDS),
     "optimizer.learning_rate": real(*POSITIVE),
@@ -99,7 +116,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.table.second_moment": choice(class_table.SECOND_MOMENTS),
     "ema.decay": real(*BELOW_ONE),
     "checkpoint.keep": whole(*POSITIVE),
-    "checkpoint.verify": ("True or False", lambda x: isinstance(x, bool)),
+    "checkpoint.verify": SWITCH,
     "telemetry.hang_minutes": real(*NOT_NEGATIVE),
 }
 
