@@ -158,7 +158,8 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert 10 in checkpoint.saved_steps(tmp_path / "killed")
+    # The save of step 20 may or may not be through; it begins when that of step 10 is.
+    assert checkpoint.saved_steps(tmp_path / "killed")[-1] in (10, 20)
     assert 10 <= len(losses(tmp_path / "killed")) < 25
     assert not (tmp_path / "killed" / "result.json").exists()
     train.main(killed_config(data), str(tmp_path / "killed"))
