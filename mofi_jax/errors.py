@@ -55,6 +55,12 @@ def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> s
     return None
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether reading failed for a reason that is no damage: a server away, too many open files."""
+    numbers = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+    return isinstance(error, OSError) or any(os.strerror(n) in str(error) for n in numbers)
+
+
 def _about(filename: object, folder: os.PathLike | str) -> bool:
     """Whether a file lies in a folder, or is one of those that should hold it."""
     if filename is None:

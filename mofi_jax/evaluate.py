@@ -44,7 +44,10 @@ def main(
     """
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
+    paths.local_input(model, "the model")
     out = paths.output_folder(out or default, "--out")
+    # It saves nothing that a signal should wait for.
+    jax.config.update("jax_enable_preemption_service", False)
     # A config of one's own needs none of what concerns several hosts.
     hosts.start(
         config.get("distributed", False),

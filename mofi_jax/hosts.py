@@ -324,21 +324,21 @@ def agree(find: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return find()
-    answer: dict[str, Any] = {}
-    failure: BaseException | None = None
+    text = ""
+    failure: Exception | None = None
     if jax.process_index() == 0:
         try:
-            answer = {"found": find()}
+            text = json.dumps({"found": find()})
         except BadInput as error:
-            answer = {"refused": str(error)}
+            text = json.dumps({"refused": str(error)})
         except Exception as error:  # noqa: BLE001  the others have to hear of it before it goes on
             failure = error
-            answer = {"failed": f"process 0: {type(error).__name__}: {error}"}
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+            text = json.dumps({"failed": f"process 0: {type(error).__name__}: {error}"})
+    data = np.frombuffer(text.encode(), np.uint8)
     # Every host has to know the size of what it receives.
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
-    answer = json.loads(np.asarray(text, np.uint8).tobytes())
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+    answer = json.loads(np.asarray(data, np.uint8).tobytes())
     if failure is not None:
         raise failure
     if "refused" in answer:
@@ -352,18 +352,23 @@ def all_or_none(do: Callable[[], Any]) -> Any:
     """This host's own result of ``do``, once every host has one.
 
     Raises:
-      BadInput: on every host if on any, so that none waits for one that has left.
+      BadInput: on every host if on any, so that none waits for one that has left; RuntimeError on
+        the others where it was something else.
     """
     if jax.process_count() == 1:
         return do()
-    result, refused = None, None
+    result: Any = None
+    failure: Exception | None = None
     try:
         result = do()
-    except BadInput as error:
-        refused = error
-    fine = multihost_utils.process_allgather(np.bool_(refused is None))
-    if refused is not None:
-        raise refused
-    if not fine.all():
-        raise BadInput(f"Process {int(np.argmin(fine))} cannot go on: see what it says.")
+    except Exception as error:  # noqa: BLE001  the others have to hear of it before it goes on
+        failure = error
+    # What is no fault of the input may go better the next time, and is no BadInput elsewhere.
+    own = 0 if failure is None else 1 if isinstance(failure, BadInput) else 2
+    states = multihost_utils.process_allgather(np.int32(own))
+    if failure is not None:
+        raise failure
+    if states.any():
+        kind = RuntimeError if states.max() == 2 else BadInput
+        raise kind(f"Process {int(np.argmax(states))} cannot go on: see what it says.")
     return result

@@ -27,7 +27,7 @@ from mofi_jax.interop import huggingface
 from mofi_jax.losses import entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
-from mofi_jax.training import checkpoint
+from mofi_jax.training import arrays, checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +259,7 @@ def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[To
     description = hosts.agree(look)
     if description is not None:
         towers, params = _read_run(path, description, mesh, batch_size)
-        checkpoint.check_finite(params, path)
+        arrays.check_finite(params, path)
         return towers, params
     if not hosts.agree(lambda: huggingface.is_folder(path)):
         raise BadInput(
@@ -268,7 +268,7 @@ def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[To
             "fetches one from the hub."
         )
     clip = hosts.all_or_none(lambda: huggingface.read(path))
-    checkpoint.check_finite(clip.params, path)
+    arrays.check_finite(clip.params, path)
     towers = Towers(
         config=clip.config,
         tokenizer=clip.tokenizer,
@@ -287,7 +287,7 @@ def _read_run(
     params = checkpoint.restore_params(path)
     towers = tuple(name for name in mofi.TOWERS if name in params)
     wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
-    wrong = checkpoint.differences(
+    wrong = arrays.differences(
         *({name: tree[name] for name in towers} for tree in (params, wanted))
     )
     if wrong:

@@ -69,6 +69,28 @@ def data_fingerprint(
     }
 
 
+def agreed_fingerprint(
+    config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
+) -> dict[str, Any]:
+    """`data_fingerprint`, once every host has found the same.
+
+    Raises:
+      BadInput: this host has other data than host 0, or another has.
+    """
+    own = hosts.all_or_none(lambda: data_fingerprint(config, parts, texts))
+    first = hosts.agree(lambda: own)
+
+    def compare() -> None:
+        if changed := differences(first, own):
+            raise BadInput(
+                f"The data of process {jax.process_index()} are not those of process 0 "
+                f"({changed}): give all hosts the same config.data, or a copy of the same files."
+            )
+
+    hosts.all_or_none(compare)
+    return first
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """A config as JSON gives it back."""
     return json.loads(config.to_json_best_effort())

@@ -80,8 +80,9 @@ def _take(workdir: epath.Path) -> IO[str] | None:
             logging.info("%s is held by a run on %s: waiting", workdir, owner.get("host", "?"))
             time.sleep(_RETRY_SECONDS)
             continue
-        if os.fstat(file.fileno()).st_nlink:
-            break
+        with contextlib.suppress(OSError):  # a stale handle, where it was removed on a server
+            if os.fstat(file.fileno()).st_nlink:
+                break
         file.close()  # its holder removed it a moment ago
     now = datetime.datetime.now(datetime.UTC)
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{now:%F %T} UTC"}

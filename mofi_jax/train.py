@@ -247,7 +247,6 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     values = before = None
     goodput.enter("step")
     console = telemetry.Console(total, first=first, batch_size=config.batch_size)
-    leave.defer()
     with console:
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
@@ -293,6 +292,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                     batch = next(batches)
                 with jax.transfer_guard("disallow"):
                     train_state, values = update(train_state, batch)
+            leave.defer()  # until here nothing could be lost by leaving at once
             examples += config.batch_size
             # One update in flight hides the host's work.  More would only hold more batches in the
             # devices' memory, and nobody could tell whether the loop waits for them or for input.

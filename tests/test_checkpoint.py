@@ -18,7 +18,7 @@ from configs import quickstart
 from mofi_jax import errors, partition, telemetry
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
-from mofi_jax.training import cadence, checkpoint, checksums, class_table, optim, state
+from mofi_jax.training import arrays, cadence, checkpoint, checksums, class_table, optim, state
 
 
 def initialiser(width=8, rows=16, tx=None, ema=False):
@@ -391,9 +391,9 @@ def test_values_that_are_not_finite_are_refused_by_name(meshes, value):
     tree = {"image": {"kernel": np.ones((4, 2), np.float32)}, "logit_scale": np.float32(1)}
     placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
     for params in (tree, placed):
-        checkpoint.check_finite(params, "run")
+        arrays.check_finite(params, "run")
     tree["image"]["kernel"][1, 1] = value
     placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
     for params in (tree, placed):
         with pytest.raises(BadInput, match="run holds values that are not finite in image/kernel:"):
-            checkpoint.check_finite(params, "run")
+            arrays.check_finite(params, "run")

@@ -209,26 +209,34 @@ def test_a_lone_host_asks_nobody():
     assert hosts.agree(lambda: 4) == 4
 
 
-@pytest.mark.parametrize("others", [[True, True], [True, False], [False, True]])
-def test_one_host_that_refuses_takes_all_with_it(monkeypatch, others):
-    """As process 0 of two, whose part is the first."""
+@pytest.mark.parametrize(
+    ("failure", "states", "raised", "said"),
+    [
+        (None, [0, 0], None, ""),
+        (None, [0, 1], BadInput, "Process 1 cannot go on"),
+        (None, [0, 2], RuntimeError, "Process 1 cannot go on"),
+        (BadInput("no such folder"), [1, 0], BadInput, "no such folder"),
+        (OSError("stale"), [2, 0], OSError, "stale"),
+    ],
+)
+def test_one_host_that_fails_takes_all_with_it(monkeypatch, failure, states, raised, said):
+    """As process 0 of two."""
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     told = []
-    gather = lambda fine: told.append(fine) or np.array(others)  # noqa: E731
+    gather = lambda own: told.append(own) or np.array(states)  # noqa: E731
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
 
     def do():
-        if not others[0]:
-            raise BadInput("no such folder")
+        if failure is not None:
+            raise failure
         return 3
 
-    if all(others):
+    if raised is None:
         assert hosts.all_or_none(do) == 3
     else:
-        said = "Process 1 cannot go on" if others[0] else "no such folder"
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(raised, match=said):
             hosts.all_or_none(do)
-    assert told == [others[0]]
+    assert told == states[:1]
 
 
 def test_a_damaged_program_is_replaced(tmp_path, monkeypatch, caplog):

@@ -298,3 +298,18 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     assert len(records.open_source(tmp_path, "i2e")) == 2
     with pytest.raises(errors.BadInput, match="4 shards need 260"):
         training_set.open_training_set(config)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "x"), RuntimeError("read: Stale file handle")])
+def test_a_server_that_is_away_is_no_damage(tmp_path, monkeypatch, error):
+    """Whoever starts the run again may have more luck: not the exit code of bad input."""
+    _write(tmp_path, [1])
+    source = records.open_source(tmp_path, "i2e")
+
+    def read(self, index):
+        raise error
+
+    monkeypatch.setattr(type(source._records), "__getitem__", read)
+    with pytest.raises(type(error)) as raised:
+        source[0]
+    assert raised.value is error

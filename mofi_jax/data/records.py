@@ -244,6 +244,8 @@ class Source:
         try:
             return parse(self._records[index])
         except Exception as error:
+            if errors.may_pass(error):
+                raise
             reason = str(error).strip().partition("\n")[0]
             raise errors.BadInput(
                 f"{self.place(index)} cannot be read ({reason}): the shard is damaged, copy it "

@@ -14,16 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mofi_jax import hosts, partition
+from mofi_jax import hosts
 from mofi_jax.errors import BadInput
-from mofi_jax.training import checksums
+from mofi_jax.training import arrays, checksums
 from mofi_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -270,7 +269,7 @@ def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainSt
             # Not strict: the class table's padding, which depends on the mesh, is cut or filled
             # with zeros.  Everything else has been compared.
             items[name] = checkpointer.restore(folder / name, tree, strict=False)
-    check_finite({name: items[name] for name in ("params", "ema") if name in items}, folder)
+    arrays.check_finite({name: items[name] for name in ("params", "ema") if name in items}, folder)
     optimizer = items["optimizer"]
     return TrainState(optimizer["step"], items["params"], optimizer["state"], items.get("ema"))
 
@@ -297,30 +296,6 @@ def read_item(item: epath.Path) -> Any:
     )
     with _reading(item), ocp.StandardCheckpointer(**_by_this_host()) as checkpointer:
         return checkpointer.restore(item, abstract)
-
-
-def check_finite(params: Any, where: epath.PathLike) -> None:
-    """Raises BadInput that names the arrays with values that are not finite."""
-
-    def finite(numbers: Any, array: Any) -> Any:
-        # The extremes are NaN if any value is, and take no memory as isfinite of all would.
-        return numbers.isfinite(array.min()) & numbers.isfinite(array.max())
-
-    if isinstance(jax.tree.leaves(params)[0], jax.Array):
-        fine = jax.jit(lambda tree: jax.tree.map(lambda x: finite(jnp, x), tree))(params)
-    else:
-        fine = jax.tree.map(lambda x: finite(np, x), params)
-    bad = [
-        partition.path_name(path)
-        for path, value in jax.tree_util.tree_flatten_with_path(fine)[0]
-        if not value
-    ]
-    if bad:
-        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise BadInput(
-            f"{where} holds values that are not finite in {some}: nothing can be computed with "
-            "them; take an earlier checkpoint, or another model."
-        )
 
 
 @contextlib.contextmanager
@@ -374,35 +349,13 @@ def compare(folder: epath.Path, expected: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     told: set[str] = set()
     for item, tree in expected.items():
-        for name, wrong in differences(_saved_tree(folder / item), tree).items():
+        for name, wrong in arrays.differences(_saved_tree(folder / item), tree).items():
             if any(name.endswith(f"/{parameter}") or name == parameter for parameter in told):
                 continue
             problems.append(f"{item}/{name} {wrong}")
             if item == "params":
                 told.add(name)
     return problems
-
-
-def differences(saved: Any, wanted: Any) -> dict[str, str]:
-    """Arrays by name whose shapes differ between two trees, and how."""
-    saved, wanted = _shapes(saved), _shapes(wanted)
-    problems = {}
-    for name in sorted(saved.keys() | wanted.keys()):
-        if name not in saved:
-            problems[name] = "is not in the checkpoint"
-        elif name not in wanted:
-            problems[name] = "is not in the model"
-        elif saved[name] != wanted[name] and not _padding_alone(name, saved[name], wanted[name]):
-            problems[name] = f"is {saved[name]} there and {wanted[name]} here"
-    return problems
-
-
-def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether two shapes of a class table, or of its moments, may differ by the mesh's padding.
-
-    That both belong to the same vocabulary is for the data fingerprint to say.
-    """
-    return name.endswith("entity_table") and saved[1:] == wanted[1:]
 
 
 def _saved_tree(folder: epath.Path) -> Any:
@@ -416,10 +369,3 @@ def _by_this_host() -> dict[str, Any]:
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     return {"multiprocessing_options": alone}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        partition.path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }

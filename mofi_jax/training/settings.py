@@ -154,7 +154,11 @@ def _check(config: Any, checks: Mapping[str, Check]) -> None:
                 value = value[part]
         except (KeyError, TypeError):
             raise BadInput(f"config.{key} is missing: add it, see configs/mofi.py.") from None
-        if not fits(value):
+        try:
+            fine = fits(value)
+        except (TypeError, AttributeError):  # of another kind altogether
+            fine = False
+        if not fine:
             shown = "" if hasattr(value, "items") else f", not {value!r}"
             raise BadInput(
                 f"config.{key} must be {wanted}{shown}: change it in the config file or flag."

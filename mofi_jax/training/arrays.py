@@ -1,0 +1,64 @@
+"""Trees of arrays against what they should be: values that are not finite, shapes that differ."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mofi_jax import partition
+from mofi_jax.errors import BadInput
+
+
+def check_finite(params: Any, where: epath.PathLike) -> None:
+    """Raises BadInput that names the arrays with values that are not finite."""
+
+    def finite(numbers: Any, array: Any) -> Any:
+        # The extremes are NaN if any value is, and take no memory as isfinite of all would.
+        return numbers.isfinite(array.min()) & numbers.isfinite(array.max())
+
+    if isinstance(jax.tree.leaves(params)[0], jax.Array):
+        fine = jax.jit(lambda tree: jax.tree.map(lambda x: finite(jnp, x), tree))(params)
+    else:
+        fine = jax.tree.map(lambda x: finite(np, x), params)
+    bad = [
+        partition.path_name(path)
+        for path, value in jax.tree_util.tree_flatten_with_path(fine)[0]
+        if not value
+    ]
+    if bad:
+        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise BadInput(
+            f"{where} holds values that are not finite in {some}: nothing can be computed with "
+            "them; take an earlier checkpoint, or another model."
+        )
+
+
+def differences(saved: Any, wanted: Any) -> dict[str, str]:
+    """Arrays by name whose shapes differ between two trees, and how."""
+    saved, wanted = _shapes(saved), _shapes(wanted)
+    problems = {}
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in saved:
+            problems[name] = "is not in the checkpoint"
+        elif name not in wanted:
+            problems[name] = "is not in the model"
+        elif saved[name] != wanted[name] and not _padding_alone(name, saved[name], wanted[name]):
+            problems[name] = f"is {saved[name]} there and {wanted[name]} here"
+    return problems
+
+
+def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether two shapes of a class table, or of its moments, may differ by the mesh's padding.
+
+    That both belong to the same vocabulary is for the data fingerprint to say.
+    """
+    return name.endswith("entity_table") and saved[1:] == wanted[1:]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        partition.path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
