@@ -238,18 +238,16 @@ class Source:
         return len(self._records)
 
     def __getitem__(self, index) -> dict[str, Any]:
-        # ArrayRecord answers a position beyond the end with another error than iteration expects.
-        if not 0 <= index < len(self):
+        if not 0 <= index < len(self):  # ArrayRecord's own error is none that iteration expects
             raise IndexError(f"record {index} of {len(self)}")
         try:
             return parse(self._records[index])
         except Exception as error:
             if errors.may_pass(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            told = f"cannot be read ({str(error).strip().partition(chr(10))[0]})"
             raise errors.BadInput(
-                f"{self.place(index)} cannot be read ({reason}): the shard is damaged, copy it "
-                "again."
+                f"{self.place(index)} {told}: the shard is damaged, copy it again."
             ) from error
 
     def place(self, index: int) -> str:
