@@ -130,6 +130,7 @@ def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
     from mofi_jax import inference, partition
 
+    # All devices of this machine: here every machine has a process, and a job, of its own.
     return inference.load(folder, mesh=partition.make_mesh(), batch_size=batch_size)
 
 

@@ -93,8 +93,3 @@ def listening() -> Iterator[Leave]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def preempted(workdir: Any, step: int) -> Preempted:
-    """The exception that ends the process; its state is on disk, or the run had not begun."""
-    return Preempted(f"{workdir} stands at step {step}: the same command goes on from there.")

@@ -38,7 +38,7 @@ from mofi_jax import (
     warm_start,
 )
 from mofi_jax.data import ops, pipeline, prefetch, training_set
-from mofi_jax.errors import BadInput
+from mofi_jax.errors import BadInput, Preempted
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.training import cadence, checkpoint, optim, settings, state
 from mofi_jax.training import program as program_lib
@@ -282,7 +282,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             if leaving:
                 with goodput.phase("checkpoint"):
                     checkpointer.wait()
-                raise preemption.preempted(workdir, now)
+                raise Preempted(
+                    f"{workdir} stands at step {now}: the same command goes on from there."
+                )
             with goodput.phase("profile"):
                 window.at(now, in_flight=values)
             if now == total:

@@ -1,6 +1,7 @@
 """State and position as one thing: exact, onto any mesh, mismatches named."""
 
 import dataclasses
+import json
 import errno
 import hashlib
 import os
@@ -283,8 +284,15 @@ HURTS = {
     "empty": (lambda f: (f / "position/metadata").write_text(""), "position/metadata is not what"),
     "left over": (lambda f: (f / "params/new").write_text(""), "params/new is not in SHA256SUMS"),
     "cut sums": (lambda f: cut(f / checksums.FILE), "(SHA256SUMS|is missing)"),
+    "odd position": (lambda f: odd_position(f), r"position cannot be read .*\['examples'\]"),
     "nothing left": (lambda f: (shutil.rmtree(f), f.mkdir()), "position cannot be read"),
 }
+
+
+def odd_position(folder):
+    (folder / checksums.FILE).unlink()
+    path = folder / "position/metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"examples": -5}))
 
 
 def cut(path):

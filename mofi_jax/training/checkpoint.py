@@ -246,7 +246,12 @@ def read_position(workdir: epath.PathLike, step: int) -> Position:
     folder = _step(workdir, step) / "position"
     handler = ocp.JsonCheckpointHandler()
     with _reading(folder), ocp.Checkpointer(handler, **_by_this_host()) as checkpointer:
-        return Position(**checkpointer.restore(folder))
+        position = Position(**checkpointer.restore(folder))
+        kinds = {"examples": int, "data_fingerprint": dict, "seconds": dict, "config": dict}
+        wrong = [name for name, kind in kinds.items() if type(getattr(position, name)) is not kind]
+        if wrong or position.examples < 0:
+            raise ValueError(f"{wrong or ['examples']} cannot be")
+    return position
 
 
 def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
