@@ -1,9 +1,9 @@
 """State and position as one thing: exact, onto any mesh, mismatches named."""
 
 import dataclasses
-import json
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
