@@ -105,7 +105,7 @@ def test_continues_exactly_also_on_other_host_counts(folder):
 
 def test_worker_processes_change_nothing(folder, monkeypatch):
     """Three of them, from an odd step on, where batches are split into several groups."""
-    monkeypatch.setattr(pipeline, "_WORKER_GROUP", 3)
+    monkeypatch.setattr(pipeline, "_WORKER_GROUPS", (3, 3))
     there = batches(folder, 4, start=24, workers=3)
     for a, b in zip(batches(folder, 7)[3:], there, strict=True):
         assert_same(a, b)
@@ -167,7 +167,8 @@ def test_groups_split_a_batch_evenly(folder):
     [
         (64, 2, 0, (8, 8, 16, 0, 192)),
         (15, 4, 0, (8, 2, 8, 0, 79)),
-        (1024, 2, 8, (32, 32, 8, 1056, 4128)),
+        (1024, 2, 8, (128, 8, 4, 4224, 9344)),
+        (1024, 16, 8, (32, 32, 32, 1056, 10272)),
         (16, 1, 2, (16, 1, 2, 144, 224)),
     ],
 )

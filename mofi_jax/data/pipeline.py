@@ -25,9 +25,10 @@ from mofi_jax.errors import BadInput
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
 
-# Examples that a thread makes at once, and those that a worker process hands over at once: handing
-# over each alone would cost as much as its tokens, and a shared array as much as two pictures.
-_THREAD_GROUP, _WORKER_GROUP = 8, 32
+# Examples that a thread makes at once: handing over each alone would cost as much as its tokens.
+# From another process a shared array costs as much as two pictures, so that groups are larger, up
+# to 128 for one thread, and smaller where many threads have one each.
+_THREAD_GROUP, _WORKER_GROUPS = 8, (32, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +342,8 @@ class Buffers(NamedTuple):
 
 def buffers(local: int, threads: int, workers: int) -> Buffers:
     """What waits for batches of ``local`` examples a host; see `training_stream`."""
-    group = min(local, _WORKER_GROUP if workers else _THREAD_GROUP)
+    smallest, largest = _WORKER_GROUPS if workers else (_THREAD_GROUP, _THREAD_GROUP)
+    group = min(local, max(smallest, min(largest, 256 // threads)))
     groups = -(-local // group)
     processes = max(1, workers)
     ahead = max(2 * threads, -(-2 * groups // processes))
