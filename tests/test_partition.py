@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
@@ -18,6 +19,8 @@ from mofi_jax import partition, tpu_topology
 from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 from mofi_jax.training import state
+
+REPOSITORY = epath.Path(__file__).parent.parent
 
 GOLDEN = {
     "params/entity_table": P(partition.ALL_AXES, None),
@@ -254,6 +257,7 @@ def test_hosts_of_real_slices_lie_anywhere():
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *TOPOLOGIES],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
