@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.model import attention, layers
 
 LOOPS, TURNS = 10, 7

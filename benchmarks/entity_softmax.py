@@ -34,9 +34,10 @@ from jax.sharding import Mesh
 
 from benchmarks import entity_versions as versions
 from benchmarks import figures, step_case
-from mofi_jax import partition, tpu_topology
-from mofi_jax.losses import base, entity
+from mofi_jax.distributed import global_batch
+from mofi_jax.losses import base, class_order, entity
 from mofi_jax.model import mofi
+from mofi_jax.plan import tpu_topology
 from mofi_jax.training import state, step
 
 SIMULATED = 8
@@ -254,11 +255,11 @@ def whole_step(report: figures.Report, quick: bool) -> None:
 
     def prepare(count: int) -> Callable[[], Any]:
         init = state.initialiser(
-            model, tx, losses=losses, table_rows=partition.padded_rows(count, mesh)
+            model, tx, losses=losses, table_rows=class_order.padded_rows(count, mesh)
         )
         holder = {}
         holder["state"], places = state.create(init, 0, mesh)
-        data = partition.to_global(
+        data = global_batch.to_global(
             mesh,
             {
                 "image": pictures,
@@ -267,7 +268,7 @@ def whole_step(report: figures.Report, quick: bool) -> None:
             },
         )
         update = step.make_update(
-            step.Setting(model, mesh, count), losses, tx, seed=0, shardings=places
+            step.StepContext(model, mesh, count), losses, tx, seed=0, shardings=places
         )
 
         def run() -> Any:

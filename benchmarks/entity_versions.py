@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition
-from mofi_jax.losses import entity, entity_sampling
+from mofi_jax.distributed import global_batch, meshes, sharding
+from mofi_jax.losses import class_order, entity, entity_sampling
 
 SCALE, MARGIN = 32.0, 0.3
 RATE = 0.1
-CLASSES = P(partition.ALL_AXES)
+CLASSES = P(meshes.ALL_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Problem:
 
 def make_mesh(devices: list[Any]) -> Mesh:
     shape = (1, len(devices), 1)
-    return Mesh(np.array(devices).reshape(shape), partition.ALL_AXES, (AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(shape), meshes.ALL_AXES, (AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
-    batch = partition.batch_sharding(mesh)
+    batch = global_batch.batch_sharding(mesh)
     return {"x": batch, "table": NamedSharding(mesh, CLASSES), "ids": batch, "weights": batch}
 
 
@@ -47,7 +47,7 @@ def shapes(problem: Problem, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     b, d, k = problem.batch, problem.dim, problem.labels
     kinds = {
         "x": ((b, d), jnp.float32),
-        "table": ((partition.padded_rows(problem.classes, mesh), d), jnp.float32),
+        "table": ((class_order.padded_rows(problem.classes, mesh), d), jnp.float32),
         "ids": ((b, k), jnp.int32),
         "weights": ((b, k), jnp.float32),
     }
@@ -61,7 +61,7 @@ def inputs(problem: Problem, mesh: Mesh, noise: float = 1.0) -> dict[str, jax.Ar
     Args:
       noise: how much longer than a row what is added to it is; 1 makes a cosine of 0.71.
     """
-    rows = partition.padded_rows(problem.classes, mesh)
+    rows = class_order.padded_rows(problem.classes, mesh)
 
     @functools.partial(jax.jit, out_shardings=shardings(mesh))
     def draw(key: jax.Array) -> dict[str, jax.Array]:
@@ -86,9 +86,7 @@ def naive_step(problem: Problem, mesh: Mesh) -> Callable[..., Any]:
     def mean(x, table, ids):
         unit = table * jax.lax.rsqrt(jnp.sum(table * table, axis=1, keepdims=True))
         cos = entity.dot("bd,cd->bc", x, unit, dtype)
-        cos = jax.lax.with_sharding_constraint(
-            cos, NamedSharding(mesh, P(None, partition.ALL_AXES))
-        )
+        cos = jax.lax.with_sharding_constraint(cos, NamedSharding(mesh, P(None, meshes.ALL_AXES)))
         columns = jnp.arange(cos.shape[1])
         hit = columns == ids
         logits = jnp.where(columns < problem.classes, SCALE * (cos - MARGIN * hit), -1e30)
@@ -151,7 +149,7 @@ VERSIONS = {"naive": naive_step, "exact": exact_step, "sampled": sampled_step}
 
 def compile_version(name: str, problem: Problem, mesh: Mesh) -> Any:
     where = shardings(mesh)
-    out = (partition.replicated(mesh), (where["x"], where["table"]))
+    out = (sharding.replicated(mesh), (where["x"], where["table"]))
     run = jax.jit(VERSIONS[name](problem, mesh), out_shardings=out)
     return run.lower(*shapes(problem, mesh).values()).compile()
 

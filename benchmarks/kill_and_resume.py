@@ -113,16 +113,17 @@ def prepare(folder: pathlib.Path) -> None:
 
 def child(args: argparse.Namespace) -> None:
     """The real training main; around it, notes of what each step uses and of evaluations."""
-    from mofi_jax import preemption
+    from mofi_jax.distributed import preemption
 
     preemption.leave_from_the_start()  # as the main does, before the imports
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()
-    from mofi_jax import cli, train
-    from mofi_jax.errors import BadInput, Preempted
+    from mofi_jax import train
+    from mofi_jax.common import cli
+    from mofi_jax.common.errors import BadInput, Preempted
     from mofi_jax.evaluators import common as evaluation
-    from mofi_jax.training import program
+    from mofi_jax.training import setup
     from tests import datasets
 
     folder = pathlib.Path(args.child)
@@ -142,7 +143,7 @@ def child(args: argparse.Namespace) -> None:
     config.data.train_ops = "decode|resize_short(16)"
     notes = folder / f"{args.workdir}.used.jsonl"
 
-    make_update = program.Program.make_update
+    make_update = setup.TrainSetup.make_update
 
     def noted(self: Any, shardings: Any) -> Callable:
         update = make_update(self, shardings)
@@ -163,7 +164,7 @@ def child(args: argparse.Namespace) -> None:
 
         return run
 
-    program.Program.make_update = noted
+    setup.TrainSetup.make_update = noted
     run_all = evaluation.run_all
 
     def marked(*arguments: Any) -> Any:

@@ -31,7 +31,7 @@ def child(arguments: list[str]) -> None:
 
     from configs import mofi
     from mofi_jax import train
-    from mofi_jax.training import program
+    from mofi_jax.training import setup
 
     config = mofi.get_config(f"task=multitask,variant={variant},res=224")
     config.update_from_flattened_dict(
@@ -45,7 +45,7 @@ def child(arguments: list[str]) -> None:
             "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         }
     )
-    make_update = program.Program.make_update
+    make_update = setup.TrainSetup.make_update
 
     def timed(self, shardings):
         update = make_update(self, shardings)
@@ -60,7 +60,7 @@ def child(arguments: list[str]) -> None:
 
         return run
 
-    program.Program.make_update = timed
+    setup.TrainSetup.make_update = timed
     train.main(config, workdir)
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mofi_jax import accelerators, flops, partition
+from mofi_jax.distributed import global_batch, meshes
+from mofi_jax.losses import class_order
 from mofi_jax.model import attention, layers, mofi
+from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import cadence, optim, step
 from mofi_jax.training import state as state_lib
 
@@ -134,14 +136,14 @@ def measure(case: Case) -> dict[str, Any]:
     """
     if case.unroll >= 0:
         layers.UNROLLED_LAYERS[jax.default_backend()] = case.unroll
-    mesh, model = partition.make_mesh(), model_config(case)
+    mesh, model = meshes.make_mesh(), model_config(case)
     losses, tx = task_losses(case.task), optimizer(case.batch)
-    rows = partition.padded_rows(case.entities, mesh)
+    rows = class_order.padded_rows(case.entities, mesh)
     init = state_lib.initialiser(model, tx, losses=losses, table_rows=rows)
     state, places = state_lib.create(init, 0, mesh)
-    data = partition.to_global(mesh, random_batch(case))
-    setting = step.Setting(model, mesh, case.entities if "entity" in losses else 0)
-    update = step.make_update(setting, losses, tx, seed=0, shardings=places)
+    data = global_batch.to_global(mesh, random_batch(case))
+    context = step.StepContext(model, mesh, case.entities if "entity" in losses else 0)
+    update = step.make_update(context, losses, tx, seed=0, shardings=places)
 
     start = time.perf_counter()
     compiled = update.lower(state, data).compile()
@@ -161,7 +163,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "seconds": statistics.median(seconds),
         "compile_seconds": compile_seconds,
-        "flops": flops.of_step(setting, losses, batch_size=case.batch).total,
+        "flops": flops.of_step(context, losses, batch_size=case.batch).total,
         "peak": chip.device_flops if chip else None,
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),

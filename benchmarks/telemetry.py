@@ -24,9 +24,9 @@ from etils import epath
 
 from benchmarks import figures
 from configs import quickstart
-from mofi_jax import partition, telemetry
-from mofi_jax.training import checkpoint, state
-from mofi_jax.training import program as program_lib
+from mofi_jax import telemetry
+from mofi_jax.distributed import global_batch, meshes
+from mofi_jax.training import checkpoint, setup, state
 
 SAVE_EVERY = 100
 LOG_EVERY = 10  # the loop of configs/mofi.py logs each 50 steps
@@ -41,8 +41,8 @@ class Loop:
         config = quickstart.get_config("task=multitask")
         config.batch_size = batch_size
         config.model.image.update(width=width, layers=4)
-        mesh = partition.make_mesh(**config.mesh)
-        program = program_lib.make(
+        mesh = meshes.make_mesh(**config.mesh)
+        program = setup.make(
             config,
             mesh,
             vocab_size=VOCABULARY,
@@ -52,7 +52,7 @@ class Loop:
         )
         self.state, shardings = state.create(program.init, config.seed, mesh)
         self.update = program.make_update(shardings)
-        self.batch = partition.to_global(mesh, random_batch(config, batch_size))
+        self.batch = global_batch.to_global(mesh, random_batch(config, batch_size))
         self.learning_rates = program.learning_rates
         self.values: Any = None
         self.step = 0

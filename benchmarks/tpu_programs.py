@@ -22,11 +22,12 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition, tpu_topology
-from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
+from mofi_jax.distributed import meshes, sharding
+from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
+from mofi_jax.plan import tpu_topology
 from mofi_jax.training import class_table
 
-BATCH, CLASSES = P(partition.BATCH_AXES), P(partition.ALL_AXES)
+BATCH, CLASSES = P(meshes.BATCH_AXES), P(meshes.ALL_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def labels(program: Program, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def table(program: Program, mesh: Mesh) -> Any:
-    rows = partition.padded_rows(program.classes, mesh)
+    rows = class_order.padded_rows(program.classes, mesh)
     return struct(mesh, (rows, program.dim), jnp.float32, CLASSES)
 
 
@@ -65,7 +66,7 @@ def entity_loss(program: Program, mesh: Mesh) -> Any:
 
     def mean(x, table, scale, ids, weights):
         if dense:
-            x = jax.lax.with_sharding_constraint(x, partition.replicated(mesh))
+            x = jax.lax.with_sharding_constraint(x, sharding.replicated(mesh))
             loss = entity.entity_softmax_dense
         else:
             loss = entity.entity_softmax
@@ -79,8 +80,8 @@ def entity_loss(program: Program, mesh: Mesh) -> Any:
     arguments = x, table(program, mesh), scale, *labels(program, mesh)
     step = jax.value_and_grad(mean, (0, 1, 2) if traced else (0, 1))
     shardings = (NamedSharding(mesh, BATCH), NamedSharding(mesh, CLASSES))
-    shardings += (partition.replicated(mesh),) if traced else ()
-    jitted = jax.jit(step, out_shardings=(partition.replicated(mesh), shardings))
+    shardings += (sharding.replicated(mesh),) if traced else ()
+    jitted = jax.jit(step, out_shardings=(sharding.replicated(mesh), shardings))
     return jitted.lower(*arguments)
 
 
@@ -94,7 +95,7 @@ def sampled_step(program: Program, mesh: Mesh) -> Any:
         sample = entity_sampling.draw(
             jax.random.key(seed),
             ids,
-            table_rows=state["params"][partition.ENTITY_TABLE].shape[0],
+            table_rows=state["params"][sharding.ENTITY_TABLE].shape[0],
             num_entities=program.classes,
             rate=0.1,
             mesh=mesh,
@@ -104,7 +105,7 @@ def sampled_step(program: Program, mesh: Mesh) -> Any:
         def mean(x, params):
             result = entity.entity_softmax(
                 x,
-                params[partition.ENTITY_TABLE],
+                params[sharding.ENTITY_TABLE],
                 ids,
                 weights,
                 num_entities=program.classes,
@@ -121,9 +122,9 @@ def sampled_step(program: Program, mesh: Mesh) -> Any:
         updated = {"params": optax.apply_updates(small["params"], updates), "moments": moments}
         return class_table.put(state, updated, sample.rows, mesh), d_x
 
-    params = {partition.ENTITY_TABLE: table(program, mesh)}
+    params = {sharding.ENTITY_TABLE: table(program, mesh)}
     state = {"params": params, "moments": jax.eval_shape(tx.init, params)}
-    shardings = partition.tree_shardings(mesh, state)
+    shardings = sharding.tree_shardings(mesh, state)
     state = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         state,
@@ -140,8 +141,14 @@ def pairs_loss(program: Program, mesh: Mesh) -> Any:
     options = dict(program.options)
     sigmoid = options.pop("sigmoid")
 
-    def mean(image, text, scale, bias, valid, shows, about):
-        relations = {"valid": valid, "shows": shows, "about": about, "mesh": mesh, **options}
+    def mean(image, text, scale, bias, valid, image_entities, text_entity):
+        relations = {
+            "valid": valid,
+            "image_entities": image_entities,
+            "text_entity": text_entity,
+            "mesh": mesh,
+            **options,
+        }
         if sigmoid:
             result = siglip.siglip(image, text, scale, bias, **relations)
         else:
@@ -150,16 +157,16 @@ def pairs_loss(program: Program, mesh: Mesh) -> Any:
 
     embeddings = struct(mesh, (program.batch, program.dim), jnp.float32, BATCH)
     scalar = struct(mesh, (), jnp.float32, P())
-    shows, _ = labels(program, mesh)
+    image_entities, _ = labels(program, mesh)
     valid = struct(mesh, (program.batch,), jnp.bool_, BATCH)
-    about = struct(mesh, (program.batch,), jnp.int32, BATCH)
+    text_entity = struct(mesh, (program.batch,), jnp.int32, BATCH)
     where = NamedSharding(mesh, BATCH)
-    whole = partition.replicated(mesh)
+    whole = sharding.replicated(mesh)
     jitted = jax.jit(
         jax.value_and_grad(mean, (0, 1, 2, 3)),
         out_shardings=(whole, (where, where, whole, whole)),
     )
-    return jitted.lower(embeddings, embeddings, scalar, scalar, valid, shows, about)
+    return jitted.lower(embeddings, embeddings, scalar, scalar, valid, image_entities, text_entity)
 
 
 PROGRAMS = {
@@ -224,7 +231,7 @@ def collectives(text: str) -> dict[str, list[tuple[int, ...]]]:
 def describe(name: str) -> dict[str, Any]:
     program = PROGRAMS[name]
     devices = np.array(tpu_topology.devices(program.topology)).reshape(1, -1, 1)
-    mesh = Mesh(devices, partition.ALL_AXES, (AxisType.Auto,) * 3)
+    mesh = Mesh(devices, meshes.ALL_AXES, (AxisType.Auto,) * 3)
     start = time.perf_counter()
     compiled = program.build(program, mesh).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()

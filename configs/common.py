@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -110,7 +110,7 @@ def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any
 
 
 def mesh() -> dict[str, int]:
-    """All devices on the fsdp axis (`mofi_jax.partition.make_mesh`)."""
+    """All devices on the fsdp axis (`mofi_jax.distributed.meshes.make_mesh`)."""
     return {"replica": 1, "fsdp": -1, "tensor": 1}
 
 

@@ -20,7 +20,7 @@ gallery and zero-shot classification.
 import ml_collections
 
 from configs import common
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 SAMPLE = "data_prep/sample"
 

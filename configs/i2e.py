@@ -23,7 +23,7 @@ import ml_collections
 
 from configs import common
 from data_prep import boilerplate, source_files
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
 

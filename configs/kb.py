@@ -11,7 +11,7 @@ in every language.
 import ml_collections
 
 from configs import common
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

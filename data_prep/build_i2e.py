@@ -32,7 +32,7 @@ from data_prep import (
     sources,
     vocabulary,
 )
-from mofi_jax import cli, errors, paths
+from mofi_jax.common import cli, errors, files
 from mofi_jax.data import ops
 
 
@@ -67,7 +67,7 @@ def build(
       BadInput: anything about the configuration or the input that makes it impossible.
     """
     started = time.monotonic()
-    paths.output_folder(workdir, "--workdir")
+    files.output_folder(workdir, "--workdir")
     validate(config)
     stages: dict[str, dict[str, int]] = {}
     with engine.Engine(

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine, kb_build
-from mofi_jax import cli, paths
+from mofi_jax.common import cli, files
 
 _CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "kb.py")
 
@@ -30,7 +30,7 @@ def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
     Raises:
       BadInput: `dump` is missing, damaged, of another format or without a usable entity.
     """
-    paths.output_folder(out, "--out")
+    files.output_folder(out, "--out")
     manifest = kb_build.build(dump, out, config)
     counts = manifest["counts"]
     logging.info("%s: %s", out, ", ".join(f"{value} {key}" for key, value in counts.items()))

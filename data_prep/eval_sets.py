@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import engine, evidence, pictures
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import ops
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

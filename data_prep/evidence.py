@@ -30,7 +30,7 @@ from etils import epath
 from jaxtyping import Float
 
 from data_prep import candidates, engine, sources
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import ops
 
 if typing.TYPE_CHECKING:
@@ -128,10 +128,11 @@ def _identify(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dic
 @functools.lru_cache(maxsize=1)
 def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
-    from mofi_jax import inference, partition
+    from mofi_jax import inference
+    from mofi_jax.distributed import meshes
 
     # All devices of this machine: here every machine has a process, and a job, of its own.
-    return inference.load(folder, mesh=partition.make_mesh(), batch_size=batch_size)
+    return inference.load(folder, mesh=meshes.make_mesh(), batch_size=batch_size)
 
 
 # --------------------------------------------------------------------------------------- the texts

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from absl import logging
 
 from data_prep import jobs
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 Outcome = tuple[jobs.Job, dict | jobs.Failure]
 

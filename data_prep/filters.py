@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import copies, duplicates, engine, eval_sets, frequency, safety
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 FEEDBACKS = ("one_pass", "converge")
 DROPS = ("label", "picture")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from etils import epath
 
 from data_prep import manifests
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa

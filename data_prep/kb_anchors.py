@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_prep import kb_rows, names
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import duckdb

@@ -58,7 +58,7 @@ from data_prep import (
     knowledge_base,
     wikidata,
 )
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 check_source = kb_source.check
 

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from data_prep import engine, kb_anchors, kb_parts
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import tqdm
 
 from data_prep import wordnet
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 STDIN = "-"
 WIKIDATA, ROWS, WORDNET = "wikidata", "rows", "wordnet"

@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import candidates, engine, manifests, selection
-from mofi_jax import cli, errors, paths
+from mofi_jax.common import cli, errors, files
 
 SETS = ("text_only", "selected")
 SWEPT = {"min_fit": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
@@ -85,7 +85,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     Raises:
       BadInput: a file is missing or holds no usable row, or labels/ is not there yet.
     """
-    root = paths.output_folder(workdir, "--workdir")
+    root = files.output_folder(workdir, "--workdir")
     known = read_truth(truth, classes)
     shards = sorted(root.glob("labels/*.parquet"))
     if not shards:
@@ -109,8 +109,8 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
             ("ceiling",): candidates.distinct(links)[:2],
         }
         if rule:
-            files = selection.evidence_files(root, shard.name)
-            evidence, _ = selection.read_evidence(links, *map(os.fspath, files))
+            paths = selection.evidence_files(root, shard.name)
+            evidence, _ = selection.read_evidence(links, *map(os.fspath, paths))
             for name in values:
                 for value in values[name]:
                     changed = rule._replace(**{name: value})
@@ -200,8 +200,8 @@ def _values(
     reached: dict[str, list[np.ndarray]] = {name: [] for name in SWEPT}
     for shard in shards:
         links = candidates.read(root / "links" / shard.name)
-        files = selection.evidence_files(root, shard.name)
-        evidence, _ = selection.read_evidence(links, *map(os.fspath, files))
+        paths = selection.evidence_files(root, shard.name)
+        evidence, _ = selection.read_evidence(links, *map(os.fspath, paths))
         free = rule._replace(min_fit=-np.inf, min_score=-np.inf)
         best = selection.choose_all(links, evidence, free)
         reached["min_fit"].append(best.fit[candidates.starts_run(best.row)])

@@ -37,7 +37,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import boilerplate, engine, knowledge_base, meanings, names
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 _BLOCK = 4096  # captions that are linked at a time

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from absl import logging
 from etils import epath
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 # A file as last seen: size in bytes, modification time in ns, sha256 in hex.
 Seen = tuple[int, int, str]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from data_prep import pictures, samples
 from data_prep.samples import Sample
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
 _BATCH = 32  # rows; pictures of a few megabytes each should not fill the memory

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 # See `engine.runs`.
 _ROWS_PER_BUCKET = 2_000

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
-from mofi_jax import errors, paths
+from mofi_jax.common import errors, files
 from mofi_jax.data import records
 
 INFO_FILE = "dataset_info.json"
@@ -76,7 +76,7 @@ def check(publish: str) -> None:
     """Raises BadInput unless `publish` names a bucket to look at or a folder to write."""
     scheme, separator, _ = os.fspath(publish).partition("://")
     if not separator:
-        paths.output_folder(publish, "config.publish")
+        files.output_folder(publish, "config.publish")
     if separator and scheme not in ("gs", "s3", "az"):
         raise errors.BadInput(
             f"config.publish={publish!r} cannot be used: give a folder, or a URL that begins with"

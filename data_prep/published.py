@@ -12,7 +12,7 @@ from typing import NamedTuple
 from absl import logging
 from etils import epath
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 
 _READ = 256  # records at a time

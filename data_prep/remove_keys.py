@@ -31,7 +31,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import manifests, published
-from mofi_jax import cli, errors, paths
+from mofi_jax.common import cli, errors, files
 from mofi_jax.data import records
 
 REMOVED_FILE = "removed_keys.txt"
@@ -83,7 +83,7 @@ def remove(
     info = published.read_info(source)
     wanted = read_keys(keys)
     target = epath.Path(os.path.abspath(out)) if out else source.parent / next_version(info.version)
-    paths.output_folder(target, "--out")
+    files.output_folder(target, "--out")
     if not re.fullmatch(r"\d+\.\d+\.\d+", target.name) or target == source:
         raise errors.BadInput(
             f"--out={out} is no folder of a new version: name it by three numbers, such as"

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_prep import engine, evidence
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 HEAD_FILES = (".npz", ".safetensors")
 

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import candidates, engine, evidence, fits
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 
 from data_prep import tables, tfds_sets
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 # Formats by the end of the name. Where a pattern finds several kinds, the first of them is read:
 # beside tars lie their own tables, beside parquet may lie the list it was made from.

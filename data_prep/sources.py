@@ -42,7 +42,7 @@ from etils import epath
 from data_prep import engine, parquets, pictures, samples, tables, tars, tfds_sets
 from data_prep.samples import Rejected
 from data_prep.source_files import Found, find
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 __all__ = ["find", "read_pictures", "run"]
 

@@ -29,7 +29,7 @@ from spacy.tokens import Span
 from spacy.vocab import Vocab
 
 from data_prep import knowledge_base, names
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 VECTORS = "entity_vectors.npy"
 _NOTE = "knowledge_base.json"

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from data_prep import pictures, samples
 from data_prep.samples import Rejected, Sample
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = (

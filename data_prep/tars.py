@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from data_prep import engine, pictures, samples
 from data_prep.samples import Sample
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _BLOCK = tarfile.BLOCKSIZE

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from data_prep import pictures, samples
 from data_prep.samples import Sample
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import metadata
 
 PREFIX = "tfds:"

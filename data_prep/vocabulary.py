@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import engine
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 
 

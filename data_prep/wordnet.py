@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 FILES = ("data.noun", "index.noun")
 

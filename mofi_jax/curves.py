@@ -21,8 +21,9 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mofi_jax import cli, paths, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax import telemetry
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
 
 SUFFIXES = (".png", ".html")
 
@@ -149,14 +150,14 @@ _LABELS = {
 
 def main(*workdirs: str, out: str = "") -> None:
     """Draws the runs of `workdirs` to the file `out`."""
-    path = paths.output_file(out or epath.Path(workdirs[0]) / "curves.png", "--out")
+    path = files.output_file(out or epath.Path(workdirs[0]) / "curves.png", "--out")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"--out={out} must end in {' or '.join(SUFFIXES)}: rename it.")
     runs = read_runs(workdirs)
     if not path.parent.exists():
         raise BadInput(f"--out={out} lies in a folder that does not exist: create {path.parent}.")
     if path.suffix == ".html":
-        telemetry.write_text(path, page(runs))
+        files.write_text(path, page(runs))
     else:
         picture = io.BytesIO()
         draw(runs).savefig(picture, format="png", dpi=_DPI)

@@ -19,8 +19,10 @@ import jax
 import ml_collections
 from absl import logging
 
-from mofi_jax import cli, hosts, inference, partition, paths, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax import inference
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import hosts, meshes
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.evaluators import retrieval
 
@@ -44,8 +46,8 @@ def main(
     """
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
-    paths.local_input(model, "the model")
-    out = paths.output_folder(out or default, "--out")
+    files.local_input(model, "the model")
+    out = files.output_folder(out or default, "--out")
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)
     # A config of one's own needs none of what concerns several hosts.
@@ -56,7 +58,7 @@ def main(
         process=process,
         timeout=config.get("start_timeout", 300),
     )
-    mesh = partition.make_mesh(**config.get("mesh", {}))
+    mesh = meshes.make_mesh(**config.get("mesh", {}))
 
     # ---------------------------------------------------------------------- model
     if model == RAW_PIXELS:
@@ -91,7 +93,7 @@ def main(
     for key, value in scores.items():
         name, _, metric = key.partition("/")
         metrics.setdefault(name, {})[metric] = value
-    telemetry.write_json(
+    files.write_json(
         out / "result.json",
         {
             "model": description,

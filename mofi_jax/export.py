@@ -24,9 +24,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, partition, paths
+from mofi_jax import inference
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.interop import huggingface
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
@@ -71,13 +73,13 @@ def main(model: str, out: str, format: str = "hf") -> None:
         raise BadInput(
             f"--format={format} is unknown: choose {' or '.join(FORMATS)} (Hugging Face CLIPModel)."
         )
-    target = paths.replaced_folder(out, "--out")
+    target = files.replaced_folder(out, "--out")
     if target.is_dir() and any(target.iterdir()) and not (target / huggingface.PREPROCESS).exists():
         raise BadInput(
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )
     jax.config.update("jax_platforms", "cpu")
-    loaded = inference.load(model, mesh=partition.make_mesh())
+    loaded = inference.load(model, mesh=meshes.make_mesh())
     mark = uuid.uuid4().hex[:8]
     temporary = target.with_name(f".{target.name}-{mark}")
     replaced = target.with_name(f".{target.name}-{mark}-replaced")

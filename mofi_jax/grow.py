@@ -19,11 +19,21 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import cli, inference, json_files, model_file, partition, paths, run_folder, telemetry
+from mofi_jax import inference
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import pipeline, records, tokenizer
-from mofi_jax.errors import BadInput
-from mofi_jax.training import checkpoint, class_table, settings, state
-from mofi_jax.training import program as program_lib
+from mofi_jax.distributed import meshes, sharding
+from mofi_jax.losses import class_order
+from mofi_jax.training import (
+    checkpoint,
+    class_table,
+    model_file,
+    run_folder,
+    settings,
+    setup,
+    state,
+)
 
 # As many QIDs as an error names.
 NAMED = 5
@@ -45,7 +55,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     """
     if missing not in ("refuse", "drop"):
         raise BadInput(f"--missing={missing}: choose refuse or drop.")
-    run, out = epath.Path(model), paths.replaced_folder(workdir, "--workdir")
+    run, out = epath.Path(model), files.replaced_folder(workdir, "--workdir")
     if (out / "result_grow.json").exists():
         logging.info("%s is grown already", out)
         return
@@ -54,7 +64,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
 
     config = read_config(run)
     order = model_file.read(run).get("table_order")
-    if order != partition.TABLE_ORDER:
+    if order != class_order.TABLE_ORDER:
         raise BadInput(f"{run} was trained by another version: its class table has another order.")
     if name:
         config.data.name = name
@@ -74,9 +84,9 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     ]
     sources = match(old, new, run, missing)
 
-    mesh = partition.make_mesh()
+    mesh = meshes.make_mesh()
     step = checkpoint.last_step(run)
-    program = program_lib.make(
+    program = setup.make(
         config,
         mesh,
         vocab_size=texts.vocab_size,
@@ -100,9 +110,9 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         # From ids to rows of the table, which lie in another order.
         sources=class_table.rows_of_sources(sources, len(old)),
         new_rows=rows[np.searchsorted(fresh, ids_by_row(fresh, len(new)))],
-        table_rows=partition.padded_rows(len(new), mesh),
+        table_rows=class_order.padded_rows(len(new), mesh),
     )
-    grown = partition.put(mesh, grown)
+    grown = sharding.put(mesh, grown)
 
     # Under another name until it is whole: train would begin anew in a folder without checkpoint.
     part = out.parent / f"{out.name}.partial"
@@ -110,7 +120,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         part.rmtree()
     part.mkdir(parents=True)
     for file in (model_file.NAME, "config.json", records.TOKENIZER_FILE):
-        telemetry.write_text(part / file, (run / file).read_text())
+        files.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
     fingerprint = run_folder.data_fingerprint(config, parts, texts)
     writer = checkpoint.Checkpointer(part, keep=1)
@@ -128,7 +138,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         "dropped": len(old) - int((sources >= 0).sum()),
         "new_rows": "text tower" if "text" in old_state.params else "random",
     }
-    telemetry.write_json(part / "result_grow.json", counts)
+    files.write_json(part / "result_grow.json", counts)
     if out.exists():
         out.rmdir()  # it is empty
     part.rename(out)
@@ -141,7 +151,7 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
     if not path.exists():
         raise BadInput(f"{run} is no training run (no config.json): name the --workdir of one.")
     remedy = "put back the config.json that the training wrote"
-    config = ml_collections.ConfigDict(json_files.read_object(path, remedy))
+    config = ml_collections.ConfigDict(files.read_json_object(path, remedy))
     try:
         settings.validate(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -181,7 +191,7 @@ def match(
 
 def ids_by_row(ids: np.ndarray, num_entities: int) -> np.ndarray:
     """The given entity ids in the order of their rows of the table."""
-    return ids[np.argsort(partition.table_rows(ids, num_entities))]
+    return ids[np.argsort(class_order.table_rows(ids, num_entities))]
 
 
 def new_rows(
@@ -197,7 +207,7 @@ def new_rows(
 
     The loss normalises rows, so a row's length decides only how fast it turns.
     """
-    old = np.asarray(params[partition.ENTITY_TABLE])[:num_old]
+    old = np.asarray(params[sharding.ENTITY_TABLE])[:num_old]
     length = np.median(np.linalg.norm(old, axis=1))
     if "text" in params and len(fresh):
         towers = inference.Towers(

@@ -4,10 +4,11 @@
 
 Reads from top to bottom: hosts, data, model, what is already there, update, evaluators, loop.  The
 same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters
-of an uninterrupted one, bit for bit.  For what the folder W holds, see `mofi_jax.run_folder`.
+of an uninterrupted one, bit for bit.  For what the folder W holds, see `training.run_folder`.
 """
 
-from mofi_jax import preemption
+from mofi_jax.common import files
+from mofi_jax.distributed import preemption
 
 if __name__ == "__main__":
     # A machine may be taken away during the imports that follow, which take seconds.
@@ -22,26 +23,25 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mofi_jax import (
-    accelerators,
-    cli,
-    errors,
-    flops,
-    hosts,
-    inference,
+from mofi_jax import inference, telemetry
+from mofi_jax.common import cli, errors
+from mofi_jax.common.errors import BadInput, Preempted
+from mofi_jax.data import ops, pipeline, prefetch, training_set
+from mofi_jax.distributed import global_batch, hosts, meshes, sharding
+from mofi_jax.evaluators import common as evaluation
+from mofi_jax.inference import warm_start
+from mofi_jax.telemetry import accelerators, flops
+from mofi_jax.training import (
+    cadence,
+    checkpoint,
     model_file,
-    partition,
-    paths,
+    optim,
     run_folder,
     run_lock,
-    telemetry,
-    warm_start,
+    settings,
+    setup,
+    state,
 )
-from mofi_jax.data import ops, pipeline, prefetch, training_set
-from mofi_jax.errors import BadInput, Preempted
-from mofi_jax.evaluators import common as evaluation
-from mofi_jax.training import cadence, checkpoint, optim, settings, state
-from mofi_jax.training import program as program_lib
 
 
 def main(
@@ -66,7 +66,7 @@ def main(
     """
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
-    workdir = paths.output_folder(workdir, "--workdir")
+    workdir = files.output_folder(workdir, "--workdir")
     hosts.start(
         config.distributed,
         coordinator=coordinator,
@@ -98,9 +98,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     leave = cleanup.enter_context(preemption.listening())
 
     # ---------------------------------------------------------------------- hosts and devices
-    mesh = partition.make_mesh(**config.mesh)
+    mesh = meshes.make_mesh(**config.mesh)
     lead = jax.process_index() == 0
-    program_lib.check_batch(config, mesh)
+    setup.check_batch(config, mesh)
     watchdog = telemetry.Watchdog(workdir, goodput, minutes=config.telemetry.hang_minutes)
     cleanup.callback(watchdog.close)
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
@@ -119,11 +119,11 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     fingerprint = hosts.agree(lambda: run_folder.data_fingerprint(config, data.parts, data.texts))
 
     # ---------------------------------------------------------------------- model
-    program = program_lib.make(config, mesh, **data.sizes)
+    program = setup.make(config, mesh, **data.sizes)
     structs, shardings = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
-    partition.check_replication(mesh, structs, config.max_replicated)
-    model, clock, num_entities = program.model, program.clock, program.setting.num_entities
+    sharding.check_replication(mesh, structs, config.max_replicated)
+    model, clock, num_entities = program.model, program.clock, program.context.num_entities
 
     # ---------------------------------------------------------------------- evaluators
     towers = inference.Towers(
@@ -224,7 +224,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             seed=config.seed,
             start=examples,
             batch_size=config.batch_size,
-            rows=partition.batch_rows(mesh, config.batch_size),
+            rows=global_batch.batch_rows(mesh, config.batch_size),
             threads=config.data.threads,
             workers=config.data.workers,
         )
@@ -238,7 +238,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         images_per_step=config.batch_size,
         tokens_per_step=contrasted * config.model.context_length,
         flops_per_step=flops.of_step(
-            program.setting, program.losses, batch_size=config.batch_size
+            program.context, program.losses, batch_size=config.batch_size
         ).total,
         peak_flops=chip.device_flops * mesh.size if chip else None,
     )
@@ -318,7 +318,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     split = goodput.finish()
     trained = split["input"] + split["step"]
     if lead:
-        telemetry.write_json(
+        files.write_json(
             workdir / "result.json",
             {
                 "steps": total,

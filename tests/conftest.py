@@ -29,7 +29,7 @@ import pytest
 from absl import flags
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax import partition
+from mofi_jax.distributed import meshes
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Grain reads absl flags when it starts workers; no absl app runs under pytest.
@@ -41,25 +41,25 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def meshes() -> dict[str, Mesh]:
+def mesh_of() -> dict[str, Mesh]:
     """Meshes by 'REPLICAxFSDPxTENSOR': one to four devices, and eight in three shapes."""
 
     def first_devices(*shape: int) -> Mesh:
         devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
-        return Mesh(devices, partition.ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+        return Mesh(devices, meshes.ALL_AXES, axis_types=(AxisType.Auto,) * 3)
 
     return {
         "1x1x1": first_devices(1, 1, 1),
         "1x2x1": first_devices(1, 2, 1),
         "2x1x2": first_devices(2, 1, 2),
-        "1x8x1": partition.make_mesh(replica=1, fsdp=8, tensor=1),
-        "2x2x2": partition.make_mesh(replica=2, fsdp=2, tensor=2),
-        "8x1x1": partition.make_mesh(replica=8, fsdp=1, tensor=1),
+        "1x8x1": meshes.make_mesh(replica=1, fsdp=8, tensor=1),
+        "2x2x2": meshes.make_mesh(replica=2, fsdp=2, tensor=2),
+        "8x1x1": meshes.make_mesh(replica=8, fsdp=1, tensor=1),
     }
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, meshes) -> pathlib.Path:
+def trained(tmp_path_factory, mesh_of) -> pathlib.Path:
     """data/ of seven entities and run/, 20 steps of multitask training on one device.
 
     To be read only: a test that changes something copies it first.
@@ -72,6 +72,6 @@ def trained(tmp_path_factory, meshes) -> pathlib.Path:
     config = datasets.tiny_config(folder / "data", steps=20)
     config.checkpoint.update({"every": "20 steps", "keep": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "make_mesh", lambda *_, **__: meshes["1x1x1"])
+        patch.setattr(meshes, "make_mesh", lambda *_, **__: mesh_of["1x1x1"])
         train.main(config, str(folder / "run"))
     return folder

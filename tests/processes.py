@@ -20,9 +20,10 @@ from absl import flags
 from etils import epath
 
 from configs import eval as eval_config
-from mofi_jax import evaluate, partition, preemption, train
+from mofi_jax import evaluate, train
+from mofi_jax.common.errors import Preempted
 from mofi_jax.data import ops
-from mofi_jax.errors import Preempted
+from mofi_jax.distributed import meshes, preemption
 from tests import datasets
 
 REPOSITORY = epath.Path(__file__).parent.parent
@@ -66,14 +67,14 @@ def leave(folder, name, mesh, process):
     config = datasets.tiny_config(folder / "data", steps=1_000_000)
     config.mesh.update(mesh)
     config.checkpoint.every = config.log_every = "100000 steps"
-    defer = preemption.Leave.defer
+    defer = preemption.PreemptionGuard.defer
 
     def heard(self):
         if process == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         defer(self)
 
-    preemption.Leave.defer = heard
+    preemption.PreemptionGuard.defer = heard
     try:
         train.main(config, str(folder / name))
     except Preempted as left:
@@ -132,7 +133,7 @@ def main(options):
     process = options["process"]
     flags.FLAGS.mark_as_parsed()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    make_mesh = partition.make_mesh
+    make_mesh = meshes.make_mesh
     if options.get("permuted"):
 
         def permuted(*sizes, **axes):
@@ -140,9 +141,9 @@ def main(options):
             devices = blocks.T.ravel().tolist()  # of processes 0, 1, 0, 1, ...
             return make_mesh(*sizes, **axes, devices=devices)
 
-        partition.make_mesh = permuted
+        meshes.make_mesh = permuted
     if options.get("slices"):
-        partition.slice_of = lambda device: device.process_index
+        meshes.slice_of = lambda device: device.process_index
     train_and_evaluate(
         folder,
         name,

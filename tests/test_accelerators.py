@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from mofi_jax import accelerators
+from mofi_jax.telemetry import accelerators
 
 
 def device(kind, **attributes):

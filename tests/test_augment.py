@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import augment, ops
-from mofi_jax.errors import BadInput
 
 NAMES = tuple(augment.OPERATIONS)
 STRONG = [name for name in NAMES if name not in augment.WITHOUT_STRENGTH]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mofi_jax import partition
+from mofi_jax.distributed import sharding
 from mofi_jax.training import average, class_table
 from mofi_jax.training.state import TrainState
 
@@ -28,27 +28,27 @@ def test_what_several_steps_leave(decay):
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1])
-def test_drawn_rows_follow_the_average_over_all(meshes, rate):
+def test_drawn_rows_follow_the_average_over_all(mesh_of, rate):
     """Against an average of every row at every step; exact for the rows that were just drawn."""
-    mesh, decay, steps = meshes["1x2x1"], 0.97, 60
+    mesh, decay, steps = mesh_of["1x2x1"], 0.97, 60
     rng = np.random.default_rng(0)
     table = rng.normal(size=(ROWS, DIM)).astype(np.float32)
     tx = class_table.scale_by_row_adam(0.9, 0.99, 1e-8, mu_dtype="float32", second_moment="full")
-    params = {partition.ENTITY_TABLE: jnp.asarray(table), "bias": jnp.zeros(2)}
+    params = {sharding.ENTITY_TABLE: jnp.asarray(table), "bias": jnp.zeros(2)}
     state = TrainState(
         jnp.zeros((), jnp.int32),
         params,
-        tx.init({partition.ENTITY_TABLE: params[partition.ENTITY_TABLE]}),
+        tx.init({sharding.ENTITY_TABLE: params[sharding.ENTITY_TABLE]}),
         jax.tree.map(jnp.copy, params),
     )
 
     @jax.jit
     def step(state, rows):
         small = average.caught_up(class_table.take(state, rows, mesh), decay)
-        updates = {partition.ENTITY_TABLE: small.params[partition.ENTITY_TABLE] * 0 + 1.0}
+        updates = {sharding.ENTITY_TABLE: small.params[sharding.ENTITY_TABLE] * 0 + 1.0}
         _, opt_state = tx.update(updates, small.opt_state)
         moved = small.params | {
-            partition.ENTITY_TABLE: small.params[partition.ENTITY_TABLE] * 0.9 + 0.1
+            sharding.ENTITY_TABLE: small.params[sharding.ENTITY_TABLE] * 0.9 + 0.1
         }
         ema = average.updated(small.ema, moved, small.step, decay)
         small = TrainState(small.step + 1, moved, opt_state, ema)
@@ -64,12 +64,12 @@ def test_drawn_rows_follow_the_average_over_all(meshes, rate):
         state = step(state, jnp.asarray(rows))
         dense[rows] = dense[rows] * 0.9 + 0.1
         exact = dense + factor(n, decay) * (exact - dense)
-        found = np.asarray(state.ema[partition.ENTITY_TABLE])
+        found = np.asarray(state.ema[sharding.ENTITY_TABLE])
         np.testing.assert_allclose(found[rows], exact[rows], rtol=1e-5, atol=1e-6)
 
 
 def test_without_an_average_or_with_a_frozen_table():
-    params = {partition.ENTITY_TABLE: jnp.ones((4, 2))}
+    params = {sharding.ENTITY_TABLE: jnp.ones((4, 2))}
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.EmptyState(), None)
     assert average.caught_up(state, 0.9) is state
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.EmptyState(), params)

@@ -17,7 +17,7 @@ import pytest
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.training import cadence
 
 CLOCK = cadence.Clock(batch_size=100, examples_per_epoch=1050, total_steps=200)

@@ -16,10 +16,12 @@ import pytest
 from jax.experimental import multihost_utils
 
 from configs import quickstart
-from mofi_jax import errors, partition, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax.common import checksums, errors, files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
-from mofi_jax.training import arrays, cadence, checkpoint, checksums, class_table, optim, state
+from mofi_jax.training import arrays, cadence, checkpoint, class_table, optim, state
 
 
 def initialiser(width=8, rows=16, tx=None, ema=False):
@@ -44,8 +46,8 @@ POSITION = checkpoint.Position(
 
 
 @pytest.fixture
-def saved(tmp_path, meshes):
-    train_state, _ = state.create(initialiser(), 5, meshes["2x2x2"])
+def saved(tmp_path, mesh_of):
+    train_state, _ = state.create(initialiser(), 5, mesh_of["2x2x2"])
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
     checkpointer.save(20, train_state, POSITION)
     checkpointer.wait()
@@ -54,9 +56,9 @@ def saved(tmp_path, meshes):
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
-def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
+def test_restores_bit_for_bit_on_any_mesh(saved, mesh_of, mesh):
     _, train_state, folder = saved
-    structs, shardings = state.abstract(initialiser(), meshes[mesh])
+    structs, shardings = state.abstract(initialiser(), mesh_of[mesh])
     restored = checkpoint.restore(folder, 20, structs)
     assert checkpoint.read_position(folder, 20) == POSITION
     assert jax.tree.structure(restored) == jax.tree.structure(train_state)
@@ -65,11 +67,11 @@ def test_restores_bit_for_bit_on_any_mesh(saved, meshes, mesh):
     assert all(jax.tree.leaves(placed))
 
 
-def test_padding_of_the_class_table_follows_the_mesh(saved, meshes):
+def test_padding_of_the_class_table_follows_the_mesh(saved, mesh_of):
     """16 rows were saved; 13 cut padding off, 24 add rows of zeros, the moments alike."""
     _, train_state, folder = saved
     for rows in (13, 24):
-        structs, _ = state.abstract(initialiser(rows=rows), meshes["1x1x1"])
+        structs, _ = state.abstract(initialiser(rows=rows), mesh_of["1x1x1"])
         restored = checkpoint.restore(folder, 20, structs)
         for table, whole in (
             (restored.params["entity_table"], train_state.params["entity_table"]),
@@ -106,8 +108,8 @@ def test_a_save_asks_nothing_about_preemption(saved, monkeypatch):
     assert asked == []
 
 
-def test_keeps_one_of_every_so_many_for_ever(tmp_path, meshes):
-    train_state, _ = state.create(initialiser(), 5, meshes["1x1x1"])
+def test_keeps_one_of_every_so_many_for_ever(tmp_path, mesh_of):
+    train_state, _ = state.create(initialiser(), 5, mesh_of["1x1x1"])
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=1, keep_every=20)
     for step in range(10, 70, 10):
         checkpointer.save(step, train_state, POSITION)
@@ -115,19 +117,19 @@ def test_keeps_one_of_every_so_many_for_ever(tmp_path, meshes):
     assert checkpoint.saved_steps(tmp_path) == [20, 40, 60]
 
 
-def test_the_average_is_saved_and_is_what_others_read(tmp_path, meshes):
-    train_state, shardings = state.create(initialiser(ema=True), 5, meshes["1x8x1"])
+def test_the_average_is_saved_and_is_what_others_read(tmp_path, mesh_of):
+    train_state, shardings = state.create(initialiser(ema=True), 5, mesh_of["1x8x1"])
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), out_shardings=shardings.ema)
     train_state = dataclasses.replace(train_state, ema=double(train_state.ema))
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
     checkpointer.save(20, train_state, POSITION)
     checkpointer.wait()
-    structs, _ = state.abstract(initialiser(ema=True), meshes["2x2x2"])
+    structs, _ = state.abstract(initialiser(ema=True), mesh_of["2x2x2"])
     restored = checkpoint.restore(tmp_path, 20, structs)
     jax.tree.map(np.testing.assert_array_equal, train_state, restored)
     average = checkpoint.restore_params(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), average, train_state.params)
-    without, _ = state.abstract(initialiser(), meshes["1x1x1"])
+    without, _ = state.abstract(initialiser(), mesh_of["1x1x1"])
     with pytest.raises(BadInput, match=r"an average of the parameters is in it \(config.ema"):
         checkpoint.restore(tmp_path, 20, without)
     checkpointer.close()
@@ -139,7 +141,7 @@ def test_something_else_in_place_of_a_file_or_a_folder(tmp_path):
         checkpoint.saved_steps(tmp_path)
     (tmp_path / "result.json").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
-        telemetry.write_json(tmp_path / "result.json", {})
+        files.write_json(tmp_path / "result.json", {})
     assert errors.storage_problem(caught.value, tmp_path) == "is a directory"
 
 
@@ -159,18 +161,18 @@ def test_a_disk_that_is_full_is_told_by_the_system_s_own_words(tmp_path):
     assert errors.storage_problem(ValueError("no"), tmp_path) is None
 
 
-def test_every_mismatch_is_named_at_once(saved, meshes):
+def test_every_mismatch_is_named_at_once(saved, mesh_of):
     _, _, folder = saved
-    structs, _ = state.abstract(initialiser(width=16), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(width=16), mesh_of["1x1x1"])
     with pytest.raises(BadInput) as caught:
         checkpoint.restore(folder, 20, structs)
     for name in ("image/class_embedding is (8,)", "image/blocks/mlp/fc1/bias is (1, 32)"):
         assert f"params/{name}" in str(caught.value)
 
 
-def test_missing_and_left_over_arrays_are_named(saved, meshes):
+def test_missing_and_left_over_arrays_are_named(saved, mesh_of):
     _, _, folder = saved
-    structs, _ = state.abstract(initialiser(tx=optax.sgd(1e-3, momentum=0.9)), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(tx=optax.sgd(1e-3, momentum=0.9)), mesh_of["1x1x1"])
     with pytest.raises(
         BadInput, match=r"nu/.*is not in the model.*trace/.*is not in the checkpoint"
     ):
@@ -183,7 +185,7 @@ def test_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("second_moment", ["full", "row"])
-def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, second_moment):
+def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, mesh_of, second_moment):
     """1,003 rows, which divide over none of them: rows and moments move bit for bit."""
     entities = 1003
     settings = quickstart.get_config("task=multitask").optimizer
@@ -192,9 +194,9 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
     tx = optim.make(settings, cadence.Clock(16, 1000, 100))
 
     def make(mesh):
-        return initialiser(rows=partition.padded_rows(entities, mesh), tx=tx)
+        return initialiser(rows=class_order.padded_rows(entities, mesh), tx=tx)
 
-    eight, shardings = state.create(make(meshes["1x8x1"]), 5, meshes["1x8x1"])
+    eight, shardings = state.create(make(mesh_of["1x8x1"]), 5, mesh_of["1x8x1"])
     # Moments of a training under way: every value another.
     rng = np.random.default_rng(0)
 
@@ -208,7 +210,7 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
     checkpointer.save(1, eight, POSITION)
     checkpointer.wait()
     for name in ("2x1x2", "1x2x1", "1x1x1"):
-        structs, _ = state.abstract(make(meshes[name]), meshes[name])
+        structs, _ = state.abstract(make(mesh_of[name]), mesh_of[name])
         restored = checkpoint.restore(tmp_path, 1, structs)
         moved = 0
         for (path, a), b in zip(
@@ -217,11 +219,11 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
             if class_table.is_table(path):
                 moved += 1
                 assert a.shape[0] == 1008
-                assert b.shape[0] == partition.padded_rows(entities, meshes[name])
-                assert len(b.sharding.device_set) == meshes[name].size
-                assert b.addressable_shards[0].data.shape[0] == b.shape[0] // meshes[name].size
+                assert b.shape[0] == class_order.padded_rows(entities, mesh_of[name])
+                assert len(b.sharding.device_set) == mesh_of[name].size
+                assert b.addressable_shards[0].data.shape[0] == b.shape[0] // mesh_of[name].size
                 a, b = a[:entities], b[:entities]
-            np.testing.assert_array_equal(a, b, err_msg=partition.path_name(path))
+            np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))
             assert a.dtype == b.dtype
         assert moved == 4, "table, two moments, last step"
     checkpointer.close()
@@ -231,11 +233,11 @@ def test_class_table_from_eight_devices_on_four_two_and_one(tmp_path, meshes, se
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory, meshes):
+def steps(tmp_path_factory, mesh_of):
     """A run with two saved steps, 20 and 40, to be copied before it is hurt."""
     folder = tmp_path_factory.mktemp("steps")
     checkpointer = checkpoint.Checkpointer(folder, keep=2)
-    train_state, _ = state.create(initialiser(ema=True), 5, meshes["1x1x1"])
+    train_state, _ = state.create(initialiser(ema=True), 5, mesh_of["1x1x1"])
     for step in (20, 40):
         checkpointer.save(step, train_state, dataclasses.replace(POSITION, examples=step))
     checkpointer.close()
@@ -317,19 +319,19 @@ def test_a_damaged_step_is_named_and_the_one_before_it_offered(run, hurt):
     "name", ["params/_METADATA", "params/manifest.ocdbt", "params/array_metadatas/process_0"]
 )
 def test_a_step_without_sums_is_read_with_a_warning_and_fails_in_one_sentence(
-    run, meshes, name, caplog
+    run, mesh_of, name, caplog
 ):
     folder = run / checkpoint.FOLDER / "40"
     (folder / checksums.FILE).unlink()
     checkpoint.restore_params(run)
     assert f"{folder} has no SHA256SUMS: damage to it may go unnoticed" in caplog.text
     (folder / name).write_text("{")
-    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(ema=True), mesh_of["1x1x1"])
     with pytest.raises(BadInput, match=f"{folder}/params cannot be read"):
         checkpoint.restore(run, 40, structs)
 
 
-def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, meshes, caplog):
+def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, mesh_of, caplog):
     folder = run / checkpoint.FOLDER
     (folder / "40.damaged").mkdir()  # of an earlier time
     (folder / "40/params/_METADATA").unlink()
@@ -339,7 +341,7 @@ def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, 
     assert "step 40 is damaged" in caplog.text
     assert checkpoint.saved_steps(run) == [20]
     assert (folder / "40.damaged1/params").exists()
-    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(ema=True), mesh_of["1x1x1"])
     checkpointer = checkpoint.Checkpointer(run, keep=1)
     checkpointer.save(40, checkpoint.restore(run, 20, structs), POSITION)
     checkpointer.close()
@@ -347,9 +349,9 @@ def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, 
     assert (folder / "40.damaged1/params").exists()
 
 
-def test_without_verify_nothing_is_summed_or_checked(run, meshes, monkeypatch):
+def test_without_verify_nothing_is_summed_or_checked(run, mesh_of, monkeypatch):
     monkeypatch.delattr(checksums, "_sums")
-    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(ema=True), mesh_of["1x1x1"])
     checkpointer = checkpoint.Checkpointer(run, keep=1, sums=False)
     checkpointer.save(60, checkpoint.restore(run, 40, structs), POSITION)
     checkpointer.close()
@@ -357,12 +359,12 @@ def test_without_verify_nothing_is_summed_or_checked(run, meshes, monkeypatch):
     assert not (run / checkpoint.FOLDER / "60" / checksums.FILE).exists()
 
 
-def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, meshes, monkeypatch):
+def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, mesh_of, monkeypatch):
     def full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     monkeypatch.setattr(checksums, "write", full)
-    train_state, _ = state.create(initialiser(), 5, meshes["1x1x1"])
+    train_state, _ = state.create(initialiser(), 5, mesh_of["1x1x1"])
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
     checkpointer.save(20, train_state, POSITION)
     with pytest.raises(OSError, match="No space left"):
@@ -371,7 +373,7 @@ def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, meshes, monkeypatch
     assert checkpoint.newest_whole(tmp_path, verify=False) == (20, [])
 
 
-def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, meshes, monkeypatch):
+def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, mesh_of, monkeypatch):
     """The barriers of Orbax are not entered while the save's own error is on its way."""
     entered = []
     barrier = lambda **_: entered.append(sys.exception())  # noqa: E731
@@ -380,7 +382,7 @@ def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, meshes, monk
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    structs, _ = state.abstract(initialiser(ema=True), meshes["1x1x1"])
+    structs, _ = state.abstract(initialiser(ema=True), mesh_of["1x1x1"])
     train_state = checkpoint.restore(run, 40, structs)
     checkpointer = checkpoint.Checkpointer(run, keep=1)
     checkpointer.check()
@@ -395,13 +397,13 @@ def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, meshes, monk
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused_by_name(meshes, value):
+def test_values_that_are_not_finite_are_refused_by_name(mesh_of, value):
     tree = {"image": {"kernel": np.ones((4, 2), np.float32)}, "logit_scale": np.float32(1)}
-    placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
+    placed = jax.device_put(tree, sharding.tree_shardings(mesh_of["2x2x2"], tree))
     for params in (tree, placed):
         arrays.check_finite(params, "run")
     tree["image"]["kernel"][1, 1] = value
-    placed = jax.device_put(tree, partition.tree_shardings(meshes["2x2x2"], tree))
+    placed = jax.device_put(tree, sharding.tree_shardings(mesh_of["2x2x2"], tree))
     for params in (tree, placed):
         with pytest.raises(BadInput, match="run holds values that are not finite in image/kernel:"):
             arrays.check_finite(params, "run")

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from mofi_jax import partition
+from mofi_jax.distributed import sharding
 from mofi_jax.losses import entity_sampling
 from mofi_jax.training import class_table
 
 ROWS, DIM = 48, 5
-TABLE = partition.ENTITY_TABLE
+TABLE = sharding.ENTITY_TABLE
 
 
 def rule(**changes):
@@ -89,9 +89,9 @@ def test_missed_steps_decay_the_moments_and_move_nothing(second_moment):
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
-def test_only_drawn_rows_change(meshes, mesh):
+def test_only_drawn_rows_change(mesh_of, mesh):
     """Table, moments and memory of all other rows keep their bits over a whole step."""
-    mesh = meshes[mesh]
+    mesh = mesh_of[mesh]
     tx = rule(mu_dtype="bfloat16", second_moment="row")
     rng = np.random.default_rng(1)
     table = jnp.asarray(rng.normal(size=(ROWS, DIM)), jnp.float32)
@@ -116,7 +116,7 @@ def test_only_drawn_rows_change(meshes, mesh):
         params = small["params"] | {TABLE: small["params"][TABLE] + directions[TABLE]}
         return class_table.put(whole, {"params": params, "moments": moments}, sample.rows, mesh)
 
-    sharded = jax.device_put(before, partition.tree_shardings(mesh, before))
+    sharded = jax.device_put(before, sharding.tree_shardings(mesh, before))
     after = step(jax.tree.map(jnp.copy, sharded))
     drawn = np.isin(np.arange(ROWS), sample.rows)
     assert 0 < drawn.sum() < ROWS
@@ -132,9 +132,9 @@ def test_only_drawn_rows_change(meshes, mesh):
     assert after["moments"].count == 4
 
 
-def test_moments_lie_with_their_rows(meshes):
+def test_moments_lie_with_their_rows(mesh_of):
     """[e, d] and [e] moments are split over all devices as the table is."""
     state = rule(second_moment="row").init({TABLE: jnp.zeros((ROWS, DIM))})
-    shardings = partition.tree_shardings(meshes["2x2x2"], state)
+    shardings = sharding.tree_shardings(mesh_of["2x2x2"], state)
     for moment in (shardings.mu, shardings.nu, shardings.last_step):
-        assert moment[TABLE].spec[0] == partition.ALL_AXES
+        assert moment[TABLE].spec[0] == meshes.ALL_AXES

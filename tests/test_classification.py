@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mofi_jax import inference
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common
 from mofi_jax.model import mofi
 
@@ -66,7 +66,7 @@ def unit(rng, rows):
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2"])
-def test_scores_by_hand(tmp_path, meshes, mesh):
+def test_scores_by_hand(tmp_path, mesh_of, mesh):
     """Eleven entities on eight devices; class 2 is not in the vocabulary."""
     rng = np.random.default_rng(0)
     entities = vocabulary([2000, 1000, 999, 100, 50, 20, 19, 5, 5, 4, 3])
@@ -77,7 +77,7 @@ def test_scores_by_hand(tmp_path, meshes, mesh):
     images = write_set(tmp_path / "set.tar", numbers)
     # Each picture lies on an entity: 3 of 4 right, 1 of 2, (two uncovered), 1 of 1.
     given = table[[0, 0, 0, 5, 4, 9, 4, 4, 7]]
-    model = towers(meshes[mesh], entities)
+    model = towers(mesh_of[mesh], entities)
     # Raw rows have any length: only the direction counts.
     params = model.put({"entity_table": table * rng.uniform(0.5, 3, (len(table), 1))})
     evaluator = common.build("classification", model, images=images, classes=classes)
@@ -98,20 +98,20 @@ def test_scores_by_hand(tmp_path, meshes, mesh):
     )
 
 
-def test_nothing_covered(tmp_path, meshes):
+def test_nothing_covered(tmp_path, mesh_of):
     """Coverage is told; no score stands for pictures that could not be right."""
     evaluator = common.build(
         "classification",
-        towers(meshes["1x1x1"], vocabulary([5, 5])),
+        towers(mesh_of["1x1x1"], vocabulary([5, 5])),
         images=write_set(tmp_path / "set.tar", [0, 1]),
         classes=write_classes(tmp_path / "classes.jsonl", ["A", "B"]),
     )
     assert list(evaluator.run({})) == [("coverage", 0.0)]
 
 
-def test_fewer_than_five_entities(tmp_path, meshes):
+def test_fewer_than_five_entities(tmp_path, mesh_of):
     table = unit(np.random.default_rng(1), 3)
-    model = towers(meshes["1x8x1"], vocabulary([9, 8, 7]))
+    model = towers(mesh_of["1x8x1"], vocabulary([9, 8, 7]))
     evaluator = common.build(
         "classification",
         model,
@@ -123,8 +123,8 @@ def test_fewer_than_five_entities(tmp_path, meshes):
     assert scores["top5"] == 1.0
 
 
-def test_class_table_must_name_entities_and_all_classes(tmp_path, meshes):
-    model = towers(meshes["1x1x1"], vocabulary([5]))
+def test_class_table_must_name_entities_and_all_classes(tmp_path, mesh_of):
+    model = towers(mesh_of["1x1x1"], vocabulary([5]))
     images = write_set(tmp_path / "set.tar", [0, 1])
     nameless = tmp_path / "nameless.jsonl"
     nameless.write_text('{"class": 0, "label": "a"}\n{"class": 1, "label": "b"}\n')

@@ -8,7 +8,7 @@ import sys
 import pytest
 from etils import epath
 
-from mofi_jax import cli, errors
+from mofi_jax.common import cli, errors
 
 REPOSITORY = epath.Path(__file__).parent.parent
 TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from configs import common, i2e, mofi, quickstart
 from configs import eval as eval_config
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.training import cadence, program, settings, state, step
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
+from mofi_jax.training import cadence, settings, setup, state, step
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("task", common.TASKS)
 @pytest.mark.parametrize("variant", ["B/16", "L/14", "H/14"])
-def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
+def test_every_variant_and_task_builds_abstractly(variant, task, mesh_of):
     """Shapes of state, batch and one update, on eight devices, without a single array."""
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     config = mofi.get_config(f"task={task},variant={variant},res=224")
     settings.validate(config)
-    built = program.make(
+    built = setup.make(
         config,
         mesh,
         # The vocabulary that the released text towers fit, OPT's.
@@ -37,14 +37,14 @@ def test_every_variant_and_task_builds_abstractly(variant, task, meshes):
     )
     assert built.clock.total_steps == 439_087
     structs, _ = state.abstract(built.init, mesh)
-    loss = step.make_loss(built.setting, built.losses)
-    batch = program.batch_structs(config, mesh)
+    loss = step.make_loss(built.context, built.losses)
+    batch = setup.batch_structs(config, mesh)
     value, metrics = jax.eval_shape(loss, structs.params, batch)
     assert value.shape == ()
     assert {f"loss_{name}" for name in config.losses} <= metrics.keys()
     # Nothing wide may be whole on every device.
     for path, leaf in jax.tree_util.tree_flatten_with_path(structs.params)[0]:
-        name = partition.path_name(path)
+        name = sharding.path_name(path)
         if leaf.size > 4e6 and "token_embedding" not in name:
             assert not leaf.sharding.is_fully_replicated, name
 

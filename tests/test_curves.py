@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from mofi_jax import curves, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 
 def run(lines, name="run"):

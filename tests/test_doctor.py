@@ -12,9 +12,11 @@ import threading
 
 import pytest
 
-from mofi_jax import doctor, machine, train
+from mofi_jax import train
 from mofi_jax.data import limits, records, training_set
-from mofi_jax.machine import GIB, Report
+from mofi_jax.doctor import __main__ as doctor
+from mofi_jax.doctor import machine
+from mofi_jax.doctor.machine import GIB, Report
 from mofi_jax.training import checkpoint
 from tests import datasets
 
@@ -61,9 +63,9 @@ def test_healthy_set_up_has_no_problem_and_leaves_nothing_behind(data, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_is_that_of_the_training(data, tmp_path, devices, monkeypatch, meshes):
+def test_the_model_is_that_of_the_training(data, tmp_path, devices, monkeypatch, mesh_of):
     config = datasets.tiny_config(data, "task=supervised", steps=2)
-    monkeypatch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+    monkeypatch.setattr(train.meshes, "make_mesh", lambda **_: mesh_of["1x1x1"])
     train.main(config, str(tmp_path / "run"))
     report = doctor.examine(config, str(tmp_path / "run"))
     assert told(report) == {}

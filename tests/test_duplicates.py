@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import copies, duplicates, engine, eval_sets, evidence, filters, pictures
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import ops
 from tests import label_tables, workdirs
 

@@ -11,7 +11,8 @@ import pytest
 from configs import eval as eval_config
 from configs import i2e as i2e_config
 from data_prep import build_i2e, label_quality
-from mofi_jax import evaluate, export, inference, partition, train
+from mofi_jax import evaluate, export, inference, train
+from mofi_jax.distributed import meshes
 from tests import datasets
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
@@ -107,7 +108,7 @@ def test_exported_model_reads_back_in_transformers(run, tmp_path):
     assert "transformers" in " ".join(report["reader"])
     assert report["max_abs_diff"] <= 1e-4
 
-    ours = inference.load(run / "multitask", mesh=partition.make_mesh())
+    ours = inference.load(run / "multitask", mesh=meshes.make_mesh())
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "export")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     texts = ["a red apple icon", "Mount Fuji"]
@@ -120,7 +121,7 @@ def test_exported_model_reads_back_in_transformers(run, tmp_path):
 
 
 def test_names_entities_of_a_picture(run):
-    model = inference.load(run / "multitask", mesh=partition.make_mesh())
+    model = inference.load(run / "multitask", mesh=meshes.make_mesh())
     with tarfile.open(SAMPLE / "seen.tar") as tar:
         picture = tar.extractfile(tar.getmembers()[0]).read()
     embedding = model.embed_images([picture])

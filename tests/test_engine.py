@@ -13,7 +13,7 @@ import time
 import pytest
 
 from data_prep import engine, manifests
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 SETTINGS = {"version": 1, "suffix": "!"}
 

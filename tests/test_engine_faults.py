@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine, jobs
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 
 def shout(task, outputs, settings):

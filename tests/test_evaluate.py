@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import eval as eval_config
-from mofi_jax import evaluate, inference, partition
+from mofi_jax import evaluate, inference
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records, tokenizer
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import common
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
@@ -104,7 +105,7 @@ def test_unusable_picture_sets(folder, tmp_path):
     for name, kind in (("zipped.tar.gz", "gzip"), ("set.zip", "zip")):
         with pytest.raises(BadInput, match=rf"{name} is packed by {kind}, .*: unpack it and give"):
             common.read_set(tmp_path / name)
-    read_model = functools.partial(inference.read, mesh=partition.make_mesh())
+    read_model = functools.partial(inference.read, mesh=meshes.make_mesh())
     for read in (common.read_set, common.read_classes, read_model):
         with pytest.raises(BadInput, match=r"^gs://b/x is a remote path: copy the "):
             read("gs://b/x")
@@ -120,9 +121,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(folder, tmp_path):
     data = (copy / "341_2.jpg").read_bytes()
     (copy / "341_2.jpg").write_bytes(data[:200])
     with pytest.raises(BadInput, match=r"341_2.jpg in .*cannot be decoded"):
-        common.embed_pictures(
-            inference.RawPixels(8, partition.make_mesh()), {}, common.read_set(copy)
-        )
+        common.embed_pictures(inference.RawPixels(8, meshes.make_mesh()), {}, common.read_set(copy))
 
 
 def test_a_config_of_ones_own_says_nothing_of_hosts(tmp_path):
@@ -151,7 +150,7 @@ def test_class_tables(tmp_path):
 
 
 def test_building(folder):
-    towers = inference.RawPixels(8, partition.make_mesh())
+    towers = inference.RawPixels(8, meshes.make_mesh())
     assert common.kinds() == ["classification", "retrieval", "zeroshot"]
     with pytest.raises(BadInput, match="Evaluator x: Unknown evaluator kind 'knn': choose from"):
         common.build_all(towers, {"x": {"kind": "knn"}})
@@ -184,7 +183,7 @@ def test_pictures_are_embedded_once_for_all_evaluators_and_anew_for_new_paramete
             return super().embed_images(params, images)
 
     config = {name: {"kind": "retrieval", "images": str(folder)} for name in ("a", "b")}
-    suite = common.build_all(Counting(8, partition.make_mesh()), config)
+    suite = common.build_all(Counting(8, meshes.make_mesh()), config)
     first = {"version": 1}
     told = []
     scores = common.run_all(suite.evaluators, first, lambda: told.append(len(seen)))
@@ -295,7 +294,7 @@ def test_preprocessing_of_the_config_replaces_that_of_the_model(model, folder, t
 
 def test_a_model_without_text_tower_is_not_asked_for_words(model, folder, tmp_path, monkeypatch):
     """As a supervised run loads: without the text tower's parameters and without tokenizer."""
-    loaded = inference.load(model, mesh=partition.make_mesh())
+    loaded = inference.load(model, mesh=meshes.make_mesh())
     del loaded.params["text"]
     towers = dataclasses.replace(loaded.towers, tokenizer=None)
     loaded = dataclasses.replace(loaded, towers=towers)

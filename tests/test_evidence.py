@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import engine, evidence, selection
-from mofi_jax import errors, inference
+from mofi_jax import inference
+from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
@@ -188,11 +189,11 @@ def clip_folder(tmp_path_factory):
     return str(folder / "model")
 
 
-def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, meshes, clip_folder):
+def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, mesh_of, clip_folder):
     workdir, _ = workdirs.write(tmp_path, count=30, tars=2)
     found = []
     for name in ("1x1x1", "8x1x1"):
-        model = inference.load(clip_folder, mesh=meshes[name], batch_size=12)
+        model = inference.load(clip_folder, mesh=mesh_of[name], batch_size=12)
         assert len(model.towers.mesh.devices.flat) == int(name[0])
         monkeypatch.setattr(evidence, "load_model", lambda folder, size, model=model: model)
         evidence.run(workdirs.config(clip=clip_folder, batch_size=12), engine.Engine(workdir))
@@ -212,8 +213,8 @@ def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, meshes, clip_fol
         np.testing.assert_allclose(row["scores"], eight[key]["scores"], atol=1e-3)
 
 
-def test_results_come_a_batch_late_but_all_of_them(meshes, clip_folder):
-    model = inference.load(clip_folder, mesh=meshes["8x1x1"], batch_size=12)
+def test_results_come_a_batch_late_but_all_of_them(mesh_of, clip_folder):
+    model = inference.load(clip_folder, mesh=mesh_of["8x1x1"], batch_size=12)
     images = np.random.default_rng(0).integers(0, 256, (29, 16, 16, 3), np.uint8)
     sizes = (12, 5, 12)
     batches = np.split(images, np.cumsum(sizes)[:-1])

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import transformers
 
-from mofi_jax import errors, export, inference, partition
+from mofi_jax import export, inference
+from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.distributed import meshes
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
 
@@ -57,11 +59,11 @@ def test_folder_and_report(source, tmp_path):
     assert ours["image"]["max"] == ours["text"]["max"] == 0
     assert (
         report["tokenizer"]
-        == inference.load(source, mesh=partition.make_mesh()).towers.tokenizer.fingerprint
+        == inference.load(source, mesh=meshes.make_mesh()).towers.tokenizer.fingerprint
     )
     assert report["versions"]["transformers"] == transformers.__version__
     assert _names(out.parent) == ["exported"]
-    again = inference.load(out, mesh=partition.make_mesh())
+    again = inference.load(out, mesh=meshes.make_mesh())
     assert again.towers.preprocess == "decode|resize_short(20, 'bilinear')|center_crop(16)"
     card = (out / "README.md").read_text()
     assert "2 x 16 / 2" in card
@@ -87,7 +89,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
         clip.params["text"]["final_norm"]["scale"] *= np.linspace(0.9, 1.1, 24, dtype=np.float32)
         return clip
 
-    model = inference.load(source, mesh=partition.make_mesh())
+    model = inference.load(source, mesh=meshes.make_mesh())
     monkeypatch.setattr(huggingface, "read", wrong)
     monkeypatch.setattr(inference, "load", lambda path, mesh: model)
     with pytest.raises(export.ParityError, match="1e-04 is allowed"):
@@ -96,7 +98,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
 
 
 def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
-    model = inference.load(source, mesh=partition.make_mesh())
+    model = inference.load(source, mesh=meshes.make_mesh())
     model = inference.Model(model.towers, {"image": model.params["image"]}, "supervised")
     monkeypatch.setattr(inference, "load", lambda path, mesh: model)
     with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import engine, filters, frequency
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests import label_tables, workdirs
 
 _SHARDS = [

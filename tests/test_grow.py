@@ -7,18 +7,20 @@ import jax
 import numpy as np
 import pytest
 
-from mofi_jax import grow, partition, telemetry, train
+from mofi_jax import grow, telemetry, train
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import meshes, sharding
+from mofi_jax.losses import class_order
 from mofi_jax.training import checkpoint
 from tests import datasets
 
-TABLE = partition.ENTITY_TABLE
+TABLE = sharding.ENTITY_TABLE
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch, meshes):
-    monkeypatch.setattr(partition, "make_mesh", lambda **_: meshes["1x1x1"])
+def one_device(monkeypatch, mesh_of):
+    monkeypatch.setattr(meshes, "make_mesh", lambda **_: mesh_of["1x1x1"])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def data(tmp_path_factory, trained):
 
 def by_qid(workdir, leaf, entities):
     """{qid: its part of an array laid out as the class table is}."""
-    rows = partition.table_rows(np.arange(len(entities)), len(entities))
+    rows = class_order.table_rows(np.arange(len(entities)), len(entities))
     return dict(zip(entities.qids, np.asarray(leaf)[rows], strict=True))
 
 
@@ -62,7 +64,7 @@ def saved(workdir):
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore((step / item).absolute())
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            leaves[f"{item}/{partition.path_name(path)}"] = np.asarray(leaf)
+            leaves[f"{item}/{sharding.path_name(path)}"] = np.asarray(leaf)
     return leaves
 
 
@@ -118,7 +120,7 @@ def test_new_rows_are_what_the_text_tower_says(data, trained, tmp_path):
 
     _, new_data = data
     grow.main(str(trained / "run"), str(new_data), str(tmp_path / "grown"))
-    model = inference.load(tmp_path / "grown", mesh=partition.make_mesh())
+    model = inference.load(tmp_path / "grown", mesh=meshes.make_mesh())
     fresh = [i for i, qid in enumerate(model.towers.entities.qids) if qid in ("Q007", "Q008")]
     words = [model.towers.entities.text(i, with_description=True) for i in fresh]
     ids, cosines = model.name_entities(model.embed_texts(words), 1)

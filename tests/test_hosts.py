@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mofi_jax import hosts, partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import hosts, meshes
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_devices_that_are_not_there_are_named(monkeypatch, failure, reason):
 
     monkeypatch.setattr(jax, "devices", fail)
     alone = functools.partial(hosts.start, False, coordinator="", processes="", process="")
-    for call in (partition.make_mesh, functools.partial(alone, timeout=1)):
+    for call in (meshes.make_mesh, functools.partial(alone, timeout=1)):
         with pytest.raises(BadInput, match=f"JAX_PLATFORMS=.* use here .*{reason}.*: unset it"):
             call()
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import clip_config, clip_weights, huggingface

@@ -11,13 +11,16 @@ import safetensors.numpy
 from etils import epath
 from PIL import Image
 
-from mofi_jax import errors, inference, model_file, partition
+from mofi_jax import inference
+from mofi_jax.common import errors
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import common
 from mofi_jax.interop import huggingface
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
-from mofi_jax.training import checkpoint
+from mofi_jax.training import checkpoint, model_file
 
 SIZE = 16
 PREPROCESS = f"decode|resize_short({SIZE})|center_crop({SIZE})"
@@ -89,7 +92,7 @@ def exported(tmp_path_factory, config, params, tokenizer, entities):
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "8x1x1"])
-def test_the_same_on_every_mesh_and_batch(meshes, mesh, config, params, tokenizer, entities):
+def test_the_same_on_every_mesh_and_batch(mesh_of, mesh, config, params, tokenizer, entities):
     images = np.random.default_rng(2).integers(0, 256, (11, SIZE, SIZE, 3), np.uint8)
     texts = [f"a photo of a {name}" for name in NAMES] * 2 + [""]
     expected_images = np.asarray(
@@ -100,7 +103,7 @@ def test_the_same_on_every_mesh_and_batch(meshes, mesh, config, params, tokenize
     )
     table = params["entity_table"][:5]
     cosines = expected_images @ (table / np.linalg.norm(table, axis=1, keepdims=True)).T
-    towers = _towers(config, tokenizer, entities, meshes[mesh], batch_size=4)
+    towers = _towers(config, tokenizer, entities, mesh_of[mesh], batch_size=4)
     on_devices = towers.put(params)
     found = towers.embed_images(on_devices, images)
     assert found.dtype == np.float32
@@ -112,23 +115,23 @@ def test_the_same_on_every_mesh_and_batch(meshes, mesh, config, params, tokenize
     np.testing.assert_allclose(values, -np.sort(-cosines, axis=1)[:, :2], atol=1e-6)
 
 
-def test_nothing_in_nothing_out(meshes, config, params, tokenizer, entities):
-    towers = _towers(config, tokenizer, entities, meshes["1x1x1"], batch_size=4)
+def test_nothing_in_nothing_out(mesh_of, config, params, tokenizer, entities):
+    towers = _towers(config, tokenizer, entities, mesh_of["1x1x1"], batch_size=4)
     images = np.zeros((0, SIZE, SIZE, 3), np.uint8)
     assert towers.embed_images(params, images).shape == (0, config.embed_dim)
     assert towers.embed_texts(params, []).shape == (0, config.embed_dim)
 
 
-def test_compiled_once_for_all_batches(meshes, config, params, tokenizer, entities):
-    towers = _towers(config, tokenizer, entities, meshes["1x1x1"], batch_size=2)
+def test_compiled_once_for_all_batches(mesh_of, config, params, tokenizer, entities):
+    towers = _towers(config, tokenizer, entities, mesh_of["1x1x1"], batch_size=2)
     on_devices = towers.put(params)
     for number in (1, 2, 5):
         towers.embed_images(on_devices, np.zeros((number, SIZE, SIZE, 3), np.uint8))
     assert towers._image_step._cache_size() == 1
 
 
-def test_load_exported_folder(exported, meshes, config, params):
-    model = inference.load(exported, mesh=meshes["2x2x2"], batch_size=8)
+def test_load_exported_folder(exported, mesh_of, config, params):
+    model = inference.load(exported, mesh=mesh_of["2x2x2"], batch_size=8)
     assert model.description == str(exported)
     files = [_picture("red"), _picture((0, 90, 200), (16, 16), "JPEG"), _picture("white", (1, 1))]
     embeddings = model.embed_images(files)
@@ -142,14 +145,14 @@ def test_load_exported_folder(exported, meshes, config, params):
         model.name_entities(embeddings, 6)
 
 
-def test_load_training_run(monkeypatch, tmp_path, meshes, config, params, tokenizer, entities):
+def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, tokenizer, entities):
     description = model_file.describe(config, PREPROCESS)
     description["attention"] = "cudnn"  # trained on a GPU, read on a CPU
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
     monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
-    model = inference.load(tmp_path, mesh=meshes["8x1x1"])
+    model = inference.load(tmp_path, mesh=mesh_of["8x1x1"])
     assert model.towers.config == config
     assert model.towers.entities.names == NAMES
     expected = jax.jit(mofi.embed_texts, static_argnums=0)(config, params, tokenizer(["a cat"]))
@@ -166,20 +169,20 @@ def test_a_class_table_in_another_order_is_refused(
     records.write_entities(tmp_path / "entities.parquet", entities)
     monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
     with pytest.raises(errors.BadInput, match="trained by another version, whose class table"):
-        inference.load(tmp_path, mesh=partition.make_mesh())
+        inference.load(tmp_path, mesh=meshes.make_mesh())
 
 
-def test_names_follow_the_order_of_the_class_table(tmp_path, meshes, config, params, tokenizer):
+def test_names_follow_the_order_of_the_class_table(tmp_path, mesh_of, config, params, tokenizer):
     """200 entities, whose rows are not their ids: named, exported and read back as themselves."""
     count = 200
     qids = [f"Q{i:03d}" for i in range(count)]
     many = records.Entities(qids, qids, [""] * count, np.full(count, 3))
     by_id = np.random.default_rng(0).normal(size=(count, config.embed_dim)).astype(np.float32)
-    rows = partition.table_rows(np.arange(count), count)
+    rows = class_order.table_rows(np.arange(count), count)
     assert np.any(rows != np.arange(count))
     table = np.zeros_like(by_id)
     table[rows] = by_id
-    towers = _towers(config, tokenizer, many, meshes["2x2x2"], batch_size=16)
+    towers = _towers(config, tokenizer, many, mesh_of["2x2x2"], batch_size=16)
     with_table = {**params, "entity_table": table}
     found, cosines = towers.nearest_entities(towers.put(with_table), by_id, 1)
     np.testing.assert_array_equal(found[:, 0], np.arange(count))
@@ -196,15 +199,17 @@ def test_names_follow_the_order_of_the_class_table(tmp_path, meshes, config, par
 
 def test_bad_folders(tmp_path, exported):
     with pytest.raises(errors.BadInput, match="neither a training run"):
-        inference.load(tmp_path, mesh=partition.make_mesh())
+        inference.load(tmp_path, mesh=meshes.make_mesh())
     with pytest.raises(errors.BadInput, match="neither a training run"):
-        inference.load(tmp_path / "absent", mesh=partition.make_mesh())
+        inference.load(tmp_path / "absent", mesh=meshes.make_mesh())
     (tmp_path / "model.json").write_text('{"image_size": 16}')
     with pytest.raises(errors.BadInput, match="does not describe a model"):
-        inference.load(tmp_path, mesh=partition.make_mesh())
+        inference.load(tmp_path, mesh=meshes.make_mesh())
 
 
-def test_host_0_says_what_a_folder_is_and_none_reads_alone(tmp_path, exported, meshes, monkeypatch):
+def test_host_0_says_what_a_folder_is_and_none_reads_alone(
+    tmp_path, exported, mesh_of, monkeypatch
+):
     """A host that refused before the others ask would leave them waiting for its answer."""
 
     def refuse(_):
@@ -214,33 +219,33 @@ def test_host_0_says_what_a_folder_is_and_none_reads_alone(tmp_path, exported, m
         with monkeypatch.context() as patch:
             patch.setattr(inference.hosts, ask, refuse)
             with pytest.raises(errors.BadInput, match="as host 0 says"):
-                inference.read(tmp_path if ask == "agree" else exported, mesh=meshes["1x1x1"])
+                inference.read(tmp_path if ask == "agree" else exported, mesh=mesh_of["1x1x1"])
 
 
-def test_without_text_or_entities(meshes, config, params):
-    towers = _towers(config, None, None, meshes["1x1x1"], batch_size=4)
+def test_without_text_or_entities(mesh_of, config, params):
+    towers = _towers(config, None, None, mesh_of["1x1x1"], batch_size=4)
     with pytest.raises(errors.BadInput, match=r"no tokenizer\.json"):
         towers.embed_texts(params, ["a"])
     with pytest.raises(errors.BadInput, match="no entity table"):
         towers.nearest_entities(params, np.zeros((1, config.embed_dim), np.float32), 1)
 
 
-def test_supervised_model_has_no_text_tower(meshes, config, params, tokenizer):
-    towers = _towers(config, tokenizer, None, meshes["1x1x1"], batch_size=4)
+def test_supervised_model_has_no_text_tower(mesh_of, config, params, tokenizer):
+    towers = _towers(config, tokenizer, None, mesh_of["1x1x1"], batch_size=4)
     with pytest.raises(errors.BadInput, match="no text tower"):
         towers.embed_texts({"image": params["image"]}, ["a"])
 
 
-def test_damaged_picture_is_named(exported, meshes):
-    model = inference.load(exported, mesh=meshes["1x1x1"])
+def test_damaged_picture_is_named(exported, mesh_of):
+    model = inference.load(exported, mesh=mesh_of["1x1x1"])
     with pytest.raises(errors.BadInput, match=r"Picture 1 of 2 .*not_a_picture"):
         model.embed_images([_picture("red"), b"GIF89a?"])
     with pytest.raises(ops.UndecodableImage):
         model.towers.decode(b"")
 
 
-def test_preprocessing_of_another_size(meshes, config, tokenizer):
-    towers = _towers(config, tokenizer, None, meshes["1x1x1"], batch_size=4)
+def test_preprocessing_of_another_size(mesh_of, config, tokenizer):
+    towers = _towers(config, tokenizer, None, mesh_of["1x1x1"], batch_size=4)
     towers = dataclasses.replace(towers, preprocess="decode|resize_short(20)")
     with pytest.raises(errors.BadInput, match=r"center_crop\(16\)"):
         towers.decode(_picture("red"))
@@ -250,7 +255,7 @@ def test_preprocessing_of_another_size(meshes, config, tokenizer):
 
 
 def test_raw_pixels_feature():
-    baseline = inference.RawPixels(SIZE, partition.make_mesh())
+    baseline = inference.RawPixels(SIZE, meshes.make_mesh())
     image = baseline.decode(_picture("white"))
     feature = baseline.embed_images(None, image[None])
     assert feature.shape == (1, 3 * SIZE**2)
@@ -266,7 +271,7 @@ def test_raw_pixels_feature():
 def test_raw_pixels_on_the_sample(name, score):
     """The first row of the table of results, by plain numpy from the definition of the protocol."""
     pictures = common.read_set(SAMPLE / f"{name}.tar")
-    features = common.embed_pictures(inference.RawPixels(40, partition.make_mesh()), None, pictures)
+    features = common.embed_pictures(inference.RawPixels(40, meshes.make_mesh()), None, pictures)
     order = np.argsort(-features @ features.T, axis=1, kind="stable")
     precisions = []
     for query, ranking in enumerate(order):

@@ -9,11 +9,13 @@ import pytest
 from etils import epath
 from hypothesis import strategies as st
 
-from mofi_jax import grow, json_files, model_file, telemetry
+from mofi_jax import grow, telemetry
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.errors import BadInput
 from mofi_jax.interop import clip_config, huggingface
 from mofi_jax.model import mofi
+from mofi_jax.training import model_file
 
 CONFIG = mofi.MofiConfig(
     image_size=16,
@@ -110,7 +112,7 @@ def test_what_is_no_object_is_one_sentence(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     (tmp_path / telemetry.METRICS_FILE).write_bytes(b'{"step": 1}\n' + content)
     for read in (
-        lambda: json_files.read_object(path, "copy it"),
+        lambda: files.read_json_object(path, "copy it"),
         lambda: huggingface.read(tmp_path),
         lambda: grow.read_config(epath.Path(tmp_path)),
         lambda: tokenizer_lib._special_ids(epath.Path(tmp_path / "tokenizer.json"), {}),

@@ -14,7 +14,7 @@ import pytest
 
 from configs import kb
 from data_prep import build_kb, engine, kb_build, kb_merge, kb_rows, knowledge_base, names
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine, evidence, label_quality, linking, selection
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests import workdirs
 
 ROOT = pathlib.Path(__file__).parents[1]

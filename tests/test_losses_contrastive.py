@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch
 from mofi_jax.losses import blocks, contrastive, relations
 from tests.test_losses_entity import BATCH_SPEC, collectives, compiled, shapes
 
@@ -28,11 +28,17 @@ VALID[[2, 9, 23]] = False
 # Images 0 and 1 and text 20 are of entity 7; image 0 shows entity 8 as well, of which texts 5 and 6
 # speak, but not images 5 and 6 themselves.  Text 2, invalid, is about what image 3 shows.  Texts 11
 # and 12 are the same words about no entity.  Rows are filled up by repeating.
-ABOUT = np.arange(100, 100 + BATCH, dtype=np.int32)
-ABOUT[[1, 20]], ABOUT[[5, 6]], ABOUT[[2, 3]], ABOUT[[11, 12]] = 7, 8, 9, -4
-SHOWS = np.repeat(ABOUT[:, None], 3, axis=1)
-SHOWS[0], SHOWS[1], SHOWS[4], SHOWS[5], SHOWS[6] = [7, 8, 8], [7, 7, 110], [104, 100, 101], 55, 66
-LABELS = {"shows": jnp.asarray(SHOWS), "about": jnp.asarray(ABOUT)}
+TEXT_ENTITY = np.arange(100, 100 + BATCH, dtype=np.int32)
+TEXT_ENTITY[[1, 20]], TEXT_ENTITY[[5, 6]], TEXT_ENTITY[[2, 3]], TEXT_ENTITY[[11, 12]] = 7, 8, 9, -4
+IMAGE_ENTITIES = np.repeat(TEXT_ENTITY[:, None], 3, axis=1)
+IMAGE_ENTITIES[0], IMAGE_ENTITIES[1], IMAGE_ENTITIES[4], IMAGE_ENTITIES[5], IMAGE_ENTITIES[6] = (
+    [7, 8, 8],
+    [7, 7, 110],
+    [104, 100, 101],
+    55,
+    66,
+)
+LABELS = {"image_entities": jnp.asarray(IMAGE_ENTITIES), "text_entity": jnp.asarray(TEXT_ENTITY)}
 
 
 def make_batch(batch: int = BATCH, noise: float = 1.0):
@@ -47,7 +53,7 @@ def make_batch(batch: int = BATCH, noise: float = 1.0):
 
 
 def related(i: int, j: int) -> bool:
-    return i == j or int(ABOUT[j]) in SHOWS[i].tolist()
+    return i == j or int(TEXT_ENTITY[j]) in IMAGE_ENTITIES[i].tolist()
 
 
 def count_correct(logits: np.ndarray, mode: str) -> float:
@@ -111,11 +117,11 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-def bound(meshes, mesh: str, dense, sharded, block_size: int | None = None, **kwargs):
+def bound(mesh_of, mesh: str, dense, sharded, block_size: int | None = None, **kwargs):
     """The dense loss, or the sharded one on a mesh, with its keywords."""
     if mesh == "dense":
         return functools.partial(dense, **kwargs)
-    return functools.partial(sharded, mesh=meshes[mesh], block_size=block_size, **kwargs)
+    return functools.partial(sharded, mesh=mesh_of[mesh], block_size=block_size, **kwargs)
 
 
 clip = functools.partial(
@@ -152,9 +158,14 @@ TILINGS = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mesh", "block_size"), TILINGS)
-def test_against_float64(meshes, mesh, block_size, mode):
+def test_against_float64(mesh_of, mesh, block_size, mode):
     loss = clip(
-        meshes, mesh, block_size=block_size, valid=jnp.asarray(VALID), same_entity=mode, **LABELS
+        mesh_of,
+        mesh,
+        block_size=block_size,
+        valid=jnp.asarray(VALID),
+        same_entity=mode,
+        **LABELS,
     )
     run = value_and_grads(loss)
     for scale in SCALES:
@@ -172,18 +183,18 @@ def test_against_float64(meshes, mesh, block_size, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mesh", "block_size"), [("1x8x1", None), ("2x2x2", 100), ("8x1x1", 33)])
-def test_sharded_is_dense(meshes, mesh, block_size, mode):
+def test_sharded_is_dense(mesh_of, mesh, block_size, mode):
     """A batch in which everything is related to something."""
     image, text = make_batch(160)
     rng = np.random.default_rng(1)
     masks = {
         "valid": jnp.asarray(rng.random(160) > 0.1),
-        "shows": jnp.asarray(rng.integers(0, 50, size=(160, 4)).astype(np.int32)),
-        "about": jnp.asarray(rng.integers(0, 50, size=160).astype(np.int32)),
+        "image_entities": jnp.asarray(rng.integers(0, 50, size=(160, 4)).astype(np.int32)),
+        "text_entity": jnp.asarray(rng.integers(0, 50, size=160).astype(np.int32)),
         "same_entity": mode,
     }
-    run = value_and_grads(clip(meshes, mesh, block_size=block_size, **masks))
-    dense = value_and_grads(clip(meshes, "dense", **masks))
+    run = value_and_grads(clip(mesh_of, mesh, block_size=block_size, **masks))
+    dense = value_and_grads(clip(mesh_of, "dense", **masks))
     for scale in SCALES:
         result, grads = run(image, text, scale)
         expected, expected_grads = dense(image, text, scale)
@@ -195,36 +206,44 @@ def test_sharded_is_dense(meshes, mesh, block_size, mode):
 
 
 @pytest.mark.parametrize("mesh", ["dense", "2x2x2"])
-def test_modes_differ_in_related_pairs_only(meshes, mesh):
+def test_modes_differ_in_related_pairs_only(mesh_of, mesh):
     """Without related pairs all are plain CLIP; with a twin, "off" pays log 2 each way."""
     image, text = make_batch()
     text = text.at[1].set(text[0])
 
     def total(mode, **labels):
-        loss = clip(meshes, mesh, valid=jnp.ones(BATCH), same_entity=mode, **labels)
+        loss = clip(mesh_of, mesh, valid=jnp.ones(BATCH), same_entity=mode, **labels)
         total = jax.jit(loss, compiler_options=OPTIMISED)
         return float(total(image, text, jnp.float32(100.0)).total)
 
-    about = jnp.arange(BATCH)
-    plain = total("off", shows=about[:, None], about=about.at[1].set(0))
+    text_entity = jnp.arange(BATCH)
+    plain = total("off", image_entities=text_entity[:, None], text_entity=text_entity.at[1].set(0))
     for mode in MODES:
-        assert total(mode) == total(mode, shows=about[:, None], about=about) == plain
-    masked = total("masked", shows=about.at[1].set(0)[:, None], about=about.at[1].set(0))
+        assert (
+            total(mode)
+            == total(mode, image_entities=text_entity[:, None], text_entity=text_entity)
+            == plain
+        )
+    masked = total(
+        "masked",
+        image_entities=text_entity.at[1].set(0)[:, None],
+        text_entity=text_entity.at[1].set(0),
+    )
     # As negatives the twins cost log 2 each in the direction image -> text, at least.
     assert plain - masked >= 2 * 0.5 * np.log(2) - 1e-3
 
 
-def check_invalid_rows(meshes, bind, *scalars):
+def check_invalid_rows(mesh_of, bind, *scalars):
     """Bit-equal for any content of invalid rows; shared with the tests of SigLIP."""
     batch = make_batch()
     junk_labels = {
-        "shows": jnp.asarray(np.where(VALID[:, None], SHOWS, 7)),
-        "about": jnp.asarray(np.where(VALID, ABOUT, 7)),
+        "image_entities": jnp.asarray(np.where(VALID[:, None], IMAGE_ENTITIES, 7)),
+        "text_entity": jnp.asarray(np.where(VALID, TEXT_ENTITY, 7)),
     }
     for mesh in ("dense", "2x2x2"):
         valid = jnp.asarray(VALID, jnp.float32)
-        run = value_and_grads(bind(meshes, mesh, valid=valid, **LABELS))
-        relabelled = value_and_grads(bind(meshes, mesh, valid=valid, **junk_labels))
+        run = value_and_grads(bind(mesh_of, mesh, valid=valid, **LABELS))
+        relabelled = value_and_grads(bind(mesh_of, mesh, valid=valid, **junk_labels))
         expected = run(*batch, *scalars)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
         for junk in (-3.0, 3e38, np.inf, np.nan):
@@ -234,13 +253,13 @@ def check_invalid_rows(meshes, bind, *scalars):
                     np.testing.assert_array_equal(a, b)
 
 
-def test_invalid_rows_never_matter(meshes):
-    check_invalid_rows(meshes, clip, 50.0)
+def test_invalid_rows_never_matter(mesh_of):
+    check_invalid_rows(mesh_of, clip, 50.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mesh", ["dense", "1x8x1"])
-def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
+def test_nothing_valid_certainty_and_no_length_stay_finite(mesh_of, mesh, mode):
     rng = np.random.default_rng(1)
     certain = jnp.asarray(np.linalg.qr(rng.normal(size=(BATCH, BATCH)))[0], jnp.float32)
     for valid, rows, scale, total in (
@@ -248,7 +267,7 @@ def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
         (jnp.ones(BATCH), certain, 1e4, 0.0),
         (jnp.ones(BATCH), jnp.zeros((BATCH, DIM)), 100.0, BATCH * np.log(BATCH)),
     ):
-        run = clip(meshes, mesh, block_size=7, valid=valid, same_entity=mode)
+        run = clip(mesh_of, mesh, block_size=7, valid=valid, same_entity=mode)
         result, grads = value_and_grads(run)(rows, rows, scale)
         assert float(result.total) == pytest.approx(total, rel=1e-6, abs=1e-6)
         assert result.count == valid.sum()
@@ -256,35 +275,35 @@ def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_embeddings(meshes, mode):
+def test_bfloat16_embeddings(mesh_of, mode):
     """Gradients in bf16, those of the same numbers in fp32 up to their rounding."""
     half = [x.astype(jnp.bfloat16) for x in make_batch()]
     masks = {"valid": jnp.asarray(VALID), "same_entity": mode, **LABELS}
-    _, grads = value_and_grads(clip(meshes, "2x2x2", block_size=5, **masks))(*half, 50.0)
+    _, grads = value_and_grads(clip(mesh_of, "2x2x2", block_size=5, **masks))(*half, 50.0)
     full = [x.astype(jnp.float32) for x in half]
-    _, expected = value_and_grads(clip(meshes, "dense", **masks))(*full, 50.0)
+    _, expected = value_and_grads(clip(mesh_of, "dense", **masks))(*full, 50.0)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for a, b in zip(grads, expected, strict=True):
         assert relative(a, b) <= 5e-3
 
 
-def check_bad_input(meshes, sharded, dense, *scalars):
+def check_bad_input(mesh_of, sharded, dense, *scalars):
     """Told in one sentence; shared with the tests of SigLIP."""
     image, text = make_batch()
     valid = jnp.ones(BATCH)
     with pytest.raises(BadInput, match="batch of 23 does not divide over 8"):
-        sharded(image[:23], text[:23], *scalars, mesh=meshes["1x8x1"], valid=valid[:23])
-    for loss in (dense, functools.partial(sharded, mesh=meshes["1x8x1"])):
+        sharded(image[:23], text[:23], *scalars, mesh=mesh_of["1x8x1"], valid=valid[:23])
+    for loss in (dense, functools.partial(sharded, mesh=mesh_of["1x8x1"])):
         with pytest.raises(BadInput, match="'on': choose from off, masked, positive"):
             loss(image, text, *scalars, valid=valid, same_entity="on")
-        with pytest.raises(BadInput, match="shows is given without about"):
-            loss(image, text, *scalars, valid=valid, shows=LABELS["shows"])
-        with pytest.raises(BadInput, match="about is given without shows"):
-            loss(image, text, *scalars, valid=valid, about=LABELS["about"])
+        with pytest.raises(BadInput, match="image_entities is given without text_entity"):
+            loss(image, text, *scalars, valid=valid, image_entities=LABELS["image_entities"])
+        with pytest.raises(BadInput, match="text_entity is given without image_entities"):
+            loss(image, text, *scalars, valid=valid, text_entity=LABELS["text_entity"])
 
 
-def test_bad_arguments_are_told(meshes):
-    check_bad_input(meshes, contrastive.clip_softmax, contrastive.clip_softmax_dense, 1.0)
+def test_bad_arguments_are_told(mesh_of):
+    check_bad_input(mesh_of, contrastive.clip_softmax, contrastive.clip_softmax_dense, 1.0)
 
 
 # Sizes that occur nowhere else: 4 or 8 shards of 12 or 6 rows, embeddings of 20, 3 labels.
@@ -294,15 +313,15 @@ B, D, K, BLOCK = 48, 20, 3, 11
 def program_of(sharded, mesh, scalars: int, block_size: int | None, dtype=jnp.float32) -> str:
     """The compiled value and gradient of a sharded loss of B rows; shared with SigLIP's tests."""
 
-    def total(image, text, valid, shows, about, *scalars):
+    def total(image, text, valid, image_entities, text_entity, *scalars):
         return sharded(
             image,
             text,
             *scalars,
             mesh=mesh,
             valid=valid,
-            shows=shows,
-            about=about,
+            image_entities=image_entities,
+            text_entity=text_entity,
             same_entity="positive",
             block_size=block_size,
         ).total
@@ -323,9 +342,9 @@ def program_of(sharded, mesh, scalars: int, block_size: int | None, dtype=jnp.fl
 
 @pytest.mark.parametrize("block_size", [None, BLOCK])
 @pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
-def test_only_the_named_collectives(meshes, mesh, block_size):
-    mine = B // partition.batch_shards(meshes[mesh])
-    program = program_of(contrastive.clip_softmax, meshes[mesh], 1, block_size)
+def test_only_the_named_collectives(mesh_of, mesh, block_size):
+    mine = B // global_batch.batch_shards(mesh_of[mesh])
+    program = program_of(contrastive.clip_softmax, mesh_of[mesh], 1, block_size)
     found = collectives(program)
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
     assert found["all-gather"] == {(B, D), (B,)}
@@ -338,9 +357,9 @@ def test_only_the_named_collectives(meshes, mesh, block_size):
     assert (mine, BLOCK) in dims or block_size is None
 
 
-def test_tile_fits_its_limit(meshes):
-    static = relations.Static(meshes["1x8x1"], "off", None)
-    limit = blocks.tile_bytes(meshes["1x8x1"]) // 4
+def test_tile_fits_its_limit(mesh_of):
+    static = relations.Static(mesh_of["1x8x1"], "off", None)
+    limit = blocks.tile_bytes(mesh_of["1x8x1"]) // 4
     for images, texts in ((4, 32), (4096, 32768), (1000, 7000), (8192, 65536)):
         block = static.block(images, texts)
         assert images * block <= limit

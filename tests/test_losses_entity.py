@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import blocks, entity, margins
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
+from mofi_jax.losses import blocks, class_order, entity, margins
 from tests import pairwise
 
 ENTITIES = 1003  # no multiple of 8 devices or of any block size below
@@ -133,9 +133,9 @@ def test_dense_is_the_definition(labels, margin, scale):
         (1, 0.4, 64.0, 4096),  # nothing but a tail
     ],
 )
-def test_blocks_equal_dense(meshes, mesh, labels, margin, scale, block_size):
+def test_blocks_equal_dense(mesh_of, mesh, labels, margin, scale, block_size):
     # On one device the table is not padded at all.
-    rows = partition.padded_rows(ENTITIES, meshes[mesh])
+    rows = class_order.padded_rows(ENTITIES, mesh_of[mesh])
     assert rows == (ENTITIES if mesh == "1x1x1" else ROWS)
     expected, expected_grads = dense(labels, margin, scale, rows)
     loss = bind(
@@ -144,7 +144,7 @@ def test_blocks_equal_dense(meshes, mesh, labels, margin, scale, block_size):
         margin,
         scale,
         rows,
-        mesh=meshes[mesh],
+        mesh=mesh_of[mesh],
         block_size=block_size,
     )
     result, grads = value_and_grads(loss)
@@ -161,7 +161,7 @@ def test_blocks_equal_dense(meshes, mesh, labels, margin, scale, block_size):
 
 def compare(mesh, labels, margin, scale, kind="cosface", *, fixed_scale, **kwargs):
     """Blocks against dense; 1e-6 for the loss, 1e-5 of the largest for each gradient."""
-    rows = partition.padded_rows(ENTITIES, mesh)
+    rows = class_order.padded_rows(ENTITIES, mesh)
     expected, expected_grads = dense(labels, margin, scale, rows, kind)
     blocks = bind(
         functools.partial(entity.entity_softmax, margin_kind=kind, mesh=mesh, **kwargs),
@@ -191,10 +191,10 @@ def compare(mesh, labels, margin, scale, kind="cosface", *, fixed_scale, **kwarg
         [(20.0, True), (64.0, True), (100.0, False)],
     ),
 )
-def test_exact_on_any_number_of_devices(meshes, mesh, labels, margin, scaling):
+def test_exact_on_any_number_of_devices(mesh_of, mesh, labels, margin, scaling):
     # A scale of 20 is small enough for a fixed bound of the logits, 64 needs the running max.
     scale, fixed_scale = scaling
-    compare(meshes[mesh], labels, margin, scale, fixed_scale=fixed_scale, block_size=100)
+    compare(mesh_of[mesh], labels, margin, scale, fixed_scale=fixed_scale, block_size=100)
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -202,8 +202,8 @@ def test_exact_on_any_number_of_devices(meshes, mesh, labels, margin, scaling):
     ("margin", "scale", "fixed_scale"),
     [(0.15, 20.0, True), (0.4, 20.0, False), (0.15, 100.0, True), (0.4, 64.0, False)],
 )
-def test_angular_margin(meshes, labels, margin, scale, fixed_scale):
-    mesh = meshes["2x2x2"]
+def test_angular_margin(mesh_of, labels, margin, scale, fixed_scale):
+    mesh = mesh_of["2x2x2"]
     compare(mesh, labels, margin, scale, "arcface", fixed_scale=fixed_scale, block_size=100)
 
 
@@ -228,10 +228,10 @@ def test_margin_is_the_published_one(kind):
 
 
 @pytest.mark.parametrize("scale", [20.0, 64.0])
-def test_tiles_of_the_batch(meshes, monkeypatch, scale):
+def test_tiles_of_the_batch(mesh_of, monkeypatch, scale):
     """A tile limit far below one block of all rows cuts the batch too, unevenly."""
     monkeypatch.setitem(blocks.TILE_BYTES, "cpu", 4 * 8 * 128)
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     x, table, _, _ = make_batch(1)
     rows_per_device = table.shape[0] // mesh.size
     static = entity._Static(ENTITIES, scale, 0.3, "cosface", mesh, 96, jnp.dtype("float32"), False)
@@ -239,9 +239,9 @@ def test_tiles_of_the_batch(meshes, monkeypatch, scale):
     compare(mesh, 3, 0.3, scale, fixed_scale=True, block_size=96)
 
 
-def test_tile_fits_its_limit(meshes):
+def test_tile_fits_its_limit(mesh_of):
     """The chosen tile, at the sizes the losses are made for."""
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     static = entity._Static(10**7, 32.0, 0.3, "cosface", mesh, None, jnp.dtype("bfloat16"), True)
     limit = blocks.tile_bytes(mesh)
     for batch, classes in [(1024, 8192), (8192, 125_000), (32_768, 39_063), (16, 126), (8, 2**20)]:
@@ -251,25 +251,27 @@ def test_tile_fits_its_limit(meshes):
         assert rows <= batch
 
 
-def test_many_labels_are_scattered(meshes):
+def test_many_labels_are_scattered(mesh_of):
     """More labels than are worth comparing one by one: the same numbers by another way."""
     labels = entity._COMPARED_LABELS + 3
     for mesh in ("1x1x1", "2x2x2"):
-        compare(meshes[mesh], labels, 0.3, 20.0, fixed_scale=True, block_size=50)
+        compare(mesh_of[mesh], labels, 0.3, 20.0, fixed_scale=True, block_size=50)
     total, count, _, _ = reference_loss(*make_batch(labels), 20.0, 0.3)
     result, _ = dense(labels, 0.3, 20.0)
     assert float(result.total) == pytest.approx(total, rel=1e-6)
     assert result.count == count
 
 
-def test_devices_with_nothing_but_padding(meshes):
+def test_devices_with_nothing_but_padding(mesh_of):
     x, table, ids, weights = make_batch(3)
     options = {
         "num_entities": 11,  # of 16 rows, two a device: the last two devices have no real class
         "margin": 0.3,
         "compute_dtype": "float32",
     }
-    blocks = functools.partial(entity.entity_softmax, mesh=meshes["2x2x2"], block_size=1, **options)
+    blocks = functools.partial(
+        entity.entity_softmax, mesh=mesh_of["2x2x2"], block_size=1, **options
+    )
     dense_loss = functools.partial(entity.entity_softmax_dense, **options)
 
     def run(function):
@@ -283,7 +285,7 @@ def test_devices_with_nothing_but_padding(meshes):
         assert relative(a, b) <= 1e-5
 
 
-def test_optax_agrees_without_margin(meshes):
+def test_optax_agrees_without_margin(mesh_of):
     x, table, ids, weights = make_batch(1)
     weights = jnp.ones_like(weights)
     ids = jnp.abs(ids)
@@ -297,7 +299,7 @@ def test_optax_agrees_without_margin(meshes):
             num_entities=ENTITIES,
             scale=20.0,
             margin=0.0,
-            mesh=meshes["2x2x2"],
+            mesh=mesh_of["2x2x2"],
             block_size=40,
             compute_dtype="float32",
         ).total
@@ -315,7 +317,7 @@ def test_optax_agrees_without_margin(meshes):
 
 
 @pytest.mark.parametrize(("scale", "margin"), [(100.0, 0.0), (10_000.0, 0.4)])
-def test_certain_predictions_stay_finite(meshes, scale, margin):
+def test_certain_predictions_stay_finite(mesh_of, scale, margin):
     x, table, ids, weights = make_batch(1)
     unit = table / jnp.linalg.norm(table, axis=1, keepdims=True)
     x = unit[jnp.maximum(ids[:, 0], 0)]
@@ -330,7 +332,7 @@ def test_certain_predictions_stay_finite(meshes, scale, margin):
             num_entities=ENTITIES,
             scale=scale,
             margin=margin,
-            mesh=meshes["1x8x1"],
+            mesh=mesh_of["1x8x1"],
             block_size=50,
             compute_dtype="float32",
         ).total
@@ -345,7 +347,7 @@ def test_certain_predictions_stay_finite(meshes, scale, margin):
         assert float(value) == pytest.approx(expected, rel=1e-3)
 
 
-def test_bfloat16_is_close_to_float32(meshes):
+def test_bfloat16_is_close_to_float32(mesh_of):
     expected, expected_grads = dense(3, 0.15, 20.0)
     loss = bind(
         entity.entity_softmax,
@@ -353,7 +355,7 @@ def test_bfloat16_is_close_to_float32(meshes):
         0.15,
         20.0,
         dtype="bfloat16",
-        mesh=meshes["2x2x2"],
+        mesh=mesh_of["2x2x2"],
         block_size=50,
     )
     result, grads = value_and_grads(loss)
@@ -369,7 +371,7 @@ def test_bfloat16_is_close_to_float32(meshes):
     assert np.linalg.norm(d_x - expected_grads[0]) <= 5e-3 * np.linalg.norm(expected_grads[0])
 
 
-def test_ids_out_of_range_are_padding(meshes):
+def test_ids_out_of_range_are_padding(mesh_of):
     x, table, ids, weights = make_batch(3)
     far = ids.at[0, 1].set(ENTITIES).at[8, 2].set(2**31 - 1).at[9, 0].set(-7)
     dropped = weights.at[0, 1].set(0).at[8, 2].set(0).at[9, 0].set(0)
@@ -380,7 +382,7 @@ def test_ids_out_of_range_are_padding(meshes):
         "compute_dtype": "float32",
     }
     blocks = functools.partial(
-        entity.entity_softmax, mesh=meshes["2x2x2"], block_size=64, **options
+        entity.entity_softmax, mesh=mesh_of["2x2x2"], block_size=64, **options
     )
     want = entity.entity_softmax_dense(x, table, ids, dropped, **options)
     for function in (blocks, functools.partial(entity.entity_softmax_dense, **options)):
@@ -389,13 +391,13 @@ def test_ids_out_of_range_are_padding(meshes):
         assert got.count == want.count
 
 
-def test_bad_shapes_are_told(meshes):
+def test_bad_shapes_are_told(mesh_of):
     x, table, ids, weights = make_batch(1)
     call = functools.partial(
         entity.entity_softmax,
         scale=20.0,
         margin=0.0,
-        mesh=meshes["1x8x1"],
+        mesh=mesh_of["1x8x1"],
         block_size=64,
         compute_dtype="float32",
     )
@@ -429,22 +431,22 @@ def mean_and_grads(mesh, x, table, ids, weights, scale=20.0, margin=0.3, kind="c
     return jax.jit(jax.value_and_grad(mean, (0, 1, 2)))(x, table, jnp.float32(scale))
 
 
-def test_no_labels_at_all(meshes):
+def test_no_labels_at_all(mesh_of):
     """A batch in which nothing is labelled costs nothing and moves nothing."""
     x, table, ids, weights = make_batch(3)
     for no_ids, no_weights in ((jnp.full_like(ids, -1), weights), (ids, jnp.zeros_like(weights))):
-        value, grads = mean_and_grads(meshes["2x2x2"], x, table, no_ids, no_weights)
+        value, grads = mean_and_grads(mesh_of["2x2x2"], x, table, no_ids, no_weights)
         assert value == 0
         assert not any(np.any(g) for g in grads)
 
 
 @pytest.mark.parametrize("kind", margins.KINDS)
-def test_embedding_without_length(meshes, kind):
+def test_embedding_without_length(mesh_of, kind):
     """A row of zeros has cosine 0 with every class: the loss is that of a guess."""
     x, table, ids, weights = make_batch(1)
     alone = jnp.zeros_like(weights).at[0].set(1.0)
     value, grads = mean_and_grads(
-        meshes["2x2x2"], x.at[0].set(0.0), table, ids, alone, margin=0.0, kind=kind
+        mesh_of["2x2x2"], x.at[0].set(0.0), table, ids, alone, margin=0.0, kind=kind
     )
     assert float(value) == pytest.approx(np.log(ENTITIES), rel=1e-6)
     assert all(np.isfinite(g).all() for g in grads)
@@ -454,11 +456,11 @@ def test_embedding_without_length(meshes, kind):
 @pytest.mark.parametrize(
     ("kind", "sign", "scale"), pairwise.product(margins.KINDS, [1.0, -1.0], [20.0, 100.0])
 )
-def test_cosines_of_one_and_minus_one(meshes, kind, sign, scale):
+def test_cosines_of_one_and_minus_one(mesh_of, kind, sign, scale):
     x, table, ids, weights = make_batch(1)
     unit = table / jnp.linalg.norm(table, axis=1, keepdims=True)
     x = sign * unit[jnp.maximum(ids[:, 0], 0)]
-    value, grads = mean_and_grads(meshes["2x2x2"], x, table, ids, weights, scale, 0.4, kind)
+    value, grads = mean_and_grads(mesh_of["2x2x2"], x, table, ids, weights, scale, 0.4, kind)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
 
@@ -494,10 +496,10 @@ def collectives(program: str) -> dict[str, set[tuple[int, ...]]]:
     return result
 
 
-BATCH_SPEC = P(partition.BATCH_AXES)
+BATCH_SPEC = P(meshes.BATCH_AXES)
 ARRAYS = {
     "x": ((B, D), jnp.float32, BATCH_SPEC),
-    "table": ((C, D), jnp.float32, P(partition.ALL_AXES)),
+    "table": ((C, D), jnp.float32, P(meshes.ALL_AXES)),
     "ids": ((B, K), jnp.int32, BATCH_SPEC),
     "weights": ((B, K), jnp.float32, BATCH_SPEC),
     "scale": ((), jnp.float32, P()),
@@ -512,7 +514,7 @@ def no_large_tensor(program: str) -> None:
 
 
 @pytest.mark.parametrize(("mesh", "batch_shards"), [("1x8x1", 8), ("2x2x2", 4)])
-def test_only_the_named_collectives(meshes, mesh, batch_shards):
+def test_only_the_named_collectives(mesh_of, mesh, batch_shards):
     def total(x, table, ids, weights, scale):
         return entity.entity_softmax(
             x,
@@ -522,13 +524,13 @@ def test_only_the_named_collectives(meshes, mesh, batch_shards):
             num_entities=ENTITIES,
             scale=scale,
             margin=0.3,
-            mesh=meshes[mesh],
+            mesh=mesh_of[mesh],
             block_size=BLOCK,
             compute_dtype="float32",
         ).total
 
     step = jax.value_and_grad(total, (0, 1, 4))
-    program = compiled(step, meshes[mesh], *ARRAYS.values())
+    program = compiled(step, mesh_of[mesh], *ARRAYS.values())
     no_large_tensor(program)
     assert (B, BLOCK) in shapes(program), "the walk in blocks is not in this text: look again"
     found = collectives(program)

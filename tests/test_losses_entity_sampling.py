@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import entity, entity_sampling
+from mofi_jax.common.errors import BadInput
+from mofi_jax.losses import class_order, entity, entity_sampling
 from tests import pairwise
 from tests.test_losses_entity import ENTITIES, collectives, make_batch, relative, shapes
 
@@ -22,7 +21,7 @@ MESHES = ["1x1x1", "1x8x1", "2x2x2"]
 def compiled_draw(mesh, rate):
     run = functools.partial(
         entity_sampling.draw,
-        table_rows=partition.padded_rows(ENTITIES, mesh),
+        table_rows=class_order.padded_rows(ENTITIES, mesh),
         num_entities=ENTITIES,
         rate=rate,
         mesh=mesh,
@@ -36,29 +35,29 @@ def draw(mesh, ids, rate, seed=0):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("rate", [0.05, 0.3, 1.0])
-def test_draw_is_its_definition(meshes, mesh, rate):
+def test_draw_is_its_definition(mesh_of, mesh, rate):
     _, _, ids, _ = make_batch(3)
     options = {
-        "table_rows": partition.padded_rows(ENTITIES, meshes[mesh]),
+        "table_rows": class_order.padded_rows(ENTITIES, mesh_of[mesh]),
         "num_entities": ENTITIES,
         "rate": rate,
-        "mesh": meshes[mesh],
+        "mesh": mesh_of[mesh],
     }
     expected = entity_sampling.draw_dense(jax.random.key(0), ids, **options)
-    got = draw(meshes[mesh], ids, rate)
+    got = draw(mesh_of[mesh], ids, rate)
     np.testing.assert_array_equal(got.rows, expected.rows)
     np.testing.assert_allclose(got.log_q, expected.log_q, rtol=1e-6)
     assert got.overflow == expected.overflow
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_what_is_drawn(meshes, mesh):
+def test_what_is_drawn(mesh_of, mesh):
     """All positives, others at random, each device from its own rows, ascending, none twice."""
-    mesh = meshes[mesh]
+    mesh = mesh_of[mesh]
     _, _, ids, _ = make_batch(3)
     ids = ids.at[7, 2].set(ENTITIES).at[8, 1].set(-5)  # out of range: nobody's positives
     positives = {int(i) for i in ids.flatten() if 0 <= i < ENTITIES}
-    rows = partition.padded_rows(ENTITIES, mesh)
+    rows = class_order.padded_rows(ENTITIES, mesh)
     seen = np.zeros(rows)
     for seed in range(50):
         sample = draw(mesh, ids, 0.3, seed)
@@ -87,16 +86,16 @@ def test_what_is_drawn(meshes, mesh):
     assert drawn.std() == pytest.approx(np.sqrt(50 * 0.3 * 0.7), rel=0.25)
 
 
-def test_the_seed_decides(meshes):
+def test_the_seed_decides(mesh_of):
     _, _, ids, _ = make_batch(1)
-    first, again, other = (draw(meshes["2x2x2"], ids, 0.2, seed) for seed in (3, 3, 4))
+    first, again, other = (draw(mesh_of["2x2x2"], ids, 0.2, seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first.rows, again.rows)
     assert np.any(first.rows != other.rows)
 
 
-def test_a_sample_smaller_than_the_positives_of_a_device(meshes):
+def test_a_sample_smaller_than_the_positives_of_a_device(mesh_of):
     """What finds no place is counted and left out; a random part stays, not always the same."""
-    mesh = meshes["1x8x1"]
+    mesh = mesh_of["1x8x1"]
     ids = jnp.arange(64, dtype=jnp.int32).reshape(16, 4)  # all on the first device (126 rows)
     kept = []
     for seed in range(20):
@@ -130,7 +129,7 @@ def sampled_loss(mesh, x, table, *, ids, weights, rate, scale, margin, seed=0, d
         "margin": margin,
         "compute_dtype": "float32",
     }
-    table = table[: partition.padded_rows(ENTITIES, mesh)]
+    table = table[: class_order.padded_rows(ENTITIES, mesh)]
 
     def total(x, table):
         sample = entity_sampling.draw(
@@ -159,12 +158,12 @@ def sampled_loss(mesh, x, table, *, ids, weights, rate, scale, margin, seed=0, d
     ("mesh", "rate", "setting"),
     pairwise.product(MESHES, [0.1, 0.5], [(1, 20.0, 0.0), (3, 64.0, 0.3)]),
 )
-def test_sampled_blocks_equal_sampled_dense(meshes, mesh, rate, setting):
+def test_sampled_blocks_equal_sampled_dense(mesh_of, mesh, rate, setting):
     labels, scale, margin = setting
     x, table, ids, weights = make_batch(labels)
     run = functools.partial(
         sampled_loss,
-        meshes[mesh],
+        mesh_of[mesh],
         x,
         table,
         ids=ids,
@@ -182,10 +181,17 @@ def test_sampled_blocks_equal_sampled_dense(meshes, mesh, rate, setting):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("scale", "margin"), [(20.0, 0.15), (100.0, 0.4)])
-def test_a_rate_of_one_is_exact(meshes, mesh, scale, margin):
+def test_a_rate_of_one_is_exact(mesh_of, mesh, scale, margin):
     x, table, ids, weights = make_batch(3)
     result, grads = sampled_loss(
-        meshes[mesh], x, table, ids=ids, weights=weights, rate=1.0, scale=scale, margin=margin
+        mesh_of[mesh],
+        x,
+        table,
+        ids=ids,
+        weights=weights,
+        rate=1.0,
+        scale=scale,
+        margin=margin,
     )
 
     def total(x, table):
@@ -201,7 +207,7 @@ def test_a_rate_of_one_is_exact(meshes, mesh, scale, margin):
         )
         return loss.total, loss
 
-    rows = partition.padded_rows(ENTITIES, meshes[mesh])
+    rows = class_order.padded_rows(ENTITIES, mesh_of[mesh])
     differentiate = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
     (_, expected), expected_grads = differentiate(x, table[:rows])
     assert float(result.total) == pytest.approx(float(expected.total), rel=1e-6)
@@ -210,14 +216,14 @@ def test_a_rate_of_one_is_exact(meshes, mesh, scale, margin):
         assert relative(a, b) <= 1e-5
 
 
-def test_the_correction_makes_the_sum_right_on_average(meshes):
+def test_the_correction_makes_the_sum_right_on_average(mesh_of):
     """Sum of exponentials over many draws against the exact one; far off without log-Q."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=ENTITIES).astype(np.float32)
     _, _, ids, _ = make_batch(1)
     sums, plain = [], []
     for seed in range(200):
-        sample = draw(meshes["1x8x1"], ids, 0.1, seed)
+        sample = draw(mesh_of["1x8x1"], ids, 0.1, seed)
         rows = np.asarray(sample.rows)
         real = rows < ENTITIES
         z = logits[rows[real]]
@@ -229,10 +235,10 @@ def test_the_correction_makes_the_sum_right_on_average(meshes):
     assert np.mean(plain) < 0.2 * exact
 
 
-def test_loss_with_the_correction_is_close_to_exact(meshes):
+def test_loss_with_the_correction_is_close_to_exact(mesh_of):
     """65,536 classes at a rate of 0.1, embeddings and rows at random: within 5e-4."""
     rng = np.random.default_rng(1)
-    classes, batch, dim, mesh = 65_536, 64, 64, meshes["1x8x1"]
+    classes, batch, dim, mesh = 65_536, 64, 64, mesh_of["1x8x1"]
     x = rng.normal(size=(batch, dim)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x, table = jnp.asarray(x), jnp.asarray(rng.normal(size=(classes, dim)), jnp.float32)
@@ -260,11 +266,11 @@ def test_loss_with_the_correction_is_close_to_exact(meshes):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_rows_come_and_go(meshes, mesh):
+def test_rows_come_and_go(mesh_of, mesh):
     """Drawn rows are taken and put back, every other row keeps its bits; any rank and dtype."""
-    mesh = meshes[mesh]
+    mesh = mesh_of[mesh]
     _, table, ids, _ = make_batch(1)
-    rows = partition.padded_rows(ENTITIES, mesh)
+    rows = class_order.padded_rows(ENTITIES, mesh)
     sample = draw(mesh, ids, 0.1)
     real = np.asarray(sample.rows) < rows
     for array in (table[:rows], jnp.arange(rows), table[:rows].astype(jnp.bfloat16)):
@@ -281,14 +287,14 @@ def test_rows_come_and_go(meshes, mesh):
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 1.5])
-def test_rates_out_of_range(meshes, rate):
+def test_rates_out_of_range(mesh_of, rate):
     _, _, ids, _ = make_batch(1)
     with pytest.raises(BadInput, match=r"sample_rate=.* must be above 0 and at most 1"):
-        draw(meshes["1x8x1"], ids, rate)
+        draw(mesh_of["1x8x1"], ids, rate)
 
 
 @pytest.mark.parametrize(("rows", "entities"), [(16, 17), (16, 0), (12, 12)])
-def test_a_table_that_does_not_fit(meshes, rows, entities):
+def test_a_table_that_does_not_fit(mesh_of, rows, entities):
     """Too many entities for the rows, none at all, rows that eight devices cannot share."""
     with pytest.raises(BadInput, match=f"num_entities={entities} and a table of {rows} rows"):
         entity_sampling.draw(
@@ -297,13 +303,13 @@ def test_a_table_that_does_not_fit(meshes, rows, entities):
             table_rows=rows,
             num_entities=entities,
             rate=0.5,
-            mesh=meshes["1x8x1"],
+            mesh=mesh_of["1x8x1"],
         )
 
 
-def test_no_row_leaves_its_device(meshes):
+def test_no_row_leaves_its_device(mesh_of):
     """Collectives of draw, take, loss and put: labels and embeddings, never rows of the table."""
-    b, d, k, c, mesh = 48, 24, 3, 1608, meshes["2x2x2"]
+    b, d, k, c, mesh = 48, 24, 3, 1608, mesh_of["2x2x2"]
 
     def step(key, x, table, ids, weights):
         sample = entity_sampling.draw(
@@ -331,11 +337,11 @@ def test_no_row_leaves_its_device(meshes):
     def struct(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    batch = P(partition.BATCH_AXES)
+    batch = P(meshes.BATCH_AXES)
     arguments = (
         jax.eval_shape(lambda: jax.random.key(0)),
         struct((b, d), jnp.float32, batch),
-        struct((c, d), jnp.float32, P(partition.ALL_AXES)),
+        struct((c, d), jnp.float32, P(meshes.ALL_AXES)),
         struct((b, k), jnp.int32, batch),
         struct((b, k), jnp.float32, batch),
     )

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import entity_topk
+from mofi_jax.common.errors import BadInput
+from mofi_jax.losses import class_order, entity_topk
 from tests.test_losses_entity import (
     ARRAYS,
     BLOCK,
@@ -25,18 +24,18 @@ from tests.test_losses_entity import (
 
 
 @pytest.mark.parametrize(("mesh", "k", "block_size"), [("1x1x1", 5, 100), ("2x2x2", 5, 50)])
-def test_topk(meshes, mesh, k, block_size):
+def test_topk(mesh_of, mesh, k, block_size):
     x, table, _, _ = make_batch(1)
     # Equal cosines, the lower row first; the exchange brings the shards in another order.
     table = table.at[300].set(table[3]).at[200].set(table[3])
     x = x.at[0].set(table[3] / jnp.linalg.norm(table[3]))
     table = table.at[ENTITIES:].set(x[0])  # padding would win, were it not masked
-    table = table[: partition.padded_rows(ENTITIES, meshes[mesh])]
+    table = table[: class_order.padded_rows(ENTITIES, mesh_of[mesh])]
     find = functools.partial(
         entity_topk.entity_topk,
         num_entities=ENTITIES,
         k=k,
-        mesh=meshes[mesh],
+        mesh=mesh_of[mesh],
         block_size=block_size,
     )
     rows, cosines = jax.jit(find)(x, table)
@@ -52,27 +51,27 @@ def test_topk(meshes, mesh, k, block_size):
     np.testing.assert_allclose(cosines, dense_cosines, atol=1e-6)
 
 
-def test_topk_of_fewer_classes_than_devices_times_k(meshes):
+def test_topk_of_fewer_classes_than_devices_times_k(mesh_of):
     x, table, _, _ = make_batch(1)
-    find = functools.partial(entity_topk.entity_topk, num_entities=11, k=11, mesh=meshes["1x8x1"])
+    find = functools.partial(entity_topk.entity_topk, num_entities=11, k=11, mesh=mesh_of["1x8x1"])
     rows, cosines = jax.jit(find)(x, table[:16])
     assert all(sorted(row) == list(range(11)) for row in rows.tolist())
     assert np.all(np.diff(cosines, axis=1) <= 0)
 
 
-def test_more_than_there_are(meshes):
+def test_more_than_there_are(mesh_of):
     x, table, _, _ = make_batch(1)
     with pytest.raises(BadInput, match="k=1004"):
-        entity_topk.entity_topk(x, table, num_entities=ENTITIES, k=1004, mesh=meshes["1x8x1"])
+        entity_topk.entity_topk(x, table, num_entities=ENTITIES, k=1004, mesh=mesh_of["1x8x1"])
 
 
-def test_only_the_best_are_exchanged(meshes):
+def test_only_the_best_are_exchanged(mesh_of):
     def find(x, table):
         return entity_topk.entity_topk(
-            x, table, num_entities=ENTITIES, k=5, mesh=meshes["2x2x2"], block_size=BLOCK
+            x, table, num_entities=ENTITIES, k=5, mesh=mesh_of["2x2x2"], block_size=BLOCK
         )
 
-    program = compiled(find, meshes["2x2x2"], ARRAYS["x"], ARRAYS["table"])
+    program = compiled(find, mesh_of["2x2x2"], ARRAYS["x"], ARRAYS["table"])
     no_large_tensor(program)
     found = collectives(program)
     assert found.pop("all-gather") == {(B, D), (B // 4, 5 * N)}

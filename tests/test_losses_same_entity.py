@@ -30,27 +30,29 @@ def duplicates(cosines):
     aside = jnp.eye(DIM)[6 + jnp.arange(BATCH) // 6]
     cosines = jnp.broadcast_to(jnp.asarray(cosines, jnp.float32), (BATCH,))[:, None]
     image = cosines * text + jnp.sqrt(1 - cosines**2) * aside
-    labels = {"valid": jnp.ones(BATCH), "shows": entity[:, None], "about": entity}
+    labels = {"valid": jnp.ones(BATCH), "image_entities": entity[:, None], "text_entity": entity}
     return image, text, labels
 
 
-def test_verbatim_duplicates_put_a_floor_under_the_loss(meshes):
+def test_verbatim_duplicates_put_a_floor_under_the_loss(mesh_of):
     """Solved perfectly, the batch still costs log 4, unless the twins are masked."""
     image, text, labels = duplicates(1.0)
     floors = {"off": np.log(4), "masked": 0.0, "positive": np.log(4)}
     for mode, floor in floors.items():
-        run = value_and_grads(clip(meshes, "2x2x2", same_entity=mode, **labels))
+        run = value_and_grads(clip(mesh_of, "2x2x2", same_entity=mode, **labels))
         loss, _ = run(image, text, 100.0)
         assert float(loss.total / loss.count) == pytest.approx(floor, rel=1e-6, abs=1e-6)
         # Ranked above every other text, but not above itself.
         assert loss.correct == (0 if mode == "off" else BATCH)
 
 
-def test_verbatim_duplicates_are_positives_either_way(meshes):
+def test_verbatim_duplicates_are_positives_either_way(mesh_of):
     """Where words are equal to the letter, "off" is "positive": the same sum in another order."""
     image, text, labels = duplicates(np.linspace(0.2, 0.9, BATCH))
     off, positive = (
-        value_and_grads(clip(meshes, "2x2x2", same_entity=mode, **labels))(image, text, FIRST_SCALE)
+        value_and_grads(clip(mesh_of, "2x2x2", same_entity=mode, **labels))(
+            image, text, FIRST_SCALE
+        )
         for mode in ("off", "positive")
     )
     assert float(off[0].total) == pytest.approx(float(positive[0].total), rel=1e-6)
@@ -62,10 +64,10 @@ def test_verbatim_duplicates_are_positives_either_way(meshes):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_is_pushed_from_the_own_text(meshes, mode):
+def test_who_is_pushed_from_the_own_text(mesh_of, mode):
     """The picture nearest to its text is pushed away from it, for being nearer than its twins."""
     image, text, labels = duplicates(np.where(np.arange(BATCH) < 6, 0.95, 0.5))
-    run = value_and_grads(clip(meshes, "dense", same_entity=mode, **labels))
+    run = value_and_grads(clip(mesh_of, "dense", same_entity=mode, **labels))
     _, (d_image, _, _) = run(image, text, FIRST_SCALE)
     # The part of a descent step that changes the cosine.
     toward = -jnp.sum(d_image * (text - 0.95 * image), axis=1)[:6]
@@ -73,13 +75,13 @@ def test_who_is_pushed_from_the_own_text(meshes, mode):
 
 
 @pytest.mark.parametrize("mesh", ["dense", "2x2x2"])
-def test_a_batch_of_one_entity(meshes, mesh):
+def test_a_batch_of_one_entity(mesh_of, mesh):
     """Without an other entity "masked" has nothing to learn from; the rest evens out cosines."""
     image, text = make_batch()
     one = jnp.zeros(BATCH, jnp.int32)
-    labels = {"valid": jnp.ones(BATCH), "shows": one[:, None], "about": one}
+    labels = {"valid": jnp.ones(BATCH), "image_entities": one[:, None], "text_entity": one}
     for mode in MODES:
-        run = value_and_grads(clip(meshes, mesh, same_entity=mode, **labels))
+        run = value_and_grads(clip(mesh_of, mesh, same_entity=mode, **labels))
         loss, grads = run(image, text, 100.0)
         if mode == "masked":
             assert loss.total == 0
@@ -131,7 +133,7 @@ def train(kind: str, mode: str, world: World, entities: int = 4, batch: int = 64
         pictures, entity, wording = draw(key, batch)
         image, text = unit(pictures @ params["image"]), unit(params["text"][entity, wording])
         scale = jnp.exp(params["scale"])
-        labels = {"shows": entity[:, None], "about": entity, "same_entity": mode}
+        labels = {"image_entities": entity[:, None], "text_entity": entity, "same_entity": mode}
         labels["valid"] = jnp.ones(batch)
         if kind == "sigmoid":
             result = siglip.siglip_dense(image, text, scale, params["bias"], **labels)

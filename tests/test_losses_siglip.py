@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mofi_jax import partition
+from mofi_jax.distributed import global_batch
 from mofi_jax.losses import siglip
 from tests.test_losses_contrastive import (
     BATCH,
@@ -84,9 +84,14 @@ def test_plain_siglip_is_the_papers_pseudocode(scale):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mesh", "block_size"), TILINGS)
-def test_against_float64(meshes, mesh, block_size, mode):
+def test_against_float64(mesh_of, mesh, block_size, mode):
     loss = ring(
-        meshes, mesh, block_size=block_size, valid=jnp.asarray(VALID), same_entity=mode, **LABELS
+        mesh_of,
+        mesh,
+        block_size=block_size,
+        valid=jnp.asarray(VALID),
+        same_entity=mode,
+        **LABELS,
     )
     run = value_and_grads(loss)
     for scale in SCALES:
@@ -104,17 +109,17 @@ def test_against_float64(meshes, mesh, block_size, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mesh", "block_size"), [("1x8x1", None), ("2x2x2", 17), ("8x1x1", 6)])
-def test_ring_is_dense(meshes, mesh, block_size, mode):
+def test_ring_is_dense(mesh_of, mesh, block_size, mode):
     """A batch in which everything is related to something."""
     rng = np.random.default_rng(1)
     masks = {
         "valid": jnp.asarray(rng.random(160) > 0.1),
-        "shows": jnp.asarray(rng.integers(0, 50, size=(160, 4)).astype(np.int32)),
-        "about": jnp.asarray(rng.integers(0, 50, size=160).astype(np.int32)),
+        "image_entities": jnp.asarray(rng.integers(0, 50, size=(160, 4)).astype(np.int32)),
+        "text_entity": jnp.asarray(rng.integers(0, 50, size=160).astype(np.int32)),
         "same_entity": mode,
     }
-    run = value_and_grads(ring(meshes, mesh, block_size=block_size, **masks))
-    dense = value_and_grads(ring(meshes, "dense", **masks))
+    run = value_and_grads(ring(mesh_of, mesh, block_size=block_size, **masks))
+    dense = value_and_grads(ring(mesh_of, "dense", **masks))
     for scale in SCALES:
         result, grads = run(*make_batch(160), scale, BIAS)
         expected, expected_grads = dense(*make_batch(160), scale, BIAS)
@@ -125,9 +130,9 @@ def test_ring_is_dense(meshes, mesh, block_size, mode):
             assert relative(a, b) <= 1e-5
 
 
-def test_without_labels_only_the_own_text_is_right(meshes):
+def test_without_labels_only_the_own_text_is_right(mesh_of):
     totals = {
-        (mesh, mode): value_and_grads(ring(meshes, mesh, valid=jnp.ones(BATCH), same_entity=mode))(
+        (mesh, mode): value_and_grads(ring(mesh_of, mesh, valid=jnp.ones(BATCH), same_entity=mode))(
             *make_batch(), 10.0, BIAS
         )[0].total
         for mesh in ("dense", "2x2x2")
@@ -137,13 +142,13 @@ def test_without_labels_only_the_own_text_is_right(meshes):
         assert len({float(totals[mesh, mode]) for mode in MODES}) == 1
 
 
-def test_invalid_rows_never_matter(meshes):
-    check_invalid_rows(meshes, ring, 50.0, BIAS)
+def test_invalid_rows_never_matter(mesh_of):
+    check_invalid_rows(mesh_of, ring, 50.0, BIAS)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mesh", ["dense", "1x8x1"])
-def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
+def test_nothing_valid_certainty_and_no_length_stay_finite(mesh_of, mesh, mode):
     rng = np.random.default_rng(1)
     certain = jnp.asarray(np.linalg.qr(rng.normal(size=(BATCH, BATCH)))[0], jnp.float32)
     # Embeddings of zeros leave the bias: the own pair against it, all others with it.
@@ -153,7 +158,7 @@ def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
         (jnp.ones(BATCH), certain, 1e4, -5e3, 0.0),
         (jnp.ones(BATCH), jnp.zeros((BATCH, DIM)), 100.0, BIAS, by_bias),
     ):
-        run = ring(meshes, mesh, block_size=2, valid=valid, same_entity=mode)
+        run = ring(mesh_of, mesh, block_size=2, valid=valid, same_entity=mode)
         result, grads = value_and_grads(run)(rows, rows, scale, bias)
         assert float(result.total) == pytest.approx(total, rel=1e-6, abs=1e-6)
         assert result.count == valid.sum()
@@ -161,28 +166,28 @@ def test_nothing_valid_certainty_and_no_length_stay_finite(meshes, mesh, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_embeddings(meshes, mode):
+def test_bfloat16_embeddings(mesh_of, mode):
     """Gradients in bf16, those of the same numbers in fp32 up to their rounding."""
     half = [x.astype(jnp.bfloat16) for x in make_batch()]
     masks = {"valid": jnp.asarray(VALID), "same_entity": mode, **LABELS}
-    run = value_and_grads(ring(meshes, "2x2x2", block_size=5, **masks))
+    run = value_and_grads(ring(mesh_of, "2x2x2", block_size=5, **masks))
     _, grads = run(*half, 50.0, BIAS)
     full = [x.astype(jnp.float32) for x in half]
-    _, expected = value_and_grads(ring(meshes, "dense", **masks))(*full, 50.0, BIAS)
+    _, expected = value_and_grads(ring(mesh_of, "dense", **masks))(*full, 50.0, BIAS)
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 2 + [jnp.float32] * 2
     for a, b in zip(grads, expected, strict=True):
         assert relative(a, b) <= 5e-3
 
 
-def test_bad_arguments_are_told(meshes):
-    check_bad_input(meshes, siglip.siglip, siglip.siglip_dense, 10.0, BIAS)
+def test_bad_arguments_are_told(mesh_of):
+    check_bad_input(mesh_of, siglip.siglip, siglip.siglip_dense, 10.0, BIAS)
 
 
 @pytest.mark.parametrize("block_size", [None, 5])
 @pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
-def test_nothing_travels_but_one_shard_of_texts(meshes, mesh, block_size):
-    mine = B // partition.batch_shards(meshes[mesh])
-    program = program_of(siglip.siglip, meshes[mesh], 2, block_size)
+def test_nothing_travels_but_one_shard_of_texts(mesh_of, mesh, block_size):
+    mine = B // global_batch.batch_shards(mesh_of[mesh])
+    program = program_of(siglip.siglip, mesh_of[mesh], 2, block_size)
     found = collectives(program)
     assert set(found) == {"collective-permute", "all-reduce"}
     assert found["collective-permute"] == {(mine, D), (mine,)}
@@ -193,5 +198,5 @@ def test_nothing_travels_but_one_shard_of_texts(meshes, mesh, block_size):
     assert (mine, 5) in dims or block_size is None
 
 
-def test_one_device_needs_no_ring(meshes):
-    assert set(collectives(program_of(siglip.siglip, meshes["1x1x1"], 2, 7))) <= {"all-reduce"}
+def test_one_device_needs_no_ring(mesh_of):
+    assert set(collectives(program_of(siglip.siglip, mesh_of["1x1x1"], 2, 7))) <= {"all-reduce"}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch, sharding
 from mofi_jax.model import activations, layers, mofi
 
 CONFIG = mofi.MofiConfig(
@@ -170,9 +170,9 @@ def test_remat_keeps_what_it_says():
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_each_device_works_on_its_part_of_the_batch(meshes, named):
+def test_each_device_works_on_its_part_of_the_batch(mesh_of, named):
     """Forward and backward pass with sharded parameters; without the mesh none does."""
-    mesh = meshes["1x8x1"]
+    mesh = mesh_of["1x8x1"]
     width, depth, batch = 64, layers.UNROLLED_LAYERS["cpu"] + 1, 40
     config = dataclasses.replace(CONFIG, image=mofi.TowerConfig(width, depth, 2))
     shapes = jax.eval_shape(
@@ -181,9 +181,9 @@ def test_each_device_works_on_its_part_of_the_batch(meshes, named):
     params = jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
         shapes,
-        partition.tree_shardings(mesh, shapes),
+        sharding.tree_shardings(mesh, shapes),
     )
-    where = partition.batch_sharding(mesh)
+    where = global_batch.batch_sharding(mesh)
     images = jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.uint8, sharding=where)
 
     def loss(params, images):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.model import attention, mofi
 from tests import test_model
 

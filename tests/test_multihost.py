@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import kill_and_resume, resume_workers
 from mofi_jax import telemetry
-from mofi_jax.errors import Preempted
+from mofi_jax.common.errors import Preempted
 from tests import processes
 
 LAYOUTS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import neighbours
 
 # 203 rows divide neither by the block sizes nor by eight devices.
@@ -50,19 +50,19 @@ def reference_ranks(scores, relevant, ties):
 
 
 @pytest.mark.parametrize(("mesh", "block_size", "query_block"), LAYOUTS)
-def test_ranks_equal_a_full_sort(meshes, tied, mesh, block_size, query_block):
+def test_ranks_equal_a_full_sort(mesh_of, tied, mesh, block_size, query_block):
     features, relevant = tied
-    index = neighbours.build_index(features, mesh=meshes[mesh], block_size=block_size)
+    index = neighbours.build_index(features, mesh=mesh_of[mesh], block_size=block_size)
     counts = neighbours.count_ranks(index, features[:QUERIES], relevant, query_block=query_block)
     scores = features[:QUERIES] @ features.T
     for ties in neighbours.TIES:
         np.testing.assert_array_equal(counts.ranks(ties), reference_ranks(scores, relevant, ties))
 
 
-def test_without_equals_an_index_that_lacks_the_row(meshes, tied):
+def test_without_equals_an_index_that_lacks_the_row(mesh_of, tied):
     features, relevant = tied
     queries = np.arange(QUERIES)
-    index = neighbours.build_index(features, mesh=meshes["1x8x1"])
+    index = neighbours.build_index(features, mesh=mesh_of["1x8x1"])
     counts = neighbours.count_ranks(index, features[:QUERIES], relevant).without(queries)
     scores = features[:QUERIES] @ features.T
     scores[queries, queries] = -np.inf
@@ -74,24 +74,24 @@ def test_without_equals_an_index_that_lacks_the_row(meshes, tied):
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1"])
-def test_copies_of_a_row_tie_exactly(meshes, mesh):
+def test_copies_of_a_row_tie_exactly(mesh_of, mesh):
     """Also where products round: the score of a row and of its copy come from one computation."""
     once = unit(np.random.default_rng(1), 300, 96)
     features = np.concatenate([once, once, once[:7]])
     relevant = np.stack([np.arange(150), np.arange(150) + 300], 1).astype(np.int32)
-    index = neighbours.build_index(features, mesh=meshes[mesh], block_size=256)
+    index = neighbours.build_index(features, mesh=mesh_of[mesh], block_size=256)
     counts = neighbours.count_ranks(index, features[150:300], relevant)
     np.testing.assert_array_equal(counts.equal, np.where(relevant % 300 < 7, 2, 1))
     # One comes directly after the other, and neither counts as above the other.
     np.testing.assert_array_equal(counts.greater[:, 0], counts.greater[:, 1])
 
 
-def test_ranks_do_not_depend_on_devices_or_blocks(meshes):
+def test_ranks_do_not_depend_on_devices_or_blocks(mesh_of):
     features = unit(np.random.default_rng(2), ROWS)
     relevant = np.random.default_rng(3).integers(0, ROWS, (ROWS, 3)).astype(np.int32)
     results = [
         neighbours.count_ranks(
-            neighbours.build_index(features, mesh=meshes[mesh], block_size=block_size),
+            neighbours.build_index(features, mesh=mesh_of[mesh], block_size=block_size),
             features,
             relevant,
             query_block=query_block,
@@ -104,9 +104,9 @@ def test_ranks_do_not_depend_on_devices_or_blocks(meshes):
 
 @pytest.mark.parametrize(("mesh", "block_size", "query_block"), LAYOUTS)
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_top_k_equals_a_stable_sort(meshes, tied, mesh, block_size, query_block, k):
+def test_top_k_equals_a_stable_sort(mesh_of, tied, mesh, block_size, query_block, k):
     features, _ = tied
-    index = neighbours.build_index(features, mesh=meshes[mesh], block_size=block_size)
+    index = neighbours.build_index(features, mesh=mesh_of[mesh], block_size=block_size)
     excluded = np.arange(QUERIES, dtype=np.int32)
     excluded[::5] = neighbours.NO_ROW
     rows, scores = neighbours.top_k(
@@ -120,9 +120,9 @@ def test_top_k_equals_a_stable_sort(meshes, tied, mesh, block_size, query_block,
     np.testing.assert_array_equal(scores, np.take_along_axis(expected, order, 1))
 
 
-def test_no_device_receives_the_index_or_the_scores(meshes):
+def test_no_device_receives_the_index_or_the_scores(mesh_of):
     features = unit(np.random.default_rng(4), 4096)
-    index = neighbours.build_index(features, mesh=meshes["1x8x1"], block_size=4096)
+    index = neighbours.build_index(features, mesh=mesh_of["1x8x1"], block_size=4096)
     assert index.features.addressable_shards[0].data.size == features.size // 8
     queries, rows = features[:64], np.zeros((64, 3), np.int32)
     programs = {
@@ -141,18 +141,18 @@ def test_no_device_receives_the_index_or_the_scores(meshes):
         assert max(sizes) <= 64 * 8 * 8, (name, sizes)
 
 
-def test_refuses_what_would_give_a_wrong_number(meshes):
+def test_refuses_what_would_give_a_wrong_number(mesh_of):
     features = unit(np.random.default_rng(5), 10)
     broken = features.copy()
     broken[3, 1] = np.nan
-    index = neighbours.build_index(features, mesh=meshes["1x1x1"])
+    index = neighbours.build_index(features, mesh=mesh_of["1x1x1"])
     relevant = np.zeros((10, 1), np.int32)
     with pytest.raises(BadInput, match=r"index features are not finite \(row 3\)"):
-        neighbours.build_index(broken, mesh=meshes["1x1x1"])
+        neighbours.build_index(broken, mesh=mesh_of["1x1x1"])
     with pytest.raises(BadInput, match="query features are not finite"):
         neighbours.count_ranks(index, broken, relevant)
     with pytest.raises(BadInput, match="empty"):
-        neighbours.build_index(features[:0], mesh=meshes["1x1x1"])
+        neighbours.build_index(features[:0], mesh=mesh_of["1x1x1"])
     with pytest.raises(BadInput, match="10 nearest neighbours asked of 10 rows"):
         neighbours.top_k(index, features, 10, excluded=np.arange(10, dtype=np.int32))
     with pytest.raises(BadInput, match="Unknown tie policy"):
@@ -161,9 +161,9 @@ def test_refuses_what_would_give_a_wrong_number(meshes):
         neighbours.count_ranks(index, features, relevant + 10)
 
 
-def test_scores_are_float32_whatever_the_default_precision(meshes):
+def test_scores_are_float32_whatever_the_default_precision(mesh_of):
     features = unit(np.random.default_rng(6), 64)
-    index = neighbours.build_index(features, mesh=meshes["1x1x1"])
+    index = neighbours.build_index(features, mesh=mesh_of["1x1x1"])
     with jax.default_matmul_precision("bfloat16"):
         _, scores = neighbours.top_k(index, features, 3)
     exact = np.sort(features.astype(np.float64) @ features.T.astype(np.float64), axis=1)[:, ::-1]

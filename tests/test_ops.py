@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.errors import BadInput
 
 
 def gradient(height=20, width=30):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
 from mofi_jax.training import cadence, optim
 
 CLOCK = cadence.Clock(batch_size=10, examples_per_epoch=100, total_steps=100)
@@ -134,12 +134,12 @@ def still(**changes):
 def test_told_learning_rates_are_those_of_the_update():
     settings = still()
     settings.table.learning_rate_multiplier = 3.0
-    params = {"logit_scale": jnp.ones(()), partition.ENTITY_TABLE: jnp.ones((4, 2))}
+    params = {"logit_scale": jnp.ones(()), sharding.ENTITY_TABLE: jnp.ones((4, 2))}
     sizes, _ = step_sizes(settings, params)
     told = optim.learning_rates(settings, CLOCK, entity_loss=True)(0)
     assert jax.device_get(told) == {
         "learning_rate": pytest.approx(0.1 * sizes["logit_scale"]),
-        "learning_rate/class_table": pytest.approx(0.1 * sizes[partition.ENTITY_TABLE][0, 0]),
+        "learning_rate/class_table": pytest.approx(0.1 * sizes[sharding.ENTITY_TABLE][0, 0]),
     }
     assert "learning_rate/class_table" not in optim.learning_rates(
         settings, CLOCK, entity_loss=False
@@ -179,7 +179,7 @@ def test_frozen_parts_do_not_move_and_have_no_moments():
     assert np.all(moving["text"]["token_embedding"])
     assert np.all(moving["entity_table"])
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    names = [optim.partition.path_name(path) for path in paths]
+    names = [optim.sharding.path_name(path) for path in paths]
     assert any(name.endswith("mu/text/token_embedding") for name in names)
     assert not any("image" in name or "text/blocks" in name for name in names)
 

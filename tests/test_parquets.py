@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine, sources
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, tables_of
 
 

@@ -11,8 +11,8 @@ import grain
 import numpy as np
 import pytest
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, pipeline, records
-from mofi_jax.errors import BadInput
 from tests import datasets
 
 TEXT = {"alt_text": 0.4, "name_and_description": 0.3, "name": 0.3}

@@ -10,9 +10,11 @@ import pytest
 from etils import epath
 
 from configs import mofi, quickstart
-from mofi_jax import accelerators, flops, plan, program_costs, tpu_topology
-from mofi_jax.errors import BadInput
-from mofi_jax.training import program, state
+from mofi_jax.common.errors import BadInput
+from mofi_jax.plan import __main__ as plan
+from mofi_jax.plan import costs, tpu_topology
+from mofi_jax.telemetry import accelerators, flops
+from mofi_jax.training import setup, state
 
 REPOSITORY = epath.Path(__file__).parent.parent
 
@@ -179,7 +181,7 @@ def test_a_likely_batch_fills_the_memory_and_divides():
 
 
 @pytest.mark.parametrize("limit", [700, 1500, 2048, 9000])
-def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, meshes):
+def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, mesh_of):
     config = quickstart.get_config()
     config.batch_size = 1024
 
@@ -189,19 +191,19 @@ def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, meshes):
         return found(config, fits=fits, needed=grows + 0.5, temporaries=grows)
 
     monkeypatch.setattr(plan, "plan", compile_for)
-    first = compile_for(config, meshes["1x8x1"])
-    largest = plan.largest_batch(config, meshes["1x8x1"], first, {})
+    first = compile_for(config, mesh_of["1x8x1"])
+    largest = plan.largest_batch(config, mesh_of["1x8x1"], first, {})
     assert 0.7 * limit <= largest <= limit
     assert largest % 16 == 0
 
 
 def test_bounds_and_mfu():
-    counts = program_costs.Costs(
+    counts = costs.Costs(
         flops=197e12,
         passes=394e12,
         flops_once=1e12,
         hbm_bytes=819e9,
-        collectives=(program_costs.Collective("all-gather", 16, 1, 1, 100e9),),
+        collectives=(costs.Collective("all-gather", 16, 1, 1, 100e9),),
         unknown_loops=0,
     )
     bounds = plan.lower_bounds(counts, V5E)
@@ -220,12 +222,12 @@ def test_what_is_larger_than_the_chip_does_not_fit_though_it_compiled():
     assert plan.fits(33, None)
 
 
-def test_state_bytes_are_those_of_real_arrays(meshes):
-    mesh = meshes["2x2x2"]
+def test_state_bytes_are_those_of_real_arrays(mesh_of):
+    mesh = mesh_of["2x2x2"]
     config = quickstart.get_config()
     config.model.update({"image": {"width": 16, "layers": 2, "heads": 2}, "embed_dim": 8})
     sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 1001, "examples_per_epoch": 1000}
-    made = program.make(config, mesh, **sizes)
+    made = setup.make(config, mesh, **sizes)
     structs, _ = state.abstract(made.init, mesh)
     kinds = plan.state_bytes(structs, {})
     arrays, _ = state.create(made.init, 0, mesh)

@@ -9,8 +9,9 @@ import textwrap
 import pytest
 from etils import epath
 
-from mofi_jax import preemption, telemetry, train
-from mofi_jax.errors import Preempted
+from mofi_jax import telemetry, train
+from mofi_jax.common.errors import Preempted
+from mofi_jax.distributed import preemption
 from mofi_jax.training import checkpoint
 from tests import datasets
 
@@ -77,7 +78,7 @@ def test_before_the_first_step(tmp_path, monkeypatch, moment):
     config = datasets.tiny_config(tmp_path / "data", "task=supervised", steps=2)
     owner = {
         "open_training_set": train.training_set,
-        "make_update": train.program_lib.Program,
+        "make_update": train.setup.TrainSetup,
         "restore": checkpoint,
     }[moment]
     if moment == "restore":

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mofi_jax import partition
 from mofi_jax.data import prefetch
+from mofi_jax.distributed import global_batch
 
 
 def batch(i):
@@ -50,10 +50,10 @@ def threads():
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
-def test_order_and_arrays_are_those_of_to_global(meshes, mesh):
-    batches = prefetch.to_devices(map(batch, range(5)), meshes[mesh], 2)
+def test_order_and_arrays_are_those_of_to_global(mesh_of, mesh):
+    batches = prefetch.to_devices(map(batch, range(5)), mesh_of[mesh], 2)
     for i, found in enumerate(batches):
-        expected = partition.to_global(meshes[mesh], batch(i))
+        expected = global_batch.to_global(mesh_of[mesh], batch(i))
         assert found.keys() == expected.keys()
         for name in expected:
             assert found[name].sharding == expected[name].sharding
@@ -63,9 +63,9 @@ def test_order_and_arrays_are_those_of_to_global(meshes, mesh):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_works_ahead_by_its_depth_and_no_further(meshes, depth):
+def test_works_ahead_by_its_depth_and_no_further(mesh_of, depth):
     stream = Counted(map(batch, itertools.count()))
-    batches = prefetch.to_devices(stream, meshes["1x1x1"], depth)
+    batches = prefetch.to_devices(stream, mesh_of["1x1x1"], depth)
     assert settled(stream, depth)
     for taken in range(1, 4):
         assert int(next(batches)["x"][0, 0]) == taken - 1
@@ -73,13 +73,13 @@ def test_works_ahead_by_its_depth_and_no_further(meshes, depth):
     batches.close()
 
 
-def test_an_exception_comes_after_the_batches_before_it_and_again(meshes):
+def test_an_exception_comes_after_the_batches_before_it_and_again(mesh_of):
     def failing():
         yield batch(0)
         yield batch(1)
         raise OSError("the disk is gone")
 
-    batches = prefetch.to_devices(failing(), meshes["1x1x1"], 2)
+    batches = prefetch.to_devices(failing(), mesh_of["1x1x1"], 2)
     assert [int(next(batches)["x"][0, 0]) for _ in range(2)] == [0, 1]
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
@@ -88,16 +88,16 @@ def test_an_exception_comes_after_the_batches_before_it_and_again(meshes):
     assert not threads()
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_is_an_exception_too(meshes):
-    batches = prefetch.to_devices(iter([{"x": np.zeros((3, 2))}]), meshes["1x8x1"], 1)
+def test_a_batch_that_does_not_divide_over_the_mesh_is_an_exception_too(mesh_of):
+    batches = prefetch.to_devices(iter([{"x": np.zeros((3, 2))}]), mesh_of["1x8x1"], 1)
     with pytest.raises(ValueError, match="divi"):
         next(batches)
     batches.close()
 
 
-def test_close_ends_thread_and_stream_whatever_waits(meshes):
+def test_close_ends_thread_and_stream_whatever_waits(mesh_of):
     stream = Counted(map(batch, itertools.count()))
-    batches = prefetch.to_devices(stream, meshes["1x1x1"], 2)
+    batches = prefetch.to_devices(stream, mesh_of["1x1x1"], 2)
     next(batches)
     assert threads()
     batches.close()
@@ -107,14 +107,14 @@ def test_close_ends_thread_and_stream_whatever_waits(meshes):
     batches.close()
 
 
-def test_close_lets_a_waiting_taker_go(meshes):
+def test_close_lets_a_waiting_taker_go(mesh_of):
     wait = threading.Event()
 
     def slow():
         wait.wait(10)
         yield batch(0)
 
-    batches = prefetch.to_devices(slow(), meshes["1x1x1"], 1)
+    batches = prefetch.to_devices(slow(), mesh_of["1x1x1"], 1)
     found = []
     taker = threading.Thread(target=lambda: found.append(next(batches, None)))
     taker.start()
@@ -127,9 +127,9 @@ def test_close_lets_a_waiting_taker_go(meshes):
     assert not closer.is_alive()
 
 
-def test_transfers_are_allowed_where_the_taker_forbids_them(meshes):
+def test_transfers_are_allowed_where_the_taker_forbids_them(mesh_of):
     """The loop forbids implicit transfers around its step; the thread's are not its business."""
     with jax.transfer_guard("disallow"):
-        batches = prefetch.to_devices(map(batch, range(3)), meshes["1x1x1"], 2)
+        batches = prefetch.to_devices(map(batch, range(3)), mesh_of["1x1x1"], 2)
         assert len(list(batches)) == 3
     batches.close()

@@ -6,10 +6,11 @@ import jax
 import pytest
 
 from configs import quickstart
-from mofi_jax import partition, program_costs
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import pipeline, records, tokenizer
-from mofi_jax.errors import BadInput
-from mofi_jax.training import program, state
+from mofi_jax.distributed import global_batch, sharding
+from mofi_jax.plan import costs
+from mofi_jax.training import setup, state
 from tests import datasets
 
 
@@ -28,15 +29,15 @@ def small_config(folder):
     return config
 
 
-def test_one_step_of_what_the_stream_gives(tmp_path, meshes):
-    mesh = meshes["1x2x1"]
+def test_one_step_of_what_the_stream_gives(tmp_path, mesh_of):
+    mesh = mesh_of["1x2x1"]
     config = small_config(tmp_path)
     datasets.write(tmp_path, name=config.data.name)
     source = records.open_source(tmp_path, config.data.name)
     entities = records.read_entities(source.directory / records.ENTITIES_FILE)
     path = source.directory / records.TOKENIZER_FILE
     texts = tokenizer.Tokenizer(path, config.model.context_length)
-    built = program.make(
+    built = setup.make(
         config,
         mesh,
         vocab_size=texts.vocab_size,
@@ -56,8 +57,8 @@ def test_one_step_of_what_the_stream_gives(tmp_path, meshes):
     parts = [pipeline.Part("i2e", source)]
     stream = pipeline.training_stream(parts, builder, batch_size=config.batch_size, **options)
     [batch] = itertools.islice(stream, 1)
-    batch = partition.to_global(mesh, batch)
-    described = program.batch_structs(config, mesh)
+    batch = global_batch.to_global(mesh, batch)
+    described = setup.batch_structs(config, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), described
     )
@@ -66,10 +67,10 @@ def test_one_step_of_what_the_stream_gives(tmp_path, meshes):
     after, values = built.make_update(shardings)(first, batch)
     assert int(after.step) == 1
     assert float(values["labelled_share"]) > 0
-    assert after.params[partition.ENTITY_TABLE].shape[0] >= built.setting.num_entities
+    assert after.params[sharding.ENTITY_TABLE].shape[0] >= built.context.num_entities
 
 
-def test_every_device_computes_its_share(meshes):
+def test_every_device_computes_its_share(mesh_of):
     """Rows are split over the devices that the weights are split over: nothing is done twice."""
     config = quickstart.get_config("task=multitask")
     config.batch_size = 64
@@ -83,35 +84,35 @@ def test_every_device_computes_its_share(meshes):
 
     def flops(mesh):
         sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 1000, "examples_per_epoch": 1000}
-        built = program.make(config, mesh, **sizes)
+        built = setup.make(config, mesh, **sizes)
         structs, shardings = state.abstract(built.init, mesh)
-        batch = program.batch_structs(config, mesh)
+        batch = setup.batch_structs(config, mesh)
         compiled = built.make_update(shardings).lower(structs, batch).compile()
-        return program_costs.costs(compiled.as_text(), devices=mesh.size).flops
+        return costs.costs(compiled.as_text(), devices=mesh.size).flops
 
-    whole = flops(meshes["1x1x1"])
-    assert whole / 8 <= flops(meshes["1x8x1"]) <= 1.1 * whole / 8
+    whole = flops(mesh_of["1x1x1"])
+    assert whole / 8 <= flops(mesh_of["1x8x1"]) <= 1.1 * whole / 8
 
 
-def test_without_the_entity_loss_there_is_no_table(meshes):
+def test_without_the_entity_loss_there_is_no_table(mesh_of):
     config = quickstart.get_config("task=contrastive")
-    built = program.make(
+    built = setup.make(
         config,
-        meshes["1x8x1"],
+        mesh_of["1x8x1"],
         vocab_size=100,
         eos_id=99,
         num_entities=1000,
         examples_per_epoch=1000,
     )
-    structs, _ = state.abstract(built.init, meshes["1x8x1"])
-    assert built.setting.num_entities == 0
-    assert partition.ENTITY_TABLE not in structs.params
+    structs, _ = state.abstract(built.init, mesh_of["1x8x1"])
+    assert built.context.num_entities == 0
+    assert sharding.ENTITY_TABLE not in structs.params
 
 
-def test_batch_must_divide(meshes):
+def test_batch_must_divide(mesh_of):
     config = quickstart.get_config()
     config.batch_size, config.microbatches = 40, 2
     with pytest.raises(BadInput, match=r"batch_size=40 .* 8 devices .* choose a multiple of 16"):
-        program.check_batch(config, meshes["1x8x1"])
+        setup.check_batch(config, mesh_of["1x8x1"])
     config.batch_size = 48
-    program.check_batch(config, meshes["1x8x1"])
+    setup.check_batch(config, mesh_of["1x8x1"])

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mofi_jax import partition, program_costs
-from mofi_jax.program_costs import Collective
+from mofi_jax.plan import costs
+from mofi_jax.plan.costs import Collective
 
 # As the TPU compiler writes loops: no note of the number of turns, counters behind copies; and
 # products: a batch of them as one convolution over a dilated dimension.
@@ -64,7 +64,7 @@ def test_a_scan_counts_as_often_as_it_runs():
         return lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
     program = compiled(scan, jnp.ones((8, 16)), jnp.ones((20, 16, 16)))
-    found = program_costs.costs(program.as_text(), devices=1)
+    found = costs.costs(program.as_text(), devices=1)
     assert found.flops == 20 * 2 * 8 * 16 * 16
     assert found.flops_once == found.flops / 20
     assert found.passes == found.flops
@@ -80,7 +80,7 @@ def test_nested_loops_multiply():
         return lax.fori_loop(0, 3, lambda _, x: lax.fori_loop(0, 5, inner, x), x)
 
     program = compiled(nested, jnp.ones((8, 8)), jnp.ones((8, 8)))
-    assert program_costs.costs(program.as_text(), devices=1).flops == 15 * 2 * 8**3
+    assert costs.costs(program.as_text(), devices=1).flops == 15 * 2 * 8**3
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -88,7 +88,7 @@ def test_a_loop_of_unknown_length_is_told():
         return lax.while_loop(lambda x: jnp.sum(x) < 1e6, lambda x: x @ w, x)
 
     program = compiled(search, jnp.ones((8, 8)), jnp.ones((8, 8)))
-    found = program_costs.costs(program.as_text(), devices=1)
+    found = costs.costs(program.as_text(), devices=1)
     assert (found.unknown_loops, found.flops) == (1, 2 * 8**3)
 
 
@@ -100,26 +100,26 @@ def test_products_agree_with_xla():
     x, kernel = jnp.ones((2, 4, 9, 11)), jnp.ones((6, 4, 3, 2))
     a, b = jnp.ones((3, 5, 7)), jnp.ones((3, 7, 2))
     program = compiled(products, x, kernel, a, b)
-    found = program_costs.costs(program.as_text(), devices=1)
+    found = costs.costs(program.as_text(), devices=1)
     assert found.flops == pytest.approx(program.cost_analysis()["flops"], rel=1e-6)
 
 
-def test_collectives_of_a_mesh(meshes):
-    mesh = meshes["2x2x2"]
+def test_collectives_of_a_mesh(mesh_of):
+    mesh = mesh_of["2x2x2"]
 
     def shard(x):
-        rows = lax.all_gather(x, partition.BATCH_AXES, axis=0, tiled=True)
+        rows = lax.all_gather(x, meshes.BATCH_AXES, axis=0, tiled=True)
 
         def turn(total, _):
             return total + lax.psum(rows * total, "tensor"), None
 
         total, _ = lax.scan(turn, rows, None, length=5)
-        return lax.psum_scatter(total, partition.ALL_AXES, scatter_dimension=0, tiled=True)
+        return lax.psum_scatter(total, meshes.ALL_AXES, scatter_dimension=0, tiled=True)
 
-    spec = P(partition.BATCH_AXES)
+    spec = P(meshes.BATCH_AXES)
     run = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
-    found = program_costs.costs(compiled(run, x).as_text(), devices=8).collectives
+    found = costs.costs(compiled(run, x).as_text(), devices=8).collectives
     whole = 64 * 32 * 4
     by_kind = {c.kind: c for c in found}
     assert by_kind["all-gather"] == Collective("all-gather", 4, 1, whole, whole * 3 / 4)
@@ -129,19 +129,19 @@ def test_collectives_of_a_mesh(meshes):
     assert [c.sent_bytes for c in found] == sorted((c.sent_bytes for c in found), reverse=True)
 
 
-def test_permutations_are_sent_whole(meshes):
+def test_permutations_are_sent_whole(mesh_of):
     def shard(x):
         return lax.ppermute(x, "fsdp", [(i, (i + 1) % 8) for i in range(8)])
 
-    spec = P(partition.BATCH_AXES)
-    run = jax.shard_map(shard, mesh=meshes["1x8x1"], in_specs=spec, out_specs=spec)
+    spec = P(meshes.BATCH_AXES)
+    run = jax.shard_map(shard, mesh=mesh_of["1x8x1"], in_specs=spec, out_specs=spec)
     text = compiled(run, jax.ShapeDtypeStruct((64, 32), jnp.float32)).as_text()
-    [found] = program_costs.costs(text, devices=8).collectives
+    [found] = costs.costs(text, devices=8).collectives
     assert (found.kind, found.sent_bytes) == ("collective-permute", 8 * 32 * 4)
 
 
 def test_the_text_of_the_tpu_compiler():
-    found = program_costs.costs(TPU_TEXT, devices=8)
+    found = costs.costs(TPU_TEXT, devices=8)
     turns = 5  # 3, 5, 7, 9, 11
     in_loop, batched = 2 * 8 * 4 * 4, 3 * 2 * 5 * 7 * 2
     assert found.unknown_loops == 0
@@ -175,7 +175,7 @@ ENTRY %main.1 (x: f32[8,4]) -> f32[64,4] {
     text = text.replace("GROUPS", "replica_groups={{0,1,2,3,4,5,6,7}}").replace(
         "CALL", 'async_execution_thread="sparsecore", to_apply=%called_computation.1'
     )
-    found = program_costs.costs(text, devices=8)
+    found = costs.costs(text, devices=8)
     gathered = 64 * 4 * 4
     assert found.collectives == (Collective("all-gather", 8, 1, gathered, gathered * 7 / 8),)
     assert found.hbm_bytes == gathered + gathered / 8
@@ -190,7 +190,7 @@ ENTRY %main.1 (x: bf16[64,8]) -> bf16[16,8] {
   ROOT %done = bf16[16,8]{1,0:S(1)} slice-done(%begun)
 }
 """
-    assert program_costs.costs(text, devices=1).hbm_bytes == 16 * 8 * 2
+    assert costs.costs(text, devices=1).hbm_bytes == 16 * 8 * 2
 
 
 def test_a_collective_that_goes_on_beside_arithmetic_counts_once():
@@ -253,7 +253,7 @@ ENTRY %main (x: f32[100], shard: f32[8,4]) -> f32[64,4] {{
         "TURNS": 'backend_config={"known_trip_count":{"n":"3"}}',
     }.items():
         text = text.replace(short, long)
-    found = program_costs.costs(text, devices=8)
+    found = costs.costs(text, devices=8)
     gathered = 64 * 4 * 4
     assert found.collectives == (Collective("all-gather", 8, 1, gathered, gathered * 7 / 8),)
     squares = 3 * 2 * 100 * 4
@@ -288,7 +288,7 @@ ENTRY %main (a: f32[9,64], b: f32[9,64], i: s32[]) -> f32[9,64] {
 }
 """
     layer, index = 64 * 4, 4
-    assert program_costs.costs(text, devices=1).hbm_bytes == 2 * layer + index
+    assert costs.costs(text, devices=1).hbm_bytes == 2 * layer + index
 
 
 @pytest.mark.parametrize(
@@ -305,5 +305,5 @@ ENTRY %main (a: f32[9,64], b: f32[9,64], i: s32[]) -> f32[9,64] {
 def test_group_sizes(text, group):
     line = f"  %r = f32[4]{{0}} all-reduce(%x), channel_id=1, {text}, to_apply=%add\n"
     program = f"ENTRY %main () -> f32[4] {{\n  %x = f32[4]{{0}} parameter(0)\n{line}}}\n"
-    [found] = program_costs.costs(program, devices=8).collectives
+    [found] = costs.costs(program, devices=8).collectives
     np.testing.assert_allclose([found.group, found.result_bytes], [group, 16])

@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations import memory
 
 from data_prep import engine, publish
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import datasets
 

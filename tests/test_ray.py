@@ -13,7 +13,7 @@ import pytest
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine, executors
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests.inputs import tar_bytes
 
 ray = pytest.importorskip("ray")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import limits, metadata, records, training_set
 from tests import datasets
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import published, remove_keys
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import metadata, records
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mofi_jax import inference, partition
-from mofi_jax.errors import BadInput
+from mofi_jax import inference
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import common, neighbours, retrieval
 
 SAMPLE = Path(__file__).parents[1] / "data_prep/sample"
@@ -23,7 +24,7 @@ class Fixed:
 
     def __init__(self, features: np.ndarray):
         self.features = features
-        self.mesh = partition.make_mesh()
+        self.mesh = meshes.make_mesh()
 
     def decode(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.int64)
@@ -178,7 +179,7 @@ def test_refuses_wrong_settings(tmp_path):
 @pytest.mark.parametrize(("name", "score"), [("seen", 0.5291), ("unseen", 0.2487)])
 def test_raw_pixels_on_the_sample(name, score):
     """The baseline of the results table."""
-    towers = inference.RawPixels(40, partition.make_mesh())
+    towers = inference.RawPixels(40, meshes.make_mesh())
     evaluator = common.build("retrieval", towers, images=SAMPLE / f"{name}.tar")
     assert dict(evaluator.run({}))["map"] == pytest.approx(score, abs=1e-3)
 
@@ -186,7 +187,7 @@ def test_raw_pixels_on_the_sample(name, score):
 def test_gallery(tmp_path):
     evaluator = common.build(
         "retrieval",
-        inference.RawPixels(8, partition.make_mesh()),
+        inference.RawPixels(8, meshes.make_mesh()),
         images=SAMPLE / "unseen.tar",
         classes=SAMPLE / "classes.jsonl",
     )
@@ -210,7 +211,7 @@ def test_gallery_of_a_tiny_set(tmp_path):
     for name in ("0_a.jpg", "0_b.jpg", "1_a.jpg"):
         (tmp_path / name).write_bytes(jpeg.getvalue())
     evaluator = common.build(
-        "retrieval", inference.RawPixels(8, partition.make_mesh()), images=tmp_path
+        "retrieval", inference.RawPixels(8, meshes.make_mesh()), images=tmp_path
     )
     evaluator.gallery({}, tmp_path / "gallery.PNG")
     assert Image.open(tmp_path / "gallery.PNG").width > 100

@@ -10,8 +10,9 @@ import sys
 import pytest
 from etils import epath
 
-from mofi_jax import errors, run_lock
-from mofi_jax.errors import BadInput
+from mofi_jax.common import errors
+from mofi_jax.common.errors import BadInput
+from mofi_jax.training import run_lock
 
 # What another process does, without the imports of ours.
 HOLD = """

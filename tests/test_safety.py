@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import engine, filters, safety
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests import label_tables, workdirs
 
 HASH = "ab" * 32

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import candidates, engine, evidence, fits, selection
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests import workdirs
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep import engine, evidence, filters, selection, shards, vocabulary
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import ops, records, tokenizer
 from tests import workdirs
 

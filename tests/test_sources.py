@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from data_prep import engine, samples, source_files, sources
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, run, tables_of, tar_bytes
 
 

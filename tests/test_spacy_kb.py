@@ -9,7 +9,7 @@ import spacy
 from spacy.training import Example
 
 from data_prep import kb_build, knowledge_base, linking, meanings, spacy_kb
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 ROWS = [
     {"id": "Q1", "label": "Paris", "sitelinks": 300},

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch, sharding
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 from mofi_jax.training import cadence, optim, state, step
 
@@ -60,11 +61,11 @@ def built(mesh, config, seed):
     clock = cadence.Clock(batch_size=BATCH, examples_per_epoch=1000, total_steps=100)
     tx = optim.make(config.optimizer, clock)
     init = state.initialiser(
-        MODEL, tx, losses=losses, table_rows=partition.padded_rows(ENTITIES, mesh)
+        MODEL, tx, losses=losses, table_rows=class_order.padded_rows(ENTITIES, mesh)
     )
     train_state, shardings = state.create(init, 1, mesh)
-    setting = step.Setting(MODEL, mesh, ENTITIES, 1)
-    update = step.make_update(setting, losses, tx, seed=seed, shardings=shardings)
+    context = step.StepContext(MODEL, mesh, ENTITIES, 1)
+    update = step.make_update(context, losses, tx, seed=seed, shardings=shardings)
     return jax.device_get(train_state), shardings, update
 
 
@@ -72,7 +73,7 @@ def train(mesh, config, *, steps=1, seed=0, batch=None):
     """(state, metrics of the last step) after some steps on one batch."""
     first, shardings, update = built(mesh, ml_collections.FrozenConfigDict(config), seed)
     train_state = jax.device_put(first, shardings)
-    batch = partition.to_global(mesh, batch or batch_of())
+    batch = global_batch.to_global(mesh, batch or batch_of())
     for _ in range(steps):
         train_state, metrics = update(train_state, batch)
     return jax.device_get(train_state), jax.device_get(metrics)
@@ -92,12 +93,12 @@ def gradients(mesh, microbatches, kind="softmax"):
     losses = config.losses.to_dict()
     tx = optim.make(config.optimizer, cadence.Clock(BATCH, 1000, 100))
     init = state.initialiser(
-        MODEL, tx, losses=losses, table_rows=partition.padded_rows(ENTITIES, mesh)
+        MODEL, tx, losses=losses, table_rows=class_order.padded_rows(ENTITIES, mesh)
     )
     train_state, _ = state.create(init, 1, mesh)
-    loss = step.make_loss(step.Setting(MODEL, mesh, ENTITIES, microbatches), losses)
+    loss = step.make_loss(step.StepContext(MODEL, mesh, ENTITIES, microbatches), losses)
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, _), grads = run(train_state.params, partition.to_global(mesh, batch_of()))
+    (value, _), grads = run(train_state.params, global_batch.to_global(mesh, batch_of()))
     return float(value), jax.device_get(grads)
 
 
@@ -105,9 +106,9 @@ def gradients(mesh, microbatches, kind="softmax"):
     ("mesh", "parts", "kind"),
     [("1x1x1", 2, "softmax"), ("1x1x1", 8, "sigmoid"), ("2x2x2", 4, "softmax")],
 )
-def test_parts_of_a_batch_give_the_gradients_of_the_whole(meshes, mesh, parts, kind):
-    value, grads = gradients(meshes[mesh], parts, kind)
-    expected, expected_grads = gradients(meshes[mesh], 1, kind)
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(mesh_of, mesh, parts, kind):
+    value, grads = gradients(mesh_of[mesh], parts, kind)
+    expected, expected_grads = gradients(mesh_of[mesh], 1, kind)
     assert value == pytest.approx(expected, rel=1e-6)
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True))
     # Some gradients are zero but for rounding, as that of a key's bias: they have no scale.
@@ -118,24 +119,24 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(meshes, mesh, parts, k
 
 def lowered(mesh, parts, rows):
     """The image tower's value and gradient on `rows` pictures, compiled."""
-    setting = step.Setting(MODEL, mesh, ENTITIES, parts)
+    context = step.StepContext(MODEL, mesh, ENTITIES, parts)
     params = jax.eval_shape(
         functools.partial(mofi.create, MODEL, towers=("image",)), jax.random.key(0)
     )
     images = jax.ShapeDtypeStruct(
-        (rows, 16, 16, 3), jnp.uint8, sharding=partition.batch_sharding(mesh)
+        (rows, 16, 16, 3), jnp.uint8, sharding=global_batch.batch_sharding(mesh)
     )
 
     def loss(params, images):
         embed = functools.partial(mofi.embed_images, MODEL, params)
-        return jnp.sum(jnp.sin(step.in_microbatches(embed, images, setting)))
+        return jnp.sum(jnp.sin(step.in_microbatches(embed, images, context)))
 
     return jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
 
 
-def test_memory_of_a_batch_in_parts_is_that_of_a_part(meshes):
+def test_memory_of_a_batch_in_parts_is_that_of_a_part(mesh_of):
     """Four times the batch in four times the parts: the activations' memory does not grow."""
-    mesh = meshes["1x8x1"]
+    mesh = mesh_of["1x8x1"]
     whole, parts, larger = (
         lowered(mesh, n, rows).memory_analysis().temp_size_in_bytes
         for n, rows in ((1, 4096), (8, 4096), (32, 16_384))
@@ -146,25 +147,25 @@ def test_memory_of_a_batch_in_parts_is_that_of_a_part(meshes):
     assert larger - parts <= 1.1 * (16_384 - 4096) // mesh.size * row
 
 
-def test_parts_exchange_nothing(meshes):
+def test_parts_exchange_nothing(mesh_of):
     """Each device cuts its own rows: the only exchange is the gradient's sum."""
-    text = lowered(meshes["2x2x2"], 4, 512).as_text()
+    text = lowered(mesh_of["2x2x2"], 4, 512).as_text()
     for kind in ("all-to-all", "collective-permute", "all-gather"):
         assert f" {kind}" not in text, kind
 
 
-def test_parts_must_divide_the_batch(meshes):
+def test_parts_must_divide_the_batch(mesh_of):
     with pytest.raises(BadInput, match=r"microbatches=3 parts on 4 batch shards.*multiple of 12"):
-        gradients(meshes["2x2x2"], 3)
+        gradients(mesh_of["2x2x2"], 3)
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
-def test_every_row_drawn_is_the_exact_update(meshes, mesh):
+def test_every_row_drawn_is_the_exact_update(mesh_of, mesh):
     """The sampled step at a rate of 1 and the exact step: the same state but for rounding."""
-    exact, exact_metrics = train(meshes[mesh], options(), steps=3)
+    exact, exact_metrics = train(mesh_of[mesh], options(), steps=3)
     # Just below 1, so that the sampled step runs; its places are rounded up to every row.
     config = options(entity__sample_rate=0.999)
-    sampled, metrics = train(meshes[mesh], config, steps=3)
+    sampled, metrics = train(mesh_of[mesh], config, steps=3)
     assert metrics["sample_overflow"] == 0
     assert metrics["loss"] == pytest.approx(exact_metrics["loss"], rel=1e-5)
     parts = [metrics[f"gradient_norm/{group}"] for group in ("towers", "table")]
@@ -174,25 +175,25 @@ def test_every_row_drawn_is_the_exact_update(meshes, mesh):
     for moment in ("mu", "nu"):
         got, expected = (
             getattr(s.opt_state.inner_states["table"].inner_state[1], moment)[
-                partition.ENTITY_TABLE
+                sharding.ENTITY_TABLE
             ][:ENTITIES]
             for s in (sampled, exact)
         )
         assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_sampled_training_moves_drawn_rows_only_and_learns(meshes):
-    mesh = meshes["2x2x2"]
+def test_sampled_training_moves_drawn_rows_only_and_learns(mesh_of):
+    mesh = mesh_of["2x2x2"]
     config = options(entity__sample_rate=0.6)
     before, first = train(mesh, config, steps=1)
     after, last = train(mesh, config, steps=20)
     assert last["loss_entity"] < first["loss_entity"]
     rows, rows_after = (
-        s.opt_state.inner_states["table"].inner_state[1].last_step[partition.ENTITY_TABLE]
+        s.opt_state.inner_states["table"].inner_state[1].last_step[sharding.ENTITY_TABLE]
         for s in (before, after)
     )
     drawn = rows == 1
-    labels = partition.table_rows(batch_of()["entity_ids"], ENTITIES)
+    labels = class_order.table_rows(batch_of()["entity_ids"], ENTITIES)
     assert drawn[labels[labels >= 0]].all()
     assert drawn.sum() < 0.9 * ENTITIES
     assert (rows_after[labels[labels >= 0]] == 20).all()
@@ -203,23 +204,23 @@ def test_sampled_training_moves_drawn_rows_only_and_learns(meshes):
     assert largest_difference(after, other) > 0
 
 
-def test_a_device_without_room_for_its_positives_says_so(meshes):
+def test_a_device_without_room_for_its_positives_says_so(mesh_of):
     config = options(entity__sample_rate=0.02)
-    _, metrics = train(meshes["1x1x1"], config)
+    _, metrics = train(mesh_of["1x1x1"], config)
     assert metrics["sample_overflow"] > 0
     assert 0 < metrics["labelled_share"] < 1
     assert np.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("kind", ["cosface", "arcface"])
-def test_a_learned_scale_moves_and_is_capped(meshes, kind):
+def test_a_learned_scale_moves_and_is_capped(mesh_of, kind):
     config = options(entity__learn_scale=True, entity__margin_kind=kind)
-    start, _ = train(meshes["1x1x1"], config, steps=1)
-    end, metrics = train(meshes["1x1x1"], config, steps=10)
+    start, _ = train(mesh_of["1x1x1"], config, steps=1)
+    end, metrics = train(mesh_of["1x1x1"], config, steps=10)
     assert metrics["entity_scale"] == pytest.approx(config.losses.entity.scale, rel=0.1)
     assert start.params["entity_log_scale"] != end.params["entity_log_scale"]
     assert float(mofi.entity_scale({"entity_log_scale": jnp.float32(9.0)})) == 100
-    fixed, _ = train(meshes["1x1x1"], options())
+    fixed, _ = train(mesh_of["1x1x1"], options())
     assert "entity_log_scale" not in fixed.params
 
 
@@ -227,15 +228,15 @@ CAP = np.log(np.float32(mofi.MAX_LOGIT_SCALE))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_a_scale_ends_at_its_cap_and_comes_back_from_it(meshes, monkeypatch, rate):
+def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, rate):
     """With a loss that pulls both scales down or up, as the batch says."""
 
     def loss(params, batch, sample=None):
         scales = {"logit_scale": mofi.logit_scale(params), "entity": mofi.entity_scale(params)}
         return jnp.mean(batch["pull"]) * sum(scales.values()), scales
 
-    monkeypatch.setattr(step, "make_loss", lambda setting, losses: loss)
-    mesh = meshes["1x1x1"]
+    monkeypatch.setattr(step, "make_loss", lambda context, losses: loss)
+    mesh = mesh_of["1x1x1"]
     config = options(entity__sample_rate=rate)
     config.optimizer.learning_rate = 0.01
     losses = config.losses.to_dict()
@@ -243,15 +244,15 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(meshes, monkeypatch, rat
     def after(pull, start, frozen=()):
         config.optimizer.frozen = frozen
         tx = optim.make(config.optimizer, cadence.Clock(BATCH, 1000, 100))
-        setting = step.Setting(MODEL, mesh, 16, frozen=frozen, ema_decay=0.9)
-        params = {partition.ENTITY_TABLE: jnp.ones((16, 2)), "logit_bias": jnp.float32(9)}
+        context = step.StepContext(MODEL, mesh, 16, frozen=frozen, ema_decay=0.9)
+        params = {sharding.ENTITY_TABLE: jnp.ones((16, 2)), "logit_bias": jnp.float32(9)}
         params |= {name: jnp.float32(start) for name in mofi.LOG_SCALES}
         ema = jax.tree.map(jnp.copy, params)
         old = state.TrainState(jnp.int32(0), params, tx.init(params), ema)
-        shardings = partition.tree_shardings(mesh, old)
-        update = step.make_update(setting, losses, tx, seed=0, shardings=shardings)
+        shardings = sharding.tree_shardings(mesh, old)
+        update = step.make_update(context, losses, tx, seed=0, shardings=shardings)
         batch = {"pull": np.full(8, pull, np.float32), "entity_ids": np.zeros((8, 1), np.int32)}
-        new, metrics = update(jax.device_put(old, shardings), partition.to_global(mesh, batch))
+        new, metrics = update(jax.device_put(old, shardings), global_batch.to_global(mesh, batch))
         assert new.params["logit_bias"] == 9
         return jax.device_get((new, metrics))
 
@@ -271,19 +272,19 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(meshes, monkeypatch, rat
     assert frozen.params["logit_scale"] == CAP + np.float32(0.5)
 
 
-def test_sigmoid_starts_at_the_papers_scale_and_bias(meshes):
-    _, metrics = train(meshes["1x1x1"], options(contrastive__kind="sigmoid"))
+def test_sigmoid_starts_at_the_papers_scale_and_bias(mesh_of):
+    _, metrics = train(mesh_of["1x1x1"], options(contrastive__kind="sigmoid"))
     assert metrics["logit_scale"] == pytest.approx(10.0, rel=1e-5)
     assert metrics["logit_bias"] == pytest.approx(-10.0, rel=1e-5)
 
 
-def test_related_pictures_decide_over_negatives(meshes):
+def test_related_pictures_decide_over_negatives(mesh_of):
     """A batch of one entity: nothing left to push apart when related pairs are masked."""
     batch = batch_of()
     batch["entity_ids"][:] = [5, -1]
     batch["text_group"] = np.full(BATCH, 5, np.int32)
     losses = {
-        mode: train(meshes["2x2x2"], options(contrastive__same_entity=mode), batch=batch)[1]
+        mode: train(mesh_of["2x2x2"], options(contrastive__same_entity=mode), batch=batch)[1]
         for mode in ("off", "masked", "positive")
     }
     assert losses["masked"]["loss_contrastive"] == pytest.approx(0, abs=1e-6)
@@ -293,7 +294,7 @@ def test_related_pictures_decide_over_negatives(meshes):
     batch["entity_ids"][: BATCH // 2] = [9, 5]
     batch["text_group"][: BATCH // 2] = 9
     batch["entity_ids"][BATCH // 2 :] = [9, 5]
-    _, metrics = train(meshes["2x2x2"], options(), batch=batch)
+    _, metrics = train(mesh_of["2x2x2"], options(), batch=batch)
     assert metrics["loss_contrastive"] == pytest.approx(0, abs=1e-6)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from data_prep import engine, sources, tables
-from mofi_jax import errors
+from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read
 
 

@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 
 from mofi_jax import telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.telemetry import meter as meter_module
 
 
@@ -111,9 +112,9 @@ def test_the_first_batch_that_was_not_finite_is_named(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
-    telemetry.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        telemetry.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from data_prep import engine, sources, tfds_sets
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import datasets
 from tests.inputs import make_config, read, tables_of

@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 
 CAPTIONS = [

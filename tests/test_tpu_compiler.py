@@ -11,7 +11,7 @@ import sys
 import pytest
 from etils import epath
 
-from mofi_jax import tpu_topology
+from mofi_jax.plan import tpu_topology
 
 REPOSITORY = epath.Path(__file__).parent.parent
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mofi_jax import inference, partition, run_folder, telemetry, train
+from mofi_jax import inference, telemetry, train
+from mofi_jax.common.errors import BadInput, Preempted
 from mofi_jax.data import ops, pipeline, records, tokenizer, training_set
-from mofi_jax.errors import BadInput, Preempted
-from mofi_jax.training import checkpoint
+from mofi_jax.distributed import meshes
+from mofi_jax.training import checkpoint, run_folder
 from tests import datasets
 
 REPOSITORY = epath.Path(__file__).parent.parent
@@ -42,9 +43,9 @@ def assert_same_parameters(a, b):
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch, meshes):
+def one_device(monkeypatch, mesh_of):
     """Eight simulated devices on few cores are slow: only the tests about devices ask for them."""
-    monkeypatch.setattr(train.partition, "make_mesh", lambda **_: meshes["1x1x1"])
+    monkeypatch.setattr(train.meshes, "make_mesh", lambda **_: mesh_of["1x1x1"])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_one_step_of_every_task(data, tmp_path, task):
     params = checkpoint.restore_params(tmp_path)
     assert ("entity_table" in params) == (task != "contrastive")
     assert ("text" in params) == (task != "supervised")
-    towers = inference.load(tmp_path, mesh=partition.make_mesh()).towers
+    towers = inference.load(tmp_path, mesh=meshes.make_mesh()).towers
     assert (towers.tokenizer is None) == (task == "supervised")
     assert (towers.entities is None) == (task == "contrastive")
 

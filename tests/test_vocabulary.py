@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import engine, vocabulary
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import workdirs
 

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mofi_jax import partition, train, warm_start
+from mofi_jax import train
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import sharding
+from mofi_jax.inference import warm_start
+from mofi_jax.losses import class_order
 from mofi_jax.training import checkpoint
 from tests import datasets
 
-TABLE = partition.ENTITY_TABLE
+TABLE = sharding.ENTITY_TABLE
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch, meshes):
-    monkeypatch.setattr(partition, "make_mesh", lambda **_: meshes["1x1x1"])
+def one_device(monkeypatch, mesh_of):
+    monkeypatch.setattr(meshes, "make_mesh", lambda **_: mesh_of["1x1x1"])
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def start(world, tmp_path, data="old", **changes):
 
 def flat(tree):
     return {
-        partition.path_name(path): np.asarray(leaf)
+        sharding.path_name(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
@@ -78,8 +81,8 @@ def test_rows_move_with_their_entities(world, tmp_path):
     theirs = flat(checkpoint.restore_params(world / "run"))[TABLE]
     old = records.read_entities(world / "run" / records.ENTITIES_FILE).qids
     new = records.read_entities(tmp_path / "warm" / records.ENTITIES_FILE).qids
-    their_rows = dict(zip(old, theirs[partition.table_rows(np.arange(7), 7)], strict=True))
-    our_rows = dict(zip(new, ours[partition.table_rows(np.arange(9), 9)], strict=True))
+    their_rows = dict(zip(old, theirs[class_order.table_rows(np.arange(7), 7)], strict=True))
+    our_rows = dict(zip(new, ours[class_order.table_rows(np.arange(9), 9)], strict=True))
     assert len(set(old) & set(new)) == 5
     for qid, row in our_rows.items():
         if qid in their_rows:
@@ -90,11 +93,11 @@ def test_rows_move_with_their_entities(world, tmp_path):
             assert not any(np.array_equal(row, other) for other in theirs)
 
 
-def test_rows_on_eight_devices(world, tmp_path, meshes):
+def test_rows_on_eight_devices(world, tmp_path, mesh_of):
     """Each device fills its own rows, padding included."""
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     entities = records.read_entities(world / "new" / "i2e" / records.VERSION / "entities.parquet")
-    sharding = jax.NamedSharding(mesh, jax.P(partition.ALL_AXES, None))
+    sharding = jax.NamedSharding(mesh, jax.P(meshes.ALL_AXES, None))
     table = jax.device_put(-jnp.ones((16, 12)), sharding)
     structs = {TABLE: jax.ShapeDtypeStruct((16, 12), jnp.float32, sharding=sharding)}
     source = warm_start.read(str(world / "run"), (TABLE,), structs, entities, mesh)

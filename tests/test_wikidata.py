@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from configs import kb as kb_config
 from data_prep import kb_build, kb_rows, kb_source, knowledge_base, wikidata
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 
 def statement(prop, value, rank="normal", snaktype="value"):

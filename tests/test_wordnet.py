@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep import kb_build, kb_source, knowledge_base, wordnet
-from mofi_jax import errors
+from mofi_jax.common import errors
 
 LICENCE = """  1 This software and database is being provided to you, the LICENSEE, by
   2 Princeton University under the following license.

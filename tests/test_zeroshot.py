@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import common
 
 ANGLE = np.deg2rad(40)
@@ -22,7 +22,7 @@ class Spoken:
     entities = None
 
     def __init__(self, pictures, texts):
-        self.mesh = partition.make_mesh()
+        self.mesh = meshes.make_mesh()
         self.pictures, self.texts = np.array(pictures, np.float32), texts
 
     def decode(self, data):

@@ -8,7 +8,7 @@ import shutil
 
 from absl import logging
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 # Files that Python, jax and the logs keep open, beside the shards.
 OTHER_FILES = 256

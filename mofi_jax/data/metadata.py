@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"

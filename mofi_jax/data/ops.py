@@ -21,8 +21,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import augment
-from mofi_jax.errors import BadInput
 
 cv2.setNumThreads(0)  # the pipeline has its own threads
 

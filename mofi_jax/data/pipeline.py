@@ -19,9 +19,9 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Int
 
-from mofi_jax import preemption
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, ops, records, tokenizer
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import preemption
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
 
@@ -373,7 +373,7 @@ def training_stream(
       threads: decoding threads per process.
       workers: extra processes; 0 decodes in this one.
       host, hosts: this host feeds an equal run of every batch, the ``host``-th ...
-      rows: ... or these of its rows (`partition.batch_rows`), ascending.
+      rows: ... or these of its rows (`global_batch.batch_rows`), ascending.
     """
     if rows is None:
         rows = np.array_split(np.arange(batch_size), hosts)[host]

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from mofi_jax import partition
+from mofi_jax.distributed import global_batch
 
 _CLOSE_SECONDS = 60.0  # for a batch that is being decoded while the run ends
 
@@ -40,7 +40,7 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
                 if self._closed:
                     return
             try:
-                item = partition.to_global(self._mesh, next(self._stream)), None
+                item = global_batch.to_global(self._mesh, next(self._stream)), None
             except BaseException as error:  # noqa: BLE001  the taker raises it, after what came before
                 item, ended = (None, error), True
             with self._changed:
@@ -79,8 +79,8 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
 def to_devices(stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int) -> DeviceBatches:
     """Puts this host's part of each batch onto its devices, up to ``depth`` batches ahead.
 
-    Batches come in the order of the stream, as `partition.to_global` makes them.  An exception of
-    the stream, its end among them, is raised after the batches that came before it.
+    Batches come in the order of the stream, as `global_batch.to_global` makes them.  An exception
+    of the stream, its end among them, is raised after the batches that came before it.
 
     Args:
       stream: this host's parts of the global batches (`pipeline.training_stream`); it is closed

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mofi_jax import errors
+from mofi_jax.common import errors
 from mofi_jax.data import limits, metadata
 
 ENTITIES_FILE = "entities.parquet"

@@ -15,8 +15,8 @@ from etils import epath
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mofi_jax import json_files
-from mofi_jax.errors import BadInput
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 
@@ -178,7 +178,7 @@ def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int
     config_path = path.parent / "tokenizer_config.json"
     config = {}
     if config_path.exists():
-        config = json_files.read_object(config_path, "write it again, or remove it")
+        config = files.read_json_object(config_path, "write it again, or remove it")
     ids = {}
     for kind, known in KNOWN_NAMES.items():
         name = config.get(f"{kind}_token")

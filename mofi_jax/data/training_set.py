@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, pipeline, records, tokenizer
-from mofi_jax.errors import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingSet:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What `mofi_jax.training.program.make` asks about data."""
+        """What `mofi_jax.training.setup.make` asks about data."""
         return {
             "vocab_size": self.texts.vocab_size,
             "eos_id": self.texts.eos_id,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import common
 
 # Training pictures per entity, lowest count first; each bucket ends where the next one begins.

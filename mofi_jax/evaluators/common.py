@@ -28,9 +28,9 @@ import tqdm
 from etils import epath
 from jaxtyping import Float, Int
 
-from mofi_jax import paths
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.errors import BadInput
 
 # Files that are no evaluators.
 _SHARED = ("common", "neighbours")
@@ -109,21 +109,21 @@ def read_set(path: epath.PathLike) -> PictureSet:
     Raises:
       BadInput: missing or unreadable path, no pictures, or a picture named otherwise.
     """
-    path = paths.local_input(path, "the picture set")
+    path = files.local_input(path, "the picture set")
     if path.is_dir():
-        files = {p.name: None for p in path.iterdir() if _is_picture(p.name)}
+        found = {p.name: None for p in path.iterdir() if _is_picture(p.name)}
     elif path.exists():
-        files = _tar_spans(path)
+        found = _tar_spans(path)
     else:
         raise BadInput(
             f"There is no picture set at {path}: give a folder or a .tar of {{class}}_{{name}}.jpg."
         )
-    if not files:
+    if not found:
         raise BadInput(
             f"{path} holds no pictures of its own: give a folder or .tar with the files of all "
             "classes in it, each named {class number}_{name}.jpg."
         )
-    matches = {name: _PICTURE.fullmatch(name) for name in files}
+    matches = {name: _PICTURE.fullmatch(name) for name in found}
     wrong = sorted(name for name, match in matches.items() if not match)
     if wrong:
         raise BadInput(
@@ -131,12 +131,12 @@ def read_set(path: epath.PathLike) -> PictureSet:
             f"it out ({len(wrong)} such files)."
         )
     numbers = {name: int(match[1]) for name, match in matches.items()}
-    names = sorted(files, key=lambda name: (numbers[name], name))
+    names = sorted(found, key=lambda name: (numbers[name], name))
     return PictureSet(
         path=path,
         names=tuple(names),
         classes=np.array([numbers[name] for name in names], np.int64),
-        spans=() if path.is_dir() else tuple(files[name] for name in names),
+        spans=() if path.is_dir() else tuple(found[name] for name in names),
     )
 
 
@@ -192,7 +192,7 @@ def read_classes(path: epath.PathLike) -> dict[int, Class]:
     Raises:
       BadInput: missing file, or a line that is not as described.
     """
-    path = paths.local_input(path, "the class table")
+    path = files.local_input(path, "the class table")
     if not path.exists():
         raise BadInput(f"There is no class table at {path}: correct `classes` or leave it out.")
     classes: dict[int, Class] = {}

@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes, sharding
 
 TIES = ("mean", "optimistic", "pessimistic")
 NO_ROW = -1  # pads lists of row numbers
@@ -125,7 +125,7 @@ def build_index(features: Float[np.ndarray, "e d"], *, mesh: Mesh, block_size: i
     padded = np.zeros((blocks * shards * rows, features.shape[1]), np.float32)
     padded[:size] = features
     padded = padded.reshape(blocks, shards, rows, -1)
-    sharding = NamedSharding(mesh, PartitionSpec(None, partition.ALL_AXES))
+    sharding = NamedSharding(mesh, PartitionSpec(None, meshes.ALL_AXES))
     return Index(
         features=jax.make_array_from_callback(padded.shape, sharding, lambda at: padded[at]),
         size=size,
@@ -264,7 +264,7 @@ def _rank_counts(features, size, queries, relevant, *, mesh):
     # had more cheaply, but another product rounds differently in the last bit, and then copies of a
     # picture would no longer tie.
     counts, _ = jax.lax.scan(visit_index, start, jnp.arange(2))
-    return jax.lax.with_sharding_constraint(counts, partition.replicated(mesh))
+    return jax.lax.with_sharding_constraint(counts, sharding.replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
@@ -292,7 +292,7 @@ def _top_k(features, size, queries, excluded, *, k, mesh):
         jnp.full((len(queries), k), -jnp.inf, jnp.float32),
     )
     best, _ = jax.lax.scan(visit, nothing, (features, jnp.arange(blocks)))
-    return jax.lax.with_sharding_constraint(best, partition.replicated(mesh))
+    return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh))
 
 
 # ------------------------------------------------------------------------------------ on the host
@@ -317,7 +317,7 @@ def _query_blocks(
 
 def _replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(
-        array.shape, partition.replicated(mesh), lambda at: array[at]
+        array.shape, sharding.replicated(mesh), lambda at: array[at]
     )
 
 

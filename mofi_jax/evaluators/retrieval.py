@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.errors import BadInput
 from mofi_jax.evaluators import common, neighbours
 
 # Consecutive queries of GPR1200 in the order of its class numbers.  The table published with the

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import common, neighbours
 
 

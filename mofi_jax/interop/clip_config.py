@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.errors import BadInput
 from mofi_jax.model import mofi
 
 # gelu_new and gelu_pytorch_tanh are one formula under two names.

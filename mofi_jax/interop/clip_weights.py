@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
 from mofi_jax.model import mofi
 
-ENTITY_TABLE = partition.ENTITY_TABLE
+ENTITY_TABLE = sharding.ENTITY_TABLE
 NAMED = 10  # arrays of one kind that an error names
 # Parameters of the training losses that are no part of CLIPModel.
 OF_LOSSES = (ENTITY_TABLE, "entity_log_scale", "logit_bias")

@@ -18,11 +18,12 @@ from absl import logging
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from mofi_jax import json_files, partition
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.errors import BadInput
 from mofi_jax.interop import clip_config, clip_weights, model_card
+from mofi_jax.losses import class_order
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
 
@@ -96,7 +97,7 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
     A folder with neither (weights alone) gets the short side and centre crop of every CLIP.
     """
     if (folder / PREPROCESS).exists():
-        spec = json_files.read_object(folder / PREPROCESS, COPY_AGAIN).get("preprocess")
+        spec = files.read_json_object(folder / PREPROCESS, COPY_AGAIN).get("preprocess")
         if not isinstance(spec, str):
             raise BadInput(
                 f"{folder / PREPROCESS} lacks the key preprocess: export the model again."
@@ -106,7 +107,7 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
     path = folder / "preprocessor_config.json"
     resize = image_size
     if path.exists():
-        values = json_files.read_object(path, COPY_AGAIN)
+        values = files.read_json_object(path, COPY_AGAIN)
         for key, expected in (
             ("image_mean", image_lib.PIXEL_MEAN),
             ("image_std", image_lib.PIXEL_STD),
@@ -149,7 +150,7 @@ def read(folder: epath.PathLike) -> Clip:
     """
     folder = epath.Path(folder)
     path = folder / "config.json"
-    values = json_files.read_object(path, COPY_AGAIN)
+    values = files.read_json_object(path, COPY_AGAIN)
     tokenizer = None
     if (folder / records.TOKENIZER_FILE).exists():
         length = clip_config.field(values, path, "text_config", "max_position_embeddings")
@@ -171,7 +172,7 @@ def read(folder: epath.PathLike) -> Clip:
                 f"{config.embed_dim}: export the model again."
             )
         params[clip_weights.ENTITY_TABLE] = table[
-            partition.table_entities(np.arange(len(table)), len(table))
+            class_order.table_entities(np.arange(len(table)), len(table))
         ]
     preprocess = _read_preprocess(folder, config.image_size)
     return Clip(config, params, tokenizer, entities, preprocess)
@@ -208,7 +209,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     if table is not None and clip.entities is not None:
         # In the file row i is entity i, as in entities.parquet.
         ids = np.arange(len(clip.entities))
-        rows = np.asarray(table, np.float32)[partition.table_rows(ids, len(ids))]
+        rows = np.asarray(table, np.float32)[class_order.table_rows(ids, len(ids))]
         _save(folder / ENTITY_TABLE_FILE, {clip_weights.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
     card = model_card.text(clip.config, clip.preprocess, clip.entities)
@@ -257,14 +258,14 @@ def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
     if (folder / WEIGHTS).exists():
         return _load(folder / WEIGHTS)
     if (folder / INDEX).exists():
-        names = json_files.read_object(folder / INDEX, COPY_AGAIN).get("weight_map")
-        files = list(names.values()) if isinstance(names, dict) else [None]
+        index = files.read_json_object(folder / INDEX, COPY_AGAIN).get("weight_map")
+        names = set(index.values()) if isinstance(index, dict) else {None}
         # A name is that of a file beside the index, and of nothing else on this machine.
-        if not all(isinstance(name, str) and name == epath.Path(name).name for name in files):
+        if not all(isinstance(name, str) and name == epath.Path(name).name for name in names):
             raise BadInput(
                 f"{folder / INDEX} has no weight_map from arrays to files beside it: {COPY_AGAIN}."
             )
-        return {k: v for name in sorted(set(files)) for k, v in _load(folder / name).items()}
+        return {k: v for name in sorted(names) for k, v in _load(folder / name).items()}
     raise BadInput(
         f"{folder} has no weights in safetensors format ({WEIGHTS} or {INDEX}): save the model "
         "with safe_serialization=True."

@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from mofi_jax import partition
+from mofi_jax.distributed import meshes
 
 # Specs of arrays inside the losses: rows over the batch axes, classes over all axes.
-BATCH = P(partition.BATCH_AXES)
-CLASSES = P(partition.ALL_AXES)
+BATCH = P(meshes.BATCH_AXES)
+CLASSES = P(meshes.ALL_AXES)
 
 # fp32 bytes of one tile of logits.  Two to four of them live at once.  CPU caches want small tiles;
 # a GPU needs large ones to fill its matrix units and to hide the launches of a loop's kernels.
@@ -42,7 +42,7 @@ def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs
 
 def gather_batch(x: Array) -> Array:
     """Inside a map: the rows of all batch shards, on every device."""
-    return lax.all_gather(x, partition.BATCH_AXES, axis=0, tiled=True)
+    return lax.all_gather(x, meshes.BATCH_AXES, axis=0, tiled=True)
 
 
 def over_blocks(size: int, block: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mofi_jax import partition
+from mofi_jax.distributed import meshes
 from mofi_jax.losses import base, blocks, relations
 
 # ---------------------------------------------------------------------------- dense reference
@@ -35,26 +35,26 @@ def clip_softmax_dense(
     logit_scale_exp: float | Float[Array, ""],
     *,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    shows: Int[Array, "b k"] | None = None,
-    about: Int[Array, " b"] | None = None,
+    image_entities: Int[Array, "b k"] | None = None,
+    text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `clip_softmax`, with all b x b logits in memory."""
-    relations.check(image.shape[0], shows, about, same_entity)
+    relations.check(image.shape[0], image_entities, text_entity, same_entity)
     valid = valid > 0
     pairs = relations.pairs_of(
         jnp.eye(image.shape[0], dtype=bool),
         image_valid=valid,
         text_valid=valid,
-        shows=shows,
-        about=about,
+        image_entities=image_entities,
+        text_entity=text_entity,
         same_entity=same_entity,
     )
     cos = relations.dot(
         "id,jd->ij", relations.real_rows(image, valid), relations.real_rows(text, valid)
     )
     pair = jnp.diagonal(cos)
-    logits = jnp.where(pairs.counted, logit_scale_exp * cos, relations.LOWEST)
+    logits = jnp.where(pairs.in_denominator, logit_scale_exp * cos, relations.LOWEST)
     total, correct = 0.0, 0.0
     for axis in (1, 0):  # image -> text, text -> image
         log_p = jnp.where(pairs.positive, jax.nn.log_softmax(logits, axis=axis), 0.0)
@@ -76,8 +76,8 @@ def clip_softmax(
     *,
     mesh: Mesh,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    shows: Int[Array, "b k"] | None = None,
-    about: Int[Array, " b"] | None = None,
+    image_entities: Int[Array, "b k"] | None = None,
+    text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
     block_size: int | None = None,
 ) -> base.LossSum:
@@ -87,16 +87,17 @@ def clip_softmax(
     texts, all-reduce of [b] vectors and scalars, reduce-scatter of the texts' gradient.
 
     Args:
-      image: L2-normalised image embeddings, fp32 or bf16; batch over `partition.BATCH_AXES`.
+      image: L2-normalised image embeddings, fp32 or bf16; batch over `meshes.BATCH_AXES`.
       text: L2-normalised text embeddings; row i belongs to image i.
       logit_scale_exp: factor of the cosines, > 0, the exponential already taken and capped.
-      mesh: the mesh of `partition.make_mesh`.
+      mesh: the mesh of `meshes.make_mesh`.
       valid: rows that take part; a row with 0 is neither a row nor anyone's negative.
-      shows: everything each image shows, as ids of entities; fill a row up by repeating one of its
-        own.  None, like ids that occur in no `about`, relates no image to another's text.
-      about: what each text is about: the id of an entity or, where there is none, a number below 0
-        that stands for its words.  Image i is related to text j if about[j] is in shows[i]; to its
-        own text always.
+      image_entities: everything each image shows, as ids of entities; fill a row up by repeating
+        one of its own.  None, like ids that occur in no `text_entity`, relates no image to another
+        image's text.
+      text_entity: what each text is about: the id of an entity or, where there is none, a number
+        below 0 that stands for its words.  Image i is related to text j if text_entity[j] is in
+        image_entities[i]; to its own text always.
       same_entity: what related pairs other than the own ones are, see `relations.SAME_ENTITY`.
       block_size: texts per tile; None chooses it from the shapes and the kind of device.
 
@@ -105,22 +106,22 @@ def clip_softmax(
       half as correct in each direction in which its own pair ranks above every wrong one.
 
     Raises:
-      BadInput: the batch does not divide over the mesh's batch axes, shows or about is missing, or
-        an unknown same_entity.
+      BadInput: the batch does not divide over the mesh's batch axes, one of image_entities and
+        text_entity is missing, or an unknown same_entity.
     """
-    relations.check(image.shape[0], shows, about, same_entity, mesh)
+    relations.check(image.shape[0], image_entities, text_entity, same_entity, mesh)
     static = relations.Static(mesh, same_entity, block_size)
     scale = jnp.asarray(logit_scale_exp, jnp.float32)
-    return _clip_sharded(static, image, text, scale, valid > 0, shows, about)
+    return _clip_sharded(static, image, text, scale, valid > 0, image_entities, text_entity)
 
 
-# Without labels, shows and about are None: an empty tree to shard_map.
+# Without labels, image_entities and text_entity are None: an empty tree to shard_map.
 _INPUTS = (blocks.BATCH, blocks.BATCH, P(), blocks.BATCH, blocks.BATCH, blocks.BATCH)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _clip_sharded(static, image, text, scale, valid, shows, about):
-    return _clip_forward(static, image, text, scale, valid, shows, about)[0]
+def _clip_sharded(static, image, text, scale, valid, image_entities, text_entity):
+    return _clip_forward(static, image, text, scale, valid, image_entities, text_entity)[0]
 
 
 def _clip_forward(static, *inputs):
@@ -165,8 +166,8 @@ class _Sums(NamedTuple):
 
 
 def _tile_sums(cos: Array, pairs: relations.Pairs, scale: Array, axis: int) -> _Sums:
-    top = jnp.max(jnp.where(pairs.counted, cos, relations.LOWEST), axis=axis, keepdims=True)
-    p = jnp.where(pairs.counted, jnp.exp(scale * (cos - top)), 0.0)
+    top = jnp.max(jnp.where(pairs.in_denominator, cos, relations.LOWEST), axis=axis, keepdims=True)
+    p = jnp.where(pairs.in_denominator, jnp.exp(scale * (cos - top)), 0.0)
     return _Sums(
         top=jnp.squeeze(top, axis),
         exp_sum=jnp.sum(p, axis=axis),
@@ -194,10 +195,10 @@ def _add(a: _Sums, b: _Sums, scale: Array) -> _Sums:
 
 
 def _add_over_devices(sums: _Sums, scale: Array) -> _Sums:
-    top, best_wrong = lax.pmax((sums.top, sums.best_wrong), partition.BATCH_AXES)
+    top, best_wrong = lax.pmax((sums.top, sums.best_wrong), meshes.BATCH_AXES)
     exp_sum, target_sum, targets = lax.psum(
         (sums.exp_sum * jnp.exp(scale * (sums.top - top)), sums.target_sum, sums.targets),
-        partition.BATCH_AXES,
+        meshes.BATCH_AXES,
     )
     return _Sums(top, exp_sum, target_sum, targets, best_wrong)
 
@@ -213,36 +214,38 @@ def _with_part(tree: Any, part: Any, start: Any) -> Any:
 class _Texts(NamedTuple):
     rows: Array
     valid: Array
-    about: Array | None
+    text_entity: Array | None
 
 
-def _all_texts(text, valid, about):
+def _all_texts(text, valid, text_entity):
     # In their own dtype: as bf16 they are half as long under way.
-    return jax.tree.map(blocks.gather_batch, _Texts(relations.real_rows(text, valid), valid, about))
+    return jax.tree.map(
+        blocks.gather_batch, _Texts(relations.real_rows(text, valid), valid, text_entity)
+    )
 
 
-def _tile(static, image, valid, shows, texts, start):
+def _tile(static, image, valid, image_entities, texts, start):
     """Cosines of this device's images with texts start, start + 1, ... of the batch."""
-    first = lax.axis_index(partition.BATCH_AXES) * image.shape[0]
+    first = lax.axis_index(meshes.BATCH_AXES) * image.shape[0]
     own_text = first + jnp.arange(image.shape[0])
     pairs = relations.pairs_of(
         own_text[:, None] == start + jnp.arange(texts.rows.shape[0])[None, :],
         image_valid=valid,
         text_valid=texts.valid,
-        shows=shows,
-        about=texts.about,
+        image_entities=image_entities,
+        text_entity=texts.text_entity,
         same_entity=static.same_entity,
     )
     return relations.dot("id,jd->ij", image, texts.rows), pairs
 
 
-def _forward_shard(static, image, text, scale, valid, shows, about):
-    image, texts = relations.real_rows(image, valid), _all_texts(text, valid, about)
+def _forward_shard(static, image, text, scale, valid, image_entities, text_entity):
+    image, texts = relations.real_rows(image, valid), _all_texts(text, valid, text_entity)
     mine, everyone = image.shape[0], texts.rows.shape[0]
 
     def body(carry, start, size):
         rows, columns, pair = carry
-        cos, pairs = _tile(static, image, valid, shows, _part(texts, start, size), start)
+        cos, pairs = _tile(static, image, valid, image_entities, _part(texts, start, size), start)
         rows = _add(rows, _tile_sums(cos, pairs, scale, axis=1), scale)
         columns = _with_part(columns, _tile_sums(cos, pairs, scale, axis=0), start)
         return rows, columns, pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1)
@@ -251,7 +254,7 @@ def _forward_shard(static, image, text, scale, valid, shows, about):
     block = static.block(mine, everyone)
     rows, columns, pair = blocks.over_blocks(everyone, block, body, carry)
     columns = _add_over_devices(columns, scale)
-    own = _part(columns, lax.axis_index(partition.BATCH_AXES) * mine, mine)
+    own = _part(columns, lax.axis_index(meshes.BATCH_AXES) * mine, mine)
     losses = 0.5 * (rows.losses(scale) + own.losses(scale))
     hits = 0.5 * (pair > rows.best_wrong) + 0.5 * (pair > own.best_wrong)
     local = base.LossSum(
@@ -260,22 +263,24 @@ def _forward_shard(static, image, text, scale, valid, shows, about):
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
         cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
     )
-    return lax.psum(local, partition.BATCH_AXES), rows, columns
+    return lax.psum(local, meshes.BATCH_AXES), rows, columns
 
 
-def _backward_shard(static, image, text, scale, valid, shows, about, rows, columns, d_total):
-    images, texts = relations.real_rows(image, valid), _all_texts(text, valid, about)
+def _backward_shard(
+    static, image, text, scale, valid, image_entities, text_entity, rows, columns, d_total
+):
+    images, texts = relations.real_rows(image, valid), _all_texts(text, valid, text_entity)
     mine, everyone = image.shape[0], texts.rows.shape[0]
 
     def body(carry, start, size):
         d_images, d_texts, d_scale = carry
         part, column = _part(texts, start, size), _part(columns, start, size)
-        cos, pairs = _tile(static, images, valid, shows, part, start)
+        cos, pairs = _tile(static, images, valid, image_entities, part, start)
         # Both directions in one tile.  What is not counted is nan or inf until the last line.
         p = jnp.exp(scale * (cos - rows.top[:, None])) / rows.exp_sum[:, None]
         p += jnp.exp(scale * (cos - column.top)) / column.exp_sum
         target = jnp.where(pairs.positive, 1 / rows.targets[:, None] + 1 / column.targets, 0.0)
-        d_logits = jnp.where(pairs.counted, 0.5 * d_total * (p - target), 0.0)
+        d_logits = jnp.where(pairs.in_denominator, 0.5 * d_total * (p - target), 0.0)
         d_cos = scale * d_logits
         d_images += relations.dot("ij,jd->id", d_cos, part.rows)
         d_part = relations.dot("ij,id->jd", d_cos, images)
@@ -289,7 +294,7 @@ def _backward_shard(static, image, text, scale, valid, shows, about, rows, colum
     )
     block = static.block(mine, everyone)
     d_images, d_texts, d_scale = blocks.over_blocks(everyone, block, body, carry)
-    d_text = lax.psum_scatter(d_texts, partition.BATCH_AXES, scatter_dimension=0, tiled=True)
+    d_text = lax.psum_scatter(d_texts, meshes.BATCH_AXES, scatter_dimension=0, tiled=True)
     # Over the axes that split the batch only: along "tensor" all devices have the same sum.
-    d_scale = lax.psum(jnp.sum(d_scale), partition.BATCH_AXES)
+    d_scale = lax.psum(jnp.sum(d_scale), meshes.BATCH_AXES)
     return d_images.astype(image.dtype), d_text.astype(text.dtype), d_scale

@@ -27,9 +27,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import base, blocks, margins
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch, meshes
+from mofi_jax.losses import base, blocks, class_order, margins
 
 # The logit of what is no class: finite, so that no inf - inf can arise, and exp(it) is exactly 0.
 MASKED = -1e30
@@ -106,18 +106,18 @@ def check_table(embeddings: Array, table: Array, num_entities: int, mesh: Mesh) 
     if table.shape[0] % mesh.size:
         raise BadInput(
             f"entity_table has {table.shape[0]} rows, which {mesh.size} devices cannot share "
-            f"evenly: pad it to partition.padded_rows(...) = "
-            f"{partition.padded_rows(table.shape[0], mesh)} rows."
+            f"evenly: pad it to class_order.padded_rows(...) = "
+            f"{class_order.padded_rows(table.shape[0], mesh)} rows."
         )
     if not 0 < num_entities <= table.shape[0]:
         raise BadInput(
             f"entity_table has {table.shape[0]} rows but num_entities is {num_entities}: "
             "build the table from the entities.parquet of the same data."
         )
-    if embeddings.shape[0] % partition.batch_shards(mesh):
+    if embeddings.shape[0] % global_batch.batch_shards(mesh):
         raise BadInput(
             f"a batch of {embeddings.shape[0]} does not divide over "
-            f"{partition.batch_shards(mesh)} batch shards: choose a multiple of that number."
+            f"{global_batch.batch_shards(mesh)} batch shards: choose a multiple of that number."
         )
 
 
@@ -193,11 +193,11 @@ def entity_softmax(
     Gradients are exact for embeddings, table and a traced scale; labels are constants.
 
     Args:
-      embeddings: L2-normalised image embeddings, fp32 or bf16; batch over `partition.BATCH_AXES`.
+      embeddings: L2-normalised image embeddings, fp32 or bf16; batch over `meshes.BATCH_AXES`.
         A row of zeros has cosine 0 with every class.
-      table: raw class rows, fp32, normalised inside; rows over `partition.ALL_AXES`.  Rows from
+      table: raw class rows, fp32, normalised inside; rows over `meshes.ALL_AXES`.  Rows from
         num_entities on are padding, which receives no probability and no gradient.
-      label_ids: rows of the table (`partition.table_rows` of entity ids); -1, like any id outside
+      label_ids: rows of the table (`class_order.table_rows` of entity ids); -1, like any id outside
         [0, num_entities), is padding.
       label_weights: weights > 0 that sum to 1 per row; 0 is padding.  A row that is all padding
         is skipped.  An id given twice in a row has the sum of its weights and one margin.
@@ -205,7 +205,7 @@ def entity_softmax(
       scale: factor of the cosines, > 0; a traced scalar may be learned.
       margin: subtracted from the cosine (CosFace) or added to the angle (ArcFace) of every label.
       margin_kind: "cosface" or "arcface".
-      mesh: the mesh of `partition.make_mesh`.
+      mesh: the mesh of `meshes.make_mesh`.
       block_size: classes per block; None chooses it, and how many rows of the batch a tile has,
         from the shapes and the kind of device.
       compute_dtype: operands of the matrix products; logits and sums are always fp32.
@@ -319,7 +319,7 @@ class _Block(NamedTuple):
 def _class_block(static, table, sample, start, size):
     unit, factor = unit_rows(lax.dynamic_slice_in_dim(table, start, size))
     if sample is None:
-        columns = lax.axis_index(partition.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
+        columns = lax.axis_index(meshes.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
         log_q = 0.0
     else:
         columns = lax.dynamic_slice_in_dim(sample.rows, start, size)
@@ -394,9 +394,9 @@ def _forward_shard(static, embeddings, table, ids, weights, scale, sample):
         lambda sums, start, size: _update(sums, walk(*_slice(rows, start, size)), start),
         sums,
     )
-    top, best_label, best_other = lax.pmax((local_top, best_label, best_other), partition.ALL_AXES)
+    top, best_label, best_other = lax.pmax((local_top, best_label, best_other), meshes.ALL_AXES)
     exp_sum, mass, target_sum = lax.psum(
-        (exp_sum * jnp.exp(local_top - top), mass, target_sum), partition.ALL_AXES
+        (exp_sum * jnp.exp(local_top - top), mass, target_sum), meshes.ALL_AXES
     )
     # The log-sum-exp stays in two parts: at a scale of 100 their fp32 sum would be 4e-6 off.
     log_sum = jnp.log(exp_sum)
@@ -451,8 +451,8 @@ def _backward_shard(static, embeddings, table, ids, weights, scale, sample, stat
     d_x, d_table, d_scale = blocks.over_blocks(table.shape[0], class_length, over_classes, carry)
     # Each device has the whole batch's gradient through its own classes: add them up and keep
     # this device's rows, first over the axes that split the batch, then over those that do not.
-    d_x = lax.psum_scatter(d_x, partition.BATCH_AXES, scatter_dimension=0, tiled=True)
+    d_x = lax.psum_scatter(d_x, meshes.BATCH_AXES, scatter_dimension=0, tiled=True)
     if static.mesh.shape["tensor"] > 1:
         d_x = lax.psum(d_x, "tensor")
-    d_scale = lax.psum(d_scale, partition.ALL_AXES) if learned else None
+    d_scale = lax.psum(d_scale, meshes.ALL_AXES) if learned else None
     return d_x.astype(embeddings.dtype), d_table.astype(table.dtype), d_scale

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, Shaped
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.losses import blocks, entity
 
 
@@ -78,12 +78,12 @@ def draw(
     Args:
       key: typed key of the step, the same on all devices.  What is drawn depends on it, on the
         labels and on the number of devices.
-      label_ids: rows of the table that are labels, batch over `partition.BATCH_AXES`; anything
+      label_ids: rows of the table that are labels, batch over `meshes.BATCH_AXES`; anything
         outside [0, num_entities) is padding.
       table_rows: rows of the table, padded to the mesh.
       num_entities: real rows of the table.
       rate: share of the rows to draw, in (0, 1].
-      mesh: the mesh of `partition.make_mesh`.
+      mesh: the mesh of `meshes.make_mesh`.
 
     Returns:
       `places` rows a device.  Where a device's positives are more than its places, a random part
@@ -97,11 +97,11 @@ def draw(
     if table_rows % mesh.size or not 0 < num_entities <= table_rows:
         raise BadInput(
             f"num_entities={num_entities} and a table of {table_rows} rows on {mesh.size} devices "
-            "do not fit: pad it with partition.padded_rows(num_entities, mesh)."
+            "do not fit: pad it with class_order.padded_rows(num_entities, mesh)."
         )
 
     def shard(key, ids):
-        device = lax.axis_index(partition.ALL_AXES)
+        device = lax.axis_index(meshes.ALL_AXES)
         share = table_rows // mesh.size
         sample = _draw_share(
             jax.random.fold_in(key, device),
@@ -112,7 +112,7 @@ def draw(
             num_entities=num_entities,
             count=count,
         )
-        return sample._replace(overflow=lax.psum(sample.overflow, partition.ALL_AXES))
+        return sample._replace(overflow=lax.psum(sample.overflow, meshes.ALL_AXES))
 
     specs = entity.Sample(blocks.CLASSES, blocks.CLASSES, P())
     return blocks.shard_map(shard, mesh, (P(), blocks.BATCH), specs)(key, label_ids)
@@ -151,7 +151,7 @@ def take_rows(
     """The drawn rows of the class table, or of anything laid out as it is; empty places are 0."""
 
     def shard(array, rows):
-        local = rows - lax.axis_index(partition.ALL_AXES) * array.shape[0]
+        local = rows - lax.axis_index(meshes.ALL_AXES) * array.shape[0]
         return array.at[local].get(
             mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
         )
@@ -169,7 +169,7 @@ def put_rows(
     """The array with its drawn rows replaced, in place where the array is donated."""
 
     def shard(array, rows, values):
-        local = rows - lax.axis_index(partition.ALL_AXES) * array.shape[0]
+        local = rows - lax.axis_index(meshes.ALL_AXES) * array.shape[0]
         return array.at[local].set(
             values, mode="drop", unique_indices=True, indices_are_sorted=True
         )

@@ -5,8 +5,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.losses import blocks, entity
 
 
@@ -38,15 +38,15 @@ def entity_topk(
     Every device keeps the best k of its own classes, block by block; only those are exchanged.
 
     Args:
-      embeddings: L2-normalised, batch over `partition.BATCH_AXES`.
-      table: raw class rows, over `partition.ALL_AXES`; rows from num_entities on are padding.
+      embeddings: L2-normalised, batch over `meshes.BATCH_AXES`.
+      table: raw class rows, over `meshes.ALL_AXES`; rows from num_entities on are padding.
       num_entities: number of real rows of the table.
       k: how many, at most num_entities.
-      mesh: the mesh of `partition.make_mesh`.
+      mesh: the mesh of `meshes.make_mesh`.
       block_size: classes per block; bounds the memory at b x block_size cosines.
 
     Returns:
-      Rows of the table int32 (`partition.table_entities` gives their entities) and their cosines
+      Rows of the table int32 (`class_order.table_entities` gives their entities) and their cosines
       fp32 (without scale or margin), best first; of equal cosines the lower row comes first.
 
     Raises:
@@ -58,7 +58,7 @@ def entity_topk(
 
     def shard(embeddings, table):
         x = blocks.gather_batch(embeddings.astype(jnp.float32))
-        first = lax.axis_index(partition.ALL_AXES) * table.shape[0]
+        first = lax.axis_index(meshes.ALL_AXES) * table.shape[0]
 
         def body(carry, start, size):
             unit, _ = entity.unit_rows(lax.dynamic_slice_in_dim(table, start, size))
@@ -77,7 +77,7 @@ def entity_topk(
         )
         best = blocks.over_blocks(table.shape[0], block_size, body, carry)
         # Each device receives every device's best, for its own rows only.
-        best = lax.all_to_all(best, partition.BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
+        best = lax.all_to_all(best, meshes.BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
         cos, rows = lax.all_gather(best, "tensor", axis=1, tiled=True)
         cos, rows = lax.sort((-cos, rows), dimension=1, num_keys=2)
         return rows[:, :k], -cos[:, :k]

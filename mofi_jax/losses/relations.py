@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch
 from mofi_jax.losses import blocks
 
 SAME_ENTITY = ("off", "masked", "positive")
@@ -33,13 +33,13 @@ class Pairs(NamedTuple):
 
     Attributes:
       own: the text came with the image.
-      counted: the pair has a logit in the loss.
+      in_denominator: the pair has a logit in the loss.
       positive: the pair is a target; own pairs always are.
       wrong: the text is not about anything the image shows (to "off": it is another image's).
     """
 
     own: Bool[Array, "i j"]
-    counted: Bool[Array, "i j"]
+    in_denominator: Bool[Array, "i j"]
     positive: Bool[Array, "i j"]
     wrong: Bool[Array, "i j"]
 
@@ -49,23 +49,23 @@ def pairs_of(
     *,
     image_valid: Array,
     text_valid: Array,
-    shows: Array | None,
-    about: Array | None,
+    image_entities: Array | None,
+    text_entity: Array | None,
     same_entity: str,
 ) -> Pairs:
     """Sorts pairs by their labels; the arguments are those of the losses, for these rows."""
     both = image_valid[:, None] & text_valid[None, :]
     own = own & both
     related = own
-    if shows is not None and same_entity != "off":
+    if image_entities is not None and same_entity != "off":
         # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
         # an [i, j, k] comparison is materialised.
-        for k in range(shows.shape[1]):
-            related |= both & (shows[:, k, None] == about[None, :])
+        for k in range(image_entities.shape[1]):
+            related |= both & (image_entities[:, k, None] == text_entity[None, :])
     wrong = both & ~related
     if same_entity == "positive":
-        return Pairs(own, counted=both, positive=related, wrong=wrong)
-    return Pairs(own, counted=wrong | own, positive=own, wrong=wrong)
+        return Pairs(own, in_denominator=both, positive=related, wrong=wrong)
+    return Pairs(own, in_denominator=wrong | own, positive=own, wrong=wrong)
 
 
 def dot(subscripts: str, a: Array, b: Array) -> Array:
@@ -86,15 +86,23 @@ def real_rows(rows: Array, valid: Array) -> Array:
 
 
 def check(
-    batch: int, shows: Array | None, about: Array | None, same_entity: str, mesh: Mesh | None = None
+    batch: int,
+    image_entities: Array | None,
+    text_entity: Array | None,
+    same_entity: str,
+    mesh: Mesh | None = None,
 ) -> None:
     """Raises BadInput for arguments no contrastive loss can take."""
     if same_entity not in SAME_ENTITY:
         raise BadInput(f"same_entity={same_entity!r}: choose from {', '.join(SAME_ENTITY)}.")
-    if (shows is None) != (about is None):
-        given, missing = ("shows", "about") if about is None else ("about", "shows")
+    if (image_entities is None) != (text_entity is None):
+        given, missing = (
+            ("image_entities", "text_entity")
+            if text_entity is None
+            else ("text_entity", "image_entities")
+        )
         raise BadInput(f"{given} is given without {missing}: pass both or neither.")
-    if mesh is not None and batch % (shards := partition.batch_shards(mesh)):
+    if mesh is not None and batch % (shards := global_batch.batch_shards(mesh)):
         raise BadInput(
             f"a batch of {batch} does not divide over {shards} batch shards: choose a multiple of "
             "that number."

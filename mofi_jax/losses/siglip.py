@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mofi_jax import partition
+from mofi_jax.distributed import global_batch, meshes
 from mofi_jax.losses import base, blocks, relations
 
 
@@ -39,19 +39,19 @@ def siglip_dense(
     logit_bias: float | Float[Array, ""],
     *,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    shows: Int[Array, "b k"] | None = None,
-    about: Int[Array, " b"] | None = None,
+    image_entities: Int[Array, "b k"] | None = None,
+    text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `siglip`, with all b x b logits in memory."""
-    relations.check(image.shape[0], shows, about, same_entity)
+    relations.check(image.shape[0], image_entities, text_entity, same_entity)
     valid = valid > 0
     pairs = relations.pairs_of(
         jnp.eye(image.shape[0], dtype=bool),
         image_valid=valid,
         text_valid=valid,
-        shows=shows,
-        about=about,
+        image_entities=image_entities,
+        text_entity=text_entity,
         same_entity=same_entity,
     )
     image, text = relations.real_rows(image, valid), relations.real_rows(text, valid)
@@ -61,7 +61,7 @@ def siglip_dense(
     pair, best_wrong = jnp.diagonal(cos), jnp.where(pairs.wrong, cos, relations.LOWEST)
     hits = sum(0.5 * (pair > jnp.max(best_wrong, axis=axis)) for axis in (1, 0))
     return base.LossSum(
-        total=jnp.sum(jnp.where(pairs.counted, losses, 0.0)),
+        total=jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0)),
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
         cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
@@ -76,8 +76,8 @@ def siglip(
     *,
     mesh: Mesh,
     valid: Bool[Array, " b"] | Float[Array, " b"],
-    shows: Int[Array, "b k"] | None = None,
-    about: Int[Array, " b"] | None = None,
+    image_entities: Int[Array, "b k"] | None = None,
+    text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
     block_size: int | None = None,
 ) -> base.LossSum:
@@ -87,14 +87,14 @@ def siglip(
     of one shard of texts or of their gradient, all-reduce of scalars.
 
     Args:
-      image: L2-normalised image embeddings, fp32 or bf16; batch over `partition.BATCH_AXES`.
+      image: L2-normalised image embeddings, fp32 or bf16; batch over `meshes.BATCH_AXES`.
       text: L2-normalised text embeddings; row i belongs to image i.
       logit_scale_exp: factor of the cosines, the exponential already taken and capped.
       logit_bias: added to every logit.
-      mesh: the mesh of `partition.make_mesh`.
+      mesh: the mesh of `meshes.make_mesh`.
       valid: rows that take part; a row with 0 is in no pair.
-      shows: everything each image shows, as for `contrastive.clip_softmax`.
-      about: what each text is about, as for `contrastive.clip_softmax`.
+      image_entities: everything each image shows, as for `contrastive.clip_softmax`.
+      text_entity: what each text is about, as for `contrastive.clip_softmax`.
       same_entity: what related pairs other than the own ones are, see `relations.SAME_ENTITY`.
       block_size: texts per tile; None chooses it from the shapes and the kind of device.
 
@@ -103,22 +103,22 @@ def siglip(
       loss.  `correct` is that of `contrastive.clip_softmax`.
 
     Raises:
-      BadInput: the batch does not divide over the mesh's batch axes, shows or about is missing, or
-        an unknown same_entity.
+      BadInput: the batch does not divide over the mesh's batch axes, one of image_entities and
+        text_entity is missing, or an unknown same_entity.
     """
-    relations.check(image.shape[0], shows, about, same_entity, mesh)
+    relations.check(image.shape[0], image_entities, text_entity, same_entity, mesh)
     static = relations.Static(mesh, same_entity, block_size)
     scale, bias = (jnp.asarray(x, jnp.float32) for x in (logit_scale_exp, logit_bias))
-    return _siglip_sharded(static, image, text, scale, bias, valid > 0, shows, about)
+    return _siglip_sharded(static, image, text, scale, bias, valid > 0, image_entities, text_entity)
 
 
-# Without labels, shows and about are None: an empty tree to shard_map.
+# Without labels, image_entities and text_entity are None: an empty tree to shard_map.
 _INPUTS = (blocks.BATCH, blocks.BATCH, P(), P(), blocks.BATCH, blocks.BATCH, blocks.BATCH)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _siglip_sharded(static, image, text, scale, bias, valid, shows, about):
-    return _siglip_forward(static, image, text, scale, bias, valid, shows, about)[0]
+def _siglip_sharded(static, image, text, scale, bias, valid, image_entities, text_entity):
+    return _siglip_forward(static, image, text, scale, bias, valid, image_entities, text_entity)[0]
 
 
 def _siglip_forward(static, *inputs):
@@ -149,7 +149,7 @@ class _Texts(NamedTuple):
 
     rows: Array
     valid: Array
-    about: Array | None
+    text_entity: Array | None
 
 
 def _around(
@@ -171,14 +171,14 @@ def _around(
     Returns:
       kept after all visitors, and the luggage of this device's texts after all their visits.
     """
-    shards = partition.batch_shards(mesh)
+    shards = global_batch.batch_shards(mesh)
     kept, home_luggage = visit(kept, texts, luggage, True)
     if shards == 1:
         return kept, home_luggage
 
     def move(tree: Any) -> Any:
         ring = [(i, (i + 1) % shards) for i in range(shards)]
-        return lax.ppermute(tree, partition.BATCH_AXES, ring)
+        return lax.ppermute(tree, meshes.BATCH_AXES, ring)
 
     def hop(_: Any, carry: Any) -> Any:
         kept, texts, luggage = carry
@@ -192,7 +192,7 @@ def _around(
     return kept, move(luggage)
 
 
-def _tile(static, image, valid, shows, texts, start, size, at_home):
+def _tile(static, image, valid, image_entities, texts, start, size, at_home):
     """Cosines of this device's images with some of the visiting texts; and those texts."""
     part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), texts)
     own = jnp.arange(image.shape[0])[:, None] == start + jnp.arange(size)[None, :]
@@ -200,8 +200,8 @@ def _tile(static, image, valid, shows, texts, start, size, at_home):
         own & at_home,
         image_valid=valid,
         text_valid=part.valid,
-        shows=shows,
-        about=part.about,
+        image_entities=image_entities,
+        text_entity=part.text_entity,
         same_entity=static.same_entity,
     )
     return relations.dot("id,jd->ij", image, part.rows), pairs, part.rows
@@ -215,7 +215,7 @@ class _Kept(NamedTuple):
     best_wrong: Array
 
 
-def _forward_shard(static, image, text, scale, bias, valid, shows, about):
+def _forward_shard(static, image, text, scale, bias, valid, image_entities, text_entity):
     image, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
     mine = image.shape[0]
     block = static.block(mine, mine)
@@ -223,12 +223,12 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
     def visit(kept, texts, best_wrong, at_home):
         def body(carry, start, size):
             kept, best_wrong = carry
-            cos, pairs, _ = _tile(static, image, valid, shows, texts, start, size, at_home)
+            cos, pairs, _ = _tile(static, image, valid, image_entities, texts, start, size, at_home)
             z = scale * cos + bias
             losses = jax.nn.softplus(jnp.where(pairs.positive, -z, z))
             wrong = jnp.where(pairs.wrong, cos, relations.LOWEST)
             kept = _Kept(
-                loss=kept.loss + jnp.sum(jnp.where(pairs.counted, losses, 0.0), axis=1),
+                loss=kept.loss + jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0), axis=1),
                 pair=kept.pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1),
                 best_wrong=jnp.maximum(kept.best_wrong, jnp.max(wrong, axis=1)),
             )
@@ -240,7 +240,7 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
 
     zeros, lowest = jnp.zeros(mine), jnp.full(mine, relations.LOWEST, jnp.float32)
     kept, best_wrong = _around(
-        static.mesh, visit, _Kept(zeros, zeros, lowest), _Texts(texts, valid, about), lowest
+        static.mesh, visit, _Kept(zeros, zeros, lowest), _Texts(texts, valid, text_entity), lowest
     )
     hits = 0.5 * (kept.pair > kept.best_wrong) + 0.5 * (kept.pair > best_wrong)
     local = base.LossSum(
@@ -249,10 +249,10 @@ def _forward_shard(static, image, text, scale, bias, valid, shows, about):
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),
         cosine=jnp.sum(jnp.where(valid, kept.pair, 0.0)),
     )
-    return lax.psum(local, partition.BATCH_AXES)
+    return lax.psum(local, meshes.BATCH_AXES)
 
 
-def _backward_shard(static, image, text, scale, bias, valid, shows, about, d_total):
+def _backward_shard(static, image, text, scale, bias, valid, image_entities, text_entity, d_total):
     images, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
     mine = image.shape[0]
     block = static.block(mine, mine)
@@ -260,10 +260,12 @@ def _backward_shard(static, image, text, scale, bias, valid, shows, about, d_tot
     def visit(kept, texts, d_texts, at_home):
         def body(carry, start, size):
             (d_images, d_scale, d_bias), d_texts = carry
-            cos, pairs, rows = _tile(static, images, valid, shows, texts, start, size, at_home)
+            cos, pairs, rows = _tile(
+                static, images, valid, image_entities, texts, start, size, at_home
+            )
             z = scale * cos + bias
             d_z = jnp.where(pairs.positive, -jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
-            d_z = jnp.where(pairs.counted, d_total * d_z, 0.0)
+            d_z = jnp.where(pairs.in_denominator, d_total * d_z, 0.0)
             d_cos = scale * d_z
             d_images += relations.dot("ij,jd->id", d_cos, rows)
             d_rows = lax.dynamic_slice_in_dim(d_texts, start, size)
@@ -276,8 +278,8 @@ def _backward_shard(static, image, text, scale, bias, valid, shows, about, d_tot
 
     zeros, rows = jnp.zeros(mine), jnp.zeros(image.shape, jnp.float32)
     (d_images, d_scale, d_bias), d_texts = _around(
-        static.mesh, visit, (rows, zeros, zeros), _Texts(texts, valid, about), rows
+        static.mesh, visit, (rows, zeros, zeros), _Texts(texts, valid, text_entity), rows
     )
     # Over the axes that split the batch only: along "tensor" all devices have the same sums.
-    d_scale, d_bias = lax.psum((jnp.sum(d_scale), jnp.sum(d_bias)), partition.BATCH_AXES)
+    d_scale, d_bias = lax.psum((jnp.sum(d_scale), jnp.sum(d_bias)), meshes.BATCH_AXES)
     return d_images.astype(image.dtype), d_texts.astype(text.dtype), d_scale, d_bias

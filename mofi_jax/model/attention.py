@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 

@@ -16,7 +16,7 @@ from jax.experimental import layout
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mofi_jax import partition
+from mofi_jax.distributed import global_batch
 from mofi_jax.model import activations, attention
 
 # Stacks of up to so many layers run without a loop.  A few layers compile quickly anyway, and a
@@ -303,7 +303,7 @@ def run_stack(
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         # The weights are split over the same devices as the rows are.  Left to itself, the compiler
         # may split widths in place of rows, so that every device holds the whole batch.
-        x = partition.over_batch(x, mesh)
+        x = global_batch.over_batch(x, mesh)
         if on_gpu:
             x = _row_major(x)
         how = {"length": length, "causal": causal, "implementation": chosen}

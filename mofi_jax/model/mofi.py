@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 from mofi_jax.model import activations, attention, image, layers, text
 
 Params = dict[str, Any]

@@ -4,8 +4,8 @@ JSON lines are the truth; TensorBoard, Weights & Biases, the console and the dra
 Host 0 writes and speaks; the others stay silent until they hang.
 """
 
+from mofi_jax.common.files import write_json, write_text
 from mofi_jax.telemetry.console import Console
-from mofi_jax.telemetry.files import write_json, write_text
 from mofi_jax.telemetry.goodput import GOODPUT_FILE, PHASES, Goodput, process_start
 from mofi_jax.telemetry.meter import Meter
 from mofi_jax.telemetry.metrics import METRICS_FILE, NAN_FILE, TIMED, Metrics, read_metrics

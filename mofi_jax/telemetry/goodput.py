@@ -29,7 +29,7 @@ import psutil
 from absl import logging
 from etils import epath
 
-from mofi_jax.telemetry.files import write_json
+from mofi_jax.common.files import write_json
 
 GOODPUT_FILE = "goodput.json"
 PHASES = ("start", "compile", "input", "step", "eval", "checkpoint", "profile", "lost", "down")

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from mofi_jax.errors import BadInput
-from mofi_jax.telemetry.files import write_text
+from mofi_jax.common.errors import BadInput
+from mofi_jax.common.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 NAN_FILE = "nan-batch.txt"

@@ -7,7 +7,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 PROFILE_FOLDER = "profile"
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from mofi_jax.errors import BadInput
-from mofi_jax.telemetry.files import write_text
+from mofi_jax.common.errors import BadInput
+from mofi_jax.common.files import write_text
 
 WANDB_ID_FILE = "wandb_id.txt"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
 
 
 def check_finite(params: Any, where: epath.PathLike) -> None:
@@ -23,7 +23,7 @@ def check_finite(params: Any, where: epath.PathLike) -> None:
     else:
         fine = jax.tree.map(lambda x: finite(np, x), params)
     bad = [
-        partition.path_name(path)
+        sharding.path_name(path)
         for path, value in jax.tree_util.tree_flatten_with_path(fine)[0]
         if not value
     ]
@@ -59,6 +59,6 @@ def _padding_alone(name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {
-        partition.path_name(path): tuple(leaf.shape)
+        sharding.path_name(path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }

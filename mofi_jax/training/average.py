@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mofi_jax import partition
+from mofi_jax.distributed import sharding
 from mofi_jax.training import class_table
 from mofi_jax.training.state import TrainState
 
@@ -49,11 +49,11 @@ def caught_up(state: TrainState, decay: float) -> TrainState:
     last_steps = [
         leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-        if class_table.is_table(path) and "last_step" in partition.path_name(path).split("/")
+        if class_table.is_table(path) and "last_step" in sharding.path_name(path).split("/")
     ]
     if state.ema is None or not last_steps:  # a frozen table has none
         return state
-    rows = state.params[partition.ENTITY_TABLE]
+    rows = state.params[sharding.ENTITY_TABLE]
     keep = kept(last_steps[0], state.step, decay)[:, None]
-    average = rows + keep * (state.ema[partition.ENTITY_TABLE] - rows)
-    return dataclasses.replace(state, ema=state.ema | {partition.ENTITY_TABLE: average})
+    average = rows + keep * (state.ema[sharding.ENTITY_TABLE] - rows)
+    return dataclasses.replace(state, ema=state.ema | {sharding.ENTITY_TABLE: average})

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 UNITS = ("steps", "epochs", "examples", "percent")
 

@@ -20,9 +20,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mofi_jax import hosts
-from mofi_jax.errors import BadInput
-from mofi_jax.training import arrays, checksums
+from mofi_jax.common import checksums
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import hosts
+from mofi_jax.training import arrays
 from mofi_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -116,7 +117,7 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's, without its own questions to the preemption service, by the number of the step.
 
     The service compares the numbers of questions: after one of another order than those of
-    `mofi_jax.preemption.Leave`, a signal would wait for a number that the loop never asks.
+    `preemption.PreemptionGuard`, a signal would wait for a number that the loop never asks.
     """
 
     def reached_preemption(self, step: int) -> bool:

@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mofi_jax import partition
-from mofi_jax.losses import entity_sampling
+from mofi_jax.distributed import sharding
+from mofi_jax.losses import class_order, entity_sampling
 
 SECOND_MOMENTS = ("full", "row")
 
@@ -105,8 +105,8 @@ def match(old: Sequence[str], new: Sequence[str]) -> Int[np.ndarray, " e"]:
 
 def rows_of_sources(sources: Int[np.ndarray, " e"], num_old: int) -> Int[np.ndarray, " e"]:
     """Old ids by new id -> row of the old table for each row of the new one, -1 for new ones."""
-    ids = partition.table_entities(np.arange(len(sources)), len(sources))
-    return partition.table_rows(sources[ids], num_old)
+    ids = class_order.table_entities(np.arange(len(sources)), len(sources))
+    return class_order.table_rows(sources[ids], num_old)
 
 
 def moved_rows(
@@ -139,7 +139,7 @@ def moved_rows(
         old = np.asarray(leaf)
         new = np.zeros((table_rows, *old.shape[1:]), old.dtype)
         new[kept] = old[sources[kept]]
-        parent = partition.path_name(path).split("/")[-2]
+        parent = sharding.path_name(path).split("/")[-2]
         if parent in ("params", "ema"):
             new[fresh] = new_rows
         elif parent == "last_step":
@@ -151,7 +151,7 @@ def moved_rows(
 
 def is_table(path: tuple[Any, ...]) -> bool:
     """Whether a path of the training state names the class table or one of its moments."""
-    return partition.path_name(path).endswith(partition.ENTITY_TABLE)
+    return sharding.path_name(path).endswith(sharding.ENTITY_TABLE)
 
 
 def take(state: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:

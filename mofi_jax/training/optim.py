@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import sharding
 from mofi_jax.training import cadence, class_table
 
 KINDS = ("adamw", "adafactor")
@@ -33,7 +33,7 @@ NO_DECAY = r"(bias|scale|class_embedding|position_embedding|entity_table)$"
 def decay_mask(params: Any) -> Any:
     """Tree of bools: which parameters weight decay acts on."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not re.search(NO_DECAY, partition.path_name(path)), params
+        lambda path, _: not re.search(NO_DECAY, sharding.path_name(path)), params
     )
 
 
@@ -124,7 +124,7 @@ def _clip(norm: float) -> optax.GradientTransformation:
 def clipped_groups(params: Any) -> dict[str, Any]:
     """Parameters, or their gradients, by the norm that clips them: towers, and table if any."""
     rest = dict(params)
-    table = rest.pop(partition.ENTITY_TABLE, None)
+    table = rest.pop(sharding.ENTITY_TABLE, None)
     return {"towers": rest} | ({} if table is None else {"table": table})
 
 
@@ -158,7 +158,7 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
     """
 
     def factor(path: tuple[Any, ...], update: jax.Array, layers: dict[str, int]) -> jax.Array:
-        names = partition.path_name(path).split("/")
+        names = sharding.path_name(path).split("/")
         depth = layers.get(names[0])
         if depth is None or names[1] in ("final_norm", "post_norm", "projection"):
             return update
@@ -170,9 +170,9 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         layers = {
-            partition.path_name(path).split("/")[0]: leaf.shape[0]
+            sharding.path_name(path).split("/")[0]: leaf.shape[0]
             for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]
-            if "blocks" in partition.path_name(path).split("/")
+            if "blocks" in sharding.path_name(path).split("/")
         }
         scaled = jax.tree_util.tree_map_with_path(
             lambda path, leaf: factor(path, leaf, layers), updates
@@ -191,7 +191,7 @@ def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
       path: of the parameter in the tree of parameters.
       frozen: see `in_parts`; ``image`` alone is LiT (arXiv 2111.07991).
     """
-    return in_parts(partition.path_name(path), frozen)
+    return in_parts(sharding.path_name(path), frozen)
 
 
 def in_parts(name: str, parts: Sequence[str]) -> bool:
@@ -208,7 +208,7 @@ def check_frozen(params: Any, frozen: Sequence[str]) -> None:
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for part in frozen:
         if not any(is_frozen(path, (part,)) for path in paths):
-            names = sorted({"/".join(partition.path_name(p).split("/")[:2]) for p in paths})
+            names = sorted({"/".join(sharding.path_name(p).split("/")[:2]) for p in paths})
             raise BadInput(
                 f"config.optimizer.frozen names {part!r}, which is no part of the model: choose "
                 f"from {', '.join(names)}, or what these begin with."

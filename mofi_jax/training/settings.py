@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.interop import clip_config
 from mofi_jax.losses import margins, relations
 from mofi_jax.model import mofi
@@ -70,7 +70,7 @@ CHECKS: dict[str, Check] = {
         f"mesh.{axis}": whole(
             "above 0, or -1 for what the others leave", lambda x: x > 0 or x == -1
         )
-        for axis in partition.ALL_AXES
+        for axis in meshes.ALL_AXES
     },
     "max_replicated": real("from 0 to 1", lambda x: 0 <= x <= 1),
     "batch_size": whole(*POSITIVE),

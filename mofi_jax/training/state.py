@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mofi_jax import partition
+from mofi_jax.distributed import sharding
 from mofi_jax.model import mofi
 
 # N(0, 0.01) rows, as UNICOM and Partial FC initialise theirs; only their direction matters.
@@ -54,7 +54,7 @@ def initialiser(
     Args:
       losses: ``config.losses``; "entity" brings the class table and a learned scale if it asks for
         one, "contrastive" the text tower and, for the sigmoid loss, its bias.
-      table_rows: rows of the class table, padded to the mesh (`partition.padded_rows`).
+      table_rows: rows of the class table, padded to the mesh (`class_order.padded_rows`).
       ema: whether the state has an average of the parameters, which begins as they are.
     """
     towers = ("image", "text") if "contrastive" in losses else ("image",)
@@ -73,7 +73,7 @@ def initialiser(
             # One key a row: the rows of real entities do not depend on the padding, hence not on
             # the number of devices.
             row_keys = jax.vmap(lambda i: jax.random.fold_in(table_key, i))(jnp.arange(table_rows))
-            params[partition.ENTITY_TABLE] = TABLE_STD * jax.vmap(
+            params[sharding.ENTITY_TABLE] = TABLE_STD * jax.vmap(
                 lambda k: jax.random.normal(k, (model.embed_dim,), jnp.float32)
             )(row_keys)
         # A copy, as the parameters are donated on their own.
@@ -90,7 +90,7 @@ def create(init: Any, seed: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
       (state, shardings): the sharded state and the tree of its NamedShardings.
     """
     shapes = jax.eval_shape(init, jnp.uint32(0))
-    shardings = partition.tree_shardings(mesh, shapes)
+    shardings = sharding.tree_shardings(mesh, shapes)
     state = jax.jit(init, out_shardings=shardings)(jnp.uint32(seed))
     return state, shardings
 
@@ -98,7 +98,7 @@ def create(init: Any, seed: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
 def abstract(init: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """As `create`, with ShapeDtypeStructs in place of arrays."""
     shapes = jax.eval_shape(init, jnp.uint32(0))
-    shardings = partition.tree_shardings(mesh, shapes)
+    shardings = sharding.tree_shardings(mesh, shapes)
     structs = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
-from mofi_jax.losses import contrastive, entity, entity_sampling, siglip
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch, meshes, sharding
+from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
 from mofi_jax.training import average, class_table, optim
 from mofi_jax.training.state import TrainState
@@ -21,7 +21,7 @@ Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class StepContext:
     """What all tasks need to know.
 
     Attributes:
@@ -46,7 +46,7 @@ def entity_task(
     batch: Batch,
     images: jax.Array,
     *,
-    setting: Setting,
+    context: StepContext,
     options: Mapping[str, Any],
     sample: entity.Sample | None,
 ) -> tuple[jax.Array, Metrics]:
@@ -55,16 +55,16 @@ def entity_task(
     scale = mofi.entity_scale(params) if learned else options["scale"]
     loss = entity.entity_softmax(
         images,
-        params[partition.ENTITY_TABLE],
-        partition.table_rows(batch["entity_ids"], setting.num_entities),
+        params[sharding.ENTITY_TABLE],
+        class_order.table_rows(batch["entity_ids"], context.num_entities),
         batch["entity_weights"],
-        num_entities=setting.num_entities,
+        num_entities=context.num_entities,
         scale=scale,
         margin=options["margin"],
         margin_kind=options["margin_kind"],
-        mesh=setting.mesh,
+        mesh=context.mesh,
         block_size=options["block_size"] or None,
-        compute_dtype=jnp.dtype(setting.model.dtype),
+        compute_dtype=jnp.dtype(context.model.dtype),
         sample=sample,
     )
     rows = jnp.maximum(loss.count, 1.0)
@@ -85,26 +85,28 @@ def contrastive_task(
     batch: Batch,
     images: jax.Array,
     *,
-    setting: Setting,
+    context: StepContext,
     options: Mapping[str, Any],
     sample: entity.Sample | None,
 ) -> tuple[jax.Array, Metrics]:
     """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
     del sample
     texts = in_microbatches(
-        lambda tokens: mofi.embed_texts(setting.model, params, tokens, setting.mesh),
+        lambda tokens: mofi.embed_texts(context.model, params, tokens, context.mesh),
         batch["tokens"],
-        setting,
+        context,
     )
     scale = mofi.logit_scale(params)
-    about = batch["text_group"]
+    text_entity = batch["text_group"]
     relations = {
         "valid": batch["text_valid"],
-        "about": about,
+        "text_entity": text_entity,
         # A picture shows its entities; without any, what its words say.
-        "shows": jnp.where(batch["entity_ids"] >= 0, batch["entity_ids"], about[:, None]),
+        "image_entities": jnp.where(
+            batch["entity_ids"] >= 0, batch["entity_ids"], text_entity[:, None]
+        ),
         "same_entity": options["same_entity"],
-        "mesh": setting.mesh,
+        "mesh": context.mesh,
     }
     metrics = {"logit_scale": scale}
     if options["kind"] == "sigmoid":
@@ -125,7 +127,7 @@ TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 
 
 def in_microbatches(
-    function: Callable[[jax.Array], jax.Array], inputs: jax.Array, setting: Setting
+    function: Callable[[jax.Array], jax.Array], inputs: jax.Array, context: StepContext
 ) -> jax.Array:
     """function(inputs), computed for a part of the batch at a time, forward and backward.
 
@@ -135,10 +137,10 @@ def in_microbatches(
     gradient of the parameters.  Values and gradients are those of one pass up to rounding.  Every
     device cuts its own rows: nothing is exchanged.
     """
-    parts, mesh = setting.microbatches, setting.mesh
+    parts, mesh = context.microbatches, context.mesh
     if parts == 1:
         return function(inputs)
-    shards = partition.batch_shards(mesh)
+    shards = global_batch.batch_shards(mesh)
     if inputs.shape[0] % (shards * parts):
         raise BadInput(
             f"a batch of {inputs.shape[0]} does not divide into config.microbatches={parts} parts "
@@ -148,7 +150,7 @@ def in_microbatches(
     def place(x: jax.Array, *spec: Any) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    axes = partition.BATCH_AXES
+    axes = meshes.BATCH_AXES
     x = place(inputs.reshape(shards, parts, -1, *inputs.shape[1:]), axes)
     x = place(x.swapaxes(0, 1), None, axes)
     run = jax.checkpoint(function, prevent_cse=False)
@@ -163,7 +165,7 @@ def in_microbatches(
 
 
 def make_loss(
-    setting: Setting, losses: Mapping[str, Mapping[str, Any]]
+    context: StepContext, losses: Mapping[str, Mapping[str, Any]]
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The weighted sum of the task losses as a function of (params, batch, sample=None).
 
@@ -177,19 +179,19 @@ def make_loss(
         # A frozen tower has no backward pass: its gradients are zeros that nobody computes.
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
-                jax.lax.stop_gradient(leaf) if optim.is_frozen(path, setting.frozen) else leaf
+                jax.lax.stop_gradient(leaf) if optim.is_frozen(path, context.frozen) else leaf
             ),
             params,
         )
         images = in_microbatches(
-            lambda pixels: mofi.embed_images(setting.model, params, pixels, setting.mesh),
+            lambda pixels: mofi.embed_images(context.model, params, pixels, context.mesh),
             batch["image"],
-            setting,
+            context,
         )
         total, metrics = jnp.zeros(()), {}
         for name, options in losses.items():
             value, extra = TASKS[name](
-                params, batch, images, setting=setting, options=options, sample=sample
+                params, batch, images, context=context, options=options, sample=sample
             )
             total += options["weight"] * value
             metrics |= {f"loss_{name}": value, **extra}
@@ -199,7 +201,7 @@ def make_loss(
 
 
 def make_update(
-    setting: Setting,
+    context: StepContext,
     losses: Mapping[str, Mapping[str, Any]],
     tx: optax.GradientTransformation,
     *,
@@ -211,8 +213,8 @@ def make_update(
     Args:
       seed: of the classes drawn by a sampled entity loss, with the step's number.
     """
-    mesh = setting.mesh
-    loss_fn = make_loss(setting, losses)
+    mesh = context.mesh
+    loss_fn = make_loss(context, losses)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
 
     def dense_update(
@@ -221,32 +223,32 @@ def make_update(
         differentiate = jax.value_and_grad(loss_fn, has_aux=True)
         (_, metrics), grads = differentiate(state.params, batch, sample)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = mofi.capped(optax.apply_updates(state.params, updates), setting.frozen)
+        params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
         groups = optim.clipped_groups(grads)
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
         metrics |= {"gradient_norm": optax.tree.norm(norms), **norms}
         metrics["update_norm"] = optax.tree.norm(updates)
-        ema = average.updated(state.ema, params, state.step, setting.ema_decay)
+        ema = average.updated(state.ema, params, state.step, context.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
             # 3: keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
             jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step),
-            partition.table_rows(batch["entity_ids"], setting.num_entities),
-            table_rows=state.params[partition.ENTITY_TABLE].shape[0],
-            num_entities=setting.num_entities,
+            class_order.table_rows(batch["entity_ids"], context.num_entities),
+            table_rows=state.params[sharding.ENTITY_TABLE].shape[0],
+            num_entities=context.num_entities,
             rate=rate,
             mesh=mesh,
         )
         small = class_table.take(state, sample.rows, mesh)
-        small = average.caught_up(small, setting.ema_decay)
+        small = average.caught_up(small, context.ema_decay)
         small, metrics = dense_update(small, batch, sample)
         return class_table.put(state, small, sample.rows, mesh), metrics
 
     return jax.jit(
         dense_update if rate == 1 else sampled_update,
         donate_argnums=0,
-        in_shardings=(shardings, partition.batch_sharding(mesh)),
-        out_shardings=(shardings, partition.replicated(mesh)),
+        in_shardings=(shardings, global_batch.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
     )

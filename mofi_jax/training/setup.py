@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mofi_jax import partition
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 from mofi_jax.training import cadence, optim, settings, state, step
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainSetup:
     """What a training config comes to on one mesh.
 
     Attributes:
@@ -27,7 +28,7 @@ class Program:
       losses: task name -> {"weight": ..., options of the task}.
       tx: the update rule.
       init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
-      setting: what all tasks need to know, with the mesh.
+      context: what all tasks need to know, with the mesh.
       clock: turns durations into steps; knows the length of the run.
       learning_rates: by step, as they are logged.
       seed: ``config.seed``.
@@ -37,7 +38,7 @@ class Program:
     losses: Mapping[str, Mapping[str, Any]]
     tx: optax.GradientTransformation
     init: Callable[[jax.Array], state.TrainState]
-    setting: step.Setting
+    context: step.StepContext
     clock: cadence.Clock
     learning_rates: Callable[[int], dict[str, jax.Array]]
     seed: int
@@ -51,7 +52,7 @@ class Program:
           shardings: of the state, as `state.create` and `state.abstract` return them.
         """
         return step.make_update(
-            self.setting, self.losses, self.tx, seed=self.seed, shardings=shardings
+            self.context, self.losses, self.tx, seed=self.seed, shardings=shardings
         )
 
 
@@ -63,7 +64,7 @@ def make(
     eos_id: int,
     num_entities: int,
     examples_per_epoch: int,
-) -> Program:
+) -> TrainSetup:
     """Builds the parts of the step; no array is made.
 
     Args:
@@ -82,7 +83,7 @@ def make(
     losses = config.losses.to_dict()
     num_entities = num_entities if "entity" in losses else 0
     tx = optim.make(config.optimizer, clock)
-    return Program(
+    return TrainSetup(
         model=model,
         losses=losses,
         tx=tx,
@@ -90,10 +91,10 @@ def make(
             model,
             tx,
             losses=losses,
-            table_rows=partition.padded_rows(num_entities, mesh),
+            table_rows=class_order.padded_rows(num_entities, mesh),
             ema=config.ema.decay > 0,
         ),
-        setting=step.Setting(
+        context=step.StepContext(
             model,
             mesh,
             num_entities,
@@ -111,7 +112,7 @@ def make(
 
 def check_batch(config: Any, mesh: Mesh) -> None:
     """Raises BadInput unless the global batch divides over the mesh and its microbatches."""
-    shards = partition.batch_shards(mesh)
+    shards = global_batch.batch_shards(mesh)
     pieces = shards * config.microbatches
     if config.batch_size % pieces:
         raise BadInput(
@@ -122,13 +123,13 @@ def check_batch(config: Any, mesh: Mesh) -> None:
 
 
 def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as `partition.to_global` places it, without the arrays.
+    """The global batch as `global_batch.to_global` places it, without the arrays.
 
     Names, shapes and dtypes are those of `mofi_jax.data.pipeline.ExampleBuilder`.
     """
     b, size = config.batch_size, config.model.image_size
     k, t = config.data.max_labels, config.model.context_length
-    sharding = partition.batch_sharding(mesh)
+    sharding = global_batch.batch_sharding(mesh)
     shapes = {
         "image": ((b, size, size, 3), jnp.uint8),
         "tokens": ((b, t), jnp.int32),

@@ -8,7 +8,7 @@ class BadInput(ValueError):
     """Input that cannot be used.
 
     The message is one sentence that says what is wrong, where (file, key or flag) and what to do
-    about it. The mains print it without a traceback and exit with code 2 (`mofi_jax.cli`).
+    about it. The mains print it without a traceback and exit with code 2 (`mofi_jax.common.cli`).
     """
 
 

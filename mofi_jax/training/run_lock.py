@@ -14,8 +14,8 @@ from typing import IO, Any
 from absl import logging
 from etils import epath
 
-from mofi_jax import hosts
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import hosts
 
 FILE = "run.lock"
 

@@ -19,15 +19,16 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax import hosts, model_file, partition, paths
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import global_batch, hosts, sharding
 from mofi_jax.interop import huggingface
-from mofi_jax.losses import entity_topk
+from mofi_jax.losses import class_order, entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
-from mofi_jax.training import arrays, checkpoint
+from mofi_jax.training import arrays, checkpoint, model_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Towers:
         """Parameters onto the mesh by its path rules; the class table is padded to divide."""
         table = params.get("entity_table")
         if table is not None:
-            missing = partition.padded_rows(table.shape[0], self.mesh) - table.shape[0]
+            missing = class_order.padded_rows(table.shape[0], self.mesh) - table.shape[0]
             params = params | {"entity_table": np.pad(np.asarray(table), ((0, missing), (0, 0)))}
-        return partition.put(self.mesh, params)
+        return sharding.put(self.mesh, params)
 
     def nearest_entities(
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], k: int
@@ -145,13 +146,13 @@ class Towers:
                 rows, cosines = entity_topk.entity_topk(
                     embeddings, table, num_entities=entities, k=k, mesh=self.mesh
                 )
-                return partition.table_entities(rows, entities), cosines
+                return class_order.table_entities(rows, entities), cosines
 
             self._entity_steps[k] = self._jit(nearest)
         return self._entity_steps[k]
 
     def _jit(self, function: Callable) -> Callable:
-        return jax.jit(function, out_shardings=partition.replicated(self.mesh))
+        return jax.jit(function, out_shardings=sharding.replicated(self.mesh))
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
         """Results of step(params, batch) over all inputs, in batches of one size.
@@ -167,12 +168,12 @@ class Towers:
 
     @property
     def _step_size(self) -> int:
-        shards = partition.batch_shards(self.mesh)
+        shards = global_batch.batch_shards(self.mesh)
         return -(-self.batch_size // shards) * shards
 
     def _stream(self, step: Callable, params: Any, batches: Iterable[np.ndarray]) -> Iterator[Any]:
         """Yields step(params, batch) without the padding that gives all batches one size."""
-        sharding = partition.batch_sharding(self.mesh)
+        sharding = global_batch.batch_sharding(self.mesh)
 
         def fetch(result: Any, rows: int) -> Any:
             return jax.tree.map(lambda array: np.asarray(array)[:rows], result)
@@ -238,7 +239,7 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 
     Args:
       path: the folder.
-      mesh: the devices to use (`partition.make_mesh`).
+      mesh: the devices to use (`meshes.make_mesh`).
       batch_size: see `Towers`.
 
     Raises:
@@ -250,7 +251,7 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 
 def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[Towers, Any]:
     """As `load`, with the parameters whole in host memory."""
-    path = paths.local_input(path, "the model")
+    path = files.local_input(path, "the model")
 
     def look() -> dict[str, Any] | None:
         return model_file.read(path) if (path / model_file.NAME).exists() else None
@@ -299,8 +300,8 @@ def _read_run(
     tokenizer = entities = None
     if "text" in params and (path / records.TOKENIZER_FILE).exists():
         tokenizer = tokenizer_lib.Tokenizer(path / records.TOKENIZER_FILE, config.context_length)
-    if partition.ENTITY_TABLE in params:
-        if table_order != partition.TABLE_ORDER:
+    if sharding.ENTITY_TABLE in params:
+        if table_order != class_order.TABLE_ORDER:
             raise BadInput(
                 f"{path} was trained by another version, whose class table has its rows in another "
                 "order: use that version, or train again."

@@ -11,10 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mofi_jax import partition
-from mofi_jax.losses import entity_sampling
+from mofi_jax.losses import class_order, entity_sampling
 from mofi_jax.model import mofi
-from mofi_jax.training import step
 
 TRAINED, FROZEN = 3, 1  # forward, and the gradients of inputs and of weights
 
@@ -40,7 +38,7 @@ class StepFlops:
 
 
 def of_step(
-    setting: step.Setting,
+    context: Any,
     losses: Mapping[str, Mapping[str, Any]],
     *,
     batch_size: int,
@@ -48,18 +46,18 @@ def of_step(
     """FLOPs of one training step.
 
     Args:
-      setting: of the step (`training.program.Program`); a frozen tower has no backward pass.
+      context: of the step (`training.setup.TrainSetup`); a frozen tower has no backward pass.
       losses: task name -> options, as in ``config.losses``.
       batch_size: global.
     """
-    model = setting.model
+    model = context.model
     classes = text = pairs = 0.0
-    times = {name: FROZEN if name in setting.frozen else TRAINED for name in mofi.TOWERS}
+    times = {name: FROZEN if name in context.frozen else TRAINED for name in mofi.TOWERS}
     # The pixels have no gradient, so their projection has one pass less.
-    backward_free = image_input(model) if "image" not in setting.frozen else 0.0
+    backward_free = image_input(model) if "image" not in context.frozen else 0.0
     image = batch_size * (times["image"] * image_forward(model) - backward_free)
     if "entity" in losses:
-        rows = class_rows(setting, losses["entity"]["sample_rate"])
+        rows = class_rows(context, losses["entity"]["sample_rate"])
         classes = TRAINED * 2.0 * batch_size * rows * model.embed_dim
     if "contrastive" in losses:
         text = batch_size * times["text"] * text_forward(model)
@@ -84,12 +82,12 @@ def text_forward(model: mofi.MofiConfig) -> float:
     return _tower(model.text, model.context_length, model.embed_dim)
 
 
-def class_rows(setting: step.Setting, sample_rate: float) -> int:
+def class_rows(context: Any, sample_rate: float) -> int:
     """Rows of the class table that a step compares each picture with."""
     if sample_rate == 1:
-        return setting.num_entities
-    rows = partition.padded_rows(setting.num_entities, setting.mesh)
-    return entity_sampling.places(rows, sample_rate, setting.mesh) * setting.mesh.size
+        return context.num_entities
+    rows = class_order.padded_rows(context.num_entities, context.mesh)
+    return entity_sampling.places(rows, sample_rate, context.mesh) * context.mesh.size
 
 
 def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:

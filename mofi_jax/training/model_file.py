@@ -5,9 +5,10 @@ from typing import Any
 
 from etils import epath
 
-from mofi_jax import json_files, partition
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.errors import BadInput
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 
 NAME = "model.json"
@@ -21,7 +22,7 @@ def describe(
     config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
 ) -> dict[str, Any]:
     """The content of the file; with the order of the class table where there is one."""
-    order = {"table_order": partition.TABLE_ORDER} if classified else {}
+    order = {"table_order": class_order.TABLE_ORDER} if classified else {}
     model = {k: v for k, v in config.to_dict().items() if k not in OWN_TO_TRAINING}
     return {**model, "preprocess": preprocess, **order}
 
@@ -34,7 +35,7 @@ def read(run: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(run) / NAME
     remedy = "put back a copy, or take it away and run the training again, which writes it"
-    values = json_files.read_object(path, remedy)
+    values = files.read_json_object(path, remedy)
     try:
         config(values)
         ops.parse(values["preprocess"])

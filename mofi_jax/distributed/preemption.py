@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from mofi_jax.errors import Preempted
+from mofi_jax.common.errors import Preempted
 
 
 def leave_from_the_start() -> None:
@@ -38,7 +38,7 @@ def leave_to_the_run(worker: int, workers: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Leave:
+class PreemptionGuard:
     """Whether it is time to save and go, the same answer on every host; see `listening`.
 
     A lone process listens for SIGTERM and Ctrl-C.  Among several, jax's own service hears SIGTERM
@@ -78,11 +78,11 @@ class Leave:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Leave]:
-    """A `Leave` that hears signals inside the block; after jax.distributed has begun."""
+def listening() -> Iterator[PreemptionGuard]:
+    """A `PreemptionGuard` that hears signals inside the block; after jax.distributed has begun."""
     import jax
 
-    leave = Leave()
+    leave = PreemptionGuard()
     # Python lets only the main thread listen.
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield leave

@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 # Longest line of the roll call.
 _LINE = 4096

@@ -10,7 +10,7 @@ import pathlib
 
 from etils import epath
 
-from mofi_jax import telemetry
+from mofi_jax.common import files
 
 FILE = "SHA256SUMS"
 
@@ -20,7 +20,7 @@ _THREADS = 8
 
 def write(folder: epath.PathLike) -> None:
     """Sums the folder's files; the sums appear whole or not at all."""
-    telemetry.write_text(epath.Path(folder) / FILE, _text(_sums(folder)))
+    files.write_text(epath.Path(folder) / FILE, _text(_sums(folder)))
 
 
 def damage(folder: epath.PathLike) -> str | None:

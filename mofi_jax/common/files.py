@@ -1,15 +1,14 @@
-"""What a command may write to and read: a flag's text becomes a path, or one sentence at the start.
-
-Knows nothing of what lies there.
-"""
+"""Paths that flags name, JSON that others wrote, and files written whole or not at all."""
 
 import glob
+import json
 import os
 import tempfile
+from typing import Any
 
 from etils import epath
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 
 def output_folder(text: epath.PathLike, flag: str) -> epath.Path:
@@ -107,3 +106,47 @@ def _check_writable(folder: epath.Path, text: epath.PathLike, flag: str) -> None
             f"{flag}={text} cannot be written ({error.strerror.lower()}: {above}): name another "
             "place."
         ) from error
+
+
+def read_json(path: epath.PathLike, remedy: str) -> Any:
+    """The JSON value in a file.
+
+    Args:
+      path: the file.
+      remedy: what to do where it cannot be read, as in "copy it again".
+
+    Raises:
+      BadInput: no such file, or not JSON in UTF-8.
+    """
+    try:
+        return json.loads(epath.Path(path).read_bytes())
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"{path} cannot be read ({reason}): {remedy}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from error
+
+
+def read_json_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+    """As `read_json`, of an object; anything else is BadInput too."""
+    values = read_json(path, remedy)
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} does not hold a JSON object: {remedy}.")
+    return values
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = epath.Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -19,10 +19,11 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax import hosts, model_file, telemetry
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import metadata, pipeline, records, tokenizer
-from mofi_jax.errors import BadInput
-from mofi_jax.training import checkpoint, state
+from mofi_jax.distributed import hosts
+from mofi_jax.training import checkpoint, model_file, state
 
 _BLOCK = 65_536  # of ArrayRecord, in bytes
 _READERS = 16  # a bucket answers in tens of milliseconds, a set may have 10,000 shards
@@ -228,11 +229,11 @@ def prepare(
 
     def write() -> None:
         checkpoint.set_aside(workdir, found.damaged, found.step)
-        telemetry.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
+        files.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
         if entities_path is not None:
             entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
-        telemetry.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-        telemetry.write_json(workdir / model_file.NAME, dict(model))
+        files.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
+        files.write_json(workdir / model_file.NAME, dict(model))
 
     hosts.agree(write)
     if jax.process_count() == 1:

@@ -23,18 +23,12 @@ from typing import Any
 import jax
 from absl import logging
 
-from mofi_jax import (
-    accelerators,
-    cli,
-    flops,
-    partition,
-    paths,
-    program_costs,
-    telemetry,
-    tpu_topology,
-)
-from mofi_jax.errors import BadInput
-from mofi_jax.training import class_table, program, settings, state
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes, sharding
+from mofi_jax.plan import costs
+from mofi_jax.telemetry import accelerators, flops
+from mofi_jax.training import class_table, settings, setup, state
 
 # Of the schedule alone, which no shape depends on.
 EXAMPLES_PER_EPOCH = 10**9
@@ -72,7 +66,7 @@ class Plan:
     needed: int | None
     available: int | None
     fits: bool
-    counts: program_costs.Costs | None
+    counts: costs.Costs | None
     xla_flops: float | None
     model: flops.StepFlops
     bounds: dict[str, float]
@@ -101,7 +95,7 @@ def main(
 ) -> None:
     """Plans, prints and writes."""
     settings.validate(config)
-    folder = paths.output_folder(out, "--out") if out else None
+    folder = files.output_folder(out, "--out") if out else None
     if largest not in ("yes", "no"):
         raise BadInput(f"--largest={largest}: choose yes or no.")
     sizes = {
@@ -109,9 +103,9 @@ def main(
         "vocab_size": whole_number("vocab_size", vocab_size),
     }
     count = whole_number("slices", slices)
-    devices = tpu_topology.devices(topology, count)
-    mesh = partition.make_mesh(**config.mesh, devices=devices)
-    program.check_batch(config, mesh)
+    devices = topology.devices(topology, count)
+    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    setup.check_batch(config, mesh)
     found = plan(config, mesh, topology=topology, slices=count, **sizes)
     result = {"config": config.to_dict(), **sizes, **found.to_dict()}
     if largest == "yes":
@@ -119,7 +113,7 @@ def main(
         result["largest_batch"] = largest_batch(config, mesh, found, options)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        telemetry.write_json(folder / "result.json", result)
+        files.write_json(folder / "result.json", result)
     print(describe(config, found))
     if largest == "yes":
         print(f"largest batch that fits: {result['largest_batch']:,}, compiled")
@@ -146,7 +140,7 @@ def plan(
     vocab_size: int,
 ) -> Plan:
     """Compiles the step of `config` for `mesh`."""
-    made = program.make(
+    made = setup.make(
         config,
         mesh,
         vocab_size=vocab_size,
@@ -155,11 +149,11 @@ def plan(
         examples_per_epoch=EXAMPLES_PER_EPOCH,
     )
     structs, shardings = state.abstract(made.init, mesh)
-    batch = program.batch_structs(config, mesh)
+    batch = setup.batch_structs(config, mesh)
     chip = accelerators.chip_of(mesh.devices.flat[0])
     share = chip.devices if chip else 1
     memory = {kind: share * size for kind, size in state_bytes(structs, batch).items()}
-    model = flops.of_step(made.setting, made.losses, batch_size=config.batch_size)
+    model = flops.of_step(made.context, made.losses, batch_size=config.batch_size)
     fixed = {
         "topology": topology,
         "slices": slices,
@@ -200,7 +194,7 @@ def plan(
         "temporaries": share * (analysis.temp_size_in_bytes + max(0, new)),
         "program": share * analysis.generated_code_size_in_bytes,
     }
-    counts = program_costs.costs(compiled.as_text(), devices=mesh.size)
+    counts = costs.costs(compiled.as_text(), devices=mesh.size)
     needed, available = sum(memory.values()), int(chip.hbm_bytes) if chip else None
     return Plan(
         **fixed,
@@ -225,7 +219,7 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
         kinds[kind] += math.prod(shape) * struct.dtype.itemsize
 
     for path, leaf in jax.tree_util.tree_flatten_with_path(structs)[0]:
-        moment = partition.path_name(path).startswith("opt_state/")
+        moment = sharding.path_name(path).startswith("opt_state/")
         if class_table.is_table(path):
             add("its moments" if moment else "class table", leaf)
         else:
@@ -243,12 +237,12 @@ def fits(needed: int, available: int | None) -> bool:
     return available is None or needed <= available
 
 
-def hbm_seconds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> float | None:
+def hbm_seconds(counts: costs.Costs, chip: accelerators.Chip | None) -> float | None:
     """Seconds that one device's HBM takes for all that is counted, more than it moves."""
     return counts.hbm_bytes / (chip.hbm_bandwidth / chip.devices) if chip else None
 
 
-def lower_bounds(counts: program_costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
+def lower_bounds(counts: costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
     """Seconds that one device needs at least for its arithmetic and for its links."""
     if chip is None:
         return {}

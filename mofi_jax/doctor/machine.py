@@ -2,8 +2,8 @@
 
 Knows nothing of models or data: numbers come in, a `Report` is filled.  Sentences of problems end
 in their remedy, as those of `BadInput` do.  Devices are looked at in a process of their own
-(``python -m mofi_jax.machine``), since a start that hangs must not hang who asks, and a TPU belongs
-to the process that has looked at it.
+(``python -m mofi_jax.doctor.machine``), since a start that hangs must not hang who asks, and a TPU
+belongs to the process that has looked at it.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ import psutil
 from absl import flags
 from packaging import requirements, version
 
-from mofi_jax import hosts, partition
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import hosts, meshes
 
 OLDEST_PYTHON = (3, 11)
 # What links jax to a device; jax says which version of each it needs.
@@ -150,7 +150,7 @@ def look(report: Report, **options: Any) -> dict[str, Any] | None:
     limit = DEVICE_TIMEOUT + (options["timeout"] if options["distributed"] else 0)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mofi_jax.machine"],
+            [sys.executable, "-m", "mofi_jax.doctor.machine"],
             input=json.dumps(options),
             capture_output=True,
             text=True,
@@ -196,7 +196,7 @@ def _look(options: Mapping[str, Any]) -> dict[str, Any]:
             process=options["process"],
             timeout=options["timeout"],
         )
-        mesh = partition.make_mesh(**options["mesh"])
+        mesh = meshes.make_mesh(**options["mesh"])
     except BadInput as error:
         return {"problem": " ".join(str(error).split())}
     device = jax.local_devices()[0]

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 from jax.experimental import topologies
 
-from mofi_jax.errors import BadInput
+from mofi_jax.common.errors import BadInput
 
 COMPILER = epath.Path(sys.prefix) / "tpu_compiler"
 

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from mofi_jax import hlo
+from mofi_jax.plan import hlo
 
 COLLECTIVES = (
     "all-gather",

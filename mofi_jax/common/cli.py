@@ -20,9 +20,9 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mofi_jax.errors import BadInput, Preempted, StorageFailed
+from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _HELP = {
     "workdir": "Folder of this run; the same command with the same folder resumes.",

@@ -33,8 +33,10 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mofi_jax import cli, json_files, paths, sweep_table, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax import telemetry
+from mofi_jax.common import cli, files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.sweep import table as sweep_table
 from mofi_jax.training import settings
 
 POINTS_FILE, FAILED_FILE = "points.json", "failed.json"
@@ -75,7 +77,7 @@ def main(
         )
     names = check(points, config, overrides)
     chosen = range(len(points)) if index == "" else [number(index, len(points))]
-    workdir = paths.output_folder(workdir, "--workdir")
+    workdir = files.output_folder(workdir, "--workdir")
     if list:
         for i in chosen:
             print(f"{i:3d}  {sweep_table.state_of(workdir / names[i]):9s} {names[i]}")
@@ -175,13 +177,13 @@ def claim(workdir: epath.Path, points: Sequence[Mapping[str, Any]], lead: bool) 
     """
     path = workdir / POINTS_FILE
     own = json.loads(json.dumps([dict(point) for point in points]))
-    if path.exists() and json_files.read(path, "name another folder for the sweep") != own:
+    if path.exists() and files.read_json(path, "name another folder for the sweep") != own:
         raise BadInput(
             f"{workdir} holds a sweep over other points ({path}): choose another --workdir."
         )
     if lead:
         workdir.mkdir(parents=True, exist_ok=True)
-        telemetry.write_json(path, own)
+        files.write_json(path, own)
 
 
 # ------------------------------------------------------------------------- the trainings
@@ -206,7 +208,7 @@ def run(
             if lead and code not in (0, os.EX_TEMPFAIL):
                 failed.parent.mkdir(parents=True, exist_ok=True)
                 values = json.loads(config.to_json_best_effort())
-                telemetry.write_json(failed, {"exit_code": code, "config": values})
+                files.write_json(failed, {"exit_code": code, "config": values})
             elif lead:
                 failed.unlink(missing_ok=True)
             if code == os.EX_TEMPFAIL or (code and signals.asked):
@@ -225,9 +227,9 @@ def is_through(folder: epath.Path, config: Any) -> bool:
     values = json.loads(config.to_json_best_effort())
     if (folder / "result.json").exists():
         # With another config, say a larger total, the training itself knows what is left to do.
-        return json_files.read(folder / "config.json", DELETE) == values
+        return files.read_json(folder / "config.json", DELETE) == values
     if (folder / FAILED_FILE).exists() and telemetry.read_metrics(folder):
-        return json_files.read(folder / FAILED_FILE, DELETE) == {"exit_code": 2, "config": values}
+        return files.read_json(folder / FAILED_FILE, DELETE) == {"exit_code": 2, "config": values}
     return False
 
 

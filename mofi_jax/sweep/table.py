@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib
 from etils import epath
 
-from mofi_jax import json_files, telemetry
-from mofi_jax.errors import BadInput
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,9 +29,9 @@ def write(
     rows = [row(workdir / name, point, metric) for name, point in zip(names, points, strict=True)]
     ranked = sorted(rows, key=lambda r: (r["score"] is None, -(r["score"] or 0.0)))
     best = ranked[0]["name"] if ranked[0]["score"] is not None else None
-    telemetry.write_json(workdir / "sweep.json", {"metric": metric, "best": best, "points": ranked})
+    files.write_json(workdir / "sweep.json", {"metric": metric, "best": best, "points": ranked})
     table = markdown(ranked, metric)
-    telemetry.write_text(workdir / "sweep.md", table + "\n")
+    files.write_text(workdir / "sweep.md", table + "\n")
     plot(workdir / "sweep.png", [r for r in rows if r["score"] is not None], metric)
     return table
 
@@ -46,7 +46,7 @@ def row(folder: epath.Path, point: Mapping[str, Any], metric: str) -> dict[str, 
     }
     if found["state"] == "finished":
         path, remedy = folder / "result.json", "delete it, and the sweep runs this point again"
-        result = json_files.read_object(path, remedy)
+        result = files.read_json_object(path, remedy)
         if not isinstance(result.get("scores"), dict) or not {"steps", "seconds"} <= result.keys():
             raise BadInput(f"{path} is not the result of a training: {remedy}.")
         found["score"] = result["scores"].get(metric)

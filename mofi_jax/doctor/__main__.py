@@ -17,14 +17,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax import cli, machine, model_file, partition, paths, run_folder, train
+from mofi_jax import train
+from mofi_jax.common import cli, files
 from mofi_jax.data import limits, pipeline, records, training_set
+from mofi_jax.distributed import global_batch, meshes, sharding
+from mofi_jax.doctor import machine
+from mofi_jax.doctor.machine import GIB, Report
 from mofi_jax.evaluators import common as evaluation
-from mofi_jax.machine import GIB, Report
-from mofi_jax.training import checkpoint, optim, settings, state
-from mofi_jax.training import program as program_lib
+from mofi_jax.training import checkpoint, model_file, optim, run_folder, settings, setup, state
 
-REQUIREMENTS = pathlib.Path(__file__).parents[1] / "requirements.txt"
+REQUIREMENTS = pathlib.Path(__file__).parents[2] / "requirements.txt"
 # Resident memory without entities and batches: a process that decodes was measured at 246 MiB; the
 # training itself has its programs besides, and the quick start's comes to 1.6 GB.
 WORKER_BYTES, MAIN_BYTES = 0.25 * GIB, 2.0 * GIB
@@ -89,22 +91,22 @@ def examine(
     machine.tpus(report, platform)
     # Without devices the rest is looked at as on a single one.
     hosts = found["processes"] if found else 1
-    sizes = found["mesh"] if found else dict.fromkeys(partition.ALL_AXES, 1)
+    sizes = found["mesh"] if found else dict.fromkeys(meshes.ALL_AXES, 1)
     # Shapes need the mesh's sizes; its devices are left alone.
     stand_ins = np.full(tuple(sizes.values()), jax.devices("cpu")[0])
     mesh = Mesh(stand_ins, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
     place = None
     with report.about("workdir"):
-        paths.output_folder(workdir, "--workdir")
+        files.output_folder(workdir, "--workdir")
         place = machine.folder(report, "workdir", pathlib.Path(workdir))
     check_evaluators(report, config)
     if not valid:  # nothing can be computed from values that cannot work
         return report
     if found:
         with report.about("batch"):
-            program_lib.check_batch(config, mesh)
-            shards = partition.batch_shards(mesh)
+            setup.check_batch(config, mesh)
+            shards = global_batch.batch_shards(mesh)
             report.ok("batch", f"{config.batch_size} = {shards} x {config.batch_size // shards}")
     with report.about("data"):
         data = check_data(report, config, hosts)
@@ -170,7 +172,7 @@ def check_run(
       found: what `machine.look` has found.
       place: where the folder is or will be, None if it cannot be written.
     """
-    program = program_lib.make(config, mesh, **data.sizes)
+    program = setup.make(config, mesh, **data.sizes)
     structs, _ = state.abstract(program.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     total = tree_bytes(structs)
@@ -182,7 +184,7 @@ def check_run(
     for sentence in settings.warnings(config, program.clock, eos_id=program.model.eos_id):
         report.warning("config", sentence)
     with report.about("sharding"):
-        partition.check_replication(mesh, structs, config.max_replicated)
+        sharding.check_replication(mesh, structs, config.max_replicated)
     if found and found["memory"]:
         check_device_memory(report, structs, found["memory"])
 
@@ -200,7 +202,7 @@ def check_folder(
     config: Any,
     workdir: epath.Path,
     data: training_set.TrainingSet,
-    program: program_lib.Program,
+    program: setup.TrainSetup,
     structs: state.TrainState,
 ) -> None:
     """Whether a run that is there already can go on with this config and these data."""
@@ -220,7 +222,7 @@ def check_space(
     report: Report,
     config: Any,
     workdir: epath.Path,
-    program: program_lib.Program,
+    program: setup.TrainSetup,
     state_bytes: int,
     place: pathlib.Path,
 ) -> None:

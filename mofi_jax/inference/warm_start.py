@@ -16,9 +16,10 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from mofi_jax import inference, partition
+from mofi_jax import inference
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.errors import BadInput
+from mofi_jax.distributed import sharding
 from mofi_jax.training import class_table, optim
 from mofi_jax.training.state import TrainState
 
@@ -79,7 +80,7 @@ def read(
     table_rows = None
     for name in chosen:
         value, shape = np.asarray(theirs[name]), tuple(ours[name].shape)
-        if name == partition.ENTITY_TABLE and value.shape[1:] == shape[1:]:
+        if name == sharding.ENTITY_TABLE and value.shape[1:] == shape[1:]:
             taken[name] = value
             table_rows = _table_rows(towers.entities, entities)
         elif name == IMAGE_POSITIONS and _can_resample(value.shape, shape):
@@ -104,11 +105,11 @@ def apply(state: TrainState, source: Source) -> TrainState:
     """The state of a run that begins, with the parameters taken over; also into their average."""
 
     def replaced(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = partition.path_name(path)
+        name = sharding.path_name(path)
         if name not in source.params:
             return leaf
         value = source.params[name]
-        if name == partition.ENTITY_TABLE:
+        if name == sharding.ENTITY_TABLE:
             return _table(leaf, value, source.table_rows)
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
@@ -153,7 +154,7 @@ def _can_resample(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
 
 def _by_name(params: Any) -> dict[str, Any]:
     return {
-        partition.path_name(path): leaf
+        sharding.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
 
