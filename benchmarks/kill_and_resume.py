@@ -7,7 +7,7 @@ Two figures, on real processes joined by jax.distributed over loopback, with sim
 * kill -9 in a save, in an evaluation and between steps, in turn, of one process or of both; the
   same command goes on each time.  The final parameters have to be those of an uninterrupted run bit
   for bit, and every example has to be used once in each epoch.
-* a run that moves from 2 processes x 4 devices to 1 x 8 and to 1 x 2, asked to leave by SIGTERM
+* a run that moves from 2 processes x 4 devices to 1 x 8 and to 1 x 2, preempted by SIGTERM
   each time: the losses of its 20 steps have to be those of a run that stayed, within 1e-5.
 """
 
@@ -115,7 +115,7 @@ def child(args: argparse.Namespace) -> None:
     """The real training main; around it, notes of what each step uses and of evaluations."""
     from mofi_jax.distributed import preemption
 
-    preemption.leave_from_the_start()  # as the main does, before the imports
+    preemption.exit_on_sigterm()  # as the main does, before the imports
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()

@@ -12,7 +12,7 @@ from mofi_jax.distributed import preemption
 
 if __name__ == "__main__":
     # A machine may be taken away during the imports that follow, which take seconds.
-    preemption.leave_from_the_start()
+    preemption.exit_on_sigterm()
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ def main(
 
     Raises:
       BadInput: what cannot work, in one sentence, before anything is written where possible.
-      Preempted: a signal asked the run to leave, and its state is saved.
+      Preempted: raised after a preemption checkpoint.
     """
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
@@ -95,7 +95,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # As a program, the process and its imports are this run's; elsewhere it begins here.
     goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
     cleanup.callback(goodput.close)
-    leave = cleanup.enter_context(preemption.listening())
+    guard = cleanup.enter_context(preemption.guard_preemption())
 
     # ---------------------------------------------------------------------- hosts and devices
     mesh = meshes.make_mesh(**config.mesh)
@@ -251,7 +251,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         for now in range(first, total + 1):
             # Evaluate, save, and only then draw the next batch: what is on disk is the state
             # before the batch that follows it, and nothing is in flight.
-            leaving = now != total and leave.asked()
+            preempted = now != total and guard.requested()
             due = {
                 name: evaluator
                 for name, evaluator in suite.evaluators.items()
@@ -261,12 +261,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             }
             # What the last step leaves is saved in any case.
             saving = now != first and (
-                leaving or now == total or cadence.due(now, save_every, last=total)
+                preempted or now == total or cadence.due(now, save_every, last=total)
             )
             if due or saving:
                 jax.block_until_ready(values)  # a step in flight is no part of what comes now
                 console.show(now, metrics.flush())
-            if due and not leaving:
+            if due and not preempted:
                 console.status("evaluating")
                 with goodput.phase("eval"):
                     scores = evaluation.run_all(due, train_state.evaluated, watchdog.progress)
@@ -276,10 +276,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 metrics.require_finite(now, values)
                 with goodput.phase("checkpoint"):
                     reached = dataclasses.replace(
-                        start, examples=examples, seconds=goodput.save(), evaluated=not leaving
+                        start, examples=examples, seconds=goodput.save(), evaluated=not preempted
                     )
                     checkpointer.save(now, train_state, reached)
-            if leaving:
+            if preempted:
                 with goodput.phase("checkpoint"):
                     checkpointer.wait()
                 raise Preempted(
@@ -294,7 +294,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                     batch = next(batches)
                 with jax.transfer_guard("disallow"):
                     train_state, values = update(train_state, batch)
-            leave.defer()  # until here nothing could be lost by leaving at once
+            guard.defer_exit()  # until here nothing could be lost by exiting at once
             examples += config.batch_size
             # One update in flight hides the host's work.  More would only hold more batches in the
             # devices' memory, and nobody could tell whether the loop waits for them or for input.

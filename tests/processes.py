@@ -62,24 +62,24 @@ def train_and_evaluate(folder, name, mesh, **where):
     evaluate.main(config, str(folder / name), str(folder / f"{name}.scores"))
 
 
-def leave(folder, name, mesh, process):
-    """A run that has resumed hears SIGTERM in one process, before its loop: both leave alike."""
+def preempt(folder, name, mesh, process):
+    """A resumed run gets SIGTERM in one process, before its loop: both save at the same step."""
     config = datasets.tiny_config(folder / "data", steps=1_000_000)
     config.mesh.update(mesh)
     config.checkpoint.every = config.log_every = "100000 steps"
-    defer = preemption.PreemptionGuard.defer
+    defer_exit = preemption.PreemptionGuard.defer_exit
 
-    def heard(self):
+    def interrupted(self):
         if process == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        defer(self)
+        defer_exit(self)
 
-    preemption.PreemptionGuard.defer = heard
+    preemption.PreemptionGuard.defer_exit = interrupted
     try:
         train.main(config, str(folder / name))
-    except Preempted as left:
-        print(left)
-        sys.exit(left.exit_code)
+    except Preempted as preempted:
+        print(preempted)
+        sys.exit(preempted.exit_code)
 
 
 def free_port():
@@ -153,8 +153,8 @@ def main(options):
         process=str(process),
     )
     assert not options["nodes"] or len({d.slice_index for d in jax.devices()}) == PROCESSES
-    if options.get("leave"):
-        leave(folder, name, mesh, process)
+    if options.get("preempt"):
+        preempt(folder, name, mesh, process)
 
 
 if __name__ == "__main__":

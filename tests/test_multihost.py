@@ -11,7 +11,7 @@ from tests import processes
 
 LAYOUTS = {
     # Nodes that jaxlib takes for slices, and a mesh in which their devices alternate.
-    "scattered": {"mesh": {}, "permuted": True, "leave": True},
+    "scattered": {"mesh": {}, "permuted": True, "preempt": True},
     "slices": {"mesh": {"replica": 2}, "slices": True},
 }
 
@@ -23,7 +23,7 @@ def test_two_processes_equal_one(tmp_path, layout):
     processes.prepare(tmp_path)
     codes, outputs = processes.start(tmp_path, "two", **options)
     processes.train_and_evaluate(tmp_path, "one", options["mesh"])
-    assert codes == [Preempted.exit_code if options.get("leave") else 0] * 2, outputs
+    assert codes == [Preempted.exit_code if options.get("preempt") else 0] * 2, outputs
     two, one = (telemetry.read_metrics(tmp_path / name) for name in ("two", "one"))
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(two, one, strict=True):
@@ -40,7 +40,7 @@ def test_two_processes_equal_one(tmp_path, layout):
 
 
 def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):
-    """2 x 4 devices -> 1 x 8 -> 1 x 2, asked to leave by SIGTERM in between; nothing is lost."""
+    """2 x 4 devices -> 1 x 8 -> 1 x 2, preempted by SIGTERM in between; nothing is lost."""
     kill_and_resume.prepare(tmp_path)
     moved = kill_and_resume.moves(tmp_path, steps=9)
     assert moved["codes"] == [[75, 75], [75], [0]]

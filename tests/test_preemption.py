@@ -1,4 +1,4 @@
-"""Leaving on a signal, whenever it comes: exit code 75, and nothing is lost."""
+"""Preemption, whenever the signal comes: exit code 75, and nothing is lost."""
 
 import os
 import signal
@@ -19,29 +19,29 @@ REPOSITORY = epath.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_in_the_loop_a_signal_asks_to_leave(number):
+def test_in_the_loop_a_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with preemption.listening() as leave:
-        leave.defer()
-        assert not leave.asked()
+    with preemption.guard_preemption() as guard:
+        guard.defer_exit()
+        assert not guard.requested()
         os.kill(os.getpid(), number)
-        assert leave.asked()
-        assert leave.asked()
+        assert guard.requested()
+        assert guard.requested()
         os.kill(os.getpid(), signal.SIGTERM)  # again: no harm
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(number) is before
 
 
-def test_before_the_loop_it_leaves_at_once(capfd):
-    with preemption.listening() as leave:
+def test_before_the_loop_it_exits_at_once(capfd):
+    with preemption.guard_preemption() as guard:
         with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert leave.asked()  # where a library has caught it
+        assert guard.requested()  # where a library has caught it
     assert left.value.code == Preempted.exit_code
-    assert capfd.readouterr().err == "SIGTERM before the first step: leaving\n"
+    assert capfd.readouterr().err == "SIGTERM before the first step: exiting\n"
 
 
 def test_during_the_imports():
@@ -68,7 +68,7 @@ def test_during_the_imports():
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (75, "SIGTERM before the first step: leaving\n")
+    assert (done.returncode, done.stderr) == (75, "SIGTERM before the first step: exiting\n")
 
 
 @pytest.mark.parametrize("moment", ["open_training_set", "make_update", "restore"])

@@ -444,7 +444,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def test_asked_to_leave_saves_and_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypatch):
     """SIGTERM in the third step, at which an evaluation is due: saved first, evaluated after."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()

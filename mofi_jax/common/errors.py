@@ -20,7 +20,7 @@ class StorageFailed(BadInput):
 
 
 class Preempted(Exception):
-    """Asked to leave, and everything is saved: the same command goes on.
+    """Raised after a preemption checkpoint: the same command resumes from it.
 
     The mains exit with code 75, the EX_TEMPFAIL of sysexits.h, which tells a launcher to run the
     same command again.

@@ -392,6 +392,6 @@ def training_stream(
         limits.require_shared_memory(held.shared * size, workers)
         # Grain deals the groups out to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), preemption.leave_to_the_run
+            grain.MultiprocessingOptions(num_workers=workers), preemption.ignore_signals
         )
     return _batches(iter(stream), len(rows))

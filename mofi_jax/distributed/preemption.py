@@ -1,8 +1,8 @@
-"""Leaving when asked: SIGTERM (spot machines, SLURM) ends a training with exit code 75, saved.
+"""Preemption: on SIGTERM (spot machines, SLURM) a training saves and exits with code 75.
 
-Before the first step nothing is lost by leaving at once; from then on a signal waits for the end of
-the step, and for a save that is under way.  Imports nothing heavy, as it is what a main that can be
-preempted imports first.
+Before the first step nothing is lost by exiting at once; from then on a signal waits for the end of
+the step, and for a save in progress.  A main that can be preempted imports this file first, so it
+imports nothing heavy itself.
 """
 
 import contextlib
@@ -14,24 +14,21 @@ from typing import Any
 
 from mofi_jax.common.errors import Preempted
 
+_EXITING = b"SIGTERM before the first step: exiting\n"
 
-def leave_from_the_start() -> None:
-    """Has SIGTERM end this process with 75 until `listening` begins."""
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this process with 75, until `guard_preemption` takes over."""
 
     def leave(number: int, frame: Any) -> None:
-        _say_leaving(number)
+        os.write(2, _EXITING)  # not print: the signal may have interrupted another one
         # An exception in the middle of importing a library in C++ crashes the process.
         os._exit(Preempted.exit_code)
 
     signal.signal(signal.SIGTERM, leave)
 
 
-def _say_leaving(number: int) -> None:
-    # Not print: the signal may have come in the middle of another one.
-    os.write(2, f"{signal.Signals(number).name} before the first step: leaving\n".encode())
-
-
-def leave_to_the_run(worker: int, workers: int) -> None:
+def ignore_signals(worker: int, workers: int) -> None:
     """In a data worker: SLURM and terminals signal all processes, and the run ends its workers."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,23 +36,23 @@ def leave_to_the_run(worker: int, workers: int) -> None:
 
 
 class PreemptionGuard:
-    """Whether it is time to save and go, the same answer on every host; see `listening`.
+    """Whether to save and exit, the same answer on every host; see `guard_preemption`.
 
-    A lone process listens for SIGTERM and Ctrl-C.  Among several, jax's own service hears SIGTERM
-    on any of them, since jax.distributed began, and makes all agree on a step.
+    A single process handles SIGTERM and Ctrl-C itself.  Among several, JAX's preemption service
+    receives SIGTERM on any of them and makes all agree on a step.
     """
 
     def __init__(self) -> None:
         self._signal: str | None = None
         self._deferred = False
-        self._asked = 0
+        self._calls = 0
 
-    def defer(self) -> None:
-        """From here on a signal waits until it is `asked` for."""
+    def defer_exit(self) -> None:
+        """From here on a signal only sets `requested`; before, it ends the process."""
         self._deferred = True
 
-    def asked(self) -> bool:
-        """Called by every host before every step."""
+    def requested(self) -> bool:
+        """Whether a signal has come; called by every host before every step."""
         import jax
         from jax.experimental import multihost_utils
 
@@ -63,33 +60,32 @@ class PreemptionGuard:
             return self._signal is not None
         # The service compares numbers of calls: one that is not the next, as the step of a run that
         # resumed, would never be reached by a signal from before the first call.
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         again, self._signal = self._signal is not None, signal.Signals(number).name
         if number == signal.SIGINT and (again or not self._deferred):
             raise KeyboardInterrupt
         if not self._deferred:
-            _say_leaving(number)
+            os.write(2, _EXITING)
             # No Exception, which a library may take for a failure of its own.
             raise SystemExit(Preempted.exit_code)
-        os.write(2, f"{self._signal}: saving after this step, then leaving\n".encode())
+        os.write(2, f"{self._signal}: saving after this step, then exiting\n".encode())
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[PreemptionGuard]:
-    """A `PreemptionGuard` that hears signals inside the block; after jax.distributed has begun."""
+def guard_preemption() -> Iterator[PreemptionGuard]:
+    """A `PreemptionGuard` that handles signals inside the block; after jax.distributed began."""
     import jax
 
-    leave = PreemptionGuard()
-    # Python lets only the main thread listen.
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield leave
-        return
-    before = {n: signal.signal(n, leave._heard) for n in (signal.SIGTERM, signal.SIGINT)}
+    guard = PreemptionGuard()
+    # Python lets only the main thread set handlers.
+    own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if own else ()
+    before = {number: signal.signal(number, guard._handle) for number in numbers}
     try:
-        yield leave
+        yield guard
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -40,8 +40,8 @@ class Position:
       data_fingerprint: what decides the order and content of the examples; must match on resume.
       seconds: wall time so far by phase (`mofi_jax.telemetry.Goodput.save`).
       config: the whole training config, as JSON has it; what differs on resume is told.
-      evaluated: whether the evaluations that were due at this step are in the metrics; a run that
-        was asked to leave saves first.
+      evaluated: whether the evaluations that were due at this step are in the metrics; a preempted
+        run saves first.
     """
 
     examples: int
