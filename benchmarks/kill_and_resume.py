@@ -143,10 +143,10 @@ def child(args: argparse.Namespace) -> None:
     config.data.train_ops = "decode|resize_short(16)"
     notes = folder / f"{args.workdir}.used.jsonl"
 
-    make_update = setup.TrainSetup.make_update
+    make_train_step = setup.TrainSetup.make_train_step
 
     def noted(self: Any, shardings: Any) -> Callable:
-        update = make_update(self, shardings)
+        update = make_train_step(self, shardings)
 
         def run(train_state: Any, batch: Any) -> Any:
             step = int(np.asarray(train_state.step.addressable_shards[0].data))
@@ -164,7 +164,7 @@ def child(args: argparse.Namespace) -> None:
 
         return run
 
-    setup.TrainSetup.make_update = noted
+    setup.TrainSetup.make_train_step = noted
     run_all = evaluation.run_all
 
     def marked(*arguments: Any) -> Any:

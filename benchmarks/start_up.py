@@ -45,10 +45,10 @@ def child(arguments: list[str]) -> None:
             "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         }
     )
-    make_update = setup.TrainSetup.make_update
+    make_train_step = setup.TrainSetup.make_train_step
 
     def timed(self, shardings):
-        update = make_update(self, shardings)
+        update = make_train_step(self, shardings)
 
         def run(*step):
             result = jax.block_until_ready(update(*step))
@@ -60,7 +60,7 @@ def child(arguments: list[str]) -> None:
 
         return run
 
-    setup.TrainSetup.make_update = timed
+    setup.TrainSetup.make_train_step = timed
     train.main(config, workdir)
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_case '{"variant": "B/16", "task": "supervised", "batch": 512, ...}'
 
-Prints one JSON object.  The step is the project's own (`mofi_jax.training.step.make_update`: both
-clips, AdamW, donated state) on random pictures that are already on the device.
+Prints one JSON object.  The step is the project's own (`mofi_jax.training.step.make_train_step`:
+both clips, AdamW, donated state) on random pictures that are already on the device.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def measure(case: Case) -> dict[str, Any]:
     state, places = state_lib.create(init, 0, mesh)
     data = global_batch.to_global(mesh, random_batch(case))
     context = step.StepContext(model, mesh, case.entities if "entity" in losses else 0)
-    update = step.make_update(context, losses, tx, seed=0, shardings=places)
+    update = step.make_train_step(context, losses, tx, seed=0, shardings=places)
 
     start = time.perf_counter()
     compiled = update.lower(state, data).compile()

@@ -51,7 +51,7 @@ class Loop:
             examples_per_epoch=10_000,
         )
         self.state, shardings = state.create(program.init, config.seed, mesh)
-        self.update = program.make_update(shardings)
+        self.update = program.make_train_step(shardings)
         self.batch = global_batch.to_global(mesh, random_batch(config, batch_size))
         self.learning_rates = program.learning_rates
         self.values: Any = None

@@ -7,7 +7,6 @@ same command with the same ``--workdir`` resumes; a run killed at any moment end
 of an uninterrupted one, bit for bit.  For what the folder W holds, see `training.run_folder`.
 """
 
-from mofi_jax.common import files
 from mofi_jax.distributed import preemption
 
 if __name__ == "__main__":
@@ -19,14 +18,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from mofi_jax import inference, telemetry
-from mofi_jax.common import cli, errors
+from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput, Preempted
-from mofi_jax.data import ops, pipeline, prefetch, training_set
+from mofi_jax.data import pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
 from mofi_jax.evaluators import common as evaluation
 from mofi_jax.inference import warm_start
@@ -74,21 +72,8 @@ def main(
         process=process,
         timeout=config.start_timeout,
     )
-    try:
-        with contextlib.ExitStack() as cleanup:
-            train(config, workdir, profile, cleanup)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = None if isinstance(error, BadInput) else errors.storage_problem(error, workdir)
-        if reason is None:
-            raise
-        steps = checkpoint.saved_steps(workdir)
-        last = (
-            f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved yet"
-        )
-        raise errors.StorageFailed(
-            f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
-            f"{last}."
-        ) from error
+    with run_folder.storage_errors(workdir), contextlib.ExitStack() as cleanup:
+        train(config, workdir, profile, cleanup)
 
 
 def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.ExitStack) -> None:
@@ -119,11 +104,15 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     fingerprint = hosts.agree(lambda: run_folder.data_fingerprint(config, data.parts, data.texts))
 
     # ---------------------------------------------------------------------- model
-    program = setup.make(config, mesh, **data.sizes)
-    structs, shardings = state.abstract(program.init, mesh)
+    train_setup = setup.make(config, mesh, **data.sizes)
+    structs, shardings = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     sharding.check_replication(mesh, structs, config.max_replicated)
-    model, clock, num_entities = program.model, program.clock, program.context.num_entities
+    model, clock, num_entities = (
+        train_setup.model,
+        train_setup.clock,
+        train_setup.context.num_entities,
+    )
 
     # ---------------------------------------------------------------------- evaluators
     towers = inference.Towers(
@@ -158,7 +147,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         logging.warning("%s", sentence)
     window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
     cleanup.callback(window.close)
-    try_operations(config, data.primary[0]["image"])
+    training_set.check_operations(config, data.primary[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
     description = model_file.describe(
@@ -199,11 +188,11 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         train_state = checkpoint.restore(workdir, first, structs)
         logging.info("resumed at step %d, %d examples", first, position.examples)
     else:
-        train_state, _ = state.create(program.init, config.seed, mesh)
+        train_state, _ = state.create(train_setup.init, config.seed, mesh)
         train_state = warm_start.apply(train_state, warm) if warm else train_state
 
     # ---------------------------------------------------------------------- update
-    update = program.make_update(shardings)
+    train_step = train_setup.make_train_step(shardings)
 
     # ---------------------------------------------------------------------- loop
     goodput.resume(workdir, position.seconds)
@@ -238,7 +227,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         images_per_step=config.batch_size,
         tokens_per_step=contrasted * config.model.context_length,
         flops_per_step=flops.of_step(
-            program.context, program.losses, batch_size=config.batch_size
+            train_setup.context, train_setup.losses, batch_size=config.batch_size
         ).total,
         peak_flops=chip.device_flops * mesh.size if chip else None,
     )
@@ -271,7 +260,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 with goodput.phase("eval"):
                     scores = evaluation.run_all(due, train_state.evaluated, watchdog.progress)
                 metrics.write(now, scores)
-                logging.info("step %d %s", now, brief(scores))
+                shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+                logging.info("step %d %s", now, shown)
             if saving:
                 metrics.require_finite(now, values)
                 with goodput.phase("checkpoint"):
@@ -293,7 +283,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 with goodput.phase("input"):
                     batch = next(batches)
                 with jax.transfer_guard("disallow"):
-                    train_state, values = update(train_state, batch)
+                    train_state, values = train_step(train_state, batch)
             guard.defer_exit()  # until here nothing could be lost by exiting at once
             examples += config.batch_size
             # One update in flight hides the host's work.  More would only hold more batches in the
@@ -305,7 +295,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             metrics.watch(now + 1, values)
             console.show(now, metrics.flush())
             if cadence.due(now + 1, log_every, last=total):
-                told = {**program.learning_rates(now), **meter.read(steps=now - first)}
+                told = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
                 metrics.push(now + 1, {**values, **told})
                 goodput.heartbeat()
             console.step()
@@ -333,34 +323,6 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         )
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
     logging.info("%s", goodput.line())
-
-
-def try_operations(config: Any, picture: bytes) -> None:
-    """Runs both specifications on one picture, so that a wrong one is told before anything starts.
-
-    Raises:
-      BadInput: a specification that fails, or ends in another size than the model takes.
-    """
-    size = config.model.image_size
-    for key in ("train_ops", "eval_ops"):
-        run = ops.build(config.data[key])
-        try:
-            shape = run({"image": picture}, np.random.default_rng(0))["image"].shape
-        except Exception as error:
-            raise BadInput(
-                f"config.data.{key}={config.data[key]!r} fails on the first picture "
-                f"({type(error).__name__}: {' '.join(str(error).split())}): correct its arguments."
-            ) from error
-        if shape != (size, size, 3):
-            raise BadInput(
-                f"config.data.{key} ends in a picture of shape {shape}, the model takes "
-                f"{(size, size, 3)}: change its last operation or config.model.image_size."
-            )
-
-
-def brief(values: dict[str, float], names: tuple[str, ...] | None = None) -> str:
-    """The chosen values on one line."""
-    return "  ".join(f"{name} {values[name]:.3f}" for name in (names or values) if name in values)
 
 
 if __name__ == "__main__":

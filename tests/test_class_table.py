@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mofi_jax.distributed import sharding
+from mofi_jax.distributed import meshes, sharding
 from mofi_jax.losses import entity_sampling
 from mofi_jax.training import class_table
 

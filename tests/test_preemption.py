@@ -71,14 +71,14 @@ def test_during_the_imports():
     assert (done.returncode, done.stderr) == (75, "SIGTERM before the first step: exiting\n")
 
 
-@pytest.mark.parametrize("moment", ["open_training_set", "make_update", "restore"])
+@pytest.mark.parametrize("moment", ["open_training_set", "make_train_step", "restore"])
 def test_before_the_first_step(tmp_path, monkeypatch, moment):
     """While data are opened, programs made, a checkpoint restored."""
     datasets.write(tmp_path / "data", examples=32, shards=1)
     config = datasets.tiny_config(tmp_path / "data", "task=supervised", steps=2)
     owner = {
         "open_training_set": train.training_set,
-        "make_update": train.setup.TrainSetup,
+        "make_train_step": train.setup.TrainSetup,
         "restore": checkpoint,
     }[moment]
     if moment == "restore":

@@ -90,7 +90,7 @@ def test_an_exception_comes_after_the_batches_before_it_and_again(mesh_of):
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_an_exception_too(mesh_of):
     batches = prefetch.to_devices(iter([{"x": np.zeros((3, 2))}]), mesh_of["1x8x1"], 1)
-    with pytest.raises(ValueError, match="divi"):
+    with pytest.raises(ValueError, match="local_data"):
         next(batches)
     batches.close()
 

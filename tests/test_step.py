@@ -65,7 +65,7 @@ def built(mesh, config, seed):
     )
     train_state, shardings = state.create(init, 1, mesh)
     context = step.StepContext(MODEL, mesh, ENTITIES, 1)
-    update = step.make_update(context, losses, tx, seed=seed, shardings=shardings)
+    update = step.make_train_step(context, losses, tx, seed=seed, shardings=shardings)
     return jax.device_get(train_state), shardings, update
 
 
@@ -250,7 +250,7 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, ra
         ema = jax.tree.map(jnp.copy, params)
         old = state.TrainState(jnp.int32(0), params, tx.init(params), ema)
         shardings = sharding.tree_shardings(mesh, old)
-        update = step.make_update(context, losses, tx, seed=0, shardings=shardings)
+        update = step.make_train_step(context, losses, tx, seed=0, shardings=shardings)
         batch = {"pull": np.full(8, pull, np.float32), "entity_ids": np.zeros((8, 1), np.int32)}
         new, metrics = update(jax.device_put(old, shardings), global_batch.to_global(mesh, batch))
         assert new.params["logit_bias"] == 9

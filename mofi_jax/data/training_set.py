@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import limits, pipeline, records, tokenizer
+from mofi_jax.data import limits, ops, pipeline, records, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +70,26 @@ def open_training_set(config: Any) -> TrainingSet:
     extra = pipeline.open_extra(config.data.extra.to_dict(), entities)
     limits.allow_open_files(sum(opened.shards for opened in (source, *(e.source for e in extra))))
     return TrainingSet([pipeline.Part(config.data.name, source), *extra], texts, entities)
+
+
+def check_operations(config: Any, picture: bytes) -> None:
+    """Runs ``train_ops`` and ``eval_ops`` on one picture, so that a wrong one is named at once.
+
+    Raises:
+      BadInput: a specification that fails, or ends in another size than the model takes.
+    """
+    size = config.model.image_size
+    for key in ("train_ops", "eval_ops"):
+        run = ops.build(config.data[key])
+        try:
+            shape = run({"image": picture}, np.random.default_rng(0))["image"].shape
+        except Exception as error:
+            raise BadInput(
+                f"config.data.{key}={config.data[key]!r} fails on the first picture "
+                f"({type(error).__name__}: {' '.join(str(error).split())}): correct its arguments."
+            ) from error
+        if shape != (size, size, 3):
+            raise BadInput(
+                f"config.data.{key} ends in a picture of shape {shape}, the model takes "
+                f"{(size, size, 3)}: change its last operation or config.model.image_size."
+            )

@@ -1,7 +1,7 @@
-"""The global batch: which of its rows a host feeds, and how they become global arrays.
+"""The global batch: the rows that each host feeds, and how they become global arrays.
 
 The batch is split over the mesh axes (replica, fsdp).  A host's devices may lie anywhere in the
-mesh: on most TPU slices they are no block of it.
+mesh: on most TPU slices they are not a contiguous block of it.
 """
 
 import functools
@@ -20,28 +20,20 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def held_shards(mesh: Mesh, process: int | None = None) -> np.ndarray:
-    """Which pieces of the batch (int [n], ascending) lie on the devices of a process.
-
-    With ``tensor`` across hosts, several processes hold the same piece.
-
-    Args:
-      process: this one if None.
-    """
-    process = jax.process_index() if process is None else process
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    return np.flatnonzero((owners.reshape(batch_shards(mesh), -1) == process).any(1))
-
-
 def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
     """The rows of a global batch (int [n], ascending) that a process has to feed.
+
+    With ``tensor`` across hosts, several processes feed the same rows.
 
     Args:
       batch_size: a multiple of `batch_shards`.
       process: this one if None.
     """
-    length = batch_size // batch_shards(mesh)
-    return (held_shards(mesh, process)[:, None] * length + np.arange(length)).reshape(-1)
+    process = jax.process_index() if process is None else process
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    held = np.flatnonzero((owners.reshape(batch_shards(mesh), -1) == process).any(1))
+    rows = np.arange(batch_size).reshape(batch_shards(mesh), -1)
+    return rows[held].reshape(-1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -60,30 +52,11 @@ def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     Raises:
       ValueError: the rows do not divide over the pieces of the batch that this host holds.
     """
-    sharding, shards, held = batch_sharding(mesh), batch_shards(mesh), len(held_shards(mesh))
-    if any(len(local) % held for local in batch.values()):
-        raise ValueError(f"rows that do not divide over {held} pieces of the batch")
+    shards = batch_shards(mesh)
+    held = len(batch_rows(mesh, shards))
     return {
-        name: jax.make_array_from_callback(
-            (len(local) // held * shards, *local.shape[1:]),
-            sharding,
-            lambda index, local=local: local[local_piece(mesh, index, len(local))],
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh), local, (len(local) // held * shards, *local.shape[1:])
         )
         for name, local in batch.items()
     }
-
-
-def local_piece(
-    mesh: Mesh, index: tuple[slice, ...], rows: int, process: int | None = None
-) -> slice:
-    """Where a device's piece of the global batch is among the rows of its host.
-
-    Args:
-      index: of the piece in the global array.
-      rows: of the host, as `batch_rows` counts them.
-      process: this one if None.
-    """
-    held = held_shards(mesh, process)
-    length = rows // len(held)
-    start = int(np.searchsorted(held, (index[0].start or 0) // length)) * length
-    return slice(start, start + length)

@@ -17,7 +17,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax import train
 from mofi_jax.common import cli, files
 from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.distributed import global_batch, meshes, sharding
@@ -150,7 +149,7 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
             report.ok("shared memory", f"{needed / 2**20:.0f} MiB for {workers} workers")
     with report.about("first record"):
         first = data.primary[0]
-        train.try_operations(config, first["image"])
+        training_set.check_operations(config, first["image"])
         if data.entities is not None:
             records.validate_entity_ids(first["entity_ids"], len(data.entities), first["key"])
         report.ok("first record", f"{first['key']!r} decodes to the model's size")

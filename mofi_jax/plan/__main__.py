@@ -165,7 +165,7 @@ def plan(
     }
     start = time.monotonic()
     with progress(f"compiling a batch of {config.batch_size:,} for {mesh.size} devices"):
-        lowered = made.make_update(shardings).lower(structs, batch)
+        lowered = made.make_train_step(shardings).lower(structs, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -8,6 +8,8 @@ step runs on a smaller state that holds only the drawn rows (`take`), and the re
 decayed by the steps it missed, as if its gradient had been zero.  Momentum alone never moves a row.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -171,3 +173,31 @@ def put(state: Any, small: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
         state,
         small,
     )
+
+
+def ema_kept(first: Int[Array, "..."], last: Int[Array, ""], decay: float) -> Float[Array, "..."]:
+    """The share of an average that remains after updates ``first`` to ``last`` - 1."""
+    # From this step on the decay has its value; before, factors (1 + n) / (10 + n) telescope.
+    grown = jnp.clip(math.ceil((10 * decay - 1) / (1 - decay)), first, last)
+    a, b = first.astype(jnp.float32), grown.astype(jnp.float32)
+    growing = math.prod((a + i) / (b + i) for i in range(1, 10))
+    return growing * jnp.float32(decay) ** (last - grown).astype(jnp.float32)
+
+
+def catch_up_ema(state: Any, decay: float) -> Any:
+    """The state of drawn rows (`take`), their moving average as of the present step.
+
+    A row that is not drawn does not change, and its average is as old as its last draw: the steps
+    that it missed are applied here at once.
+    """
+    last_steps = [
+        leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+        if is_table(path) and "last_step" in sharding.path_name(path).split("/")
+    ]
+    if state.ema is None or not last_steps:  # a frozen table has none
+        return state
+    rows = state.params[sharding.ENTITY_TABLE]
+    keep = ema_kept(last_steps[0], state.step, decay)[:, None]
+    average = rows + keep * (state.ema[sharding.ENTITY_TABLE] - rows)
+    return dataclasses.replace(state, ema=state.ema | {sharding.ENTITY_TABLE: average})

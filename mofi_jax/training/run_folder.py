@@ -6,11 +6,12 @@ W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class t
 ``profile/``; while it runs ``run.lock``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -20,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mofi_jax.common import files
-from mofi_jax.common.errors import BadInput
+from mofi_jax.common.errors import BadInput, StorageFailed, storage_problem
 from mofi_jax.data import metadata, pipeline, records, tokenizer
 from mofi_jax.distributed import hosts
 from mofi_jax.training import checkpoint, model_file, state
@@ -245,3 +246,25 @@ def prepare(
             f"--workdir={workdir} is not the same folder on every host (processes {missing} do not "
             "see it): name one on a file system that all of them share."
         )
+
+
+@contextlib.contextmanager
+def storage_errors(workdir: epath.Path) -> Iterator[None]:
+    """Raises `StorageFailed` for errors inside the block which say that the folder is not writable.
+
+    The sentence names the step from which the same command goes on.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = None if isinstance(error, BadInput) else storage_problem(error, workdir)
+        if reason is None:
+            raise
+        steps = checkpoint.saved_steps(workdir)
+        last = (
+            f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved yet"
+        )
+        raise StorageFailed(
+            f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
+            f"{last}."
+        ) from error

@@ -43,15 +43,15 @@ class TrainSetup:
     learning_rates: Callable[[int], dict[str, jax.Array]]
     seed: int
 
-    def make_update(
+    def make_train_step(
         self, shardings: state.TrainState
     ) -> Callable[[state.TrainState, step.Batch], tuple[state.TrainState, step.Metrics]]:
-        """The jitted step (`step.make_update`).
+        """The jitted step (`step.make_train_step`).
 
         Args:
           shardings: of the state, as `state.create` and `state.abstract` return them.
         """
-        return step.make_update(
+        return step.make_train_step(
             self.context, self.losses, self.tx, seed=self.seed, shardings=shardings
         )
 

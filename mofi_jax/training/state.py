@@ -41,6 +41,25 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+def updated_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average of the parameters after an update; None without one.
+
+    The decay grows to its value, so that the first steps are soon forgotten: (1 + n) / (10 + n)
+    after n updates, as TensorFlow's ExponentialMovingAverage does.
+
+    Args:
+      ema: the average before.
+      params: after the update.
+      step: updates before this one.
+      decay: ``config.ema.decay``.
+    """
+    if ema is None:
+        return None
+    n = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+    return jax.tree.map(lambda average, new: new + keep * (average - new), ema, params)
+
+
 def initialiser(
     model: mofi.MofiConfig,
     tx: optax.GradientTransformation,

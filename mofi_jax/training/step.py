@@ -13,8 +13,8 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
-from mofi_jax.training import average, class_table, optim
-from mofi_jax.training.state import TrainState
+from mofi_jax.training import class_table, optim
+from mofi_jax.training.state import TrainState, updated_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -30,7 +30,7 @@ class StepContext:
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers see a batch, see `in_microbatches`.
       frozen: parts of the parameters that are constants, see `optim.is_frozen`.
-      ema_decay: of the average of the parameters, 0 for none, see `average`.
+      ema_decay: of the average of the parameters, 0 for none, see `state.updated_ema`.
     """
 
     model: mofi.MofiConfig
@@ -200,7 +200,7 @@ def make_loss(
     return loss_fn
 
 
-def make_update(
+def make_train_step(
     context: StepContext,
     losses: Mapping[str, Mapping[str, Any]],
     tx: optax.GradientTransformation,
@@ -228,7 +228,7 @@ def make_update(
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
         metrics |= {"gradient_norm": optax.tree.norm(norms), **norms}
         metrics["update_norm"] = optax.tree.norm(updates)
-        ema = average.updated(state.ema, params, state.step, context.ema_decay)
+        ema = updated_ema(state.ema, params, state.step, context.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -242,7 +242,7 @@ def make_update(
             mesh=mesh,
         )
         small = class_table.take(state, sample.rows, mesh)
-        small = average.caught_up(small, context.ema_decay)
+        small = class_table.catch_up_ema(small, context.ema_decay)
         small, metrics = dense_update(small, batch, sample)
         return class_table.put(state, small, sample.rows, mesh), metrics
 

@@ -64,7 +64,7 @@ def test_one_step_of_what_the_stream_gives(tmp_path, mesh_of):
     )
 
     first, shardings = state.create(built.init, built.seed, mesh)
-    after, values = built.make_update(shardings)(first, batch)
+    after, values = built.make_train_step(shardings)(first, batch)
     assert int(after.step) == 1
     assert float(values["labelled_share"]) > 0
     assert after.params[sharding.ENTITY_TABLE].shape[0] >= built.context.num_entities
@@ -87,7 +87,7 @@ def test_every_device_computes_its_share(mesh_of):
         built = setup.make(config, mesh, **sizes)
         structs, shardings = state.abstract(built.init, mesh)
         batch = setup.batch_structs(config, mesh)
-        compiled = built.make_update(shardings).lower(structs, batch).compile()
+        compiled = built.make_train_step(shardings).lower(structs, batch).compile()
         return costs.costs(compiled.as_text(), devices=mesh.size).flops
 
     whole = flops(mesh_of["1x1x1"])

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from mofi_jax.distributed import sharding
-from mofi_jax.training import average, class_table
-from mofi_jax.training.state import TrainState
+from mofi_jax.training import class_table
+from mofi_jax.training.state import TrainState, updated_ema
 
 ROWS, DIM = 16, 3
 
@@ -23,7 +23,7 @@ def test_what_several_steps_leave(decay):
     first = np.array([0, 0, 1, 5, 60, 80, 500, 20_000, 20_000])
     for last in (20_000, 20_050):
         wanted = [np.prod([factor(n, decay) for n in range(a, last)]) for a in first]
-        found = average.kept(jnp.asarray(first), jnp.asarray(last), decay)
+        found = class_table.ema_kept(jnp.asarray(first), jnp.asarray(last), decay)
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-30)
 
 
@@ -44,13 +44,13 @@ def test_drawn_rows_follow_the_average_over_all(mesh_of, rate):
 
     @jax.jit
     def step(state, rows):
-        small = average.caught_up(class_table.take(state, rows, mesh), decay)
+        small = class_table.catch_up_ema(class_table.take(state, rows, mesh), decay)
         updates = {sharding.ENTITY_TABLE: small.params[sharding.ENTITY_TABLE] * 0 + 1.0}
         _, opt_state = tx.update(updates, small.opt_state)
         moved = small.params | {
             sharding.ENTITY_TABLE: small.params[sharding.ENTITY_TABLE] * 0.9 + 0.1
         }
-        ema = average.updated(small.ema, moved, small.step, decay)
+        ema = updated_ema(small.ema, moved, small.step, decay)
         small = TrainState(small.step + 1, moved, opt_state, ema)
         return class_table.put(state, small, rows, mesh)
 
@@ -71,6 +71,6 @@ def test_drawn_rows_follow_the_average_over_all(mesh_of, rate):
 def test_without_an_average_or_with_a_frozen_table():
     params = {sharding.ENTITY_TABLE: jnp.ones((4, 2))}
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.EmptyState(), None)
-    assert average.caught_up(state, 0.9) is state
+    assert class_table.catch_up_ema(state, 0.9) is state
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.EmptyState(), params)
-    assert average.caught_up(state, 0.9) is state
+    assert class_table.catch_up_ema(state, 0.9) is state
