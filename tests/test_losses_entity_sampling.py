@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.losses import class_order, entity, entity_sampling
 from tests import pairwise
 from tests.test_losses_entity import ENTITIES, collectives, make_batch, relative, shapes

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from mofi_jax.distributed import meshes
 from mofi_jax.plan import costs
 from mofi_jax.plan.costs import Collective
 

@@ -10,7 +10,7 @@ import pytest
 from mofi_jax import train
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.distributed import sharding
+from mofi_jax.distributed import meshes, sharding
 from mofi_jax.inference import warm_start
 from mofi_jax.losses import class_order
 from mofi_jax.training import checkpoint
