@@ -1,7 +1,7 @@
 """What chips can do at most: the table behind MFU and rooflines, by jax's names of devices.
 
-Peaks are dense and per chip, as their makers state them.  A device that is not in the table has
-none, so that a figure is missing rather than wrong.
+Peaks are dense and per chip, as their makers state them.  A device that is not in the table has no
+MFU, which is better than a wrong one.
 """
 
 import dataclasses
@@ -12,16 +12,13 @@ GIB, GB = 2.0**30, 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, which jax may show as several devices.
+    """One chip, which jax may show as several ``devices``.
 
     Attributes:
-      name: the usual short one.
       bf16_flops: peak of matrix products in bfloat16, FLOP/s.
-      hbm_bytes: size of its memory.
-      hbm_bandwidth: of its memory, bytes/s.
+      hbm_bytes: size of its memory; hbm_bandwidth in bytes/s.
       link_bandwidth: to the other chips of its slice or node (ICI, NVLink), bytes/s, all links and
         both directions added up, as makers do; None where no total is stated.
-      devices: jax devices that share one chip.
     """
 
     name: str
@@ -46,9 +43,8 @@ _V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638 * GB, 800 * GB)
 # Two chiplets, each a jax device with half of everything.
 _V7X = Chip("TPU v7x", 2307e12, 192 * GIB, 7380 * GB, 1200 * GB, devices=2)
 
-# By `device_kind`.  TPUs: as libtpu names them, and their longer or shorter names in jax's own
-# tables.  GPUs: data sheets of NVIDIA, without sparsity; forms with other clocks or memory (PCIe,
-# NVL) have names of their own and are here only where their data sheet was read.
+# By `device_kind`.  TPUs: as libtpu and jax's own tables name them.  GPUs: NVIDIA's
+# data sheets, without sparsity; forms with other clocks or memory (PCIe, NVL) have other names.
 _CHIPS: dict[str, Chip] = {
     "TPU v4": _V4,
     "TPU v5 lite": _V5E,
@@ -67,10 +63,10 @@ _CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The chip of a jax device (its ``device_kind`` and, on TPUs, ``num_cores``); None if unknown.
+    """The chip of a jax device; None if unknown.
 
-    The two cores of a v4 or v5p chip are one jax device (megacore), unless the run asked libtpu for
-    one device a core: then each has half of the chip.
+    The two cores of a v4 or v5p chip are one jax device (megacore), unless libtpu was asked for one
+    device a core (``num_cores`` 1): then each has half of the chip.
     """
     chip = _CHIPS.get(device.device_kind)
     if chip in (_V4, _V5P) and getattr(device, "num_cores", 2) == 1:

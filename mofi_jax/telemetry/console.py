@@ -12,7 +12,7 @@ _SHOWN = ("loss", "entity_accuracy", "contrastive_accuracy")
 
 
 class Console:
-    """A context manager; the other hosts have one that says nothing.
+    """A context manager; on other hosts than 0 it prints nothing.
 
     Args:
       total_steps: of the run.
@@ -39,11 +39,11 @@ class Console:
         )
 
     def __enter__(self) -> "Console":
-        logging.get_absl_handler().addFilter(self._make_room)
+        logging.get_absl_handler().addFilter(self._clear)
         return self
 
     def __exit__(self, *error) -> None:
-        logging.get_absl_handler().removeFilter(self._make_room)
+        logging.get_absl_handler().removeFilter(self._clear)
         self._bar.close()
 
     def step(self) -> None:
@@ -51,7 +51,7 @@ class Console:
         self._bar.update(self._batch_size)
 
     def status(self, text: str) -> None:
-        """What the live line says at its end for now."""
+        """Sets what the live line shows at its end for now."""
         self._bar.set_postfix_str(text)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
@@ -71,8 +71,8 @@ class Console:
         share = 100 * step / self._total
         logging.info("step %d/%d (%.1f %%)  %s", step, self._total, share, "  ".join(parts))
 
-    def _make_room(self, record: object) -> bool:
-        """A log line is written where the live line was, which is drawn again below it."""
+    def _clear(self, record: object) -> bool:
+        """Log lines take the place of the live line, which is drawn again below them."""
         del record
         self._bar.clear()
         return True

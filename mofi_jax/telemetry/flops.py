@@ -1,10 +1,10 @@
-"""Arithmetic of a training step: the matrix products that the model asks for, counted by hand.
+"""Model FLOPs of a training step, what MFU divides: its matrix products, counted by hand.
 
-These are model FLOPs, what MFU divides: a forward pass and twice that for the gradients, without
-anything that is computed again to save memory (rematerialised blocks, microbatches, the second walk
-of the losses).  Only matrix products count, 2 FLOP for each multiplication and addition; norms,
-softmax and the optimizer are a few percent more.  The convention of PaLM (arXiv 2204.02311,
-appendix B), attention included; a causal mask saves nothing, as the masked logits are computed too.
+A forward pass and twice that for the gradients, without what is recomputed to save memory
+(rematerialisation, microbatches, the backward pass of the losses).  2 FLOP for each multiplication
+and addition; norms, softmax and the optimizer would be a few percent more.  The convention of PaLM
+(arXiv 2204.02311, appendix B), attention included; a causal mask saves nothing, as the masked
+logits are computed too.
 """
 
 import dataclasses
@@ -37,16 +37,11 @@ class StepFlops:
         return self.image + self.text + self.classes + self.pairs
 
 
-def of_step(
-    context: Any,
-    losses: Mapping[str, Mapping[str, Any]],
-    *,
-    batch_size: int,
-) -> StepFlops:
+def of_step(context: Any, losses: Mapping[str, Mapping[str, Any]], *, batch_size: int) -> StepFlops:
     """FLOPs of one training step.
 
     Args:
-      context: of the step (`training.setup.TrainSetup`); a frozen tower has no backward pass.
+      context: `training.step.StepContext`; a frozen tower has no backward pass.
       losses: task name -> options, as in ``config.losses``.
       batch_size: global.
     """
@@ -57,7 +52,10 @@ def of_step(
     backward_free = image_input(model) if "image" not in context.frozen else 0.0
     image = batch_size * (times["image"] * image_forward(model) - backward_free)
     if "entity" in losses:
-        rows = class_rows(context, losses["entity"]["sample_rate"])
+        rows, rate = context.num_entities, losses["entity"]["sample_rate"]
+        if rate < 1:  # rows of the class table that a step compares each picture with
+            padded = class_order.padded_rows(rows, context.mesh)
+            rows = entity_sampling.places(padded, rate, context.mesh) * context.mesh.size
         classes = TRAINED * 2.0 * batch_size * rows * model.embed_dim
     if "contrastive" in losses:
         text = batch_size * times["text"] * text_forward(model)
@@ -72,22 +70,14 @@ def image_forward(model: mofi.MofiConfig) -> float:
 
 
 def image_input(model: mofi.MofiConfig) -> float:
-    """FLOPs of one picture's patches on their way to the tower's width."""
+    """FLOPs of one picture's patch embedding."""
     patches = (model.image_size // model.patch_size) ** 2
     return 2.0 * patches * 3 * model.patch_size**2 * model.image.width
 
 
 def text_forward(model: mofi.MofiConfig) -> float:
-    """FLOPs of one text through the text tower; reading the token embeddings is no product."""
+    """FLOPs of one text through the text tower; token embeddings are looked up."""
     return _tower(model.text, model.context_length, model.embed_dim)
-
-
-def class_rows(context: Any, sample_rate: float) -> int:
-    """Rows of the class table that a step compares each picture with."""
-    if sample_rate == 1:
-        return context.num_entities
-    rows = class_order.padded_rows(context.num_entities, context.mesh)
-    return entity_sampling.places(rows, sample_rate, context.mesh) * context.mesh.size
 
 
 def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:

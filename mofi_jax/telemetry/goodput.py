@@ -1,4 +1,4 @@
-"""Where a run's wall time goes: a split that sums to the time since the very first start.
+"""Where a run's wall time goes: seconds by phase, which sum to the time since the very first start.
 
     start       a process's imports, data, model, restoring, up to its loop
     compile     JAX tracing, lowering and compiling (its own events), in whatever phase it happens
@@ -7,16 +7,15 @@
     eval        evaluators
     checkpoint  the loop waits for a save, which goes on in the background
     profile     a trace is begun or written (``--profile``); the steps in between are steps
-    lost        input, steps and evaluations of an earlier process that came after the checkpoint
-                from which the next one went on, and so were done again
-    down        between the last sign of life of a process and the start of the next
+    lost        input, steps and evaluations after the checkpoint from which the next process went
+                on, which did them again
+    down        between the last heartbeat of a process and the start of the next
 
-The split travels in two places: each checkpoint holds that of its moment, and ``goodput.json`` in
-the workdir that of the last sign of life.  What the second has and the first has not was lost.
+Each checkpoint holds the seconds of its moment, and ``goodput.json`` in the workdir those of the
+last heartbeat: what the second has and the first has not was lost.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -39,48 +38,15 @@ _HEARTBEAT_SECONDS = 10.0
 _COMPILE_EVENTS = "/jax/core/compile/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Stand:
-    """Where the host stands.
-
-    Attributes:
-      phase: one of `PHASES`.
-      since: when it got there, in seconds of the clock of `Goodput`.
-    """
-
-    phase: str
-    since: float
-
-
 def process_start() -> float:
     """Unix time at which this process started, before its first import."""
     return psutil.Process().create_time()
 
 
-def carried_over(
-    alive: Mapping[str, float], saved: Mapping[str, float], idle: float
-) -> dict[str, float]:
-    """The split with which a process goes on from a checkpoint; sums to ``sum(alive) + idle``.
-
-    Args:
-      alive: seconds by phase at the last sign of life of the process before.
-      saved: the same at the moment of the checkpoint.
-      idle: seconds between that sign of life and now.
-    """
-    split = {phase: alive.get(phase, 0.0) for phase in PHASES}
-    for phase in _REDONE:
-        redone = max(0.0, split[phase] - saved.get(phase, 0.0))
-        split[phase] -= redone
-        split["lost"] += redone
-    split["down"] += idle
-    return split
-
-
 class Goodput:
-    """The clock of a run; every moment belongs to exactly one phase.
+    """The clock of a run; every moment belongs to exactly one phase, at first to "start".
 
-    A new clock stands in "start", and counts there the time since ``started``.  To be used by one
-    thread; other threads may read `stand` and `moved`.
+    Used by one thread; other threads may read `current` and `moved`.
 
     Args:
       started: Unix time at which this process began the run; None: now.
@@ -96,53 +62,52 @@ class Goodput:
         wall: Callable[[], float] = time.time,
     ):
         now = wall()
-        self._started = now if started is None else min(started, now)
+        self._started = self._first_start = now if started is None else min(started, now)
         self._clock = clock
-        self._mark = clock()
+        self.moved = self._written = clock()  # the last call from the loop, by ``clock``
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._seconds["start"] = now - self._started
         self._stack = ["start"]
-        self.stand = Stand("start", self._mark)
-        self.compile_seconds = 0.0  # of this process
-        self.moved = self._mark  # when it last changed phase or finished compiling a program
         self._compiled: list[tuple[float, float]] = []
         self._thread = threading.get_ident()
         self._path: epath.Path | None = None
-        self._first_start = self._started
-        self._written = self._mark
         self._finished = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @property
+    def current(self) -> str:
+        """The present phase."""
+        return self._stack[-1]
 
     def resume(self, workdir: epath.PathLike, saved: Mapping[str, float]) -> None:
         """Adds what earlier processes spent on this run, and writes to the workdir from now on.
 
         Args:
           workdir: the run's folder.  A run that had finished, and now has a larger total, was not
-            down in between; without ``goodput.json`` nobody knows, and it is taken so too.
+            down in between; without a readable ``goodput.json`` that is assumed too.
           saved: seconds by phase of the restored checkpoint; empty without one.
         """
         path = epath.Path(workdir) / GOODPUT_FILE
-        alive, first_start, finished = saved, 0.0, True
+        alive, down = {phase: saved.get(phase, 0.0) for phase in PHASES}, 0.0
         try:
-            found = json.loads(path.read_text())
-            alive, first_start, finished = (
-                {phase: float(found["seconds"][phase]) for phase in PHASES},
-                float(found["first_start"]),
-                bool(found["finished"]),
-            )
-            if not all(map(math.isfinite, (first_start, *alive.values()))):
+            last = json.loads(path.read_text())
+            told = {phase: float(last["seconds"][phase]) for phase in PHASES}
+            idle = self._started - float(last["first_start"]) - sum(told.values())
+            if not math.isfinite(idle):
                 raise ValueError("not finite")
+            alive, down = told, 0.0 if last["finished"] else max(0.0, idle)
         except FileNotFoundError:
             pass
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            alive, first_start, finished = saved, 0.0, True
             logging.warning("%s cannot be read (%r): the run's time down is unknown", path, error)
-        if finished:
-            first_start = self._started - sum(alive.values())
-        idle = max(0.0, self._started - first_start - sum(alive.values()))
-        for phase, seconds in carried_over(alive, saved, idle).items():
+        self._first_start = self._started - down - sum(alive.values())
+        for phase in _REDONE:
+            redone = max(0.0, alive[phase] - saved.get(phase, 0.0))
+            alive[phase] -= redone
+            alive["lost"] += redone
+        alive["down"] += down
+        for phase, seconds in alive.items():
             self._seconds[phase] += seconds
-        self._first_start = first_start
         if jax.process_index() == 0:
             self._path = path
             self.save()
@@ -152,19 +117,16 @@ class Goodput:
         """Counts the time inside as ``name``; what it interrupts goes on afterwards."""
         self._settle()
         self._stack.append(name)
-        self._stand(name)
         try:
             yield
         finally:
             self._settle()
             self._stack.pop()
-            self._stand(self._stack[-1])
 
     def enter(self, name: str) -> None:
         """From here on, time outside of any `phase` counts as ``name``."""
         self._settle()
         self._stack[0] = name
-        self._stand(self._stack[-1])
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase since the very first start, up to now."""
@@ -178,25 +140,24 @@ class Goodput:
         return {f"goodput/{phase}": value / total for phase, value in seconds.items()}
 
     def line(self) -> str:
-        """The split for people."""
-        seconds = self.seconds()
-        total = max(sum(seconds.values()), 1e-9)
-        parts = ", ".join(f"{p} {100 * s / total:.1f} %" for p, s in seconds.items() if s)
-        whole = datetime.timedelta(seconds=round(total))
-        return f"goodput {100 * seconds['step'] / total:.1f} % of {whole} since the start: {parts}"
+        """The shares for people."""
+        total = datetime.timedelta(seconds=round(sum(self.seconds().values())))
+        shares = {phase: 100 * self.shares()[f"goodput/{phase}"] for phase in PHASES}
+        parts = ", ".join(f"{phase} {share:.1f} %" for phase, share in shares.items() if share)
+        return f"goodput {shares['step']:.1f} % of {total} since the start: {parts}"
 
     def heartbeat(self) -> None:
-        """A sign of life: writes the split if the last time was a while ago."""
+        """Writes the seconds if the last time was a while ago."""
         if self._clock() - self._written >= _HEARTBEAT_SECONDS:
             self.save()
 
     def save(self) -> dict[str, float]:
-        """Writes the split to the workdir (host 0, after `resume`) and returns it."""
+        """Writes the seconds to the workdir (host 0, after `resume`) and returns them."""
         seconds = self.seconds()
         if self._path is not None:
             state = {"first_start": self._first_start, "finished": self._finished}
             write_json(self._path, {**state, "seconds": seconds})
-        self._written = self._mark
+        self._written = self.moved
         return seconds
 
     def finish(self) -> dict[str, float]:
@@ -205,10 +166,8 @@ class Goodput:
         return self.save()
 
     def close(self) -> None:
-        """A last sign of life, and no more listening to JAX."""
+        """Saves for the last time, and listens to JAX no more."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
-        if self._path is None:
-            return
         try:
             self.save()
         except OSError as error:  # the folder may be full or gone; what ended the run matters more
@@ -217,32 +176,26 @@ class Goodput:
     def compiled(self, seconds: float) -> None:
         """Moves the last ``seconds`` of the present phase to "compile".
 
-        JAX tells of an inner program before the outer one whose time contains it: what has been
+        JAX reports an inner program before the outer one whose time contains it: what has been
         moved already is not moved again.
         """
         self._settle()
-        end, begin = self._mark, self._mark - seconds
-        known = 0.0
+        begin = self.moved - seconds
         while self._compiled and self._compiled[-1][1] > begin:
-            inner = self._compiled.pop()
-            known += inner[1] - max(inner[0], begin)
-            begin = min(begin, inner[0])
-        self._compiled.append((begin, end))
-        self._seconds[self._stack[-1]] -= seconds - known
-        self._seconds["compile"] += seconds - known
-        self.compile_seconds += seconds - known
-        self.moved = end
+            inner, end = self._compiled.pop()
+            seconds -= end - max(inner, begin)
+            begin = min(begin, inner)
+        self._compiled.append((begin, self.moved))
+        self._seconds[self.current] -= seconds
+        self._seconds["compile"] += seconds
 
     def _on_event(self, event: str, duration: float, **_) -> None:
         # A thread that compiles in the background takes none of the loop's time.
         if event.startswith(_COMPILE_EVENTS) and threading.get_ident() == self._thread:
             self.compiled(duration)
 
-    def _stand(self, name: str) -> None:
-        self.stand = Stand(name, self._mark)
-        self.moved = self._mark
-
     def _settle(self) -> None:
+        """Counts the time since the last call as the present phase's."""
         now = self._clock()
-        self._seconds[self._stack[-1]] += now - self._mark
-        self._mark = now
+        self._seconds[self.current] += now - self.moved
+        self.moved = now

@@ -1,4 +1,4 @@
-"""How fast a run is and what it takes: rates, data wait, MFU, compile time, memory, goodput."""
+"""How fast a run is and what it takes: rates, data wait, MFU, memory, goodput."""
 
 import jax
 import psutil
@@ -16,9 +16,9 @@ class Meter:
     Args:
       goodput: the run's clock.
       images_per_step: global batch.
-      tokens_per_step: positions of the text tower, padding included: texts of the global batch
-        times the context length; 0 without a text tower.
-      flops_per_step: model FLOP of a step on all devices together; None: unknown, then no MFU.
+      tokens_per_step: texts of the global batch times the context length, padding included; 0
+        without a text tower.
+      flops_per_step: model FLOP of a step on all devices together.
       peak_flops: FLOP/s of all devices together; None: unknown, then no MFU.
     """
 
@@ -28,18 +28,15 @@ class Meter:
         *,
         images_per_step: int,
         tokens_per_step: int = 0,
-        flops_per_step: float | None = None,
+        flops_per_step: float = 0.0,
         peak_flops: float | None = None,
     ):
         self._goodput = goodput
         self._images = images_per_step
         self._tokens = tokens_per_step
-        known = flops_per_step is not None and peak_flops is not None
-        self._busy_seconds = flops_per_step / peak_flops if known else None
-        self._process = psutil.Process()
+        self._busy_seconds = flops_per_step / peak_flops if peak_flops else None
         self._steps = 0
         self._before = goodput.seconds()
-        self._compile_told = 0.0
 
     def read(self, steps: int) -> dict[str, float]:
         """What to log.
@@ -49,11 +46,10 @@ class Meter:
 
         Returns:
           ``speed/``: images_per_second, tokens_per_second, step_seconds, data_wait (share of the
-          training time in which the loop waited for a batch), mfu, all of the interval since the
-          read before, left out until a step is finished; compile_seconds of this process, once and
-          again whenever it has grown.  ``memory/``: host_gib, resident memory of this process
+          training time in which the loop waited for a batch), mfu, all since the last read, left
+          out until a step is finished.  ``memory/``: host_gib, resident memory of this process
           without its data workers; device_gib, the peak so far on the fullest local device, where
-          the device tells.  ``goodput/``: see `Goodput.shares`.
+          devices report it (CPUs do not).  ``goodput/``: see `Goodput.shares`.
         """
         seconds = self._goodput.seconds()
         values = {}
@@ -69,16 +65,9 @@ class Meter:
             if self._busy_seconds is not None:
                 values["speed/mfu"] = done * self._busy_seconds / spent
             self._steps, self._before = steps, seconds
-        compiled = self._goodput.compile_seconds
-        if compiled > self._compile_told:
-            values["speed/compile_seconds"] = self._compile_told = compiled
-        values["memory/host_gib"] = self._process.memory_info().rss / _GIB
-        values |= device_memory()
+        values["memory/host_gib"] = psutil.Process().memory_info().rss / _GIB
+        stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+        if stats:
+            peaks = [s.get("peak_bytes_in_use", s.get("bytes_in_use", 0)) for s in stats]
+            values["memory/device_gib"] = max(peaks) / _GIB
         return values | self._goodput.shares()
-
-
-def device_memory() -> dict[str, float]:
-    """``memory/device_gib``, the peak on the fullest local device; empty where none tells (CPU)."""
-    found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-    peaks = [stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)) for stats in found]
-    return {"memory/device_gib": max(peaks) / _GIB} if peaks else {}

@@ -9,13 +9,11 @@ from etils import epath
 
 from mofi_jax.common.errors import BadInput
 
-PROFILE_FOLDER = "profile"
-
 
 class Profile:
     """Traces the updates from step N to step M into ``workdir/profile``, on every host.
 
-    A run that goes on inside the window traces the rest of it; one that goes on behind it, nothing.
+    A run resumed inside the window traces the rest of it; one resumed after it, nothing.
 
     Args:
       window: ``"N:M"``, N < M; empty for no profile.
@@ -27,14 +25,11 @@ class Profile:
     """
 
     def __init__(self, window: str, workdir: epath.PathLike, *, total_steps: int):
-        self._folder = epath.Path(workdir) / PROFILE_FOLDER
-        self._begin = self._end = 0
+        self._folder = epath.Path(workdir) / "profile"
         self._tracing = False
-        if not window:
-            return
-        numbers = re.fullmatch(r"(\d{1,15}):(\d{1,15})", window)
+        numbers = re.fullmatch(r"(\d{1,15}):(\d{1,15})", window or "0:0")
         self._begin, self._end = map(int, numbers.groups()) if numbers else (0, 0)
-        if self._begin >= self._end:
+        if window and self._begin >= self._end:
             raise BadInput(
                 f"--profile={window} is no window of steps: write --profile=N:M with N < M, as in "
                 "--profile=100:110."
@@ -49,13 +44,14 @@ class Profile:
         """Starts or stops as due before the update that follows ``step``.
 
         Args:
-          in_flight: results of the last update, waited for before the trace ends.
+          in_flight: results of the last update, waited for before the trace starts or ends.
         """
-        if self._tracing and step >= self._end:
-            jax.block_until_ready(in_flight)
+        if self._tracing == (self._begin <= step < self._end):
+            return
+        jax.block_until_ready(in_flight)
+        if self._tracing:
             self.close()
-        elif not self._tracing and self._begin <= step < self._end:
-            jax.block_until_ready(in_flight)
+        else:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
 

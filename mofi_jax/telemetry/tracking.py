@@ -10,8 +10,6 @@ from etils import epath
 from mofi_jax.common.errors import BadInput
 from mofi_jax.common.files import write_text
 
-WANDB_ID_FILE = "wandb_id.txt"
-
 
 def require_wandb(project: str) -> Any:
     """The package ``wandb`` if a project is named, else None.
@@ -31,10 +29,10 @@ def require_wandb(project: str) -> Any:
 
 
 def open_wandb(project: str, workdir: epath.PathLike, config: Any) -> Any:
-    """The run of this workdir, begun or gone on with; None without a project and off host 0.
+    """This workdir's run, new or resumed; None without a project and on other hosts than 0.
 
     Its id is kept in the workdir.  Weights & Biases takes no second value for a step: the steps
-    that a resumed run does again stand there as they were before, and they are the same.
+    that a resumed run repeats stay as they were, and they are the same.
 
     Args:
       config: an ml_collections ConfigDict, shown beside the curves.
@@ -43,7 +41,7 @@ def open_wandb(project: str, workdir: epath.PathLike, config: Any) -> Any:
     if package is None or jax.process_index() != 0:
         return None
     workdir = epath.Path(workdir).absolute()
-    path = workdir / WANDB_ID_FILE
+    path = workdir / "wandb_id.txt"
     if not path.exists():
         write_text(path, secrets.token_hex(8) + "\n")
     return package.init(

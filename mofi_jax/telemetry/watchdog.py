@@ -1,11 +1,9 @@
-"""Tells where a host stands when a run hangs; it kills nothing."""
+"""Reports where a host hangs; it kills nothing."""
 
-import datetime
-import faulthandler
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -19,12 +17,12 @@ class Watchdog:
 
     Every host has its own, since in a hung run the stacks differ: one host waits for its data and
     the others, in a collective, for that host.  A change of phase and a compiled program are
-    progress, beside the calls of `progress`.  It speaks again each time the limit has passed.
+    progress, beside the calls of `progress`.  It reports again each time the limit has passed.
 
     Args:
       workdir: receives ``hang-PROCESS.txt``.
       goodput: knows the phase.
-      minutes: without progress until it speaks; 0 for never.
+      minutes: without progress until it reports; 0 for never.
       clock: that of ``goodput``.
     """
 
@@ -62,35 +60,28 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        told = 0  # times of this hang
+        reported = 0  # times in this hang
         while not self._stop.wait(min(10.0, self._limit / 10)):
             idle = self.idle()
             due = int(idle / self._limit)
-            if due > told:
-                self._speak(idle)
-            told = due
+            if due > reported:
+                self._report(idle)
+            reported = due
 
-    def _speak(self, idle: float) -> None:
-        stand = self._goodput.stand
-        now = datetime.datetime.now(datetime.UTC)
-        since = now - datetime.timedelta(seconds=self._clock() - stand.since)
+    def _report(self, idle: float) -> None:
         reached = "before its first step" if self._step is None else f"at step {self._step}"
-        text = (
-            f"process {jax.process_index()} of {jax.process_count()} hangs: no progress for "
-            f"{idle / 60:.1f} minutes, in phase {stand.phase!r} since {since:%Y-%m-%d %H:%M:%S} "
-            f"UTC, {reached}\n{stacks()}\n"
-        )
+        lines = [
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}: process {jax.process_index()} of "
+            f"{jax.process_count()} hangs: no progress for {idle / 60:.1f} minutes, in phase "
+            f"{self._goodput.current!r}, {reached}\n"
+        ]
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            lines += [f"thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
+        text = "".join(lines)
         print(text, file=sys.stderr, flush=True)
         try:
             with self._path.open("a") as file:
                 file.write(text)
         except OSError as error:
             print(f"{self._path} cannot be written: {error}", file=sys.stderr, flush=True)
-
-
-def stacks() -> str:
-    """The Python stacks of all threads of this process, the innermost call first."""
-    with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to a real file only
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
