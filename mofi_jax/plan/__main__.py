@@ -26,7 +26,7 @@ from absl import logging
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
-from mofi_jax.plan import costs
+from mofi_jax.plan import costs, tpu_topology
 from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import class_table, settings, setup, state
 
@@ -103,7 +103,7 @@ def main(
         "vocab_size": whole_number("vocab_size", vocab_size),
     }
     count = whole_number("slices", slices)
-    devices = topology.devices(topology, count)
+    devices = tpu_topology.devices(topology, count)
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     setup.check_batch(config, mesh)
     found = plan(config, mesh, topology=topology, slices=count, **sizes)
