@@ -152,6 +152,8 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
         raise BadInput(f"{run} is no training run (no config.json): name the --workdir of one.")
     remedy = "put back the config.json that the training wrote"
     config = ml_collections.ConfigDict(files.read_json_object(path, remedy))
+    if "data" in config and "block" not in config.data:  # of an earlier version
+        config.data.block = 1
     try:
         settings.validate(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -201,7 +201,11 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         workdir,
         resume_step=first if resumed else -1,
         keys=lambda step: pipeline.batch_keys(
-            data.parts, config.seed, position.examples + (step - 1 - first) * batch_size, batch_size
+            data.parts,
+            config.seed,
+            position.examples + (step - 1 - first) * batch_size,
+            batch_size,
+            config.data.block,
         ),
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
@@ -212,6 +216,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             builder,
             seed=config.seed,
             start=examples,
+            block=config.data.block,
             batch_size=config.batch_size,
             rows=global_batch.batch_rows(mesh, config.batch_size),
             threads=config.data.threads,

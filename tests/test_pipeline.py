@@ -40,12 +40,16 @@ def builder(folder, name="i2e", **changes):
     return pipeline.ExampleBuilder(**{**settings, **changes})
 
 
+def example_of(build, record, position=0):
+    return build.examples(0, [(position, record)])[0]
+
+
 def alone(folder, name="i2e"):
     return [pipeline.Part(name, records.open_source(folder, name))]
 
 
 def batches(
-    folder, count, *, parts=None, name="i2e", start=0, host=0, hosts=1, batch_size=8, workers=0
+    folder, count, *, parts=None, name="i2e", start=0, host=0, hosts=1, batch_size=8, **options
 ):
     stream = pipeline.training_stream(
         parts or alone(folder, name),
@@ -55,8 +59,7 @@ def batches(
         host=host,
         hosts=hosts,
         batch_size=batch_size,
-        threads=2,
-        workers=workers,
+        **{"threads": 2, "workers": 0, **options},
     )
     drawn = list(itertools.islice(stream, count))
     stream.close()
@@ -81,11 +84,12 @@ def test_shapes_and_types(folder):
     }
 
 
-def test_any_number_of_hosts_draws_the_same_global_batches(folder):
+@pytest.mark.parametrize("block", [1, 5])
+def test_any_number_of_hosts_draws_the_same_global_batches(folder, block):
     """Their rows together are the batch of one host."""
-    whole = batches(folder, 8)
+    whole = batches(folder, 8, block=block)
     for hosts in (2, 4):
-        parts = [batches(folder, 8, host=h, hosts=hosts) for h in range(hosts)]
+        parts = [batches(folder, 8, host=h, hosts=hosts, block=block) for h in range(hosts)]
         for step, batch in enumerate(whole):
             assert_same(merged(part[step] for part in parts), batch)
 
@@ -103,11 +107,12 @@ def test_continues_exactly_also_on_other_host_counts(folder):
     np.testing.assert_array_equal(rest[0]["image"], whole[4]["image"][4:])
 
 
-def test_worker_processes_change_nothing(folder, monkeypatch):
-    """Three of them, from an odd step on, where batches are split into several groups."""
-    monkeypatch.setattr(pipeline, "_WORKER_GROUPS", (3, 3))
-    there = batches(folder, 4, start=24, workers=3)
-    for a, b in zip(batches(folder, 7)[3:], there, strict=True):
+@pytest.mark.parametrize(("workers", "block"), [(3, 1), (0, 5), (2, 5)])
+def test_worker_processes_change_nothing(folder, monkeypatch, workers, block):
+    """From an odd step on, where batches are split into several groups."""
+    monkeypatch.setattr(pipeline, "_GROUPS", (3, 3))
+    there = batches(folder, 4, start=24, workers=workers, block=block)
+    for a, b in zip(batches(folder, 7, block=block)[3:], there, strict=True):
         assert_same(a, b)
 
 
@@ -127,14 +132,18 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_run(folder):
 
 def test_two_hosts_of_workers_and_the_one_that_goes_on_see_every_example_once(folder):
     """Six steps of 8 are an epoch of 48: three on two hosts, the rest on one."""
-    apart = [batches(folder, 3, host=h, hosts=2, workers=2 * h) for h in range(2)]
-    rest = batches(folder, 3, start=24, workers=1)
-    whole = batches(folder, 6)
+    apart = [batches(folder, 3, host=h, hosts=2, workers=2 * h, block=100) for h in range(2)]
+    rest = batches(folder, 3, start=24, workers=1, block=100)
+    whole = batches(folder, 6, block=100)
     for step in range(3):
         assert_same(merged(part[step] for part in apart), whole[step])
     for a, b in zip(rest, whole[3:], strict=True):
         assert_same(a, b)
-    keys = [key for step in range(6) for key in pipeline.batch_keys(alone(folder), 3, 8 * step, 8)]
+    keys = [
+        key
+        for step in range(6)
+        for key in pipeline.batch_keys(alone(folder), 3, 8 * step, 8, block=100)
+    ]
     assert len(set(keys)) == 48
 
 
@@ -151,10 +160,11 @@ def test_batches_of_any_size(folder, batch_size, hosts):
 
 
 def test_groups_split_a_batch_evenly(folder):
-    ordered, build = pipeline._ordered(alone(folder), 0), builder(folder)
+    parts, build = alone(folder), builder(folder)
+    places = pipeline._order(parts, 0, 1)
     for local, per_batch in ((15, 2), (9, 2), (1, 1), (1000, 125), (33, 5)):
         rows = np.arange(1, 3 * local, 3)
-        groups = pipeline._Groups(ordered, build, 0, 100, 3 * local, rows, per_batch)
+        groups = pipeline._Groups(parts, places, build, 0, 100, 3 * local, rows, per_batch)
         found = [groups.positions(i) for i in range(3 * per_batch)]
         assert [p for group in found for p in group] == list(range(101, 101 + 9 * local, 3))
         sizes = [len(group) for group in found]
@@ -165,8 +175,8 @@ def test_groups_split_a_batch_evenly(folder):
 @pytest.mark.parametrize(
     ("local", "threads", "workers", "expected"),
     [
-        (64, 2, 0, (8, 8, 16, 0, 192)),
-        (15, 4, 0, (8, 2, 8, 0, 79)),
+        (64, 2, 0, (32, 2, 4, 0, 192)),
+        (15, 4, 0, (15, 1, 8, 0, 135)),
         (1024, 2, 8, (128, 8, 4, 4224, 9344)),
         (1024, 16, 8, (32, 32, 32, 1056, 10272)),
         (16, 1, 2, (16, 1, 2, 144, 224)),
@@ -234,12 +244,12 @@ def test_labels_and_texts_of_one_record(folder):
     source = records.open_source(folder, "i2e")
     record = next(r for r in source if len(r["entity_ids"]) == 2)
     build = builder(folder, max_labels=3)
-    example = build(record, np.random.default_rng(0))
+    example = example_of(build, record)
     np.testing.assert_array_equal(example["entity_ids"], [*record["entity_ids"], -1])
     np.testing.assert_array_equal(example["entity_weights"], [0.5, 0.5, 0])
-    one = builder(folder, max_labels=1)(record, np.random.default_rng(0))
+    one = example_of(builder(folder, max_labels=1), record)
     np.testing.assert_array_equal(one["entity_ids"], record["entity_ids"][:1])
-    assert {int(build(record, np.random.default_rng(i))["text_group"]) for i in range(20)} == set(
+    assert {int(example_of(build, record, i)["text_group"]) for i in range(20)} == set(
         record["entity_ids"].tolist()
     )
 
@@ -254,7 +264,7 @@ def test_each_text_source(folder, source):
         "name": build.entities.names[entity],
         "name_and_description": f"{build.entities.names[entity]}, a drawing",
     }[source]
-    tokens = build(record, np.random.default_rng(0))["tokens"]
+    tokens = example_of(build, record)["tokens"]
     np.testing.assert_array_equal(tokens, build._tokenizer([expected])[0])
 
 
@@ -263,7 +273,7 @@ def test_unlabelled_pairs_use_their_words_and_group_by_them(folder):
     build = builder(folder, "i2t")
     groups = {}
     for record in source:
-        example = build(record, np.random.default_rng(0))
+        example = example_of(build, record)
         assert (example["entity_ids"] == -1).all()
         assert example["entity_weights"].sum() == 0
         assert example["text_group"] < 0
@@ -274,7 +284,7 @@ def test_unlabelled_pairs_use_their_words_and_group_by_them(folder):
 
 def test_empty_captions_are_marked(folder):
     record = dict(records.open_source(folder, "i2t")[0], text="  ")
-    assert not builder(folder, "i2t")(record, np.random.default_rng(0))["text_valid"]
+    assert not example_of(builder(folder, "i2t"), record)["text_valid"]
 
 
 def test_labels_beyond_the_vocabulary(folder):
@@ -282,14 +292,14 @@ def test_labels_beyond_the_vocabulary(folder):
     record["entity_ids"] = np.array([99], np.int32)
     record["entity_scores"] = np.array([0.5], np.float32)
     with pytest.raises(BadInput, match="entity id 99, beyond the vocabulary of 7 entities"):
-        builder(folder)(record, np.random.default_rng(0))
+        example_of(builder(folder), record)
 
 
 def test_builder_pickles_without_its_tokenizer(folder):
     build = builder(folder)
     record = records.open_source(folder, "i2e")[0]
-    before = build(record, np.random.default_rng(1))
-    assert_same(pickle.loads(pickle.dumps(build))(record, np.random.default_rng(1)), before)
+    before = example_of(build, record, 1)
+    assert_same(example_of(pickle.loads(pickle.dumps(build)), record, 1), before)
 
 
 # ------------------------------------------------------------------------------- several data sets
@@ -326,7 +336,7 @@ def test_sets_come_in_the_order_of_their_names_and_are_remapped_by_qid(mixed):
     ]
     np.testing.assert_array_equal(mixed[2].remap, [-1, -1, -1, 6, 5, 4, 3, 2, 1, 0])
     # Record 2 names entity 2, which is Q007 there; record 5 names 5 and 6, which are Q004 and Q003.
-    read = [mixed[2].record(i) for i in (2, 5)]
+    read = [mixed[2].records([i])[0] for i in (2, 5)]
     assert [r["entity_ids"].tolist() for r in read] == [[], [4, 3]]
     assert [len(r["entity_scores"]) for r in read] == [0, 2]
 
@@ -359,13 +369,15 @@ def test_an_epoch_shows_every_primary_example_once(mixed):
         assert len(keys) == len(set(keys)) == 48
 
 
-def test_a_mixture_is_the_same_for_any_hosts_and_continues_exactly(folder, mixed):
-    whole = batches(folder, 8, parts=mixed)
-    parts = [batches(folder, 8, parts=mixed, host=h, hosts=4) for h in range(4)]
+@pytest.mark.parametrize("block", [1, 7])
+def test_a_mixture_is_the_same_for_any_hosts_and_continues_exactly(folder, mixed, block):
+    options = {"parts": mixed, "block": block}
+    whole = batches(folder, 8, **options)
+    parts = [batches(folder, 8, host=h, hosts=4, **options) for h in range(4)]
     for step, batch in enumerate(whole):
         assert_same(merged(part[step] for part in parts), batch)
-    assert_same(batches(folder, 1, parts=mixed, start=40)[0], whole[5])
-    rest = batches(folder, 2, parts=mixed, start=48, host=1, hosts=2)
+    assert_same(batches(folder, 1, start=40, **options)[0], whole[5])
+    rest = batches(folder, 2, start=48, host=1, hosts=2, **options)
     np.testing.assert_array_equal(rest[1]["image"], whole[7]["image"][4:])
 
 
@@ -375,26 +387,26 @@ def test_a_mixture_in_worker_processes(folder, mixed):
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("which", ["alone", "mixed"])
-def test_batch_keys_name_what_the_stream_gave(folder, mixed, which):
+@pytest.mark.parametrize(("which", "block"), [("alone", 1), ("mixed", 1), ("mixed", 6)])
+def test_batch_keys_name_what_the_stream_gave(folder, mixed, which, block):
     """Each example rebuilt from the record of its key, whichever batch and host it was in."""
     parts = mixed if which == "mixed" else alone(folder)
     by_name = {part.name: part for part in parts}
     plain = builder(folder, image_ops="decode|resize_short(16)")
     rows = np.array([0, 3, 4, 7, 9, 10, 13, 14])  # of a host whose devices lie scattered
     stream = pipeline.training_stream(
-        parts, plain, seed=3, start=24, batch_size=16, rows=rows, threads=2, workers=0
+        parts, plain, seed=3, start=24, batch_size=16, rows=rows, threads=2, workers=0, block=block
     )
     batch = next(itertools.islice(stream, 2, 3))
     stream.close()
-    all_keys = pipeline.batch_keys(parts, 3, 24 + 2 * 16, 16)
+    all_keys = pipeline.batch_keys(parts, 3, 24 + 2 * 16, 16, block)
     keys = [all_keys[row] for row in rows]
     assert len(set(keys)) > 4
     for i, key in enumerate(keys):
         name, _, number = key.partition(":")
         part = by_name[name]
-        record = part.record(int(number))
-        example = plain(record, np.random.default_rng(0))
+        record = part.records([int(number)])[0]
+        example = example_of(plain, record)
         np.testing.assert_array_equal(batch["image"][i], example["image"])
         np.testing.assert_array_equal(batch["entity_ids"][i], example["entity_ids"])
 
@@ -439,7 +451,7 @@ def test_labels_of_a_set_without_a_vocabulary_are_refused(folder, tmp_path):
     extra = {"bare": {"dir": str(tmp_path), "name": "i2e", "weight": 1.0}}
     [part] = pipeline.open_extra(extra, builder(folder).entities)
     with pytest.raises(BadInput, match="beyond the vocabulary of 0 entities"):
-        part.record(0)
+        part.records([0])
 
 
 @pytest.mark.parametrize(

@@ -306,10 +306,10 @@ def test_a_server_that_is_away_is_no_damage(tmp_path, monkeypatch, error):
     _write(tmp_path, [1])
     source = records.open_source(tmp_path, "i2e")
 
-    def read(self, index):
+    def read(self, shard, run):
         raise error
 
-    monkeypatch.setattr(type(source._records), "__getitem__", read)
+    monkeypatch.setattr(records.Source, "_read_run", read)
     with pytest.raises(type(error)) as raised:
         source[0]
     assert raised.value is error

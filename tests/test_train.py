@@ -343,6 +343,10 @@ def test_a_shard_replaced_by_another_is_other_data(tmp_path):
     del old["extra"]["more"]["shards"]
     assert run_folder.data_changes(old, after) == ""
     assert "seed was" in run_folder.data_changes(old, after | {"seed": 7})
+    # They shuffled single records.
+    del old["block"]
+    assert run_folder.data_changes(old, after) == ""
+    assert run_folder.data_changes(old, after | {"block": 128}) == "block was 1 and is 128"
 
 
 def test_data_that_differ_on_another_host_are_told(data, monkeypatch):

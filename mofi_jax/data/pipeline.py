@@ -1,9 +1,9 @@
 """The training stream: one order fixed by the seed, any number of hosts, exact from any point.
 
 The position is one number, examples consumed.  The order over all epochs is a function of the index
-(Grain MapDataset: each set shuffled and repeated, the sets mixed by their weights), random
-operations are keyed by the global index, and row r of a batch is the example r places behind its
-position, whichever host feeds it; so any number of hosts continues exactly where any other stopped.
+(`mofi_jax.data.order`), random operations are keyed by the global index, and row r of a batch is
+the example r places behind its position, whichever host feeds it; so any number of hosts continues
+exactly where any other stopped.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from absl import flags, logging
 from jaxtyping import Int
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import limits, ops, records, tokenizer
+from mofi_jax.data import limits, ops, order, records, tokenizer
 from mofi_jax.distributed import preemption
 
 TEXT_SOURCES = ("name", "name_and_description", "alt_text")
 
-# Examples that a thread makes at once: handing over each alone would cost as much as its tokens.
-# From another process a shared array costs as much as two pictures, so that groups are larger, up
-# to 128 for one thread, and smaller where many threads have one each.
-_THREAD_GROUP, _WORKER_GROUPS = 8, (32, 128)
+# Examples that a thread reads and makes at once: a run of records is one read.  From another
+# process a shared array costs as much as two images, so that groups are larger where few threads
+# have one each.
+_GROUPS = (32, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBuilder:
-    """One record -> one training example; a pure function of (record, rng), picklable.
+    """Records -> training examples; a pure function of record, seed and position, picklable.
 
     Attributes:
       image_ops: specification for `ops.build`.
@@ -64,28 +64,25 @@ class ExampleBuilder:
         state.pop("_tokenizer", None)
         return state
 
-    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns image uint8 [s, s, 3], tokens int32 [t], text_group int32, text_valid bool,
-        entity_ids int32 [k] (-1 where there is none), entity_weights float32 [k] (sum 1 or 0)."""
-        words = self._words(record, rng)
-        return {"image": self._picture(record, rng), **words}
-
     def examples(
         self, seed: int, placed: Sequence[tuple[int, Mapping[str, Any]]]
     ) -> list[dict[str, Any]]:
         """The examples of some (position, record); draws depend on seed and position alone.
 
-        First all words, then all pictures: a picture takes the whole cache of a core, and making
-        words between two of them takes twice as long.
+        Returns:
+          For each image uint8 [s, s, 3], tokens int32 [t], text_group int32, text_valid bool,
+          entity_ids int32 [k] (-1 where there is none), entity_weights float32 [k] (sum 1 or 0).
         """
+        # First all texts, then all images: an image takes the whole cache of a core, and making
+        # texts between two of them takes twice as long.
         draw = _Draws(seed)
-        words = [self._words(record, draw.at(index, 0)) for index, record in placed]
+        texts = [self._text_and_labels(record, draw.at(index, 0)) for index, record in placed]
         return [
-            {"image": self._picture(record, draw.at(index, 1)), **made}
-            for (index, record), made in zip(placed, words, strict=True)
+            {"image": self._image(record, draw.at(index, 1)), **made}
+            for (index, record), made in zip(placed, texts, strict=True)
         ]
 
-    def _picture(self, record: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
+    def _image(self, record: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
         try:
             image = ops.build(self.image_ops)({"image": record["image"]}, rng)["image"]
         except ops.UndecodableImage as error:
@@ -96,8 +93,9 @@ class ExampleBuilder:
             ) from error
         return np.ascontiguousarray(image)
 
-    def _words(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """All of an example but its picture."""
+    def _text_and_labels(
+        self, record: Mapping[str, Any], rng: np.random.Generator
+    ) -> dict[str, Any]:
         ids = np.full(self.max_labels, -1, np.int32)
         weights = np.zeros(self.max_labels, np.float32)
         labels = 0
@@ -169,21 +167,21 @@ class Part:
     weight: float = 1.0
     remap: np.ndarray | None = None
 
-    def record(self, index: int) -> dict[str, Any]:
-        """The record in the primary vocabulary, without labels that are not in it.
+    def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records in the primary vocabulary, without labels that are not in it.
 
         New are `set`, the name of this part, and `place`, where it was read.
         """
-        record = {**self.source[index], "set": self.name, "place": self.source.place(index)}
-        if self.remap is not None:
-            records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
-            ids = self.remap[record["entity_ids"]]
-            known = ids >= 0
-            record |= {
-                "entity_ids": ids[known],
-                "entity_scores": record["entity_scores"][known],
-            }
-        return record
+        found = self.source.read(indices)
+        for index, record in zip(indices, found, strict=True):
+            record |= {"set": self.name, "place": self.source.place(index)}
+            if self.remap is not None:
+                records.validate_entity_ids(record["entity_ids"], len(self.remap), record["key"])
+                ids = self.remap[record["entity_ids"]]
+                known = ids >= 0
+                record["entity_ids"] = ids[known]
+                record["entity_scores"] = record["entity_scores"][known]
+        return found
 
 
 def open_extra(
@@ -238,57 +236,53 @@ def examples_per_epoch(parts: Sequence[Part]) -> int:
 def check_shards(parts: Sequence[Part], hosts: int) -> None:
     """Refuses a set of fewer shards than hosts.
 
-    Nothing would be wrong with the examples: every host opens all shards and reads its own records
-    from any of them.  But then several hosts always stand at the same file of the shared disk or
-    bucket, whose throughput is per file; a pod that reads so few files is fed by a sample, or by a
-    set that was never meant for it, and it is better to hear of that before it waits for data.
+    The examples would be right, but several hosts would always read the same file of a shared disk
+    or bucket, whose throughput is per file.
 
     Raises:
       BadInput: names the set.
     """
     for part in parts:
-        if part.source.shards < hosts:
+        if len(part.source.files) < hosts:
             raise BadInput(
-                f"{part.source.directory} has {part.source.shards} shards for {hosts} hosts, which "
-                "would wait for one another's reads: write it with a smaller "
+                f"{part.source.directory} has {len(part.source.files)} shards for {hosts} hosts, "
+                "which would wait for one another's reads: write it with a smaller "
                 "config.shard_examples (data_prep.build_i2e), or train on fewer hosts."
             )
 
 
-def _ordered(parts: Sequence[Part], seed: int) -> grain.MapDataset:
-    """The records of all sets in the order of training, without end.
+def _order(parts: Sequence[Part], seed: int, block: int) -> grain.MapDataset:
+    lengths, weights = zip(*((len(part.source), part.weight) for part in parts), strict=True)
+    return order.example_order(lengths, weights, seed=seed, block=block)
 
-    Grain mixes by whole numbers: shares are exact to one percent of the smallest one.
-    """
-    sets = [
-        grain.MapDataset.range(len(part.source))
-        # A seed for each set, so that sets of one length are not walked in step; Grain takes
-        # the seeds that follow it for the next epochs.
-        .shuffle(seed=int(np.random.SeedSequence((seed, 1 + i)).generate_state(1)[0]))
-        .repeat()
-        .map(part.record)
-        for i, part in enumerate(parts)
+
+def _read(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The records at some (set, record), in their order; those of a set are read together."""
+    read = [
+        iter(part.records([record for of, record in places if of == number]))
+        for number, part in enumerate(parts)
     ]
-    if len(sets) == 1:
-        return sets[0]
-    return grain.MapDataset.mix(sets, weights=[part.weight for part in parts])
+    return [next(read[number]) for number, _ in places]
 
 
-def batch_keys(parts: Sequence[Part], seed: int, start: int, count: int) -> list[str]:
+def batch_keys(
+    parts: Sequence[Part], seed: int, start: int, count: int, block: int = 1
+) -> list[str]:
     """SET:KEY of the examples at the positions start, ..., start + count - 1.
 
-    Recomputed from the position, so that no keys travel with the batches; reads ``count`` records.
+    Recomputed from the position, so that no keys travel with the batches; reads the records.
     """
-    ordered = _ordered(parts, seed)
-    found = (ordered[i] for i in range(start, start + count))
+    places = _order(parts, seed, block)
+    found = _read(parts, [places[i] for i in range(start, start + count)])
     return [f"{record['set']}:{record['key']}" for record in found]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)  # Grain asks for it, and the vocabulary is long
+@dataclasses.dataclass(frozen=True, repr=False)  # Grain logs it, and the vocabulary is long
 class _Groups:
-    """The examples of one host in groups by number; batches are split into ``per_batch`` each."""
+    """The examples of one host in groups by number, ``per_batch`` of them a batch."""
 
-    ordered: grain.MapDataset
+    parts: Sequence[Part]
+    order: grain.MapDataset
     builder: ExampleBuilder
     seed: int
     start: int
@@ -303,8 +297,9 @@ class _Groups:
         return (self.start + batch * self.batch_size + self.rows[first:last]).tolist()
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        placed = [(i, self.ordered[i]) for i in self.positions(number)]
-        examples = self.builder.examples(self.seed, placed)
+        positions = self.positions(number)
+        found = _read(self.parts, [self.order[i] for i in positions])
+        examples = self.builder.examples(self.seed, list(zip(positions, found, strict=True)))
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
@@ -331,19 +326,19 @@ def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np
 
 
 class Buffers(NamedTuple):
-    """How the examples of a host wait; sizes in examples."""
+    """Prefetch buffers of a host; sizes in examples."""
 
     group: int  # what a thread makes at once
-    groups: int  # into how many of them a batch is split
+    groups: int  # of a batch
     ahead: int  # groups that wait in each process that decodes: two batches over all
     shared: int  # in shared memory, as measured: four groups of each worker, and one
     total: int  # all that wait, and the batch that is being put together
 
 
 def buffers(local: int, threads: int, workers: int) -> Buffers:
-    """What waits for batches of ``local`` examples a host; see `training_stream`."""
-    smallest, largest = _WORKER_GROUPS if workers else (_THREAD_GROUP, _THREAD_GROUP)
-    group = min(local, max(smallest, min(largest, 256 // threads)))
+    """Prefetch buffers for batches of ``local`` examples a host; see `training_stream`."""
+    smallest, largest = _GROUPS
+    group = min(local, max(smallest, min(largest, 256 // threads if workers else 0)))
     groups = -(-local // group)
     processes = max(1, workers)
     ahead = max(2 * threads, -(-2 * groups // processes))
@@ -363,6 +358,7 @@ def training_stream(
     host: int = 0,
     hosts: int = 1,
     rows: Int[np.ndarray, " n"] | None = None,
+    block: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of every global batch from example ``start`` on, for ever.
 
@@ -374,23 +370,25 @@ def training_stream(
       workers: extra processes; 0 decodes in this one.
       host, hosts: this host feeds an equal run of every batch, the ``host``-th ...
       rows: ... or these of its rows (`global_batch.batch_rows`), ascending.
+      block: consecutive records that are shuffled as one, see `order.example_order`.
     """
     if rows is None:
         rows = np.array_split(np.arange(batch_size), hosts)[host]
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     held = buffers(len(rows), threads, workers)
-    groups = _Groups(_ordered(parts, seed), builder, seed, start, batch_size, rows, held.groups)
+    places = _order(parts, seed, block)
+    groups = _Groups(parts, places, builder, seed, start, batch_size, rows, held.groups)
     stream = (
         grain.MapDataset.range(sys.maxsize)
         .map(groups)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=held.ahead))
     )
     if workers:
-        [example] = builder.examples(seed, [(start, groups.ordered[start])])
+        [example] = builder.examples(seed, [(start, *_read(parts, [places[start]]))])
         size = sum(values.nbytes for values in example.values())
         limits.require_shared_memory(held.shared * size, workers)
-        # Grain deals the groups out to its workers in turn, and takes them back in turn.
+        # Grain hands the groups to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers), preemption.ignore_signals
         )

@@ -216,45 +216,72 @@ class Source:
     def __init__(self, parts: Sequence[Any], directory: epath.Path):
         # All that reading imports, before there are threads: two of them that import TensorFlow
         # Datasets at once can wait for one another for ever.
-        from array_record.python import array_record_data_source
+        from array_record.python import array_record_module  # noqa: F401
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
         self._parts = tuple(parts)
-        self._records = array_record_data_source.ArrayRecordDataSource(list(parts))
         # Of each shard the index of the record after its last, and its own number of that one.
         self._ends = list(itertools.accumulate(part.take for part in parts))
         self._stops = [part.skip + part.take for part in parts]
+        self._readers: dict[int, Any] = {}
         self.directory = directory
         self.files = [epath.Path(part.filename) for part in parts]
 
     def __reduce__(self):
         return Source, (self._parts, self.directory)
 
-    @property
-    def shards(self) -> int:
-        return len(self.files)
-
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1]
 
-    def __getitem__(self, index) -> dict[str, Any]:
-        if not 0 <= index < len(self):  # ArrayRecord's own error is none that iteration expects
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):  # what ends an iteration
             raise IndexError(f"record {index} of {len(self)}")
-        try:
-            return parse(self._records[index])
-        except Exception as error:
-            if errors.may_pass(error):
-                raise
-            told = f"cannot be read ({str(error).strip().partition(chr(10))[0]})"
-            raise errors.BadInput(
-                f"{self.place(index)} {told}: the shard is damaged, copy it again."
-            ) from error
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The records at some indices; a run of consecutive ones in a shard is one read.
+
+        Raises:
+          BadInput: names the first record that is damaged.
+        """
+        found: list[dict[str, Any]] = []
+        for (shard, _), pairs in itertools.groupby(
+            enumerate(indices), lambda pair: (self._shard(pair[1]), pair[1] - pair[0])
+        ):
+            run = [index for _, index in pairs]
+            try:
+                found += [parse(record) for record in self._read_run(shard, run)]
+            except Exception as error:
+                if errors.may_pass(error):
+                    raise
+                if len(run) > 1:  # one by one, to name the damaged one
+                    found += [self[index] for index in run]
+                    continue
+                reason = str(error).strip().partition("\n")[0]
+                raise errors.BadInput(
+                    f"{self.place(run[0])} cannot be read ({reason}): the shard is damaged, copy "
+                    "it again."
+                ) from error
+        return found
+
+    def _read_run(self, shard: int, run: Sequence[int]) -> list[bytes]:
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers.setdefault(shard, _open_shard(self.files[shard]))
+        first = self._number(shard, run[0])
+        return reader.read(first, first + len(run))
+
+    def _shard(self, index: int) -> int:
+        return bisect.bisect_right(self._ends, index)
+
+    def _number(self, shard: int, index: int) -> int:
+        """Of a record in its shard."""
+        return self._stops[shard] - (self._ends[shard] - index)
 
     def place(self, index: int) -> str:
         """Where a record is, for people."""
-        shard = bisect.bisect_right(self._ends, index)
-        number = self._stops[shard] - (self._ends[shard] - index)
-        return f"Record {number} of {self.files[shard]}"
+        shard = self._shard(index)
+        return f"Record {self._number(shard, index)} of {self.files[shard]}"
 
     def __repr__(self) -> str:
         return f"Source({str(self.directory)!r}, {len(self)} records)"
@@ -280,19 +307,26 @@ def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> So
     return Source(parts, directory)
 
 
+def _open_shard(path: epath.PathLike) -> Any:
+    """An ArrayRecordReader for any number of threads; `read(first, stop)` reads the file once."""
+    from array_record.python import array_record_module
+
+    # Ranges are cut into reads of this size; nothing beyond a range is read.
+    options = "readahead_buffer_size:1G,max_parallelism:0"
+    return array_record_module.ArrayRecordReader(str(path), options, file_reader_buffer_size=32_768)
+
+
 def _check_shard(path: epath.Path, length: int) -> None:
     """Raises BadInput unless the shard at `path` opens and holds `length` records.
 
     ArrayRecord's reader constructs on a truncated file, reports 0 records and raises nothing.
     """
-    from array_record.python import array_record_module
-
     if not path.exists():
         raise errors.BadInput(
             f"Shard {path} is missing; copy it again, or delete {path.parent} and run "
             "data_prep.build_i2e again."
         )
-    reader = array_record_module.ArrayRecordReader(str(path))
+    reader = _open_shard(path)
     found = None
     if reader.ok():
         found = reader.num_records()

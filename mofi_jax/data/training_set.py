@@ -68,7 +68,7 @@ def open_training_set(config: Any) -> TrainingSet:
             "data set in config.data, or train with task=contrastive."
         )
     extra = pipeline.open_extra(config.data.extra.to_dict(), entities)
-    limits.allow_open_files(sum(opened.shards for opened in (source, *(e.source for e in extra))))
+    limits.allow_open_files(sum(len(s.files) for s in (source, *(e.source for e in extra))))
     return TrainingSet([pipeline.Part(config.data.name, source), *extra], texts, entities)
 
 

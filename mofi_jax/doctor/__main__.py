@@ -130,7 +130,7 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
       BadInput: they cannot be read; the sentence names the file.
     """
     data = training_set.open_training_set(config)
-    shards = sum(part.source.shards for part in data.parts)
+    shards = sum(len(part.source.files) for part in data.parts)
     count = sum(len(part.source) for part in data.parts)
     report.ok("data", f"{count:,} examples in {shards} shards, {data.primary.directory}")
     # Every process that decodes opens every shard.

@@ -65,6 +65,7 @@ def data_fingerprint(
         "extra": {part.name: {"weight": part.weight, **described(part)} for part in extra},
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
+        "block": config.data.block,
         "train_ops": config.data.train_ops,
         "text_sources": config.data.text_sources.to_dict(),
         "max_labels": config.data.max_labels,
@@ -109,8 +110,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
 
 
 def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """The differences of two fingerprints; those of earlier versions know no shards."""
-    before, now = _flat(saved), _flat(current)
+    """The differences of two fingerprints; those of earlier versions know no shards or blocks."""
+    before, now = {"block": 1} | _flat(saved), _flat(current)
     unknown = {key for key in now if key.rpartition(".")[2] == "shards"} - before.keys()
     return differences(before, {key: now[key] for key in now.keys() - unknown})
 

@@ -84,6 +84,7 @@ CHECKS: dict[str, Check] = {
     "data.extra": MAPPING,
     "data.train_ops": TEXT,
     "data.eval_ops": TEXT,
+    "data.block": whole(*POSITIVE),
     "data.threads": whole(*POSITIVE),
     "data.workers": whole(*NOT_NEGATIVE),
     "data.prefetch": whole(*POSITIVE),
