@@ -101,18 +101,20 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities=data.entities,
         max_labels=config.data.max_labels,
     )
-    fingerprint = hosts.agree(lambda: run_folder.data_fingerprint(config, data.parts, data.texts))
+    training_set.check_operations(config, data.primary[0]["image"])
+    fingerprint = run_folder.agreed_fingerprint(config, data.parts, data.texts)
 
     # ---------------------------------------------------------------------- model
     train_setup = setup.make(config, mesh, **data.sizes)
     structs, shardings = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     sharding.check_replication(mesh, structs, config.max_replicated)
-    model, clock, num_entities = (
-        train_setup.model,
-        train_setup.clock,
-        train_setup.context.num_entities,
-    )
+    model, clock = train_setup.model, train_setup.clock
+    num_entities = train_setup.context.num_entities
+    for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
+        logging.warning("%s", sentence)
+    profiler = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
+    cleanup.callback(profiler.close)
 
     # ---------------------------------------------------------------------- evaluators
     towers = inference.Towers(
@@ -122,32 +124,16 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         preprocess=config.data.eval_ops,
         mesh=mesh,
     )
-    wanted = config.evaluators.to_dict()
-    periods = {
-        name: clock.steps(
-            wanted[name].pop("every", "10 percent"), key=f"config.evaluators.{name}.every"
-        )
-        for name in wanted
+    evaluators = config.evaluators.to_dict()
+    eval_every = {
+        name: clock.steps(options.pop("every", "10 percent"), key=f"config.evaluators.{name}.every")
+        for name, options in evaluators.items()
     }
-    asked = {name: wanted[name] for name in wanted if periods[name]}
-    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, asked))
-    never = {name: "its `every` is 0" for name in wanted if not periods[name]}
+    never = {name: "its `every` is 0" for name in evaluators if not eval_every[name]}
+    wanted = {name: evaluators[name] for name in evaluators if eval_every[name]}
+    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, wanted))
     for name, reason in {**suite.skipped, **never}.items():
         logging.info("config.evaluators.%s is left out: %s", name, reason)
-    log_every = clock.steps(config.log_every, key="config.log_every")
-    save_every = clock.steps(config.checkpoint.every, key="config.checkpoint.every")
-    keep_every = clock.steps(config.checkpoint.keep_every, key="config.checkpoint.keep_every")
-    if keep_every and (not save_every or keep_every % save_every):
-        raise BadInput(
-            f"config.checkpoint.keep_every={config.checkpoint.keep_every!r} is {keep_every} steps "
-            f"and config.checkpoint.every={config.checkpoint.every!r} is {save_every}: make it a "
-            "multiple, so that there is something to keep."
-        )
-    for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
-        logging.warning("%s", sentence)
-    window = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
-    cleanup.callback(window.close)
-    training_set.check_operations(config, data.primary[0]["image"])
 
     # ---------------------------------------------------------------------- what is already there
     description = model_file.describe(
@@ -181,7 +167,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities_path=data.entities_path if num_entities else None,
     )
     checkpointer = checkpoint.Checkpointer(
-        workdir, keep=config.checkpoint.keep, keep_every=keep_every, sums=verify
+        workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, sums=verify
     )
     cleanup.callback(checkpointer.close)
     if resumed:
@@ -250,12 +236,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 name: evaluator
                 for name, evaluator in suite.evaluators.items()
                 # A resumed run has these scores in its metrics already, unless it is the end.
-                if (now == 0 or cadence.due(now, periods[name], last=total))
+                if (now == 0 or cadence.due(now, eval_every[name], last=total))
                 and (now != first or first in (0, total) or not position.evaluated)
             }
             # What the last step leaves is saved in any case.
             saving = now != first and (
-                preempted or now == total or cadence.due(now, save_every, last=total)
+                preempted or now == total or cadence.due(now, train_setup.save_every, last=total)
             )
             if due or saving:
                 jax.block_until_ready(values)  # a step in flight is no part of what comes now
@@ -281,7 +267,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                     f"{workdir} stands at step {now}: the same command goes on from there."
                 )
             with goodput.phase("profile"):
-                window.at(now, in_flight=values)
+                profiler.at(now, in_flight=values)
             if now == total:
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=now):
@@ -299,9 +285,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             checkpointer.check()
             metrics.watch(now + 1, values)
             console.show(now, metrics.flush())
-            if cadence.due(now + 1, log_every, last=total):
-                told = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
-                metrics.push(now + 1, {**values, **told})
+            if cadence.due(now + 1, train_setup.log_every, last=total):
+                measured = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
+                metrics.push(now + 1, {**values, **measured})
                 goodput.heartbeat()
             console.step()
         console.show(total, metrics.flush())

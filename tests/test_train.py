@@ -18,7 +18,7 @@ from etils import epath
 
 from mofi_jax import inference, telemetry, train
 from mofi_jax.common.errors import BadInput, Preempted
-from mofi_jax.data import ops, pipeline, records, tokenizer, training_set
+from mofi_jax.data import ops, pipeline, records, tokenizer
 from mofi_jax.distributed import meshes
 from mofi_jax.training import checkpoint, run_folder
 from tests import datasets
@@ -349,15 +349,12 @@ def test_a_shard_replaced_by_another_is_other_data(tmp_path):
     assert run_folder.data_changes(old, after | {"block": 128}) == "block was 1 and is 128"
 
 
-def test_data_that_differ_on_another_host_are_told(data, monkeypatch):
-    config = datasets.tiny_config(data)
-    opened = training_set.open_training_set(config)
-    arguments = (config, opened.parts, opened.texts)
-    assert run_folder.agreed_fingerprint(*arguments)["seed"] == 0
+def test_data_that_differ_on_another_host_are_refused(data, tmp_path, monkeypatch):
     # As a host that is not the first, which has another set.
     monkeypatch.setattr(run_folder.hosts, "agree", lambda find: find() | {"examples": 7})
     with pytest.raises(BadInput, match=r"not those of process 0 \(examples was 7 and is 48\)"):
-        run_folder.agreed_fingerprint(*arguments)
+        train.main(datasets.tiny_config(data), str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mixture_is_trained_on_and_is_part_of_the_fingerprint(data, tmp_path):

@@ -10,12 +10,12 @@ UNITS = ("steps", "epochs", "examples", "percent")
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What turns durations into steps.
+    """Turns durations into steps.
 
     Attributes:
       batch_size: global batch.
       examples_per_epoch: examples in the training split.
-      total_steps: length of the run; 0 while it is still being worked out.
+      total_steps: length of the run; 0 while it is not known yet.
     """
 
     batch_size: int
@@ -38,22 +38,20 @@ class Clock:
             amount = float(number)
         except ValueError:
             amount = math.nan
-        if not amount >= 0 or unit not in UNITS or not math.isfinite(amount):
+        if not 0 <= amount < math.inf or unit not in UNITS:
             raise BadInput(
                 f"{key}={duration!r} is not a duration: write a number and one of "
                 f"{', '.join(UNITS)}, as in '20 epochs'."
             )
-        if amount == 0:
-            return 0
+        if unit == "percent" and amount and not self.total_steps:
+            raise BadInput(f"{key}={duration!r}: the total cannot be a percentage of itself.")
         per_unit = {
             "steps": 1.0,
             "epochs": self.examples_per_epoch / self.batch_size,
             "examples": 1 / self.batch_size,
             "percent": self.total_steps / 100,
         }[unit]
-        if unit == "percent" and not self.total_steps:
-            raise BadInput(f"{key}={duration!r}: the total cannot be a percentage of itself.")
-        return max(1, round(amount * per_unit))
+        return max(1, round(amount * per_unit)) if amount else 0
 
 
 def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock:

@@ -1,11 +1,10 @@
-"""What is particular to training the class table: its update rule, and steps that see some rows.
+"""Training the class table: its update rule, and steps that see only some rows.
 
-The rule is Adam with one memory more, the step at which each row was last updated.  In exact
-training every row is updated at every step and this is Adam, computed in float32 throughout.
-In sampled training the
-step runs on a smaller state that holds only the drawn rows (`take`), and the result is written back
-(`put`): a row that was not drawn is not touched, and when it is drawn again its moments are first
-decayed by the steps it missed, as if its gradient had been zero.  Momentum alone never moves a row.
+The rule is Adam that also remembers the step at which each row was last updated.  In exact training
+every row is updated at every step and this is Adam, computed in float32 throughout.  In sampled
+training the step runs on a smaller state of the drawn rows (`take`), which is written back (`put`):
+other rows are not touched, and when one is drawn again its moments are first decayed by the steps
+it missed, as if its gradient had been zero.  Momentum alone never moves a row.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ class RowAdamState(NamedTuple):
     Attributes:
       count: int32 scalar, finished updates.
       mu: first moments [e, d].
-      nu: second moments, float32 [e, d], or [e] where a row has one.
+      nu: second moments, float32 [e, d], or [e] with one a row.
       last_step: int32 [e], the value of `count` after the row's last update.
     """
 
@@ -50,8 +49,8 @@ def scale_by_row_adam(
     Args:
       b1, b2, eps: as `optax.scale_by_adam`, also in the bias correction.
       mu_dtype: of the first moment as it is stored.
-      second_moment: "full" keeps one value a weight, "row" the mean square of a row's gradient:
-        one value a row, as row-wise Adam of embedding tables does.
+      second_moment: "full" keeps one value a weight, "row" one a row, the mean square of its
+        gradient, as row-wise Adam of embedding tables does.
     """
     full = second_moment == "full"
 
@@ -120,17 +119,16 @@ def moved_rows(
 ) -> Any:
     """The state for another vocabulary: rows and moments move with their entities, on the host.
 
-    A new row starts without moments, as of now: its first updates are those of any row that was
-    not seen for long.
+    A new row starts without moments, as a row that was not drawn for long.
 
     Args:
-      state: whose leaves named as the class table have a row for each old entity.
+      state: with a row for each old entity in the class table and its moments.
       sources: row of the old table for each row of the new one; below 0 for a new entity.
       new_rows: for each entity with a source below 0, in order.
       table_rows: rows of the new table with its padding, which is zero.
 
     Returns:
-      The state with numpy arrays in place of the class table and all that is laid out as it is.
+      The state with numpy arrays for the class table, its moments and its average.
     """
     kept = np.flatnonzero(sources >= 0)
     fresh = np.flatnonzero(sources < 0)

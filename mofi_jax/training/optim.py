@@ -1,9 +1,9 @@
 """The optimizer: AdamW or Adafactor for the towers, the class table's own rule, frozen parts.
 
 The table's rows are normalised in the loss, so weight decay would only change its effective
-learning rate: it gets none.  Its learning rate and its gradient clip are its own, because millions
-of rows would otherwise dominate the global norm (UNICOM ``retrieval.py``, Partial FC
-``train_v2.py``).  The rule itself is `class_table.scale_by_row_adam`.
+learning rate: it gets none.  It has a learning rate and a gradient clip of its own, because
+millions of rows would dominate the global norm (UNICOM ``retrieval.py``, Partial FC
+``train_v2.py``), and its own rule, `class_table.scale_by_row_adam`.
 """
 
 import re
@@ -52,13 +52,7 @@ def schedule(config: Any, clock: cadence.Clock) -> optax.Schedule:
 def learning_rates(
     config: Any, clock: cadence.Clock, *, entity_loss: bool
 ) -> Callable[[int], dict[str, jax.Array]]:
-    """What to tell of a step: the towers' learning rate and, where there is one, the table's own.
-
-    On the device, where they may have to wait for a step that is under way.
-
-    Args:
-      config: ``config.optimizer``, as of `make`.
-    """
+    """The learning rates to log of a step, on the device: the towers', and the table's if any."""
     rate = schedule(config, clock)
 
     @jax.jit  # one program for the host to start, and not a dozen operations
@@ -84,10 +78,13 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     """
     rate = schedule(config, clock)
     table = config.table
+    adam = optax.scale_by_adam(
+        b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment_dtype
+    )
     rules = {
         "towers": optax.chain(
             _clip(config.clip_norm),
-            scale_by_adafactor(config) if config.kind == "adafactor" else _scale_by_adam(config),
+            scale_by_adafactor(config) if config.kind == "adafactor" else adam,
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
             scale_by_depth(config.layer_decay),
             optax.scale_by_learning_rate(rate),
@@ -105,15 +102,15 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
         ),
         "frozen": optax.set_to_zero(),
     }
-    frozen = tuple(config.frozen)
 
-    def label(path: tuple[Any, ...], leaf: Any) -> str:
-        del leaf
-        if is_frozen(path, frozen):
+    def rule_of(path: tuple[Any, ...]) -> str:
+        if is_frozen(path, tuple(config.frozen)):
             return "frozen"
         return "table" if class_table.is_table(path) else "towers"
 
-    return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+    return optax.partition(
+        rules, lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path), tree)
+    )
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
@@ -126,12 +123,6 @@ def clipped_groups(params: Any) -> dict[str, Any]:
     rest = dict(params)
     table = rest.pop(sharding.ENTITY_TABLE, None)
     return {"towers": rest} | ({} if table is None else {"table": table})
-
-
-def _scale_by_adam(config: Any) -> optax.GradientTransformation:
-    return optax.scale_by_adam(
-        b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment_dtype
-    )
 
 
 def scale_by_adafactor(config: Any) -> optax.GradientTransformation:
@@ -151,10 +142,10 @@ def scale_by_adafactor(config: Any) -> optax.GradientTransformation:
 
 
 def scale_by_depth(decay: float) -> optax.GradientTransformation:
-    """Smaller steps below: ``decay`` ** (blocks above + 1) for a block (BEiT, arXiv 2106.08254).
+    """Layer-wise learning rate decay: ``decay`` ** (blocks above + 1) (BEiT, arXiv 2106.08254).
 
-    A tower's embeddings lie below its first block; its last norm and projection, and all that
-    belongs to no tower, are on top and take whole steps.  With decay 1 it is the identity.
+    A tower's embeddings lie below its first block; its last norm and projection, and what belongs
+    to no tower, are not scaled.
     """
 
     def factor(path: tuple[Any, ...], update: jax.Array, layers: dict[str, int]) -> jax.Array:
@@ -185,12 +176,7 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
 
 
 def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
-    """Whether a parameter lies in one of the parts that ``config.optimizer.frozen`` names.
-
-    Args:
-      path: of the parameter in the tree of parameters.
-      frozen: see `in_parts`; ``image`` alone is LiT (arXiv 2111.07991).
-    """
+    """Whether a parameter is in a frozen part; ``image`` alone is LiT (arXiv 2111.07991)."""
     return in_parts(sharding.path_name(path), frozen)
 
 
@@ -200,11 +186,7 @@ def in_parts(name: str, parts: Sequence[str]) -> bool:
 
 
 def check_frozen(params: Any, frozen: Sequence[str]) -> None:
-    """Refuses a part that no parameter belongs to, and to freeze everything.
-
-    Raises:
-      BadInput: names the part and those there are.
-    """
+    """Raises BadInput for a part without parameters (names those there are), or for all of them."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for part in frozen:
         if not any(is_frozen(path, (part,)) for path in paths):

@@ -1,4 +1,4 @@
-"""A training config's values: checked once at the start, and turned into the model's own config."""
+"""A training config's values, checked once at the start, and the model's config made from them."""
 
 import numbers
 import os
@@ -167,24 +167,22 @@ def _check(config: Any, checks: Mapping[str, Check]) -> None:
 
 
 def warnings(config: Any, clock: cadence.Clock, *, eos_id: int) -> list[str]:
-    """Sentences about what works and is seldom meant, for people to read before the run."""
-    told, total, optimizer = [], clock.total_steps, config.optimizer
-    warmup = clock.steps(optimizer.warmup, key="config.optimizer.warmup")
-    if warmup >= total:
-        told.append(
-            f"config.optimizer.warmup={optimizer.warmup!r} is {warmup} steps and the run has "
-            f"{total}: the learning rate never reaches its peak; shorten the warm-up."
+    """Sentences about settings that work and are seldom meant."""
+    sentences, warmup, every = [], config.optimizer.warmup, config.checkpoint.every
+    steps = clock.steps(warmup, key="config.optimizer.warmup")
+    if steps >= clock.total_steps:
+        sentences.append(
+            f"config.optimizer.warmup={warmup!r} is {steps} steps and the run has "
+            f"{clock.total_steps}: the learning rate never reaches its peak; shorten the warm-up."
         )
-    every = config.checkpoint.every
     if not clock.steps(every, key="config.checkpoint.every"):
-        told.append(
-            f"config.checkpoint.every={every!r} saves nothing before the run ends or is asked to "
-            "leave: a crash loses all of it."
+        sentences.append(
+            f"config.checkpoint.every={every!r} saves nothing before the run ends or is preempted: "
+            "a crash loses all of it."
         )
     if "contrastive" in config.losses and eos_id == clip_config.ARGMAX_EOS:
-        told.append(
+        sentences.append(
             f"The tokenizer's EOS has the id {eos_id}, for which transformers pools texts at "
-            "another token: this run cannot be exported; if it should, take a tokenizer whose EOS "
-            "has another id."
+            "another token: this run cannot be exported; use a tokenizer whose EOS has another id."
         )
-    return told
+    return sentences

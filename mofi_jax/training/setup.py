@@ -1,6 +1,6 @@
-"""A training config made into the parts of its step: the same for a run, its growth and its plan.
+"""What a training config comes to: model, optimizer, state and step, for a run, a plan or growth.
 
-Knows sizes, no data: whoever trains reads them from a data set, whoever plans names them.
+Knows sizes, no data: who trains reads them from a data set, who plans names them.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ class TrainSetup:
       init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
       context: what all tasks need to know, with the mesh.
       clock: turns durations into steps; knows the length of the run.
+      log_every, save_every, keep_every: periods in steps, 0 for never.
       learning_rates: by step, as they are logged.
       seed: ``config.seed``.
     """
@@ -40,17 +41,16 @@ class TrainSetup:
     init: Callable[[jax.Array], state.TrainState]
     context: step.StepContext
     clock: cadence.Clock
+    log_every: int
+    save_every: int
+    keep_every: int
     learning_rates: Callable[[int], dict[str, jax.Array]]
     seed: int
 
     def make_train_step(
         self, shardings: state.TrainState
     ) -> Callable[[state.TrainState, step.Batch], tuple[state.TrainState, step.Metrics]]:
-        """The jitted step (`step.make_train_step`).
-
-        Args:
-          shardings: of the state, as `state.create` and `state.abstract` return them.
-        """
+        """The jitted step (`step.make_train_step`) for a state of these shardings."""
         return step.make_train_step(
             self.context, self.losses, self.tx, seed=self.seed, shardings=shardings
         )
@@ -70,16 +70,26 @@ def make(
     Args:
       config: a training config that `settings.validate` has passed.
       vocab_size, eos_id: of the tokenizer.
-      num_entities: size of the vocabulary; of no account without the entity loss.
+      num_entities: size of the vocabulary; ignored without the entity loss.
       examples_per_epoch: examples in the training split.
 
     Raises:
-      BadInput: a duration that cannot be read, or a model whose sizes do not fit together.
+      BadInput: a duration that cannot be read or does not fit the others, or a model whose sizes
+        do not fit together.
     """
     model = settings.model_config(config.model, vocab_size=vocab_size, eos_id=eos_id)
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
     )
+    saves = config.checkpoint
+    save_every = clock.steps(saves.every, key="config.checkpoint.every")
+    keep_every = clock.steps(saves.keep_every, key="config.checkpoint.keep_every")
+    if keep_every and (not save_every or keep_every % save_every):
+        raise BadInput(
+            f"config.checkpoint.keep_every={saves.keep_every!r} is {keep_every} steps and "
+            f"config.checkpoint.every={saves.every!r} is {save_every}: make it a multiple, so that "
+            "there is something to keep."
+        )
     losses = config.losses.to_dict()
     num_entities = num_entities if "entity" in losses else 0
     tx = optim.make(config.optimizer, clock)
@@ -103,6 +113,9 @@ def make(
             ema_decay=config.ema.decay,
         ),
         clock=clock,
+        log_every=clock.steps(config.log_every, key="config.log_every"),
+        save_every=save_every,
+        keep_every=keep_every,
         learning_rates=optim.learning_rates(
             config.optimizer, clock, entity_loss="entity" in losses
         ),
@@ -123,13 +136,9 @@ def check_batch(config: Any, mesh: Mesh) -> None:
 
 
 def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as `global_batch.to_global` places it, without the arrays.
-
-    Names, shapes and dtypes are those of `mofi_jax.data.pipeline.ExampleBuilder`.
-    """
+    """The global batch of `data.pipeline.ExampleBuilder` and `global_batch.to_global`, abstract."""
     b, size = config.batch_size, config.model.image_size
     k, t = config.data.max_labels, config.model.context_length
-    sharding = global_batch.batch_sharding(mesh)
     shapes = {
         "image": ((b, size, size, 3), jnp.uint8),
         "tokens": ((b, t), jnp.int32),
@@ -138,6 +147,7 @@ def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         "entity_ids": ((b, k), jnp.int32),
         "entity_weights": ((b, k), jnp.float32),
     }
+    sharding = global_batch.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()

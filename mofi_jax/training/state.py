@@ -68,11 +68,11 @@ def initialiser(
     table_rows: int,
     ema: bool = False,
 ):
-    """A function of a seed that makes the state that the given losses need.
+    """A function of a uint32 seed that makes the state that the given losses need.
 
     Args:
-      losses: ``config.losses``; "entity" brings the class table and a learned scale if it asks for
-        one, "contrastive" the text tower and, for the sigmoid loss, its bias.
+      losses: ``config.losses``; "entity" needs the class table and, if asked for, a learned scale,
+        "contrastive" the text tower and, for the sigmoid loss, its bias.
       table_rows: rows of the class table, padded to the mesh (`class_order.padded_rows`).
       ema: whether the state has an average of the parameters, which begins as they are.
     """
@@ -103,15 +103,9 @@ def initialiser(
 
 
 def create(init: Any, seed: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """Shapes, then shardings, then arrays.
-
-    Returns:
-      (state, shardings): the sharded state and the tree of its NamedShardings.
-    """
-    shapes = jax.eval_shape(init, jnp.uint32(0))
-    shardings = sharding.tree_shardings(mesh, shapes)
-    state = jax.jit(init, out_shardings=shardings)(jnp.uint32(seed))
-    return state, shardings
+    """The sharded state, made without a whole one, and the tree of its NamedShardings."""
+    _, shardings = abstract(init, mesh)
+    return jax.jit(init, out_shardings=shardings)(jnp.uint32(seed)), shardings
 
 
 def abstract(init: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
 from mofi_jax.model import mofi
@@ -22,15 +21,15 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What all tasks need to know.
+    """What all tasks of a step share.
 
     Attributes:
       model: both towers.
       mesh: the devices.
       num_entities: real rows of the class table, 0 without one.
-      microbatches: parts in which the towers see a batch, see `in_microbatches`.
-      frozen: parts of the parameters that are constants, see `optim.is_frozen`.
-      ema_decay: of the average of the parameters, 0 for none, see `state.updated_ema`.
+      microbatches: parts in which the towers process a batch (`in_microbatches`).
+      frozen: parts of the parameters that are constants (`optim.is_frozen`).
+      ema_decay: of the moving average of the parameters, 0 for none (`state.updated_ema`).
     """
 
     model: mofi.MofiConfig
@@ -129,23 +128,17 @@ TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 def in_microbatches(
     function: Callable[[jax.Array], jax.Array], inputs: jax.Array, context: StepContext
 ) -> jax.Array:
-    """function(inputs), computed for a part of the batch at a time, forward and backward.
+    """function(inputs) with gradient accumulation: a part of the batch at a time, both ways.
 
-    The losses compare all rows of the global batch, so its size must not depend on the memory that
-    the towers' activations take.  Only each part's inputs and results are kept; the backward pass
-    computes the activations again, part by part (GradCache, arXiv 2101.06983), and adds up the
-    gradient of the parameters.  Values and gradients are those of one pass up to rounding.  Every
-    device cuts its own rows: nothing is exchanged.
+    The losses compare all rows of the global batch, so its size must not depend on the memory of
+    the towers' activations.  Only each part's inputs and results are kept; the backward pass
+    recomputes the activations part by part (GradCache, arXiv 2101.06983).  Values and gradients are
+    those of one pass up to rounding.  Every device cuts its own rows: nothing is exchanged.
     """
     parts, mesh = context.microbatches, context.mesh
     if parts == 1:
         return function(inputs)
     shards = global_batch.batch_shards(mesh)
-    if inputs.shape[0] % (shards * parts):
-        raise BadInput(
-            f"a batch of {inputs.shape[0]} does not divide into config.microbatches={parts} parts "
-            f"on {shards} batch shards: choose a multiple of {parts * shards}."
-        )
 
     def place(x: jax.Array, *spec: Any) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -167,7 +160,7 @@ def in_microbatches(
 def make_loss(
     context: StepContext, losses: Mapping[str, Mapping[str, Any]]
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """The weighted sum of the task losses as a function of (params, batch, sample=None).
+    """The weighted sum of the task losses, a function of (params, batch, sample=None).
 
     Args:
       losses: task name -> {"weight": ..., options of the task}.
@@ -176,7 +169,7 @@ def make_loss(
     def loss_fn(
         params: Any, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[jax.Array, Metrics]:
-        # A frozen tower has no backward pass: its gradients are zeros that nobody computes.
+        # A frozen tower has no backward pass.
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
                 jax.lax.stop_gradient(leaf) if optim.is_frozen(path, context.frozen) else leaf
@@ -212,16 +205,16 @@ def make_train_step(
 
     Args:
       seed: of the classes drawn by a sampled entity loss, with the step's number.
+      shardings: of the state, as `state.create` and `state.abstract` return them.
     """
     mesh = context.mesh
-    loss_fn = make_loss(context, losses)
+    grad_fn = jax.value_and_grad(make_loss(context, losses), has_aux=True)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
 
-    def dense_update(
+    def dense_step(
         state: TrainState, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[TrainState, Metrics]:
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, metrics), grads = differentiate(state.params, batch, sample)
+        (_, metrics), grads = grad_fn(state.params, batch, sample)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
         groups = optim.clipped_groups(grads)
@@ -231,7 +224,7 @@ def make_train_step(
         ema = updated_ema(state.ema, params, state.step, context.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    def sampled_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def sampled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
             # 3: keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
             jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step),
@@ -243,11 +236,11 @@ def make_train_step(
         )
         small = class_table.take(state, sample.rows, mesh)
         small = class_table.catch_up_ema(small, context.ema_decay)
-        small, metrics = dense_update(small, batch, sample)
+        small, metrics = dense_step(small, batch, sample)
         return class_table.put(state, small, sample.rows, mesh), metrics
 
     return jax.jit(
-        dense_update if rate == 1 else sampled_update,
+        dense_step if rate == 1 else sampled_step,
         donate_argnums=0,
         in_shardings=(shardings, global_batch.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
