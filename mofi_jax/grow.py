@@ -97,7 +97,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     structs, _ = state.abstract(program.init, mesh)
     if step >= program.clock.total_steps:
         logging.warning(
-            "%s stands at step %d of config.total=%r: raise the total to train on",
+            "%s is at step %d of config.total=%r: raise the total to train on",
             *(run, step, config.total),
         )
     old_state = checkpoint.restore(run, step, structs)

@@ -146,7 +146,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     position, resumed, first = found.position, found.step is not None, found.step or 0
     if first > clock.total_steps:
         raise BadInput(
-            f"{workdir} stands at step {first}, beyond config.total={config.total!r} "
+            f"{workdir} is at step {first}, beyond config.total={config.total!r} "
             f"({clock.total_steps} steps): raise the total, or choose another --workdir."
         )
     if first >= clock.total_steps and found.finished:
@@ -263,9 +263,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             if preempted:
                 with goodput.phase("checkpoint"):
                     checkpointer.wait()
-                raise Preempted(
-                    f"{workdir} stands at step {now}: the same command goes on from there."
-                )
+                raise Preempted(f"{workdir} is at step {now}: the same command goes on from there.")
             with goodput.phase("profile"):
                 profiler.at(now, in_flight=values)
             if now == total:

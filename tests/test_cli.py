@@ -49,7 +49,7 @@ def test_one_sentence(command, sentence, tmp_path):
 
 def test_home_a_poor_terminal_and_the_config_of_another_command(tmp_path):
     code = (
-        "from mofi_jax import cli\n"
+        "from mofi_jax.common import cli\n"
         "def main(config, out):\n"
         "    print(out, config.data.dir, config.sources, config.data.name, '\u2588')\n"
         "    config.data.seed\n"

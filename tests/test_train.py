@@ -426,7 +426,7 @@ def test_bad_values_are_told_before_anything_is_written(data, tmp_path, key, val
 
 def test_a_shorter_total_than_what_was_trained_is_refused(data, tmp_path):
     train.main(datasets.tiny_config(data, steps=4), str(tmp_path))
-    with pytest.raises(BadInput, match=r"stands at step 4, beyond config\.total='2 steps'"):
+    with pytest.raises(BadInput, match=r"is at step 4, beyond config\.total='2 steps'"):
         train.main(datasets.tiny_config(data, steps=2), str(tmp_path))
 
 
@@ -465,7 +465,7 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(telemetry.Metrics, "push", terminated)
-        with pytest.raises(Preempted, match="stands at step 3: the same command goes on"):
+        with pytest.raises(Preempted, match="is at step 3: the same command goes on"):
             train.main(config, str(tmp_path / "left"))
     assert checkpoint.saved_steps(tmp_path / "left") == [3]
     train.main(config, str(tmp_path / "left"))

@@ -45,22 +45,17 @@ def run(main: Callable[..., Any]) -> None:
 
     Exit codes: 0 done, 2 `BadInput`, 75 `Preempted`, 1 any other exception.
     """
-    config = None
-    optional: dict[str, Any] = {}
-    required = []
-    positional = None
-    for name, parameter in inspect.signature(main).parameters.items():
-        if name == "config":
-            config = config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
-            continue
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            positional = name
-            continue
-        default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        define = flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string
+    named = dict(inspect.signature(main).parameters)
+    has_config = named.pop("config", None) is not None
+    positional = next((n for n, p in named.items() if p.kind is p.VAR_POSITIONAL), None)
+    named.pop(positional, None)
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
+    if has_config:
+        config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
+    for name, parameter in named.items():
+        define = flags.DEFINE_bool if isinstance(parameter.default, bool) else flags.DEFINE_string
+        default = None if name in required else parameter.default
         define(name, default, _HELP.get(name, name.replace("_", " ")))
-        (required.append(name) if default is None and parameter.default is not None else None)
-        optional[name] = default
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
@@ -72,12 +67,12 @@ def run(main: Callable[..., Any]) -> None:
                     f"Unexpected argument {rest[1]!r}: flags are written --name=value, and values "
                     "with spaces in quotes."
                 )
-            if config is not None and flags.FLAGS["config"].value is None:
-                raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
-            if config is not None:
-                # A file that could not be loaded says so only here.
+            if has_config:
+                if flags.FLAGS["config"].value is None:
+                    raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
+                # A file that could not be loaded raises only here.
                 _with_home(flags.FLAGS.config).lock()
-            missing = [f"--{n}" for n in required if not flags.FLAGS[n].value]
+            missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
             if missing:
                 raise BadInput(f"{' and '.join(missing)} missing: see --help for what they mean.")
             return rest
@@ -85,16 +80,16 @@ def run(main: Callable[..., Any]) -> None:
             complain(_explain(error, argv))
 
     def call(argv: Sequence[str]) -> Any:
-        kwargs = {name: flags.FLAGS[name].value for name in optional}
-        if config is not None:
+        kwargs = {name: flags.FLAGS[name].value for name in named}
+        if has_config:
             kwargs["config"] = flags.FLAGS.config
         try:
             return main(*argv[1:], **kwargs)
         except BadInput as error:
             complain(error)
-        except Preempted as left:
-            logging.warning("%s", left)
-            sys.exit(left.exit_code)
+        except Preempted as preempted:
+            logging.warning("%s", preempted)
+            sys.exit(preempted.exit_code)
         except (KeyError, AttributeError) as error:
             # Of the config itself, where it is that of another command.
             if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
@@ -105,7 +100,7 @@ def run(main: Callable[..., Any]) -> None:
             )
 
     for stream in (sys.stdout, sys.stderr):
-        # A terminal or a log that is not UTF-8 costs a character, not the result behind it.
+        # Characters that a terminal or log cannot show are replaced.
         if stream is not None:
             stream.reconfigure(errors="replace")
     logging.set_verbosity(logging.INFO)
@@ -131,7 +126,7 @@ def _with_home(value: Any) -> Any:
 
 
 def _from_here(record: Any) -> bool:
-    """Libraries are heard from warnings on: Orbax tells ten lines about every checkpoint.
+    """Libraries log from warnings on, as Orbax writes ten lines about every checkpoint.
 
     Without tracebacks: what fails in their threads is raised again in ours, or does not matter.
     """
@@ -150,9 +145,8 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         if a.partition("=")[0].strip("-") == "config"
     ]
     if isinstance(error, FileNotFoundError) or "No such file" in str(error):
-        return (
-            f"There is no config file {paths[0].partition(':')[0]!r}: check the path of --config."
-        )
+        path = paths[0].partition(":")[0]
+        return f"There is no config file {path!r}: check the path of --config."
     if isinstance(error, (KeyError, AttributeError)):
         return (
             f"The config has no key {_key(error)!r}, which a --config flag sets: see {paths[0]} "

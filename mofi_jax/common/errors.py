@@ -1,4 +1,4 @@
-"""The exceptions that are meant for people: told in one sentence, each with its exit code."""
+"""The exceptions meant for people, each one sentence with its exit code."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ class BadInput(ValueError):
 
 
 class StorageFailed(BadInput):
-    """What was to be written was not; the process leaves without waiting for anything.
+    """Output that could not be written; the process exits at once (`cli.complain`).
 
-    The threads of libraries and other hosts may wait for it to finish what it cannot.
+    Threads of libraries and other hosts may wait for a write that will never end.
     """
 
 
@@ -29,8 +29,7 @@ class Preempted(Exception):
     exit_code = 75
 
 
-# What a file system says when it will not be written.  The first three can only be about writing.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # can only be about writing
 _CLOSED = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT),
     # Something else lies where a file or a folder should.

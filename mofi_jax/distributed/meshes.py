@@ -26,38 +26,38 @@ def make_mesh(
     """Builds the mesh over all devices; one size may be -1 and takes what the others leave.
 
     Args:
-      devices: `hosts.devices` if left out; of a slice to compile for, those of a topology.
+      devices: `hosts.devices` if left out; a topology's to compile for a slice.
 
     Raises:
       BadInput: the sizes do not multiply to the number of devices, or slices would share
-        parameters; or there are none.
+        parameters; or there are no devices.
     """
-    given = hosts.devices() if devices is None else list(devices)
+    devices = hosts.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and len(given) % known == 0:
-        sizes[sizes.index(-1)] = len(given) // known
-    if -1 in sizes or int(np.prod(sizes)) != len(given):
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
         raise BadInput(
             f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover "
-            f"{len(given)} devices: make the sizes multiply to that number or set one of them to "
+            f"{len(devices)} devices: make the sizes multiply to that number or set one of them to "
             "-1."
         )
     replica, fsdp, tensor = sizes
-    groups: dict[int, list[Any]] = {}
-    for device in given:
-        groups.setdefault(slice_of(device), []).append(device)
-    if replica % len(groups):
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    if replica % len(slices):
         raise BadInput(
-            f"config.mesh.replica={replica} does not divide over {len(groups)} slices: make it "
-            f"{len(groups)} or a multiple, as parameters are not split across slices."
+            f"config.mesh.replica={replica} does not divide over {len(slices)} slices: make it "
+            f"{len(slices)} or a multiple, as parameters are not split across slices."
         )
-    # Slices are joined by the data-centre network alone: they are laid along ``replica``, which
-    # only gradients cross, once a step.
-    shape = (replica // len(groups), fsdp, tensor)
+    # Only the data-centre network joins slices: they lie along ``replica``, which only gradients
+    # cross, once a step.
+    shape = (replica // len(slices), fsdp, tensor)
     arranged = [
-        mesh_utils.create_device_mesh(shape, groups[number], allow_split_physical_axes=True)
-        for number in sorted(groups)
+        mesh_utils.create_device_mesh(shape, slices[number], allow_split_physical_axes=True)
+        for number in sorted(slices)
     ]
     # Auto axes, spelled out once for the whole project: jax's default is Explicit axes.
     return Mesh(np.concatenate(arranged), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -66,7 +66,7 @@ def make_mesh(
 def slice_of(device: Any) -> int:
     """The TPU slice of a device; 0 for all others.
 
-    jax numbers the hosts of GPUs and CPUs as slices too (by their boot id), but a network between
-    nodes is no reason to keep parameters whole on each of them: ``replica`` decides that there.
+    jax numbers the hosts of GPUs and CPUs as slices too (by boot id), but their parameters may be
+    split across nodes: there ``replica`` decides.
     """
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0

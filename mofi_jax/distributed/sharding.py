@@ -15,8 +15,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed.meshes import ALL_AXES
 
-_LARGE = 2**20  # bytes from which an array counts as replicated
-
 ENTITY_TABLE = "entity_table"  # the class table among the parameters
 
 # Ordered, first match wins, applied to parameters and optimizer moments alike (their paths end in
@@ -45,42 +43,42 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec of one array by the first rule that matches; what does not divide stays whole."""
-    return PartitionSpec(*_spec(name, shape, mesh.shape))
+def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
+    """The spec of one array by the first rule that matches; what does not divide stays whole.
 
-
-def _spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> list[Any]:
-    """Axes of each dimension on a mesh of these sizes."""
-    if not shape:
-        return []
-    axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
+    Args:
+      name: its path, as of `path_name`.
+      axes: the mesh's sizes by axis (``mesh.shape``).
+    """
+    rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
     # Fewer dimensions than the rule has: one value for each row of the class table.
-    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)[: len(shape)]
+    rule = (None,) * (len(shape) - len(rule)) + rule[: len(shape)]
     spec = []
-    for size, axis in zip(shape, axes, strict=True):
+    for size, axis in zip(shape, rule, strict=True):
         names = (axis,) if isinstance(axis, str) else (axis or ())
-        pieces = math.prod(sizes[n] for n in names)
+        pieces = math.prod(axes[n] for n in names)
         spec.append(axis if pieces > 1 and size % pieces == 0 else None)
-    return spec
+    return PartitionSpec(*spec)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by the path rules."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)),
+        lambda path, leaf: NamedSharding(
+            mesh, partition_spec(path_name(path), leaf.shape, mesh.shape)
+        ),
         tree,
     )
 
 
 def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> None:
-    """Refuses a state of which more than ``limit`` of the bytes lie whole on every device.
+    """Refuses a state of which more than ``limit`` of the bytes are replicated on every device.
 
-    Wide models on wide meshes: a dimension that does not divide over ``fsdp`` stays whole, memory
-    runs out, and nothing says why.  Arrays below 1 MiB do not count.
+    A dimension that does not divide over ``fsdp`` stays whole, and on wide meshes memory would run
+    out without saying why.  Arrays below 1 MiB do not count.
 
     Args:
-      tree: ShapeDtypeStructs or arrays with shardings.
+      tree: ShapeDtypeStructs or arrays.
       limit: ``config.max_replicated``.
 
     Raises:
@@ -88,40 +86,42 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
     """
     if mesh.size == 1:
         return
+    tensor = mesh.shape["tensor"]
+    rest = mesh.size // tensor  # devices for replica and fsdp
     leaves = [
-        (path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        (leaf.size * leaf.dtype.itemsize, path_name(path), leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
+    total = sum(size for size, _, _ in leaves)
 
     def whole(fsdp: int) -> list[tuple[int, str]]:
-        sizes = {"replica": rest // fsdp, "fsdp": fsdp, "tensor": mesh.shape["tensor"]}
-        found = [
-            (leaf.size * leaf.dtype.itemsize, name)
-            for name, leaf in leaves
-            if not any(_spec(name, leaf.shape, sizes))
-        ]
-        return sorted((entry for entry in found if entry[0] >= _LARGE), reverse=True)
+        axes = {"replica": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
+        return sorted(
+            (
+                (size, name)
+                for size, name, shape in leaves
+                if size >= 2**20 and not any(partition_spec(name, shape, axes))
+            ),
+            reverse=True,
+        )
 
-    rest = mesh.size // mesh.shape["tensor"]
-    total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
-    found = whole(mesh.shape["fsdp"])
-    share = sum(size for size, _ in found) / max(total, 1)
-    if share <= limit:
+    def share(fsdp: int) -> float:
+        return sum(size for size, _ in whole(fsdp)) / max(total, 1)
+
+    fsdp = mesh.shape["fsdp"]
+    if share(fsdp) <= limit:
         return
-    better = [
-        fsdp
-        for fsdp in range(rest, 1, -1)
-        if rest % fsdp == 0 and sum(size for size, _ in whole(fsdp)) <= limit * total
-    ]
+    better = [n for n in range(rest, 1, -1) if rest % n == 0 and share(n) <= limit]
     remedy = (
         f"set config.mesh.fsdp={better[0]} and config.mesh.replica={rest // better[0]}"
         if better
         else "choose another config.mesh"
     )
-    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in found[:3])
+    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole(fsdp)[:3])
     raise BadInput(
-        f"{share:.0%} of the training state would lie whole on each of {mesh.size} devices, "
-        f"{len(found)} arrays, {names} first: {remedy}, or raise config.max_replicated={limit:g} "
-        "if that is meant."
+        f"{share(fsdp):.0%} of the training state would lie whole on each of {mesh.size} devices, "
+        f"{len(whole(fsdp))} arrays, {names} first: {remedy}, or raise "
+        f"config.max_replicated={limit:g} if that is meant."
     )
 
 
