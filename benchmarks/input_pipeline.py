@@ -40,7 +40,7 @@ from array_record.python import array_record_module
 
 from benchmarks import figures, synthetic
 from mofi_jax.data import ops, pipeline, records, tokenizer
-from mofi_jax.evaluators import common as evaluation
+from mofi_jax.evaluators import picture_sets
 from mofi_jax.training import checkpoint, state
 
 SIZE, SHORT_SIDE, TILE, QUALITY = 224, 256, 64, 90
@@ -58,7 +58,7 @@ SAMPLE = pathlib.Path(__file__).parent.parent / "data_prep/sample/seen.tar"
 
 def pictures(path: pathlib.Path, count: int) -> list[bytes]:
     """JPEGs of ``SHORT_SIDE`` made of the pictures at `path`, the same every time."""
-    source = evaluation.read_set(path)
+    source = picture_sets.read_set(path)
     rng = np.random.default_rng(0)
     made = []
     decoded = [ops.decode_rgb(source.read(i)) for i in range(min(count, len(source)))]

@@ -122,7 +122,7 @@ def child(args: argparse.Namespace) -> None:
     from mofi_jax import train
     from mofi_jax.common import cli
     from mofi_jax.common.errors import BadInput, Preempted
-    from mofi_jax.evaluators import common as evaluation
+    from mofi_jax.evaluators import suite
     from mofi_jax.training import setup
     from tests import datasets
 
@@ -165,7 +165,7 @@ def child(args: argparse.Namespace) -> None:
         return run
 
     setup.TrainSetup.make_train_step = noted
-    run_all = evaluation.run_all
+    run_all = suite.run_all
 
     def marked(*arguments: Any) -> Any:
         mark = folder / f"{args.workdir}.evaluating"
@@ -176,7 +176,7 @@ def child(args: argparse.Namespace) -> None:
         finally:
             mark.unlink(missing_ok=True)
 
-    evaluation.run_all = marked
+    suite.run_all = marked
     where = {}
     if args.processes > 1:
         where = {

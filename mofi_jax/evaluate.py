@@ -23,8 +23,8 @@ from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
-from mofi_jax.evaluators import common as evaluation
-from mofi_jax.evaluators import retrieval
+from mofi_jax.evaluators import embedding, retrieval
+from mofi_jax.evaluators import suite as evaluation
 
 RAW_PIXELS = "raw_pixels"
 
@@ -79,14 +79,14 @@ def main(
     if not suite.evaluators:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in suite.skipped.items())
         raise BadInput(f"No evaluator of --config applies to {model} ({reasons}): use another one.")
-    scores = evaluation.run_all(suite.evaluators, params)
+    embedder = embedding.Embedder(towers, params)
+    scores = evaluation.run_all(suite.evaluators, embedder)
 
     # ---------------------------------------------------------------------- results
     out.mkdir(parents=True, exist_ok=True)
-    # Galleries ask the devices for neighbours, so every host takes part and one writes.
     for name, evaluator in suite.evaluators.items():
         if isinstance(evaluator, retrieval.Evaluator):
-            evaluator.gallery(params, out / f"gallery_{name}.png")
+            evaluator.gallery(embedder, out / f"gallery_{name}.png")
     if jax.process_index() != 0:
         return
     metrics: dict[str, dict[str, float]] = {}

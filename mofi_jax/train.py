@@ -26,7 +26,8 @@ from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput, Preempted
 from mofi_jax.data import pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
-from mofi_jax.evaluators import common as evaluation
+from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.inference import warm_start
 from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import (
@@ -155,7 +156,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     warm = None
     if config.init.model and not resumed:
         folder, parts = config.init.model, tuple(config.init.parts)
-        warm = warm_start.read(folder, parts, structs.params, data.entities, mesh)
+        warm = warm_start.read(folder, parts, structs.params, data.entities)
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
     run_folder.prepare(
@@ -249,7 +250,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             if due and not preempted:
                 console.status("evaluating")
                 with goodput.phase("eval"):
-                    scores = evaluation.run_all(due, train_state.evaluated, watchdog.progress)
+                    embedder = embedding.Embedder(towers, train_state.evaluated)
+                    scores = evaluation.run_all(due, embedder, watchdog.progress)
                 metrics.write(now, scores)
                 shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
                 logging.info("step %d %s", now, shown)

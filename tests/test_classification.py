@@ -10,7 +10,7 @@ import pytest
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.evaluators import common
+from mofi_jax.evaluators import classification, embedding
 from mofi_jax.model import mofi
 
 DIM = 16
@@ -38,6 +38,10 @@ class Given(inference.Towers):
 
 def towers(mesh, entities):
     return Given(CONFIG, tokenizer=None, entities=entities, preprocess="none", mesh=mesh)
+
+
+def scores_of(evaluator, params):
+    return dict(evaluator.run(embedding.Embedder(evaluator.towers, params)))
 
 
 def vocabulary(counts):
@@ -80,8 +84,8 @@ def test_scores_by_hand(tmp_path, mesh_of, mesh):
     model = towers(mesh_of[mesh], entities)
     # Raw rows have any length: only the direction counts.
     params = model.put({"entity_table": table * rng.uniform(0.5, 3, (len(table), 1))})
-    evaluator = common.build("classification", model, images=images, classes=classes)
-    scores = dict(evaluator.run(params | {"given": given.astype(np.float32)}))
+    evaluator = classification.Evaluator(model, images=images, classes=classes)
+    scores = scores_of(evaluator, params | {"given": given.astype(np.float32)})
     top5 = np.argsort(-given @ table.T, axis=1)[:, :5]
     labels = np.array([0, 0, 0, 0, 4, 4, -1, -1, 7])
     covered = labels >= 0
@@ -100,25 +104,24 @@ def test_scores_by_hand(tmp_path, mesh_of, mesh):
 
 def test_nothing_covered(tmp_path, mesh_of):
     """Coverage is told; no score stands for pictures that could not be right."""
-    evaluator = common.build(
-        "classification",
+    evaluator = classification.Evaluator(
         towers(mesh_of["1x1x1"], vocabulary([5, 5])),
         images=write_set(tmp_path / "set.tar", [0, 1]),
         classes=write_classes(tmp_path / "classes.jsonl", ["A", "B"]),
     )
-    assert list(evaluator.run({})) == [("coverage", 0.0)]
+    assert scores_of(evaluator, {}) == {"coverage": 0.0}
 
 
 def test_fewer_than_five_entities(tmp_path, mesh_of):
     table = unit(np.random.default_rng(1), 3)
     model = towers(mesh_of["1x8x1"], vocabulary([9, 8, 7]))
-    evaluator = common.build(
-        "classification",
+    evaluator = classification.Evaluator(
         model,
         images=write_set(tmp_path / "set.tar", [0, 1, 2]),
         classes=write_classes(tmp_path / "classes.jsonl", ["Q0", "Q1", "Q2"]),
     )
-    scores = dict(evaluator.run(model.put({"entity_table": table}) | {"given": table[[1, 1, 2]]}))
+    params = model.put({"entity_table": table}) | {"given": table[[1, 1, 2]]}
+    scores = scores_of(evaluator, params)
     assert scores["top1"] == pytest.approx(2 / 3)
     assert scores["top5"] == 1.0
 
@@ -129,9 +132,7 @@ def test_class_table_must_name_entities_and_all_classes(tmp_path, mesh_of):
     nameless = tmp_path / "nameless.jsonl"
     nameless.write_text('{"class": 0, "label": "a"}\n{"class": 1, "label": "b"}\n')
     with pytest.raises(BadInput, match="names no entities"):
-        common.build("classification", model, images=images, classes=nameless)
+        classification.Evaluator(model, images=images, classes=nameless)
     short = write_classes(tmp_path / "short.jsonl", ["Q0"])
     with pytest.raises(BadInput, match=r"Class 1 of .* is not in the class table"):
-        common.build("classification", model, images=images, classes=short)
-    with pytest.raises(BadInput, match="needs the key 'classes'"):
-        common.build("classification", model, images=images)
+        classification.Evaluator(model, images=images, classes=short)

@@ -22,7 +22,7 @@ from mofi_jax import evaluate, inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records, tokenizer
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import common
+from mofi_jax.evaluators import embedding, picture_sets, suite
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
 
@@ -42,11 +42,15 @@ def folder(tmp_path_factory):
     return root / "set"
 
 
+def raw_pixels(params):
+    return embedding.Embedder(inference.RawPixels(8, meshes.make_mesh()), params)
+
+
 # ----------------------------------------------------------------------------------- picture sets
 
 
 def test_folder_and_tar_are_the_same_set(folder):
-    one, other = common.read_set(folder), common.read_set(folder.with_suffix(".tar"))
+    one, other = picture_sets.read_set(folder), picture_sets.read_set(folder.with_suffix(".tar"))
     assert one.names == other.names
     assert len(one) == 12
     np.testing.assert_array_equal(one.classes, [340] * 6 + [341] * 6)
@@ -61,7 +65,7 @@ def test_hash_sees_names_and_contents(folder, tmp_path):
             (copy / "340_0.jpg").rename(copy / "340_9.jpg")
         else:
             shutil.copy(copy / "341_0.jpg", copy / "340_0.jpg")
-        assert common.read_set(copy).sha256() != common.read_set(folder).sha256()
+        assert picture_sets.read_set(copy).sha256() != picture_sets.read_set(folder).sha256()
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,7 +75,7 @@ def test_order_is_by_number_then_name(tmp_path_factory, entries):
     root = tmp_path_factory.mktemp("order")
     for number, name in entries:
         (root / f"{number}_{name}.jpg").write_bytes(b"")
-    pictures = common.read_set(root)
+    pictures = picture_sets.read_set(root)
     found = [tuple(name.removesuffix(".jpg").split("_")) for name in pictures.names]
     assert [(int(number), name) for number, name in found] == sorted(
         entries, key=lambda entry: (entry[0], f"{entry[0]}_{entry[1]}.jpg")
@@ -82,38 +86,35 @@ def test_files_that_are_no_pictures_are_passed_over(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "set")
     for name in ("README.txt", ".DS_Store", "._340_0.jpg"):
         (copy / name).write_bytes(b"x")
-    assert common.read_set(copy).names == common.read_set(folder).names
+    assert picture_sets.read_set(copy).names == picture_sets.read_set(folder).names
 
 
 def test_unusable_picture_sets(folder, tmp_path):
     with pytest.raises(BadInput, match=r"no picture set at .*nowhere"):
-        common.read_set(tmp_path / "nowhere")
+        picture_sets.read_set(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no pictures"):
-        common.read_set(tmp_path / "empty")
+        picture_sets.read_set(tmp_path / "empty")
     copy = shutil.copytree(folder, tmp_path / "named")
     (copy / "cat.jpg").write_bytes(b"")
     with pytest.raises(BadInput, match=r"cat.jpg in .* is not named .*1 such"):
-        common.read_set(copy)
+        picture_sets.read_set(copy)
     whole = folder.with_suffix(".tar").read_bytes()
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(BadInput, match=r"short.tar cannot be read as a .tar"):
-        common.read_set(tmp_path / "short.tar")
     with tarfile.open(tmp_path / "zipped.tar.gz", "w:gz") as tar:
         tar.add(folder / "340_0.jpg", "340_0.jpg")
     (tmp_path / "set.zip").write_bytes(b"PK\x03\x04")
-    for name, kind in (("zipped.tar.gz", "gzip"), ("set.zip", "zip")):
-        with pytest.raises(BadInput, match=rf"{name} is packed by {kind}, .*: unpack it and give"):
-            common.read_set(tmp_path / name)
-    read_model = functools.partial(inference.read, mesh=meshes.make_mesh())
-    for read in (common.read_set, common.read_classes, read_model):
+    for name in ("short.tar", "zipped.tar.gz", "set.zip"):
+        with pytest.raises(BadInput, match=rf"{name} cannot be read as an unc.*: unpack it and"):
+            picture_sets.read_set(tmp_path / name)
+    for read in (picture_sets.read_set, picture_sets.read_classes, inference.read):
         with pytest.raises(BadInput, match=r"^gs://b/x is a remote path: copy the "):
             read("gs://b/x")
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for inner in ("a", "b"):
             tar.add(folder / "340_0.jpg", f"{inner}/340_0.jpg")
     with pytest.raises(BadInput, match=r"holds 340_0.jpg twice"):
-        common.read_set(tmp_path / "twice.tar")
+        picture_sets.read_set(tmp_path / "twice.tar")
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(folder, tmp_path):
@@ -121,7 +122,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(folder, tmp_path):
     data = (copy / "341_2.jpg").read_bytes()
     (copy / "341_2.jpg").write_bytes(data[:200])
     with pytest.raises(BadInput, match=r"341_2.jpg in .*cannot be decoded"):
-        common.embed_pictures(inference.RawPixels(8, meshes.make_mesh()), {}, common.read_set(copy))
+        raw_pixels({}).pictures(picture_sets.read_set(copy))
 
 
 def test_a_config_of_ones_own_says_nothing_of_hosts(tmp_path):
@@ -132,18 +133,18 @@ def test_a_config_of_ones_own_says_nothing_of_hosts(tmp_path):
 
 
 def test_class_tables(tmp_path):
-    table = common.read_classes(SAMPLE / "classes.jsonl")
-    assert table[0] == common.Class("n02691156", "airplane")
+    table = picture_sets.read_classes(SAMPLE / "classes.jsonl")
+    assert table[0] == picture_sets.Class("n02691156", "airplane")
     published = tmp_path / "GPR1200_categoryNumber_to_text.json"
     published.write_text('{"0": "Eldorado National Forest", "9": "Löderups kyrka"}', "utf-8")
-    assert common.read_classes(published)[9] == common.Class("", "Löderups kyrka")
+    assert picture_sets.read_classes(published)[9] == picture_sets.Class("", "Löderups kyrka")
     with pytest.raises(BadInput, match="no class table at"):
-        common.read_classes(tmp_path / "nowhere.jsonl")
+        picture_sets.read_classes(tmp_path / "nowhere.jsonl")
     for line in ("not json", '{"class": 1}', '{"class": "x", "label": "y"}', "[1]"):
         broken = tmp_path / "broken.jsonl"
         broken.write_text('{"class": 0, "label": "a"}\n' + line)
         with pytest.raises(BadInput, match="Entry 2 of the class table"):
-            common.read_classes(broken)
+            picture_sets.read_classes(broken)
 
 
 # ------------------------------------------------------------------------------------ the suite
@@ -151,15 +152,15 @@ def test_class_tables(tmp_path):
 
 def test_building(folder):
     towers = inference.RawPixels(8, meshes.make_mesh())
-    assert common.kinds() == ["classification", "retrieval", "zeroshot"]
+    assert list(suite.kinds()) == ["classification", "retrieval", "zeroshot"]
     with pytest.raises(BadInput, match="Evaluator x: Unknown evaluator kind 'knn': choose from"):
-        common.build_all(towers, {"x": {"kind": "knn"}})
+        suite.build_all(towers, {"x": {"kind": "knn"}})
     with pytest.raises(BadInput, match="has no key 'image': it takes images, classes"):
-        common.build("retrieval", towers, image="typo")
+        suite.build_all(towers, {"x": {"kind": "retrieval", "image": "typo"}})
     with pytest.raises(BadInput, match="needs the key 'images'"):
-        common.build("retrieval", towers)
+        suite.build_all(towers, {"x": {"kind": "retrieval"}})
     named = {"images": str(folder), "classes": str(SAMPLE / "classes.jsonl")}
-    suite = common.build_all(
+    built = suite.build_all(
         towers,
         {
             "pictures": {"kind": "retrieval", **named},
@@ -167,8 +168,8 @@ def test_building(folder):
             "entities": {"kind": "classification", **named},
         },
     )
-    assert list(suite.evaluators) == ["pictures"]
-    assert suite.skipped == {
+    assert list(built.evaluators) == ["pictures"]
+    assert built.skipped == {
         "words": "the model has no tokenizer",
         "entities": "the model has no entities",
     }
@@ -183,14 +184,15 @@ def test_pictures_are_embedded_once_for_all_evaluators_and_anew_for_new_paramete
             return super().embed_images(params, images)
 
     config = {name: {"kind": "retrieval", "images": str(folder)} for name in ("a", "b")}
-    suite = common.build_all(Counting(8, meshes.make_mesh()), config)
-    first = {"version": 1}
+    towers = Counting(8, meshes.make_mesh())
+    evaluators = suite.build_all(towers, config).evaluators
     told = []
-    scores = common.run_all(suite.evaluators, first, lambda: told.append(len(seen)))
+    first = embedding.Embedder(towers, {"version": 1})
+    scores = suite.run_all(evaluators, first, lambda: told.append(len(seen)))
     assert sorted(scores) == ["a/map", "a/map_no_self", "b/map", "b/map_no_self"]
     assert len(told) == 4
     assert seen == [12]
-    common.run_all(suite.evaluators, {"version": 2})
+    suite.run_all(evaluators, embedding.Embedder(towers, {"version": 2}))
     assert seen == [12, 12]
 
 
@@ -201,7 +203,7 @@ def test_errors_carry_the_name_of_the_evaluator():
         def __init__(self, error):
             self.error = error
 
-        def run(self, params):
+        def run(self, embedder):
             yield "fine", 1.0
             raise self.error
 
@@ -209,10 +211,10 @@ def test_errors_carry_the_name_of_the_evaluator():
             return {}
 
     with pytest.raises(RuntimeError, match="evaluator broken failed: division") as caught:
-        common.run_all({"broken": Failing(ZeroDivisionError("division"))}, {})
+        suite.run_all({"broken": Failing(ZeroDivisionError("division"))}, raw_pixels({}))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     with pytest.raises(BadInput, match="Evaluator bad: no pictures"):
-        common.run_all({"bad": Failing(BadInput("no pictures"))}, {})
+        suite.run_all({"bad": Failing(BadInput("no pictures"))}, raw_pixels({}))
 
 
 # ------------------------------------------------------------------------------------ the main
@@ -222,7 +224,7 @@ def test_errors_carry_the_name_of_the_evaluator():
 def model(tmp_path_factory):
     """An exported model with text tower and class table, untrained, and its embeddings."""
     root = tmp_path_factory.mktemp("model")
-    classes = common.read_classes(SAMPLE / "classes.jsonl")
+    classes = picture_sets.read_classes(SAMPLE / "classes.jsonl")
     trained = sorted((classes[i] for i in range(340)), key=lambda entry: entry.qid)
     names = [entry.label for entry in trained]
     tokenizer.train_bpe(names, 300, root / "bpe.json")
@@ -272,7 +274,7 @@ def test_main_on_an_exported_model(model, tmp_path, monkeypatch, capsys):
     card = result["protocols"]["retrieval_unseen"]
     assert card["pictures"] == 360
     assert card["preprocessing"] == "decode|resize_short(16)|center_crop(16)"
-    assert card["sha256"] == common.read_set(SAMPLE / "unseen.tar").sha256()
+    assert card["sha256"] == picture_sets.read_set(SAMPLE / "unseen.tar").sha256()
     assert card["ties"] == "mean"
     for name in ("seen", "unseen"):
         assert (tmp_path / f"gallery_retrieval_{name}.png").stat().st_size > 50_000

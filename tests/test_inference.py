@@ -15,8 +15,8 @@ from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import common
+from mofi_jax.distributed import hosts, meshes
+from mofi_jax.evaluators import embedding, picture_sets
 from mofi_jax.interop import huggingface
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
@@ -207,9 +207,7 @@ def test_bad_folders(tmp_path, exported):
         inference.load(tmp_path, mesh=meshes.make_mesh())
 
 
-def test_host_0_says_what_a_folder_is_and_none_reads_alone(
-    tmp_path, exported, mesh_of, monkeypatch
-):
+def test_host_0_says_what_a_folder_is_and_none_reads_alone(tmp_path, exported, monkeypatch):
     """A host that refused before the others ask would leave them waiting for its answer."""
 
     def refuse(_):
@@ -217,9 +215,9 @@ def test_host_0_says_what_a_folder_is_and_none_reads_alone(
 
     for ask in ("agree", "all_or_none"):
         with monkeypatch.context() as patch:
-            patch.setattr(inference.hosts, ask, refuse)
+            patch.setattr(hosts, ask, refuse)
             with pytest.raises(errors.BadInput, match="as host 0 says"):
-                inference.read(tmp_path if ask == "agree" else exported, mesh=mesh_of["1x1x1"])
+                inference.read(tmp_path if ask == "agree" else exported)
 
 
 def test_without_text_or_entities(mesh_of, config, params):
@@ -263,15 +261,14 @@ def test_raw_pixels_feature():
     white = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / std
     expected = np.tile(white / np.linalg.norm(white), SIZE**2) / SIZE
     np.testing.assert_allclose(feature[0], expected, rtol=1e-5)
-    with pytest.raises(errors.BadInput, match="cannot embed text"):
-        baseline.embed_texts(None, ["a"])
 
 
 @pytest.mark.parametrize(("name", "score"), [("unseen", 0.249), ("seen", 0.529)])
 def test_raw_pixels_on_the_sample(name, score):
     """The first row of the table of results, by plain numpy from the definition of the protocol."""
-    pictures = common.read_set(SAMPLE / f"{name}.tar")
-    features = common.embed_pictures(inference.RawPixels(40, meshes.make_mesh()), None, pictures)
+    pictures = picture_sets.read_set(SAMPLE / f"{name}.tar")
+    towers = inference.RawPixels(40, meshes.make_mesh())
+    features = embedding.Embedder(towers, None).pictures(pictures)
     order = np.argsort(-features @ features.T, axis=1, kind="stable")
     precisions = []
     for query, ranking in enumerate(order):

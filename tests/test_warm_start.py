@@ -100,7 +100,7 @@ def test_rows_on_eight_devices(world, tmp_path, mesh_of):
     sharding = jax.NamedSharding(mesh, jax.P(meshes.ALL_AXES, None))
     table = jax.device_put(-jnp.ones((16, 12)), sharding)
     structs = {TABLE: jax.ShapeDtypeStruct((16, 12), jnp.float32, sharding=sharding)}
-    source = warm_start.read(str(world / "run"), (TABLE,), structs, entities, mesh)
+    source = warm_start.read(str(world / "run"), (TABLE,), structs, entities)
     state = train.state.TrainState(jnp.int32(0), {TABLE: table}, {}, {TABLE: table})
     filled = warm_start.apply(state, source)
     assert filled.params[TABLE].sharding == sharding

@@ -22,7 +22,7 @@ from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.doctor import machine
 from mofi_jax.doctor.machine import GIB, Report
-from mofi_jax.evaluators import common as evaluation
+from mofi_jax.evaluators import picture_sets
 from mofi_jax.training import checkpoint, model_file, optim, run_folder, settings, setup, state
 
 REQUIREMENTS = pathlib.Path(__file__).parents[2] / "requirements.txt"
@@ -283,8 +283,9 @@ def host_memory(
 
 def check_evaluators(report: Report, config: Any) -> None:
     """The files that evaluators in the loop will ask for, hours into the run."""
+    readers = {"images": picture_sets.read_set, "classes": picture_sets.read_classes}
     for name, options in config.evaluators.items():
-        for key, read in (("images", evaluation.read_set), ("classes", evaluation.read_classes)):
+        for key, read in readers.items():
             if options.get(key):
                 with report.about("evaluators", f"config.evaluators.{name}.{key}: "):
                     read(options[key])

@@ -1,8 +1,8 @@
 """Entity classification: is the class table's nearest row the entity of the picture?
 
-Works on a picture set whose classes are entities of the vocabulary, by cosine to the rows of
-``params["entity_table"]``.  Pictures of things outside the vocabulary cannot be right and are left
-out; ``coverage`` says how many were not.
+Works on a picture set whose classes are entities of the vocabulary, by cosine to the rows of the
+class table.  Pictures of things outside the vocabulary cannot be right and are left out;
+``coverage`` says how many were not.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import common
+from mofi_jax.evaluators import embedding, picture_sets
 
 # Training pictures per entity, lowest count first; each bucket ends where the next one begins.
 BUCKETS = (("under_5", 0), ("5_to_19", 5), ("20_to_99", 20), ("100_to_999", 100), ("1000_up", 1000))
@@ -24,8 +24,7 @@ class Evaluator:
     Args:
       towers: the functions of a model, with its vocabulary.
       images: folder or .tar in GPR1200 naming.
-      classes: class table that gives each class number its qid (`common.read_classes`).
-      features: embeddings shared with other evaluators.
+      classes: class table that gives each class number its qid (`picture_sets.read_classes`).
 
     Raises:
       BadInput: unusable set or class table, or a class table without qids.
@@ -33,19 +32,10 @@ class Evaluator:
 
     needs = ("entities",)
 
-    def __init__(
-        self,
-        towers: Any,
-        *,
-        images: epath.PathLike,
-        classes: epath.PathLike,
-        features: common.FeatureCache | None = None,
-    ):
+    def __init__(self, towers: Any, *, images: epath.PathLike, classes: epath.PathLike):
         self.towers = towers
-        self.features = features or common.FeatureCache()
-        self.pictures = common.read_set(images)
-        table = common.read_classes(classes)
-        common.require_classes(self.pictures, table, classes)
+        self.pictures = picture_sets.read_set(images)
+        table = picture_sets.read_classes(classes, self.pictures)
         if not any(entry.qid for entry in table.values()):
             raise BadInput(
                 f"The class table {classes} names no entities: give each line an `id`, the "
@@ -54,10 +44,10 @@ class Evaluator:
         ids = {qid: i for i, qid in enumerate(towers.entities.qids)}
         self.labels = np.array([ids.get(table[int(c)].qid, -1) for c in self.pictures.classes])
 
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
+    def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields the following, all within 0..1; all but ``coverage`` concern covered pictures.
 
-        ``coverage``: share of the pictures whose entity is in the vocabulary; 0 is the only value.
+        ``coverage``: share of the pictures whose entity is in the vocabulary; if 0, nothing else.
         ``top1``, ``top5``: share of pictures with their entity first, or among the first five.
         ``entity_macro``: mean over the entities of their top-1.
         ``top1_{bucket}``: top-1 of the pictures whose entity had so many training pictures
@@ -67,11 +57,10 @@ class Evaluator:
         yield "coverage", len(covered) / len(self.labels)
         if not len(covered):
             return
-        features = self.features.embed(self.towers, params, self.pictures)[covered]
-        labels = self.labels[covered]
+        features, labels = embedder.pictures(self.pictures)[covered], self.labels[covered]
         k = min(5, len(self.towers.entities))
-        found, _ = self.towers.nearest_entities(params, features, k)
-        right = found == labels[:, None]
+        nearest, _ = self.towers.nearest_entities(embedder.params, features, k)
+        right = nearest == labels[:, None]
         top1 = right[:, 0].astype(np.float64)
         yield "top1", float(top1.mean())
         yield "top5", float(right.any(1).mean())
@@ -87,7 +76,7 @@ class Evaluator:
         """The protocol card, with the hash of the pictures."""
         return {
             "protocol": "entity top-k by cosine to the class table, covered pictures only",
-            **common.picture_card(self.towers, self.pictures),
+            **embedding.picture_card(self.towers, self.pictures),
             "entities": len(self.towers.entities),
             "covered_pictures": int((self.labels >= 0).sum()),
             "ties": "the lower entity id comes first",

@@ -12,7 +12,9 @@ from etils import epath
 from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import common, neighbours
+from mofi_jax.evaluators import embedding, picture_sets
+
+_CHUNK = 4096  # pictures scored at a time
 
 
 class Evaluator:
@@ -21,9 +23,8 @@ class Evaluator:
     Args:
       towers: the functions of a model with a text tower.
       images: folder or .tar in GPR1200 naming.
-      classes: class table that gives each class number its label (`common.read_classes`).
+      classes: class table that gives each class number its label (`picture_sets.read_classes`).
       templates: prompts, ``{}`` where the label goes.
-      features: embeddings shared with other evaluators.
 
     Raises:
       BadInput: unusable set or class table, no template, or one without its ``{}``.
@@ -38,13 +39,10 @@ class Evaluator:
         images: epath.PathLike,
         classes: epath.PathLike,
         templates: Sequence[str] = ("{}",),
-        features: common.FeatureCache | None = None,
     ):
         self.towers = towers
-        self.features = features or common.FeatureCache()
-        self.pictures = common.read_set(images)
-        table = common.read_classes(classes)
-        common.require_classes(self.pictures, table, classes)
+        self.pictures = picture_sets.read_set(images)
+        table = picture_sets.read_classes(classes, self.pictures)
         numbers, self.labels = np.unique(self.pictures.classes, return_inverse=True)
         self.names = [table[int(number)].label for number in numbers]
         self.templates = tuple(templates)
@@ -54,26 +52,30 @@ class Evaluator:
                 '"a photo of a {}".'
             )
 
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
+    def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields ``top1`` and ``top5``: shares of pictures, 0..1."""
-        features = self.features.embed(self.towers, params, self.pictures)
-        index = neighbours.build_index(self.embed_classes(params), mesh=self.towers.mesh)
-        found, _ = neighbours.top_k(index, features, min(5, len(self.names)))
-        right = found == self.labels[:, None]
-        yield "top1", float(right[:, 0].mean())
-        yield "top5", float(right.any(1).mean())
+        features, classes = embedder.pictures(self.pictures), self.embed_classes(embedder)
+        ahead = []  # how many classes come before the right one
+        for start in range(0, len(features), _CHUNK):
+            scores = features[start : start + _CHUNK] @ classes.T
+            labels = self.labels[start : start + _CHUNK, None]
+            right = np.take_along_axis(scores, labels, axis=1)
+            tied_before = (scores == right) & (np.arange(len(classes)) < labels)
+            ahead.append(((scores > right) | tied_before).sum(1))
+        yield "top1", float((np.concatenate(ahead) < 1).mean())
+        yield "top5", float((np.concatenate(ahead) < 5).mean())
 
-    def embed_classes(self, params: Any) -> Float[np.ndarray, "c d"]:
+    def embed_classes(self, embedder: embedding.Embedder) -> Float[np.ndarray, "c d"]:
         """One unit vector per class, in ascending order of class numbers."""
         prompts = [t.replace("{}", name) for name in self.names for t in self.templates]
-        texts = _unit(self.towers.embed_texts(params, prompts).astype(np.float32))
+        texts = _unit(embedder.texts(prompts))
         return _unit(texts.reshape(len(self.names), len(self.templates), -1).mean(1))
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""
         return {
             "protocol": "zero-shot: prompts normalised, averaged, normalised again; cosine",
-            **common.picture_card(self.towers, self.pictures),
+            **embedding.picture_card(self.towers, self.pictures),
             "templates": list(self.templates),
             "ties": "the lower class number comes first",
         }

@@ -1,8 +1,8 @@
-"""Any trained model as functions: pictures, texts and embeddings in, numpy out.
+"""A model as functions: pictures, texts and embeddings in, numpy out.
 
-`load` opens a training run or a Hugging Face CLIP folder and gives a `Model`. `Towers` are a
-model's functions without its parameters, which is what evaluators and the training loop share.
-`RawPixels` is the baseline with the same interface. This file knows nothing of training.
+`Towers` are a model's functions without its parameters, which is what evaluators and the training
+loop share; `Model` has both.  `RawPixels` is the baseline with the same interface.  This file knows
+nothing of training or of files.
 
 In a multi-host job every host passes the same inputs and gets all results; the devices of each are
 given only what lies on them.
@@ -15,20 +15,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
-from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.distributed import global_batch, hosts, sharding
-from mofi_jax.interop import huggingface
+from mofi_jax.distributed import global_batch, sharding
 from mofi_jax.losses import class_order, entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
-from mofi_jax.training import arrays, checkpoint, model_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +87,15 @@ class Towers:
           ops.UndecodableImage: bytes that are not a whole picture.
           BadInput: preprocessing that does not end in s x s pixels.
         """
-        return _decode(self._operations, data, self.config.image_size)
+        return _decode(self.preprocess, data, self.config.image_size)
 
     def put(self, params: Any) -> mofi.Params:
         """Parameters onto the mesh by its path rules; the class table is padded to divide."""
-        table = params.get("entity_table")
+        table = params.get(sharding.ENTITY_TABLE)
         if table is not None:
             missing = class_order.padded_rows(table.shape[0], self.mesh) - table.shape[0]
-            params = params | {"entity_table": np.pad(np.asarray(table), ((0, missing), (0, 0)))}
+            table = np.pad(np.asarray(table), ((0, missing), (0, 0)))
+            params = params | {sharding.ENTITY_TABLE: table}
         return sharding.put(self.mesh, params)
 
     def nearest_entities(
@@ -109,22 +106,18 @@ class Towers:
         Raises:
           BadInput: a model without class table, or k beyond the vocabulary.
         """
-        if self.entities is None or "entity_table" not in params:
+        table = params.get(sharding.ENTITY_TABLE)
+        if self.entities is None or table is None:
             raise BadInput(
                 "The model has no entity table, so it cannot name entities: train it with "
                 "task=supervised or task=multitask."
             )
-        step = self._entity_step(k)
         embeddings = np.asarray(embeddings, np.float32)
         norms = np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
-        table = params["entity_table"]
+        step = functools.partial(self._entity_step, k)
         return self._in_batches(step, table, embeddings / norms)
 
     # Compiled once per instance: evaluators call these every few hundred steps.
-
-    @functools.cached_property
-    def _operations(self) -> Callable:
-        return ops.build(self.preprocess)
 
     @functools.cached_property
     def _image_step(self) -> Callable:
@@ -135,24 +128,24 @@ class Towers:
         return self._jit(functools.partial(mofi.embed_texts, self.config, mesh=self.mesh))
 
     @functools.cached_property
-    def _entity_steps(self) -> dict[int, Callable]:
-        return {}
+    def _entity_step(self) -> Callable:
+        entities = len(self.entities)
 
-    def _entity_step(self, k: int) -> Callable:
-        if k not in self._entity_steps:
-            entities = len(self.entities)
+        def nearest(k: int, table: jax.Array, embeddings: jax.Array) -> tuple[jax.Array, jax.Array]:
+            rows, cosines = entity_topk.entity_topk(
+                embeddings, table, num_entities=entities, k=k, mesh=self.mesh
+            )
+            return class_order.table_entities(rows, entities), cosines
 
-            def nearest(table: jax.Array, embeddings: jax.Array) -> tuple[jax.Array, jax.Array]:
-                rows, cosines = entity_topk.entity_topk(
-                    embeddings, table, num_entities=entities, k=k, mesh=self.mesh
-                )
-                return class_order.table_entities(rows, entities), cosines
+        return self._jit(nearest, static_argnums=0)
 
-            self._entity_steps[k] = self._jit(nearest)
-        return self._entity_steps[k]
+    def _jit(self, function: Callable, **options: Any) -> Callable:
+        return jax.jit(function, out_shardings=sharding.replicated(self.mesh), **options)
 
-    def _jit(self, function: Callable) -> Callable:
-        return jax.jit(function, out_shardings=sharding.replicated(self.mesh))
+    @property
+    def _step_size(self) -> int:
+        shards = global_batch.batch_shards(self.mesh)
+        return -(-self.batch_size // shards) * shards
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
         """Results of step(params, batch) over all inputs, in batches of one size.
@@ -166,14 +159,9 @@ class Towers:
         results = self._stream(step, params, batches)
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
-    @property
-    def _step_size(self) -> int:
-        shards = global_batch.batch_shards(self.mesh)
-        return -(-self.batch_size // shards) * shards
-
     def _stream(self, step: Callable, params: Any, batches: Iterable[np.ndarray]) -> Iterator[Any]:
         """Yields step(params, batch) without the padding that gives all batches one size."""
-        sharding = global_batch.batch_sharding(self.mesh)
+        split = global_batch.batch_sharding(self.mesh)
 
         def fetch(result: Any, rows: int) -> Any:
             return jax.tree.map(lambda array: np.asarray(array)[:rows], result)
@@ -182,7 +170,7 @@ class Towers:
         for part in batches:
             batch = np.zeros((self._step_size, *part.shape[1:]), part.dtype)
             batch[: len(part)] = part
-            placed = jax.make_array_from_callback(batch.shape, sharding, batch.__getitem__)
+            placed = jax.make_array_from_callback(batch.shape, split, batch.__getitem__)
             result = step(params, placed)
             # Fetched one batch late: the next one is prepared while the devices work.
             if waiting is not None:
@@ -234,95 +222,9 @@ class Model:
         return self.towers.nearest_entities(self.params, embeddings, k)
 
 
-def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
-    """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
-
-    Args:
-      path: the folder.
-      mesh: the devices to use (`meshes.make_mesh`).
-      batch_size: see `Towers`.
-
-    Raises:
-      BadInput: a folder that is neither, or one that is damaged.
-    """
-    towers, params = read(path, mesh=mesh, batch_size=batch_size)
-    return Model(towers, towers.put(params), str(path))
-
-
-def read(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> tuple[Towers, Any]:
-    """As `load`, with the parameters whole in host memory."""
-    path = files.local_input(path, "the model")
-
-    def look() -> dict[str, Any] | None:
-        return model_file.read(path) if (path / model_file.NAME).exists() else None
-
-    # What kind of folder it is decides what hosts ask one another: host 0 looks for all.
-    description = hosts.agree(look)
-    if description is not None:
-        towers, params = _read_run(path, description, mesh, batch_size)
-        arrays.check_finite(params, path)
-        return towers, params
-    if not hosts.agree(lambda: huggingface.is_folder(path)):
-        raise BadInput(
-            f"{path} is neither a training run ({model_file.NAME}) nor a Hugging Face CLIP folder "
-            "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
-            "fetches one from the hub."
-        )
-    clip = hosts.all_or_none(lambda: huggingface.read(path))
-    arrays.check_finite(clip.params, path)
-    towers = Towers(
-        config=clip.config,
-        tokenizer=clip.tokenizer,
-        entities=clip.entities,
-        preprocess=clip.preprocess,
-        mesh=mesh,
-        batch_size=batch_size,
-    )
-    return towers, clip.params
-
-
-def _read_run(
-    path: epath.Path, values: dict[str, Any], mesh: Mesh, batch_size: int
-) -> tuple[Towers, Any]:
-    config, table_order = model_file.config(values), values.get("table_order")
-    params = checkpoint.restore_params(path)
-    towers = tuple(name for name in mofi.TOWERS if name in params)
-    wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
-    wrong = arrays.differences(
-        *({name: tree[name] for name in towers} for tree in (params, wanted))
-    )
-    if wrong:
-        name, how = next(iter(wrong.items()))
-        raise BadInput(
-            f"{path / model_file.NAME} does not describe the run's checkpoint ({name} {how}, one "
-            f"of {len(wrong)} arrays): put back the one that was written with it."
-        )
-    tokenizer = entities = None
-    if "text" in params and (path / records.TOKENIZER_FILE).exists():
-        tokenizer = tokenizer_lib.Tokenizer(path / records.TOKENIZER_FILE, config.context_length)
-    if sharding.ENTITY_TABLE in params:
-        if table_order != class_order.TABLE_ORDER:
-            raise BadInput(
-                f"{path} was trained by another version, whose class table has its rows in another "
-                "order: use that version, or train again."
-            )
-        entities = records.read_entities(path / records.ENTITIES_FILE)
-    return (
-        Towers(
-            config=config,
-            tokenizer=tokenizer,
-            entities=entities,
-            preprocess=values["preprocess"],
-            mesh=mesh,
-            batch_size=batch_size,
-        ),
-        params,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class RawPixels:
-    """The baseline: a picture is its own pixels. Same interface as `Towers`, parameters unused.
+    """The baseline: a picture is its own pixels. As `Towers`, for pictures only; no parameters.
 
     The feature is exactly what an image tower would be given: the picture of the evaluation
     preprocessing, minus CLIP's mean colour, over CLIP's deviation, as one L2-normalised vector. On
@@ -348,24 +250,14 @@ class RawPixels:
         flat = centred.reshape(len(centred), -1)
         return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
 
-    def embed_texts(self, params: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        raise BadInput("Raw pixels cannot embed text: evaluate a trained model with text.")
-
-    def nearest_entities(self, params: Any, embeddings: Any, k: int) -> tuple[Any, Any]:
-        raise BadInput("Raw pixels cannot name entities: evaluate a trained model.")
-
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
         """See `Towers.decode`."""
-        return _decode(self._operations, data, self.image_size)
-
-    @functools.cached_property
-    def _operations(self) -> Callable:
-        return ops.build(self.preprocess)
+        return _decode(self.preprocess, data, self.image_size)
 
 
-def _decode(operations: Callable, data: bytes, size: int) -> np.ndarray:
+def _decode(preprocess: str, data: bytes, size: int) -> np.ndarray:
     try:
-        pixels = operations({"image": data}, None)["image"]
+        pixels = ops.build(preprocess)({"image": data}, None)["image"]
     except (BadInput, ops.UndecodableImage):
         raise
     except Exception as error:  # OpenCV's own, or Python's, about the operations' arguments

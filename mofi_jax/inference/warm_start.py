@@ -1,8 +1,8 @@
-"""Begins a run with parameters of another: a run folder or a Hugging Face CLIP folder.
+"""Initialises a run from another model: a run folder or a Hugging Face CLIP folder.
 
 ``config.init`` names the folder and the parts to take.  Position embeddings are resampled to the
 run's resolution, rows of the class table move with their entities by QID; everything else has to
-fit as it is.  The optimizer starts anew, and so does the data.
+fit as it is.  The optimizer state and the data position start from scratch.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from mofi_jax import inference
@@ -43,11 +42,7 @@ class Source:
 
 
 def read(
-    folder: str,
-    parts: Sequence[str],
-    structs: Any,
-    entities: records.Entities | None,
-    mesh: Mesh,
+    folder: str, parts: Sequence[str], structs: Any, entities: records.Entities | None
 ) -> Source:
     """Reads the parts and fits them to this run; nothing of it is on a device yet.
 
@@ -57,52 +52,52 @@ def read(
         everything that both models have.
       structs: this run's parameters, as ShapeDtypeStructs.
       entities: this run's vocabulary.
-      mesh: the devices.
 
     Raises:
       BadInput: a folder that is no model, a part that one of the two models does not have, arrays
         of other shapes; names all of them at once.
     """
-    towers, params = inference.read(folder, mesh=mesh)
-    theirs, ours = _by_name(params), _by_name(structs)
-    problems = []
-    for part in parts:
-        for model, has in (("that model", theirs), ("this one", ours)):
-            if not any(optim.in_parts(name, (part,)) for name in has):
-                problems.append(f"{model} has no part {part!r}")
-    if parts:
-        chosen = [name for name in ours if optim.in_parts(name, parts)]
-        problems += [f"that model has no {name}" for name in chosen if name not in theirs]
-        chosen = [name for name in chosen if name in theirs]
-    else:
-        chosen = [name for name in ours if name in theirs]
-    taken: dict[str, np.ndarray] = {}
+    saved = inference.read(folder)
+    theirs, ours = _by_name(saved.params), _by_name(structs)
+    problems = [
+        f"{model} has no part {part!r}"
+        for part in parts
+        for model, names in (("that model", theirs), ("this one", ours))
+        if not any(optim.in_parts(name, (part,)) for name in names)
+    ]
+    chosen = [name for name in ours if (optim.in_parts(name, parts) if parts else name in theirs)]
+    params: dict[str, np.ndarray] = {}
     table_rows = None
     for name in chosen:
+        if name not in theirs:
+            problems.append(f"that model has no {name}")
+            continue
         value, shape = np.asarray(theirs[name]), tuple(ours[name].shape)
-        if name == sharding.ENTITY_TABLE and value.shape[1:] == shape[1:]:
-            taken[name] = value
-            table_rows = _table_rows(towers.entities, entities)
-        elif name == IMAGE_POSITIONS and _can_resample(value.shape, shape):
-            taken[name] = resampled(value, shape[0])
-        elif name == TEXT_POSITIONS and value.shape[0] >= shape[0] and value.shape[1:] == shape[1:]:
-            taken[name] = value[: shape[0]]  # a causal tower never looked further
-        elif value.shape == shape:
-            taken[name] = value
+        if value.shape[1:] == shape[1:]:
+            if name == sharding.ENTITY_TABLE:
+                matches = class_table.match(saved.entities.qids, entities.qids)
+                table_rows = class_table.rows_of_sources(matches, len(saved.entities))
+                shape = value.shape
+            elif name == IMAGE_POSITIONS and _side(len(value)) and _side(shape[0]):
+                value = resampled(value, shape[0])
+            elif name == TEXT_POSITIONS:
+                value = value[: shape[0]]  # a causal tower never looked further
+        if value.shape == shape:
+            params[name] = value
         else:
             problems.append(f"{name} is {value.shape} there and {shape} here")
-    if not taken and not problems:
+    if not params and not problems:
         problems.append("the two models have nothing in common")
     if problems:
         raise BadInput(
             f"config.init.model={folder!r} does not fit: {'; '.join(problems)}: choose another "
             "model, or in config.init.parts only what fits."
         )
-    return Source(taken, table_rows)
+    return Source(params, table_rows)
 
 
 def apply(state: TrainState, source: Source) -> TrainState:
-    """The state of a run that begins, with the parameters taken over; also into their average."""
+    """The initial state of a run with the parameters taken over, also into their average."""
 
     def replaced(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = sharding.path_name(path)
@@ -117,11 +112,10 @@ def apply(state: TrainState, source: Source) -> TrainState:
 
     params = jax.tree_util.tree_map_with_path(replaced, state.params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    told = f"{len(source.params)} arrays"
+    logging.info("warm start: %d arrays", len(source.params))
     if source.table_rows is not None:
         known = int((source.table_rows >= 0).sum())
-        told += f", {known} of {len(source.table_rows)} entities"
-    logging.info("warm start: %s", told)
+        logging.info("warm start: %d of %d entities", known, len(source.table_rows))
     return dataclasses.replace(state, params=params, ema=ema)
 
 
@@ -148,10 +142,6 @@ def _side(length: int) -> int:
     return side if side * side == length - 1 else 0
 
 
-def _can_resample(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    return old[1:] == new[1:] and _side(old[0]) > 0 and _side(new[0]) > 0
-
-
 def _by_name(params: Any) -> dict[str, Any]:
     return {
         sharding.path_name(path): leaf
@@ -159,13 +149,8 @@ def _by_name(params: Any) -> dict[str, Any]:
     }
 
 
-def _table_rows(theirs: records.Entities, ours: records.Entities) -> np.ndarray:
-    """For each row of our table, the row of theirs that holds the same entity, or -1."""
-    return class_table.rows_of_sources(class_table.match(theirs.qids, ours.qids), len(theirs.qids))
-
-
 def _table(leaf: jax.Array, value: np.ndarray, rows: np.ndarray) -> jax.Array:
-    """Our table with their rows; those of entities that they lack stay as they began."""
+    """Our table with their rows; entities that they lack keep their initial rows."""
     own = {str(shard.index): shard.data for shard in leaf.addressable_shards}
 
     def fill(index: tuple[slice, ...]) -> np.ndarray:

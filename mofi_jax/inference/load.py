@@ -1,0 +1,91 @@
+"""Opens what a model was saved as: a training run, or a Hugging Face CLIP folder."""
+
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.data import records
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.distributed import hosts, sharding
+from mofi_jax.inference.towers import Model, Towers
+from mofi_jax.interop import huggingface
+from mofi_jax.losses import class_order
+from mofi_jax.model import mofi
+from mofi_jax.training import arrays, checkpoint, model_file
+
+
+def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
+    """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
+
+    Args:
+      path: the folder.
+      mesh: the devices to use (`meshes.make_mesh`).
+      batch_size: see `Towers`.
+
+    Raises:
+      BadInput: a folder that is neither, or one that is damaged.
+    """
+    saved = read(path)
+    towers = Towers(
+        config=saved.config,
+        tokenizer=saved.tokenizer,
+        entities=saved.entities,
+        preprocess=saved.preprocess,
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    return Model(towers, towers.put(saved.params), str(path))
+
+
+def read(path: epath.PathLike) -> huggingface.Clip:
+    """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
+    path = files.local_input(path, "the model")
+
+    def description() -> dict[str, Any] | None:
+        return model_file.read(path) if (path / model_file.NAME).exists() else None
+
+    # The kind of folder decides what hosts ask one another next: host 0 looks for all.
+    values = hosts.agree(description)
+    if values is not None:
+        saved = _read_run(path, values)
+    elif hosts.agree(lambda: huggingface.is_folder(path)):
+        saved = hosts.all_or_none(lambda: huggingface.read(path))
+    else:
+        raise BadInput(
+            f"{path} is neither a training run ({model_file.NAME}) nor a Hugging Face CLIP folder "
+            "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
+            "fetches one from the hub."
+        )
+    arrays.check_finite(saved.params, path)
+    return saved
+
+
+def _read_run(path: epath.Path, values: dict[str, Any]) -> huggingface.Clip:
+    config = model_file.config(values)
+    params = checkpoint.restore_params(path)
+    towers = tuple(name for name in mofi.TOWERS if name in params)
+    wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
+    wrong = arrays.differences(
+        *({name: tree[name] for name in towers} for tree in (params, wanted))
+    )
+    if wrong:
+        name, how = next(iter(wrong.items()))
+        raise BadInput(
+            f"{path / model_file.NAME} does not describe the run's checkpoint ({name} {how}, one "
+            f"of {len(wrong)} arrays): put back the one that was written with it."
+        )
+    tokenizer = entities = None
+    if "text" in params and (path / records.TOKENIZER_FILE).exists():
+        tokenizer = tokenizer_lib.Tokenizer(path / records.TOKENIZER_FILE, config.context_length)
+    if sharding.ENTITY_TABLE in params:
+        if values.get("table_order") != class_order.TABLE_ORDER:
+            raise BadInput(
+                f"{path} was trained by another version, whose class table has its rows in another "
+                "order: use that version, or train again."
+            )
+        entities = records.read_entities(path / records.ENTITIES_FILE)
+    return huggingface.Clip(config, params, tokenizer, entities, values["preprocess"])
