@@ -16,21 +16,29 @@ turns.
   made into tokens, labels, batches of uint8.  Once decoded in threads of the process, once in two
   workers that share as many threads.
 
+The bucket: our stream again, with every read of a shard (`ArrayRecordReader.read`, one read of the
+file whatever its length) delayed by 30 ms before it begins, at most 128 of them at once.  Bandwidth
+and what a mount does beyond one request a read are not simulated.  Records are small there, so
+that waiting is measured and not decoding: with pictures of full size decoding is soon the limit.
+
 PATH is a folder or a tar of ``{class}_{name}.jpg``, by default the bundled sample.  Pictures that
 are smaller than 256 pixels are laid together, 20 to a mosaic.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
+from unittest import mock
 
 import cv2
 import jax
@@ -47,6 +55,8 @@ SIZE, SHORT_SIDE, TILE, QUALITY = 224, 256, 64, 90
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # the defaults of ops.random_resized_crop
 BATCH, WARM_UP = 64, 4
 WORKERS = (0, 2)
+BLOCK = 128  # the default of configs/mofi.py
+LATENCY, IN_FLIGHT, BUCKET_THREADS = 0.03, 128, 4
 ENTITIES = 1_000
 # Grain's shuffle walks through powers of four: drawing from less takes longer (0.1 ms from 256).
 RECORDS = 4_096
@@ -209,12 +219,18 @@ def torch_loader(files: list[str], workers: int) -> Iterator[int]:
 
 
 def ours(
-    folder: pathlib.Path, threads: int, *, workers: int = 0, start: int = 0
+    folder: pathlib.Path,
+    threads: int,
+    *,
+    workers: int = 0,
+    start: int = 0,
+    block: int = BLOCK,
+    image_ops: str = f"decode|random_resized_crop({SIZE})|flip",
 ) -> Iterator[dict[str, np.ndarray]]:
     """The stream of `mofi_jax.train`; the threads are those of all workers."""
     source = records.open_source(folder, "i2e")
     builder = pipeline.ExampleBuilder(
-        image_ops=f"decode|random_resized_crop({SIZE})|flip",
+        image_ops=image_ops,
         text_sources={"alt_text": 0.5, "name_and_description": 0.5, "name": 0.0},
         tokenizer_path=str(source.directory / records.TOKENIZER_FILE),
         context_length=77,
@@ -229,7 +245,27 @@ def ours(
         batch_size=BATCH,
         threads=max(1, threads // max(1, workers)),
         workers=workers,
+        block=block,
     )
+
+
+class BucketReader:
+    """A shard's reader whose every read waits as one request to a bucket does."""
+
+    in_flight = threading.Semaphore(IN_FLIGHT)
+    requests = 0
+
+    def __init__(self, reader: Any):
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def read(self, first: int, stop: int) -> list[bytes]:
+        with self.in_flight:
+            BucketReader.requests += 1
+            time.sleep(LATENCY)
+            return self._reader.read(first, stop)
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -297,6 +333,28 @@ def speed(
         report.add(bar, ratio(name, "torch"), "x", device, ">= 1.3")
 
 
+def bucket(report: figures.Report, folder: pathlib.Path, jpegs: list[bytes], quick: bool) -> None:
+    shrink = ops.build("decode|resize_short(64)")
+    write_set(
+        folder, [ops.encode_jpeg(shrink({"image": data}, None)["image"], QUALITY) for data in jpegs]
+    )
+    begin = functools.partial(
+        ours, folder, BUCKET_THREADS, image_ops="decode|resize_short(64)|center_crop(64)"
+    )
+    open_shard = records.open_shard
+    rates, device = [], f"cpu x{os.cpu_count()}, {LATENCY * 1e3:g} ms a read simulated"
+    for name, block, batches in (("single records", 1, 8), (f"blocks of {BLOCK}", BLOCK, 160)):
+        batches = batches // 4 if quick else batches
+        BucketReader.requests = 0
+        with mock.patch.object(records, "open_shard", lambda path: BucketReader(open_shard(path))):
+            rates.append(rate(functools.partial(begin, block=block), batches))
+        asked = 1_000 * BucketReader.requests / ((WARM_UP + batches) * BATCH)
+        report.add(f"bucket, {BUCKET_THREADS} threads, {name}", rates[-1], "img/s", device)
+        report.add(f"bucket, {name}: requests for 1,000 pictures", asked, "", device)
+    name = f"bucket: speed of blocks of {BLOCK} over single records"
+    report.add(name, rates[1] / rates[0], "x", device, ">= 20")
+
+
 def resume(report: figures.Report, folder: pathlib.Path, threads: int) -> None:
     """The position goes through a real checkpoint; other threads draw the rest."""
     stream = ours(folder, threads)
@@ -338,6 +396,7 @@ def main() -> int:
         write_set(folder, jpegs)
         speed(report, folder, jpegs, args.threads, args.quick)
         resume(report, folder, args.threads)
+        bucket(report, folder / "bucket", jpegs, args.quick)
     return report.finish()
 
 

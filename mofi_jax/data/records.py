@@ -267,7 +267,7 @@ class Source:
     def _read_run(self, shard: int, run: Sequence[int]) -> list[bytes]:
         reader = self._readers.get(shard)
         if reader is None:
-            reader = self._readers.setdefault(shard, _open_shard(self.files[shard]))
+            reader = self._readers.setdefault(shard, open_shard(self.files[shard]))
         first = self._number(shard, run[0])
         return reader.read(first, first + len(run))
 
@@ -307,7 +307,7 @@ def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> So
     return Source(parts, directory)
 
 
-def _open_shard(path: epath.PathLike) -> Any:
+def open_shard(path: epath.PathLike) -> Any:
     """An ArrayRecordReader for any number of threads; `read(first, stop)` reads the file once."""
     from array_record.python import array_record_module
 
@@ -326,7 +326,7 @@ def _check_shard(path: epath.Path, length: int) -> None:
             f"Shard {path} is missing; copy it again, or delete {path.parent} and run "
             "data_prep.build_i2e again."
         )
-    reader = _open_shard(path)
+    reader = open_shard(path)
     found = None
     if reader.ok():
         found = reader.num_records()
