@@ -1,9 +1,8 @@
 """THE example schema: what one record of a data set holds, how it is written and how it is read.
 
 Records are `tf.train.Example` messages described by TFDS features, in ArrayRecord shards, so that
-`tfds.data_source("i2e", data_dir=W)` opens them by name without TensorFlow. TFDS's semi-internal
-classes (serialiser, identity, split template) are used in this module alone. It knows nothing of
-pixels (`mofi_jax.data.ops`) and nothing of batches (`mofi_jax.data.pipeline`).
+`tfds.data_source("i2e", data_dir=W)` opens them by name without TensorFlow.  Pixels are the matter
+of `mofi_jax.data.ops`, batches that of `mofi_jax.data.pipeline`.
 
 A data set is a folder `DATA_DIR/NAME/VERSION/` with
 
@@ -34,9 +33,6 @@ VERSION = "1.0.0"
 
 # JPEG does not compress further, and one record per group is what makes random reads cheap.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-
-
-# ------------------------------------------------------------------------------------- the schema
 
 
 @functools.cache
@@ -84,14 +80,11 @@ def serialize(example: Mapping[str, Any]) -> bytes:
     if not bytes(example["image"][:3]) == b"\xff\xd8\xff":
         raise ValueError(f"record {example['key']!r} holds an image that is not JPEG bytes")
     encoded = {
-        "key": example["key"].encode(),
+        **{name: example[name].encode() for name in ("key", "text", "source")},
         "image": example["image"],
-        "text": example["text"].encode(),
         "entity_ids": np.asarray(example["entity_ids"], np.int32),
         "entity_scores": np.asarray(example["entity_scores"], np.float32),
-        "source": example["source"].encode(),
-        "width": np.int32(example["width"]),
-        "height": np.int32(example["height"]),
+        **{name: np.int32(example[name]) for name in ("width", "height")},
     }
     return _serializer().get_tf_example(encoded).SerializeToString(deterministic=True)
 
@@ -108,27 +101,20 @@ def parse(record: bytes) -> dict[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     fields = tf_example_pb2.Example.FromString(record).features.feature
-    try:
-        return {
-            "key": fields["key"].bytes_list.value[0].decode(),
-            "image": fields["image"].bytes_list.value[0],
-            "text": fields["text"].bytes_list.value[0].decode(),
-            "entity_ids": _array(fields["entity_ids"].int64_list.value, np.int32),
-            "entity_scores": _array(fields["entity_scores"].float_list.value, np.float32),
-            "source": fields["source"].bytes_list.value[0].decode(),
-            "width": fields["width"].int64_list.value[0],
-            "height": fields["height"].int64_list.value[0],
-        }
-    except IndexError:
-        missing = sorted(
-            set(features()) - {name for name in fields if fields[name].WhichOneof("kind")}
-        )
-        raise ValueError(f"record lacks the fields {', '.join(missing)}") from None
-
-
-def _array(values: Sequence[Any], dtype: Any) -> np.ndarray:
-    """A few numbers as an array; np.array asks a protobuf field for each of them several times."""
-    return np.fromiter(values, dtype, len(values))
+    if missing := features().keys() - fields.keys():
+        raise ValueError(f"record lacks the fields {', '.join(sorted(missing))}")
+    ids, scores = fields["entity_ids"].int64_list.value, fields["entity_scores"].float_list.value
+    return {
+        "key": fields["key"].bytes_list.value[0].decode(),
+        "image": fields["image"].bytes_list.value[0],
+        "text": fields["text"].bytes_list.value[0].decode(),
+        # np.array asks a protobuf field for each number several times.
+        "entity_ids": np.fromiter(ids, np.int32, len(ids)),
+        "entity_scores": np.fromiter(scores, np.float32, len(scores)),
+        "source": fields["source"].bytes_list.value[0].decode(),
+        "width": fields["width"].int64_list.value[0],
+        "height": fields["height"].int64_list.value[0],
+    }
 
 
 def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
@@ -139,9 +125,6 @@ def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
             f"Record {key!r} carries entity id {bad}, beyond the vocabulary of {num_entities} "
             f"entities ({ENTITIES_FILE}); use the {ENTITIES_FILE} that was written with the shards."
         )
-
-
-# ----------------------------------------------------------------------------------------- writing
 
 
 def shard_name(name: str, split: str, index: int, count: int) -> str:
@@ -162,10 +145,9 @@ def write_metadata(
     """Writes features.json and dataset_info.json, which make `directory` a TFDS data set.
 
     Args:
-      directory: the folder of the version, which holds (or will hold) the shards.
+      directory: the folder of the version, for its shards.
       name: data set name, which is the shards' prefix.
       version: three numbers, the name of `directory`.
-      split: split name.
       shard_lengths: records of each shard.
       num_bytes: sum of the records' sizes.
       description: one paragraph for people.
@@ -175,32 +157,25 @@ def write_metadata(
 
     directory = epath.Path(directory)
     identity = dataset_info.DatasetIdentity(
-        name=name,
-        version=tfds.core.Version(version),
-        data_dir=str(directory),
-        module_name="mofi_jax.data.records",
+        name, tfds.core.Version(version), str(directory), "mofi_jax.data.records"
     )
     info = dataset_info.DatasetInfo(builder=identity, description=description, features=features())
     info.set_file_format("array_record")
-    template = naming.ShardedFileTemplate(
-        data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
-    )
     split_info = splits.SplitInfo(
         name=split,
         shard_lengths=[int(length) for length in shard_lengths],
         num_bytes=int(num_bytes),
-        filename_template=template,
+        filename_template=naming.ShardedFileTemplate(
+            data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
+        ),
     )
     info.set_splits(splits.SplitDict([split_info]))
-    # dataset_info.json is what makes readers believe in the data set: it comes last, and whole.
+    # A data set is there once dataset_info.json is: that comes last, and whole.
     with tempfile.TemporaryDirectory(dir=directory, prefix=".metadata-") as temporary:
         temporary = epath.Path(temporary)
         info.write_to_directory(temporary)
         for file in (metadata.FEATURES_FILE, metadata.INFO_FILE):
             (temporary / file).rename(directory / file)
-
-
-# ----------------------------------------------------------------------------------------- reading
 
 
 class Source:
@@ -214,13 +189,12 @@ class Source:
     """
 
     def __init__(self, parts: Sequence[Any], directory: epath.Path):
-        # All that reading imports, before there are threads: two of them that import TensorFlow
-        # Datasets at once can wait for one another for ever.
+        # Imported before there are threads: two that import TFDS at once can deadlock.
         from array_record.python import array_record_module  # noqa: F401
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
         self._parts = tuple(parts)
-        # Of each shard the index of the record after its last, and its own number of that one.
+        # For each shard: the index of the record after its last, and that one's number in the file.
         self._ends = list(itertools.accumulate(part.take for part in parts))
         self._stops = [part.skip + part.take for part in parts]
         self._readers: dict[int, Any] = {}
@@ -234,7 +208,7 @@ class Source:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):  # what ends an iteration
+        if not 0 <= index < len(self):  # ends an iteration
             raise IndexError(f"record {index} of {len(self)}")
         return self.read([index])[0]
 
@@ -254,7 +228,7 @@ class Source:
             except Exception as error:
                 if errors.may_pass(error):
                     raise
-                if len(run) > 1:  # one by one, to name the damaged one
+                if len(run) > 1:  # one by one, to name the damaged record
                     found += [self[index] for index in run]
                     continue
                 reason = str(error).strip().partition("\n")[0]
@@ -274,8 +248,7 @@ class Source:
     def _shard(self, index: int) -> int:
         return bisect.bisect_right(self._ends, index)
 
-    def _number(self, shard: int, index: int) -> int:
-        """Of a record in its shard."""
+    def _number(self, shard: int, index: int) -> int:  # in the file
         return self._stops[shard] - (self._ends[shard] - index)
 
     def place(self, index: int) -> str:
@@ -283,16 +256,12 @@ class Source:
         shard = self._shard(index)
         return f"Record {self._number(shard, index)} of {self.files[shard]}"
 
-    def __repr__(self) -> str:
-        return f"Source({str(self.directory)!r}, {len(self)} records)"
-
 
 def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> Source:
     """Opens a data set after checking every shard against the metadata.
 
     Args:
       data_dir: folder that holds `name/version/`.
-      name: data set name.
       split: split, or a TFDS slice of it such as "train[:90%]".
 
     Raises:
@@ -321,25 +290,19 @@ def _check_shard(path: epath.Path, length: int) -> None:
 
     ArrayRecord's reader constructs on a truncated file, reports 0 records and raises nothing.
     """
-    if not path.exists():
-        raise errors.BadInput(
-            f"Shard {path} is missing; copy it again, or delete {path.parent} and run "
-            "data_prep.build_i2e again."
-        )
-    reader = open_shard(path)
-    found = None
-    if reader.ok():
-        found = reader.num_records()
-        reader.close()  # on a damaged file this would raise
-    if found != length:
-        state = "is cut short or damaged" if found is None else f"holds {found} records"
-        raise errors.BadInput(
-            f"Shard {path} {state}, where dataset_info.json promises {length} records; copy it "
-            f"again, or delete {path.parent} and run data_prep.build_i2e again."
-        )
-
-
-# -------------------------------------------------------------------------------------- vocabulary
+    state = "is missing"
+    if path.exists():
+        reader = open_shard(path)
+        state = "is cut short or damaged"
+        if reader.ok():
+            state = f"holds {reader.num_records()} records"
+            reader.close()  # on a damaged file this would raise
+        if state == f"holds {length} records":
+            return
+    raise errors.BadInput(
+        f"Shard {path} {state}, where {metadata.INFO_FILE} promises {length} records; copy it "
+        f"again, or delete {path.parent} and run data_prep.build_i2e again."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,11 +317,6 @@ class Entities:
     names: list[str]
     descriptions: list[str]
     counts: np.ndarray
-
-    def __post_init__(self):
-        lengths = {len(self.qids), len(self.names), len(self.descriptions), len(self.counts)}
-        if len(lengths) != 1:
-            raise ValueError(f"columns of unequal length: {sorted(lengths)}")
 
     def __len__(self) -> int:
         return len(self.qids)
@@ -390,11 +348,11 @@ def write_entities(path: epath.PathLike, entities: Entities, old: Entities | Non
         raise ValueError("a qid occurs twice in the vocabulary")
     table = pa.table(
         {
-            "id": pa.array(np.arange(len(entities), dtype=np.int32)),
+            "id": np.arange(len(entities), dtype=np.int32),
             "qid": pa.array(entities.qids, pa.string()),
             "name": pa.array(entities.names, pa.string()),
             "description": pa.array(entities.descriptions, pa.string()),
-            "image_count": pa.array(np.asarray(entities.counts, np.int64)),
+            "image_count": np.asarray(entities.counts, np.int64),
         }
     )
     pq.write_table(table, str(path), compression="zstd")
