@@ -37,8 +37,7 @@ class ExampleBuilder:
 
     Attributes:
       image_ops: specification for `ops.build`.
-      text_sources: source -> probability, see `TEXT_SOURCES`; a record without entities falls back
-        to its alt-text.
+      text_sources: source (of `TEXT_SOURCES`) -> weight; without entities it is the alt-text.
       max_labels: labels per example; the best-scored ones are kept.
     """
 
@@ -58,11 +57,6 @@ class ExampleBuilder:
         """The text sources, and up to which number in [0, 1) each is drawn."""
         shares = np.cumsum(list(self.text_sources.values()), dtype=np.float64)
         return tuple(self.text_sources), shares / shares[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("_tokenizer", None)
-        return state
 
     def examples(
         self, seed: int, placed: Sequence[tuple[int, Mapping[str, Any]]]
@@ -119,8 +113,8 @@ class ExampleBuilder:
     ) -> tuple[str, int]:
         """Draws the text source, then one of the labels; the group says which texts mean the same.
 
-        Pairs of one group are no negatives of one another (losses/contrastive.py): two pictures
-        labelled with one entity, or two pictures with the same words.
+        Pairs of one group are no negatives of one another (losses/contrastive.py): pictures
+        labelled with one entity, or with the same caption.
         """
         names, shares = self._sources
         source = names[shares.searchsorted(rng.random(), side="right")]
@@ -142,7 +136,6 @@ class _Draws:
         self._fresh = self._rng.bit_generator.state
 
     def at(self, position: int, purpose: int) -> np.random.Generator:
-        """One generator, wound to where the draws of this position for this purpose begin."""
         # Setting the state takes a fifth of the time of making another generator.
         self._fresh["state"]["key"][1] = position
         self._fresh["state"]["counter"][3] = purpose
@@ -197,7 +190,7 @@ def open_extra(
       entities: the primary vocabulary.
 
     Raises:
-      BadInput: as `records.open_source`; a weight that is not positive; keys that do not fit.
+      BadInput: as `records.open_source`; a weight that is not positive; other keys.
     """
     ids = {qid: i for i, qid in enumerate(entities.qids)} if entities else {}
     parts = []
@@ -234,13 +227,10 @@ def examples_per_epoch(parts: Sequence[Part]) -> int:
 
 
 def check_shards(parts: Sequence[Part], hosts: int) -> None:
-    """Refuses a set of fewer shards than hosts.
+    """Raises BadInput for a set of fewer shards than hosts.
 
     The examples would be right, but several hosts would always read the same file of a shared disk
     or bucket, whose throughput is per file.
-
-    Raises:
-      BadInput: names the set.
     """
     for part in parts:
         if len(part.source.files) < hosts:
@@ -273,8 +263,12 @@ def batch_keys(
     Recomputed from the position, so that no keys travel with the batches; reads the records.
     """
     places = _order(parts, seed, block)
-    found = _read(parts, [places[i] for i in range(start, start + count)])
-    return [f"{record['set']}:{record['key']}" for record in found]
+    keys: list[str] = []
+    for first in range(start, start + count, _GROUPS[0]):  # not all images in memory at once
+        last = min(first + _GROUPS[0], start + count)
+        found = _read(parts, [places[i] for i in range(first, last)])
+        keys += [f"{record['set']}:{record['key']}" for record in found]
+    return keys
 
 
 @dataclasses.dataclass(frozen=True, repr=False)  # Grain logs it, and the vocabulary is long
@@ -304,7 +298,7 @@ class _Groups:
 
 
 def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np.ndarray]]:
-    """Groups, one after the other, as batches of ``local`` examples."""
+    """Concatenates groups to batches of ``local`` examples."""
     try:
         while True:
             batch: dict[str, np.ndarray] = {}
