@@ -75,9 +75,11 @@ ONE_SIDED = frozenset({"solarize", "posterize"})  # no strength below 0
 
 
 def randaugment(
-    image: np.ndarray, rng: np.random.Generator, *, num_ops: int, magnitude: float | int
+    image: np.ndarray, rng: np.random.Generator, num_ops: int = 2, magnitude: float | int = 9
 ) -> np.ndarray:
     """Applies ``num_ops`` operations drawn with replacement, at one magnitude, 0 to 10.
+
+    The defaults are the paper's for ImageNet (ResNet-50).
 
     Args:
       image: uint8 [h, w, 3], which is not changed.

@@ -1,12 +1,13 @@
-"""Picture operations on numpy examples, and the mini-language that names them.
+"""Image operations on numpy examples, and the mini-language that names them.
 
 ``build("decode|flip|random_resized_crop(224)")`` gives a function ``(example, rng) -> example``
 that applies the operations from left to right to ``example["image"]``.  Arguments are Python
-literals.  Every operation is a pure function of the picture and the generator, so that resuming and
-the number of workers change no pixel.  Nothing here imports jax: data workers must never start it.
+literals.  Every operation is a pure function of image and generator, so that resuming and the
+number of workers change no pixel.  Nothing here imports jax: data workers must never start it.
 """
 
 import ast
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -27,29 +28,19 @@ from mofi_jax.data import augment
 cv2.setNumThreads(0)  # the pipeline has its own threads
 
 
-def _keep_freed_pictures() -> None:
-    """Has glibc keep the memory of freed pictures for the next ones.
+# By default glibc returns whatever takes more than 128 kB to the system when it is freed, and the
+# pages of the next image are zeroed anew: a quarter of the time of decoding 320 x 256 pixels.
+with contextlib.suppress(AttributeError, OSError):  # another C library
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks that still go back at once
+    ctypes.CDLL(None).mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
 
-    By default whatever takes more than 128 kB goes back to the system when it is freed, and the
-    pages of the next picture are zeroed anew: a quarter of the time of decoding 320 x 256 pixels.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # another C library
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks that still go back at once
-    mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
-
-
-_keep_freed_pictures()
-
-Operation = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
-
-OPERATIONS: dict[str, Callable[..., Operation]] = {}
+Rng = np.random.Generator | None  # None where nothing is drawn
+# (image uint8 [h, w, 3] or bytes, generator, arguments of the specification) -> image
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {}
 
 
 class UndecodableImage(ValueError):
-    """Bytes that are not a whole picture; ``reason`` is one short word for counters."""
+    """Bytes that are not a whole image; ``reason`` is one short word for counters."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -175,19 +166,19 @@ def _apply(
 
 
 @functools.lru_cache(maxsize=64)
-def parse(spec: str) -> tuple[Operation, ...]:
+def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
     """The operations of a specification, in order; raises BadInput as `build` does."""
     operations = []
-    for part in spec.split("|"):
+    for part in map(str.strip, spec.split("|")):
         try:
-            node = ast.parse(part.strip(), mode="eval").body
-            name = node.func.id if isinstance(node, ast.Call) else node.id
+            node = ast.parse(part, mode="eval").body
             call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            name = call.func.id
             args = [ast.literal_eval(a) for a in call.args]
             kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         except (SyntaxError, AttributeError, ValueError, MemoryError, RecursionError):
             raise BadInput(
-                f"The picture operation {part.strip()!r} in {spec!r} cannot be read: write "
+                f"The picture operation {part!r} in {spec!r} cannot be read: write "
                 "name or name(literal, key=literal), separated by |."
             ) from None
         if name not in OPERATIONS:
@@ -195,144 +186,140 @@ def parse(spec: str) -> tuple[Operation, ...]:
                 f"Unknown picture operation {name!r} in {spec!r}: choose from "
                 f"{', '.join(sorted(OPERATIONS))}."
             )
+        signature = inspect.signature(OPERATIONS[name])
+        signature = signature.replace(parameters=list(signature.parameters.values())[2:])
         try:
-            operations.append(OPERATIONS[name](*args, **kwargs))
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            if not _VALID.get(name, lambda *_: True)(*bound.args):
+                raise TypeError(bound)
         except TypeError:
             raise BadInput(
-                f"Wrong arguments in {part.strip()!r} of {spec!r}: the operation is "
-                f"{name}{inspect.signature(OPERATIONS[name])}."
+                f"Wrong arguments in {part!r} of {spec!r}: the operation is {name}{signature}."
             ) from None
+        operations.append(functools.partial(OPERATIONS[name], **bound.arguments))
     return tuple(operations)
 
 
-def _register(factory: Callable[..., Operation]) -> Callable[..., Operation]:
-    OPERATIONS[factory.__name__] = factory
-    return factory
+# What arguments must be, where the operation would not fail by itself.
+_VALID: dict[str, Callable[..., bool]] = {
+    "resize_short": lambda size, method: size <= MAX_PIXELS**0.5 and method in _INTERPOLATION,
+    "randaugment": lambda num_ops, magnitude: (
+        type(num_ops) is int and num_ops >= 0 and 0 <= magnitude <= augment.MAX_MAGNITUDE
+    ),
+}
+
+
+def _register(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    OPERATIONS[operation.__name__] = operation
+    return operation
 
 
 @_register
-def decode() -> Operation:
+def decode(data: bytes, rng: Rng) -> np.ndarray:
     """Bytes -> RGB.  OpenCV for JPEG (twice as fast as Pillow), the strict decoder for the rest."""
+    if data[:2] == b"\xff\xd8" and (_declared_pixels(data) or math.inf) <= MAX_PIXELS:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is not None:
+            return image
+    return decode_rgb(data)
 
-    def apply(data: bytes, rng: np.random.Generator | None) -> np.ndarray:
-        if data[:2] == b"\xff\xd8" and (_declared_pixels(data) or math.inf) <= MAX_PIXELS:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-            if image is not None:
-                return image
-        return decode_rgb(data)
 
-    return apply
+_INTERPOLATION = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR}
 
 
 def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarray:
-    interpolation = {
+    interpolation = _INTERPOLATION[method]
+    if method == "area" and width >= image.shape[1]:
         # Shrinking with INTER_AREA is antialiased; growing with it is nearest-neighbour.
-        "area": cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC,
-        "bilinear": cv2.INTER_LINEAR,
-    }[method]
+        interpolation = cv2.INTER_CUBIC
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
 @_register
-def resize_short(size: int, method: str = "area") -> Operation:
+def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.ndarray:
     """Short side to ``size``, aspect kept.  ``area`` is antialiased, ``bilinear`` is not.
 
     ``bilinear`` is the arithmetic of the released MOFI evaluation (tensor resize with
     ``antialias=False``, apple/ml-mofi eval/utils.py), up to rounding to uint8.
     """
-    if method not in ("area", "bilinear") or size > MAX_PIXELS**0.5:
-        raise TypeError(size, method)
-
-    def apply(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        height, width = image.shape[:2]
-        short = min(height, width)
-        wide, high = max(size, width * size // short), max(size, height * size // short)
-        if wide * high > MAX_PIXELS:  # a line of pixels would grow to gigabytes
-            raise UndecodableImage("too_elongated")
-        return _resize(image, wide, high, method)
-
-    return apply
+    height, width = image.shape[:2]
+    short = min(height, width)
+    wide, high = max(size, width * size // short), max(size, height * size // short)
+    if wide * high > MAX_PIXELS:  # a line of pixels would grow to gigabytes
+        raise UndecodableImage("too_elongated")
+    return _resize(image, wide, high, method)
 
 
 @_register
-def center_crop(size: int) -> Operation:
-    """The ``size`` x ``size`` square in the middle; the picture must be at least as large."""
-
-    def apply(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        top, left = (image.shape[0] - size + 1) // 2, (image.shape[1] - size + 1) // 2
-        return image[top : top + size, left : left + size]
-
-    return apply
+def center_crop(image: np.ndarray, rng: Rng, size: int) -> np.ndarray:
+    """The ``size`` x ``size`` square in the middle; the image must be at least as large."""
+    top, left = (image.shape[0] - size + 1) // 2, (image.shape[1] - size + 1) // 2
+    return image[top : top + size, left : left + size]
 
 
 @_register
 def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
     size: int,
     scale: tuple[float, float] = (0.3, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Operation:
-    """A random part of the picture (share of its area, aspect), resized to ``size`` x ``size``."""
-
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
-        draws = rng.random(4)
-        area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
-        aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[1]
-        w = min(width, max(1, round(math.sqrt(area * aspect))))
-        h = min(height, max(1, round(math.sqrt(area / aspect))))
-        top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
-        return _resize(image[top : top + h, left : left + w], size, size, "area")
-
-    return apply
+) -> np.ndarray:
+    """A random part of the image (share of its area, aspect), resized to ``size`` x ``size``."""
+    height, width = image.shape[:2]
+    draws = rng.random(4)
+    area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[1]
+    w = min(width, max(1, round(math.sqrt(area * aspect))))
+    h = min(height, max(1, round(math.sqrt(area / aspect))))
+    top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
+    return _resize(image[top : top + h, left : left + w], size, size, "area")
 
 
 @_register
-def flip(probability: float = 0.5) -> Operation:
+def flip(image: np.ndarray, rng: np.random.Generator, probability: float = 0.5) -> np.ndarray:
     """Left-right mirror with the given probability."""
-
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return cv2.flip(image, 1) if rng.random() < probability else image
-
-    return apply
+    return cv2.flip(image, 1) if rng.random() < probability else image
 
 
 @_register
 def new_view(
-    size: int, scale: tuple[float, float] = (0.5, 1.0), rotate: float = 30.0, tolerance: int = 12
-) -> Operation:
-    """The subject of a picture with a plain border, seen anew on another plain background.
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float] = (0.5, 1.0),
+    rotate: float = 30.0,
+    tolerance: int = 12,
+) -> np.ndarray:
+    """The subject of an image with a plain border, seen anew on another plain background.
 
     The background is what is connected to the corners within ``tolerance`` grey levels; the rest
     is scaled (longest side over ``size``), rotated by up to ``rotate`` degrees, placed at random
-    inside the square and laid over a random colour.  A picture without a plain border moves as a
-    whole.
+    inside the square and laid over a random colour.  An image without a plain border moves whole.
     """
-
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
-        subject = np.dstack([image, _subject_mask(image, tolerance)])
-        share = rng.uniform(*scale)
-        angle = np.deg2rad(rng.uniform(-rotate, rotate))
-        fine = 2 * size  # draw at twice the size and shrink with INTER_AREA: antialiasing
-        factor = share * fine / max(height, width)
-        cos, sin = factor * np.cos(angle), factor * np.sin(angle)
-        room = fine * (1 - share) / 2
-        at_x, at_y = fine / 2 + rng.uniform(-room, room, 2)
-        matrix = np.array(
-            [
-                [cos, -sin, at_x - cos * width / 2 + sin * height / 2],
-                [sin, cos, at_y - sin * width / 2 - cos * height / 2],
-            ]
-        )
-        subject = cv2.warpAffine(subject, matrix, (fine, fine), flags=cv2.INTER_LINEAR)
-        subject = cv2.resize(subject, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
-        # The colour channels were not premultiplied: the rim mixes with the old background, as it
-        # does in a picture cut out by hand.
-        alpha = subject[..., 3:] / 255.0
-        background = rng.uniform(0, 255, 3).astype(np.float32)
-        return (subject[..., :3] * alpha + background * (1 - alpha) + 0.5).astype(np.uint8)
-
-    return apply
+    height, width = image.shape[:2]
+    subject = np.dstack([image, _subject_mask(image, tolerance)])
+    share = rng.uniform(*scale)
+    angle = np.deg2rad(rng.uniform(-rotate, rotate))
+    fine = 2 * size  # draw at twice the size and shrink with INTER_AREA: antialiasing
+    factor = share * fine / max(height, width)
+    cos, sin = factor * np.cos(angle), factor * np.sin(angle)
+    room = fine * (1 - share) / 2
+    at_x, at_y = fine / 2 + rng.uniform(-room, room, 2)
+    matrix = np.array(
+        [
+            [cos, -sin, at_x - cos * width / 2 + sin * height / 2],
+            [sin, cos, at_y - sin * width / 2 - cos * height / 2],
+        ]
+    )
+    subject = cv2.warpAffine(subject, matrix, (fine, fine), flags=cv2.INTER_LINEAR)
+    subject = cv2.resize(subject, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
+    # The colour channels were not premultiplied: the rim mixes with the old background, as it
+    # does in a picture cut out by hand.
+    alpha = subject[..., 3:] / 255.0
+    background = rng.uniform(0, 255, 3).astype(np.float32)
+    return (subject[..., :3] * alpha + background * (1 - alpha) + 0.5).astype(np.uint8)
 
 
 def _subject_mask(image: np.ndarray, tolerance: int) -> np.ndarray:
@@ -348,31 +335,21 @@ def _subject_mask(image: np.ndarray, tolerance: int) -> np.ndarray:
 
 
 @_register
-def light(brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.3) -> Operation:
+def light(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    brightness: float = 0.3,
+    contrast: float = 0.3,
+    saturation: float = 0.3,
+) -> np.ndarray:
     """Random factors on brightness, contrast and saturation, each within 1 +- its argument."""
-
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        b, c, s = (1 + rng.uniform(-x, x) for x in (brightness, contrast, saturation))
-        pixels = image.astype(np.float32)
-        mean = pixels.mean()
-        pixels = (pixels - mean) * c + mean
-        grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-        pixels = (grey[..., None] + (pixels - grey[..., None]) * s) * b
-        return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
-
-    return apply
+    b, c, s = (1 + rng.uniform(-x, x) for x in (brightness, contrast, saturation))
+    pixels = image.astype(np.float32)
+    mean = pixels.mean()
+    pixels = (pixels - mean) * c + mean
+    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    pixels = (grey[..., None] + (pixels - grey[..., None]) * s) * b
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
-@_register
-def randaugment(num_ops: int = 2, magnitude: float | int = 9) -> Operation:
-    """``num_ops`` operations drawn from the set of RandAugment, at magnitude 0 to 10 (`augment`).
-
-    The defaults are the paper's for ImageNet (ResNet-50).
-    """
-    if not (type(num_ops) is int and num_ops >= 0 and 0 <= magnitude <= augment.MAX_MAGNITUDE):
-        raise TypeError(num_ops, magnitude)
-
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return augment.randaugment(image, rng, num_ops=num_ops, magnitude=magnitude)
-
-    return apply
+_register(augment.randaugment)
