@@ -7,7 +7,8 @@ file knows nothing of models; it only promises ids below `Tokenizer.vocab_size`.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
@@ -37,9 +38,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> No
     file appears complete or not at all.
 
     Args:
-      texts: the texts, in any order.
+      texts: in any order.
       vocab_size: ids wanted, special tokens included; a small corpus may give fewer.
-      path: where to write.
 
     Raises:
       BadInput: no text at all, or a vocabulary too small for the 256 bytes and 3 special tokens.
@@ -62,16 +62,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> No
     # The leading space makes the first word of a text the same pieces as in the middle of one.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    count = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal count
-        for text in texts:
-            count += 1
-            yield _encodable(text)
-
+    texts = iter(texts)
+    if (first := next(texts, None)) is None:
+        raise BadInput(f"There is no text to train {path} on: give at least one caption.")
     tokenizer.train_from_iterator(
-        counted(),
+        map(_encodable, itertools.chain([first], texts)),
         trainers.BpeTrainer(
             vocab_size=vocab_size - len(specials),
             min_frequency=2,
@@ -79,8 +74,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> No
             show_progress=False,
         ),
     )
-    if not count:
-        raise BadInput(f"There is no text to train {path} on: give at least one caption.")
     # Added after training, because the trainer would give them the lowest ids (and EOS the 2 that
     # transformers reads as "pool at the largest id").
     tokenizer.add_special_tokens(
@@ -92,18 +85,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> No
     )
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(tokenizer.to_str(pretty=True))
-    temporary.replace(path)
+    files.write_text(path, tokenizer.to_str(pretty=True))
 
 
 class Tokenizer:
-    """A tokenizer.json made into fixed-length rows of ids.
+    """A tokenizer.json: texts -> fixed-length rows of ids.
 
-    Special tokens are found by the names that a tokenizer_config.json beside the file gives
-    (`bos_token`, `eos_token`, `pad_token`), else by the names in common use. Where a foreign
-    tokenizer pads with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal
-    attention what stands after the EOS changes nothing, and each row keeps exactly one EOS.
+    Special tokens are those that a tokenizer_config.json beside the file names (`bos_token`,
+    `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer pads
+    with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal attention what
+    stands after the EOS changes nothing, and each row keeps exactly one EOS.
 
     Attributes:
       vocab_size: highest id in use, plus one.
@@ -113,12 +104,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: epath.PathLike, context_length: int):
-        """Reads the file.
-
-        Raises:
-          BadInput: no such file, not a tokenizer, special tokens that cannot be found, or a
-            context shorter than BOS, one piece and EOS.
-        """
+        """Raises BadInput: no such file, not a tokenizer, no special tokens, or a context shorter
+        than BOS, one piece and EOS."""
         if context_length < 3:
             raise BadInput(
                 f"context_length={context_length} leaves no room for text between BOS and EOS: "
@@ -185,21 +172,16 @@ def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int
         name = name.get("content") if isinstance(name, dict) else name
         names = (name, *known) if isinstance(name, str) else known
         ids[kind] = next((vocabulary[n] for n in names if n in vocabulary), None)
-    if ids["eos"] is not None and ids["bos"] in (None, ids["eos"]):
+    eos = ids["eos"]
+    if eos is not None and ids["bos"] in (None, eos):
         # OPT and GPT-2 name one token for both; pooling at the first EOS needs two different ones.
-        ids["bos"] = next(
-            (
-                vocabulary[n]
-                for n in KNOWN_NAMES["bos"]
-                if vocabulary.get(n, ids["eos"]) != ids["eos"]
-            ),
-            None,
-        )
-    if ids["bos"] is None or ids["eos"] is None:
+        others = (vocabulary.get(name, eos) for name in KNOWN_NAMES["bos"])
+        ids["bos"] = next((i for i in others if i != eos), None)
+    if ids["bos"] is None or eos is None:
         raise BadInput(
             f"{path} has no distinct tokens for begin and end of text: name them as bos_token and "
             f"eos_token in {config_path}."
         )
-    if ids["pad"] in (None, ids["eos"]):
-        ids["pad"] = 0 if ids["eos"] != 0 else ids["bos"]
-    return ids["bos"], ids["eos"], ids["pad"]
+    if ids["pad"] in (None, eos):
+        ids["pad"] = 0 if eos != 0 else ids["bos"]
+    return ids["bos"], eos, ids["pad"]
