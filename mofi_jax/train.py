@@ -210,7 +210,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             workers=config.data.workers,
         )
     )
-    batches = prefetch.to_devices(stream, mesh, config.data.prefetch)
+    batches = prefetch.DeviceBatches(stream, mesh, config.data.prefetch)
     cleanup.callback(batches.close)
     chip = accelerators.chip_of(jax.devices()[0])
     contrasted = config.batch_size if "contrastive" in config.losses else 0

@@ -9,7 +9,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import augment, ops
 
 NAMES = tuple(augment.OPERATIONS)
-STRONG = [name for name in NAMES if name not in augment.WITHOUT_STRENGTH]
+STRONG = [name for name in NAMES if name not in ("identity", "auto_contrast", "equalize")]
 SIGNED = [name for name in STRONG if name not in augment.ONE_SIDED]
 
 

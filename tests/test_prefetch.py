@@ -51,7 +51,7 @@ def threads():
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
 def test_order_and_arrays_are_those_of_to_global(mesh_of, mesh):
-    batches = prefetch.to_devices(map(batch, range(5)), mesh_of[mesh], 2)
+    batches = prefetch.DeviceBatches(map(batch, range(5)), mesh_of[mesh], 2)
     for i, found in enumerate(batches):
         expected = global_batch.to_global(mesh_of[mesh], batch(i))
         assert found.keys() == expected.keys()
@@ -65,7 +65,7 @@ def test_order_and_arrays_are_those_of_to_global(mesh_of, mesh):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_works_ahead_by_its_depth_and_no_further(mesh_of, depth):
     stream = Counted(map(batch, itertools.count()))
-    batches = prefetch.to_devices(stream, mesh_of["1x1x1"], depth)
+    batches = prefetch.DeviceBatches(stream, mesh_of["1x1x1"], depth)
     assert settled(stream, depth)
     for taken in range(1, 4):
         assert int(next(batches)["x"][0, 0]) == taken - 1
@@ -79,7 +79,7 @@ def test_an_exception_comes_after_the_batches_before_it_and_again(mesh_of):
         yield batch(1)
         raise OSError("the disk is gone")
 
-    batches = prefetch.to_devices(failing(), mesh_of["1x1x1"], 2)
+    batches = prefetch.DeviceBatches(failing(), mesh_of["1x1x1"], 2)
     assert [int(next(batches)["x"][0, 0]) for _ in range(2)] == [0, 1]
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
@@ -89,7 +89,7 @@ def test_an_exception_comes_after_the_batches_before_it_and_again(mesh_of):
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_an_exception_too(mesh_of):
-    batches = prefetch.to_devices(iter([{"x": np.zeros((3, 2))}]), mesh_of["1x8x1"], 1)
+    batches = prefetch.DeviceBatches(iter([{"x": np.zeros((3, 2))}]), mesh_of["1x8x1"], 1)
     with pytest.raises(ValueError, match="local_data"):
         next(batches)
     batches.close()
@@ -97,7 +97,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_an_exception_too(mesh_of)
 
 def test_close_ends_thread_and_stream_whatever_waits(mesh_of):
     stream = Counted(map(batch, itertools.count()))
-    batches = prefetch.to_devices(stream, mesh_of["1x1x1"], 2)
+    batches = prefetch.DeviceBatches(stream, mesh_of["1x1x1"], 2)
     next(batches)
     assert threads()
     batches.close()
@@ -114,7 +114,7 @@ def test_close_lets_a_waiting_taker_go(mesh_of):
         wait.wait(10)
         yield batch(0)
 
-    batches = prefetch.to_devices(slow(), mesh_of["1x1x1"], 1)
+    batches = prefetch.DeviceBatches(slow(), mesh_of["1x1x1"], 1)
     found = []
     taker = threading.Thread(target=lambda: found.append(next(batches, None)))
     taker.start()
@@ -130,6 +130,6 @@ def test_close_lets_a_waiting_taker_go(mesh_of):
 def test_transfers_are_allowed_where_the_taker_forbids_them(mesh_of):
     """The loop forbids implicit transfers around its step; the thread's are not its business."""
     with jax.transfer_guard("disallow"):
-        batches = prefetch.to_devices(map(batch, range(3)), mesh_of["1x1x1"], 2)
+        batches = prefetch.DeviceBatches(map(batch, range(3)), mesh_of["1x1x1"], 2)
         assert len(list(batches)) == 3
     batches.close()

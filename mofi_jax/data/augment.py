@@ -70,7 +70,6 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     ),
 }
 
-WITHOUT_STRENGTH = frozenset({"identity", "auto_contrast", "equalize"})
 ONE_SIDED = frozenset({"solarize", "posterize"})  # no strength below 0
 
 

@@ -1,7 +1,4 @@
-"""What a process may take of its machine while it reads data: open files, shared memory.
-
-Nothing here imports jax: data workers must never start it.
-"""
+"""What reading data needs of the machine: open files, shared memory.  Nothing here imports jax."""
 
 import resource
 import shutil
@@ -10,16 +7,12 @@ from absl import logging
 
 from mofi_jax.common.errors import BadInput
 
-# Files that Python, jax and the logs keep open, beside the shards.
-OTHER_FILES = 256
+OTHER_FILES = 256  # that Python, jax and the logs keep open
 SHARED_MEMORY = "/dev/shm"
 
 
 def allow_open_files(shards: int) -> int:
-    """Sees to it that all shards can be open at once, in this process and those that it starts.
-
-    Returns:
-      How many files may be open now.
+    """Raises this process's limit of open files, which its children inherit; returns it.
 
     Raises:
       BadInput: the hard limit, which only an administrator can raise, is too low.
@@ -40,12 +33,9 @@ def allow_open_files(shards: int) -> int:
 
 
 def require_shared_memory(needed: int, workers: int, folder: str = SHARED_MEMORY) -> None:
-    """Raises BadInput where ``workers`` processes could not hand over what they have made.
+    """Raises BadInput where ``workers`` processes have less than ``needed`` bytes to hand over.
 
-    A page that has no room left kills the process that writes to it, without a word (SIGBUS).
-
-    Args:
-      needed: bytes that lie there at once.
+    A process that writes to a page without room is killed without a message (SIGBUS).
     """
     try:
         free = shutil.disk_usage(folder).free

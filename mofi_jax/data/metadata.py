@@ -1,7 +1,7 @@
-"""What a data set in TFDS's format says of itself, read without TFDS's builders.
+"""The metadata of a data set in TFDS's format, read without TFDS's builders.
 
-Those import every Python class that features.json names, wherever it lies: a file beside the data
-would run as code.  Here a class is a word that tells what a feature holds.
+Those import every Python class that features.json names: a file beside the data would run as code.
+Here a class is only a name.
 """
 
 import json

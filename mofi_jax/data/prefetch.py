@@ -1,6 +1,6 @@
-"""Batches put onto the devices ahead of need, by a thread of their own.
+"""The prefetch buffer on the devices, filled by a thread.
 
-What is ahead has no part in the position of a run: that counts the batches that a step has taken.
+Batches in it have no part in the position of a run: that counts the batches that a step has taken.
 Data workers never import this file, because it starts jax.
 """
 
@@ -20,9 +20,19 @@ _CLOSE_SECONDS = 60.0  # for a batch that is being decoded while the run ends
 
 
 class DeviceBatches(Iterator[dict[str, jax.Array]]):
-    """An iterator over global arrays; use `to_devices`, and `close` it at the end."""
+    """This host's part of each batch on its devices, up to ``depth`` batches ahead; `close` it.
+
+    Batches come in the order of the stream, as `global_batch.to_global` makes them.  An exception
+    of the stream, its end among them, is raised after the batches that came before it.
+    """
 
     def __init__(self, stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int):
+        """Args:
+        stream: this host's parts of the global batches (`pipeline.training_stream`); it is closed
+          with the result.  Its arrays must not be written to again.
+        mesh: leading dimensions go over its batch axes.
+        depth: whole batches on the devices besides the one in use; at least 1.
+        """
         self._stream = stream
         self._mesh = mesh
         self._depth = depth
@@ -41,12 +51,12 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
                     return
             try:
                 item = global_batch.to_global(self._mesh, next(self._stream)), None
-            except BaseException as error:  # noqa: BLE001  the taker raises it, after what came before
+            except BaseException as error:  # noqa: BLE001  raised by `__next__`
                 item, ended = (None, error), True
             with self._changed:
                 self._ready.append(item)
                 self._changed.notify_all()
-            del item  # or this frame would keep a batch that is long used up
+            del item  # or this frame would keep a batch that is used up
 
     def __next__(self) -> dict[str, jax.Array]:
         with self._changed:
@@ -57,13 +67,13 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
                 raise StopIteration
             batch, error = self._ready[0]
             if error is not None:
-                raise error  # it stays: whoever asks again is told again
+                raise error  # also at the next call
             self._ready.popleft()
             self._changed.notify_all()
         return batch
 
     def close(self) -> None:
-        """Ends the thread and the stream, and lets go of what is ahead; may be called twice."""
+        """Ends the thread and the stream and drops the buffer; may be called twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -74,18 +84,3 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
         self._ready.clear()
         if hasattr(self._stream, "close"):
             self._stream.close()
-
-
-def to_devices(stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int) -> DeviceBatches:
-    """Puts this host's part of each batch onto its devices, up to ``depth`` batches ahead.
-
-    Batches come in the order of the stream, as `global_batch.to_global` makes them.  An exception
-    of the stream, its end among them, is raised after the batches that came before it.
-
-    Args:
-      stream: this host's parts of the global batches (`pipeline.training_stream`); it is closed
-        with the result.  Its arrays must not be written to again.
-      mesh: leading dimensions go over its batch axes.
-      depth: whole batches that wait on the devices, besides the one in use; at least 1.
-    """
-    return DeviceBatches(stream, mesh, depth)
