@@ -5,7 +5,7 @@
 #   mount BUCKET       the bucket at /mnt/BUCKET
 #   start FLAGS...     the training, in the background: mofi_log, mofi_pid, at its end mofi_exit
 #   poll OFFSET        the log from that byte on, then a line "BYTES running|gone|EXIT_CODE"
-#   stop               ends a training that is left over
+#   stop               ends a training that still runs
 #   tail               the last lines of the log
 set -euo pipefail
 cd ~
@@ -16,10 +16,10 @@ command=$1
 shift
 case "$command" in
   install)
-    # TPU images come with Python 3.10; uv brings a newer one without touching the system's.
-    # An image whose pip may not install for a user has uv's own installer as the other way.
-    [ -x .local/bin/uv ] || python3 -m pip install --quiet --user uv ||
-      curl -fsSL https://astral.sh/uv/install.sh | sh
+    # TPU images come with Python 3.10; uv brings a newer one without touching the system's.  The
+    # variable lets pip install for this user alone also on images that forbid it (PEP 668).
+    [ -x .local/bin/uv ] ||
+      PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     [ -x mofi_venv/bin/python ] || .local/bin/uv venv --quiet --python 3.12 mofi_venv
     .local/bin/uv pip install --quiet --python mofi_venv/bin/python \
       -r mofi_jax/requirements.txt 'jax[tpu]'
@@ -45,7 +45,7 @@ case "$command" in
   start)
     rm -f mofi_exit
     : >mofi_log
-    # Its own session, so that it outlives the connection and can be ended as a whole.
+    # In a session of its own it outlives the connection and can be ended with all its processes.
     # shellcheck disable=SC2016  # the inner shell expands them
     setsid nohup bash -c '
       cd mofi_jax
@@ -55,19 +55,19 @@ case "$command" in
       mv ../mofi_exit.part ../mofi_exit
     ' train "$@" >>mofi_log 2>&1 </dev/null &
     echo $! >mofi_pid
-    # Until the session is there, a look at it would find nothing and call that a crash.
+    # Before the session exists, `poll` would find no process and report a crash.
     for _ in $(seq 100); do
       if alive || [ -f mofi_exit ]; then break; fi
       sleep 0.1
     done
     ;;
   poll)
-    # The code first: what is written before it is in the log by then.
+    # The exit code before the log, which is then complete.
     if [ -f mofi_exit ]; then
       status=$(cat mofi_exit)
     elif alive; then
       status=running
-    elif [ -f mofi_exit ]; then # it ended between the two looks
+    elif [ -f mofi_exit ]; then # it ended between the two checks
       status=$(cat mofi_exit)
     else
       status=gone
@@ -83,7 +83,7 @@ case "$command" in
     if alive; then
       group=$(cat mofi_pid)
       kill -TERM -- "-$group"
-      for _ in $(seq 300); do # a minute, to save what it can
+      for _ in $(seq 300); do # a minute for its checkpoint
         alive || break
         sleep 0.2
       done
