@@ -47,7 +47,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from benchmarks import figures, synthetic
-from mofi_jax.data import ops, pipeline, records, tokenizer
+from data_prep import dataset_files
+from mofi_jax.data import ops, pipeline, records
 from mofi_jax.evaluators import picture_sets
 from mofi_jax.training import checkpoint, state
 
@@ -114,10 +115,10 @@ def write_set(folder: pathlib.Path, jpegs: list[bytes]) -> None:
             num_bytes += len(record)
             writer.write(record)
         writer.close()
-    records.write_metadata(
+    dataset_files.write_metadata(
         version, name="i2e", shard_lengths=[len(rows) for rows in shards], num_bytes=num_bytes
     )
-    tokenizer.train_bpe(captions, 8_000, version / records.TOKENIZER_FILE)
+    dataset_files.train_bpe(captions, 8_000, version / records.TOKENIZER_FILE)
     vocabulary = records.Entities(
         qids=[f"Q{i:06d}" for i in range(ENTITIES)],
         names=names,

@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from data_prep import manifests, published
+from data_prep import dataset_files, manifests, published
 from mofi_jax.common import cli, errors, files
 from mofi_jax.data import records
 
@@ -219,7 +219,7 @@ def _write(
     _carry_over(source, folder)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (folder / RESULT_FILE).write_text(text)
-    records.write_metadata(
+    dataset_files.write_metadata(
         folder,
         name=info.name,
         version=version,

@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from data_prep import engine, plan, sources, vocabulary
-from mofi_jax.data import ops, records, tokenizer
+from data_prep import dataset_files, engine, plan, sources, vocabulary
+from mofi_jax.data import ops, records
 
 DESCRIPTIONS = {
     "i2t": "Image-text pairs with the captions they were found with; no labels.",
@@ -153,7 +153,7 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     plans, vocabulary_files = task.inputs[:shards], task.inputs[shards:]
     folder = f"{dataset}/{records.VERSION}"
     texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
-    tokenizer.train_bpe(
+    dataset_files.train_bpe(
         texts, settings["vocab_size"], outputs.path(f"{folder}/{records.TOKENIZER_FILE}")
     )
     for path in vocabulary_files:
@@ -161,7 +161,7 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans)
     # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
     outputs.path(f"{folder}/features.json")
-    records.write_metadata(
+    dataset_files.write_metadata(
         outputs.path(f"{folder}/dataset_info.json").parent,
         name=dataset,
         shard_lengths=settings["shard_lengths"],

@@ -11,7 +11,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from configs import quickstart
-from mofi_jax.data import ops, records, tokenizer
+from data_prep import dataset_files
+from mofi_jax.data import ops, records
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES = ("circle", "square")
@@ -76,9 +77,9 @@ def write(
     for path, examples_there in zip(paths, serialized, strict=True):
         write_shard(path, examples_there)
     num_bytes = sum(map(len, itertools.chain.from_iterable(serialized)))
-    records.write_metadata(version, name=name, shard_lengths=lengths, num_bytes=num_bytes)
+    dataset_files.write_metadata(version, name=name, shard_lengths=lengths, num_bytes=num_bytes)
     names = [name_of(i) for i in range(entities)]
-    tokenizer.train_bpe(
+    dataset_files.train_bpe(
         [f"a {n} number {i}" for n in names for i in range(4)], 300, version / "tokenizer.json"
     )
     if labelled:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import i2e as i2e_config
-from data_prep import build_i2e, engine
+from data_prep import build_i2e, dataset_files, engine
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
@@ -172,7 +172,7 @@ def clip(tmp_path_factory):
     """A CLIP model of a few thousand random parameters, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("clip")
     words = ["a drawing of a red rose", "an icon of a black cat", "clip art", "emoji", "sticker"]
-    tokenizer_lib.train_bpe(words, 300, folder / "bpe.json")
+    dataset_files.train_bpe(words, 300, folder / "bpe.json")
     tokenizer = tokenizer_lib.Tokenizer(folder / "bpe.json", 12)
     config = mofi.MofiConfig(
         image_size=16,

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import eval as eval_config
+from data_prep import dataset_files
 from mofi_jax import evaluate, inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records, tokenizer
@@ -227,7 +228,7 @@ def model(tmp_path_factory):
     classes = picture_sets.read_classes(SAMPLE / "classes.jsonl")
     trained = sorted((classes[i] for i in range(340)), key=lambda entry: entry.qid)
     names = [entry.label for entry in trained]
-    tokenizer.train_bpe(names, 300, root / "bpe.json")
+    dataset_files.train_bpe(names, 300, root / "bpe.json")
     texts = tokenizer.Tokenizer(root / "bpe.json", 8)
     tower = mofi.TowerConfig(width=16, layers=1, heads=2)
     config = mofi.MofiConfig(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import engine, evidence, selection
+from data_prep import dataset_files, engine, evidence, selection
 from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
@@ -166,7 +166,7 @@ def clip_folder(tmp_path_factory):
     """A random CLIP model in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("clip")
     path = folder / "trained.json"
-    tokenizer_lib.train_bpe(["red, the colour red", "green thing on background"], 280, path)
+    dataset_files.train_bpe(["red, the colour red", "green thing on background"], 280, path)
     tokenizer = tokenizer_lib.Tokenizer(path, 8)
     config = mofi.MofiConfig(
         image_size=16,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+from data_prep import dataset_files
 from mofi_jax import export, inference
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
@@ -19,7 +20,7 @@ from mofi_jax.model import mofi
 def source(tmp_path_factory):
     """A model folder with a bfloat16 name on it: the export is float32 all the same."""
     folder = tmp_path_factory.mktemp("source")
-    tokenizer_lib.train_bpe(["a photo of a cat", "dogs in the snow"] * 3, 280, folder / "own.json")
+    dataset_files.train_bpe(["a photo of a cat", "dogs in the snow"] * 3, 280, folder / "own.json")
     tokenizer = tokenizer_lib.Tokenizer(folder / "own.json", 16)
     config = mofi.MofiConfig(
         image_size=16,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
+from data_prep import dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
@@ -28,7 +29,7 @@ PREPROCESS = f"decode|resize_short({SIZE})|center_crop({SIZE})"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer_lib.train_bpe(["a photo of a cat", "a husky dog in the snow"] * 5, 300, path)
+    dataset_files.train_bpe(["a photo of a cat", "a husky dog in the snow"] * 5, 300, path)
     return tokenizer_lib.Tokenizer(path, 12)
 
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 from etils import epath
 from PIL import Image
 
+from data_prep import dataset_files
 from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import ops, records
@@ -31,7 +32,7 @@ SAMPLE = epath.Path(__file__).parent.parent / "data_prep" / "sample"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer_lib.train_bpe([f"a photo of a {name}" for name in NAMES], 280, path)
+    dataset_files.train_bpe([f"a photo of a {name}" for name in NAMES], 280, path)
     return tokenizer_lib.Tokenizer(path, 8)
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep import dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import limits, metadata, records, training_set
 from tests import datasets
@@ -50,7 +51,7 @@ def _write(directory, lengths, name="i2e"):
             num_bytes += len(record)
             writer.write(record)
         writer.close()
-    records.write_metadata(folder, name=name, shard_lengths=lengths, num_bytes=num_bytes)
+    dataset_files.write_metadata(folder, name=name, shard_lengths=lengths, num_bytes=num_bytes)
     return examples
 
 

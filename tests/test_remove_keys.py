@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import published, remove_keys
+from data_prep import dataset_files, published, remove_keys
 from mofi_jax.common import errors
 from mofi_jax.data import metadata, records
 
@@ -52,7 +52,7 @@ def write_data_set(folder, index=True, name="i2e"):
         arrays = [pa.array(c, t) for c, t in zip(columns, types, strict=True)]
         pq.write_table(pa.table(arrays, names=["key", "shard", "index"]), version / "keys.parquet")
     lengths = [len(keys) for keys in KEYS]
-    records.write_metadata(
+    dataset_files.write_metadata(
         version, name=name, shard_lengths=lengths, num_bytes=num_bytes, description="words"
     )
     return version
@@ -164,11 +164,11 @@ def test_a_kill_leaves_no_half_version(tmp_path, moment):
         "shard": "remove_keys._link",
         "index": "remove_keys._write_index",
         "vocabulary": "remove_keys._write_vocabulary",
-        "metadata": "records.write_metadata",
+        "metadata": "dataset_files.write_metadata",
         "rename": "os.rename",
     }[moment]
     code = (
-        "import os\nfrom data_prep import remove_keys\nfrom mofi_jax.data import records\n"
+        "import os\nfrom data_prep import dataset_files, remove_keys\n"
         f"{die} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         f"remove_keys.remove({str(old)!r}, {str(keys)!r})\n"
     )

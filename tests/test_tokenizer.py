@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 
@@ -26,7 +27,7 @@ CONTEXT = 16
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer_lib.train_bpe(CAPTIONS, 320, path)
+    dataset_files.train_bpe(CAPTIONS, 320, path)
     return path
 
 
@@ -126,8 +127,8 @@ def test_pickled_for_data_workers(tokenizer):
 def test_training_is_deterministic_across_processes(path, tmp_path):
     other = tmp_path / "other.json"
     code = (
-        "import sys, json; from mofi_jax.data import tokenizer;"
-        "tokenizer.train_bpe(json.loads(sys.argv[1]), 320, sys.argv[2])"
+        "import sys, json; from data_prep import dataset_files;"
+        "dataset_files.train_bpe(json.loads(sys.argv[1]), 320, sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(CAPTIONS), str(other)], check=True)
     assert other.read_bytes() == path.read_bytes()
@@ -176,9 +177,9 @@ def test_names_of_its_own_need_a_config(tmp_path):
 
 def test_bad_input(tmp_path, path):
     with pytest.raises(errors.BadInput, match="259"):
-        tokenizer_lib.train_bpe(CAPTIONS, 258, tmp_path / "small.json")
+        dataset_files.train_bpe(CAPTIONS, 258, tmp_path / "small.json")
     with pytest.raises(errors.BadInput, match="at least one caption"):
-        tokenizer_lib.train_bpe([], 300, tmp_path / "none.json")
+        dataset_files.train_bpe([], 300, tmp_path / "none.json")
     assert not list(tmp_path.iterdir())
     with pytest.raises(errors.BadInput, match="no tokenizer at"):
         tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", CONTEXT)

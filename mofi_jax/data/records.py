@@ -16,7 +16,6 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,52 +129,6 @@ def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
 def shard_name(name: str, split: str, index: int, count: int) -> str:
     """File name of shard `index` of `count`, as TFDS expects it."""
     return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
-
-
-def write_metadata(
-    directory: epath.PathLike,
-    *,
-    name: str,
-    version: str = VERSION,
-    split: str = "train",
-    shard_lengths: Sequence[int],
-    num_bytes: int,
-    description: str = "",
-) -> None:
-    """Writes features.json and dataset_info.json, which make `directory` a TFDS data set.
-
-    Args:
-      directory: the folder of the version, for its shards.
-      name: data set name, which is the shards' prefix.
-      version: three numbers, the name of `directory`.
-      shard_lengths: records of each shard.
-      num_bytes: sum of the records' sizes.
-      description: one paragraph for people.
-    """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import dataset_info, naming, splits
-
-    directory = epath.Path(directory)
-    identity = dataset_info.DatasetIdentity(
-        name, tfds.core.Version(version), str(directory), "mofi_jax.data.records"
-    )
-    info = dataset_info.DatasetInfo(builder=identity, description=description, features=features())
-    info.set_file_format("array_record")
-    split_info = splits.SplitInfo(
-        name=split,
-        shard_lengths=[int(length) for length in shard_lengths],
-        num_bytes=int(num_bytes),
-        filename_template=naming.ShardedFileTemplate(
-            data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
-        ),
-    )
-    info.set_splits(splits.SplitDict([split_info]))
-    # A data set is there once dataset_info.json is: that comes last, and whole.
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".metadata-") as temporary:
-        temporary = epath.Path(temporary)
-        info.write_to_directory(temporary)
-        for file in (metadata.FEATURES_FILE, metadata.INFO_FILE):
-            (temporary / file).rename(directory / file)
 
 
 class Source:

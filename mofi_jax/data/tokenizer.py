@@ -1,20 +1,17 @@
-"""Text to token ids: any Hugging Face tokenizer.json, or a byte-level BPE trained on the data.
+"""Text to token ids by any Hugging Face tokenizer.json (`data_prep.dataset_files` trains one).
 
 A row of ids is always ``bos, pieces..., eos, pad...``. The EOS appears exactly once, so that every
 pooling rule in use finds the same position: "first EOS" (ours, Hugging Face), "largest id" (OpenAI,
-open_clip; it needs an EOS with the highest id) and "last token that is no padding" (axlearn). This
-file knows nothing of models; it only promises ids below `Tokenizer.vocab_size`.
+open_clip; it needs an EOS with the highest id) and "last token that is no padding" (axlearn).
 """
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
 from etils import epath
 from jaxtyping import Int32
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
@@ -28,64 +25,6 @@ KNOWN_NAMES = {
     "pad": (PAD, "<pad>", "[PAD]"),
 }
 _BYTES = 256
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> None:
-    """Trains a byte-level BPE and writes it as a Hugging Face tokenizer.json.
-
-    Text is brought to NFKC, lower case and single spaces. The three special tokens get the highest
-    ids, the EOS the very highest. The bytes written depend on `texts` and `vocab_size` alone; the
-    file appears complete or not at all.
-
-    Args:
-      texts: in any order.
-      vocab_size: ids wanted, special tokens included; a small corpus may give fewer.
-
-    Raises:
-      BadInput: no text at all, or a vocabulary too small for the 256 bytes and 3 special tokens.
-    """
-    specials = [PAD, BOS, EOS]
-    if vocab_size < _BYTES + len(specials):
-        raise BadInput(
-            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: set it to "
-            f"{_BYTES + len(specials)} (every byte and {len(specials)} special tokens) or more."
-        )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Strip(),
-        ]
-    )
-    # The leading space makes the first word of a text the same pieces as in the middle of one.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = iter(texts)
-    if (first := next(texts, None)) is None:
-        raise BadInput(f"There is no text to train {path} on: give at least one caption.")
-    tokenizer.train_from_iterator(
-        map(_encodable, itertools.chain([first], texts)),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - len(specials),
-            min_frequency=2,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    # Added after training, because the trainer would give them the lowest ids (and EOS the 2 that
-    # transformers reads as "pool at the largest id").
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(s, special=True, normalized=False) for s in specials]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}",
-        special_tokens=[(s, tokenizer.token_to_id(s)) for s in (BOS, EOS)],
-    )
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, tokenizer.to_str(pretty=True))
 
 
 class Tokenizer:
@@ -141,7 +80,7 @@ class Tokenizer:
         """Rows ``bos, pieces, eos, pad...`` of `context_length` ids; long texts lose their end."""
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
         encodings = self._tokenizer.encode_batch_fast(
-            [_encodable(t) for t in texts], add_special_tokens=False
+            [encodable(t) for t in texts], add_special_tokens=False
         )
         special = (self.bos_id, self.eos_id)
         for row, encoding in zip(rows, encodings, strict=True):
@@ -155,7 +94,7 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token_id)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Lone surrogates (file names, non-UTF-8 captions) have no UTF-8 form: they become '?'."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
