@@ -104,7 +104,7 @@ def markdown(rows: list[tuple[Row, dict]]) -> str:
             f"{sum(result['model'].values()) / 1e12:,.0f}",
         ]
         if result["fits"]:
-            sent = sum(c["sent_bytes"] for c in result["counts"]["collectives"])
+            sent = sum(c["sent_bytes"] for c in result["collectives"])
             cells += [f"{sent / 2**20:,.0f}", f"{100 * result['mfu_bound']:.0f} %"]
         else:
             cells += ["", "does not fit"]

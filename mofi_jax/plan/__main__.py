@@ -3,21 +3,18 @@
     python -m mofi_jax.plan --config configs/mofi.py:variant=H/14 --topology v5p:8x8x8
 
 Compiles the real training step for the named slice (``--slices`` of them) and reads what the
-compiler made of it: memory of a chip by kind, arithmetic, what goes over the links, and the bound
-that these put on the speed.  Nothing runs, so the times are those of a chip that never waits.
+compiler made of it: memory of a chip by kind, what goes over the links, and the bound that model
+FLOPs, links and the compiler's estimate of the cycles put on the speed.  Nothing runs.
 ``--entities`` and ``--vocab_size`` are the sizes of the data set's vocabulary and tokenizer.
 ``--largest=yes`` compiles for larger batches too, until one fits that is near the limit.  With
 ``--out`` the folder gets ``result.json``.  Exits with code 1 when the step does not fit.
 """
 
-import contextlib
 import dataclasses
 import math
 import re
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,62 +23,74 @@ from absl import logging
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
-from mofi_jax.plan import costs, tpu_topology
+from mofi_jax.plan import hlo, network, tpu_topology
 from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import class_table, settings, setup, state
 
-# Of the schedule alone, which no shape depends on.
-EXAMPLES_PER_EPOCH = 10**9
+EXAMPLES_PER_EPOCH = 10**9  # of the schedule alone, which no shape depends on
 GIB = 2**30
 TRIES = 3  # compiles for the largest batch
+# The chip's smaller memories are a matter of the program.
+OUT_OF_HBM = re.compile(r"RESOURCE_EXHAUSTED.*\bhbm\b", re.IGNORECASE | re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one step.  Bytes are those of one chip.
+    """What the compiler says of one step.
 
     Attributes:
       topology, slices, devices, chips: what it was compiled for.
       batch_size: global.
       seconds: of compiling.
-      memory: bytes by kind; "temporaries" are missing where the step does not fit.
-      needed: bytes that the step takes altogether, None where the compiler did not say.
-      available: bytes that programs may take, None where it is not known.
-      fits: whether the compiler found room, and no more than the chip has.
-      counts: arithmetic and traffic of one device, None where the step does not fit.
-      xla_flops: the compiler's own count of one device, in which a loop's body counts once.
+      memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
+      needed, available: bytes of a chip; None for what the compiler did not say.
       model: FLOPs that the model asks for, on all chips together.
-      bounds: seconds that a step takes at least, by what limits it.
-      hbm_seconds: the time of all that its instructions name in HBM, which is more than they move.
-      chip: None where its figures are not known.
+      collectives: of one device.
+      cycles: of one device, as the compiler estimates them.
     """
 
     topology: str
     slices: int
     devices: int
     chips: int
+    chip: accelerators.Chip
     batch_size: int
     seconds: float
     memory: dict[str, int]
     needed: int | None
-    available: int | None
-    fits: bool
-    counts: costs.Costs | None
-    xla_flops: float | None
+    available: int
     model: flops.StepFlops
-    bounds: dict[str, float]
-    hbm_seconds: float | None
-    chip: accelerators.Chip | None
+    collectives: tuple[network.Collective, ...] = ()
+    cycles: int = 0
 
     @property
-    def mfu_bound(self) -> float | None:
-        """Model FLOPs over the peak in the longest of the bounds, which HBM is none of."""
-        if not self.bounds or self.chip is None:
-            return None
-        return self.model.total / (self.chips * self.chip.bf16_flops * max(self.bounds.values()))
+    def fits(self) -> bool:
+        """Whether the compiler found room, and no more than the chip has.
+
+        It has been seen to make programs of 35 GiB for a TPU v6e of 32.
+        """
+        return "temporaries" in self.memory and self.needed <= self.available
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds that a step takes at least, by what limits it."""
+        bounds = {"model FLOPs": self.model.total / (self.chips * self.chip.bf16_flops)}
+        if self.chip.link_bandwidth:
+            # Half of what makers state goes out, the other half comes in.
+            outgoing = self.chip.link_bandwidth / self.chip.devices / 2
+            bounds["links"] = sum(c.sent_bytes for c in self.collectives) / outgoing
+        if self.chip.clock:
+            bounds["compiler's estimate"] = self.cycles / self.chip.clock
+        return bounds
+
+    @property
+    def mfu_bound(self) -> float:
+        """Model FLOPs over the peak in the longest of the bounds."""
+        return self.bounds["model FLOPs"] / max(self.bounds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "mfu_bound": self.mfu_bound}
+        speed = {"bounds": self.bounds, "mfu_bound": self.mfu_bound} if self.fits else {}
+        return {**dataclasses.asdict(self), "fits": self.fits, **speed}
 
 
 def main(
@@ -98,48 +107,37 @@ def main(
     folder = files.output_folder(out, "--out") if out else None
     if largest not in ("yes", "no"):
         raise BadInput(f"--largest={largest}: choose yes or no.")
-    sizes = {
-        "num_entities": whole_number("entities", entities),
-        "vocab_size": whole_number("vocab_size", vocab_size),
-    }
-    count = whole_number("slices", slices)
-    devices = tpu_topology.devices(topology, count)
-    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    for flag, text in {"entities": entities, "vocab_size": vocab_size, "slices": slices}.items():
+        if not text.replace("_", "").isdigit() or not int(text):
+            raise BadInput(f"--{flag}={text} is not a whole number above 0.")
+    sizes = {"num_entities": int(entities), "vocab_size": int(vocab_size)}
+    options = {"topology": topology, "slices": int(slices), **sizes}
+    mesh = meshes.make_mesh(**config.mesh, devices=tpu_topology.devices(topology, int(slices)))
     setup.check_batch(config, mesh)
-    found = plan(config, mesh, topology=topology, slices=count, **sizes)
-    result = {"config": config.to_dict(), **sizes, **found.to_dict()}
+    planned = plan(config, mesh, **options)
+    page = describe(config, planned)
+    result = {"config": config.to_dict(), **sizes, **planned.to_dict()}
     if largest == "yes":
-        options = {"topology": topology, "slices": count, **sizes}
-        result["largest_batch"] = largest_batch(config, mesh, found, options)
+        result["largest_batch"] = largest_batch(config, mesh, planned, options)
+        page += f"\nlargest batch that fits: {result['largest_batch']:,}, compiled"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "result.json", result)
-    print(describe(config, found))
-    if largest == "yes":
-        print(f"largest batch that fits: {result['largest_batch']:,}, compiled")
-    if not found.fits:
+    print(page)
+    if not planned.fits:
         sys.exit(1)
-
-
-def whole_number(flag: str, text: str) -> int:
-    if not text.replace("_", "").isdigit() or not int(text):
-        raise BadInput(f"--{flag}={text} is not a whole number above 0.")
-    return int(text)
 
 
 # ---------------------------------------------------------------------------- compiling
 
 
 def plan(
-    config: Any,
-    mesh: Any,
-    *,
-    topology: str,
-    slices: int,
-    num_entities: int,
-    vocab_size: int,
+    config: Any, mesh: Any, *, topology: str, slices: int, num_entities: int, vocab_size: int
 ) -> Plan:
     """Compiles the step of `config` for `mesh`."""
+    device = mesh.devices.flat[0]
+    if (chip := accelerators.chip_of(device)) is None:
+        raise BadInput(f"no figures of {device.device_kind} in mofi_jax/telemetry/accelerators.py.")
     made = setup.make(
         config,
         mesh,
@@ -150,336 +148,185 @@ def plan(
     )
     structs, shardings = state.abstract(made.init, mesh)
     batch = setup.batch_structs(config, mesh)
-    chip = accelerators.chip_of(mesh.devices.flat[0])
-    share = chip.devices if chip else 1
-    memory = {kind: share * size for kind, size in state_bytes(structs, batch).items()}
-    model = flops.of_step(made.context, made.losses, batch_size=config.batch_size)
-    fixed = {
-        "topology": topology,
-        "slices": slices,
-        "devices": mesh.size,
-        "chips": mesh.size // share,
-        "batch_size": config.batch_size,
-        "model": model,
-        "chip": chip,
-    }
+    memory = {kind: chip.devices * n for kind, n in state_bytes(structs, batch).items()}
+    needed, available, read = None, int(chip.hbm_bytes), {}
+    logging.info("compiling a batch of %d for %d devices", config.batch_size, mesh.size)
     start = time.monotonic()
-    with progress(f"compiling a batch of {config.batch_size:,} for {mesh.size} devices"):
-        lowered = made.make_train_step(shardings).lower(structs, batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(str(error)):
-                raise
-            needed, available = (share * n if n else None for n in memory_in(str(error)))
-            return Plan(
-                **fixed,
-                seconds=time.monotonic() - start,
-                memory=memory,
-                needed=needed,
-                available=available,
-                fits=False,
-                counts=None,
-                xla_flops=None,
-                bounds={},
-                hbm_seconds=None,
-            )
-    seconds = time.monotonic() - start
-    analysis = compiled.memory_analysis()
-    arguments = share * analysis.argument_size_in_bytes
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    memory |= {
-        # What the state takes beyond its elements, in the tiles of the chip's memory.
-        "padding of arrays": max(0, arguments - sum(memory.values())),
-        "temporaries": share * (analysis.temp_size_in_bytes + max(0, new)),
-        "program": share * analysis.generated_code_size_in_bytes,
-    }
-    counts = costs.costs(compiled.as_text(), devices=mesh.size)
-    needed, available = sum(memory.values()), int(chip.hbm_bytes) if chip else None
+    try:
+        compiled = made.make_train_step(shardings).lower(structs, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not OUT_OF_HBM.search(str(error)):
+            raise
+        if sizes := memory_in(str(error)):
+            needed, available = (chip.devices * size for size in sizes)
+    else:
+        analysis = compiled.memory_analysis()
+        arguments = chip.devices * analysis.argument_size_in_bytes
+        new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        memory |= {
+            # What the state takes beyond its elements, in the tiles of the chip's memory.
+            "padding of arrays": max(0, arguments - sum(memory.values())),
+            "temporaries": chip.devices * (analysis.temp_size_in_bytes + max(0, new)),
+            "program": chip.devices * analysis.generated_code_size_in_bytes,
+        }
+        needed = sum(memory.values())
+        program = hlo.Program(compiled.as_text())
+        read = {
+            "collectives": network.collectives(program, devices=mesh.size),
+            "cycles": program.estimated_cycles().total(),
+        }
     return Plan(
-        **fixed,
-        seconds=seconds,
+        topology=topology,
+        slices=slices,
+        devices=mesh.size,
+        chips=mesh.size // chip.devices,
+        chip=chip,
+        batch_size=config.batch_size,
+        seconds=time.monotonic() - start,
         memory=memory,
         needed=needed,
         available=available,
-        fits=fits(needed, available),
-        counts=counts,
-        xla_flops=compiled.cost_analysis().get("flops"),
-        bounds=lower_bounds(counts, chip),
-        hbm_seconds=hbm_seconds(counts, chip),
+        model=flops.of_step(made.context, made.losses, batch_size=config.batch_size),
+        **read,
     )
 
 
 def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, int]:
     """Bytes on one device of all that a step is given, by kind."""
     kinds = dict.fromkeys(("parameters", "optimizer", "class table", "its moments", "batch"), 0)
-
-    def add(kind: str, struct: jax.ShapeDtypeStruct) -> None:
-        shape = struct.sharding.shard_shape(struct.shape)
-        kinds[kind] += math.prod(shape) * struct.dtype.itemsize
-
-    for path, leaf in jax.tree_util.tree_flatten_with_path(structs)[0]:
-        moment = sharding.path_name(path).startswith("opt_state/")
-        if class_table.is_table(path):
-            add("its moments" if moment else "class table", leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path({"state": structs, "batch": batch})[0]:
+        moment = sharding.path_name(path).startswith("state/opt_state/")
+        if sharding.path_name(path).startswith("batch/"):
+            kind = "batch"
+        elif class_table.is_table(path):
+            kind = "its moments" if moment else "class table"
         else:
-            add("optimizer" if moment else "parameters", leaf)
-    for leaf in batch.values():
-        add("batch", leaf)
+            kind = "optimizer" if moment else "parameters"
+        kinds[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return kinds
-
-
-def fits(needed: int, available: int | None) -> bool:
-    """Whether a program that the compiler has made fits in a chip's memory.
-
-    It has been seen to make programs of 35 GiB for a TPU v6e of 32.
-    """
-    return available is None or needed <= available
-
-
-def hbm_seconds(counts: costs.Costs, chip: accelerators.Chip | None) -> float | None:
-    """Seconds that one device's HBM takes for all that is counted, more than it moves."""
-    return counts.hbm_bytes / (chip.hbm_bandwidth / chip.devices) if chip else None
-
-
-def lower_bounds(counts: costs.Costs, chip: accelerators.Chip | None) -> dict[str, float]:
-    """Seconds that one device needs at least for its arithmetic and for its links."""
-    if chip is None:
-        return {}
-    bounds = {"arithmetic": counts.passes / chip.device_flops}
-    if chip.link_bandwidth:
-        # Half of what makers state goes out, the other half comes in.
-        outgoing = chip.link_bandwidth / chip.devices / 2
-        bounds["links"] = sum(c.sent_bytes for c in counts.collectives) / outgoing
-    return bounds
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Says on stderr what goes on and for how long: a live line, or one a minute in a log."""
-    done = threading.Event()
-    live = sys.stderr.isatty()
-
-    def tell() -> None:
-        start = time.monotonic()
-        while not done.wait(1 if live else 60):
-            seconds = time.monotonic() - start
-            if live:
-                print(f"\r{what}: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
-            else:
-                logging.info("%s: %.0f s so far", what, seconds)
-
-    logging.info("%s", what)
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        if live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------- out of memory
 
 
-def out_of_memory(message: str) -> bool:
-    """Whether a compiler's error is about HBM; its other memories are a matter of the program."""
-    return "RESOURCE_EXHAUSTED" in message and bool(re.search(r"\bhbm\b", message, re.IGNORECASE))
-
-
-def memory_in(message: str) -> tuple[int | None, int | None]:
+def memory_in(message: str) -> tuple[int, int] | None:
     """Bytes that a program takes and may take on one device, from the compiler's error."""
-    size = r"([\d.]+)([KMGT]?)i?B?"
-    patterns = (
-        rf"Used {size} of {size} hbm",
-        rf"\({size}\) exceeds available HBM \({size}\)",
-    )
-    for pattern in patterns:
-        if found := re.search(pattern, message, re.IGNORECASE):
-            factors = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
-            first, second = (int(float(found[i]) * factors[found[i + 1].upper()]) for i in (1, 3))
-            return first, second
-    return None, None
+    size = r"([\d.]+)([KMGT]?)"
+    for pattern in (f"Used {size} of {size} hbm", rf"\({size}\) exceeds available HBM \({size}\)"):
+        if found := re.search(pattern, message):
+            factors = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+            return tuple(int(float(found[i]) * factors[found[i + 1]]) for i in (1, 3))
+    return None
 
 
-def remedies(config: Any, found: Plan) -> list[str]:
+def remedies(config: Any, planned: Plan) -> list[str]:
     """What to change, in the order of what it costs; only what the config does not do already."""
-    hints = []
-    shards = found.devices // config.mesh.get("tensor", 1)
-    parts = config.microbatches
-    if config.model.remat != "full":
-        hints.append("--config.model.remat=full computes activations again: a third more FLOPs")
-    more = _further_parts(found, config.batch_size // (shards * parts))
-    if more > 1:
-        hints.append(
-            f"--config.microbatches={parts * more} keeps the activations of a part at a time"
-            + (", for one more forward pass" if parts == 1 else "")
-        )
-    if config.mesh.replica > found.slices:
-        hints.append(
-            f"--config.mesh.replica={found.slices} splits parameters and moments over more devices"
-        )
-    if config.optimizer.first_moment_dtype == "float32":
-        hints.append("--config.optimizer.first_moment_dtype=bfloat16 halves the first moments")
-    table = found.memory["class table"] + found.memory["its moments"]
-    if table > 0.2 * sum(found.memory.values()):
-        if config.optimizer.table.second_moment == "full":
-            hints.append(
-                "--config.optimizer.table.second_moment=row keeps one value for each entity"
-            )
-        if config.losses.entity.sample_rate == 1:
-            hints.append(
-                "--config.losses.entity.sample_rate=0.1 has a gradient for a tenth of the table"
-            )
-    if "entity" in config.losses and config.losses.entity.block_size:
-        hints.append("--config.losses.entity.block_size=0 chooses tiles that fit")
-    if config.batch_size // 2 % (shards * parts) == 0:
-        hints.append(f"--config.batch_size={config.batch_size // 2} halves the batch")
-    hints.append("a slice with more chips")
-    return hints
-
-
-def _further_parts(found: Plan, rows: int) -> int:
-    """In how many parts, a power of two, to cut `rows` of a device so that they may fit."""
-    wanted, parts = 2.0, 1
-    if found.needed and found.available:
-        wanted = max(wanted, found.needed / found.available)
-    while parts < wanted and rows % (2 * parts) == 0:
-        parts *= 2
-    return parts
+    optimizer, losses, parts = config.optimizer, config.losses, config.microbatches
+    pieces = planned.devices // config.mesh.get("tensor", 1) * parts
+    # A power of two, as many times as many microbatches as memory is short.
+    short, more = max(2.0, (planned.needed or 0) / planned.available), 1
+    while more < short and config.batch_size // pieces % (2 * more) == 0:
+        more *= 2
+    again = ", for one more forward pass" if parts == 1 else ""
+    table = planned.memory["class table"] + planned.memory["its moments"]
+    large_table = table > 0.2 * sum(planned.memory.values())
+    row = large_table and optimizer.table.second_moment == "full"
+    sampled = large_table and losses.entity.sample_rate == 1
+    tiles = "entity" in losses and losses.entity.block_size
+    half = config.batch_size // 2
+    hints = (
+        (config.model.remat != "full", "model.remat=full computes activations again"),
+        (more > 1, f"microbatches={parts * more} keeps a part's activations at a time{again}"),
+        (
+            config.mesh.replica > planned.slices,
+            f"mesh.replica={planned.slices} shards parameters and moments over more devices",
+        ),
+        (
+            optimizer.first_moment_dtype == "float32",
+            "optimizer.first_moment_dtype=bfloat16 halves the first moments",
+        ),
+        (row, "optimizer.table.second_moment=row keeps one value for each entity"),
+        (sampled, "losses.entity.sample_rate=0.1 has a gradient for a tenth of the table"),
+        (tiles, "losses.entity.block_size=0 chooses tiles that fit"),
+        (half % pieces == 0, f"batch_size={half} halves the batch"),
+    )
+    return [*(f"--config.{hint}" for applies, hint in hints if applies), "a slice with more chips"]
 
 
 # ---------------------------------------------------------------------------- the largest batch
 
 
-def likely_batch(config: Any, found: Plan) -> int | None:
-    """A batch that fits as far as one compile tells.
-
-    All temporaries count as if they grew with the batch, so that it is rather too small.
-    """
-    if not found.fits or found.available is None:
-        return None
-    grows = found.memory["temporaries"] + found.memory["batch"]
-    return _rounded(config, found, config.batch_size * _room(found, grows) / grows)
-
-
-def largest_batch(config: Any, mesh: Any, found: Plan, options: dict[str, Any]) -> int:
-    """The largest batch that a compile has shown to fit, next to the limit of a straight line.
+def largest_batch(config: Any, mesh: Any, planned: Plan, options: dict[str, Any]) -> int:
+    """The largest batch that a compile has shown to fit.
 
     Args:
-      found: the plan of `config` itself.
+      planned: the plan of `config` itself.
       options: of `plan`.
     """
-    fitting, failing = (found if found.fits else None), (None if found.fits else found)
-    previous = None
+    plans = [planned]
     for _ in range(TRIES):
-        if fitting is None:
-            guess = _rounded(config, found, failing.batch_size / 2)
-        else:
-            grows = fitting.memory["temporaries"] + fitting.memory["batch"]
-            a_row = grows / fitting.batch_size
-            if previous is not None:
-                a_row = (fitting.needed - previous.needed) / (
-                    fitting.batch_size - previous.batch_size
-                )
-            guess = fitting.batch_size + _room(fitting, 0) / max(a_row, 1)
-            if failing is not None:
-                guess = min(guess, (fitting.batch_size + failing.batch_size) / 2)
-            guess = _rounded(config, found, guess)
-            if guess <= fitting.batch_size:
-                break
-        if not guess:
+        largest = max((p for p in plans if p.fits), key=lambda p: p.batch_size, default=None)
+        failing = min((p.batch_size for p in plans if not p.fits), default=math.inf)
+        guess, least = failing / 2, 0
+        if largest:
+            # As if all temporaries grew with the batch; the compiler keeps a fiftieth for itself.
+            grows = largest.memory["temporaries"] + largest.memory["batch"]
+            least, room = largest.batch_size, 0.98 * largest.available - largest.needed
+            guess = min(least * (1 + room / grows), (least + failing) / 2)
+        # Down to what divides over the mesh, and to a round number.
+        step = planned.devices // config.mesh.get("tensor", 1) * config.microbatches
+        while step * 20 < guess:
+            step *= 2
+        if guess // step * step <= least:
             break
         other = config.copy_and_resolve_references()
-        other.batch_size = guess
-        tried = plan(other, mesh, **options)
-        if tried.fits:
-            previous, fitting = fitting, tried
-        else:
-            failing = tried
-    if fitting is None:
-        raise BadInput(f"no batch down to {guess} fits on {found.topology}: take a larger slice.")
-    return fitting.batch_size
+        other.batch_size = int(guess // step * step)
+        plans.append(plan(other, mesh, **options))
+    if sizes := [p.batch_size for p in plans if p.fits]:
+        return max(sizes)
+    least = min(p.batch_size for p in plans)
+    raise BadInput(f"no batch down to {least} fits on {planned.topology}: take a larger slice.")
 
 
-def _room(found: Plan, grows: int) -> float:
-    """Bytes left, with those of what grows; the compiler keeps a fiftieth for itself."""
-    return 0.98 * found.available - found.needed + grows
+# ---------------------------------------------------------------------------- the printed page
 
 
-def _rounded(config: Any, found: Plan, batch: float) -> int:
-    """Down to a multiple of what divides over the mesh; to a tenth at most, for numbers to say."""
-    piece = found.devices // config.mesh.get("tensor", 1) * config.microbatches
-    coarse = piece
-    while coarse * 20 < batch:
-        coarse *= 2
-    return int(batch // coarse * coarse)
-
-
-# ---------------------------------------------------------------------------- words
-
-
-def describe(config: Any, found: Plan) -> str:
+def describe(config: Any, planned: Plan) -> str:
     """The plan as a page of text."""
-    where = f"{found.slices} x {found.topology}" if found.slices > 1 else found.topology
+    memory = {**planned.memory, "altogether": planned.needed}
     lines = [
-        f"batch {found.batch_size:,} on {where}: {found.chips} chips, {found.devices} devices, "
-        f"compiled in {found.seconds:.0f} s",
+        f"batch {planned.batch_size:,} on {planned.slices} x {planned.topology}: "
+        f"{planned.chips} chips, {planned.devices} devices, compiled in {planned.seconds:.0f} s",
+        *("", f"{'memory of a chip':<28} {'GiB':>9}  of {planned.available / GIB:.1f}"),
+        *(f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in memory.items() if size),
         "",
-        f"{'memory of a chip':<28} {'GiB':>9}",
     ]
-    lines += [f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in found.memory.items() if size]
-    if found.needed is not None:
-        of = f"of {found.available / GIB:.2f}" if found.available else ""
-        lines.append(f"  {'altogether':<26} {found.needed / GIB:>9.3f}  {of}")
-    if not found.fits:
-        needed = f"{found.needed / GIB:.1f} GiB" if found.needed else "more"
-        there = f"{found.available / GIB:.1f} GiB" if found.available else "what there is"
-        lines += ["", f"It does not fit: the step needs {needed} a chip of {there}.  Change:"]
-        lines += [f"  {hint}" for hint in remedies(config, found)]
-        return "\n".join(lines)
-    share = found.devices / found.chips
-    executed = found.counts.flops * share
-    lines += ["", f"{'arithmetic of a step':<28} {'TFLOP':>9}"]
-    parts = dataclasses.asdict(found.model)
-    lines += [
-        f"  {f'model: {name}':<26} {value / 1e12:>9.1f}  all chips"
-        for name, value in parts.items()
-        if value
-    ]
-    lines += [
-        f"  {'model, altogether':<26} {found.model.total / 1e12:>9.1f}",
-        f"  {'executed':<26} {executed * found.chips / 1e12:>9.1f}  with what is computed again",
-        f"  {'executed by a chip':<26} {executed / 1e12:>9.3f}",
-    ]
-    if found.xla_flops:
+    if not planned.fits:
+        needed = f"{planned.needed / GIB:.1f} GiB" if planned.needed else "more"
         lines.append(
-            f"  {'the same, loops once':<26} {found.counts.flops_once * share / 1e12:>9.3f}  "
-            f"XLA counts {found.xla_flops * share / 1e12:.3f}"
+            f"It does not fit: the step needs {needed} a chip of {planned.available / GIB:.1f} GiB."
+            "  Change:"
         )
-    lines += ["", f"{'collectives of a device':<28} {'MiB sent':>9} {'times':>6} {'group':>6}"]
+        return "\n".join(lines + [f"  {hint}" for hint in remedies(config, planned)])
+    model = {**dataclasses.asdict(planned.model), "altogether": planned.model.total}
     lines += [
-        f"  {c.kind:<26} {c.sent_bytes / 2**20:>9.1f} {c.count:>6} {c.group:>6}"
-        for c in found.counts.collectives
+        f"{'model FLOPs, all chips':<28} {'TFLOP':>9}",
+        *(f"  {name:<26} {value / 1e12:>9.1f}" for name, value in model.items() if value),
+        *("", f"{'collectives of a device':<28} {'MiB sent':>9} {'times':>6} {'group':>6}"),
+        *(
+            f"  {c.kind:<26} {c.sent_bytes / 2**20:>9.1f} {c.count:>6} {c.group:>6}"
+            for c in planned.collectives
+        ),
+        *("", f"{'a step takes at least':<28} {'ms':>9}"),
+        *(f"  {what:<26} {seconds * 1e3:>9.1f}" for what, seconds in planned.bounds.items()),
     ]
-    if found.counts.unknown_loops:
-        lines.append(f"  ({found.counts.unknown_loops} loops of unknown length count once)")
-    if found.bounds:
-        lines += ["", f"{'a step takes at least':<28} {'ms':>9}"]
-        lines += [f"  {what:<26} {value * 1e3:>9.1f}" for what, value in found.bounds.items()]
-        lines.append(f"  {'HBM, if all counted moves':<26} {found.hbm_seconds * 1e3:>9.1f}")
-        if found.slices > 1:
-            lines.append("  (no bound for what crosses slices: the network between them varies)")
-        longest = max(found.bounds.values())
-        lines.append(
-            f"MFU at most {100 * found.mfu_bound:.0f} %, {found.batch_size / longest:,.0f} img/s, "
-            "if all else hides behind the longest"
-        )
-    likely = likely_batch(config, found)
-    if likely:
-        lines.append(f"a batch of {likely:,} should fit; --largest=yes compiles to find out")
+    if planned.slices > 1:
+        lines.append("  (no bound for what crosses slices: the network between them varies)")
+    rate = planned.batch_size / max(planned.bounds.values())
+    lines.append(
+        f"MFU at most {100 * planned.mfu_bound:.0f} %, {rate:,.0f} img/s, if all else hides behind "
+        "the longest"
+    )
     return "\n".join(lines)
 
 

@@ -1,56 +1,48 @@
-"""Reads the text of a compiled program: its instructions, and how often each is executed.
+"""Reads the text of a compiled program (`Compiled.as_text`): one device's, after partitioning."""
 
-The text is that of ``compiled.as_text()``: the program of one device, after partitioning.
-"""
-
+import collections
 import dataclasses
 import math
 import re
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
+from absl import logging
 
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of an instruction's type.
-
-    Attributes:
-      on_chip: in a memory space other than HBM.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    on_chip: bool = False
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)
-        bits = _BITS.get(self.dtype, int(digits[0]) if digits else 8)
-        return -(-self.size * bits // 8)
+# "%name = types opcode(operands), attributes": types of operands may have parentheses too.
+_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, [\w\-]+=|, /|\s*$)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    name: str
-    arrays: tuple[Array, ...]
-    operation: str
+    """One line of a computation.
+
+    Attributes:
+      opcode: as in "all-gather-start".
+      arrays: dtype and dimensions of each array of the result.
+      operands: names of instructions of the same computation.
+      text: the whole line.
+    """
+
+    opcode: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
     operands: tuple[str, ...]
-    text: str  # the whole line
-    root: bool
+    text: str
 
     @property
-    def number(self) -> int | None:
-        """Of a parameter."""
-        found = re.search(r" parameter\((\d+)\)", self.text)
-        return int(found[1]) if found else None
+    def array_bytes(self) -> tuple[int, ...]:
+        """Bytes of each array of the result."""
+        bits = ((re.search(r"\d+", dtype), math.prod(shape)) for dtype, shape in self.arrays)
+        return tuple(-(-size * int(found[0] if found else 8) // 8) for found, size in bits)
 
-    def attribute(self, name: str) -> str | None:
-        """The computation or word after ``name=``."""
-        found = re.search(rf"[ ,]{name}=%?([\w.\-]+)", self.text)
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs: of a loop the body alone, of a conditional every branch."""
+        one = r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+        branches = self.attribute(r"branch_computations=\{([^}]*)\}") or ""
+        return re.findall(one, self.text) + re.findall(r"[\w.\-]+", branches)
+
+    def attribute(self, pattern: str) -> str | None:
+        """The group of a pattern in its text."""
+        found = re.search(pattern, self.text)
         return found and found[1]
 
 
@@ -58,145 +50,97 @@ Computation = dict[str, Instruction]
 
 
 class Program:
-    """The computations of a program's text, each a dict of its instructions by name."""
+    """A program's text.
+
+    Attributes:
+      computations: by name, each a dict of its instructions by name.
+      executions: computation -> how often it runs; a loop of unknown trip count counts once.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
-        self.unknown_loops: set[str] = set()
-        self.entry = ""
-        current: Computation = {}
+        self.executions: collections.Counter[str] = collections.Counter()
+        entry = ""
         for line in text.splitlines():
-            header = re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$", line.rstrip())
-            if header and not line.startswith(" "):
+            if header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line):
                 current = self.computations[header[2]] = {}
-                self.entry = header[2] if header[1] else self.entry
-            elif line.startswith(" ") and (instruction := _instruction(line)):
-                current[instruction.name] = instruction
+                entry = header[2] if header[1] else entry
+            elif match := _LINE.match(line):
+                name, types, opcode, operands = match.groups()
+                arrays = tuple(
+                    (dtype, tuple(map(int, re.findall(r"\d+", dimensions))))
+                    for dtype, dimensions in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", types)
+                )
+                operands = tuple(re.findall(r"%([\w.\-]+)", operands))
+                current[name] = Instruction(opcode, arrays, operands, line)
+        self._visit(entry, 1)
 
-    def executions(self) -> dict[str, tuple[int, bool]]:
-        """Computation -> (how often it runs, whether inside one fused instruction)."""
-        counts: dict[str, tuple[int, bool]] = {}
+    def _visit(self, name: str, times: int) -> None:
+        self.executions[name] += times
+        computation = self.computations[name]
+        for key, instruction in computation.items():
+            trips = 1
+            if instruction.opcode == "while":
+                trips = self.trip_count(instruction, computation)
+                if trips is None:
+                    logging.warning("the loop %s has no constant trip count: it counts once", key)
+                    trips = 1
+            for called in self.computations.keys() & instruction.called:
+                self._visit(called, times * trips)
 
-        def visit(name: str, times: int, fused: bool) -> None:
-            if name not in self.computations:
-                return
-            before, was_fused = counts.get(name, (0, fused))
-            counts[name] = before + times, fused and was_fused
-            for instruction in self.computations[name].values():
-                if instruction.operation == "while":
-                    turns = self.turns(instruction, self.computations[name])
-                    visit(instruction.attribute("body") or "", times * turns, fused)
-                elif instruction.operation == "fusion":
-                    visit(instruction.attribute("calls") or "", times, True)
-                elif instruction.operation in ("call", "call-start"):
-                    # The latter: what TPUs from v6e on leave to their SparseCores.
-                    visit(instruction.attribute("to_apply") or "", times, fused)
-                elif instruction.operation == "async-start":
-                    visit(instruction.attribute("calls") or "", times, fused)
-                elif instruction.operation == "conditional":
-                    # Each branch as if it were taken: an upper bound.
-                    for branch in _branches(instruction.text):
-                        visit(branch, times, fused)
+    def trip_count(self, loop: Instruction, caller: Computation) -> int | None:
+        """How often a while loop of the computation `caller` runs, None if unknown.
 
-        visit(self.entry, 1, False)
-        return counts
-
-    def turns(self, loop: Instruction, around: Computation) -> int:
-        """How often a while loop runs: as the compiler notes it, or from its counter."""
-        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
-        if noted:
-            return int(noted[1])
-        condition = self.computations.get(loop.attribute("condition") or "", {})
-        body = self.computations.get(loop.attribute("body") or "", {})
-        root = next((i for i in condition.values() if i.root), None)
-        if root is None or root.operation != "compare" or "direction=LT" not in root.text:
-            return self._unknown(loop)
-        counter, bound = (_followed(name, condition) for name in root.operands)
-        place, limit = _index(counter), _constant(bound)
-        result = next((i for i in body.values() if i.root), None)
-        start = around.get(loop.operands[0])
-        if place is None or limit is None or result is None or start is None:
-            return self._unknown(loop)
-        if result.operation != "tuple" or start.operation != "tuple":
-            return self._unknown(loop)
-        step = _increment(_followed(result.operands[place], body), body, place)
-        first = _constant(_followed(start.operands[place], around))
-        if step is None or first is None:
-            return self._unknown(loop)
+        As the compiler notes it or, as the one for TPUs does not, from the counter: an element of
+        the loop's tuple that starts at a constant and grows by another until it reaches a third.
+        """
+        if noted := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
+            return int(noted)
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+        body = self.computations[loop.attribute(r"body=%?([\w.\-]+)")]
+        test, result, start = _root(condition), _root(body), caller[loop.operands[0]]
+        if "direction=LT" not in test.text or {result.opcode, start.opcode} != {"tuple"}:
+            return None
+        counter, limit = (_source(name, condition) for name in test.operands)
+        index = counter.attribute(r"index=(\d+)")
+        if index is None:
+            return None
+        added = _source(result.operands[int(index)], body)
+        terms = [_source(name, body) for name in added.operands]
+        step = next((n for n in map(_constant, terms) if n), None)
+        first = _constant(_source(start.operands[int(index)], caller))
+        limit = _constant(limit)
+        grows = added.opcode == "add" and index in [i.attribute(r"index=(\d+)") for i in terms]
+        if not grows or None in (first, limit, step):
+            return None
         return max(0, -(-(limit - first) // step))
 
-    def _unknown(self, loop: Instruction) -> int:
-        self.unknown_loops.add(loop.name)
-        return 1
+    def estimated_cycles(self) -> collections.Counter[str]:
+        """The TPU compiler's estimate for each operation of jax (``op_name``), loops multiplied.
+
+        Clock cycles of one device.  What it does not estimate counts nothing: collectives, copies
+        that run beside arithmetic, kernels of one's own.
+        """
+        cycles = collections.Counter()
+        for name, times in self.executions.items():
+            for instruction in self.computations[name].values():
+                if estimate := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
+                    operation = instruction.attribute(r'op_name="([^"]*)"') or instruction.opcode
+                    cycles[operation] += times * int(estimate)
+        return cycles
 
 
-def _instruction(line: str) -> Instruction | None:
-    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line)
-    if not match:
-        return None
-    rest = match[3]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    called = re.match(r"\s*([\w\-]+)\(", rest[end:])
-    if not called:
-        return None
-    start = end + called.end() - 1
-    operands = re.findall(r"%([\w.\-]+)", rest[start : _closing(rest, start) + 1])
-    return Instruction(
-        match[2], _arrays(rest[:end]), called[1], tuple(operands), line, bool(match[1])
-    )
+def _root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.text.lstrip().startswith("ROOT "))
 
 
-def _closing(text: str, start: int) -> int:
-    """Position of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for match in re.finditer(r"[()]", text[start:]):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return start + match.start()
-    return len(text)
-
-
-def _arrays(text: str) -> tuple[Array, ...]:
-    return tuple(
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
-        for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", text)
-    )
-
-
-def _branches(text: str) -> list[str]:
-    found = re.search(r"branch_computations=\{([^}]*)\}", text)
-    if found:
-        return [name.strip().lstrip("%") for name in found[1].split(",")]
-    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
-
-
-def _index(instruction: Instruction | None) -> int | None:
-    """Which element of the tuple an instruction takes."""
-    if instruction is None or instruction.operation != "get-tuple-element":
-        return None
-    return int(re.search(r"index=(\d+)", instruction.text)[1])
-
-
-def _constant(instruction: Instruction | None) -> int | None:
-    if instruction is None or instruction.operation != "constant":
-        return None
-    found = re.search(r"constant\((-?\d+)\)", instruction.text)
-    return int(found[1]) if found else None
-
-
-def _followed(name: str, computation: Computation) -> Instruction | None:
+def _source(name: str, computation: Computation) -> Instruction:
     """The instruction of this name, or what it is a copy of."""
-    instruction = computation.get(name)
-    while instruction is not None and instruction.operation in ("copy", "bitcast"):
-        instruction = computation.get(instruction.operands[0])
-    return instruction
+    while computation[name].opcode in ("copy", "bitcast"):
+        name = computation[name].operands[0]
+    return computation[name]
 
 
-def _increment(instruction: Instruction | None, body: Computation, place: int) -> int | None:
-    """The constant that is added to the counter in each turn."""
-    if instruction is None or instruction.operation != "add":
-        return None
-    operands = [_followed(name, body) for name in instruction.operands]
-    if place not in [_index(o) for o in operands]:
-        return None
-    return next((c for c in map(_constant, operands) if c), None)
+def _constant(instruction: Instruction) -> int | None:
+    value = instruction.attribute(r" constant\((-?\d+)\)")
+    return int(value) if value else None

@@ -22,8 +22,7 @@ COMPILER = epath.Path(sys.prefix) / "tpu_compiler"
 
 # Dimensions of a slice, and the most chips that one has (docs.cloud.google.com/tpu/docs).
 SLICES = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 6144), "v6e": (2, 256), "tpu7x": (3, 9216)}
-# Versions whose two cores jax shows as one device, unless told otherwise.
-_MEGACORE = ("v4", "v5p")
+_KNOWN = f"write VERSION:CHIPS with one of {', '.join(SLICES)}, as in v5e:16x16, v5p:8x8x4."
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
@@ -38,59 +37,16 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     Raises:
       BadInput: a topology that does not exist, or no compiler.
     """
-    version, sides = _parse(topology)
-    if slices < 1:
-        raise BadInput(f"--slices={slices} must be 1 or more.")
-    _require_compiler()
-    # No TPU is looked for, nor a GPU taken, and several of these processes may run at once.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    # Without them the compiler complains on stderr that it runs on no TPU host.
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    jax.config.update("jax_platforms", "cpu")
-    options = {"num_slices": slices} if slices > 1 else {}
-    if version in _MEGACORE:
-        options["chip_config_name"] = "megacore"
-    if min(sides[:2]) < 2:  # less than the four chips of a host
-        bounds = [min(side, 2) for side in sides[:2]]
-        options["chips_per_host_bounds"] = (*bounds, 1)
-    try:
-        description = topologies.get_topology_desc(topology, platform="tpu", **options)
-    except Exception as error:
-        raise BadInput(
-            f"The TPU compiler does not know --topology={topology} "
-            f"({' '.join(str(error).split())[:200]}): {_known()}"
-        ) from error
-    return list(description.devices)
-
-
-def _parse(topology: str) -> tuple[str, list[int]]:
-    version, _, sides = topology.partition(":")
-    numbers = [int(side) for side in re.findall(r"\d+", sides)]
-    if version not in SLICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sides):
-        raise BadInput(f"--topology={topology} is no slice of TPUs: {_known()}")
+    version, _, chips = topology.partition(":")
+    if version not in SLICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips):
+        raise BadInput(f"--topology={topology} is no slice of TPUs: {_KNOWN}")
+    sides = [int(side) for side in chips.split("x")]
     dimensions, most = SLICES[version]
-    if len(numbers) != dimensions or math.prod(numbers) > most:
+    if len(sides) != dimensions or math.prod(sides) > most:
         raise BadInput(
             f"--topology={topology}: a slice of {version} has {dimensions} dimensions and at most "
             f"{most} chips; --slices=N joins several."
         )
-    return version, numbers
-
-
-def _known() -> str:
-    versions = ", ".join(SLICES)
-    return f"write VERSION:CHIPS with one of {versions}, as in v5e:16x16, v5p:8x8x4, tpu7x:4x4x8."
-
-
-def has_compiler() -> bool:
-    """Whether libtpu can be imported; from COMPILER, too, after this call."""
-    if importlib.util.find_spec("libtpu") is None and COMPILER.exists():
-        sys.path.append(str(COMPILER))
-    return importlib.util.find_spec("libtpu") is not None
-
-
-def _require_compiler() -> None:
     if not has_compiler():
         wanted = (r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or ())
         package = next((r for r in wanted if r.startswith("libtpu")), "libtpu")
@@ -98,3 +54,28 @@ def _require_compiler() -> None:
             "The TPU compiler is not installed: python -m pip install --no-deps "
             f"--target {COMPILER} '{package}'"
         )
+    # No TPU is looked for, nor a GPU taken, and several of these processes may run at once.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # Without them the compiler complains on stderr that it runs on no TPU host.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    jax.config.update("jax_platforms", "cpu")
+    options = {"num_slices": slices} if slices > 1 else {}
+    if version in ("v4", "v5p"):  # their two cores are one device of jax, unless told otherwise
+        options["chip_config_name"] = "megacore"
+    if min(sides[:2]) < 2:  # less than the four chips of a host
+        options["chips_per_host_bounds"] = (*(min(side, 2) for side in sides[:2]), 1)
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
+    except Exception as error:
+        raise BadInput(
+            f"The TPU compiler does not know --topology={topology} "
+            f"({' '.join(str(error).split())[:200]}): {_KNOWN}"
+        ) from error
+
+
+def has_compiler() -> bool:
+    """Whether libtpu can be imported; from COMPILER, too, after this call."""
+    if importlib.util.find_spec("libtpu") is None and COMPILER.exists():
+        sys.path.append(str(COMPILER))
+    return importlib.util.find_spec("libtpu") is not None

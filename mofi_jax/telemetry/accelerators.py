@@ -16,16 +16,18 @@ class Chip:
 
     Attributes:
       bf16_flops: peak of matrix products in bfloat16, FLOP/s.
-      hbm_bytes: size of its memory; hbm_bandwidth in bytes/s.
+      hbm_bytes: size of its memory.
       link_bandwidth: to the other chips of its slice or node (ICI, NVLink), bytes/s, all links and
         both directions added up, as makers do; None where no total is stated.
+      clock: of a TPU's cores, Hz: the peak over what a device's matrix units do a cycle, by the
+        compiler's estimates of large products: 2^18 (v4, v5p), 2^17 (v5e), 2^19 (v6e, v7x) FLOP.
     """
 
     name: str
     bf16_flops: float
     hbm_bytes: float
-    hbm_bandwidth: float
     link_bandwidth: float | None
+    clock: float | None = None
     devices: int = 1
 
     @property
@@ -36,12 +38,12 @@ class Chip:
 
 # Cloud TPU documentation, the page of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
 # v6e, tpu7x).  v4's page states no total for its links.
-_V4 = Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, None)
-_V5E = Chip("TPU v5e", 197e12, 16 * GIB, 819 * GB, 400 * GB)
-_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765 * GB, 1200 * GB)
-_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638 * GB, 800 * GB)
+_V4 = Chip("TPU v4", 275e12, 32 * GIB, None, 1.05e9)
+_V5E = Chip("TPU v5e", 197e12, 16 * GIB, 400 * GB, 1.5e9)
+_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 1200 * GB, 1.75e9)
+_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 800 * GB, 1.75e9)
 # Two chiplets, each a jax device with half of everything.
-_V7X = Chip("TPU v7x", 2307e12, 192 * GIB, 7380 * GB, 1200 * GB, devices=2)
+_V7X = Chip("TPU v7x", 2307e12, 192 * GIB, 1200 * GB, 2.2e9, devices=2)
 
 # By `device_kind`.  TPUs: as libtpu and jax's own tables name them.  GPUs: NVIDIA's
 # data sheets, without sparsity; forms with other clocks or memory (PCIe, NVL) have other names.
@@ -54,11 +56,11 @@ _CHIPS: dict[str, Chip] = {
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
     "TPU7x": _V7X,
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1555 * GB, 600 * GB),
-    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 312e12, 80 * GIB, 2039 * GB, 600 * GB),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350 * GB, 900 * GB),
-    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800 * GB, 900 * GB),
-    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 8000 * GB, 1800 * GB),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 600 * GB),
+    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 312e12, 80 * GIB, 600 * GB),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 900 * GB),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 900 * GB),
+    "NVIDIA B200": Chip("B200", 2250e12, 180 * GB, 1800 * GB),
 }
 
 
