@@ -6,6 +6,7 @@ neither TensorFlow nor the code of the data set's builder is needed.
 """
 
 import functools
+import json
 import os
 import typing
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes]:
 @functools.lru_cache(maxsize=64)
 def _features(directory: str) -> tuple[str, str]:
     """The names of the picture and the caption among the features of a data set."""
-    features = metadata.feature_classes(directory)
+    features = _feature_classes(directory)
     found = []
     for kind, wanted in (("Image", _PICTURE_FEATURES), ("Text", samples.TEXT_COLUMNS)):
         names = [name for name, feature in features.items() if feature in _CLASSES[kind]]
@@ -121,6 +122,22 @@ def _features(directory: str) -> tuple[str, str]:
             )
         found.append(name)
     return found[0], found[1]
+
+
+def _feature_classes(directory: str) -> dict[str, str]:
+    """The name of each feature's Python class, which TFDS would import: here it is only a name."""
+    path = os.path.join(directory, metadata.FEATURES_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if "content" in content:  # as TFDS wrote it before 4.6
+            return {name: str(feature["type"]) for name, feature in content["content"].items()}
+        features = content["featuresDict"]["features"]
+        return {name: str(feature["pythonClassName"]) for name, feature in features.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise errors.BadInput(
+            f"{path} does not name the features of a data set ({error!r}): copy it again."
+        ) from error
 
 
 def _examples(path: str, rows: Sequence[int]) -> Iterator[typing.Mapping]:

@@ -430,7 +430,7 @@ def test_text_sources_are_drawn_by_their_weights(folder):
     build = builder(folder, text_sources=TEXT)
     record = next(r for r in records.open_source(folder, "i2e") if len(r["entity_ids"]) == 1)
     rng = np.random.default_rng(0)
-    texts = [build._text(record, record["entity_ids"], 1, rng)[0] for _ in range(4000)]
+    texts = [build._text(record, record["entity_ids"], rng)[0] for _ in range(4000)]
     name = build.entities.names[record["entity_ids"][0]]
     expected = {record["text"]: 0.4, f"{name}, a drawing": 0.3, name: 0.3}
     for text, share in expected.items():

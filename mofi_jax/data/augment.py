@@ -1,9 +1,8 @@
-"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719): operations of the paper's set on one picture.
+"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719): operations of the paper's set on one image.
 
-Each operation is a pure function of uint8 [h, w, 3] and a strength in [-1, 1].  At strength 0 those
-that have one leave the picture as it is, at 1 they do the most that the paper's magnitude 10 does;
-those with a direction are drawn with either sign.  (The paper's own code lets the effect of some
-shrink as the magnitude grows; here, as in torchvision and timm, all grow.)
+Each is a pure function of uint8 [h, w, 3] and a strength in [-1, 1]: 0 changes nothing, 1 is the
+paper's magnitude 10, and those with a direction are drawn with either sign.  (In the paper's own
+code the effect of some shrinks as the magnitude grows; here, as in torchvision and timm, all grow.)
 """
 
 import math
@@ -21,8 +20,8 @@ _MAX_SHEAR, _MAX_SHIFT, _MAX_DEGREES = 0.3, 150 / 331, 30.0  # AutoAugment, arXi
 _MAX_ENHANCE, _MAX_BITS_LOST = 0.9, 4
 
 
-def _moved(image: np.ndarray, matrix: list[list[Any]]) -> np.ndarray:
-    """The picture under x' = M [x, y, 1] about its centre, of the same size."""
+def _affine(image: np.ndarray, matrix: list[list[Any]]) -> np.ndarray:
+    """x' = M [x, y, 1] about the centre; the size stays."""
     height, width = image.shape[:2]
     (a, b, right), (c, d, down) = matrix
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -37,35 +36,35 @@ def _by_pillow(
 
 
 def _enhanced(kind: type) -> Callable[[np.ndarray, float], np.ndarray]:
-    return _by_pillow(lambda picture, s: kind(picture).enhance(1 + _MAX_ENHANCE * s))
+    return _by_pillow(lambda image, s: kind(image).enhance(1 + _MAX_ENHANCE * s))
 
 
 def _rotated(image: np.ndarray, strength: float) -> np.ndarray:
     angle = math.radians(_MAX_DEGREES * strength)
     cos, sin = math.cos(angle), math.sin(angle)
-    return _moved(image, [[cos, -sin, 0], [sin, cos, 0]])
+    return _affine(image, [[cos, -sin, 0], [sin, cos, 0]])
 
 
-# Name -> (picture, strength) -> picture: the 14 operations of the paper's table.
+# Name -> (image, strength) -> image: the 14 operations of the paper's table.
 OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "identity": lambda image, _: image,
-    "auto_contrast": _by_pillow(lambda picture, _: ImageOps.autocontrast(picture)),
-    "equalize": _by_pillow(lambda picture, _: ImageOps.equalize(picture)),
+    "auto_contrast": _by_pillow(lambda image, _: ImageOps.autocontrast(image)),
+    "equalize": _by_pillow(lambda image, _: ImageOps.equalize(image)),
     "rotate": _rotated,
-    "solarize": _by_pillow(lambda picture, s: ImageOps.solarize(picture, round(256 * (1 - s)))),
+    "solarize": _by_pillow(lambda image, s: ImageOps.solarize(image, round(256 * (1 - s)))),
     "color": _enhanced(ImageEnhance.Color),
     "posterize": _by_pillow(
-        lambda picture, s: ImageOps.posterize(picture, 8 - round(_MAX_BITS_LOST * s))
+        lambda image, s: ImageOps.posterize(image, 8 - round(_MAX_BITS_LOST * s))
     ),
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),
     "sharpness": _enhanced(ImageEnhance.Sharpness),
-    "shear_x": lambda image, s: _moved(image, [[1, _MAX_SHEAR * s, 0], [0, 1, 0]]),
-    "shear_y": lambda image, s: _moved(image, [[1, 0, 0], [_MAX_SHEAR * s, 1, 0]]),
-    "translate_x": lambda image, s: _moved(
+    "shear_x": lambda image, s: _affine(image, [[1, _MAX_SHEAR * s, 0], [0, 1, 0]]),
+    "shear_y": lambda image, s: _affine(image, [[1, 0, 0], [_MAX_SHEAR * s, 1, 0]]),
+    "translate_x": lambda image, s: _affine(
         image, [[1, 0, _MAX_SHIFT * s * image.shape[1]], [0, 1, 0]]
     ),
-    "translate_y": lambda image, s: _moved(
+    "translate_y": lambda image, s: _affine(
         image, [[1, 0, 0], [0, 1, _MAX_SHIFT * s * image.shape[0]]]
     ),
 }

@@ -1,10 +1,8 @@
 """The metadata of a data set in TFDS's format, read without TFDS's builders.
 
 Those import every Python class that features.json names: a file beside the data would run as code.
-Here a class is only a name.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -30,20 +28,18 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
         )
     root = epath.Path(data_dir) / name
     if not root.is_dir():
-        within = [folder for folder in (root.parent, root.parent.parent) if folder.name == name]
-        remedy = (
-            f"give {within[0].parent}, which holds it"
-            if within and within[0].is_dir()
-            else "check the path, or write it with data_prep.build_i2e"
-        )
+        remedy = "check the path, or write it with data_prep.build_i2e"
+        for folder in (root.parent, root.parent.parent):  # the set's own folder, or its version
+            if folder.name == name and folder.is_dir():
+                remedy = f"give {folder.parent}, which holds it"
         raise BadInput(
             f"There is no data set {name!r} in {data_dir} (looked for the folder {root}): {remedy}."
         )
-    versions = []
-    for child in root.iterdir():
-        is_version = re.fullmatch(r"\d+\.\d+\.\d+", child.name)
-        if is_version and (child / INFO_FILE).exists():
-            versions.append(([int(number) for number in child.name.split(".")], child))
+    versions = [
+        ([int(number) for number in child.name.split(".")], child)
+        for child in root.iterdir()
+        if re.fullmatch(r"\d+\.\d+\.\d+", child.name) and (child / INFO_FILE).exists()
+    ]
     if not versions:
         raise BadInput(
             f"{root} holds no finished version (a folder such as 1.0.0/ with {INFO_FILE}); run "
@@ -63,13 +59,18 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
     """
     from tensorflow_datasets.core import dataset_info
 
+    def reason(error: Exception) -> str:
+        return (
+            f"{error!r}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
+        )
+
     try:
         info = dataset_info.read_proto_from_builder_dir(directory)
         file_format = info.file_format
         splits = dataset_info.get_split_dict_from_proto(info, directory, "array_record")
     except Exception as error:
         raise BadInput(
-            f"{directory / INFO_FILE} cannot be read ({_reason(error)}): copy the data set again."
+            f"{directory / INFO_FILE} cannot be read ({reason(error)}): copy the data set again."
         ) from error
     if file_format != "array_record":
         raise BadInput(
@@ -80,32 +81,9 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
         parts = splits[split].file_instructions
     except (KeyError, ValueError) as error:
         raise BadInput(
-            f"{directory} has no such split as {split!r} ({_reason(error)}): choose from "
+            f"{directory} has no such split as {split!r} ({reason(error)}): choose from "
             f"{', '.join(splits)}."
         ) from error
     if not parts:
         raise BadInput(f"Split {split!r} of {directory} is empty; ask for a larger one.")
     return parts
-
-
-def feature_classes(directory: epath.PathLike) -> dict[str, str]:
-    """The name of each feature's Python class, by feature.
-
-    Raises:
-      BadInput: features.json is missing or says something else.
-    """
-    path = epath.Path(directory) / FEATURES_FILE
-    try:
-        content = json.loads(path.read_text())
-        if "content" in content:  # as TFDS wrote it before 4.6
-            return {name: str(feature["type"]) for name, feature in content["content"].items()}
-        features = content["featuresDict"]["features"]
-        return {name: str(feature["pythonClassName"]) for name, feature in features.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(
-            f"{path} does not name the features of a data set ({_reason(error)}): copy it again."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{error!r}" if isinstance(error, KeyError) else f"{error}".strip().partition("\n")[0]

@@ -92,14 +92,14 @@ class ExampleBuilder:
     ) -> dict[str, Any]:
         ids = np.full(self.max_labels, -1, np.int32)
         weights = np.zeros(self.max_labels, np.float32)
-        labels = 0
+        labels = record["entity_ids"][:0]
         if self.entities is not None:
             records.validate_entity_ids(record["entity_ids"], len(self.entities), record["key"])
             best = np.argsort(-record["entity_scores"], kind="stable")[: self.max_labels]
-            if labels := len(best):
-                ids[:labels] = record["entity_ids"][best]
-                weights[:labels] = 1.0 / labels
-        text, group = self._text(record, ids, labels, rng)
+            labels = record["entity_ids"][best]
+        ids[: len(labels)] = labels
+        weights[: len(labels)] = 1.0 / max(1, len(labels))
+        text, group = self._text(record, labels, rng)
         return {
             "tokens": self._tokenizer([text])[0],
             "text_group": np.int32(group),
@@ -109,7 +109,7 @@ class ExampleBuilder:
         }
 
     def _text(
-        self, record: Mapping[str, Any], ids: np.ndarray, labels: int, rng: np.random.Generator
+        self, record: Mapping[str, Any], labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[str, int]:
         """Draws the text source, then one of the labels; the group says which texts mean the same.
 
@@ -118,11 +118,11 @@ class ExampleBuilder:
         """
         names, shares = self._sources
         source = names[shares.searchsorted(rng.random(), side="right")]
-        if not labels or self.entities is None:
+        if not len(labels):
             digest = hashlib.blake2b(record["text"].strip().lower().encode(), digest_size=4)
             # Negative, so that no hash is mistaken for an entity.
             return record["text"], -1 - (int.from_bytes(digest.digest(), "big") >> 1)
-        entity = int(ids[rng.integers(labels)])
+        entity = int(labels[rng.integers(len(labels))])
         if source == "alt_text":
             return record["text"], entity
         return self.entities.text(entity, with_description=source != "name"), entity
@@ -148,8 +148,7 @@ class Part:
     """One data set of the mixture; the first of several is the primary one.
 
     Attributes:
-      name: how examples of this set are told from those of others.
-      source: `records.open_source`.
+      name: prefix of the keys of its examples.
       weight: share of the examples, relative to the other sets.
       remap: int32 [entities of this set], the id of each in the primary vocabulary, -1 where it has
         none; None keeps the ids, as for the primary set.
@@ -161,7 +160,7 @@ class Part:
     remap: np.ndarray | None = None
 
     def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Records in the primary vocabulary, without labels that are not in it.
+        """Records with the labels that the primary vocabulary has, by its ids.
 
         New are `set`, the name of this part, and `place`, where it was read.
         """
@@ -180,14 +179,12 @@ class Part:
 def open_extra(
     extra: Mapping[str, Mapping[str, Any]], entities: records.Entities | None
 ) -> list[Part]:
-    """Opens ``config.data.extra``: what is mixed into the primary set, in the order of the names.
+    """Opens ``config.data.extra``, the sets mixed into the primary one, in the order of the names.
 
-    Entities are matched by QID; labels that the primary vocabulary lacks are dropped, and so are
-    all of them where it has none.
+    Entities are matched by QID; labels that the primary vocabulary ``entities`` lacks are dropped.
 
     Args:
       extra: name -> {dir, name, weight}; the weight of the primary set is 1.
-      entities: the primary vocabulary.
 
     Raises:
       BadInput: as `records.open_source`; a weight that is not positive; other keys.
@@ -222,7 +219,7 @@ def open_extra(
 
 
 def examples_per_epoch(parts: Sequence[Part]) -> int:
-    """Examples of the mixture in which each of the primary set comes once: what an epoch means."""
+    """Examples of the mixture among which each of the primary set comes once."""
     return round(len(parts[0].source) * sum(p.weight for p in parts) / parts[0].weight)
 
 
@@ -299,22 +296,18 @@ class _Groups:
 
 def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np.ndarray]]:
     """Concatenates groups to batches of ``local`` examples."""
+    batch: dict[str, np.ndarray] = {}
+    row = 0
     try:
-        while True:
-            batch: dict[str, np.ndarray] = {}
-            row = 0
-            while row < local:
-                group = next(groups)
-                if not batch:
-                    batch = {
-                        name: np.empty((local, *values.shape[1:]), values.dtype)
-                        for name, values in group.items()
-                    }
-                size = len(group["tokens"])
-                for name, values in group.items():
-                    batch[name][row : row + size] = values
-                row += size
-            yield batch
+        for group in groups:
+            for name, values in group.items():
+                if not row:
+                    batch[name] = np.empty((local, *values.shape[1:]), values.dtype)
+                batch[name][row : row + len(values)] = values
+            row += len(group["tokens"])
+            if row == local:
+                yield batch
+                batch, row = {}, 0
     finally:
         groups.close()
 
@@ -360,9 +353,9 @@ def training_stream(
       parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
       batch_size: global.
-      threads: decoding threads per process.
+      threads: of each process that decodes.
       workers: extra processes; 0 decodes in this one.
-      host, hosts: this host feeds an equal run of every batch, the ``host``-th ...
+      host, hosts: this host feeds the ``host``-th of ``hosts`` equal parts of every batch ...
       rows: ... or these of its rows (`global_batch.batch_rows`), ascending.
       block: consecutive records that are shuffled as one, see `order.example_order`.
     """
