@@ -96,7 +96,7 @@ def markdown(rows: list[tuple[Row, dict]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, result in rows:
-        used, there = result["needed"] or 0, result["available"] or 0
+        used, there = result["needed"] or 0, result["available"]
         cells = [
             *(row.variant, row.topology, result["chips"], f"{row.batch:,}"),
             f"{row.millions:g} M",

@@ -7,9 +7,9 @@ than one dimension in the program.  Needs the package ``libtpu`` (``pip install 
 TPU.  Run it as a process of its own: it sets up jax for compiling alone.
 """
 
+import collections
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
-from mofi_jax.plan import tpu_topology
+from mofi_jax.plan import hlo, network, tpu_topology
 from mofi_jax.training import class_table
 
 BATCH, CLASSES = P(meshes.BATCH_AXES), P(meshes.ALL_AXES)
@@ -211,22 +211,6 @@ PROGRAMS = {
     ),
 }
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-
-
-def shapes(text: str) -> set[tuple[int, ...]]:
-    """Shapes of arrays named in a program's text."""
-    found = re.findall(r"\b(?:pred|bf16|[sfu]\d+)\[([\d,]*)\]", text)
-    return {tuple(int(size) for size in dims.split(",") if size) for dims in found}
-
-
-def collectives(text: str) -> dict[str, list[tuple[int, ...]]]:
-    """Result shapes by kind of collective."""
-    found: dict[str, set[tuple[int, ...]]] = {}
-    for match in re.finditer(rf"= (.*?) ({KINDS})(?:-start)?\(", text):
-        found.setdefault(match[2], set()).update(shapes(match[1]))
-    return {kind: sorted(where) for kind, where in found.items()}
-
 
 def describe(name: str) -> dict[str, Any]:
     program = PROGRAMS[name]
@@ -234,7 +218,13 @@ def describe(name: str) -> dict[str, Any]:
     mesh = Mesh(devices, meshes.ALL_AXES, (AxisType.Auto,) * 3)
     start = time.perf_counter()
     compiled = program.build(program, mesh).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    shapes, collectives = set(), collections.defaultdict(set)
+    for instruction in (i for c in text.computations.values() for i in c.values()):
+        found = {shape for _, shape in instruction.arrays}
+        shapes |= found
+        if (kind := instruction.opcode.removesuffix("-start")) in network.KINDS:
+            collectives[kind] |= found
     mib = 2**20
     return {
         "name": name,
@@ -248,8 +238,8 @@ def describe(name: str) -> dict[str, Any]:
         "temporary_mib": round(memory.temp_size_in_bytes / mib, 1),
         "argument_mib": round(memory.argument_size_in_bytes / mib, 1),
         "aliased_mib": round(memory.alias_size_in_bytes / mib, 1),
-        "collectives": collectives(text),
-        "shapes": sorted(s for s in shapes(text) if len(s) > 1),
+        "collectives": {kind: sorted(found) for kind, found in collectives.items()},
+        "shapes": sorted(shape for shape in shapes if len(shape) > 1),
     }
 
 

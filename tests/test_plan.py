@@ -125,7 +125,6 @@ def planned(config, *, fits=True, needed=4.0, temporaries=3.0, table=0.5, **chan
     memory = {kind: int(gib * plan.GIB) for kind, gib in memory.items()}
     memory |= {"batch": 0} | ({"temporaries": int(temporaries * plan.GIB)} if fits else {})
     fields = {
-        "topology": "v5e:4x4",
         "slices": 1,
         "devices": 16,
         "chips": 16,
@@ -211,9 +210,9 @@ def test_what_is_larger_than_the_chip_does_not_fit_though_it_compiled():
 
 
 def test_a_chip_without_figures_is_named(mesh_of):
-    options = {"topology": "", "slices": 1, "num_entities": 1, "vocab_size": 1}
-    with pytest.raises(BadInput, match="no figures of cpu"):
-        plan.plan(quickstart.get_config(), mesh_of["1x8x1"], **options)
+    sizes = {"num_entities": 1, "vocab_size": 1}
+    with pytest.raises(BadInput, match="no figures of cpu: add them"):
+        plan.plan(quickstart.get_config(), mesh_of["1x8x1"], **sizes)
 
 
 def test_state_bytes_are_those_of_real_arrays(mesh_of):

@@ -39,7 +39,7 @@ class Plan:
     """What the compiler says of one step.
 
     Attributes:
-      topology, slices, devices, chips: what it was compiled for.
+      slices, devices, chips: what it was compiled for.
       batch_size: global.
       seconds: of compiling.
       memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
@@ -49,7 +49,6 @@ class Plan:
       cycles: of one device, as the compiler estimates them.
     """
 
-    topology: str
     slices: int
     devices: int
     chips: int
@@ -79,9 +78,7 @@ class Plan:
             # Half of what makers state goes out, the other half comes in.
             outgoing = self.chip.link_bandwidth / self.chip.devices / 2
             bounds["links"] = sum(c.sent_bytes for c in self.collectives) / outgoing
-        if self.chip.clock:
-            bounds["compiler's estimate"] = self.cycles / self.chip.clock
-        return bounds
+        return bounds | {"compiler's estimate": self.cycles / self.chip.clock}
 
     @property
     def mfu_bound(self) -> float:
@@ -111,14 +108,13 @@ def main(
         if not text.replace("_", "").isdigit() or not int(text):
             raise BadInput(f"--{flag}={text} is not a whole number above 0.")
     sizes = {"num_entities": int(entities), "vocab_size": int(vocab_size)}
-    options = {"topology": topology, "slices": int(slices), **sizes}
     mesh = meshes.make_mesh(**config.mesh, devices=tpu_topology.devices(topology, int(slices)))
     setup.check_batch(config, mesh)
-    planned = plan(config, mesh, **options)
+    planned = plan(config, mesh, **sizes)
     page = describe(config, planned)
-    result = {"config": config.to_dict(), **sizes, **planned.to_dict()}
+    result = {"config": config.to_dict(), "topology": topology, **sizes, **planned.to_dict()}
     if largest == "yes":
-        result["largest_batch"] = largest_batch(config, mesh, planned, options)
+        result["largest_batch"] = largest_batch(config, mesh, planned, sizes)
         page += f"\nlargest batch that fits: {result['largest_batch']:,}, compiled"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,13 +127,14 @@ def main(
 # ---------------------------------------------------------------------------- compiling
 
 
-def plan(
-    config: Any, mesh: Any, *, topology: str, slices: int, num_entities: int, vocab_size: int
-) -> Plan:
+def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
     """Compiles the step of `config` for `mesh`."""
     device = mesh.devices.flat[0]
     if (chip := accelerators.chip_of(device)) is None:
-        raise BadInput(f"no figures of {device.device_kind} in mofi_jax/telemetry/accelerators.py.")
+        raise BadInput(
+            f"mofi_jax/telemetry/accelerators.py has no figures of {device.device_kind}: add them, "
+            "or plan for another slice."
+        )
     made = setup.make(
         config,
         mesh,
@@ -176,8 +173,7 @@ def plan(
             "cycles": program.estimated_cycles().total(),
         }
     return Plan(
-        topology=topology,
-        slices=slices,
+        slices=len({meshes.slice_of(device) for device in mesh.devices.flat}),
         devices=mesh.size,
         chips=mesh.size // chip.devices,
         chip=chip,
@@ -235,8 +231,11 @@ def remedies(config: Any, planned: Plan) -> list[str]:
     tiles = "entity" in losses and losses.entity.block_size
     half = config.batch_size // 2
     hints = (
-        (config.model.remat != "full", "model.remat=full computes activations again"),
-        (more > 1, f"microbatches={parts * more} keeps a part's activations at a time{again}"),
+        (
+            config.model.remat != "full",
+            "model.remat=full recomputes activations: a third more FLOPs",
+        ),
+        (more > 1, f"microbatches={parts * more} keeps the activations of one of them{again}"),
         (
             config.mesh.replica > planned.slices,
             f"mesh.replica={planned.slices} shards parameters and moments over more devices",
@@ -256,13 +255,8 @@ def remedies(config: Any, planned: Plan) -> list[str]:
 # ---------------------------------------------------------------------------- the largest batch
 
 
-def largest_batch(config: Any, mesh: Any, planned: Plan, options: dict[str, Any]) -> int:
-    """The largest batch that a compile has shown to fit.
-
-    Args:
-      planned: the plan of `config` itself.
-      options: of `plan`.
-    """
+def largest_batch(config: Any, mesh: Any, planned: Plan, sizes: dict[str, int]) -> int:
+    """The largest batch that a compile has shown to fit, after `planned` of `config` itself."""
     plans = [planned]
     for _ in range(TRIES):
         largest = max((p for p in plans if p.fits), key=lambda p: p.batch_size, default=None)
@@ -281,11 +275,11 @@ def largest_batch(config: Any, mesh: Any, planned: Plan, options: dict[str, Any]
             break
         other = config.copy_and_resolve_references()
         other.batch_size = int(guess // step * step)
-        plans.append(plan(other, mesh, **options))
-    if sizes := [p.batch_size for p in plans if p.fits]:
-        return max(sizes)
+        plans.append(plan(other, mesh, **sizes))
+    if fitting := [p.batch_size for p in plans if p.fits]:
+        return max(fitting)
     least = min(p.batch_size for p in plans)
-    raise BadInput(f"no batch down to {least} fits on {planned.topology}: take a larger slice.")
+    raise BadInput(f"no batch down to {least} fits on {planned.chips} chips: take a larger slice.")
 
 
 # ---------------------------------------------------------------------------- the printed page
@@ -295,8 +289,8 @@ def describe(config: Any, planned: Plan) -> str:
     """The plan as a page of text."""
     memory = {**planned.memory, "altogether": planned.needed}
     lines = [
-        f"batch {planned.batch_size:,} on {planned.slices} x {planned.topology}: "
-        f"{planned.chips} chips, {planned.devices} devices, compiled in {planned.seconds:.0f} s",
+        f"batch {planned.batch_size:,} on {planned.chips} {planned.chip.name}, "
+        f"{planned.devices} devices, slices {planned.slices}, compiled in {planned.seconds:.0f} s",
         *("", f"{'memory of a chip':<28} {'GiB':>9}  of {planned.available / GIB:.1f}"),
         *(f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in memory.items() if size),
         "",
@@ -324,8 +318,8 @@ def describe(config: Any, planned: Plan) -> str:
         lines.append("  (no bound for what crosses slices: the network between them varies)")
     rate = planned.batch_size / max(planned.bounds.values())
     lines.append(
-        f"MFU at most {100 * planned.mfu_bound:.0f} %, {rate:,.0f} img/s, if all else hides behind "
-        "the longest"
+        f"MFU at most {100 * planned.mfu_bound:.0f} %, {rate:,.0f} img/s, if all else overlaps "
+        "with the longest"
     )
     return "\n".join(lines)
 
