@@ -46,8 +46,8 @@ def main(
     """
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
-    files.local_input(model, "the model")
-    out = files.output_folder(out or default, "--out")
+    files.input_folder(model, "--model")
+    out = files.output_folder(out or default, "--out", bucket=True)
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)
     # A config of one's own needs none of what concerns several hosts.

@@ -28,7 +28,6 @@ from mofi_jax.losses import class_order
 from mofi_jax.training import (
     checkpoint,
     class_table,
-    model_file,
     run_folder,
     settings,
     setup,
@@ -63,7 +62,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
 
     config = read_config(run)
-    order = model_file.read(run).get("table_order")
+    order = run_folder.read_model(run).get("table_order")
     if order != class_order.TABLE_ORDER:
         raise BadInput(f"{run} was trained by another version: its class table has another order.")
     if name:
@@ -119,7 +118,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     if part.exists():
         part.rmtree()
     part.mkdir(parents=True)
-    for file in (model_file.NAME, "config.json", records.TOKENIZER_FILE):
+    for file in (run_folder.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
         files.write_text(part / file, (run / file).read_text())
     entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
     fingerprint = run_folder.data_fingerprint(config, parts, texts)

@@ -33,7 +33,6 @@ from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import (
     cadence,
     checkpoint,
-    model_file,
     optim,
     run_folder,
     run_lock,
@@ -65,7 +64,7 @@ def main(
     """
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
-    workdir = files.output_folder(workdir, "--workdir")
+    workdir = files.output_folder(workdir, "--workdir", bucket=True)
     hosts.start(
         config.distributed,
         coordinator=coordinator,
@@ -137,7 +136,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         logging.info("config.evaluators.%s is left out: %s", name, reason)
 
     # ---------------------------------------------------------------------- what is already there
-    description = model_file.describe(
+    description = run_folder.describe_model(
         model, config.data.eval_ops, classified="entity" in config.losses
     )
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
@@ -168,7 +167,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities_path=data.entities_path if num_entities else None,
     )
     checkpointer = checkpoint.Checkpointer(
-        workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, sums=verify
+        workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, verify=verify
     )
     cleanup.callback(checkpointer.close)
     if resumed:
@@ -257,6 +256,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 logging.info("step %d %s", now, shown)
             if saving:
                 metrics.require_finite(now, values)
+                metrics.store()
                 with goodput.phase("checkpoint"):
                     reached = dataclasses.replace(
                         start, examples=examples, seconds=goodput.save(), evaluated=not preempted

@@ -311,7 +311,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_offered(run, hurt):
     folder.rename(run / "aside")
     assert checkpoint.last_step(run) == 20
     (run / checkpoint.FOLDER / "20/params/_METADATA").unlink()
-    with pytest.raises(BadInput, match=r"No checkpoint of .* is whole .*params/_METADATA"):
+    with pytest.raises(BadInput, match=r"No checkpoint of .* is intact .*params/_METADATA"):
         checkpoint.restore_params(run)
 
 
@@ -335,7 +335,7 @@ def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, 
     folder = run / checkpoint.FOLDER
     (folder / "40.damaged").mkdir()  # of an earlier time
     (folder / "40/params/_METADATA").unlink()
-    step, damaged = checkpoint.newest_whole(run)
+    step, damaged = checkpoint.latest_intact(run)
     assert step == 20
     checkpoint.set_aside(run, damaged, step)
     assert "step 40 is damaged" in caplog.text
@@ -352,10 +352,10 @@ def test_a_run_goes_on_from_the_step_before_and_saves_the_damaged_one_anew(run, 
 def test_without_verify_nothing_is_summed_or_checked(run, mesh_of, monkeypatch):
     monkeypatch.delattr(checksums, "_sums")
     structs, _ = state.abstract(initialiser(ema=True), mesh_of["1x1x1"])
-    checkpointer = checkpoint.Checkpointer(run, keep=1, sums=False)
+    checkpointer = checkpoint.Checkpointer(run, keep=1, verify=False)
     checkpointer.save(60, checkpoint.restore(run, 40, structs), POSITION)
     checkpointer.close()
-    assert checkpoint.newest_whole(run, verify=False) == (60, [])
+    assert checkpoint.latest_intact(run, verify=False) == (60, [])
     assert not (run / checkpoint.FOLDER / "60" / checksums.FILE).exists()
 
 
@@ -370,7 +370,7 @@ def test_a_save_whose_sums_cannot_be_written_fails(tmp_path, mesh_of, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         checkpointer.wait()
     # It is whole all the same.
-    assert checkpoint.newest_whole(tmp_path, verify=False) == (20, [])
+    assert checkpoint.latest_intact(tmp_path, verify=False) == (20, [])
 
 
 def test_a_failed_save_is_told_without_waiting_for_other_hosts(run, mesh_of, monkeypatch):

@@ -21,7 +21,7 @@ from mofi_jax.evaluators import embedding, picture_sets
 from mofi_jax.interop import huggingface
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
-from mofi_jax.training import checkpoint, model_file
+from mofi_jax.training import checkpoint, run_folder
 
 SIZE = 16
 PREPROCESS = f"decode|resize_short({SIZE})|center_crop({SIZE})"
@@ -147,7 +147,7 @@ def test_load_exported_folder(exported, mesh_of, config, params):
 
 
 def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, tokenizer, entities):
-    description = model_file.describe(config, PREPROCESS)
+    description = run_folder.describe_model(config, PREPROCESS)
     description["attention"] = "cudnn"  # trained on a GPU, read on a CPU
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
@@ -163,7 +163,7 @@ def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, token
 def test_a_class_table_in_another_order_is_refused(
     monkeypatch, tmp_path, config, params, tokenizer, entities
 ):
-    description = model_file.describe(config, PREPROCESS)
+    description = run_folder.describe_model(config, PREPROCESS)
     del description["table_order"]
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())

@@ -15,7 +15,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import clip_config, huggingface
 from mofi_jax.model import mofi
-from mofi_jax.training import model_file
+from mofi_jax.training import run_folder
 
 CONFIG = mofi.MofiConfig(
     image_size=16,
@@ -76,7 +76,7 @@ def damaged(values):
     return st.lists(change, min_size=1, max_size=2).map(apply)
 
 
-DESCRIPTION = model_file.describe(CONFIG, "decode|resize_short(16)|center_crop(16)")
+DESCRIPTION = run_folder.describe_model(CONFIG, "decode|resize_short(16)|center_crop(16)")
 
 
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=150)
@@ -84,7 +84,7 @@ DESCRIPTION = model_file.describe(CONFIG, "decode|resize_short(16)|center_crop(1
 def test_any_damage_to_a_description_is_one_sentence(tmp_path_factory, values, clip):
     folder = epath.Path(tmp_path_factory.getbasetemp())
     for read, name, content in (
-        (lambda: model_file.read(folder), "model.json", values),
+        (lambda: run_folder.read_model(folder), "model.json", values),
         (lambda: huggingface.read(folder), "config.json", clip),
     ):
         (folder / name).write_text(json.dumps(content))
@@ -94,11 +94,11 @@ def test_any_damage_to_a_description_is_one_sentence(tmp_path_factory, values, c
 
 def test_descriptions_that_are_whole_are_read(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(DESCRIPTION))
-    assert model_file.read(tmp_path) == DESCRIPTION
+    assert run_folder.read_model(tmp_path) == DESCRIPTION
     # Earlier versions wrote how the run used memory, too.
     more = {**DESCRIPTION, "remat": "dots", "attention": "cudnn"}
     (tmp_path / "model.json").write_text(json.dumps(more))
-    assert model_file.read(tmp_path) == more
+    assert run_folder.read_model(tmp_path) == more
     found = clip_config.from_config(CLIP, "config.json")
     assert found == mofi.MofiConfig.from_dict({**CONFIG.to_dict(), "dtype": "float32"})
 

@@ -6,7 +6,6 @@ which file systems and people leave behind, do not count.
 
 import concurrent.futures
 import hashlib
-import pathlib
 
 from etils import epath
 
@@ -19,7 +18,7 @@ _THREADS = 8
 
 
 def write(folder: epath.PathLike) -> None:
-    """Sums the folder's files; the sums appear whole or not at all."""
+    """Sums the folder's files; the sums appear complete or not at all."""
     files.write_text(epath.Path(folder) / FILE, _text(_sums(folder)))
 
 
@@ -29,42 +28,40 @@ def damage(folder: epath.PathLike) -> str | None:
     Raises:
       FileNotFoundError: the folder has no sums.
     """
-    text = pathlib.Path(folder, FILE).read_bytes().decode(errors="replace")
+    text = (epath.Path(folder) / FILE).read_bytes().decode(errors="replace")
     try:
-        found = _sums(folder)
+        current = _sums(folder)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    if text == _text(found):
+    if text == _text(current):
         return None
-    summed = {
+    saved = {
         name: digest for digest, _, name in (line.partition("  ") for line in text.split("\n"))
     }
-    for name in sorted((summed.keys() | found.keys()) - {""}):
-        if name not in found:
+    for name in sorted((saved.keys() | current.keys()) - {""}):
+        if name not in current:
             return f"{name} is missing"
-        if name not in summed:
+        if name not in saved:
             return f"{name} is not in {FILE}"
-        if summed[name] != found[name]:
+        if saved[name] != current[name]:
             return f"{name} is not what was saved"
     return f"{FILE} is not what was saved"
 
 
 def _sums(folder: epath.PathLike) -> dict[str, str]:
-    """Names below the folder, sorted, with the digests of what they hold now."""
-    files = sorted(
-        path
-        for path in pathlib.Path(folder).rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path != pathlib.Path(folder, FILE)
-    )
+    """Digests of the folder's files by name, sorted."""
 
-    def digest(path: pathlib.Path) -> str:
-        with path.open("rb") as file:
+    def digest(name: str) -> str:
+        with (epath.Path(folder) / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # piece by piece
 
+    names = [
+        name
+        for name in files.list_files(folder)
+        if name != FILE and not name.rpartition("/")[2].startswith(".")
+    ]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(digest, files))
-    names = [path.relative_to(folder).as_posix() for path in files]
-    return dict(zip(names, digests, strict=True))
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def _text(sums: dict[str, str]) -> str:

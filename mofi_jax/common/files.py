@@ -1,36 +1,54 @@
-"""Paths that flags name, JSON that others wrote, and files written whole or not at all."""
+"""Paths that flags name, JSON that others wrote, and files that appear complete or not at all.
+
+Some paths may lie in a bucket (``gs://BUCKET/FOLDER``), which has neither folders nor renames nor
+appends: an object appears once it is uploaded, and replaces the one of its name.
+"""
 
 import glob
+import importlib.util
 import json
 import os
 import tempfile
+import uuid
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
 
 
-def output_folder(text: epath.PathLike, flag: str) -> epath.Path:
-    """The folder that a flag names, which need not exist; nothing is written.
+def is_remote(path: epath.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The same path from the root; one in a bucket is already."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.absolute()
+
+
+def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> epath.Path:
+    """The folder that a flag names, which need not exist; nothing stays written.
 
     Args:
       text: the flag's value.
       flag: as in "--workdir", for the error message.
+      bucket: whether it may lie in one.
 
     Raises:
       BadInput: a remote path, a file, a name that libraries would take for a pattern, or a place
         that cannot be written.
     """
-    path = _local(text, flag)
+    path = input_folder(text, flag) if bucket else _local(text, flag)
     # Orbax and etils list folders by patterns with the folder's own name unescaped.
-    whole = os.path.abspath(path)
+    whole = os.fspath(absolute(path))
     if glob.has_magic(whole):
         raise BadInput(
             f"{flag}={text} has one of the characters * ? [ in its path ({whole}), which libraries "
             "that write there take for a pattern: name a folder without them."
         )
-    if path.exists() and not path.is_dir():
+    if not is_remote(path) and path.exists() and not path.is_dir():
         raise BadInput(f"{flag}={text} is a file: name a folder.")
     _check_writable(path, text, flag)
     return path
@@ -74,7 +92,7 @@ def local_input(text: epath.PathLike, what: str) -> epath.Path:
     Raises:
       BadInput: a remote path.
     """
-    if "://" in os.fspath(text):
+    if is_remote(text):
         raise BadInput(
             f"{os.fspath(text)} is a remote path: copy {what} to a local disk, or mount the bucket "
             "(gcsfuse)."
@@ -82,8 +100,24 @@ def local_input(text: epath.PathLike, what: str) -> epath.Path:
     return epath.Path(text)
 
 
+def input_folder(text: epath.PathLike, flag: str) -> epath.Path:
+    """The folder that a flag names, to be read; it may lie in a bucket.
+
+    Raises:
+      BadInput: a remote path of another kind, or no client for buckets is installed.
+    """
+    if is_remote(text):
+        if not os.fspath(text).startswith("gs://"):
+            raise BadInput(f"{flag}={text} is a remote path: name a local one, or gs://BUCKET/....")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise BadInput(f"{flag}={text} needs a client of buckets: pip install gcsfs.")
+        # Other hosts and TensorStore write what a cached listing would lack.
+        fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(text)
+
+
 def _local(text: epath.PathLike, flag: str) -> epath.Path:
-    if "://" in os.fspath(text):
+    if is_remote(text):
         raise BadInput(
             f"{flag}={text} is a remote path: mount the bucket (gcsfuse), or name a local one."
         )
@@ -95,6 +129,18 @@ def _check_writable(folder: epath.Path, text: epath.PathLike, flag: str) -> None
 
     Asking for permissions is not enough: root has them on a file system that is read-only.
     """
+    if is_remote(folder):
+        probe = folder / f".{uuid.uuid4().hex}"
+        try:
+            probe.write_text("written to see whether it can be")
+            probe.unlink()
+        except Exception as error:  # of gcsfs, google-auth or aiohttp
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadInput(
+                f"{flag}={text} cannot be written ({reason}): check the bucket's name, and that "
+                "these credentials may create and delete its objects."
+            ) from error
+        return
     above = os.path.abspath(folder)
     while not os.path.lexists(above):
         above = os.path.dirname(above)
@@ -106,6 +152,13 @@ def _check_writable(folder: epath.Path, text: epath.PathLike, flag: str) -> None
             f"{flag}={text} cannot be written ({error.strerror.lower()}: {above}): name another "
             "place."
         ) from error
+
+
+def list_files(folder: epath.PathLike) -> list[str]:
+    """Names of all files below a folder, sorted, as ``sub/file``."""
+    root = os.fspath(absolute(folder))
+    found = fsspec.filesystem("gs" if is_remote(root) else "file").find(root)
+    return sorted(path.removeprefix(root.removeprefix("gs://") + "/") for path in found)
 
 
 def read_json(path: epath.PathLike, remedy: str) -> Any:
@@ -136,8 +189,11 @@ def read_json_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file; it appears complete or not at all."""
     path = epath.Path(path)
+    if is_remote(path):
+        path.write_text(text)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
@@ -148,5 +204,16 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON whole or not at all."""
+    """As `write_text`, of a JSON value."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def stage(folder: epath.PathLike) -> epath.Path:
+    """Where libraries that know no buckets write: a temporary folder, or the folder itself."""
+    return epath.Path(tempfile.mkdtemp() if is_remote(folder) else folder)
+
+
+def upload(staged: epath.Path, folder: epath.Path) -> None:
+    """Copies what libraries have written to `stage` into its folder."""
+    for name in list_files(staged) if staged != folder else ():
+        (staged / name).copy(folder / name, overwrite=True)

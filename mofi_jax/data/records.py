@@ -328,7 +328,8 @@ def read_entities(path: epath.PathLike) -> Entities:
     whole, text = pa.int64(), pa.string()
     columns = {"id": whole, "qid": text, "name": text, "description": text, "image_count": whole}
     try:
-        table = pq.read_table(str(path), columns=list(columns)).cast(pa.schema(columns))
+        with epath.Path(path).open("rb") as file:
+            table = pq.read_table(file, columns=list(columns)).cast(pa.schema(columns))
         if empty := [c for c in columns if c != "description" and table[c].null_count]:
             raise pa.ArrowInvalid(f"{empty[0]} is empty in some rows")
         ids, counts = (table[c].to_numpy() for c in ("id", "image_count"))

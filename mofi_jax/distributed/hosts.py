@@ -23,6 +23,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 
 # Longest line of the roll call.
@@ -136,7 +137,9 @@ def keep_programs(folder: epath.PathLike) -> None:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(files.absolute(folder)))
+    if files.is_remote(folder):  # XLA's own caches, on GPUs, know no buckets
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     # A start compiles dozens of small programs besides the step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     warnings.showwarning = functools.partial(

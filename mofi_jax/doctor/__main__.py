@@ -23,7 +23,7 @@ from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.doctor import machine
 from mofi_jax.doctor.machine import GIB, Report
 from mofi_jax.evaluators import picture_sets
-from mofi_jax.training import checkpoint, model_file, optim, run_folder, settings, setup, state
+from mofi_jax.training import checkpoint, optim, run_folder, settings, setup, state
 
 REQUIREMENTS = pathlib.Path(__file__).parents[2] / "requirements.txt"
 # Resident memory without entities and batches: a process that decodes was measured at 246 MiB; the
@@ -205,7 +205,7 @@ def check_folder(
     structs: state.TrainState,
 ) -> None:
     """Whether a run that is there already can go on with this config and these data."""
-    description = model_file.describe(
+    description = run_folder.describe_model(
         program.model, config.data.eval_ops, classified="entity" in config.losses
     )
     fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)

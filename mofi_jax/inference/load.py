@@ -15,7 +15,7 @@ from mofi_jax.inference.towers import Model, Towers
 from mofi_jax.interop import huggingface
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
-from mofi_jax.training import arrays, checkpoint, model_file
+from mofi_jax.training import arrays, checkpoint, run_folder
 
 
 def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
@@ -43,29 +43,29 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 
 def read(path: epath.PathLike) -> huggingface.Clip:
     """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
-    path = files.local_input(path, "the model")
+    path = files.input_folder(path, "--model")
 
     def description() -> dict[str, Any] | None:
-        return model_file.read(path) if (path / model_file.NAME).exists() else None
+        return run_folder.read_model(path) if (path / run_folder.MODEL_FILE).exists() else None
 
     # The kind of folder decides what hosts ask one another next: host 0 looks for all.
     values = hosts.agree(description)
     if values is not None:
         saved = _read_run(path, values)
-    elif hosts.agree(lambda: huggingface.is_folder(path)):
+    elif hosts.agree(lambda: huggingface.is_folder(files.local_input(path, "the model"))):
         saved = hosts.all_or_none(lambda: huggingface.read(path))
     else:
         raise BadInput(
-            f"{path} is neither a training run ({model_file.NAME}) nor a Hugging Face CLIP folder "
-            "(config.json): give the folder of one of them; `hf download NAME --local-dir FOLDER` "
-            "fetches one from the hub."
+            f"{path} is neither a training run ({run_folder.MODEL_FILE}) nor a Hugging Face CLIP "
+            "folder (config.json): give the folder of one of them; `hf download NAME --local-dir "
+            "FOLDER` fetches one from the hub."
         )
     arrays.check_finite(saved.params, path)
     return saved
 
 
 def _read_run(path: epath.Path, values: dict[str, Any]) -> huggingface.Clip:
-    config = model_file.config(values)
+    config = run_folder.model_config(values)
     params = checkpoint.restore_params(path)
     towers = tuple(name for name in mofi.TOWERS if name in params)
     wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
@@ -75,8 +75,8 @@ def _read_run(path: epath.Path, values: dict[str, Any]) -> huggingface.Clip:
     if wrong:
         name, how = next(iter(wrong.items()))
         raise BadInput(
-            f"{path / model_file.NAME} does not describe the run's checkpoint ({name} {how}, one "
-            f"of {len(wrong)} arrays): put back the one that was written with it."
+            f"{path / run_folder.MODEL_FILE} does not describe the run's checkpoint ({name} {how}, "
+            f"one of {len(wrong)} arrays): put back the one that was written with it."
         )
     tokenizer = entities = None
     if "text" in params and (path / records.TOKENIZER_FILE).exists():

@@ -5,7 +5,6 @@ later, when they have been computed anyway.
 """
 
 import collections
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,19 +15,18 @@ import jax
 import numpy as np
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.common.files import write_text
+from mofi_jax.telemetry.metrics_file import MetricsFile
 
-METRICS_FILE = "metrics.jsonl"
 NAN_FILE = "nan-batch.txt"
-# Names, or their beginnings, of what depends on the machine and the moment: the rest of a run's
-# numbers are the same each time.
+# Beginnings of the names of numbers that depend on the machine; all others are reproducible.
 TIMED = ("time", "speed/", "memory/", "goodput/")
 
 _MUST_BE_FINITE = ("loss", "gradient_norm")
-# Steps whose loss is kept on the device until it is known to be finite.
+# Steps whose loss stays on the device until it is known to be finite.
 _WATCHED_STEPS = 1000
-_KEYS_TOLD = 3
+_KEYS_NAMED = 3
 
 
 class Metrics:
@@ -36,9 +34,8 @@ class Metrics:
 
     Args:
       workdir: the run's folder.
-      resume_step: lines of later steps are dropped, for they will be written again; so are
-        damaged ones.
-      keys: of all examples of the batch that led to a step, for `NAN_FILE`; None: not known.
+      resume_step: see `MetricsFile`.
+      keys: the keys of all examples of a step's batch, for `NAN_FILE`; None: not known.
       wandb: a run of Weights & Biases, see `open_wandb`.
     """
 
@@ -58,19 +55,17 @@ class Metrics:
         self._wandb = wandb
         self._tensorboard: futures.Future[Any] | None = None
         self._folder = epath.Path(workdir)
+        self._events = files.stage(self._folder / "tensorboard")
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        path = self._folder / METRICS_FILE
-        kept = [line for line in read_metrics(self._folder) if line["step"] <= resume_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
+        self._file = MetricsFile(workdir, resume_step=resume_step)
 
     def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Remembers a step's loss, unread, to know later at which step it ceased to be finite."""
+        """Keeps a step's loss on the device, to find later which step's was not finite first."""
         watched = {name: metrics[name] for name in _MUST_BE_FINITE if name in metrics}
         self._unchecked.append((step, watched))
-        # The devices are at work now, and the host has time for an import.
+        # The devices are busy now, and the host has time for an import.
         self._open_tensorboard()
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -97,39 +92,44 @@ class Metrics:
     def require_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raises BadInput unless loss and gradient norm are finite; called before every save.
 
-        Writes the keys of the batch at which they first were not to `NAN_FILE` (host 0).
+        Writes the keys of the first batch where they are not to `NAN_FILE` (host 0).
         """
         if _first_not_finite(metrics) is None:
             while self._unchecked and self._unchecked[0][0] <= step:
                 self._unchecked.popleft()
             return
         for earlier, watched in [*self._unchecked, (step, metrics)]:
-            found = _first_not_finite(watched)
-            if found is not None:
-                name, value = found
+            if bad := _first_not_finite(watched):
+                name, value = bad
                 raise BadInput(
                     f"The {name} is {value} at step {earlier}: lower "
                     "config.optimizer.learning_rate or raise its warmup; the last checkpoint is "
-                    f"from before{self._tell_batch(earlier)}."
+                    f"from before{self._write_batch(earlier)}."
                 )
 
-    def _tell_batch(self, step: int) -> str:
-        """Writes the keys of the batch that led to a step; the end of the sentence about it."""
+    def _write_batch(self, step: int) -> str:
+        """Writes the keys of a step's batch; returns the end of the error message about it."""
         if self._keys is None or not self._active:
             return ""
         keys = self._keys(step)
         path = self._folder / NAN_FILE
-        write_text(path, "".join(f"{step}\t{key}\n" for key in keys))
-        first = ", ".join(keys[:_KEYS_TOLD])
+        files.write_text(path, "".join(f"{step}\t{key}\n" for key in keys))
+        first = ", ".join(keys[:_KEYS_NAMED])
         return f", and {path} names the {len(keys)} examples of the batch ({first}, ...)"
 
+    def store(self) -> None:
+        """Everything written so far is where the run resumes from, as it has to be for a save."""
+        if self._active:
+            self._file.upload()
+            if self._tensorboard is not None:
+                self._tensorboard.result().flush()
+                files.upload(self._events, self._folder / "tensorboard")
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes host values at once."""
+        """Writes host values."""
         if not self._active:
             return
-        line = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.append({"step": step, "time": round(time.time(), 3), **values})
         tensorboard = self._open_tensorboard().result()
         for name, value in values.items():
             tensorboard.add_scalar(name, value, step)
@@ -137,10 +137,10 @@ class Metrics:
             self._wandb.log(dict(values), step=step)
 
     def _open_tensorboard(self) -> futures.Future[Any] | None:
-        """Its writer, opened in a thread of its own; None on hosts that write nothing."""
+        """Its writer, opened in another thread; None on hosts that write nothing."""
         if self._tensorboard is None and self._active:
             opener = futures.ThreadPoolExecutor(1)
-            self._tensorboard = opener.submit(_tensorboard_writer, self._folder / "tensorboard")
+            self._tensorboard = opener.submit(_tensorboard_writer, self._events)
             opener.shutdown(wait=False)
         return self._tensorboard
 
@@ -150,11 +150,12 @@ class Metrics:
         self._finish(exit_code=0)
 
     def abandon(self) -> None:
-        """Closes the files without what is pending; harmless when closed already."""
+        """Closes the files without what is pending; does nothing when closed already."""
         self._finish(exit_code=1)
 
     def _finish(self, exit_code: int) -> None:
         if self._active:
+            self.store()
             self._active = False
             self._file.close()
             if self._tensorboard is not None:
@@ -177,18 +178,3 @@ def _first_not_finite(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
         if not math.isfinite(value):
             return name, value
     return None
-
-
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, without those that are cut short or damaged."""
-    path = epath.Path(workdir) / METRICS_FILE
-    lines = []
-    if path.exists():
-        for text in path.read_bytes().decode(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and type(line.get("step")) is int:
-                lines.append(line)
-    return lines

@@ -7,6 +7,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 
 
@@ -52,7 +53,8 @@ class Profile:
         if self._tracing:
             self.close()
         else:
-            jax.profiler.start_trace(str(self._folder))
+            self._staged = files.stage(self._folder)
+            jax.profiler.start_trace(str(self._staged))
             self._tracing = True
 
     def close(self) -> None:
@@ -60,4 +62,5 @@ class Profile:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            files.upload(self._staged, self._folder)
             logging.info("profile of steps %d to %d: %s", self._begin, self._end, self._folder)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.common.files import write_text
 
 
 def require_wandb(project: str) -> Any:
@@ -40,15 +40,15 @@ def open_wandb(project: str, workdir: epath.PathLike, config: Any) -> Any:
     package = require_wandb(project)
     if package is None or jax.process_index() != 0:
         return None
-    workdir = epath.Path(workdir).absolute()
+    workdir = files.absolute(workdir)
     path = workdir / "wandb_id.txt"
     if not path.exists():
-        write_text(path, secrets.token_hex(8) + "\n")
+        files.write_text(path, secrets.token_hex(8) + "\n")
     return package.init(
         project=project,
         name=workdir.name,
         id=path.read_text().strip(),
         resume="allow",
-        dir=str(workdir),
+        dir=None if files.is_remote(workdir) else str(workdir),
         config=config.to_dict(),
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from mofi_jax.common.files import write_text
 from mofi_jax.telemetry.goodput import Goodput
 
 
@@ -81,7 +82,7 @@ class Watchdog:
         text = "".join(lines)
         print(text, file=sys.stderr, flush=True)
         try:
-            with self._path.open("a") as file:
-                file.write(text)
+            before = self._path.read_text() if self._path.exists() else ""
+            write_text(self._path, before + text)
         except OSError as error:
             print(f"{self._path} cannot be written: {error}", file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 The data position is a single number, the examples consumed, so a checkpoint does not depend on the
 number of hosts.  A restore that does not fit lists every mismatch at once and changes nothing.
-Only a checkpoint that is whole counts: a save that was cut short is cleaned away at the next start,
-and checksums tell a file that has changed since.
+An interrupted save does not count and is removed at the next start; checksums tell a file that has
+changed since.  The folder may lie in a bucket, where Orbax marks what is complete by a file.
 """
 
 import concurrent.futures
@@ -20,28 +20,28 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mofi_jax.common import checksums
+from mofi_jax.common import checksums, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts
 from mofi_jax.training import arrays
 from mofi_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-# What each host needs of a step; beside it "ema", where a run has an average.
+# What every step holds; beside it "ema", where a run keeps an average of its parameters.
 ITEMS = ("params", "optimizer", "position")
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run stands beside its state.
+    """How far a run has come, beside its state.
 
     Attributes:
       examples: examples consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
       seconds: wall time so far by phase (`mofi_jax.telemetry.Goodput.save`).
-      config: the whole training config, as JSON has it; what differs on resume is told.
-      evaluated: whether the evaluations that were due at this step are in the metrics; a preempted
-        run saves first.
+      config: the whole training config, as JSON has it; differences on resume are logged.
+      evaluated: whether the evaluations due at this step are in the metrics; a preempted run saves
+        without them.
     """
 
     examples: int
@@ -56,15 +56,15 @@ class Checkpointer:
 
     Args:
       workdir: the run's folder; checkpoints lie in ``checkpoints/STEP/``.
-      keep: how many of the last ones stay.
-      keep_every: checkpoints of steps that this number divides stay for ever; 0 for none.
-      sums: whether host 0 reads a saved step once more to write its checksums.
+      keep: how many of the last ones are kept.
+      keep_every: checkpoints of steps that this number divides are kept too; 0 for none.
+      verify: whether host 0 reads a saved step once more to write its checksums.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0, sums: bool = True
+        self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0, verify: bool = True
     ):
-        self.folder = epath.Path(workdir).absolute() / FOLDER
+        self.folder = files.absolute(workdir) / FOLDER
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -75,16 +75,16 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 create=True,
                 single_host_load_and_broadcast=True,
-                async_options=ocp.AsyncOptions(barrier_sync_fn=_together),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
             ),
             item_names=(*ITEMS, "ema"),
         )
-        self._sums = sums and jax.process_index() == 0
+        self._verify = verify and jax.process_index() == 0
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
-        """Starts saving; the arrays are copied first, so the state may be donated afterwards."""
+        """Saves in the background; the arrays are copied first, so the state may be donated."""
         self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["position"] = ocp.args.JsonSave(dataclasses.asdict(position))
@@ -92,13 +92,12 @@ class Checkpointer:
         self._saving = self._pool.submit(self._finish, self.folder / str(step))
 
     def _finish(self, folder: epath.Path) -> None:
-        """Sums a step that all hosts have finished; killed before, it counts as one without."""
         self._manager.wait_until_finished()
-        if self._sums:
+        if self._verify:
             checksums.write(folder)
 
     def check(self) -> None:
-        """Raises what went wrong with the last save, without waiting for its end."""
+        """Raises what went wrong with the last save, without waiting for it."""
         if self._saving is not None and self._saving.done():
             self._saving.result()
 
@@ -114,18 +113,18 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, without its own questions to the preemption service, by the number of the step.
+    """Orbax's, which does not ask the preemption service itself.
 
-    The service compares the numbers of questions: after one of another order than those of
-    `preemption.PreemptionGuard`, a signal would wait for a number that the loop never asks.
+    The service counts calls: with others than those of `preemption.PreemptionGuard` it would wait
+    for a step that the loop never asks about.
     """
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
-def _together(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier; a host whose save has failed leaves, and waits for nobody."""
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, but a host whose save has failed does not wait for the others."""
     if sys.exception() is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
@@ -134,12 +133,12 @@ def _together(*, key: str, timeout_ms: int) -> None:
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
-    """The steps whose saves were finished, ascending; of damage it knows nothing.
+    """The steps whose saves were finished, ascending; they may be damaged.
 
     Raises:
-      BadInput: a file lies where they should.
+      BadInput: a file lies in place of their folder.
     """
-    folder = epath.Path(workdir).absolute() / FOLDER
+    folder = files.absolute(workdir) / FOLDER
     try:
         return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
     except NotADirectoryError as error:
@@ -153,14 +152,14 @@ def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | 
     """What is wrong with a saved step, in words with its folder; None if it can be read.
 
     Args:
-      verify: read every file and compare its checksum, where there are checksums: a process that
-        was killed at the wrong moment, ``config.checkpoint.verify=False`` and earlier versions
-        have left none.
+      verify: read every file and compare its checksum, where there are checksums: a process killed
+        between save and checksums, ``config.checkpoint.verify=False`` and earlier versions left
+        none.
     """
     folder = _step(workdir, step)
     if verify and (folder / checksums.FILE).is_file():
-        wrong = checksums.damage(folder)
-        return wrong and f"{folder}: {wrong}"
+        problem = checksums.damage(folder)
+        return problem and f"{folder}: {problem}"
     if verify:
         logging.warning("%s has no %s: damage to it may go unnoticed", folder, checksums.FILE)
     try:
@@ -172,24 +171,24 @@ def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | 
     return None
 
 
-def newest_whole(
+def latest_intact(
     workdir: epath.PathLike, *, verify: bool = True
 ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The last step that can be read, None if none was saved, and later ones with what is wrong.
+    """The last step that can be read, None if none was saved; later ones with what is wrong.
 
     Raises:
       BadInput: steps were saved, and all of them are damaged.
     """
     damaged: list[tuple[int, str]] = []
     for step in reversed(saved_steps(workdir)):
-        wrong = damage(workdir, step, verify=verify)
-        if wrong is None:
+        problem = damage(workdir, step, verify=verify)
+        if problem is None:
             return step, damaged
-        damaged.append((step, wrong))
+        damaged.append((step, problem))
     if damaged:
         raise BadInput(
-            f"No checkpoint of {workdir} is whole ({damaged[0][1]}): restore its "
-            f"{FOLDER}/ from a copy, or train anew in another folder."
+            f"No checkpoint of {workdir} is intact ({damaged[0][1]}): restore its {FOLDER}/ from a "
+            "copy, or train anew in another folder."
         )
     return None, damaged
 
@@ -197,56 +196,56 @@ def newest_whole(
 def set_aside(
     workdir: epath.PathLike, damaged: Sequence[tuple[int, str]], step: int | None
 ) -> None:
-    """Takes damaged steps out of the way of a run that goes on from ``step``; deletes nothing."""
-    for bad, wrong in damaged:
+    """Renames damaged steps, so that a run that resumes from ``step`` can save them again."""
+    for bad, problem in damaged:
         folder = _step(workdir, bad)
         names = (f"{bad}.damaged{number or ''}" for number in range(1_000))
         aside = next(folder.parent / name for name in names if not (folder.parent / name).exists())
         folder.rename(aside)
         logging.warning(
-            "the checkpoint of step %d is damaged (%s): it is kept as %s, and the run goes on from "
-            "step %d",
-            *(bad, wrong, aside, step),
+            "the checkpoint of step %d is damaged (%s): it is renamed to %s, and the run resumes "
+            "from step %d",
+            *(bad, problem, aside, step),
         )
 
 
 def last_step(workdir: epath.PathLike) -> int:
-    """The last saved step, for whoever reads a run.
+    """The last saved step, for readers of a run.
 
     Raises:
-      BadInput: there is none, or it is damaged; names the step before it that is whole.
+      BadInput: there is none, or it is damaged; names the intact step before it.
     """
-    step, damaged = newest_whole(workdir)
+    step, damaged = latest_intact(workdir)
     if step is None:
         raise BadInput(
             f"There is no checkpoint in {_step(workdir, 0).parent}: train first, or name another "
             "folder."
         )
     if damaged:
-        wrong = "; ".join(wrong for _, wrong in damaged)
+        problems = "; ".join(problem for _, problem in damaged)
         raise BadInput(
-            f"The last checkpoint is damaged ({wrong}): restore it from a copy, or move it out of "
-            f"{FOLDER}/, and step {step} is read."
+            f"The last checkpoint is damaged ({problems}): restore it from a copy, or move it out "
+            f"of {FOLDER}/, and step {step} is read."
         )
     return step
 
 
 def _step(workdir: epath.PathLike, step: int) -> epath.Path:
-    return epath.Path(workdir).absolute() / FOLDER / str(step)
+    return files.absolute(workdir) / FOLDER / str(step)
 
 
 # ---------------------------------------------------------------------------- reading
 
 
 def read_position(workdir: epath.PathLike, step: int) -> Position:
-    """Where a run stood at a saved step.
+    """How far a run had come at a saved step.
 
     Raises:
       BadInput: it cannot be read.
     """
     folder = _step(workdir, step) / "position"
     handler = ocp.JsonCheckpointHandler()
-    with _reading(folder), ocp.Checkpointer(handler, **_by_this_host()) as checkpointer:
+    with _reading(folder), ocp.Checkpointer(handler, **_single_host()) as checkpointer:
         position = Position(**checkpointer.restore(folder))
         kinds = {"examples": int, "data_fingerprint": dict, "seconds": dict, "config": dict}
         wrong = [name for name, kind in kinds.items() if type(getattr(position, name)) is not kind]
@@ -300,13 +299,13 @@ def read_item(item: epath.Path) -> Any:
     abstract = jax.tree.map(
         lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
     )
-    with _reading(item), ocp.StandardCheckpointer(**_by_this_host()) as checkpointer:
+    with _reading(item), ocp.StandardCheckpointer(**_single_host()) as checkpointer:
         return checkpointer.restore(item, abstract)
 
 
 @contextlib.contextmanager
 def _reading(folder: epath.Path) -> Iterator[None]:
-    """Says of a folder that cannot be read that it cannot."""
+    """Turns failures of reading into one sentence about the folder."""
     try:
         yield
     except (BadInput, MemoryError, jax.errors.JaxRuntimeError):
@@ -326,20 +325,26 @@ def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list
     """Every array of a saved step that is missing, left over or of another shape, in words."""
     folder = _step(workdir, step)
     expected = _items(abstract)
+    problems: list[str] = []
     has_ema = (folder / "ema").exists()
     if has_ema != ("ema" in expected):
         expected.pop("ema", None)
-        there = "an" if has_ema else "no"
+        article = "an" if has_ema else "no"
         # One sentence in place of one for each parameter.
-        return [
-            f"{there} average of the parameters is in it (config.ema.decay)",
-            *compare(folder, expected),
-        ]
-    return compare(folder, expected)
+        problems = [f"{article} average of the parameters is in it (config.ema.decay)"]
+    named: set[str] = set()  # a parameter's moments and average are not named again
+    for item, tree in expected.items():
+        for name, problem in arrays.differences(_saved_tree(folder / item), tree).items():
+            if any(name.endswith(f"/{parameter}") or name == parameter for parameter in named):
+                continue
+            problems.append(f"{item}/{name} {problem}")
+            if item == "params":
+                named.add(name)
+    return problems
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What a state consists of on disk: parameters and their average can be read on their own."""
+    """A state's parts on disk; parameters and their average can be read on their own."""
     items = {
         "params": state.params,
         "optimizer": {"step": state.step, "state": state.opt_state},
@@ -347,31 +352,14 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def compare(folder: epath.Path, expected: Mapping[str, Any]) -> list[str]:
-    """Compares a checkpoint's arrays with trees of ShapeDtypeStructs, item by item.
-
-    What is wrong with a parameter is not told again of its moments and its average.
-    """
-    problems: list[str] = []
-    told: set[str] = set()
-    for item, tree in expected.items():
-        for name, wrong in arrays.differences(_saved_tree(folder / item), tree).items():
-            if any(name.endswith(f"/{parameter}") or name == parameter for parameter in told):
-                continue
-            problems.append(f"{item}/{name} {wrong}")
-            if item == "params":
-                told.add(name)
-    return problems
-
-
 def _saved_tree(folder: epath.Path) -> Any:
     """The tree of a saved item with ArrayMetadata leaves."""
-    with _reading(folder), ocp.StandardCheckpointer(**_by_this_host()) as checkpointer:
+    with _reading(folder), ocp.StandardCheckpointer(**_single_host()) as checkpointer:
         return checkpointer.metadata(folder).item_metadata.tree
 
 
-def _by_this_host() -> dict[str, Any]:
-    """For readers that wait for no other host: Orbax has all of them meet after each read."""
+def _single_host() -> dict[str, Any]:
+    """Options of a reader on one host; by default Orbax has all hosts meet after each read."""
     own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    return {"multiprocessing_options": alone}
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    return {"multiprocessing_options": options}

@@ -1,9 +1,10 @@
-"""A run's folder: what makes it readable on its own, and whether it fits the config at hand.
+"""A run's folder: what makes it readable on its own, and whether it fits a config.
 
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
-``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``goodput.json``, ``tensorboard/``,
-``programs/`` (compiled by XLA) and, once finished, ``result.json``; with ``--profile=N:M``
-``profile/``; while it runs ``run.lock``; after trouble ``hang-PROCESS.txt`` or ``nan-batch.txt``.
+``config.json``, ``checkpoints/``, ``metrics.jsonl`` (in a bucket ``metrics-NUMBER.jsonl``),
+``goodput.json``, ``tensorboard/``, ``programs/`` (compiled by XLA) and, once finished,
+``result.json``; with ``--profile=N:M`` ``profile/``; while it runs ``run.lock``; after trouble
+``hang-PROCESS.txt`` or ``nan-batch.txt``.
 """
 
 import contextlib
@@ -22,26 +23,84 @@ from jax.experimental import multihost_utils
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput, StorageFailed, storage_problem
-from mofi_jax.data import metadata, pipeline, records, tokenizer
+from mofi_jax.data import metadata, ops, records, tokenizer
 from mofi_jax.distributed import hosts
-from mofi_jax.training import checkpoint, model_file, state
+from mofi_jax.losses import class_order
+from mofi_jax.model import mofi
+from mofi_jax.training import checkpoint, state
+
+MODEL_FILE = "model.json"
+
+# Of a model's config, what only training uses, and what readers, on other devices, take instead.
+TRAINING_ONLY = {"remat": "none", "attention": "auto"}
 
 _BLOCK = 65_536  # of ArrayRecord, in bytes
 _READERS = 16  # a bucket answers in tens of milliseconds, a set may have 10,000 shards
 
 
+# ---------------------------------------------------------------------------- model.json
+
+
+def describe_model(
+    config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
+) -> dict[str, Any]:
+    """The content of model.json; with the order of the class table where there is one."""
+    order = {"table_order": class_order.TABLE_ORDER} if classified else {}
+    model = {k: v for k, v in config.to_dict().items() if k not in TRAINING_ONLY}
+    return {**model, "preprocess": preprocess, **order}
+
+
+def read_model(run: epath.PathLike) -> dict[str, Any]:
+    """The content of a run's model.json.
+
+    Raises:
+      BadInput: it is not there, or does not describe a model.
+    """
+    path = epath.Path(run) / MODEL_FILE
+    remedy = "put back a copy, or remove it and start the training again, which writes it"
+    values = files.read_json_object(path, remedy)
+    try:
+        model_config(values)
+        ops.parse(values["preprocess"])
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} does not describe a model ({error}): {remedy}.") from error
+    return values
+
+
+def model_config(description: Mapping[str, Any]) -> mofi.MofiConfig:
+    """The model that model.json describes."""
+    values = {k: v for k, v in description.items() if k not in ("preprocess", "table_order")}
+    return mofi.MofiConfig.from_dict(values | TRAINING_ONLY)
+
+
+def _model_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """The differences that a run cannot resume with; earlier versions wrote more keys."""
+    may_change = ("dtype", *TRAINING_ONLY)
+    return differences(
+        *({k: v for k, v in model.items() if k not in may_change} for model in (saved, current))
+    )
+
+
+# ---------------------------------------------------------------------------- data and config
+
+
 def data_fingerprint(
-    config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
+    config: Any, parts: Sequence[Any], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
     """What decides which examples come in which order and what is in them.
 
-    A shard is known by its last block, in which ArrayRecord says where its records lie: its size is
-    that of whole blocks, and often the same in another shard.
+    A shard is identified by its last block, in which ArrayRecord says where its records lie: sizes
+    are multiples of whole blocks, and often the same in another shard.
+
+    Args:
+      config: the training config.
+      parts: the data sets, `mofi_jax.data.pipeline.Part`.
+      texts: the tokenizer.
     """
 
-    def described(part: pipeline.Part) -> dict[str, Any]:
-        files = {"dataset_info": metadata.INFO_FILE, "entities": records.ENTITIES_FILE}
-        paths = {name: part.source.directory / file for name, file in files.items()}
+    def described(part: Any) -> dict[str, Any]:
+        names = {"dataset_info": metadata.INFO_FILE, "entities": records.ENTITIES_FILE}
+        paths = {key: part.source.directory / name for key, name in names.items()}
         digest = hashlib.sha256()
         with futures.ThreadPoolExecutor(_READERS) as pool:
             for file, end in zip(
@@ -73,9 +132,9 @@ def data_fingerprint(
 
 
 def agreed_fingerprint(
-    config: Any, parts: Sequence[pipeline.Part], texts: tokenizer.Tokenizer
+    config: Any, parts: Sequence[Any], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
-    """`data_fingerprint`, once every host has found the same.
+    """`data_fingerprint`, which has to be the same on every host.
 
     Raises:
       BadInput: this host has other data than host 0, or another has.
@@ -110,14 +169,14 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
 
 
 def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """The differences of two fingerprints; those of earlier versions know no shards or blocks."""
+    """The differences of two fingerprints; those of earlier versions lack shards and blocks."""
     before, now = {"block": 1} | _flat(saved), _flat(current)
     unknown = {key for key in now if key.rpartition(".")[2] == "shards"} - before.keys()
     return differences(before, {key: now[key] for key in now.keys() - unknown})
 
 
-def _way_on(workdir: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """What a run can do about data that have grown."""
+def _grown_remedy(workdir: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """What a user can do about data that have grown."""
     if not saved.get("examples", 0) < current.get("examples", 0):
         return ""
     if (workdir / records.ENTITIES_FILE).exists():
@@ -134,13 +193,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# ---------------------------------------------------------------------------- the folder
+
+
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Contents:
     """What a folder holds; the same on every host.
 
     Attributes:
       step: the last step that can be read, None without one.
-      position: from which to go on.
+      position: where to resume.
       damaged: later steps that cannot be read, and what is wrong with each.
       finished: whether it has a result.
     """
@@ -158,17 +220,17 @@ def check(
     position: checkpoint.Position,
     *,
     verify: bool = True,
-) -> Found:
-    """Whether the folder is that of this run; host 0 looks for all.
+) -> Contents:
+    """Checks that the folder belongs to this config; host 0 reads it for all.
 
-    Compared is what decides shapes, meaning and the order of the data: a run may go on in another
+    Compared is what decides shapes, meaning and the order of the data: a run may resume in another
     precision, with other memory settings or workers.
 
     Args:
       workdir: the folder, which need not exist.
-      model: what its model.json would hold (`model_file.describe`).
+      model: what its model.json would hold (`describe_model`).
       structs: the training state of this config, as ShapeDtypeStructs.
-      position: of a run of this config that begins.
+      position: of a new run of this config.
       verify: see `checkpoint.damage`.
 
     Raises:
@@ -177,25 +239,24 @@ def check(
     """
 
     def look() -> dict[str, Any]:
-        problems, way_on = [], ""
-        if (workdir / model_file.NAME).exists():
-            saved_model = model_file.read(workdir)
-            changed = differences(*(model_file.compared(values) for values in (saved_model, model)))
+        problems, remedy = [], ""
+        if (workdir / MODEL_FILE).exists():
+            changed = _model_changes(read_model(workdir), model)
             problems += [f"it holds another model ({changed})"] if changed else []
-        step, damaged = checkpoint.newest_whole(workdir, verify=verify)
+        step, damaged = checkpoint.latest_intact(workdir, verify=verify)
         saved = position
         if step is not None:
             saved = checkpoint.read_position(workdir, step)
             fingerprints = saved.data_fingerprint, position.data_fingerprint
             changed = data_changes(*fingerprints)
             problems += [f"it was trained on other data ({changed})"] if changed else []
-            way_on = _way_on(workdir, *fingerprints)
+            remedy = _grown_remedy(workdir, *fingerprints)
             wrong = checkpoint.mismatches(workdir, step, structs)
             problems += [f"its checkpoint has other arrays ({'; '.join(wrong)})"] if wrong else []
         if problems:
             raise BadInput(
                 f"{workdir} does not fit this config: {', and '.join(problems)}: restore its own "
-                f"config, or choose another --workdir{way_on}."
+                f"config, or choose another --workdir{remedy}."
             )
         if changed := differences(saved.config, position.config):
             logging.warning("the config is not that of the last checkpoint: %s", changed)
@@ -206,23 +267,23 @@ def check(
             "finished": (workdir / "result.json").exists(),
         }
 
-    found = hosts.agree(look)
-    return Found(**found | {"position": checkpoint.Position(**found["position"])})
+    values = hosts.agree(look)
+    return Contents(**values | {"position": checkpoint.Position(**values["position"])})
 
 
 def prepare(
     workdir: epath.Path,
-    found: Found,
+    contents: Contents,
     config: Any,
     model: Mapping[str, Any],
     *,
     tokenizer_path: epath.Path,
     entities_path: epath.Path | None,
 ) -> None:
-    """Host 0 writes what makes the folder readable on its own; the others look whether it is there.
+    """Host 0 writes what makes the folder readable on its own; the others check that they see it.
 
     Args:
-      found: steps that are damaged are taken out of the way of what will be saved.
+      contents: its damaged steps are renamed (`checkpoint.set_aside`).
       entities_path: None for a run without a class table.
 
     Raises:
@@ -230,19 +291,19 @@ def prepare(
     """
 
     def write() -> None:
-        checkpoint.set_aside(workdir, found.damaged, found.step)
+        checkpoint.set_aside(workdir, contents.damaged, contents.step)
         files.write_text(workdir / records.TOKENIZER_FILE, tokenizer_path.read_text())
         if entities_path is not None:
             entities_path.copy(workdir / records.ENTITIES_FILE, overwrite=True)
         files.write_text(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
-        files.write_json(workdir / model_file.NAME, dict(model))
+        files.write_json(workdir / MODEL_FILE, dict(model))
 
     hosts.agree(write)
     if jax.process_count() == 1:
         return
-    shared = multihost_utils.process_allgather((workdir / model_file.NAME).exists())
-    if not shared.all():
-        missing = ", ".join(str(i) for i, there in enumerate(shared) if not there)
+    seen = multihost_utils.process_allgather((workdir / MODEL_FILE).exists())
+    if not seen.all():
+        missing = ", ".join(str(i) for i, there in enumerate(seen) if not there)
         raise BadInput(
             f"--workdir={workdir} is not the same folder on every host (processes {missing} do not "
             "see it): name one on a file system that all of them share."

@@ -1,4 +1,4 @@
-"""One run per folder: a lock on a file in it, which goes when its holder ends or dies."""
+"""One run per folder: a lock on a file in it, released when its holder ends or dies."""
 
 import contextlib
 import datetime
@@ -11,24 +11,26 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
+import jax
 from absl import logging
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts
 
 FILE = "run.lock"
 
-# A file server takes back the locks of a machine that vanished after its lease, on NFS 90 seconds.
+# A file server releases the locks of a machine that vanished after its lease, on NFS 90 seconds.
 _LEASE_SECONDS = 120.0
 _RETRY_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-    """Makes the folder and holds it inside the block; host 0 holds it for all hosts.
+    """Makes the folder and holds its lock inside the block; host 0 holds it for all hosts.
 
-    Where the file system has no locks (some mounts of buckets), a warning says so.
+    Where there are no locks (a bucket, some mounts of buckets), a warning says so.
 
     Raises:
       BadInput: another run holds it; says where that runs and since when.
@@ -40,7 +42,10 @@ def held(workdir: epath.Path) -> Iterator[None]:
         file = _take(workdir)
 
     new = not workdir.exists()
-    hosts.agree(take)
+    if files.is_remote(workdir):
+        _warn(workdir, "buckets have no locks")
+    else:
+        hosts.agree(take)
     try:
         yield
     finally:
@@ -52,23 +57,25 @@ def held(workdir: epath.Path) -> Iterator[None]:
                     os.rmdir(workdir)
 
 
+def _warn(workdir: epath.Path, reason: str) -> None:
+    if jax.process_index() == 0:
+        logging.warning("%s cannot be locked (%s): start no second run in it", workdir, reason)
+
+
 def _take(workdir: epath.Path) -> IO[str] | None:
     """The locked file, or None where there are no locks."""
     deadline = time.monotonic() + _LEASE_SECONDS
     while True:
         workdir.mkdir(parents=True, exist_ok=True)
-        # It stays open as long as it is locked.
+        # It stays open while it is locked.
         file = open(workdir / FILE, "a+", opener=_no_link)  # noqa: SIM115
         try:
-            # By process, unlike flock: children that outlive this one do not keep it.
+            # Held by the process, unlike flock: children that outlive it do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with file:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    logging.warning(
-                        "%s cannot be locked (%s): start no second run in it",
-                        *(workdir, error.strerror),
-                    )
+                    _warn(workdir, error.strerror)
                     return None
                 owner = _owner(file)
             if owner.get("host") == socket.gethostname() or time.monotonic() > deadline:
@@ -93,12 +100,12 @@ def _take(workdir: epath.Path) -> IO[str] | None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Opens a file, but not through a link, which a copied folder may hold: it is overwritten."""
+    """Opens a file to overwrite it, but not through a link, which a copied folder may hold."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:
-    """Who holds the lock, as far as the file says so yet."""
+    """Who holds the lock, as far as the file says."""
     file.seek(0)
     try:
         return dict(json.loads(file.read()))

@@ -1,0 +1,243 @@
+"""``--workdir=gs://...``: a bucket on loopback in place of a disk, with the real clients of one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import eval as eval_config
+from mofi_jax import evaluate, export, telemetry, train
+from mofi_jax.common import checksums, files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
+from mofi_jax.telemetry import metrics_file
+from mofi_jax.training import checkpoint, run_lock, state
+from tests import buckets, datasets
+from tests.test_checkpoint import POSITION, initialiser
+
+REPOSITORY = epath.Path(__file__).parent.parent
+SAMPLE = REPOSITORY / "data_prep/sample/unseen.tar"
+
+
+@pytest.fixture(scope="module")
+def served():
+    """(the bucket's objects, the environment that leads to them); TensorStore reads it once."""
+    with buckets.served() as (objects, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield objects, environment
+
+
+@pytest.fixture
+def folder(served, request):
+    """A folder of the bucket, as `files.output_folder` gives it."""
+    name = f"gs://{buckets.BUCKET}/{request.node.name}/run"
+    return files.output_folder(name, "--workdir", bucket=True)
+
+
+def steps(workdir):
+    return [row["step"] for row in telemetry.read_metrics(workdir)]
+
+
+def test_files_in_a_bucket(folder, served):
+    assert not folder.exists()  # judging it left nothing
+    files.write_json(folder / "a.json", {"a": 1})
+    files.write_text(folder / "sub/b.txt", "ü")
+    assert files.read_json(folder / "a.json", "") == {"a": 1}
+    assert files.list_files(folder) == ["a.json", "sub/b.txt"]
+    objects, _ = served
+    objects.put(f"{os.fspath(folder).partition(buckets.BUCKET)[2][1:]}/c", b"")  # another client's
+    assert files.list_files(folder) == ["a.json", "c", "sub/b.txt"]
+    checksums.write(folder)
+    assert checksums.damage(folder) is None
+    files.write_text(folder / "sub/b.txt", "u")
+    assert checksums.damage(folder) == "sub/b.txt is not what was saved"
+
+
+def test_a_place_that_cannot_be_is_one_sentence(served, monkeypatch):
+    for text, said in (
+        ("s3://bucket/run", "is a remote path: name a local one, or gs://BUCKET"),
+        ("gs://elsewhere/run", "cannot be written .*: check the bucket's name"),
+        (f"gs://{buckets.BUCKET}/run*", "has one of the characters"),
+    ):
+        with pytest.raises(BadInput, match=f"^--workdir=.*{said}"):
+            files.output_folder(text, "--workdir", bucket=True)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        BadInput, match=r"--model=gs://b/run needs a client of buckets: pip install gcsfs"
+    ):
+        files.input_folder("gs://b/run", "--model")
+
+
+def test_metrics_come_in_parts(folder, monkeypatch):
+    monkeypatch.setattr(metrics_file, "_PART_BYTES", 100)
+    metrics = telemetry.Metrics(folder, resume_step=-1)
+    for step in range(1, 9):
+        metrics.write(step, {"loss": 1 / step})
+        if step % 2 == 0:
+            metrics.store()
+    assert steps(folder) == [1, 2, 3, 4, 5, 6, 7, 8]
+    names = sorted(path.name for path in folder.iterdir() if path.name.startswith("metrics"))
+    assert names[0] == "metrics-000000.jsonl"
+    assert len(names) > 1
+    # The process is killed here, and another goes on from the checkpoint of step 5.
+    metrics = telemetry.Metrics(folder, resume_step=5)
+    assert steps(folder) == [1, 2, 3, 4, 5]
+    metrics.write(6, {"loss": 0.0})
+    metrics.close()
+    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_row_is_stored_within_a_minute_whatever_the_loop_does(folder, monkeypatch):
+    assert metrics_file._UPLOAD_SECONDS < 60
+    monkeypatch.setattr(metrics_file, "_UPLOAD_SECONDS", 0.0)
+    rows = metrics_file.MetricsFile(folder, resume_step=-1)
+    rows.append({"step": 1})
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+    assert steps(folder) == [1]
+
+
+def test_rows_whose_upload_failed_are_stored_with_the_next(folder, monkeypatch):
+    rows = metrics_file.MetricsFile(folder, resume_step=-1)
+    rows.append({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_text", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rows.upload()
+    rows.upload()
+    assert steps(folder) == [1]
+
+
+def test_parts_that_were_copied_to_a_disk_are_read_and_gone_on_with(tmp_path):
+    for number, step in enumerate((1, 2, 3)):
+        (tmp_path / f"metrics-{number:06d}.jsonl").write_text(json.dumps({"step": step}) + "\n")
+    rows = metrics_file.MetricsFile(tmp_path, resume_step=2)
+    rows.append({"step": 3, "again": True})
+    rows.close()
+    assert telemetry.read_metrics(tmp_path)[1:] == [{"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_bucket_has_no_lock(folder, caplog):
+    with run_lock.held(folder):
+        assert not folder.exists()
+    assert "cannot be locked (buckets have no locks): start no second run in it" in caplog.text
+
+
+def test_damaged_and_unfinished_steps(folder, mesh_of):
+    train_state, _ = state.create(initialiser(), 5, mesh_of["1x2x1"])
+    checkpointer = checkpoint.Checkpointer(folder, keep=3)
+    for step in (20, 40):
+        checkpointer.save(step, train_state, POSITION)
+    checkpointer.close()
+    steps = checkpointer.folder
+    (steps / "40/params/_METADATA").unlink()
+    files.write_text(steps / "60/params/_METADATA", "{}")  # its process was killed
+    assert checkpoint.saved_steps(folder) == [20, 40]
+    step, damaged = checkpoint.latest_intact(folder)
+    assert (step, [number for number, _ in damaged]) == (20, [40])
+    checkpoint.set_aside(folder, damaged, step)
+    checkpointer = checkpoint.Checkpointer(folder, keep=3)
+    assert sorted(path.name for path in steps.iterdir()) == ["20", "40.damaged"]
+    structs, _ = state.abstract(initialiser(), mesh_of["1x1x1"])
+    restored = checkpoint.restore(folder, 20, structs)
+    jax.tree.map(np.testing.assert_array_equal, train_state, restored)
+    checkpointer.save(40, restored, POSITION)
+    checkpointer.close()
+    assert checkpoint.last_step(folder) == 40
+
+
+# ---------------------------------------------------------------------------- the whole cycle
+
+
+def config_of(data):
+    """That of the fixture `trained`, with a checkpoint on the way."""
+    config = datasets.tiny_config(data, steps=20)
+    config.checkpoint.update({"every": "10 steps", "keep": 1})
+    return config
+
+
+def check_finished(run, whole, tmp_path):
+    """A run in the bucket against an uninterrupted one on disk; then evaluated and exported."""
+    ours, theirs = checkpoint.restore_params(run), checkpoint.restore_params(whole)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    ours, theirs = (
+        [(row["step"], row["loss"]) for row in telemetry.read_metrics(where) if "loss" in row]
+        for where in (run, whole)
+    )
+    assert ours == theirs
+    assert files.read_json(run / "result.json", "")["steps"] == 20
+    with tarfile.open(SAMPLE) as tar:
+        tar.extractall(tmp_path / "set", members=tar.getmembers()[:12], filter="data")
+    evaluate.main(eval_config.get_config(f"gpr1200={tmp_path / 'set'}"), str(run))
+    assert files.read_json(run / "evaluation/result.json", "")["metrics"]["gpr1200"]["map"] > 0
+    assert (run / "evaluation/gallery_gpr1200.png").read_bytes().startswith(b"\x89PNG")
+    export.main(str(run), str(tmp_path / "exported"))
+    assert files.read_json(tmp_path / "exported/result.json", "")["max_abs_diff"] <= 1e-4
+
+
+def test_trains_resumes_evaluates_and_exports(trained, folder, mesh_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "make_mesh", lambda *_, **__: mesh_of["1x1x1"])
+    watch = telemetry.Metrics.watch
+
+    def killed(self, step, metrics):
+        if step == 13:
+            raise KeyboardInterrupt
+        watch(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(telemetry.Metrics, "watch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config_of(trained / "data"), str(folder))
+    assert checkpoint.saved_steps(folder) == [10]
+    train.main(config_of(trained / "data"), str(folder), profile="18:19")
+    check_finished(folder, trained / "run", tmp_path)
+    names = files.list_files(folder)
+    for start in ("profile/plugins/", "tensorboard/events", "goodput.json"):
+        assert any(name.startswith(start) for name in names), names
+
+
+KILLED = """
+    import os, signal, sys
+    from absl import flags
+    from mofi_jax import telemetry, train
+    from tests import test_bucket
+
+    flags.FLAGS.mark_as_parsed()
+    watch = telemetry.Metrics.watch
+
+    def killed(self, step, metrics):
+        watch(self, step, metrics)
+        if step == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    telemetry.Metrics.watch = killed
+    train.main(test_bucket.config_of(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_processes_are_gone_on_with(trained, folder, served, mesh_of, tmp_path):
+    """kill -9 before the first save, then while the second is being uploaded."""
+    environment = {name: value for name, value in os.environ.items() if "COMPILATION" not in name}
+
+    def start(kill_at):
+        command = [sys.executable, "-c", textwrap.dedent(KILLED)]
+        arguments = [str(trained / "data"), str(folder), str(kill_at)]
+        return subprocess.run(
+            command + arguments, cwd=REPOSITORY, env=environment, check=False
+        ).returncode
+
+    assert [start(5), start(18), start(0)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert any(name.startswith("programs/") for name in files.list_files(folder))
+    check_finished(folder, trained / "run", tmp_path)
