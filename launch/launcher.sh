@@ -88,7 +88,7 @@ parse() {
 }
 
 need_number() { # OPTION VALUE LEAST
-  [[ $2 =~ ^[0-9]{1,9}$ ]] && [ "$2" -ge "$3" ] || fail 2 "$1=$2: write a whole number from $3."
+  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "$2" -ge "$3" ] || fail 2 "$1=$2: write a whole number from $3."
 }
 
 need_tools() { # TOOL...; sets project to gcloud's if it is empty

@@ -141,6 +141,7 @@ def test_dry_run_prints_commands_that_a_shell_reads_back(fake):
         (("--zone",), TRAIN, "Unknown option"),
         (("--speed", "9"), TRAIN, "Unknown option --speed"),
         (("--slices", "0"), TRAIN, "--slices=0"),
+        (("--slices", "08"), TRAIN, "--slices=08"),
         (("--poll", "0"), TRAIN, "--poll=0: write a whole number from 1."),
         (("--poll", "-5"), TRAIN, "--poll=-5: write a whole number from 1."),
         (("--poll", "often"), TRAIN, "--poll=often: write a whole number from 1."),
