@@ -130,7 +130,6 @@ def planned(config, *, fits=True, needed=4.0, temporaries=3.0, table=0.5, **chan
         "chips": 16,
         "chip": V5E,
         "batch_size": config.batch_size,
-        "seconds": 1.0,
         "memory": memory,
         "needed": int(needed * plan.GIB),
         "available": 16 * plan.GIB,
@@ -163,7 +162,7 @@ def test_remedies_are_keys_that_the_config_has_and_does_not_use_yet():
     assert "second_moment" not in hints
 
 
-@pytest.mark.parametrize("limit", [700, 1500, 2048, 9000])
+@pytest.mark.parametrize("limit", [100, 700, 1500, 2048, 9000])
 def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, mesh_of):
     config = quickstart.get_config()
     config.batch_size = 1024
@@ -176,7 +175,8 @@ def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, mesh_of):
     monkeypatch.setattr(plan, "plan", compile_for)
     first = compile_for(config, mesh_of["1x8x1"])
     largest = plan.largest_batch(config, mesh_of["1x8x1"], first, {})
-    assert 0.7 * limit <= largest <= limit
+    # Three times half of 1,024 are 128.
+    assert largest == 0 if limit < 128 else 0.7 * limit <= largest <= limit
     assert largest % 16 == 0
 
 
