@@ -29,7 +29,7 @@ def test_the_bundled_sweep_fits_its_config():
     points = learning_rate.get_hyper()
     names = sweep.check(points, config, {})
     assert len(set(names)) == len(points) == 9
-    assert names[4] == "004-learning_rate=0.001,margin=0.1"
+    assert names[4] == "004-optimizer.learning_rate=0.001,losses.entity.margin=0.1"
     # The quick start itself is one of them.
     base = quickstart.get_config("task=supervised")
     assert points[4] == {
@@ -46,7 +46,7 @@ def test_the_bundled_sweep_fits_its_config():
     ("points", "overrides", "sentence"),
     [
         ([], {}, "returns no points"),
-        ([{"optimizer.rate": 1.0}], {}, "there is no config.optimizer.rate"),
+        ([{"optimizer.rate": 1.0}], {}, '"rate" does not exist .* is locked.$'),
         ([{"batch_size": 64}, {"batch_size": "many"}], {}, "Point 1 of get_hyper"),
         ([{"losses.entity.margin": 2.0}], {}, "config.losses.entity.margin must be"),
         ([{"seed": 1}, {"seed": 2}, {"seed": 1}], {}, "Points 0 and 2"),
@@ -59,20 +59,12 @@ def test_points_are_refused_before_any_is_trained(points, overrides, sentence):
         sweep.check(points, config, overrides)
 
 
-def test_names_are_readable_and_tell_keys_apart():
-    assert sweep.readable({"model.image.width": 64, "model.text.width": 32}) == (
-        "image.width=64,text.width=32"
-    )
-    assert (
-        sweep.readable({"data.train_ops": "decode|flip(1, 'x')"}) == "train_ops=decode_flip_1,_x_"
-    )
-    assert len(sweep.readable({"data.train_ops": "x" * 500})) == sweep.NAME_LENGTH
-
-
-@pytest.mark.parametrize("index", ["9", "-1", "x"])
-def test_index_outside_the_points(index):
-    with pytest.raises(BadInput, match="the points are 0 to 8"):
-        sweep.number(index, 9)
+def test_names_are_folders_names():
+    config = quickstart.get_config("task=multitask").lock()
+    points = [{"data.train_ops": "decode|flip(1, 'x')", "seed": 3}, {"data.dir": "x" * 500}]
+    first, second = sweep.check(points, config, {})
+    assert first == "000-data.train_ops=decode_flip_1,_x_,seed=3"
+    assert len(second) == len("001-") + sweep.NAME_LENGTH
 
 
 # ------------------------------------------------------------------------- the trainings
@@ -172,23 +164,13 @@ def test_table_ranks_by_the_metric(tmp_path):
     (folder / "4").mkdir()
     (folder / "4" / "failed.json").write_text("{}")
     table = sweep_table.write(folder, names, points, "a/map").splitlines()
-    assert table[0] == "| learning_rate | seed | a/map | state | folder |"
+    assert table[0] == "| optimizer.learning_rate | seed | a/map | state | folder |"
     assert len({line.count("|") for line in table}) == 1
     assert table[2] == "| 0.0001 | 1 | 0.4000 | finished | 1 |"
     assert [line.split(" | ")[3] for line in table[2:]] == ["finished"] * 4 + ["failed", "waiting"]
     written = json.loads((folder / "sweep.json").read_text())
     assert written["best"] == "1"
     assert [p["name"] for p in written["points"]] == ["1", "3", "0", "2", "4", "5"]
-    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_nothing_is_drawn_where_no_number_is_swept(tmp_path):
-    folder = epath.Path(tmp_path)
-    points = [{"data.train_ops": "a"}, {"data.train_ops": "b"}]
-    for name in ("0", "1"):
-        finished(folder / name, 0.5)
-    sweep_table.write(folder, ["0", "1"], points, "a/map")
-    assert not (folder / "sweep.png").exists()
 
 
 # ------------------------------------------------------------------------- as a command
@@ -234,7 +216,7 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads((workdir / "sweep.json").read_text())
     assert [point["state"] for point in written["points"]] == ["finished", "failed"]
-    assert written["best"] == "001-learning_rate=0.001"
+    assert written["best"] == "001-optimizer.learning_rate=0.001"
     assert 0 < written["points"][0]["score"] <= 1
     assert "| 0.001 | " in done.stdout
     config = json.loads((workdir / written["best"] / "config.json").read_text())
@@ -245,7 +227,7 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
     own.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "3 steps"}}
     own.seed = 7
     again = [
-        (f"{i:03d}-learning_rate={rate}", ("false",), sweep.point_config(own, point))
+        (f"{i:03d}-optimizer.learning_rate={rate}", ("false",), sweep.point_config(own, point))
         for i, rate in enumerate((1e38, 1e-3))
         for point in [{"optimizer.learning_rate": rate}]
     ]
@@ -254,17 +236,24 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
 
 def test_config_without_points():
     with pytest.raises(BadInput, match=r"configs/quickstart.py has no get_hyper"):
-        sweep.load(str(REPOSITORY / "configs/quickstart.py"), None)
+        sweep.load(str(REPOSITORY / "configs/quickstart.py"))
 
 
-def test_metric_of_no_evaluator(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("metric", "index", "sentence"),
+    [
+        ("retrieval_unsen/map", "", "of no evaluator of the config: choose"),
+        *((learning_rate.METRIC, i, "the points are 0 to 0") for i in ("1", "-1", "x")),
+    ],
+)
+def test_metric_of_no_evaluator_and_index_outside(metric, index, sentence, monkeypatch, tmp_path):
     flag = types.SimpleNamespace()
     monkeypatch.setattr(sweep, "flags", types.SimpleNamespace(FLAGS={"config": flag}))
     monkeypatch.setattr(sweep.config_flags, "get_config_filename", lambda _: "file.py:short")
     monkeypatch.setattr(sweep.config_flags, "get_override_values", lambda _: {})
-    monkeypatch.setattr(sweep, "load", lambda *_: ([{"seed": 1}], "retrieval_unsen/map"))
-    with pytest.raises(BadInput, match="of no evaluator of the config: choose"):
-        sweep.main(learning_rate.get_config(), str(tmp_path / "sweep"))
+    monkeypatch.setattr(sweep, "load", lambda _: ([{"seed": 1}], metric))
+    with pytest.raises(BadInput, match=sentence):
+        sweep.main(learning_rate.get_config().lock(), str(tmp_path / "sweep"), index=index)
     assert not (tmp_path / "sweep").exists()
 
 

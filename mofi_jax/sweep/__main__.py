@@ -4,18 +4,17 @@
 
 Beside ``get_config`` the config file has ``get_hyper(arg)``, the ordered list of points, each a
 dict {dotted config key: value}, and ``METRIC``, the score that ranks them (higher is better).
-Point I is a training of its own in S/NAME/, in its own process, so that its memory is free
-afterwards; a point that is finished is not trained again, one that was cut goes on.  Flags such as
+Each point is trained in S/NAME/ by a process of its own, so that its memory is free afterwards; a
+finished point is not trained again, an interrupted one resumes.  Flags such as
 ``--config.total=...`` hold for all points.  ``--list`` shows the points, ``--index=I`` runs one, as
 in a SLURM array.  S holds
 
     points.json  the points, so that a folder never mixes two sweeps
     sweep.json   {"metric", "best", "points": [{"name", "values", "state", "score", ...}]}
     sweep.md     the same as a table, best first
-    sweep.png    the score over the value that is swept, where one is a number
 
-Exit codes: 0 all points are through (one that diverged counts), 75 preempted and saved (the same
-command goes on), 2 bad input, 1 a point crashed.
+Exit codes: 0 all points are done (one that diverged counts), 75 preempted and saved (the same
+command resumes), 2 bad input, 1 a point crashed.
 """
 
 import copy
@@ -26,7 +25,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -41,7 +40,6 @@ from mofi_jax.training import settings
 
 POINTS_FILE, FAILED_FILE = "points.json", "failed.json"
 DELETE = "delete this folder, and the sweep runs the point again"
-TRAIN = (sys.executable, "-m", "mofi_jax.train")
 NAME_LENGTH = 120  # a folder's name has room for 255 bytes
 
 
@@ -61,22 +59,24 @@ def main(
       workdir: folder of the sweep; one that all hosts share.
       index: runs this point alone.
       list: prints the points and runs none.
-      coordinator, processes, process: handed on to every training.
+      coordinator, processes, process: passed on to every training.
 
     Raises:
       BadInput: no points, a point that does not fit the config, a folder of another sweep.
     """
     flag = flags.FLAGS["config"]
-    path, _, arg = config_flags.get_config_filename(flag).partition(":")
+    filename = config_flags.get_config_filename(flag)
     overrides = config_flags.get_override_values(flag)
-    points, metric = load(path, arg or None)
+    points, metric = load(filename)
     if metric.partition("/")[0] not in config.evaluators:
         raise BadInput(
-            f"METRIC={metric!r} in {path} is of no evaluator of the config: choose EVALUATOR/SCORE "
-            f"of {', '.join(config.evaluators) or 'config.evaluators, which is empty'}."
+            f"METRIC={metric!r} in {filename} is of no evaluator of the config: choose "
+            f"EVALUATOR/SCORE of {', '.join(config.evaluators) or 'config.evaluators, now empty'}."
         )
     names = check(points, config, overrides)
-    chosen = range(len(points)) if index == "" else [number(index, len(points))]
+    if index and not (index.isdecimal() and int(index) < len(points)):
+        raise BadInput(f"--index={index}: the points are 0 to {len(points) - 1}, see --list.")
+    chosen = [int(index)] if index else range(len(points))
     workdir = files.output_folder(workdir, "--workdir")
     if list:
         for i in chosen:
@@ -85,23 +85,22 @@ def main(
     lead = process in ("", "0")
     claim(workdir, points, lead)
 
-    common = [f"--config={path}{':' if arg else ''}{arg}", *as_flags(overrides)]
-    joined = {"coordinator": coordinator, "processes": processes, "process": process}
-    common += [f"--{name}={value}" for name, value in joined.items() if value]
-
-    def command(i: int) -> Sequence[str]:
-        return (*TRAIN, *common, *as_flags(points[i]), f"--workdir={workdir / names[i]}")
-
-    code = run(
-        [(names[i], command(i), point_config(config, points[i])) for i in chosen], workdir, lead
-    )
+    hosts = {"coordinator": coordinator, "processes": processes, "process": process}
+    train = [sys.executable, "-m", "mofi_jax.train", f"--config={filename}", *as_flags(overrides)]
+    train += [f"--{name}={value}" for name, value in hosts.items() if value]
+    trainings = []
+    for i in chosen:
+        command = [*train, *as_flags(points[i]), f"--workdir={workdir / names[i]}"]
+        trainings.append((names[i], command, point_config(config, points[i])))
+    code = run(trainings, workdir, lead)
     if lead:
         print(sweep_table.write(workdir, names, points, metric))
     return code
 
 
-def load(path: str, arg: str | None) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The points and the metric of a config file."""
+def load(filename: str) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The points and the metric of a config file, FILE or FILE:ARGUMENT."""
+    path, _, arg = filename.partition(":")
     spec = importlib.util.spec_from_file_location("sweep_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,12 +109,12 @@ def load(path: str, arg: str | None) -> tuple[Sequence[Mapping[str, Any]], str]:
             raise BadInput(
                 f"{path} has no {name}, {what}: see configs/sweeps/learning_rate.py for one."
             )
-    return module.get_hyper(arg), module.METRIC
+    return module.get_hyper(arg or None), module.METRIC
 
 
 def check(
     points: Sequence[Mapping[str, Any]], config: Any, overrides: Mapping[str, Any]
-) -> Sequence[str]:
+) -> list[str]:
     """The folder of each point; all of them are checked before the first one costs anything.
 
     Raises:
@@ -124,48 +123,33 @@ def check(
     """
     if not points:
         raise BadInput("get_hyper returns no points: give it at least one {key: value}.")
+    names = []
     for i, point in enumerate(points):
         if clash := sorted(point.keys() & overrides.keys()):
-            raise BadInput(f"--config.{clash[0]} is swept by get_hyper: leave the flag away.")
+            raise BadInput(f"--config.{clash[0]} is swept by get_hyper: remove the flag.")
         if point in points[:i]:
             raise BadInput(f"Points {points.index(point)} and {i} of get_hyper are the same.")
         try:
             settings.validate(point_config(config, point))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
+            reason = str(error).partition(" Other fields")[0]
             raise BadInput(
-                f"Point {i} of get_hyper, {dict(point)}, does not fit the config: "
-                f"{' '.join(str(error).split())}"
+                f"Point {i} of get_hyper, {dict(point)}, does not fit the config: {reason}"
             ) from error
-    return [f"{i:03d}-{readable(point)}" for i, point in enumerate(points)]
+        text = ",".join(f"{key}={value}" for key, value in point.items())
+        text = re.sub(r"[^\w.,=+-]+", "_", text)
+        names.append(f"{i:03d}-{text[:NAME_LENGTH]}")
+    return names
 
 
 def point_config(config: Any, point: Mapping[str, Any]) -> Any:
-    """The config that the training of this point sees."""
+    """The config that the training of this point sees; `config` is locked."""
     own = copy.deepcopy(config)
-    for key in point:
-        inner = own
-        for part in key.split("."):
-            if part not in inner:
-                raise KeyError(f"there is no config.{key}")
-            inner = inner[part]
     own.update_from_flattened_dict(dict(point))
     return own
 
 
-def readable(point: Mapping[str, Any]) -> str:
-    """learning_rate=0.001,margin=0.1; more of a key where its last part alone is ambiguous."""
-    short = [sweep_table.short_key(key, point) for key in point]
-    text = ",".join(f"{key}={value}" for key, value in zip(short, point.values(), strict=True))
-    return re.sub(r"[^\w.,=+-]+", "_", text)[:NAME_LENGTH]
-
-
-def number(index: str, count: int) -> int:
-    if not index.isdecimal() or int(index) >= count:
-        raise BadInput(f"--index={index}: the points are 0 to {count - 1}, see --list.")
-    return int(index)
-
-
-def as_flags(values: Mapping[str, Any]) -> Sequence[str]:
+def as_flags(values: Mapping[str, Any]) -> list[str]:
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
@@ -186,87 +170,66 @@ def claim(workdir: epath.Path, points: Sequence[Mapping[str, Any]], lead: bool) 
         files.write_json(path, own)
 
 
-# ------------------------------------------------------------------------- the trainings
-
-
 def run(
     trainings: Sequence[tuple[str, Sequence[str], Any]], workdir: epath.Path, lead: bool
 ) -> int:
     """Runs (name, command, config) one after the other; returns the sweep's exit code."""
-    crashed = refused = through = 0
-    with Signals() as signals:
+    child: subprocess.Popen | None = None
+    stopping = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        # A terminal sends Ctrl-C to the training as well, and two of them would kill it.
+        if child and number == signal.SIGTERM:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    codes = []
+    try:
         for name, command, config in trainings:
-            if is_through(workdir / name, config):
-                logging.info("%s is through", name)
-                through += 1
+            if is_done(workdir / name, config):
+                logging.info("%s is done", name)
                 continue
-            if signals.asked:
+            if stopping:
                 return os.EX_TEMPFAIL
             logging.info("%s starts", name)
-            code = signals.wait(subprocess.Popen(command))
+            child = subprocess.Popen(command)
+            if stopping:
+                child.send_signal(signal.SIGTERM)  # the signal came just before the child
+            code = child.wait()
+            code = code if code >= 0 else 128 - code  # as a shell has it: 128 + N for signal N
+            child = None
             failed = workdir / name / FAILED_FILE
             if lead and code not in (0, os.EX_TEMPFAIL):
                 failed.parent.mkdir(parents=True, exist_ok=True)
-                values = json.loads(config.to_json_best_effort())
-                files.write_json(failed, {"exit_code": code, "config": values})
+                files.write_json(failed, {"exit_code": code, "config": as_json(config)})
             elif lead:
                 failed.unlink(missing_ok=True)
-            if code == os.EX_TEMPFAIL or (code and signals.asked):
+            if code == os.EX_TEMPFAIL or (code and stopping):
                 return os.EX_TEMPFAIL
             logging.info("%s ended with exit code %d", name, code)
-            # Diverged: the loss was no number any more, which for a sweep is a result.
-            diverged = code == 2 and is_through(workdir / name, config)
-            through += code == 0 or diverged
-            refused += code == 2 and not diverged
-            crashed += code not in (0, 2)
-    return 1 if crashed else 2 if refused else 0
+            # Diverged: the loss is no longer finite, which for a sweep is a result.
+            codes.append(0 if is_done(workdir / name, config) else code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 1 if set(codes) - {0, 2} else max(codes, default=0)
 
 
-def is_through(folder: epath.Path, config: Any) -> bool:
-    """Whether this very point was trained to its end, or until its loss was no number any more."""
-    values = json.loads(config.to_json_best_effort())
+def is_done(folder: epath.Path, config: Any) -> bool:
+    """Whether this very point was trained to its end, or until its loss was no longer finite."""
     if (folder / "result.json").exists():
         # With another config, say a larger total, the training itself knows what is left to do.
-        return files.read_json(folder / "config.json", DELETE) == values
+        return files.read_json(folder / "config.json", DELETE) == as_json(config)
     if (folder / FAILED_FILE).exists() and telemetry.read_metrics(folder):
-        return files.read_json(folder / FAILED_FILE, DELETE) == {"exit_code": 2, "config": values}
+        diverged = {"exit_code": 2, "config": as_json(config)}
+        return files.read_json(folder / FAILED_FILE, DELETE) == diverged
     return False
 
 
-class Signals:
-    """Hands SIGTERM on to the training that runs, which saves and ends with 75."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._child: subprocess.Popen | None = None
-        self._before: dict[int, Callable[..., Any] | int | None] = {}
-
-    def __enter__(self) -> "Signals":
-        self._before = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._heard),
-            signal.SIGINT: signal.signal(signal.SIGINT, self._heard),
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signal_number, handler in self._before.items():
-            signal.signal(signal_number, handler)
-
-    def _heard(self, signal_number: int, frame: Any) -> None:
-        del frame
-        self.asked = True
-        # A terminal sends Ctrl-C to the training as well, and two of them would kill it.
-        if self._child is not None and signal_number == signal.SIGTERM:
-            self._child.send_signal(signal_number)
-
-    def wait(self, child: subprocess.Popen) -> int:
-        """The child's exit code, as a shell would tell it: 128 + N for signal N."""
-        self._child = child
-        if self.asked:
-            child.send_signal(signal.SIGTERM)  # the signal came just before the child
-        code = child.wait()
-        self._child = None
-        return code if code >= 0 else 128 - code
+def as_json(config: Any) -> Any:
+    return json.loads(config.to_json_best_effort())
 
 
 if __name__ == "__main__":
