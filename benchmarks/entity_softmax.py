@@ -267,9 +267,7 @@ def whole_step(report: figures.Report, quick: bool) -> None:
                 "entity_weights": np.ones((batch, 1), np.float32),
             },
         )
-        update = step.make_train_step(
-            step.StepContext(model, mesh, count), losses, tx, seed=0, shardings=places
-        )
+        update = step.make_train_step(step.StepContext(model, mesh, losses, count), tx, places)
 
         def run() -> Any:
             holder["state"], metrics = update(holder["state"], data)

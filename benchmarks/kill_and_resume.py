@@ -123,7 +123,7 @@ def child(args: argparse.Namespace) -> None:
     from mofi_jax.common import cli
     from mofi_jax.common.errors import BadInput, Preempted
     from mofi_jax.evaluators import suite
-    from mofi_jax.training import setup
+    from mofi_jax.training import step as step_lib
     from tests import datasets
 
     folder = pathlib.Path(args.child)
@@ -143,10 +143,10 @@ def child(args: argparse.Namespace) -> None:
     config.data.train_ops = "decode|resize_short(16)"
     notes = folder / f"{args.workdir}.used.jsonl"
 
-    make_train_step = setup.TrainSetup.make_train_step
+    make_train_step = step_lib.make_train_step
 
-    def noted(self: Any, shardings: Any) -> Callable:
-        update = make_train_step(self, shardings)
+    def noted(*arguments: Any) -> Callable:
+        update = make_train_step(*arguments)
 
         def run(train_state: Any, batch: Any) -> Any:
             step = int(np.asarray(train_state.step.addressable_shards[0].data))
@@ -164,7 +164,7 @@ def child(args: argparse.Namespace) -> None:
 
         return run
 
-    setup.TrainSetup.make_train_step = noted
+    step_lib.make_train_step = noted
     run_all = suite.run_all
 
     def marked(*arguments: Any) -> Any:

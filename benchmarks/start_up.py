@@ -31,7 +31,7 @@ def child(arguments: list[str]) -> None:
 
     from configs import mofi
     from mofi_jax import train
-    from mofi_jax.training import setup
+    from mofi_jax.training import step as step_lib
 
     config = mofi.get_config(f"task=multitask,variant={variant},res=224")
     config.update_from_flattened_dict(
@@ -45,10 +45,10 @@ def child(arguments: list[str]) -> None:
             "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         }
     )
-    make_train_step = setup.TrainSetup.make_train_step
+    make_train_step = step_lib.make_train_step
 
-    def timed(self, shardings):
-        update = make_train_step(self, shardings)
+    def timed(*arguments):
+        update = make_train_step(*arguments)
 
         def run(*step):
             result = jax.block_until_ready(update(*step))
@@ -60,7 +60,7 @@ def child(arguments: list[str]) -> None:
 
         return run
 
-    setup.TrainSetup.make_train_step = timed
+    step_lib.make_train_step = timed
     train.main(config, workdir)
 
 

@@ -142,8 +142,8 @@ def measure(case: Case) -> dict[str, Any]:
     init = state_lib.initialiser(model, tx, losses=losses, table_rows=rows)
     state, places = state_lib.create(init, 0, mesh)
     data = global_batch.to_global(mesh, random_batch(case))
-    context = step.StepContext(model, mesh, case.entities if "entity" in losses else 0)
-    update = step.make_train_step(context, losses, tx, seed=0, shardings=places)
+    context = step.StepContext(model, mesh, losses, case.entities if "entity" in losses else 0)
+    update = step.make_train_step(context, tx, places)
 
     start = time.perf_counter()
     compiled = update.lower(state, data).compile()
@@ -163,7 +163,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "seconds": statistics.median(seconds),
         "compile_seconds": compile_seconds,
-        "flops": flops.of_step(context, losses, batch_size=case.batch).total,
+        "flops": flops.of_step(context, batch_size=case.batch).total,
         "peak": chip.device_flops if chip else None,
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),

@@ -26,7 +26,7 @@ from benchmarks import figures
 from configs import quickstart
 from mofi_jax import telemetry
 from mofi_jax.distributed import global_batch, meshes
-from mofi_jax.training import checkpoint, setup, state
+from mofi_jax.training import checkpoint, setup, state, step
 
 SAVE_EVERY = 100
 LOG_EVERY = 10  # the loop of configs/mofi.py logs each 50 steps
@@ -51,7 +51,7 @@ class Loop:
             examples_per_epoch=10_000,
         )
         self.state, shardings = state.create(program.init, config.seed, mesh)
-        self.update = program.make_train_step(shardings)
+        self.update = step.make_train_step(program.context, program.tx, shardings)
         self.batch = global_batch.to_global(mesh, random_batch(config, batch_size))
         self.learning_rates = program.learning_rates
         self.values: Any = None
@@ -61,7 +61,7 @@ class Loop:
         self.goodput = telemetry.Goodput()
         self.goodput.resume(workdir, {})
         self.goodput.enter("step")
-        self.watchdog = telemetry.Watchdog(workdir, self.goodput, minutes=20.0)
+        self.watchdog = telemetry.Watchdog(minutes=20.0)
         self.metrics = telemetry.Metrics(workdir, resume_step=-1)
         self.meter = telemetry.Meter(
             self.goodput,
@@ -70,7 +70,7 @@ class Loop:
             flops_per_step=1e12,
             peak_flops=1e12,
         )
-        self.console = telemetry.Console(10_000, first=0, batch_size=batch_size)
+        self.console = telemetry.Console(10_000, batch_size)
         self.checkpointer = checkpoint.Checkpointer(workdir, keep=2)
 
     def run(self, steps: int, *, telling: bool, saving: bool = False) -> float:
@@ -102,14 +102,13 @@ class Loop:
 
     def tell(self) -> None:
         """What the training loop does after each step."""
-        self.watchdog.progress(self.step)
+        self.watchdog.progress()
         self.metrics.watch(self.step, self.values)
         self.console.show(self.step - 1, self.metrics.flush())
         if self.step % LOG_EVERY == 0:
             told = {**self.learning_rates(self.step), **self.meter.read(self.step)}
             self.metrics.push(self.step, {**self.values, **told})
             self.goodput.heartbeat()
-        self.console.step()
 
     def close(self) -> None:
         self.checkpointer.close()

@@ -113,8 +113,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # checks them; False where that takes longer than it is worth.
     config.checkpoint = {"every": "2000 steps", "keep": 3, "keep_every": "0 steps", "verify": True}
     config.telemetry = {
-        # Minutes without progress until a host tells where it stands (stderr and
-        # W/hang-PROCESS.txt); it is not killed.  0 for never.
+        # Minutes without progress until a host prints its stacks; it is not killed.  0 for never.
         "hang_minutes": 20.0,
         "wandb": "",  # project of Weights & Biases; needs pip install wandb
     }

@@ -103,7 +103,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     position = checkpoint.read_position(run, step)
 
     fresh = np.flatnonzero(sources < 0)
-    rows = new_rows(old_state.params, program.model, texts, new, fresh, len(old), mesh)
+    rows = new_rows(old_state.params, program.context.model, texts, new, fresh, len(old), mesh)
     grown = class_table.moved_rows(
         old_state,
         # From ids to rows of the table, which lie in another order.

@@ -2,7 +2,7 @@
 
     python -m mofi_jax.train --config configs/mofi.py:task=multitask,variant=B/16 --workdir W
 
-Reads from top to bottom: hosts, data, model, what is already there, update, evaluators, loop.  The
+Reads from top to bottom: devices, data, model, evaluators, checkpoint, logging, input, loop.  The
 same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters
 of an uninterrupted one, bit for bit.  For what the folder W holds, see `training.run_folder`.
 """
@@ -39,6 +39,7 @@ from mofi_jax.training import (
     settings,
     setup,
     state,
+    step,
 )
 
 
@@ -84,9 +85,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
 
     # ---------------------------------------------------------------------- hosts and devices
     mesh = meshes.make_mesh(**config.mesh)
-    lead = jax.process_index() == 0
     setup.check_batch(config, mesh)
-    watchdog = telemetry.Watchdog(workdir, goodput, minutes=config.telemetry.hang_minutes)
+    watchdog = telemetry.Watchdog(config.telemetry.hang_minutes)
     cleanup.callback(watchdog.close)
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
@@ -109,8 +109,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     structs, shardings = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     sharding.check_replication(mesh, structs, config.max_replicated)
-    model, clock = train_setup.model, train_setup.clock
-    num_entities = train_setup.context.num_entities
+    context, clock = train_setup.context, train_setup.clock
+    model, num_entities = context.model, context.num_entities
     for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
         logging.warning("%s", sentence)
     profiler = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
@@ -135,7 +135,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     for name, reason in {**suite.skipped, **never}.items():
         logging.info("config.evaluators.%s is left out: %s", name, reason)
 
-    # ---------------------------------------------------------------------- what is already there
+    # ---------------------------------------------------------------------- checkpoint
     description = run_folder.describe_model(
         model, config.data.eval_ops, classified="entity" in config.losses
     )
@@ -176,11 +176,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     else:
         train_state, _ = state.create(train_setup.init, config.seed, mesh)
         train_state = warm_start.apply(train_state, warm) if warm else train_state
+    train_step = step.make_train_step(context, train_setup.tx, shardings)
 
-    # ---------------------------------------------------------------------- update
-    train_step = train_setup.make_train_step(shardings)
-
-    # ---------------------------------------------------------------------- loop
+    # ---------------------------------------------------------------------- logging
     goodput.resume(workdir, position.seconds)
     batch_size, examples = config.batch_size, position.examples
     metrics = telemetry.Metrics(
@@ -196,6 +194,18 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
     cleanup.callback(metrics.abandon)
+    chip = accelerators.chip_of(jax.devices()[0])
+    contrasted = batch_size if "contrastive" in config.losses else 0
+    meter = telemetry.Meter(
+        goodput,
+        images_per_step=batch_size,
+        tokens_per_step=contrasted * config.model.context_length,
+        flops_per_step=flops.of_step(context, batch_size=batch_size).total,
+        peak_flops=chip.device_flops * mesh.size if chip else None,
+    )
+    console = telemetry.Console(clock.total_steps, batch_size)
+
+    # ---------------------------------------------------------------------- input
     stream = hosts.all_or_none(
         lambda: pipeline.training_stream(
             data.parts,
@@ -203,94 +213,81 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             seed=config.seed,
             start=examples,
             block=config.data.block,
-            batch_size=config.batch_size,
-            rows=global_batch.batch_rows(mesh, config.batch_size),
+            batch_size=batch_size,
+            rows=global_batch.batch_rows(mesh, batch_size),
             threads=config.data.threads,
             workers=config.data.workers,
         )
     )
     batches = prefetch.DeviceBatches(stream, mesh, config.data.prefetch)
     cleanup.callback(batches.close)
-    chip = accelerators.chip_of(jax.devices()[0])
-    contrasted = config.batch_size if "contrastive" in config.losses else 0
-    meter = telemetry.Meter(
-        goodput,
-        images_per_step=config.batch_size,
-        tokens_per_step=contrasted * config.model.context_length,
-        flops_per_step=flops.of_step(
-            train_setup.context, train_setup.losses, batch_size=config.batch_size
-        ).total,
-        peak_flops=chip.device_flops * mesh.size if chip else None,
-    )
+
+    # ---------------------------------------------------------------------- loop
     scores: dict[str, float] = {}
     total = clock.total_steps
     values = before = None
     goodput.enter("step")
-    console = telemetry.Console(total, first=first, batch_size=config.batch_size)
-    with console:
-        for now in range(first, total + 1):
-            # Evaluate, save, and only then draw the next batch: what is on disk is the state
-            # before the batch that follows it, and nothing is in flight.
-            preempted = now != total and guard.requested()
-            due = {
-                name: evaluator
-                for name, evaluator in suite.evaluators.items()
-                # A resumed run has these scores in its metrics already, unless it is the end.
-                if (now == 0 or cadence.due(now, eval_every[name], last=total))
-                and (now != first or first in (0, total) or not position.evaluated)
-            }
-            # What the last step leaves is saved in any case.
-            saving = now != first and (
-                preempted or now == total or cadence.due(now, train_setup.save_every, last=total)
-            )
-            if due or saving:
-                jax.block_until_ready(values)  # a step in flight is no part of what comes now
-                console.show(now, metrics.flush())
-            if due and not preempted:
-                console.status("evaluating")
-                with goodput.phase("eval"):
-                    embedder = embedding.Embedder(towers, train_state.evaluated)
-                    scores = evaluation.run_all(due, embedder, watchdog.progress)
-                metrics.write(now, scores)
-                shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
-                logging.info("step %d %s", now, shown)
-            if saving:
-                metrics.require_finite(now, values)
-                metrics.store()
-                with goodput.phase("checkpoint"):
-                    reached = dataclasses.replace(
-                        start, examples=examples, seconds=goodput.save(), evaluated=not preempted
-                    )
-                    checkpointer.save(now, train_state, reached)
-            if preempted:
-                with goodput.phase("checkpoint"):
-                    checkpointer.wait()
-                raise Preempted(f"{workdir} is at step {now}: the same command goes on from there.")
-            with goodput.phase("profile"):
-                profiler.at(now, in_flight=values)
-            if now == total:
-                break
-            with jax.profiler.StepTraceAnnotation("train", step_num=now):
-                with goodput.phase("input"):
-                    batch = next(batches)
-                with jax.transfer_guard("disallow"):
-                    train_state, values = train_step(train_state, batch)
-            guard.defer_exit()  # until here nothing could be lost by exiting at once
-            examples += config.batch_size
-            # One update in flight hides the host's work.  More would only hold more batches in the
-            # devices' memory, and nobody could tell whether the loop waits for them or for input.
-            jax.block_until_ready(before)
-            before = values
-            watchdog.progress(now)
-            checkpointer.check()
-            metrics.watch(now + 1, values)
+    for now in range(first, total + 1):
+        # Evaluate, save, and only then draw the next batch: what is on disk is the state before
+        # the batch that follows it, and nothing is in flight.
+        preempted = now != total and guard.requested()
+        due = {
+            name: evaluator
+            for name, evaluator in suite.evaluators.items()
+            # A resumed run has these scores in its metrics already, unless it is the end.
+            if (now == 0 or cadence.due(now, eval_every[name], last=total))
+            and (now != first or first in (0, total) or not position.evaluated)
+        }
+        # What the last step leaves is saved in any case.
+        saving = now != first and (
+            preempted or now == total or cadence.due(now, train_setup.save_every, last=total)
+        )
+        if due or saving:
+            jax.block_until_ready(values)  # a step in flight is no part of what comes now
             console.show(now, metrics.flush())
-            if cadence.due(now + 1, train_setup.log_every, last=total):
-                measured = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
-                metrics.push(now + 1, {**values, **measured})
-                goodput.heartbeat()
-            console.step()
-        console.show(total, metrics.flush())
+        if due and not preempted:
+            with goodput.phase("eval"):
+                embedder = embedding.Embedder(towers, train_state.evaluated)
+                scores = evaluation.run_all(due, embedder, watchdog.progress)
+            metrics.write(now, scores)
+            shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+            logging.info("step %d %s", now, shown)
+        if saving:
+            metrics.require_finite(now, values)
+            metrics.store()
+            with goodput.phase("checkpoint"):
+                reached = dataclasses.replace(
+                    start, examples=examples, seconds=goodput.save(), evaluated=not preempted
+                )
+                checkpointer.save(now, train_state, reached)
+        if preempted:
+            with goodput.phase("checkpoint"):
+                checkpointer.wait()
+            raise Preempted(f"{workdir} is at step {now}: the same command goes on from there.")
+        with goodput.phase("profile"):
+            profiler.at(now, in_flight=values)
+        if now == total:
+            break
+        with jax.profiler.StepTraceAnnotation("train", step_num=now):
+            with goodput.phase("input"):
+                batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                train_state, values = train_step(train_state, batch)
+        guard.defer_exit()  # until here nothing could be lost by exiting at once
+        examples += batch_size
+        # One update in flight hides the host's work.  More would only hold more batches in the
+        # devices' memory, and nobody could tell whether the loop waits for them or for input.
+        jax.block_until_ready(before)
+        before = values
+        watchdog.progress()
+        checkpointer.check()
+        metrics.watch(now + 1, values)
+        console.show(now, metrics.flush())
+        if cadence.due(now + 1, train_setup.log_every, last=total):
+            measured = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
+            metrics.push(now + 1, {**values, **measured})
+            goodput.heartbeat()
+    console.show(total, metrics.flush())
     metrics.close()
     with goodput.phase("checkpoint"):
         checkpointer.wait()
@@ -298,7 +295,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # ---------------------------------------------------------------------- result
     split = goodput.finish()
     trained = split["input"] + split["step"]
-    if lead:
+    if jax.process_index() == 0:
         files.write_json(
             workdir / "result.json",
             {

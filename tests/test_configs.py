@@ -37,7 +37,7 @@ def test_every_variant_and_task_builds_abstractly(variant, task, mesh_of):
     )
     assert built.clock.total_steps == 439_087
     structs, _ = state.abstract(built.init, mesh)
-    loss = step.make_loss(built.context, built.losses)
+    loss = step.make_loss(built.context)
     batch = setup.batch_structs(config, mesh)
     value, metrics = jax.eval_shape(loss, structs.params, batch)
     assert value.shape == ()

@@ -36,7 +36,7 @@ def xla_flops(config, made, mesh):
     """Of the losses and all gradients, on one device."""
     structs, _ = state.abstract(made.init, mesh)
     batch = setup.batch_structs(config, mesh)
-    loss = step.make_loss(made.context, made.losses)
+    loss = step.make_loss(made.context)
     compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(structs.params, batch).compile()
     # One that scatters has no product in it.
     loops = [line for line in compiled.as_text().splitlines() if " while(" in line]
@@ -47,7 +47,7 @@ def xla_flops(config, made, mesh):
 @pytest.mark.parametrize("task", ["supervised", "contrastive", "multitask"])
 def test_agrees_with_xla(task, mesh_of):
     config, made = built(mesh_of["1x1x1"], task)
-    counted = flops.of_step(made.context, made.losses, batch_size=config.batch_size)
+    counted = flops.of_step(made.context, batch_size=config.batch_size)
     expected = xla_flops(config, made, mesh_of["1x1x1"])
     # What is no product (norms, softmax, GELU) is XLA's alone.
     assert 0.95 * expected <= counted.total <= expected
@@ -62,7 +62,7 @@ def test_class_table_agrees_with_xla(mesh_of):
     for entities in (2048, 8192):
         config, made = built(mesh, "supervised", batch_size=128, entities=entities)
         totals.append(xla_flops(config, made, mesh))
-        counts.append(flops.of_step(made.context, made.losses, batch_size=config.batch_size))
+        counts.append(flops.of_step(made.context, batch_size=config.batch_size))
     difference = counts[1].classes - counts[0].classes
     assert difference == 6 * config.batch_size * 6144 * config.model.embed_dim
     assert totals[1] - totals[0] == pytest.approx(difference, rel=0.1)
@@ -71,19 +71,19 @@ def test_class_table_agrees_with_xla(mesh_of):
 def test_microbatches_and_devices_change_nothing(mesh_of):
     _, one = built(mesh_of["1x1x1"], "multitask")
     _, many = built(mesh_of["1x8x1"], "multitask", microbatches=2)
-    a, b = (flops.of_step(p.context, p.losses, batch_size=16) for p in (one, many))
+    a, b = (flops.of_step(p.context, batch_size=16) for p in (one, many))
     assert a == b
 
 
 def test_frozen_towers_and_sampled_classes(mesh_of):
     _, made = built(mesh_of["1x8x1"], "multitask", entities=80_000)
-    whole = flops.of_step(made.context, made.losses, batch_size=32)
+    whole = flops.of_step(made.context, batch_size=32)
     context = dataclasses.replace(made.context, frozen=("image",))
-    frozen = flops.of_step(context, made.losses, batch_size=32)
-    assert frozen.image == 32 * flops.image_forward(made.model)
+    frozen = flops.of_step(context, batch_size=32)
+    assert frozen.image == 32 * flops.image_forward(made.context.model)
     assert frozen == dataclasses.replace(whole, image=frozen.image)
     _, sampled = built(mesh_of["1x8x1"], "multitask", entities=80_000, sample_rate=0.1)
-    part = flops.of_step(sampled.context, sampled.losses, batch_size=32)
+    part = flops.of_step(sampled.context, batch_size=32)
     np.testing.assert_allclose(part.classes, 0.1 * whole.classes, rtol=1e-3)
 
 
@@ -95,4 +95,4 @@ def test_published_forward_passes(variant, gigaflops, mesh_of):
     config = mofi_config.get_config(f"variant={variant}")
     sizes = {"vocab_size": 50_272, "eos_id": 2, "num_entities": 1, "examples_per_epoch": 1}
     made = setup.make(config, mesh_of["1x1x1"], **sizes)
-    assert flops.image_forward(made.model) / 1e9 == pytest.approx(gigaflops, rel=0.01)
+    assert flops.image_forward(made.context.model) / 1e9 == pytest.approx(gigaflops, rel=0.01)

@@ -1,4 +1,4 @@
-"""The goodput clock: every second in one phase, across restarts; the watchdog that reads it."""
+"""The goodput clock: every second in one phase, across restarts."""
 
 import json
 import threading
@@ -29,7 +29,6 @@ def test_every_moment_belongs_to_one_phase():
         with goodput.phase("input"):
             clock.now += 2
         clock.now += 1
-    assert goodput.current == "step"
     clock.now += 5
     goodput.close()
     seconds = goodput.seconds()
@@ -270,70 +269,3 @@ def test_heartbeats_are_rare(tmp_path):
     run.goodput.heartbeat()
     assert told() == pytest.approx(12)
     run.goodput.close()
-
-
-# --------------------------------------------------------------------------------------- watchdog
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
-def stall(event):
-    event.wait()
-
-
-def test_a_hung_host_tells_where_it_stands(tmp_path, capsys):
-    goodput = telemetry.Goodput()
-    watchdog = telemetry.Watchdog(tmp_path, goodput, minutes=0.2 / 60)
-    event, path = threading.Event(), tmp_path / "hang-0.txt"
-    goodput.enter("step")
-    watchdog.progress(41)
-    stalled = threading.Thread(target=stall, args=(event,))
-    stalled.start()
-    with goodput.phase("input"):
-        wait_until(lambda: path.exists() and path.read_text().count("process 0 of 1 hangs") >= 2)
-    event.set()
-    stalled.join()
-    watchdog.close()
-    goodput.close()
-    text = path.read_text()
-    assert "in phase 'input', at step 41" in text
-    assert "in stall" in text  # another thread's stack
-    assert "in test_a_hung_host_tells_where_it_stands" in text  # and the main one's
-    assert "process 0 of 1 hangs" in capsys.readouterr().err
-
-
-def test_whatever_moves_is_no_hang(tmp_path):
-    """Phases, programs compiled and calls of progress all count."""
-    clock = Clock()
-    goodput = telemetry.Goodput(clock=clock, wall=clock)
-    watchdog = telemetry.Watchdog(tmp_path, goodput, minutes=0.0, clock=clock)
-
-    def idle_after(seconds):
-        clock.now += seconds
-        return watchdog.idle()
-
-    assert idle_after(50) == 50
-    watchdog.progress(3)
-    assert idle_after(50) == 50
-    goodput.compiled(40.0)
-    assert idle_after(50) == 50
-    with goodput.phase("eval"):
-        assert idle_after(50) == 50
-        watchdog.progress()
-        assert idle_after(61) == 61
-    watchdog.close()
-    goodput.close()
-
-
-def test_zero_minutes_is_off(tmp_path):
-    goodput = telemetry.Goodput()
-    before = threading.active_count()
-    watchdog = telemetry.Watchdog(tmp_path, goodput, minutes=0.0)
-    assert threading.active_count() == before
-    watchdog.close()
-    goodput.close()

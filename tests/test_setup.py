@@ -9,7 +9,7 @@ from configs import quickstart
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import pipeline, records, tokenizer
 from mofi_jax.distributed import global_batch, sharding
-from mofi_jax.training import setup, state
+from mofi_jax.training import setup, state, step
 from tests import datasets
 
 
@@ -62,8 +62,8 @@ def test_one_step_of_what_the_stream_gives(tmp_path, mesh_of):
         lambda x: (x.shape, x.dtype, x.sharding), described
     )
 
-    first, shardings = state.create(built.init, built.seed, mesh)
-    after, values = built.make_train_step(shardings)(first, batch)
+    first, shardings = state.create(built.init, config.seed, mesh)
+    after, values = step.make_train_step(built.context, built.tx, shardings)(first, batch)
     assert int(after.step) == 1
     assert float(values["labelled_share"]) > 0
     assert after.params[sharding.ENTITY_TABLE].shape[0] >= built.context.num_entities
@@ -86,7 +86,8 @@ def test_every_device_computes_its_share(mesh_of):
         built = setup.make(config, mesh, **sizes)
         structs, shardings = state.abstract(built.init, mesh)
         batch = setup.batch_structs(config, mesh)
-        compiled = built.make_train_step(shardings).lower(structs, batch).compile()
+        train_step = step.make_train_step(built.context, built.tx, shardings)
+        compiled = train_step.lower(structs, batch).compile()
         return compiled.cost_analysis()["flops"]
 
     whole = flops(mesh_of["1x1x1"])

@@ -63,8 +63,8 @@ def built(mesh, config, seed):
         MODEL, tx, losses=losses, table_rows=class_order.padded_rows(ENTITIES, mesh)
     )
     train_state, shardings = state.create(init, 1, mesh)
-    context = step.StepContext(MODEL, mesh, ENTITIES, 1)
-    update = step.make_train_step(context, losses, tx, seed=seed, shardings=shardings)
+    context = step.StepContext(MODEL, mesh, losses, ENTITIES, seed=seed)
+    update = step.make_train_step(context, tx, shardings)
     return jax.device_get(train_state), shardings, update
 
 
@@ -95,7 +95,7 @@ def gradients(mesh, microbatches, kind="softmax"):
         MODEL, tx, losses=losses, table_rows=class_order.padded_rows(ENTITIES, mesh)
     )
     train_state, _ = state.create(init, 1, mesh)
-    loss = step.make_loss(step.StepContext(MODEL, mesh, ENTITIES, microbatches), losses)
+    loss = step.make_loss(step.StepContext(MODEL, mesh, losses, ENTITIES, microbatches))
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, _), grads = run(train_state.params, global_batch.to_global(mesh, batch_of()))
     return float(value), jax.device_get(grads)
@@ -118,7 +118,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(mesh_of, mesh, parts, 
 
 def lowered(mesh, parts, rows):
     """The image tower's value and gradient on `rows` pictures, compiled."""
-    context = step.StepContext(MODEL, mesh, ENTITIES, parts)
+    context = step.StepContext(MODEL, mesh, {}, ENTITIES, parts)
     params = jax.eval_shape(
         functools.partial(mofi.create, MODEL, towers=("image",)), jax.random.key(0)
     )
@@ -229,7 +229,7 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, ra
         scales = {"logit_scale": mofi.logit_scale(params), "entity": mofi.entity_scale(params)}
         return jnp.mean(batch["pull"]) * sum(scales.values()), scales
 
-    monkeypatch.setattr(step, "make_loss", lambda context, losses: loss)
+    monkeypatch.setattr(step, "make_loss", lambda context: loss)
     mesh = mesh_of["1x1x1"]
     config = options(entity__sample_rate=rate)
     config.optimizer.learning_rate = 0.01
@@ -238,13 +238,13 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, ra
     def after(pull, start, frozen=()):
         config.optimizer.frozen = frozen
         tx = optim.make(config.optimizer, cadence.Clock(BATCH, 1000, 100))
-        context = step.StepContext(MODEL, mesh, 16, frozen=frozen, ema_decay=0.9)
+        context = step.StepContext(MODEL, mesh, losses, 16, frozen=frozen, ema_decay=0.9)
         params = {sharding.ENTITY_TABLE: jnp.ones((16, 2)), "logit_bias": jnp.float32(9)}
         params |= {name: jnp.float32(start) for name in mofi.LOG_SCALES}
         ema = jax.tree.map(jnp.copy, params)
         old = state.TrainState(jnp.int32(0), params, tx.init(params), ema)
         shardings = sharding.tree_shardings(mesh, old)
-        update = step.make_train_step(context, losses, tx, seed=0, shardings=shardings)
+        update = step.make_train_step(context, tx, shardings)
         batch = {"pull": np.full(8, pull, np.float32), "entity_ids": np.zeros((8, 1), np.int32)}
         new, metrics = update(jax.device_put(old, shardings), global_batch.to_global(mesh, batch))
         assert new.params["logit_bias"] == 9

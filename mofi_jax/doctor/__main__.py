@@ -149,7 +149,7 @@ def check_run(
     millions = sum(leaf.size for leaf in parameters) / 1e6
     steps = program.clock.total_steps
     report.add("model", "ok", f"{millions:,.1f} M parameters, {steps:,} steps")
-    for sentence in settings.warnings(config, program.clock, eos_id=program.model.eos_id):
+    for sentence in settings.warnings(config, program.clock, eos_id=program.context.model.eos_id):
         report.add("config", "warning", sentence)
     with report.about("sharding"):
         sharding.check_replication(mesh, structs, config.max_replicated)
@@ -171,7 +171,7 @@ def check_run(
         return
     with report.about("workdir"):
         description = run_folder.describe_model(
-            program.model, config.data.eval_ops, classified="entity" in config.losses
+            program.context.model, config.data.eval_ops, classified="entity" in config.losses
         )
         fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
         start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
@@ -181,7 +181,7 @@ def check_run(
             report.add("workdir", "warning", f"a checkpoint is damaged ({wrong})")
         if run.step is not None:
             report.add("workdir", "ok", f"resumes from step {run.step}")
-    every = program.clock.steps(config.checkpoint.keep_every, key="config.checkpoint.keep_every")
+    every = program.keep_every
     # One more than are kept: the next is complete before the oldest is deleted.
     count = config.checkpoint.keep + 1 + (steps // every if every else 0)
     saved = pathlib.Path(workdir, checkpoint.FOLDER).rglob("*")

@@ -24,7 +24,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.plan import hlo, network, tpu_topology
 from mofi_jax.telemetry import accelerators, flops
-from mofi_jax.training import class_table, settings, setup, state
+from mofi_jax.training import class_table, settings, setup, state, step
 
 EXAMPLES_PER_EPOCH = 10**9  # of the schedule alone, which no shape depends on
 GIB = 2**30
@@ -146,7 +146,8 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
     needed, available, read = None, int(chip.hbm_bytes), {}
     logging.info("compiling a batch of %d for %d devices", config.batch_size, mesh.size)
     try:
-        compiled = made.make_train_step(shardings).lower(structs, batch).compile()
+        train_step = step.make_train_step(made.context, made.tx, shardings)
+        compiled = train_step.lower(structs, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if not OUT_OF_HBM.search(str(error)):
             raise
@@ -177,7 +178,7 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
         memory=memory,
         needed=needed,
         available=available,
-        model=flops.of_step(made.context, made.losses, batch_size=config.batch_size),
+        model=flops.of_step(made.context, batch_size=config.batch_size),
         **read,
     )
 

@@ -8,7 +8,6 @@ logits are computed too.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from mofi_jax.losses import class_order, entity_sampling
@@ -37,15 +36,14 @@ class StepFlops:
         return self.image + self.text + self.classes + self.pairs
 
 
-def of_step(context: Any, losses: Mapping[str, Mapping[str, Any]], *, batch_size: int) -> StepFlops:
+def of_step(context: Any, *, batch_size: int) -> StepFlops:
     """FLOPs of one training step.
 
     Args:
       context: `training.step.StepContext`; a frozen tower has no backward pass.
-      losses: task name -> options, as in ``config.losses``.
       batch_size: global.
     """
-    model = context.model
+    model, losses = context.model, context.losses
     classes = text = pairs = 0.0
     times = {name: FROZEN if name in context.frozen else TRAINED for name in mofi.TOWERS}
     # The pixels have no gradient, so their projection has one pass less.

@@ -46,8 +46,6 @@ def process_start() -> float:
 class Goodput:
     """The clock of a run; every moment belongs to exactly one phase, at first to "start".
 
-    Used by one thread; other threads may read `current` and `moved`.
-
     Args:
       started: Unix time at which this process began the run; None: now.
       clock: seconds that only grow; `time.monotonic`.
@@ -64,7 +62,7 @@ class Goodput:
         now = wall()
         self._started = self._first_start = now if started is None else min(started, now)
         self._clock = clock
-        self.moved = self._written = clock()  # the last call from the loop, by ``clock``
+        self._mark = self._written = clock()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._seconds["start"] = now - self._started
         self._stack = ["start"]
@@ -73,11 +71,6 @@ class Goodput:
         self._path: epath.Path | None = None
         self._finished = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    @property
-    def current(self) -> str:
-        """The present phase."""
-        return self._stack[-1]
 
     def resume(self, workdir: epath.PathLike, saved: Mapping[str, float]) -> None:
         """Adds what earlier processes spent on this run, and writes to the workdir from now on.
@@ -157,7 +150,7 @@ class Goodput:
         if self._path is not None:
             state = {"first_start": self._first_start, "finished": self._finished}
             write_json(self._path, {**state, "seconds": seconds})
-        self._written = self.moved
+        self._written = self._mark
         return seconds
 
     def finish(self) -> dict[str, float]:
@@ -180,13 +173,13 @@ class Goodput:
         moved already is not moved again.
         """
         self._settle()
-        begin = self.moved - seconds
+        begin = self._mark - seconds
         while self._compiled and self._compiled[-1][1] > begin:
             inner, end = self._compiled.pop()
             seconds -= end - max(inner, begin)
             begin = min(begin, inner)
-        self._compiled.append((begin, self.moved))
-        self._seconds[self.current] -= seconds
+        self._compiled.append((begin, self._mark))
+        self._seconds[self._stack[-1]] -= seconds
         self._seconds["compile"] += seconds
 
     def _on_event(self, event: str, duration: float, **_) -> None:
@@ -197,5 +190,5 @@ class Goodput:
     def _settle(self) -> None:
         """Counts the time since the last call as the present phase's."""
         now = self._clock()
-        self._seconds[self.current] += now - self.moved
-        self.moved = now
+        self._seconds[self._stack[-1]] += now - self._mark
+        self._mark = now

@@ -70,11 +70,8 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     """Builds the update rule.
 
     Args:
-      config: ``config.optimizer``: kind (`KINDS`), learning_rate (peak), warmup (a duration),
-        final_fraction, b1, b2, eps, weight_decay (multiplied by the learning rate, as
-        `optax.adamw` does), clip_norm (0 for none), first_moment_dtype, layer_decay
-        (`scale_by_depth`; 1 for one learning rate at all depths), frozen (`is_frozen`), and table
-        = {learning_rate_multiplier, clip_norm, second_moment}.
+      config: ``config.optimizer``, see ``configs/mofi.py``; weight_decay is multiplied by the
+        learning rate, as `optax.adamw` does.
     """
     rate = schedule(config, clock)
     table = config.table
@@ -158,21 +155,18 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
             return update * scale.reshape(-1, *[1] * (update.ndim - 1)).astype(update.dtype)
         return update * decay ** (depth + 1)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def scaled(updates: Any, params: Any) -> Any:
         del params
         layers = {
             sharding.path_name(path).split("/")[0]: leaf.shape[0]
             for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]
             if "blocks" in sharding.path_name(path).split("/")
         }
-        scaled = jax.tree_util.tree_map_with_path(
+        return jax.tree_util.tree_map_with_path(
             lambda path, leaf: factor(path, leaf, layers), updates
         )
-        return scaled, state
 
-    if decay == 1:
-        return optax.identity()
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.identity() if decay == 1 else optax.stateless(scaled)
 
 
 def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
@@ -187,13 +181,14 @@ def in_parts(name: str, parts: Sequence[str]) -> bool:
 
 def check_frozen(params: Any, frozen: Sequence[str]) -> None:
     """Raises BadInput for a part without parameters (names those there are), or for all of them."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [sharding.path_name(path) for path, _ in leaves]
     for part in frozen:
-        if not any(is_frozen(path, (part,)) for path in paths):
-            names = sorted({"/".join(sharding.path_name(p).split("/")[:2]) for p in paths})
+        if not any(in_parts(path, (part,)) for path in paths):
+            names = sorted({"/".join(path.split("/")[:2]) for path in paths})
             raise BadInput(
                 f"config.optimizer.frozen names {part!r}, which is no part of the model: choose "
                 f"from {', '.join(names)}, or what these begin with."
             )
-    if all(is_frozen(path, frozen) for path in paths):
+    if all(in_parts(path, frozen) for path in paths):
         raise BadInput("config.optimizer.frozen leaves nothing to train: freeze fewer parts.")

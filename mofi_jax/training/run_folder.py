@@ -4,7 +4,7 @@ W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class t
 ``config.json``, ``checkpoints/``, ``metrics.jsonl`` (in a bucket ``metrics-NUMBER.jsonl``),
 ``goodput.json``, ``tensorboard/``, ``programs/`` (compiled by XLA) and, once finished,
 ``result.json``; with ``--profile=N:M`` ``profile/``; while it runs ``run.lock``; after trouble
-``hang-PROCESS.txt`` or ``nan-batch.txt``.
+``nan-batch.txt``.
 """
 
 import contextlib

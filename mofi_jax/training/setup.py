@@ -4,7 +4,7 @@ Knows sizes, no data: who trains reads them from a data set, who plans names the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch
 from mofi_jax.losses import class_order
-from mofi_jax.model import mofi
 from mofi_jax.training import cadence, optim, settings, state, step
 
 
@@ -24,36 +23,22 @@ class TrainSetup:
     """What a training config comes to on one mesh.
 
     Attributes:
-      model: both towers.
-      losses: task name -> {"weight": ..., options of the task}.
+      context: what all tasks of the step share, with the mesh.
       tx: the update rule.
       init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
-      context: what all tasks need to know, with the mesh.
       clock: turns durations into steps; knows the length of the run.
       log_every, save_every, keep_every: periods in steps, 0 for never.
       learning_rates: by step, as they are logged.
-      seed: ``config.seed``.
     """
 
-    model: mofi.MofiConfig
-    losses: Mapping[str, Mapping[str, Any]]
+    context: step.StepContext
     tx: optax.GradientTransformation
     init: Callable[[jax.Array], state.TrainState]
-    context: step.StepContext
     clock: cadence.Clock
     log_every: int
     save_every: int
     keep_every: int
     learning_rates: Callable[[int], dict[str, jax.Array]]
-    seed: int
-
-    def make_train_step(
-        self, shardings: state.TrainState
-    ) -> Callable[[state.TrainState, step.Batch], tuple[state.TrainState, step.Metrics]]:
-        """The jitted step (`step.make_train_step`) for a state of these shardings."""
-        return step.make_train_step(
-            self.context, self.losses, self.tx, seed=self.seed, shardings=shardings
-        )
 
 
 def make(
@@ -94,8 +79,16 @@ def make(
     num_entities = num_entities if "entity" in losses else 0
     tx = optim.make(config.optimizer, clock)
     return TrainSetup(
-        model=model,
-        losses=losses,
+        context=step.StepContext(
+            model,
+            mesh,
+            losses,
+            num_entities,
+            microbatches=config.microbatches,
+            frozen=tuple(config.optimizer.frozen),
+            ema_decay=config.ema.decay,
+            seed=config.seed,
+        ),
         tx=tx,
         init=state.initialiser(
             model,
@@ -104,14 +97,6 @@ def make(
             table_rows=class_order.padded_rows(num_entities, mesh),
             ema=config.ema.decay > 0,
         ),
-        context=step.StepContext(
-            model,
-            mesh,
-            num_entities,
-            microbatches=config.microbatches,
-            frozen=tuple(config.optimizer.frozen),
-            ema_decay=config.ema.decay,
-        ),
         clock=clock,
         log_every=clock.steps(config.log_every, key="config.log_every"),
         save_every=save_every,
@@ -119,7 +104,6 @@ def make(
         learning_rates=optim.learning_rates(
             config.optimizer, clock, entity_loss="entity" in losses
         ),
-        seed=config.seed,
     )
 
 

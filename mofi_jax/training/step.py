@@ -26,30 +26,29 @@ class StepContext:
     Attributes:
       model: both towers.
       mesh: the devices.
+      losses: task name -> {"weight": ..., options of the task}, as in ``config.losses``.
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers process a batch (`in_microbatches`).
       frozen: parts of the parameters that are constants (`optim.is_frozen`).
       ema_decay: of the moving average of the parameters, 0 for none (`state.updated_ema`).
+      seed: of the classes drawn by a sampled entity loss, with the step's number.
     """
 
     model: mofi.MofiConfig
     mesh: Mesh
+    losses: Mapping[str, Mapping[str, Any]]
     num_entities: int
     microbatches: int = 1
     frozen: tuple[str, ...] = ()
     ema_decay: float = 0.0
+    seed: int = 0
 
 
 def entity_task(
-    params: Any,
-    batch: Batch,
-    images: jax.Array,
-    *,
-    context: StepContext,
-    options: Mapping[str, Any],
-    sample: entity.Sample | None,
+    context: StepContext, params: Any, batch: Batch, images: jax.Array, sample: entity.Sample | None
 ) -> tuple[jax.Array, Metrics]:
     """Classification over the entity vocabulary (margin softmax, paper section 3.1)."""
+    options = context.losses["entity"]
     learned = options["learn_scale"]
     scale = mofi.entity_scale(params) if learned else options["scale"]
     loss = entity.entity_softmax(
@@ -80,16 +79,11 @@ def entity_task(
 
 
 def contrastive_task(
-    params: Any,
-    batch: Batch,
-    images: jax.Array,
-    *,
-    context: StepContext,
-    options: Mapping[str, Any],
-    sample: entity.Sample | None,
+    context: StepContext, params: Any, batch: Batch, images: jax.Array, sample: entity.Sample | None
 ) -> tuple[jax.Array, Metrics]:
     """Image against text over the global batch (CLIP or SigLIP, paper section 3.2)."""
     del sample
+    options = context.losses["contrastive"]
     texts = in_microbatches(
         lambda tokens: mofi.embed_texts(context.model, params, tokens, context.mesh),
         batch["tokens"],
@@ -157,14 +151,8 @@ def in_microbatches(
     return place(results.reshape(inputs.shape[0], *results.shape[3:]), axes)
 
 
-def make_loss(
-    context: StepContext, losses: Mapping[str, Mapping[str, Any]]
-) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """The weighted sum of the task losses, a function of (params, batch, sample=None).
-
-    Args:
-      losses: task name -> {"weight": ..., options of the task}.
-    """
+def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The weighted sum of the task losses, a function of (params, batch, sample=None)."""
 
     def loss_fn(
         params: Any, batch: Batch, sample: entity.Sample | None = None
@@ -182,10 +170,8 @@ def make_loss(
             context,
         )
         total, metrics = jnp.zeros(()), {}
-        for name, options in losses.items():
-            value, extra = TASKS[name](
-                params, batch, images, context=context, options=options, sample=sample
-            )
+        for name, options in context.losses.items():
+            value, extra = TASKS[name](context, params, batch, images, sample)
             total += options["weight"] * value
             metrics |= {f"loss_{name}": value, **extra}
         return total, {"loss": total, **metrics}
@@ -194,21 +180,16 @@ def make_loss(
 
 
 def make_train_step(
-    context: StepContext,
-    losses: Mapping[str, Mapping[str, Any]],
-    tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    shardings: TrainState,
+    context: StepContext, tx: optax.GradientTransformation, shardings: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; the incoming state is donated.
 
     Args:
-      seed: of the classes drawn by a sampled entity loss, with the step's number.
+      tx: the update rule.
       shardings: of the state, as `state.create` and `state.abstract` return them.
     """
-    mesh = context.mesh
-    grad_fn = jax.value_and_grad(make_loss(context, losses), has_aux=True)
+    mesh, losses = context.mesh, context.losses
+    grad_fn = jax.value_and_grad(make_loss(context), has_aux=True)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
 
     def dense_step(
@@ -227,7 +208,7 @@ def make_train_step(
     def sampled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
             # 3: keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
-            jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), state.step),
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(context.seed), 3), state.step),
             class_order.table_rows(batch["entity_ids"], context.num_entities),
             table_rows=state.params[sharding.ENTITY_TABLE].shape[0],
             num_entities=context.num_entities,
