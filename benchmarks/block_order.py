@@ -1,6 +1,6 @@
 """What shuffling blocks of records does to a model: unseen mAP on the bundled sample.
 
-    python -m benchmarks.block_order [--seeds 0 1 2 3 4] [--block 32] [--steps 600] [--out W]
+    python -m benchmarks.block_order [--seeds 0 1 2 3 4] [--block 32] [--steps 400] [--out W]
 
 Trains the quick start's multi-task recipe with a smaller model on the quick start's data (`make
 quickstart` has made them), with ``config.data.block`` 1 and ``--block`` for each seed, and prints
@@ -24,9 +24,9 @@ from mofi_jax import train
 SIZE = 24  # pixels
 
 
-def config(seed: int, block: int, steps: int, data: pathlib.Path) -> Any:
+def config(seed: int, block: int, steps: int, data: pathlib.Path, programs: pathlib.Path) -> Any:
     made = quickstart.get_config("task=multitask")
-    made.seed, made.total = seed, f"{steps} steps"
+    made.seed, made.total, made.compile_cache = seed, f"{steps} steps", str(programs)
     made.model.update(image_size=SIZE, embed_dim=64)
     made.model.image.update(width=64, layers=2, heads=2)
     made.model.text.layers = 1
@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--data", type=pathlib.Path, default="runs/quickstart/data")
     parser.add_argument("--out", type=pathlib.Path, default="runs/block_order")
     args = parser.parse_args()
@@ -55,7 +55,8 @@ def main() -> int:
         for block in (1, args.block):
             workdir = args.out / f"seed_{seed}_block_{block}_steps_{args.steps}"
             if not (workdir / "result.json").exists():
-                train.main(config(seed, block, args.steps, args.data), str(workdir))
+                programs = (args.out / "programs").absolute()
+                train.main(config(seed, block, args.steps, args.data, programs), str(workdir))
             result = json.loads((workdir / "result.json").read_text())
             scores.append(result["scores"]["unseen/map"])
     single, blocks = np.reshape(scores, (-1, 2)).T

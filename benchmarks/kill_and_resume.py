@@ -129,7 +129,7 @@ def child(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.child)
     config = datasets.tiny_config(folder / "data", steps=args.steps)
     config.total = f"{args.steps} steps"
-    config.data.workers = args.workers
+    config.data.workers, config.data.block = args.workers, 5
     config.checkpoint.every = f"{PERIODS['checkpoint']} steps"
     config.ema.decay = 0.9
     config.evaluators = {

@@ -4,7 +4,8 @@
 
 A run of 2 processes x 1 device, with 0 to 3 data workers each, kills itself and goes on from step 5
 in 1 process x 2 devices.  Its final state has to be that of a run without workers that stayed in
-one process, bit for bit, and every example has to be used once in each epoch, in the same row.
+one process, bit for bit, and every example has to be used once in each epoch, in the same row; the
+order is one of blocks.
 """
 
 import argparse

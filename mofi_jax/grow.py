@@ -151,9 +151,9 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
         raise BadInput(f"{run} is no training run (no config.json): name the --workdir of one.")
     remedy = "put back the config.json that the training wrote"
     config = ml_collections.ConfigDict(files.read_json_object(path, remedy))
-    if "data" in config and "block" not in config.data:  # of an earlier version
-        config.data.block = 1
     try:
+        if "block" not in config.data:  # written by an earlier version
+            config.data.block = 1
         settings.validate(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is no training config ({error}): {remedy}.") from error

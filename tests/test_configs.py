@@ -121,6 +121,7 @@ def test_parse_arg_never_fails_otherwise(text):
         ("mesh.fsdp", 0),
         ("mesh.tensor", 2.0),
         ("seed", 2**32),
+        ("data.block", 0),
         ("data.max_labels", 0),
         ("data.prefetch", 0),
         ("data.text_sources", {"alt_text": 2.0, "name": -1.0}),

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mofi_jax import grow, telemetry, train
 from mofi_jax.common.errors import BadInput
@@ -126,6 +127,13 @@ def test_new_rows_are_what_the_text_tower_says(data, trained, tmp_path):
     ids, cosines = model.name_entities(model.embed_texts(words), 1)
     assert ids[:, 0].tolist() == fresh
     np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-5)
+
+
+def test_runs_of_versions_without_blocks_shuffled_single_records(data, tmp_path):
+    config = datasets.tiny_config(data[0])
+    del config.data["block"]
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    assert grow.read_config(epath.Path(tmp_path)).data.block == 1
 
 
 def test_refusals(data, tmp_path):

@@ -193,10 +193,11 @@ def test_resume_on_other_data_is_refused(data, tmp_path):
     config = datasets.tiny_config(data, steps=2)
     train.main(config, str(tmp_path))
     config.total = "4 steps"
-    config.seed = 1
-    with pytest.raises(BadInput, match=r"trained on other data \(seed was 0 and is 1"):
+    config.seed, config.data.block = 1, 8
+    words = r"trained on other data \(block was 1 and is 8; seed was 0 and is 1"
+    with pytest.raises(BadInput, match=words):
         train.main(config, str(tmp_path))
-    config.seed = 0
+    config.seed, config.data.block = 0, 1
     datasets.write(tmp_path / "more", examples=50)
     config.data.dir = str(tmp_path / "more")
     with pytest.raises(BadInput, match=r"examples was 48 and is 50.*with mofi_jax\.grow"):
