@@ -12,10 +12,11 @@ It runs on one host, on its CPU: what is written and compared are whole arrays i
 accelerators of a pod would wait for all of their hosts.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import uuid
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,10 @@ from etils import epath
 from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.distributed import meshes
 from mofi_jax.interop import huggingface
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
 
-FORMATS = ("hf",)
 MAX_ABS_DIFF = 1e-4
 PICTURES = 8
 
@@ -51,10 +49,8 @@ TEXTS = (
     "a very long caption about a black dog in the snow " * 20,
 )
 
-# Of pictures and of texts, each float32 [n, d], L2-normalised.
-Embeddings = tuple[np.ndarray, np.ndarray]
-# From pictures, uint8 [n, s, s, 3], and texts.
-Reader = Callable[[np.ndarray, tuple[str, ...]], Embeddings]
+# From pictures, uint8 [n, s, s, 3], and texts to {"image", "text"}: L2-normalised float32 [n, d].
+Reader = Callable[[np.ndarray, tuple[str, ...]], dict[str, np.ndarray]]
 
 
 class ParityError(RuntimeError):
@@ -69,33 +65,23 @@ def main(model: str, out: str, format: str = "hf") -> None:
         express.
       ParityError: a reader differs by more than 1e-4.
     """
-    if format not in FORMATS:
-        raise BadInput(
-            f"--format={format} is unknown: choose {' or '.join(FORMATS)} (Hugging Face CLIPModel)."
-        )
+    if format != "hf":
+        raise BadInput(f"--format={format} is unknown: choose hf (Hugging Face CLIPModel).")
     target = files.replaced_folder(out, "--out")
     if target.is_dir() and any(target.iterdir()) and not (target / huggingface.PREPROCESS).exists():
         raise BadInput(
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )
     jax.config.update("jax_platforms", "cpu")
-    loaded = inference.load(model, mesh=meshes.make_mesh())
-    mark = uuid.uuid4().hex[:8]
-    temporary = target.with_name(f".{target.name}-{mark}")
-    replaced = target.with_name(f".{target.name}-{mark}-replaced")
-    try:
-        report = export(loaded, temporary)
-        report["model"] = str(model)
-        (temporary / "result.json").write_text(json.dumps(report, indent=2) + "\n")
+    saved = inference.read(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"
+        report = export(saved, new) | {"model": str(model)}
+        (new / "result.json").write_text(json.dumps(report, indent=2) + "\n")
         if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for folder in (temporary, replaced):
-            if folder.exists():
-                folder.rmtree()
+            target.rename(old)
+        new.rename(target)
     logging.info(
         "wrote %s, read back by %s with a largest difference of %.1e",
         target,
@@ -104,64 +90,54 @@ def main(model: str, out: str, format: str = "hf") -> None:
     )
 
 
-def export(model: inference.Model, folder: epath.PathLike) -> dict[str, Any]:
+def export(saved: huggingface.Clip, folder: epath.PathLike) -> dict[str, Any]:
     """Writes the Hugging Face folder and compares; returns the parity report.
 
     Raises:
       BadInput: a model that CLIPModel cannot express.
       ParityError: a reader differs by more than `MAX_ABS_DIFF`.
     """
-    towers = model.towers
-    params = jax.tree.map(np.asarray, model.params)
-    huggingface.write(
-        folder,
-        huggingface.Clip(
-            config=towers.config,
-            params=params,
-            tokenizer=towers.tokenizer,
-            entities=towers.entities,
-            preprocess=towers.preprocess,
-        ),
-    )
-    pictures = probe_pictures(towers.config.image_size)
-    expected = _reference(towers.config, params, towers.tokenizer)(pictures, TEXTS)
-    readers: dict[str, Reader] = {"mofi_jax": _own_reader(folder)}
+    huggingface.write(folder, saved)
+    pictures = probe_pictures(saved.config.image_size)
+    expected = _reader(saved)(pictures, TEXTS)
+    readers: dict[str, Reader] = {"mofi_jax": _reader(huggingface.read(folder))}
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         readers["transformers"] = _transformers_reader(folder)
     differences = {
         name: _compare(reader(pictures, TEXTS), expected) for name, reader in readers.items()
     }
-    report = {
+    largest = max(difference["max"] for d in differences.values() for difference in d.values())
+    # Written so that not-a-number fails too.
+    if not largest <= MAX_ABS_DIFF:
+        raise ParityError(
+            f"The exported model differs by {largest:.1e} where {MAX_ABS_DIFF:.0e} is allowed: "
+            f"{differences}."
+        )
+    return {
         "format": "hf",
         "reader": list(readers),
-        "max_abs_diff": max(d[kind]["max"] for d in differences.values() for kind in d),
+        "max_abs_diff": largest,
         "differences": differences,
         "asked": MAX_ABS_DIFF,
         "probes": {"image": len(pictures), "text": len(TEXTS)},
         "versions": _versions(),
-        "tokenizer": towers.tokenizer.fingerprint,
-        "vocab_size": towers.config.vocab_size,
+        "tokenizer": saved.tokenizer.fingerprint,
+        "vocab_size": saved.config.vocab_size,
     }
-    # Written so that not-a-number fails too.
-    if not report["max_abs_diff"] <= MAX_ABS_DIFF:
-        raise ParityError(
-            f"The exported model differs by {report['max_abs_diff']:.1e} where {MAX_ABS_DIFF:.0e} "
-            f"is allowed: {differences}."
-        )
-    return report
 
 
-def _compare(found: Embeddings, expected: Embeddings) -> dict[str, dict[str, float]]:
+def _compare(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
     """Absolute differences, and the smallest cosine between an embedding and its counterpart."""
-    report = {}
-    for kind, ours, theirs in zip(("image", "text"), expected, found, strict=True):
-        gap = np.abs(theirs - ours)
-        report[kind] = {
-            "max": float(np.max(gap)),
-            "mean": float(np.mean(gap)),
-            "min_cosine": float(np.min(np.sum(ours * theirs, axis=-1))),
+    return {
+        kind: {
+            "max": float(np.max(np.abs(found[kind] - ours))),
+            "mean": float(np.mean(np.abs(found[kind] - ours))),
+            "min_cosine": float(np.min(np.sum(ours * found[kind], axis=-1))),
         }
-    return report
+        for kind, ours in expected.items()
+    }
 
 
 def probe_pictures(size: int) -> np.ndarray:
@@ -174,27 +150,21 @@ def probe_pictures(size: int) -> np.ndarray:
     return np.concatenate([noise, 255 * np.array(flat + smooth)]).astype(np.uint8)
 
 
-def _reference(
-    config: mofi.MofiConfig, params: mofi.Params, tokenizer: tokenizer_lib.Tokenizer
-) -> Reader:
+def _reader(saved: huggingface.Clip) -> Reader:
     """The model's own functions in float32, also on accelerators that would round products."""
-    config = mofi.MofiConfig.from_dict(config.to_dict() | {"dtype": "float32", "remat": "none"})
-    params = {name: params[name] for name in ("image", "text")}
+    config = mofi.MofiConfig.from_dict(
+        saved.config.to_dict() | {"dtype": "float32", "remat": "none"}
+    )
+    towers = {name: saved.params[name] for name in ("image", "text")}
 
-    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> Embeddings:
+    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> dict[str, np.ndarray]:
+        tokens = saved.tokenizer(list(texts))
         with jax.default_matmul_precision("highest"):
-            image = jax.jit(mofi.embed_images, static_argnums=0)(config, params, pictures)
-            text = jax.jit(mofi.embed_texts, static_argnums=0)(
-                config, params, tokenizer(list(texts))
-            )
-        return np.asarray(image), np.asarray(text)
+            image = jax.jit(mofi.embed_images, static_argnums=0)(config, towers, pictures)
+            text = jax.jit(mofi.embed_texts, static_argnums=0)(config, towers, tokens)
+        return {"image": np.asarray(image), "text": np.asarray(text)}
 
     return read
-
-
-def _own_reader(folder: epath.PathLike) -> Reader:
-    clip = huggingface.read(folder)
-    return _reference(clip.config, clip.params, clip.tokenizer)
 
 
 def _transformers_reader(folder: epath.PathLike) -> Reader:
@@ -210,16 +180,15 @@ def _transformers_reader(folder: epath.PathLike) -> Reader:
         vectors = getattr(output, "pooler_output", output)
         return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
-    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> Embeddings:
+    def read(pictures: np.ndarray, texts: tuple[str, ...]) -> dict[str, np.ndarray]:
         mean, std = (np.float32(v) for v in (image_lib.PIXEL_MEAN, image_lib.PIXEL_STD))
-        pixels = (pictures.astype(np.float32) / 255 - mean) / std
+        pixels = ((pictures.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         ids = tokenizer(list(texts), padding="max_length", truncation=True)["input_ids"]
         with torch.no_grad():
-            image = model.get_image_features(
-                pixel_values=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-            )
+            image = model.get_image_features(pixel_values=pixels)
             text = model.get_text_features(input_ids=torch.tensor(ids))
-        return unit(image), unit(text)
+        return {"image": unit(image), "text": unit(text)}
 
     return read
 
@@ -227,10 +196,8 @@ def _transformers_reader(folder: epath.PathLike) -> Reader:
 def _versions() -> dict[str, str]:
     versions = {}
     for name in ("mofi_jax", "jax", "flax", "safetensors", "tokenizers", "torch", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -1,5 +1,6 @@
 """The export command: a folder with its parity report, or nothing at all."""
 
+import dataclasses
 import json
 
 import jax
@@ -90,18 +91,18 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
         clip.params["text"]["final_norm"]["scale"] *= np.linspace(0.9, 1.1, 24, dtype=np.float32)
         return clip
 
-    model = inference.load(source, mesh=meshes.make_mesh())
+    saved = inference.read(source)
     monkeypatch.setattr(huggingface, "read", wrong)
-    monkeypatch.setattr(inference, "load", lambda path, mesh: model)
+    monkeypatch.setattr(inference, "read", lambda path: saved)
     with pytest.raises(export.ParityError, match="1e-04 is allowed"):
         export.main(str(source), str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
 
 
 def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
-    model = inference.load(source, mesh=meshes.make_mesh())
-    model = inference.Model(model.towers, {"image": model.params["image"]}, "supervised")
-    monkeypatch.setattr(inference, "load", lambda path, mesh: model)
+    saved = inference.read(source)
+    saved = dataclasses.replace(saved, params={"image": saved.params["image"]})
+    monkeypatch.setattr(inference, "read", lambda path: saved)
     with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):
         export.main("supervised", str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
+from safetensors import torch as safetensors_torch
 
 from data_prep import dataset_files
 from mofi_jax.common import errors
@@ -409,7 +410,7 @@ def test_every_wrong_key_in_one_sentence(folder, config):
     name = layer + "self_attn.q_proj.weight"
     state[name] = state[name][:, :-1]
     with pytest.raises(errors.BadInput) as caught:
-        clip_weights.from_state_dict(config, state, "somewhere")
+        clip_weights.check_shapes(config, {n: a.shape for n, a in state.items()}, "somewhere")
     told = str(caught.value)
     assert "\n" not in told
     for part in (
@@ -427,7 +428,8 @@ def test_old_buffers_are_ignored(folder, config, params):
         f"{tower}.embeddings.position_ids": np.arange(12)[None]
         for tower in ("text_model", "vision_model")
     }
-    again = clip_weights.from_state_dict(config, state, folder)
+    clip_weights.check_shapes(config, {n: a.shape for n, a in state.items()}, folder)
+    again = clip_weights.from_state_dict(config, state)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -446,19 +448,29 @@ def test_parameters_of_another_model(config, params):
         clip_weights.to_state_dict(wider, params)
 
 
+def test_shapes_are_compared_before_any_array_is_read(folder, tmp_path):
+    """Shapes that numpy cannot hold, or that would take all memory."""
+    copy = _change(folder, tmp_path, "config.json", lambda v: None)
+    for shape, size in (([1] * 100, 4), ([0, 2**62], 0), ([2**31], 2**33)):
+        array = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"logit_scale": array}).encode()
+        with (copy / huggingface.WEIGHTS).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(file.tell() + size)  # sparse: nothing is written
+        with pytest.raises(errors.BadInput, match=r"of another shape: logit_scale \["):
+            huggingface.read(copy)
+
+
 def test_damaged_files(folder, tmp_path):
     copy = _change(folder, tmp_path, "config.json", lambda v: None)
     weights = (copy / huggingface.WEIGHTS).read_bytes()
     (copy / huggingface.WEIGHTS).write_bytes(weights[: len(weights) // 2])
     with pytest.raises(errors.BadInput, match=r"model\.safetensors cannot be read"):
         huggingface.read(copy)
-    for dtype, shape, size in (("F8_E4M3", [4], 4), ("F32", [1] * 100, 4), ("F32", [0, 2**62], 0)):
-        array = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
-        header = json.dumps({"a": array}).encode()
-        content = len(header).to_bytes(8, "little") + header + bytes(size)
-        (copy / huggingface.WEIGHTS).write_bytes(content)
-        with pytest.raises(errors.BadInput, match=r"model\.safetensors cannot be read"):
-            huggingface.read(copy)
+    other = {n: torch.tensor(a).to(torch.float8_e4m3fn) for n, a in _state(folder).items()}
+    safetensors_torch.save_file(other, copy / huggingface.WEIGHTS)
+    with pytest.raises(errors.BadInput, match=r"model\.safetensors cannot be read"):
+        huggingface.read(copy)
     (copy / huggingface.WEIGHTS).unlink()
     with pytest.raises(errors.BadInput, match="no weights in safetensors format"):
         huggingface.read(copy)

@@ -27,22 +27,9 @@ ACTIVATION_FROM = {
 }
 ACTIVATION_TO = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-HEADS = "num_attention_heads"
-# What a number may be, as for our own config.
-SIZES = {
-    "hidden_size": mofi.LIMITS["width"],
-    "intermediate_size": (1, 4 * mofi.LIMITS["width"][1]),
-    "num_hidden_layers": mofi.LIMITS["layers"],
-    HEADS: mofi.LIMITS["heads"],
-    "vocab_size": mofi.LIMITS["vocab_size"],
-    "max_position_embeddings": mofi.LIMITS["context_length"],
-    "eos_token_id": mofi.LIMITS["eos_id"],
-    "image_size": mofi.LIMITS["image_size"],
-    "patch_size": mofi.LIMITS["patch_size"],
-    "projection_dim": mofi.LIMITS["embed_dim"],
-}
-LISTS = ("eos_token_id", "image_size", "patch_size")  # may also be several numbers
+# Types of the fields that are not whole numbers, and fields that may also be a list of numbers.
 KINDS = {"hidden_act": (str, "a name"), "layer_norm_eps": ((int, float), "a number")}
+LISTS = ("eos_token_id", "image_size", "patch_size")
 
 # transformers compares with this id before it decides how to pool.
 ARGMAX_EOS = 2
@@ -120,66 +107,61 @@ def from_config(
             "type 'clip' (CLIPModel)."
         )
 
+    def field_of(section: str, key: str) -> Any:
+        return field(values, where, section, key)
+
     def refuse(what: str) -> None:
         raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
 
     def same(key: str) -> Any:
-        text, vision = (
-            field(values, where, f"{tower}_config", key) for tower in ("text", "vision")
-        )
+        text, vision = field_of("text_config", key), field_of("vision_config", key)
         if text != vision:
             refuse(f"{key} {text!r} for text and {vision!r} for pictures")
         return text
 
     def square(key: str) -> int:
-        value = field(values, where, "vision_config", key)
+        value = field_of("vision_config", key)
         sides = set(value) if isinstance(value, list) else {value}
         if len(sides) != 1:
             refuse(f"vision_config.{key} {value}")
         return sides.pop()
 
     def tower(section: str) -> mofi.TowerConfig:
-        width, inner, layers, heads = (
-            field(values, where, section, key)
-            for key in ("hidden_size", "intermediate_size", "num_hidden_layers", HEADS)
-        )
-        if inner != 4 * width:
+        width = field_of(section, "hidden_size")
+        if field_of(section, "intermediate_size") != 4 * width:
             refuse(f"{section}.intermediate_size other than 4 x hidden_size")
-        return mofi.TowerConfig(width, layers, heads)
+        layers = field_of(section, "num_hidden_layers")
+        return mofi.TowerConfig(width, layers, field_of(section, "num_attention_heads"))
 
     activation = same("hidden_act")
     if activation not in ACTIVATION_FROM:
         refuse(f"hidden_act {activation!r}")
-    stated = field(values, where, "text_config", "eos_token_id")
+    fields = {
+        "image_size": square("image_size"),
+        "patch_size": square("patch_size"),
+        "image": tower("vision_config"),
+        "text": tower("text_config"),
+        "vocab_size": field_of("text_config", "vocab_size"),
+        "context_length": field_of("text_config", "max_position_embeddings"),
+        "eos_id": _pooling_eos(field_of("text_config", "eos_token_id"), where, tokenizer),
+        "embed_dim": field_of("", "projection_dim"),
+        "activation": ACTIVATION_FROM[activation],
+    }
+    epsilon = same("layer_norm_eps")
     try:
-        return mofi.MofiConfig(
-            image_size=square("image_size"),
-            patch_size=square("patch_size"),
-            image=tower("vision_config"),
-            text=tower("text_config"),
-            vocab_size=field(values, where, "text_config", "vocab_size"),
-            context_length=field(values, where, "text_config", "max_position_embeddings"),
-            eos_id=_pooling_eos(stated, where, tokenizer),
-            embed_dim=field(values, where, "", "projection_dim"),
-            activation=ACTIVATION_FROM[activation],
-            layer_norm_eps=float(same("layer_norm_eps")),
-            dtype="float32",
-            remat="none",
-        )
-    except BadInput as error:
-        if str(where) in str(error):
-            raise
+        return mofi.MofiConfig(**fields, layer_norm_eps=float(epsilon), dtype="float32")
+    except (BadInput, OverflowError) as error:
         raise BadInput(f"{where} describes no model that can be built: {error}") from error
 
 
 def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: str) -> Any:
-    """A value of config.json, checked for type and range.
+    """A value of config.json, checked for its type.
 
     Args:
       section: "text_config", "vision_config", or "" for the top.
 
     Raises:
-      BadInput: the section is no object, or the value is missing, of another type or out of range.
+      BadInput: the section is no object, or the value is missing or of another type.
     """
     part = values.get(section) if section else values
     value = part.get(key) if isinstance(part, Mapping) else None
@@ -189,17 +171,10 @@ def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: s
             f"{where} lacks {name}: add the value the model was trained with, since a default "
             "would be a guess."
         )
-    if key in SIZES:
-        low, high = SIZES[key]
-        numbers = value if isinstance(value, list) and key in LISTS and value else [value]
-        fits = all(type(number) is int and low <= number <= high for number in numbers)
-        wanted = f"a whole number from {low} to {high}"
-    else:
-        kinds, wanted = KINDS[key]
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-    if not fits:
-        shown = repr(value)[:50]
-        raise BadInput(f"{where} has {name}={shown}, which must be {wanted}: copy the file again.")
+    kinds, wanted = KINDS.get(key, (int, "a whole number"))
+    items = value if key in LISTS and isinstance(value, list) and value else [value]
+    if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in items):
+        raise BadInput(f"{where} has {name}={value!r}, not {wanted}: copy the file again.")
     return value
 
 

@@ -6,20 +6,20 @@ those of transformers' modeling_clip.py. This file knows nothing of files.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import sharding
 from mofi_jax.model import mofi
 
-ENTITY_TABLE = sharding.ENTITY_TABLE
 NAMED = 10  # arrays of one kind that an error names
 # Parameters of the training losses that are no part of CLIPModel.
-OF_LOSSES = (ENTITY_TABLE, "entity_log_scale", "logit_bias")
+OF_LOSSES = (sharding.ENTITY_TABLE, "entity_log_scale", "logit_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +30,20 @@ class Weight:
     layer's in our layout; `kind` says how it turns into theirs.
     """
 
-    path: tuple[str, ...]
+    path: str
     name: str
     shape: tuple[int, ...]
-    kind: str  # "plain", "matrix" or "patches"
+    kind: str = "plain"  # or "bias", "matrix", "patches"
     layers: int | None = None
     inputs: int = 1  # a matrix: how many leading dimensions of `shape` are input
 
     def their_shape(self) -> tuple[int, ...]:
         if self.kind == "matrix":
-            rows = int(np.prod(self.shape[self.inputs :]))
-            return rows, int(np.prod(self.shape[: self.inputs]))
+            return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
         if self.kind == "patches":
             return tuple(self.shape[i] for i in (3, 2, 0, 1))
-        # Biases of separate heads are merged; embeddings keep their two dimensions.
-        return self.shape if self.name.endswith("embedding.weight") else _merged(self.shape)
+        # Biases of separate heads are merged.
+        return (math.prod(self.shape),) if self.kind == "bias" else self.shape
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         if self.kind == "matrix":
@@ -61,62 +60,56 @@ class Weight:
         return np.array(array.reshape(self.shape), order="C")
 
 
-def _merged(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (int(np.prod(shape)),) if shape else ()
-
-
 def weights(config: mofi.MofiConfig) -> Iterator[Weight]:
     """All parameters of both towers (names: transformers, modeling_clip.py)."""
     d, p = config.embed_dim, config.patch_size
     w, t = config.image.width, config.text.width
     positions = 1 + (config.image_size // p) ** 2
-    yield Weight(("logit_scale",), "logit_scale", (), "plain")
+    yield Weight("logit_scale", "logit_scale", ())
 
     vision = "vision_model."
     name = vision + "embeddings."
-    yield Weight(("image", "class_embedding"), name + "class_embedding", (w,), "plain")
-    path = ("image", "patch_embedding", "kernel")
-    yield Weight(path, name + "patch_embedding.weight", (p, p, 3, w), "patches")
-    path = ("image", "position_embedding")
-    yield Weight(path, name + "position_embedding.weight", (positions, w), "plain")
-    yield from _norm(("image", "pre_norm"), vision + "pre_layrnorm", w)  # sic
-    yield from _blocks("image", vision, config.image)
-    yield from _norm(("image", "post_norm"), vision + "post_layernorm", w)
-    yield Weight(("image", "projection", "kernel"), "visual_projection.weight", (w, d), "matrix")
+    yield Weight("image/class_embedding", name + "class_embedding", (w,))
+    kernel = (p, p, 3, w)
+    yield Weight("image/patch_embedding/kernel", name + "patch_embedding.weight", kernel, "patches")
+    yield Weight("image/position_embedding", name + "position_embedding.weight", (positions, w))
+    yield from _norm("image/pre_norm", vision + "pre_layrnorm", w)  # sic
+    yield from _blocks("image/blocks/", vision, config.image)
+    yield from _norm("image/post_norm", vision + "post_layernorm", w)
+    yield Weight("image/projection/kernel", "visual_projection.weight", (w, d), "matrix")
 
     name = "text_model.embeddings."
-    path, shape = ("text", "token_embedding"), (config.vocab_size, t)
-    yield Weight(path, name + "token_embedding.weight", shape, "plain")
-    path, shape = ("text", "position_embedding"), (config.context_length, t)
-    yield Weight(path, name + "position_embedding.weight", shape, "plain")
-    yield from _blocks("text", "text_model.", config.text)
-    yield from _norm(("text", "final_norm"), "text_model.final_layer_norm", t)
-    yield Weight(("text", "projection", "kernel"), "text_projection.weight", (t, d), "matrix")
+    shape = (config.vocab_size, t)
+    yield Weight("text/token_embedding", name + "token_embedding.weight", shape)
+    shape = (config.context_length, t)
+    yield Weight("text/position_embedding", name + "position_embedding.weight", shape)
+    yield from _blocks("text/blocks/", "text_model.", config.text)
+    yield from _norm("text/final_norm", "text_model.final_layer_norm", t)
+    yield Weight("text/projection/kernel", "text_projection.weight", (t, d), "matrix")
 
 
-def _norm(path: tuple[str, ...], name: str, w: int, layers: int | None = None) -> Iterator[Weight]:
-    yield Weight((*path, "scale"), name + ".weight", (w,), "plain", layers)
-    yield Weight((*path, "bias"), name + ".bias", (w,), "plain", layers)
+def _norm(path: str, name: str, w: int, layers: int | None = None) -> Iterator[Weight]:
+    yield Weight(path + "/scale", name + ".weight", (w,), layers=layers)
+    yield Weight(path + "/bias", name + ".bias", (w,), layers=layers)
 
 
-def _blocks(tower: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight]:
+def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight]:
     w, heads, n = config.width, config.heads, config.layers
     split = (heads, w // heads)
-    path, name = (tower, "blocks"), prefix + "encoder.layers.{}."
-    yield from _norm((*path, "norm1"), name + "layer_norm1", w, n)
-    yield from _norm((*path, "norm2"), name + "layer_norm2", w, n)
+    name = prefix + "encoder.layers.{}."
+    yield from _norm(path + "norm1", name + "layer_norm1", w, n)
+    yield from _norm(path + "norm2", name + "layer_norm2", w, n)
     for ours, theirs, inputs, outputs in (
-        (("attention", "query"), "self_attn.q_proj", (w,), split),
-        (("attention", "key"), "self_attn.k_proj", (w,), split),
-        (("attention", "value"), "self_attn.v_proj", (w,), split),
-        (("attention", "out"), "self_attn.out_proj", split, (w,)),
-        (("mlp", "fc1"), "mlp.fc1", (w,), (4 * w,)),
-        (("mlp", "fc2"), "mlp.fc2", (4 * w,), (w,)),
+        ("attention/query", "self_attn.q_proj", (w,), split),
+        ("attention/key", "self_attn.k_proj", (w,), split),
+        ("attention/value", "self_attn.v_proj", (w,), split),
+        ("attention/out", "self_attn.out_proj", split, (w,)),
+        ("mlp/fc1", "mlp.fc1", (w,), (4 * w,)),
+        ("mlp/fc2", "mlp.fc2", (4 * w,), (w,)),
     ):
-        kernel = (*path, *ours, "kernel")
-        shape = inputs + outputs
-        yield Weight(kernel, name + theirs + ".weight", shape, "matrix", n, len(inputs))
-        yield Weight((*path, *ours, "bias"), name + theirs + ".bias", outputs, "plain", n)
+        ours, theirs, shape = path + ours, name + theirs, inputs + outputs
+        yield Weight(ours + "/kernel", theirs + ".weight", shape, "matrix", n, len(inputs))
+        yield Weight(ours + "/bias", theirs + ".bias", outputs, "bias", n)
 
 
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
@@ -133,73 +126,68 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
             f"The model has no {' and no '.join(missing)} tower, and Hugging Face CLIPModel needs "
             "both an image and a text tower: train with task=multitask or task=contrastive."
         )
-    left = _flatten({k: v for k, v in params.items() if k not in OF_LOSSES})
+    left = traverse_util.flatten_dict(
+        {k: v for k, v in params.items() if k not in OF_LOSSES}, sep="/"
+    )
     state, problems = {}, []
     for weight in weights(config):
         array = left.pop(weight.path, None)
         shape = weight.shape if weight.layers is None else (weight.layers, *weight.shape)
         if array is None or tuple(array.shape) != shape:
             found = "missing" if array is None else f"{list(array.shape)}"
-            problems.append(f"{'/'.join(weight.path)} is {found} where {list(shape)} is expected")
-            continue
-        array = np.asarray(array)
-        if weight.layers is None:
-            state[weight.name] = weight.theirs(array)
+            problems.append(f"{weight.path} is {found} where {list(shape)} is expected")
         else:
-            for i in range(weight.layers):
-                state[weight.name.format(i)] = weight.theirs(array[i])
-    problems += [f"{'/'.join(path)} has no place in CLIPModel" for path in left]
+            layers = [array] if weight.layers is None else array
+            for i, layer in enumerate(np.asarray(layer) for layer in layers):
+                state[weight.name.format(i)] = weight.theirs(layer)
+    problems += [f"{path} has no place in CLIPModel" for path in left]
     if problems:
         raise BadInput(f"The parameters do not fit model.json, use a matching pair: {problems}.")
     return state
 
 
-def from_state_dict(
-    config: mofi.MofiConfig, state: Mapping[str, np.ndarray], where: epath.PathLike
-) -> mofi.Params:
-    """CLIPModel's state dict -> our float32 parameters; `where` names the source in errors.
+def check_shapes(
+    config: mofi.MofiConfig, found: Mapping[str, tuple[int, ...]], where: epath.PathLike
+) -> None:
+    """Compares the shapes of a state dict with CLIPModel's; `where` names the source in errors.
 
     Raises:
       BadInput: names all keys that are missing, unexpected or of another shape, at once.
     """
-    # Buffers of old transformers, not weights.
-    left = {k: v for k, v in state.items() if not k.endswith(".position_ids")}
-    params: dict[str, Any] = {}
-    missing, misshapen = [], []
-    for weight in weights(config):
-        arrays = []
-        for i in range(1 if weight.layers is None else weight.layers):
-            name, shape = weight.name.format(i), weight.their_shape()
-            array = left.pop(name, None)
-            if array is None:
-                missing.append(name)
-            elif tuple(array.shape) != shape:
-                misshapen.append(f"{name} {list(array.shape)} instead of {list(shape)}")
-            else:
-                arrays.append(weight.ours(np.asarray(array, np.float32)))
-        if arrays and not (missing or misshapen):
-            node = params
-            for key in weight.path[:-1]:
-                node = node.setdefault(key, {})
-            node[weight.path[-1]] = arrays[0] if weight.layers is None else np.stack(arrays)
-    if missing or misshapen or left:
-        found = {"missing": missing, "unexpected": sorted(left), "of another shape": misshapen}
-        told = "; ".join(
-            f"{kind}: {', '.join(names[:NAMED])}" + (", ..." if len(names) > NAMED else "")
-            for kind, names in found.items()
-            if names
-        )
+    shapes = {
+        weight.name.format(i): weight.their_shape()
+        for weight in weights(config)
+        for i in range(weight.layers or 1)
+    }
+    problems = {
+        "missing": [name for name in shapes if name not in found],
+        # Position ids are buffers of old transformers, not weights.
+        "unexpected": sorted(n for n in found.keys() - shapes if not n.endswith(".position_ids")),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    listed = "; ".join(
+        f"{kind}: {', '.join(names[:NAMED])}" + (", ..." if len(names) > NAMED else "")
+        for kind, names in problems.items()
+        if names
+    )
+    if listed:
         raise BadInput(
-            f"The weights in {where} are not those its config.json describes ({told}): use a "
+            f"The weights in {where} are not those its config.json describes ({listed}): use a "
             "complete CLIPModel folder."
         )
-    return params
 
 
-def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
-        )
-    return flat
+def from_state_dict(config: mofi.MofiConfig, state: Mapping[str, np.ndarray]) -> mofi.Params:
+    """CLIPModel's state dict, of the shapes that `check_shapes` asks for -> float32 parameters."""
+    params = {}
+    for weight in weights(config):
+        layers = [
+            weight.ours(np.asarray(state[weight.name.format(i)], np.float32))
+            for i in range(weight.layers or 1)
+        ]
+        params[weight.path] = layers[0] if weight.layers is None else np.stack(layers)
+    return traverse_util.unflatten_dict(params, sep="/")

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.distributed import sharding
 from mofi_jax.interop import clip_config, clip_weights, model_card
 from mofi_jax.losses import class_order
 from mofi_jax.model import image as image_lib
@@ -80,15 +81,11 @@ def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
 
 
 def _close(found: Any, expected: Sequence[float]) -> bool:
-    return (
-        isinstance(found, list)
-        and len(found) == len(expected)
-        and all(
-            # Compared as they are: an int of JSON may be too large for a float.
-            type(value) in (int, float) and wanted - 1e-4 <= value <= wanted + 1e-4
-            for value, wanted in zip(found, expected, strict=True)
-        )
-    )
+    try:
+        found = np.array(found, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return found.shape == np.shape(expected) and np.allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def _read_preprocess(folder: epath.Path, image_size: int) -> str:
@@ -105,30 +102,26 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
         ops.parse(spec)
         return spec
     path = folder / "preprocessor_config.json"
-    resize = image_size
-    if path.exists():
-        values = files.read_json_object(path, COPY_AGAIN)
-        for key, expected in (
-            ("image_mean", image_lib.PIXEL_MEAN),
-            ("image_std", image_lib.PIXEL_STD),
-        ):
-            found = values.get(key, list(expected))
-            if not _close(found, expected):
-                raise BadInput(
-                    f"{path} normalises with {key} {found} and this model with "
-                    f"{list(expected)}: fold the difference into the weights or use another model."
-                )
-        size, crop = values.get("size", image_size), values.get("crop_size", image_size)
-        resize = size.get("shortest_edge") if isinstance(size, dict) else size
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        fits = type(resize) is int and image_size <= resize <= mofi.LIMITS["image_size"][1]
-        if not fits or crop != image_size:
-            raise BadInput(
-                f"{path} has size {size} and crop_size {crop}: only a short side (shortest_edge) "
-                f"and centre crop to the model's {image_size} pixels can be read: add {PREPROCESS}."
-            )
-    else:
+    if not path.exists():
         logging.warning("%s has no preprocessing file: short side to %d.", folder, image_size)
+        return f"decode|resize_short({image_size})|center_crop({image_size})"
+    values = files.read_json_object(path, COPY_AGAIN)
+    statistics = {"image_mean": image_lib.PIXEL_MEAN, "image_std": image_lib.PIXEL_STD}
+    for key, expected in statistics.items():
+        if not _close(values.get(key, expected), expected):
+            raise BadInput(
+                f"{path} normalises with {key} {values[key]} and this model with "
+                f"{list(expected)}: fold the difference into the weights or use another model."
+            )
+    size, crop = values.get("size", image_size), values.get("crop_size", image_size)
+    resize = size.get("shortest_edge") if isinstance(size, dict) else size
+    cropped = crop.get("height") if isinstance(crop, dict) else crop
+    fits = type(resize) is int and image_size <= resize <= mofi.LIMITS["image_size"][1]
+    if not fits or cropped != image_size:
+        raise BadInput(
+            f"{path} has size {size} and crop_size {crop}: only a short side (shortest_edge) "
+            f"and centre crop to the model's {image_size} pixels can be read: add {PREPROCESS}."
+        )
     return f"decode|resize_short({resize})|center_crop({image_size})"
 
 
@@ -161,19 +154,26 @@ def read(folder: epath.PathLike) -> Clip:
             f"{tokenizer.path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: "
             "put the tokenizer of this model beside it."
         )
-    params = clip_weights.from_state_dict(config, _read_weights(folder), folder)
+    state = _load(
+        _weight_files(folder), lambda shapes: clip_weights.check_shapes(config, shapes, folder)
+    )
+    params = clip_weights.from_state_dict(config, state)
     entities = None
-    if (folder / ENTITY_TABLE_FILE).exists():
+    path = folder / ENTITY_TABLE_FILE
+    if path.exists():
         entities = records.read_entities(folder / records.ENTITIES_FILE)
-        table = _load(folder / ENTITY_TABLE_FILE).get(clip_weights.ENTITY_TABLE)
-        if table is None or table.shape != (len(entities), config.embed_dim):
-            raise BadInput(
-                f"{folder / ENTITY_TABLE_FILE} is not a table of {len(entities)} entities x "
-                f"{config.embed_dim}: export the model again."
-            )
-        params[clip_weights.ENTITY_TABLE] = table[
-            class_order.table_entities(np.arange(len(table)), len(table))
-        ]
+        expected = {sharding.ENTITY_TABLE: (len(entities), config.embed_dim)}
+
+        def check_table(shapes: dict[str, tuple[int, ...]]) -> None:
+            if shapes != expected:
+                raise BadInput(
+                    f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: "
+                    "export the model again."
+                )
+
+        table = _load([path], check_table)[sharding.ENTITY_TABLE]
+        ids = class_order.table_entities(np.arange(len(table)), len(table))
+        params[sharding.ENTITY_TABLE] = table[ids]
     preprocess = _read_preprocess(folder, config.image_size)
     return Clip(config, params, tokenizer, entities, preprocess)
 
@@ -205,12 +205,12 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     )
     _write_json(folder / PREPROCESS, {"preprocess": clip.preprocess})
     _write_tokenizer(folder, clip.tokenizer)
-    table = clip.params.get(clip_weights.ENTITY_TABLE)
+    table = clip.params.get(sharding.ENTITY_TABLE)
     if table is not None and clip.entities is not None:
         # In the file row i is entity i, as in entities.parquet.
         ids = np.arange(len(clip.entities))
         rows = np.asarray(table, np.float32)[class_order.table_rows(ids, len(ids))]
-        _save(folder / ENTITY_TABLE_FILE, {clip_weights.ENTITY_TABLE: rows})
+        _save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
     card = model_card.text(clip.config, clip.preprocess, clip.entities)
     (folder / "README.md").write_text(card)
@@ -254,9 +254,9 @@ def _write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> 
     )
 
 
-def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
+def _weight_files(folder: epath.Path) -> list[epath.Path]:
     if (folder / WEIGHTS).exists():
-        return _load(folder / WEIGHTS)
+        return [folder / WEIGHTS]
     if (folder / INDEX).exists():
         index = files.read_json_object(folder / INDEX, COPY_AGAIN).get("weight_map")
         names = set(index.values()) if isinstance(index, dict) else {None}
@@ -265,31 +265,42 @@ def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
             raise BadInput(
                 f"{folder / INDEX} has no weight_map from arrays to files beside it: {COPY_AGAIN}."
             )
-        return {k: v for name in sorted(names) for k, v in _load(folder / name).items()}
+        return [folder / name for name in sorted(names)]
     raise BadInput(
         f"{folder} has no weights in safetensors format ({WEIGHTS} or {INDEX}): save the model "
         "with safe_serialization=True."
     )
 
 
+def _load(
+    paths: Sequence[epath.Path], check_shapes: Callable[[dict[str, tuple[int, ...]]], None]
+) -> dict[str, np.ndarray]:
+    """All arrays of safetensors files as float32; their shapes are checked before any is read."""
+    place: dict[str, tuple[epath.Path, Any]] = {}
+    arrays = {}
+    try:
+        for path in paths:
+            file = safetensors.safe_open(path, "np")
+            place |= dict.fromkeys(file.keys(), (path, file))
+        check_shapes({n: tuple(f.get_slice(n).get_shape()) for n, (_, f) in place.items()})
+        for name in place:
+            path, file = place[name]
+            # bfloat16 is a numpy type here because ml_dtypes (with jax) registers it.
+            arrays[name] = file.get_tensor(name).astype(np.float32)
+    except BadInput:
+        raise
+    except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
+        # numpy has not every type (float8) that the format has.
+        raise BadInput(
+            f"The weights {path} cannot be read ({error}): copy the file again."
+        ) from error
+    return arrays
+
+
 def _save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     # transformers refuses a file that does not name its layout.
     safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)  # safetensors makes it private to its owner
-
-
-def _load(path: epath.Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file as float32."""
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            names = file.keys()
-            # bfloat16 is a numpy type here because ml_dtypes (with jax) registers it.
-            return {name: file.get_tensor(name).astype(np.float32) for name in names}
-    except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-        # numpy has not every type (float8) and not every shape that the format has.
-        raise BadInput(
-            f"The weights {path} cannot be read ({error}): copy the file again."
-        ) from error
 
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:

@@ -19,11 +19,13 @@ Entity Annotated Images](https://arxiv.org/abs/2306.07952).
 
 | | image | text |
 |---|---|---|
-| layers x width / heads | {image} | {text} |
-| parameters without projection | {image_parameters:,} | {text_parameters:,} |
-| input | {size} x {size} pixels, patches of {patch} | {context} tokens of {vocabulary:,} |
+| layers x width / heads | {c.image.layers} x {c.image.width} / {c.image.heads} | \
+{c.text.layers} x {c.text.width} / {c.text.heads} |
+| parameters without projection | {image:,} | {text:,} |
+| input | {c.image_size} x {c.image_size} pixels, patches of {c.patch_size} | \
+{c.context_length} tokens of {c.vocab_size:,} |
 
-Embedding size {embed}; activation {activation}; {entities}.
+Embedding size {c.embed_dim}; activation {c.activation}; {entities}.
 
 ## Use
 ```python
@@ -60,27 +62,16 @@ _ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row fo
 says how well the entity fits"""
 
 
-def text(config: mofi.MofiConfig, preprocess: str, known: records.Entities | None) -> str:
-    """The model card of one model; `known` is the vocabulary of its class table, if it has one."""
-
-    def tower(shape: mofi.TowerConfig) -> str:
-        return f"{shape.layers} x {shape.width} / {shape.heads}"
-
-    entities = "no entity table"
-    if known is not None:
-        entities = _ENTITIES.format(count=len(known))
+def text(config: mofi.MofiConfig, preprocess: str, entities: records.Entities | None) -> str:
+    """The model card of one model; `entities` is the vocabulary of its class table, if any."""
+    image, text = (
+        mofi.parameter_count(config, tower, with_projection=False) for tower in ("image", "text")
+    )
     return _CARD.format(
-        image=tower(config.image),
-        text=tower(config.text),
-        image_parameters=mofi.parameter_count(config, "image", with_projection=False),
-        text_parameters=mofi.parameter_count(config, "text", with_projection=False),
-        size=config.image_size,
-        patch=config.patch_size,
-        context=config.context_length,
-        vocabulary=config.vocab_size,
-        embed=config.embed_dim,
-        activation=config.activation,
-        entities=entities,
+        c=config,
         eos=config.eos_id,
+        image=image,
+        text=text,
+        entities="no entity table" if entities is None else _ENTITIES.format(count=len(entities)),
         preprocess=preprocess,
     )
