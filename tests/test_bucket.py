@@ -19,6 +19,8 @@ from mofi_jax import evaluate, export, telemetry, train
 from mofi_jax.common import checksums, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
+from mofi_jax.doctor import __main__ as doctor
+from mofi_jax.doctor import machine
 from mofi_jax.telemetry import metrics_file
 from mofi_jax.training import checkpoint, run_lock, state
 from tests import buckets, datasets
@@ -126,6 +128,16 @@ def test_parts_that_were_copied_to_a_disk_are_read_and_gone_on_with(tmp_path):
     rows.append({"step": 3, "again": True})
     rows.close()
     assert telemetry.read_metrics(tmp_path)[1:] == [{"step": 2}, {"step": 3, "again": True}]
+
+
+def test_the_doctor_on_a_bucket(folder, tmp_path, monkeypatch):
+    datasets.write(tmp_path, examples=32, shards=1)
+    mesh = {"replica": 1, "fsdp": 1, "tensor": 1}
+    found = {"platform": "tpu", "processes": 1, "memory": None, "mesh": mesh}
+    monkeypatch.setattr(machine, "devices", lambda *_, **__: found)
+    report = doctor.examine(datasets.tiny_config(tmp_path, "task=supervised"), os.fspath(folder))
+    assert [check for check in report.checks if check[1] == "problem"] == []
+    assert not folder.exists()
 
 
 def test_a_bucket_has_no_lock(folder, caplog):

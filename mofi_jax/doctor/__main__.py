@@ -78,10 +78,11 @@ def examine(
     )
     if found is None or found["platform"] == "cpu":
         machine.unseen(report)
-    place = None
+    place: pathlib.Path | epath.Path | None = None
     with report.about("workdir"):
-        files.output_folder(workdir, "--workdir")
-        place = machine.folder(report, pathlib.Path(workdir))
+        place = files.output_folder(workdir, "--workdir", bucket=True)
+        if not files.is_remote(place):  # in a bucket it has just tried an object
+            place = machine.folder(report, pathlib.Path(place))
     readers = {"images": picture_sets.read_set, "classes": picture_sets.read_classes}
     for name, options in config.evaluators.items():
         for key, read in readers.items():
@@ -127,13 +128,13 @@ def check_run(
     workdir: epath.Path,
     data: training_set.TrainingSet,
     found: dict[str, Any] | None,
-    place: pathlib.Path | None,
+    place: pathlib.Path | epath.Path | None,
 ) -> None:
     """The training state against devices and disk, and the folder against the config.
 
     Args:
       found: what `machine.devices` has found; None: the rest is checked as on a single device.
-      place: where the folder is or will be, None if it cannot be written.
+      place: where the workdir is or will be, None if it cannot be written.
     """
     sizes = found["mesh"] if found else dict.fromkeys(meshes.ALL_AXES, 1)
     # Shapes need the mesh's sizes; its devices are left alone.
@@ -181,6 +182,8 @@ def check_run(
             report.add("workdir", "warning", f"a checkpoint is damaged ({wrong})")
         if run.step is not None:
             report.add("workdir", "ok", f"resumes from step {run.step}")
+    if files.is_remote(place):  # which has room
+        return
     every = program.keep_every
     # One more than are kept: the next is complete before the oldest is deleted.
     count = config.checkpoint.keep + 1 + (steps // every if every else 0)

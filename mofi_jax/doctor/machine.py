@@ -140,23 +140,18 @@ def _devices(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def unseen(report: Report, root: str = "/") -> None:
     """Accelerators of this machine, where jax sees the CPU alone."""
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = done.stdout.strip()[:200]
-            report.add("gpu", "problem", f"nvidia-smi fails ({reason}): repair the driver.")
-        elif any(map(installed, PLUGINS[1:])):
-            remedy = "see what jax says with JAX_PLATFORMS=cuda, and whether the driver is too old"
-            report.add("gpu", "problem", f"jax does not see {done.stdout.strip()}: {remedy}.")
-        else:
-            remedy = 'run pip install "jax[cuda13]" (cuda12 with a driver below 580)'
-            report.add("gpu", "problem", f"jax does not see {done.stdout.strip()}: {remedy}.")
     # /dev/vfio is also other devices', so it counts with libtpu alone.
-    patterns = ("accel[0-9]*", *["vfio/[0-9]*"] * bool(installed("libtpu")))
-    for path in [path for p in patterns for path in pathlib.Path(root, "dev").glob(p)][:1]:
-        remedy = "unset JAX_PLATFORMS" if installed("libtpu") else 'run pip install "jax[tpu]"'
-        report.add("tpu", "problem", f"jax does not see the TPU {path}: {remedy}.")
+    patterns = ("nvidia[0-9]*", "accel[0-9]*", *["vfio/[0-9]*"] * bool(installed("libtpu")))
+    found = [path for p in patterns for path in pathlib.Path(root, "dev").glob(p)]
+    if found:
+        plugins = ", ".join(f"{name} {installed(name)}" for name in PLUGINS if installed(name))
+        report.add(
+            "devices",
+            "problem",
+            f"jax sees the CPU alone, but there is {found[0]} (installed: {plugins or 'no plugin'})"
+            ': unset JAX_PLATFORMS, run pip install "jax[cuda13]" (jax[cuda12] with a driver below '
+            '580) or "jax[tpu]", and see whether nvidia-smi works.',
+        )
 
 
 def holders(report: Report, root: str = "/") -> None:
@@ -185,7 +180,7 @@ def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
     step = "making a folder"
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as scratch:
-            part, whole = pathlib.Path(scratch, "part"), pathlib.Path(scratch, "whole")
+            part = pathlib.Path(scratch, "part")
             part.mkdir()
             step = "writing and syncing a file"
             with open(part / "file", "wb") as file:
@@ -196,15 +191,14 @@ def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
             (part / "other").write_bytes(b"y")
             os.replace(part / "other", part / "file")
             step = "renaming a folder with files in it"
-            os.rename(part, whole)
+            os.rename(part, pathlib.Path(scratch, "whole"))
     except OSError as error:
-        remedy = (
-            "mount the bucket with gcsfuse --rename-dir-limit 200000, or use one with hierarchical "
-            "namespace"
-            if step.startswith("renaming")
-            else "name a folder that may be written, on a disk with room"
+        report.add(
+            "workdir",
+            "problem",
+            f"{place}: {step} fails ({error.strerror}): name another folder, or mount the bucket "
+            "with gcsfuse --rename-dir-limit 200000 (or a hierarchical namespace).",
         )
-        report.add("workdir", "problem", f"{place}: {step} fails ({error.strerror}): {remedy}.")
         return None
     report.add("workdir", "ok", f"{path} can be written")
     return place
