@@ -4,7 +4,7 @@
 
 Prints a table for people and then one JSON object per figure; exits 1 when a figure that was asked
 for does not hold.  One compiled update on one batch runs in this one process.  The calls that the
-training loop makes to tell of a step are timed one by one: that is what a step would lose if no
+training loop makes to report a step are timed one by one: that is what a step would lose if no
 update were in flight to hide them.  Stretches of steps with and without them, and with and without
 a save, take turns, so that a busy machine slows both; the price of a save, until it is on disk, is
 the median over pairs of neighbouring stretches, and a run that saves each 100 steps pays a
@@ -42,7 +42,7 @@ class Loop:
         config.batch_size = batch_size
         config.model.image.update(width=width, layers=4)
         mesh = meshes.make_mesh(**config.mesh)
-        program = setup.make(
+        train_setup = setup.make(
             config,
             mesh,
             vocab_size=VOCABULARY,
@@ -50,13 +50,13 @@ class Loop:
             num_entities=ENTITIES,
             examples_per_epoch=10_000,
         )
-        self.state, shardings = state.create(program.init, config.seed, mesh)
-        self.update = step.make_train_step(program.context, program.tx, shardings)
+        self.state, shardings = state.create(train_setup.init, config.seed, mesh)
+        self.update = step.make_train_step(train_setup.context, train_setup.tx, shardings)
         self.batch = global_batch.to_global(mesh, random_batch(config, batch_size))
-        self.learning_rates = program.learning_rates
+        self.learning_rates = train_setup.learning_rates
         self.values: Any = None
         self.step = 0
-        self.told_seconds: list[float] = []
+        self.report_seconds: list[float] = []
 
         self.goodput = telemetry.Goodput()
         self.goodput.resume(workdir, {})
@@ -73,7 +73,7 @@ class Loop:
         self.console = telemetry.Console(10_000, batch_size)
         self.checkpointer = checkpoint.Checkpointer(workdir, keep=2)
 
-    def run(self, steps: int, *, telling: bool, saving: bool = False) -> float:
+    def run(self, steps: int, *, reporting: bool, saving: bool = False) -> float:
         """Seconds a step, until all of it is computed and, with a save, on disk."""
         start = time.perf_counter()
         if saving:
@@ -82,7 +82,7 @@ class Loop:
                 self.checkpointer.save(self.step, self.state, position)
         for _ in range(steps):
             before = self.values
-            if telling:
+            if reporting:
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                     with self.goodput.phase("input"):
                         pass
@@ -91,23 +91,23 @@ class Loop:
                 self.state, self.values = self.update(self.state, self.batch)
             jax.block_until_ready(before)
             self.step += 1
-            if telling:
+            if reporting:
                 called = time.perf_counter()
-                self.tell()
-                self.told_seconds.append(time.perf_counter() - called)
+                self.report()
+                self.report_seconds.append(time.perf_counter() - called)
         jax.block_until_ready(self.values)
         if saving:
             self.checkpointer.wait()
         return (time.perf_counter() - start) / steps
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """What the training loop does after each step."""
         self.watchdog.progress()
         self.metrics.watch(self.step, self.values)
         self.console.show(self.step - 1, self.metrics.flush())
         if self.step % LOG_EVERY == 0:
-            told = {**self.learning_rates(self.step), **self.meter.read(self.step)}
-            self.metrics.push(self.step, {**self.values, **told})
+            measured = {**self.learning_rates(self.step), **self.meter.read(self.step)}
+            self.metrics.push(self.step, {**self.values, **measured})
             self.goodput.heartbeat()
 
     def close(self) -> None:
@@ -144,30 +144,30 @@ def main() -> int:
         width, batch_size = (64, 32) if flags.quick else (256, 120)
         loop = Loop(folder, width=width, batch_size=batch_size)
         # Compiles, and opens what is opened once.
-        loop.run(LOG_EVERY + 2, telling=True, saving=True)
-        loop.told_seconds.clear()
-        bare, told = [], []
+        loop.run(LOG_EVERY + 2, reporting=True, saving=True)
+        loop.report_seconds.clear()
+        bare, reported = [], []
         for turn in range(pairs):
-            order = (bare, told) if turn % 2 else (told, bare)
+            order = (bare, reported) if turn % 2 else (reported, bare)
             for seconds in order:
-                seconds.append(loop.run(steps, telling=seconds is told))
+                seconds.append(loop.run(steps, reporting=seconds is reported))
         unsaved, saved = [], []
         for turn in range(save_pairs):
             order = (unsaved, saved) if turn % 2 else (saved, unsaved)
             for seconds in order:
-                seconds.append(loop.run(steps, telling=True, saving=seconds is saved))
+                seconds.append(loop.run(steps, reporting=True, saving=seconds is saved))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state))
-        calls = statistics.fmean(loop.told_seconds)
+        calls = statistics.fmean(loop.report_seconds)
         loop.close()
 
     each = statistics.median(bare)
-    telling = statistics.median(t - b for t, b in zip(told, bare, strict=True))
+    reporting = statistics.median(t - b for t, b in zip(reported, bare, strict=True))
     save = statistics.median(steps * (s - u) for s, u in zip(saved, unsaved, strict=True))
     asked = None if flags.quick else "<= 1"
     report.add("step", 1e3 * each, "ms", device, None if flags.quick else ">= 500")
     report.add("state that is saved", size / 2**20, "MiB", device)
     report.add("telemetry, calls of a step on the host", 1e3 * calls, "ms", device)
-    report.add("telemetry, step with less step without", 1e3 * telling, "ms", device)
+    report.add("telemetry, step with less step without", 1e3 * reporting, "ms", device)
     report.add("a save, until it is on disk", 1e3 * save, "ms", device)
     report.add(
         f"telemetry and a save each {SAVE_EVERY} steps, share of the step",

@@ -263,7 +263,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         if preempted:
             with goodput.phase("checkpoint"):
                 checkpointer.wait()
-            raise Preempted(f"{workdir} is at step {now}: the same command goes on from there.")
+            raise Preempted(
+                f"{workdir} is saved at step {now}: the same command resumes from there."
+            )
         with goodput.phase("profile"):
             profiler.at(now, in_flight=values)
         if now == total:
@@ -275,8 +277,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
                 train_state, values = train_step(train_state, batch)
         guard.defer_exit()  # until here nothing could be lost by exiting at once
         examples += batch_size
-        # One update in flight hides the host's work.  More would only hold more batches in the
-        # devices' memory, and nobody could tell whether the loop waits for them or for input.
+        # One update in flight hides the host's work.  More would hold more batches in the devices'
+        # memory, and waiting for them would look like waiting for input.
         jax.block_until_ready(before)
         before = values
         watchdog.progress()

@@ -178,20 +178,20 @@ def test_a_learned_scale_may_begin_at_its_cap():
         settings.validate(config)
 
 
-def test_what_is_seldom_meant_is_told():
-    def told(task="multitask", *, total="100 steps", eos_id=300, every="10 steps"):
+def test_settings_that_are_seldom_meant_are_warned_about():
+    def warnings(task="multitask", *, total="100 steps", eos_id=300, every="10 steps"):
         config = quickstart.get_config(f"task={task}")
         config.optimizer.warmup = "20 steps"
         config.checkpoint.every = every
         clock = cadence.make_clock(total, batch_size=10, examples_per_epoch=1000)
         return settings.warnings(config, clock, eos_id=eos_id)
 
-    assert told() == told("supervised", eos_id=2) == []
-    [sentence] = told(total="20 steps")
+    assert warnings() == warnings("supervised", eos_id=2) == []
+    [sentence] = warnings(total="20 steps")
     assert "warmup='20 steps' is 20 steps and the run has 20" in sentence
-    [sentence] = told(every="0 epochs")
+    [sentence] = warnings(every="0 epochs")
     assert "config.checkpoint.every='0 epochs' saves nothing before the run ends" in sentence
-    [sentence] = told(eos_id=2)
+    [sentence] = warnings(eos_id=2)
     assert "EOS has the id 2" in sentence
     assert "cannot be exported" in sentence
 

@@ -55,7 +55,7 @@ def test_a_phase_ends_with_an_exception_too():
 
 
 def test_compilation_is_taken_from_the_phase_in_which_it_happens():
-    """Inner programs are told before the outer one that contains them, and count once."""
+    """Inner programs are reported before the outer one that contains them, and count once."""
     clock = Clock()
     goodput = telemetry.Goodput(clock=clock, wall=clock)
     goodput.enter("step")
@@ -113,7 +113,7 @@ class Run:
         self.saved = json.loads(json.dumps(self.goodput.save()))
 
     def die(self, unseen=0.0, down=0.0):
-        """``unseen``: seconds of the present phase that no sign of life has told of."""
+        """``unseen``: seconds of the present phase that no heartbeat has written."""
         self.goodput.save()
         self.clock.now += unseen + down
         self.goodput._path = None  # it cannot write any more
@@ -228,7 +228,7 @@ def test_any_history_sums_to_the_wall_time(tmp_path_factory, history):
 
 
 @pytest.mark.parametrize("text", [None, "", '{"seconds": {}}', "[]"])
-def test_without_a_readable_last_sign_of_life_the_time_down_is_unknown(tmp_path, text):
+def test_without_a_readable_goodput_file_the_time_down_is_unknown(tmp_path, text):
     run = Run(tmp_path)
     run.start()
     run.work("step", 100)
@@ -259,13 +259,13 @@ def test_heartbeats_are_rare(tmp_path):
     run = Run(tmp_path)
     run.start()
 
-    def told():
+    def written():
         return json.loads((tmp_path / telemetry.GOODPUT_FILE).read_text())["seconds"]["step"]
 
     run.work("step", 4)
     run.goodput.heartbeat()
-    assert told() == 0
+    assert written() == 0
     run.work("step", 8)
     run.goodput.heartbeat()
-    assert told() == pytest.approx(12)
+    assert written() == pytest.approx(12)
     run.goodput.close()

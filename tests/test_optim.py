@@ -131,13 +131,13 @@ def still(**changes):
     )
 
 
-def test_told_learning_rates_are_those_of_the_update():
+def test_logged_learning_rates_are_those_of_the_update():
     settings = still()
     settings.table.learning_rate_multiplier = 3.0
     params = {"logit_scale": jnp.ones(()), sharding.ENTITY_TABLE: jnp.ones((4, 2))}
     sizes, _ = step_sizes(settings, params)
-    told = optim.learning_rates(settings, CLOCK, entity_loss=True)(0)
-    assert jax.device_get(told) == {
+    logged = optim.learning_rates(settings, CLOCK, entity_loss=True)(0)
+    assert jax.device_get(logged) == {
         "learning_rate": pytest.approx(0.1 * sizes["logit_scale"]),
         "learning_rate/class_table": pytest.approx(0.1 * sizes[sharding.ENTITY_TABLE][0, 0]),
     }

@@ -295,7 +295,7 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(telemetry.Metrics, "push", terminated)
-        with pytest.raises(Preempted, match="is at step 3: the same command goes on"):
+        with pytest.raises(Preempted, match="is saved at step 3: the same command resumes"):
             train.main(config, str(tmp_path / "left"))
     assert checkpoint.saved_steps(tmp_path / "left") == [3]
     train.main(config, str(tmp_path / "left"))

@@ -92,10 +92,10 @@ def test_too_much_on_every_device_is_refused_with_the_mesh_that_works():
     mesh = jax.sharding.AbstractMesh((1, 512, 1), meshes.ALL_AXES)
     with pytest.raises(BadInput) as caught:
         sharding.check_replication(mesh, wide_structs(mesh), 0.02)
-    told = str(caught.value)
-    assert "of the training state would lie whole on each of 512 devices" in told
-    assert "image/blocks/mlp/fc1/kernel (800 MiB), image/blocks/attention/query/kernel" in told
-    assert "set config.mesh.fsdp=256 and config.mesh.replica=2" in told
+    message = str(caught.value)
+    assert "of the training state would lie whole on each of 512 devices" in message
+    assert "image/blocks/mlp/fc1/kernel (800 MiB), image/blocks/attention/query/kernel" in message
+    assert "set config.mesh.fsdp=256 and config.mesh.replica=2" in message
     works = jax.sharding.AbstractMesh((2, 256, 1), meshes.ALL_AXES)
     sharding.check_replication(works, wide_structs(works), 0.02)
     sharding.check_replication(mesh, wide_structs(mesh), 1.0)

@@ -260,8 +260,8 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, ra
         assert down.params[name] == pytest.approx(CAP - 0.01, abs=1e-5)
     assert metrics["logit_scale"] == pytest.approx(100 * np.exp(-0.005), rel=1e-5)
     assert beyond["logit_scale"] == beyond["entity"] == 100
-    for told in (at_cap, beyond):
-        assert told["gradient_norm"] == pytest.approx(100 * 2**0.5, rel=1e-5)
+    for values in (at_cap, beyond):
+        assert values["gradient_norm"] == pytest.approx(100 * 2**0.5, rel=1e-5)
     frozen, _ = after(-1.0, CAP + np.float32(0.5), frozen=("logit_scale",))
     assert frozen.params["logit_scale"] == CAP + np.float32(0.5)
 

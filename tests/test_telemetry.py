@@ -146,7 +146,7 @@ def test_rates_count_input_and_step_alone(clock, goodput):
     assert 0.01 < values["memory/host_gib"] < 100
 
 
-def test_what_is_not_known_is_not_told(clock, goodput, monkeypatch):
+def test_what_is_not_known_is_not_logged(clock, goodput, monkeypatch):
     meter = telemetry.Meter(goodput, images_per_step=8, flops_per_step=6e9, peak_flops=None)
     clock.now += 1
     values = meter.read(steps=1)
@@ -295,7 +295,7 @@ def test_without_a_project_nothing_is_imported(tmp_path, monkeypatch):
     assert not list(epath.Path(tmp_path).iterdir())
 
 
-def test_wandb_that_is_not_installed_is_told_with_the_remedy(monkeypatch):
+def test_wandb_that_is_not_installed_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="needs Weights & Biases: pip install wandb"):
         telemetry.require_wandb("mofi")

@@ -1,4 +1,4 @@
-"""How every main starts: flags from the signature of ``main``, bad input told in one sentence.
+"""How every main starts: flags from the signature of ``main``, one sentence for bad input.
 
 ``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
 config file (``--config file.py:args``, single keys with ``--config.key=value``), every other

@@ -5,10 +5,10 @@
     input       the loop waits for the next batch
     step        everything else in the loop: the device computes
     eval        evaluators
-    checkpoint  the loop waits for a save, which goes on in the background
+    checkpoint  the loop waits for a save; the rest of it runs in the background
     profile     a trace is begun or written (``--profile``); the steps in between are steps
-    lost        input, steps and evaluations after the checkpoint from which the next process went
-                on, which did them again
+    lost        input, steps and evaluations after the checkpoint from which the next process
+                resumed, which repeated them
     down        between the last heartbeat of a process and the start of the next
 
 Each checkpoint holds the seconds of its moment, and ``goodput.json`` in the workdir those of the
@@ -33,7 +33,7 @@ from mofi_jax.common.files import write_json
 GOODPUT_FILE = "goodput.json"
 PHASES = ("start", "compile", "input", "step", "eval", "checkpoint", "profile", "lost", "down")
 
-_REDONE = ("input", "step", "eval")  # by a process that goes on from an earlier checkpoint
+_REDONE = ("input", "step", "eval")  # by a process that resumes from an earlier checkpoint
 _HEARTBEAT_SECONDS = 10.0
 _COMPILE_EVENTS = "/jax/core/compile/"
 
@@ -84,11 +84,11 @@ class Goodput:
         alive, down = {phase: saved.get(phase, 0.0) for phase in PHASES}, 0.0
         try:
             last = json.loads(path.read_text())
-            told = {phase: float(last["seconds"][phase]) for phase in PHASES}
-            idle = self._started - float(last["first_start"]) - sum(told.values())
+            last_seconds = {phase: float(last["seconds"][phase]) for phase in PHASES}
+            idle = self._started - float(last["first_start"]) - sum(last_seconds.values())
             if not math.isfinite(idle):
                 raise ValueError("not finite")
-            alive, down = told, 0.0 if last["finished"] else max(0.0, idle)
+            alive, down = last_seconds, 0.0 if last["finished"] else max(0.0, idle)
         except FileNotFoundError:
             pass
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
@@ -107,7 +107,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time inside as ``name``; what it interrupts goes on afterwards."""
+        """Counts the time inside as ``name``; what it interrupts continues afterwards."""
         self._settle()
         self._stack.append(name)
         try:

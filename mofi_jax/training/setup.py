@@ -1,6 +1,6 @@
 """What a training config comes to: model, optimizer, state and step, for a run, a plan or growth.
 
-Knows sizes, no data: who trains reads them from a data set, who plans names them.
+It needs sizes and no data: a run reads them from its data set, a plan gets them from flags.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The training state: step, parameters, optimizer state; created sharded, never whole."""
+"""The training state: step, parameters, their average, optimizer state; created sharded."""
 
 import dataclasses
 import math
