@@ -39,8 +39,8 @@ from mofi_jax.training import (
     settings,
     setup,
     state,
-    step,
 )
+from mofi_jax.training import step as step_lib
 
 
 def main(
@@ -129,10 +129,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         name: clock.steps(options.pop("every", "10 percent"), key=f"config.evaluators.{name}.every")
         for name, options in evaluators.items()
     }
-    never = {name: "its `every` is 0" for name in evaluators if not eval_every[name]}
-    wanted = {name: evaluators[name] for name in evaluators if eval_every[name]}
-    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, wanted))
-    for name, reason in {**suite.skipped, **never}.items():
+    disabled = {name: "its `every` is 0" for name in evaluators if not eval_every[name]}
+    selected = {name: evaluators[name] for name in evaluators if eval_every[name]}
+    suite = hosts.all_or_none(lambda: evaluation.build_all(towers, selected))
+    for name, reason in {**suite.skipped, **disabled}.items():
         logging.info("config.evaluators.%s is left out: %s", name, reason)
 
     # ---------------------------------------------------------------------- checkpoint
@@ -142,14 +142,14 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     verify = config.checkpoint.verify
     cleanup.enter_context(run_lock.held(workdir))
-    found = run_folder.check(workdir, description, structs, start, verify=verify)
-    position, resumed, first = found.position, found.step is not None, found.step or 0
+    existing = run_folder.check(workdir, description, structs, start, verify=verify)
+    position, resumed, first = existing.position, existing.step is not None, existing.step or 0
     if first > clock.total_steps:
         raise BadInput(
             f"{workdir} is at step {first}, beyond config.total={config.total!r} "
             f"({clock.total_steps} steps): raise the total, or choose another --workdir."
         )
-    if first >= clock.total_steps and found.finished:
+    if first >= clock.total_steps and existing.finished:
         logging.info("%s is finished: %d steps", workdir, first)
         return
     warm = None
@@ -160,7 +160,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         hosts.keep_programs(workdir / config.compile_cache)
     run_folder.prepare(
         workdir,
-        found,
+        existing,
         config,
         description,
         tokenizer_path=data.tokenizer_path,
@@ -176,7 +176,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     else:
         train_state, _ = state.create(train_setup.init, config.seed, mesh)
         train_state = warm_start.apply(train_state, warm) if warm else train_state
-    train_step = step.make_train_step(context, train_setup.tx, shardings)
+    train_step = step_lib.make_train_step(context, train_setup.tx, shardings)
 
     # ---------------------------------------------------------------------- logging
     goodput.resume(workdir, position.seconds)
@@ -225,52 +225,52 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # ---------------------------------------------------------------------- loop
     scores: dict[str, float] = {}
     total = clock.total_steps
-    values = before = None
+    values = previous = None
     goodput.enter("step")
-    for now in range(first, total + 1):
+    for step in range(first, total + 1):
         # Evaluate, save, and only then draw the next batch: what is on disk is the state before
         # the batch that follows it, and nothing is in flight.
-        preempted = now != total and guard.requested()
+        preempted = step != total and guard.requested()
         due = {
             name: evaluator
             for name, evaluator in suite.evaluators.items()
             # A resumed run has these scores in its metrics already, unless it is the end.
-            if (now == 0 or cadence.due(now, eval_every[name], last=total))
-            and (now != first or first in (0, total) or not position.evaluated)
+            if (step == 0 or cadence.due(step, eval_every[name], last=total))
+            and (step != first or first in (0, total) or not position.evaluated)
         }
-        # What the last step leaves is saved in any case.
-        saving = now != first and (
-            preempted or now == total or cadence.due(now, train_setup.save_every, last=total)
+        # The state after the last step is always saved.
+        saving = step != first and (
+            preempted or step == total or cadence.due(step, train_setup.save_every, last=total)
         )
         if due or saving:
-            jax.block_until_ready(values)  # a step in flight is no part of what comes now
-            console.show(now, metrics.flush())
+            jax.block_until_ready(values)  # a step in flight is no part of what follows
+            console.show(step, metrics.flush())
         if due and not preempted:
             with goodput.phase("eval"):
                 embedder = embedding.Embedder(towers, train_state.evaluated)
                 scores = evaluation.run_all(due, embedder, watchdog.progress)
-            metrics.write(now, scores)
+            metrics.write(step, scores)
             shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
-            logging.info("step %d %s", now, shown)
+            logging.info("step %d %s", step, shown)
         if saving:
-            metrics.require_finite(now, values)
+            metrics.require_finite(step, values)
             metrics.store()
             with goodput.phase("checkpoint"):
                 reached = dataclasses.replace(
                     start, examples=examples, seconds=goodput.save(), evaluated=not preempted
                 )
-                checkpointer.save(now, train_state, reached)
+                checkpointer.save(step, train_state, reached)
         if preempted:
             with goodput.phase("checkpoint"):
                 checkpointer.wait()
             raise Preempted(
-                f"{workdir} is saved at step {now}: the same command resumes from there."
+                f"{workdir} is saved at step {step}: the same command resumes from there."
             )
         with goodput.phase("profile"):
-            profiler.at(now, in_flight=values)
-        if now == total:
+            profiler.at(step, in_flight=values)
+        if step == total:
             break
-        with jax.profiler.StepTraceAnnotation("train", step_num=now):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             with goodput.phase("input"):
                 batch = next(batches)
             with jax.transfer_guard("disallow"):
@@ -279,15 +279,15 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         examples += batch_size
         # One update in flight hides the host's work.  More would hold more batches in the devices'
         # memory, and waiting for them would look like waiting for input.
-        jax.block_until_ready(before)
-        before = values
+        jax.block_until_ready(previous)
+        previous = values
         watchdog.progress()
         checkpointer.check()
-        metrics.watch(now + 1, values)
-        console.show(now, metrics.flush())
-        if cadence.due(now + 1, train_setup.log_every, last=total):
-            measured = {**train_setup.learning_rates(now), **meter.read(steps=now - first)}
-            metrics.push(now + 1, {**values, **measured})
+        metrics.watch(step + 1, values)
+        console.show(step, metrics.flush())
+        if cadence.due(step + 1, train_setup.log_every, last=total):
+            measured = {**train_setup.learning_rates(step), **meter.read(steps=step - first)}
+            metrics.push(step + 1, {**values, **measured})
             goodput.heartbeat()
     console.show(total, metrics.flush())
     metrics.close()

@@ -78,7 +78,7 @@ def test_before_the_first_step(tmp_path, monkeypatch, moment):
     config = datasets.tiny_config(tmp_path / "data", "task=supervised", steps=2)
     owner = {
         "open_training_set": train.training_set,
-        "make_train_step": train.step,
+        "make_train_step": train.step_lib,
         "restore": checkpoint,
     }[moment]
     if moment == "restore":

@@ -130,20 +130,20 @@ def moved_rows(
     Returns:
       The state with numpy arrays for the class table, its moments and its average.
     """
-    kept = np.flatnonzero(sources >= 0)
-    fresh = np.flatnonzero(sources < 0)
+    known = np.flatnonzero(sources >= 0)
+    added = np.flatnonzero(sources < 0)
 
     def move(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         if not is_table(path):
             return leaf
         old = np.asarray(leaf)
         new = np.zeros((table_rows, *old.shape[1:]), old.dtype)
-        new[kept] = old[sources[kept]]
+        new[known] = old[sources[known]]
         parent = sharding.path_name(path).split("/")[-2]
         if parent in ("params", "ema"):
-            new[fresh] = new_rows
+            new[added] = new_rows
         elif parent == "last_step":
-            new[fresh] = old.max(initial=0)
+            new[added] = old.max(initial=0)
         return new
 
     return jax.tree_util.tree_map_with_path(move, state)
