@@ -22,20 +22,12 @@ from etils import epath
 from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import pipeline, records, tokenizer
+from mofi_jax.data import records, tokenizer, training_set
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.losses import class_order
-from mofi_jax.training import (
-    checkpoint,
-    class_table,
-    run_folder,
-    settings,
-    setup,
-    state,
-)
+from mofi_jax.training import checkpoint, class_table, run_folder, settings, setup, state
 
-# As many QIDs as an error names.
-NAMED = 5
+NAMED = 5  # QIDs that an error names
 
 
 def main(model: str, data: str, workdir: str, name: str = "", missing: str = "refuse") -> None:
@@ -61,80 +53,77 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")
 
+    # ---------------------------------------------------------------------- the run and its data
     config = read_config(run)
-    order = run_folder.read_model(run).get("table_order")
-    if order != class_order.TABLE_ORDER:
+    if run_folder.read_model(run).get("table_order") != class_order.TABLE_ORDER:
         raise BadInput(f"{run} was trained by another version: its class table has another order.")
-    if name:
-        config.data.name = name
-    source = records.open_source(data, config.data.name)
-    entities_path = source.directory / records.ENTITIES_FILE
-    old, new = (
-        records.read_entities(run / records.ENTITIES_FILE),
-        records.read_entities(entities_path),
-    )
-    texts = tokenizer.Tokenizer(
-        source.directory / records.TOKENIZER_FILE, config.model.context_length
-    )
-    check_tokenizer(run, texts)
-    parts = [
-        pipeline.Part(config.data.name, source),
-        *pipeline.open_extra(config.data.extra.to_dict(), new),
-    ]
-    sources = match(old, new, run, missing)
-
+    config.data.dir, config.data.name = data, name or config.data.name
+    opened = training_set.open_training_set(config)
+    own = tokenizer.Tokenizer(run / records.TOKENIZER_FILE, config.model.context_length)
+    if own.fingerprint != opened.texts.fingerprint:
+        raise BadInput(
+            f"{opened.texts.path} is not the tokenizer of {run}: copy {own.path} over it; records "
+            "hold texts, not tokens."
+        )
+    old, new = records.read_entities(run / records.ENTITIES_FILE), opened.entities
+    lost = sorted(set(old.qids) - set(new.qids))
+    if lost and missing == "refuse":
+        some = ", ".join(lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
+        raise BadInput(
+            f"{len(lost)} of {len(old)} entities of {run} are not in the new data ({some}): keep "
+            "them in its vocabulary, or pass --missing=drop to lose their rows."
+        )
     mesh = meshes.make_mesh()
     step = checkpoint.last_step(run)
-    program = setup.make(
-        config,
-        mesh,
-        vocab_size=texts.vocab_size,
-        eos_id=texts.eos_id,
-        num_entities=len(old),
-        examples_per_epoch=pipeline.examples_per_epoch(parts),
-    )
-    structs, _ = state.abstract(program.init, mesh)
-    if step >= program.clock.total_steps:
+    train_setup = setup.make(config, mesh, **opened.sizes | {"num_entities": len(old)})
+    if step >= train_setup.clock.total_steps:
         logging.warning(
             "%s is at step %d of config.total=%r: raise the total to train on",
             *(run, step, config.total),
         )
+    structs, _ = state.abstract(train_setup.init, mesh)
     old_state = checkpoint.restore(run, step, structs)
-    position = checkpoint.read_position(run, step)
 
-    fresh = np.flatnonzero(sources < 0)
-    rows = new_rows(old_state.params, program.context.model, texts, new, fresh, len(old), mesh)
+    # ---------------------------------------------------------------------- the grown state
+    sources = class_table.match(old.qids, new.qids)  # old ids by new ones, -1 for new entities
+    added = np.flatnonzero(sources < 0)
+    towers = inference.Towers(
+        config=train_setup.context.model,
+        tokenizer=opened.texts,
+        entities=new,
+        preprocess=config.data.eval_ops,
+        mesh=mesh,
+    )
+    rows = new_rows(towers, old_state.params, added, len(old))
     grown = class_table.moved_rows(
         old_state,
-        # From ids to rows of the table, which lie in another order.
         sources=class_table.rows_of_sources(sources, len(old)),
-        new_rows=rows[np.searchsorted(fresh, ids_by_row(fresh, len(new)))],
+        # Rows of the table lie in another order than ids.
+        new_rows=rows[np.argsort(class_order.table_rows(added, len(new)))],
         table_rows=class_order.padded_rows(len(new), mesh),
     )
-    grown = sharding.put(mesh, grown)
 
-    # Under another name until it is whole: train would begin anew in a folder without checkpoint.
+    # ---------------------------------------------------------------------- the new folder
+    # Under another name until it is complete: train would begin anew in one without checkpoint.
     part = out.parent / f"{out.name}.partial"
     if part.exists():
         part.rmtree()
     part.mkdir(parents=True)
     for file in (run_folder.MODEL_FILE, "config.json", records.TOKENIZER_FILE):
         files.write_text(part / file, (run / file).read_text())
-    entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
-    fingerprint = run_folder.data_fingerprint(config, parts, texts)
+    opened.entities_path.copy(part / records.ENTITIES_FILE, overwrite=True)
+    fingerprint = run_folder.data_fingerprint(config, opened.parts, opened.texts)
+    seconds = checkpoint.read_position(run, step).seconds
+    position = checkpoint.Position(0, fingerprint, seconds, run_folder.as_json(config))
     writer = checkpoint.Checkpointer(part, keep=1)
-    writer.save(
-        step,
-        grown,
-        checkpoint.Position(0, fingerprint, position.seconds, run_folder.as_json(config)),
-    )
+    writer.save(step, sharding.put(mesh, grown), position)
     writer.close()
     counts = {
         "step": step,
         "entities": len(new),
-        "kept": int((sources >= 0).sum()),
-        "added": len(fresh),
-        "dropped": len(old) - int((sources >= 0).sum()),
+        "kept": len(new) - len(added),
+        "added": len(added),
+        "dropped": len(lost),
         "new_rows": "text tower" if "text" in old_state.params else "random",
     }
     files.write_json(part / "result_grow.json", counts)
@@ -165,62 +154,25 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def check_tokenizer(run: epath.Path, texts: tokenizer.Tokenizer) -> None:
-    """Raises BadInput where the new data would be read with other tokens than the run's."""
-    own = tokenizer.Tokenizer(run / records.TOKENIZER_FILE, texts.context_length)
-    if own.fingerprint != texts.fingerprint:
-        raise BadInput(
-            f"{texts.path} is not the tokenizer of {run}: copy {run / records.TOKENIZER_FILE} over "
-            "it; records hold texts, not tokens."
-        )
-
-
-def match(
-    old: records.Entities, new: records.Entities, run: epath.Path, missing: str
-) -> np.ndarray:
-    """int64 [new entities]: the old id of each new one, -1 where there is none."""
-    sources = class_table.match(old.qids, new.qids)
-    lost = sorted(set(old.qids) - set(new.qids))
-    if lost and missing == "refuse":
-        some = ", ".join(lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
-        raise BadInput(
-            f"{len(lost)} of {len(old)} entities of {run} are not in the new data ({some}): keep "
-            "them in its vocabulary, or pass --missing=drop to lose their rows."
-        )
-    return sources
-
-
-def ids_by_row(ids: np.ndarray, num_entities: int) -> np.ndarray:
-    """The given entity ids in the order of their rows of the table."""
-    return ids[np.argsort(class_order.table_rows(ids, num_entities))]
-
-
-def new_rows(
-    params: Any,
-    model_config: Any,
-    texts: tokenizer.Tokenizer,
-    entities: records.Entities,
-    fresh: np.ndarray,
-    num_old: int,
-    mesh: Any,
-) -> np.ndarray:
-    """float32 [len(fresh), d]: the first rows of new entities, as long as a typical old one.
+def new_rows(towers: inference.Towers, params: Any, ids: np.ndarray, num_old: int) -> np.ndarray:
+    """float32 [len(ids), d]: the first rows of new entities, as long as a typical old one.
 
     The loss normalises rows, so a row's length decides only how fast it turns.
+
+    Args:
+      towers: with the new vocabulary.
+      params: with the class table of the old one, of `num_old` entities.
+      ids: of the new entities.
     """
     old = np.asarray(params[sharding.ENTITY_TABLE])[:num_old]
-    length = np.median(np.linalg.norm(old, axis=1))
-    if "text" in params and len(fresh):
-        towers = inference.Towers(
-            config=model_config, tokenizer=texts, entities=None, preprocess="", mesh=mesh
-        )
-        words = [entities.text(int(i), with_description=True) for i in fresh]
-        directions = towers.embed_texts(params, words)
+    if "text" in params and len(ids):
+        texts = [towers.entities.text(int(i), with_description=True) for i in ids]
+        directions = towers.embed_texts(params, texts)
     else:
-        rng = np.random.default_rng(len(entities))
-        directions = rng.normal(size=(len(fresh), old.shape[1])).astype(np.float32)
+        rng = np.random.default_rng(len(towers.entities))
+        directions = rng.normal(size=(len(ids), old.shape[1])).astype(np.float32)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return (length * directions).astype(np.float32)
+    return (np.median(np.linalg.norm(old, axis=1)) * directions).astype(np.float32)
 
 
 if __name__ == "__main__":
