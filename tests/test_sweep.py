@@ -257,14 +257,6 @@ def test_metric_of_no_evaluator_and_index_outside(metric, index, sentence, monke
     assert not (tmp_path / "sweep").exists()
 
 
-def test_folder_of_another_sweep(tmp_path):
-    folder = epath.Path(tmp_path)
-    sweep.claim(folder, [{"seed": 1}], lead=True)
-    sweep.claim(folder, [{"seed": 1}], lead=True)
-    with pytest.raises(BadInput, match="holds a sweep over other points"):
-        sweep.claim(folder, [{"seed": 2}], lead=True)
-
-
 def test_points_survive_the_way_through_flags():
     """What a point's flags say is what its config says."""
     config = quickstart.get_config("task=supervised")

@@ -9,9 +9,8 @@ finished point is not trained again, an interrupted one resumes.  Flags such as
 ``--config.total=...`` hold for all points.  ``--list`` shows the points, ``--index=I`` runs one, as
 in a SLURM array.  S holds
 
-    points.json  the points, so that a folder never mixes two sweeps
-    sweep.json   {"metric", "best", "points": [{"name", "values", "state", "score", ...}]}
-    sweep.md     the same as a table, best first
+    sweep.json  {"metric", "best", "points": [{"name", "values", "state", "score", ...}]}
+    sweep.md    the same as a table, best first
 
 Exit codes: 0 all points are done (one that diverged counts), 75 preempted and saved (the same
 command resumes), 2 bad input, 1 a point crashed.
@@ -38,7 +37,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.sweep import table as sweep_table
 from mofi_jax.training import settings
 
-POINTS_FILE, FAILED_FILE = "points.json", "failed.json"
+FAILED_FILE = "failed.json"
 DELETE = "delete this folder, and the sweep runs the point again"
 NAME_LENGTH = 120  # a folder's name has room for 255 bytes
 
@@ -62,7 +61,7 @@ def main(
       coordinator, processes, process: passed on to every training.
 
     Raises:
-      BadInput: no points, a point that does not fit the config, a folder of another sweep.
+      BadInput: no points, or one that does not fit the config.
     """
     flag = flags.FLAGS["config"]
     filename = config_flags.get_config_filename(flag)
@@ -82,9 +81,8 @@ def main(
         for i in chosen:
             print(f"{i:3d}  {sweep_table.state_of(workdir / names[i]):9s} {names[i]}")
         return 0
+    workdir.mkdir(parents=True, exist_ok=True)
     lead = process in ("", "0")
-    claim(workdir, points, lead)
-
     hosts = {"coordinator": coordinator, "processes": processes, "process": process}
     train = [sys.executable, "-m", "mofi_jax.train", f"--config={filename}", *as_flags(overrides)]
     train += [f"--{name}={value}" for name, value in hosts.items() if value]
@@ -153,23 +151,6 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-def claim(workdir: epath.Path, points: Sequence[Mapping[str, Any]], lead: bool) -> None:
-    """Marks the folder as this sweep's.
-
-    Raises:
-      BadInput: it is another one's.
-    """
-    path = workdir / POINTS_FILE
-    own = json.loads(json.dumps([dict(point) for point in points]))
-    if path.exists() and files.read_json(path, "name another folder for the sweep") != own:
-        raise BadInput(
-            f"{workdir} holds a sweep over other points ({path}): choose another --workdir."
-        )
-    if lead:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, own)
-
-
 def run(
     trainings: Sequence[tuple[str, Sequence[str], Any]], workdir: epath.Path, lead: bool
 ) -> int:
@@ -202,7 +183,7 @@ def run(
             child = None
             failed = workdir / name / FAILED_FILE
             if lead and code not in (0, os.EX_TEMPFAIL):
-                failed.parent.mkdir(parents=True, exist_ok=True)
+                failed.parent.mkdir(exist_ok=True)
                 files.write_json(failed, {"exit_code": code, "config": as_json(config)})
             elif lead:
                 failed.unlink(missing_ok=True)
