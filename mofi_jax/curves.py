@@ -98,7 +98,8 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     Raises:
       BadInput: a folder without metrics, or given twice.
     """
-    folders = [epath.Path(workdir).resolve() for workdir in workdirs]
+    folders = [files.input_folder(workdir, "workdir") for workdir in workdirs]
+    folders = [path if files.is_remote(path) else path.resolve() for path in folders]
     for path, given in zip(folders, workdirs, strict=True):
         if folders.count(path) > 1:
             raise BadInput(f"{given} is given twice: name each run once.")

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from configs import eval as eval_config
-from mofi_jax import evaluate, export, telemetry, train
+from mofi_jax import curves, evaluate, export, telemetry, train
 from mofi_jax.common import checksums, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
@@ -97,6 +97,7 @@ def test_metrics_come_in_parts(folder, monkeypatch):
     metrics.write(6, {"loss": 0.0})
     metrics.close()
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
+    assert curves.read_runs([os.fspath(folder)])[0].heading == "run: 6 steps"
 
 
 def test_a_row_is_stored_within_a_minute_whatever_the_loop_does(folder, monkeypatch):
