@@ -234,7 +234,7 @@ def test_a_host_that_never_comes_and_a_port_that_is_taken():
     port = free_port()
     address = f"localhost:{port}"
     _, report = look(timeout=1, coordinator=address, processes="2", process="0")
-    assert "1 of 2 processes did not come within 1 s (missing: 1" in told(report)["devices"]
+    assert "1 of 2 processes did not connect within 1 s (missing: 1" in told(report)["devices"]
     with socket.create_server(("", port)):
         _, report = look(timeout=5, coordinator=address, processes="2", process="0")
     assert f"cannot listen on port {port}" in told(report)["devices"]
