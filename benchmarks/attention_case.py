@@ -35,7 +35,7 @@ class Case:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Times forward and backward pass of `layers.Attention`, by turns.
+    """Times forward and backward pass of `layers.Attention`, interleaved.
 
     Returns:
       implementations: name -> {seconds, error_of_gradients (relative, against float32 by xla)} or
@@ -73,7 +73,7 @@ def measure(case: Case) -> dict[str, Any]:
         exact = gradients("xla", jnp.float32)(*some)
     device = jax.devices()[0]
     what = {"head_dim": case.head_dim, "dtype": jnp.dtype(case.dtype), "device": device}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     runs = {}
     for name in ("xla", "cudnn"):
         try:
@@ -81,9 +81,9 @@ def measure(case: Case) -> dict[str, Any]:
             error = difference(run(*some), exact)
             jax.block_until_ready(run(params, x, direction))
         except (BadInput, jax.errors.JaxRuntimeError, NotImplementedError) as reason:
-            found[name] = {"error": str(reason).splitlines()[0][:300]}
+            results[name] = {"error": str(reason).splitlines()[0][:300]}
             continue
-        runs[name], found[name] = run, {"error_of_gradients": error}
+        runs[name], results[name] = run, {"error_of_gradients": error}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(TURNS):
         for name, run in runs.items():
@@ -93,10 +93,10 @@ def measure(case: Case) -> dict[str, Any]:
             jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - start) / LOOPS)
     for name in runs:
-        found[name]["seconds"] = statistics.median(seconds[name])
+        results[name]["seconds"] = statistics.median(seconds[name])
     return {
-        "implementations": found,
-        "fastest": min(runs, key=lambda name: found[name]["seconds"]),
+        "implementations": results,
+        "fastest": min(runs, key=lambda name: results[name]["seconds"]),
         "auto": attention.choose("auto", **what),
         "platform": device.platform,
         "device": device.device_kind,
@@ -104,13 +104,15 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def difference(found: Any, exact: Any) -> float:
-    """The largest |found - exact| / |exact| of a tree's leaves; infinite where one is no number.
+def difference(gradients: Any, exact: Any) -> float:
+    """The largest |gradient - exact| / |exact| of a tree's leaves; infinite where one is no number.
 
     The gradient of the keys' bias is zero in exact arithmetic: measured against the queries'.
     """
     worst = 0.0
-    pairs = zip(jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(exact), strict=True)
+    pairs = zip(
+        jax.tree_util.tree_flatten_with_path(gradients)[0], jax.tree.leaves(exact), strict=True
+    )
     largest = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(exact[0]))
     for (path, leaf), reference in pairs:
         scale = float(jnp.linalg.norm(reference))

@@ -3,7 +3,7 @@
     python -m benchmarks.entity_softmax [--quick] [--only SECTION] [--picture P.png]
 
 Prints a table for people and then one JSON object per figure; exits 1 when a figure that was
-asked for does not hold.  All versions run in this one process, turn by turn, so that a busy machine
+asked for does not hold.  All versions run in this one process, interleaved, so that a busy machine
 slows all: ratios are medians over these turns.  The naive version is what one writes first, given
 its best layout: all logits at once, sharded over the classes by a constraint (left to itself XLA
 reshuffles all of them).

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mofi_jax.distributed import global_batch, meshes, sharding
-from mofi_jax.losses import class_order, entity, entity_sampling
+from mofi_jax.losses import blocks, class_order, entity, entity_sampling
 
 SCALE, MARGIN = 32.0, 0.3
 RATE = 0.1
@@ -85,7 +85,7 @@ def naive_step(problem: Problem, mesh: Mesh) -> Callable[..., Any]:
 
     def mean(x, table, ids):
         unit = table * jax.lax.rsqrt(jnp.sum(table * table, axis=1, keepdims=True))
-        cos = entity.dot("bd,cd->bc", x, unit, dtype)
+        cos = blocks.dot("bd,cd->bc", x, unit, dtype)
         cos = jax.lax.with_sharding_constraint(cos, NamedSharding(mesh, P(None, meshes.ALL_AXES)))
         columns = jnp.arange(cos.shape[1])
         hit = columns == ids

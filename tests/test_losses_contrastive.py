@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch
 from mofi_jax.losses import blocks, contrastive, relations
-from tests.test_losses_entity import BATCH_SPEC, collectives, compiled, shapes
+from tests.entity_batch import relative
+from tests.programs import BATCH_SPEC, collectives, compiled, shapes
 
 BATCH = 24
 DIM = 20
@@ -110,11 +111,6 @@ def value_and_grads(loss):
         return result, grads
 
     return run
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.abs(a - b).max() / np.abs(b).max()
 
 
 def bound(mesh_of, mesh: str, dense, sharded, block_size: int | None = None, **kwargs):
@@ -302,7 +298,7 @@ def check_bad_input(mesh_of, sharded, dense, *scalars):
             loss(image, text, *scalars, valid=valid, text_entity=LABELS["text_entity"])
 
 
-def test_bad_arguments_are_told(mesh_of):
+def test_bad_arguments_are_refused(mesh_of):
     check_bad_input(mesh_of, contrastive.clip_softmax, contrastive.clip_softmax_dense, 1.0)
 
 
@@ -358,9 +354,8 @@ def test_only_the_named_collectives(mesh_of, mesh, block_size):
 
 
 def test_tile_fits_its_limit(mesh_of):
-    static = relations.Static(mesh_of["1x8x1"], "off", None)
-    limit = blocks.tile_bytes(mesh_of["1x8x1"]) // 4
+    limit = blocks.tile_logits(mesh_of["1x8x1"])
     for images, texts in ((4, 32), (4096, 32768), (1000, 7000), (8192, 65536)):
-        block = static.block(images, texts)
+        block = blocks.tile_columns(mesh_of["1x8x1"], images, texts, None)
         assert images * block <= limit
         assert block == texts or images * (block + 128) > limit / 2

@@ -13,7 +13,8 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
 from mofi_jax.losses import class_order, entity, entity_sampling
 from tests import pairwise
-from tests.test_losses_entity import ENTITIES, collectives, make_batch, relative, shapes
+from tests.entity_batch import ENTITIES, make_batch, relative
+from tests.programs import collectives, shapes
 
 MESHES = ["1x1x1", "1x8x1", "2x2x2"]
 
@@ -36,19 +37,20 @@ def draw(mesh, ids, rate, seed=0):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("rate", [0.05, 0.3, 1.0])
-def test_draw_is_its_definition(mesh_of, mesh, rate):
+def test_draw_is_that_of_one_device_after_the_other(mesh_of, mesh, rate):
     _, _, ids, _ = make_batch(3)
-    options = {
-        "table_rows": class_order.padded_rows(ENTITIES, mesh_of[mesh]),
-        "num_entities": ENTITIES,
-        "rate": rate,
-        "mesh": mesh_of[mesh],
-    }
-    expected = entity_sampling.draw_dense(jax.random.key(0), ids, **options)
+    size, rows = mesh_of[mesh].size, class_order.padded_rows(ENTITIES, mesh_of[mesh])
+    count = entity_sampling.places(rows, rate, mesh_of[mesh])
+    key, share = jax.random.key(0), rows // size
+    parts = [
+        entity_sampling._draw_share(key, ids, device, share, count, rows, ENTITIES)
+        for device in range(size)
+    ]
     got = draw(mesh_of[mesh], ids, rate)
-    np.testing.assert_array_equal(got.rows, expected.rows)
-    np.testing.assert_allclose(got.log_q, expected.log_q, rtol=1e-6)
-    assert got.overflow == expected.overflow
+    np.testing.assert_array_equal(got.rows, np.concatenate([part.rows for part in parts]))
+    log_q = np.concatenate([part.log_q for part in parts])
+    np.testing.assert_allclose(got.log_q, log_q, rtol=1e-6)
+    assert got.overflow == sum(part.overflow for part in parts)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -9,18 +9,8 @@ import pytest
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.losses import class_order, entity_topk
-from tests.test_losses_entity import (
-    ARRAYS,
-    BLOCK,
-    ENTITIES,
-    B,
-    D,
-    N,
-    collectives,
-    compiled,
-    make_batch,
-    no_large_tensor,
-)
+from tests.entity_batch import ENTITIES, make_batch
+from tests.programs import ARRAYS, BLOCK, B, D, N, collectives, compiled, no_large_tensor
 
 
 @pytest.mark.parametrize(("mesh", "k", "block_size"), [("1x1x1", 5, 100), ("2x2x2", 5, 50)])
@@ -46,9 +36,6 @@ def test_topk(mesh_of, mesh, k, block_size):
     np.testing.assert_allclose(cosines, np.take_along_axis(expected, rows, 1), atol=1e-6)
     assert rows[0, :3].tolist() == [3, 200, 300]
     assert all(len(set(row)) == k for row in rows.tolist())
-    dense_rows, dense_cosines = entity_topk.entity_topk_dense(x, table, num_entities=ENTITIES, k=k)
-    np.testing.assert_array_equal(rows, dense_rows)
-    np.testing.assert_allclose(cosines, dense_cosines, atol=1e-6)
 
 
 def test_topk_of_fewer_classes_than_devices_times_k(mesh_of):

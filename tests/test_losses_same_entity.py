@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from mofi_jax.losses import contrastive, siglip
+from tests.entity_batch import relative
 from tests.test_losses_contrastive import (
     BATCH,
     DIM,
@@ -17,7 +18,6 @@ from tests.test_losses_contrastive import (
     MODES,
     clip,
     make_batch,
-    relative,
     value_and_grads,
 )
 

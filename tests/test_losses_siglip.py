@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from mofi_jax.distributed import global_batch
 from mofi_jax.losses import siglip
+from tests.entity_batch import relative
+from tests.programs import collectives, shapes
 from tests.test_losses_contrastive import (
     BATCH,
     DIM,
@@ -27,10 +29,8 @@ from tests.test_losses_contrastive import (
     pair_cosines,
     program_of,
     related,
-    relative,
     value_and_grads,
 )
-from tests.test_losses_entity import collectives, shapes
 
 BIAS = -10.0
 
@@ -179,7 +179,7 @@ def test_bfloat16_embeddings(mesh_of, mode):
         assert relative(a, b) <= 5e-3
 
 
-def test_bad_arguments_are_told(mesh_of):
+def test_bad_arguments_are_refused(mesh_of):
     check_bad_input(mesh_of, siglip.siglip, siglip.siglip_dense, 10.0, BIAS)
 
 

@@ -71,20 +71,20 @@ def test_bfloat16_stays_near_float32(params):
 
 def test_scan_equals_a_plain_loop(params):
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
-    stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    stack = layers.make_stack(mofi.TowerConfig(16, 3, 2), CONFIG, nnx.Rngs(0))
     expected = x
     for i in range(3):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack.fold(x.dtype))
-        how = {"length": 5, "causal": False, "implementation": "xla"}
-        expected = stack.run(expected, layer, anew=False, **how)
-    result = layers.run_stack(stack, x, causal=False, implementation="xla", remat="none")
+        options = {"length": 5, "causal": False, "implementation": "xla"}
+        expected = stack.run(expected, layer, recompute_moments=False, **options)
+    result = layers.run_stack(stack, x, CONFIG, causal=False)
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("anew", [False, True])
-def test_folded_block_is_the_textbook_block(anew):
+@pytest.mark.parametrize("recompute_moments", [False, True])
+def test_folded_block_is_the_textbook_block(recompute_moments):
     """Values and all gradients, scales and biases far from 1 and 0; a stack of one layer."""
-    stack = layers.make_stack(16, 2, 1, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    stack = layers.make_stack(mofi.TowerConfig(16, 1, 2), CONFIG, nnx.Rngs(0))
     graph, state = nnx.split(stack)
     keys = iter(jax.random.split(jax.random.key(2), 99))
     state = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), state)
@@ -93,8 +93,8 @@ def test_folded_block_is_the_textbook_block(anew):
     def folded(state):
         block = nnx.merge(graph, state)
         layer = jax.tree.map(lambda leaf: leaf[0], block.fold(x.dtype))
-        how = {"length": 5, "causal": False, "implementation": "xla"}
-        return block.run(x, layer, anew=anew, **how)
+        options = {"length": 5, "causal": False, "implementation": "xla"}
+        return block.run(x, layer, recompute_moments=recompute_moments, **options)
 
     def textbook(state):
         p = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(state))
@@ -124,7 +124,7 @@ def test_folded_block_is_the_textbook_block(anew):
 
 
 def test_layers_of_a_stack_differ():
-    stack = layers.make_stack(16, 2, 3, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+    stack = layers.make_stack(mofi.TowerConfig(16, 3, 2), CONFIG, nnx.Rngs(0))
     kernel = stack.mlp.fc1.kernel[...]
     assert kernel.shape == (3, 16, 64)
     assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
@@ -143,30 +143,31 @@ def test_remat_changes_no_number(params, remat):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_remat_keeps_what_it_says():
-    """Kept activations of a block, in multiples of its input: all, matrix products, the input."""
+def test_remat_saves_what_it_says():
+    """Saved activations of a block, in multiples of its input: all, matrix products, the input."""
     width, tokens, depth = 32, 6, layers.UNROLLED_LAYERS["cpu"] + 1
     stack = nnx.eval_shape(
-        lambda: layers.make_stack(width, 2, depth, activation="gelu", eps=1e-5, rngs=nnx.Rngs(0))
+        lambda: layers.make_stack(mofi.TowerConfig(width, depth, 2), CONFIG, nnx.Rngs(0))
     )
     graph, shapes = nnx.split(stack)
     x = jax.ShapeDtypeStruct((3, tokens, width), jnp.bfloat16)
 
-    def kept(remat):
+    def saved(remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+
         def run(blocks, x):
-            merged = nnx.merge(graph, blocks)
-            return layers.run_stack(merged, x, causal=False, implementation="xla", remat=remat)
+            return layers.run_stack(nnx.merge(graph, blocks), x, config, causal=False)
 
         residuals = jax.eval_shape(lambda blocks, x: jax.vjp(run, blocks, x)[1], shapes, x)
         sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if 3 in r.shape]
         return sum(sizes) / (depth * x.size * x.dtype.itemsize)
 
     # The input, query, key, value, what attention adds to it, and four widths of the MLP.
-    assert kept("full") == 1
-    assert kept("dots") == 9
+    assert saved("full") == 1
+    assert saved("dots") == 9
     # With both norms' results, values after attention, the MLP's wide activation once more, and
     # logits and weights of attention, which are small at this length.
-    assert 16 < kept("none") < 18
+    assert 16 < saved("none") < 18
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -257,6 +258,6 @@ def test_impossible_configs(changes, sentence):
         dataclasses.replace(CONFIG, **changes)
 
 
-def test_missing_tower_is_told(params):
+def test_missing_tower_is_refused(params):
     with pytest.raises(BadInput, match="has no text tower"):
         mofi.embed_texts(CONFIG, {"image": params["image"]}, TOKENS)

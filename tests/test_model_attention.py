@@ -46,7 +46,7 @@ def test_cudnn_where_it_runs(monkeypatch, device, head_dim, dtype, runs):
             attention.choose("cudnn", **what)
 
 
-def test_cudnn_on_a_cpu_is_told(monkeypatch):
+def test_cudnn_on_a_cpu_is_refused(monkeypatch):
     config = dataclasses.replace(test_model.CONFIG, attention="cudnn", dtype="bfloat16")
     params = mofi.create(config, jax.random.key(0))
     with pytest.raises(BadInput, match=r"config.model.attention='cudnn' does not run on cpu"):

@@ -1,8 +1,14 @@
-"""What every loss returns: sums over the global batch, divided once, at the end."""
+"""What every loss returns, and how it gets a hand-written backward pass over shards."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from mofi_jax.losses import blocks
 
 
 class LossSum(NamedTuple):
@@ -23,3 +29,42 @@ class LossSum(NamedTuple):
     count: Float[Array, ""]
     correct: Float[Array, ""]
     cosine: Float[Array, ""]
+
+
+def sharded(
+    mesh: Mesh,
+    forward: Callable[..., tuple[LossSum, Any]],
+    backward: Callable[..., tuple[Any, ...]],
+    inputs: tuple[Any, ...],
+    specs: tuple[Any, ...],
+    *,
+    residual_specs: Any,
+    differentiable: int,
+) -> LossSum:
+    """A loss whose two passes are functions of one device's shards.
+
+    Args:
+      forward: ``loss, residuals = forward(*inputs)``; the loss is that of the global batch.
+      backward: ``gradients = backward(*inputs, residuals, gradient of loss.total)``.
+      inputs: arrays, trees of arrays or None; the first ``differentiable`` have a gradient.
+      specs: how each input, and its gradient, is split over the mesh.
+    """
+
+    @jax.custom_vjp
+    def loss(*inputs: Any) -> LossSum:
+        return run_forward(*inputs)[0]
+
+    def run_forward(*inputs: Any) -> tuple[LossSum, Any]:
+        run = blocks.shard_map(forward, mesh, specs, (P(), residual_specs))
+        result, residuals = run(*inputs)
+        return result, (inputs, residuals)
+
+    def run_backward(saved: Any, cotangent: LossSum) -> tuple[Any, ...]:
+        inputs, residuals = saved
+        in_specs = *specs, residual_specs, P()
+        run = blocks.shard_map(backward, mesh, in_specs, specs[:differentiable])
+        gradients = run(*inputs, residuals, cotangent.total)
+        return *gradients, *[None] * (len(inputs) - differentiable)
+
+    loss.defvjp(run_forward, run_backward)
+    return loss(*inputs)

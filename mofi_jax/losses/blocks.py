@@ -1,4 +1,4 @@
-"""What the losses share: mapping over shards, and walking a long axis in blocks.
+"""What the losses share: mapping over shards, matrix products, and walking a long axis in blocks.
 
 A loss over millions of classes, or over a batch of 32,768 pairs, is a matrix of logits that must
 never exist.  Each device computes a tile of its part, uses it and forgets it.  How large a tile may
@@ -9,40 +9,73 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from mofi_jax.distributed import meshes
+from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch, meshes
 
 # Specs of arrays inside the losses: rows over the batch axes, classes over all axes.
 BATCH = P(meshes.BATCH_AXES)
 CLASSES = P(meshes.ALL_AXES)
+
+# The cosine or logit of what takes no part: finite, so that no inf - inf can arise, and its
+# exponential is exactly 0.
+MASKED = -1e30
 
 # fp32 bytes of one tile of logits.  Two to four of them live at once.  CPU caches want small tiles;
 # a GPU needs large ones to fill its matrix units and to hide the launches of a loop's kernels.
 TILE_BYTES = {"cpu": 2**22, "tpu": 2**26, "gpu": 2**27}
 
 
-def tile_bytes(mesh: Mesh) -> int:
-    """Largest tile of fp32 logits on this mesh's kind of device."""
-    platform = mesh.devices.flat[0].platform
-    return TILE_BYTES.get(platform, TILE_BYTES["gpu"])
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Raises BadInput unless the batch divides over the mesh's batch axes."""
+    if batch % (shards := global_batch.batch_shards(mesh)):
+        raise BadInput(
+            f"a batch of {batch} does not divide over {shards} batch shards: choose a multiple of "
+            "that number."
+        )
+
+
+def dot(subscripts: str, a: Array, b: Array, dtype: DTypeLike = jnp.float32) -> Array:
+    """Matrix product of operands in `dtype`, accumulated and returned in fp32."""
+    # fp32 means fp32: by default GPUs would round the operands to TF32 and TPUs to bf16.
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(
+        subscripts,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map` for functions that write both of their passes themselves (custom_vjp)."""
-    # The replication check takes gathered arrays for different ones on each device.  It guards
-    # autodiff through collectives, which never happens here: custom_vjp is outside of every map.
+    """`jax.shard_map` for functions that jax does not differentiate (`base.sharded`)."""
+    # The replication check, which guards autodiff through collectives, takes gathered arrays for
+    # different ones on each device.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
 
-def gather_batch(x: Array) -> Array:
-    """Inside a map: the rows of all batch shards, on every device."""
-    return lax.all_gather(x, meshes.BATCH_AXES, axis=0, tiled=True)
+def gather_batch(tree: Any) -> Any:
+    """Inside a map: the rows of all batch shards, on every device, of every array."""
+    return lax.all_gather(tree, meshes.BATCH_AXES, axis=0, tiled=True)
+
+
+def slice_rows(tree: Any, start: Any, size: int) -> Any:
+    """Rows start, start + 1, ... of every array."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
+
+
+def update_rows(tree: Any, part: Any, start: Any) -> Any:
+    """The arrays with the rows from start on replaced by those of part."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
 
 
 def over_blocks(size: int, block: int, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
@@ -57,6 +90,20 @@ def over_blocks(size: int, block: int, body: Callable[[Any, Any, int], Any], car
     elif full:
         carry = lax.fori_loop(0, full, lambda i, c: body(c, i * block, block), carry)
     return body(carry, full * block, tail) if tail else carry
+
+
+def tile_columns(
+    mesh: Mesh, rows: int, columns: int, block_size: int | None, shortest: int = 0
+) -> int:
+    """Columns of a tile of `rows` rows: `block_size`, or what this kind of device has room for."""
+    if block_size is not None:
+        return min(block_size, columns)
+    return even_length(columns, max(shortest, tile_logits(mesh) // rows), 128)
+
+
+def tile_logits(mesh: Mesh) -> int:
+    """Most fp32 logits of a tile on this mesh's kind of device."""
+    return TILE_BYTES.get(mesh.devices.flat[0].platform, TILE_BYTES["gpu"]) // 4
 
 
 def even_length(size: int, limit: int, multiple: int) -> int:

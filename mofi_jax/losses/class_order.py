@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 # Of `table_rows`: a table whose rows lie in another order names the wrong entities.
@@ -17,43 +14,39 @@ def padded_rows(rows: int, mesh: Mesh) -> int:
 
 
 def table_rows(ids: Any, num_entities: int) -> Any:
-    """Rows of the class table at which entities live: a fixed shuffle of range(num_entities).
+    """Rows of the class table at which entities live: a strided permutation of range(num_entities).
 
-    Ids come by descending image count, and devices hold contiguous rows: without a shuffle the
-    first device would own every frequent entity, and in sampled training nearly all labels of a
-    batch.  The ids are dealt onto piles, consecutive ones far apart (golden-ratio multiplication),
-    and the piles lie one after the other in the table.  That depends on the number of entities
-    alone, so a checkpoint fits any number of devices.
+    Ids come by descending image count, and devices hold contiguous rows: in that order the first
+    device would own every frequent entity, and in sampled training nearly all labels of a batch.
+    So the ids of each residue modulo the stride lie together, and the residues in the order of
+    golden-ratio multiplication, which keeps neighbours apart.  The permutation depends on the
+    number of entities alone, so a checkpoint fits any number of devices.
 
     Args:
       ids: int32 entity ids, numpy or jax, any shape; ids outside [0, num_entities) stay as they
         are.
       num_entities: size of the vocabulary.
     """
-    piles, multiplier = _piles(num_entities)
-    height = num_entities // piles
-    rows = ids % piles * multiplier % piles * height + ids // piles
-    # The last, incomplete round (the rarest entities) stays where it is.
-    dealt = (ids >= 0) & (ids < piles * height)
-    return _where(dealt, rows, ids)
+    stride, multiplier = _stride(num_entities)
+    run = num_entities // stride
+    rows = ids % stride * multiplier % stride * run + ids // stride
+    # The rarest entities, from the last multiple of the stride on, stay where they are.
+    moved = (ids >= 0) & (ids < stride * run)
+    return ids + moved * (rows - ids)
 
 
 def table_entities(rows: Any, num_entities: int) -> Any:
     """The inverse of `table_rows`: entity ids of rows of the class table."""
-    piles, multiplier = _piles(num_entities)
-    height = num_entities // piles
-    ids = rows // height * pow(multiplier, -1, piles) % piles + rows % height * piles
-    dealt = (rows >= 0) & (rows < piles * height)
-    return _where(dealt, ids, rows)
+    stride, multiplier = _stride(num_entities)
+    run = num_entities // stride
+    ids = rows // run * pow(multiplier, -1, stride) % stride + rows % run * stride
+    moved = (rows >= 0) & (rows < stride * run)
+    return rows + moved * (ids - rows)
 
 
-def _piles(num_entities: int) -> tuple[int, int]:
-    """Number of piles (a power of two, many times the devices of a pod) and the dealing factor."""
-    piles = 1
-    while piles < 4096 and 16 * piles <= num_entities:
-        piles *= 2
-    return piles, round(piles * 0.6180339887) | 1
-
-
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    return (jnp if isinstance(condition, jax.Array) else np).where(condition, a, b)
+def _stride(num_entities: int) -> tuple[int, int]:
+    """The stride (a power of two, many times the devices of a pod) and the residues' multiplier."""
+    stride = 1
+    while stride < 4096 and 16 * stride <= num_entities:
+        stride *= 2
+    return stride, round(stride * 0.6180339887) | 1

@@ -5,8 +5,8 @@ computes the same numbers from the logits of each device's own images, a tile at
 serves both directions, forward and backward, and is then forgotten.
 
 Symmetric InfoNCE as in axlearn's ``vision/clip.py`` and CLIP (arXiv 2103.00020): every image
-picks its text among the texts of the batch, every text its image, both directions averaged.  What
-becomes of pairs that share an entity is told by `relations.SAME_ENTITY`; where they are positive,
+picks its text among the texts of the batch, every text its image, both directions averaged.
+`relations.SAME_ENTITY` says what becomes of pairs that share an entity; where they are positive,
 all of a row's targets have equal weight, the logarithm outside of their mean (UniCL, arXiv
 2204.03610; the "out" form of SupCon, arXiv 2004.11362).
 
@@ -14,7 +14,7 @@ This file knows nothing of models, temperature caps or the weight of a task.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mofi_jax.distributed import meshes
+from mofi_jax.distributed import global_batch, meshes
 from mofi_jax.losses import base, blocks, relations
-
-# ---------------------------------------------------------------------------- dense reference
 
 
 def clip_softmax_dense(
@@ -40,33 +38,17 @@ def clip_softmax_dense(
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `clip_softmax`, with all b x b logits in memory."""
-    relations.check(image.shape[0], image_entities, text_entity, same_entity)
-    valid = valid > 0
-    pairs = relations.pairs_of(
-        jnp.eye(image.shape[0], dtype=bool),
-        image_valid=valid,
-        text_valid=valid,
-        image_entities=image_entities,
-        text_entity=text_entity,
-        same_entity=same_entity,
-    )
-    cos = relations.dot(
-        "id,jd->ij", relations.real_rows(image, valid), relations.real_rows(text, valid)
-    )
-    pair = jnp.diagonal(cos)
-    logits = jnp.where(pairs.in_denominator, logit_scale_exp * cos, relations.LOWEST)
-    total, correct = 0.0, 0.0
+    labels = relations.checked(valid, image_entities, text_entity, same_entity)
+    images, texts = relations.sides(image, text, labels)
+    cos, pairs, _ = relations.tile(images, texts, 0, image.shape[0], same_entity, 0)
+    logits = jnp.where(pairs.in_denominator, logit_scale_exp * cos, blocks.MASKED)
+    total, best_wrong = 0.0, []
     for axis in (1, 0):  # image -> text, text -> image
         log_p = jnp.where(pairs.positive, jax.nn.log_softmax(logits, axis=axis), 0.0)
         targets = jnp.maximum(jnp.sum(pairs.positive, axis=axis), 1)
         total -= 0.5 * jnp.sum(jnp.sum(log_p, axis=axis) / targets)
-        best_wrong = jnp.max(jnp.where(pairs.wrong, cos, relations.LOWEST), axis=axis)
-        correct += 0.5 * jnp.sum(valid & (pair > best_wrong))
-    cosine = jnp.sum(jnp.where(valid, pair, 0.0))
-    return base.LossSum(total, jnp.sum(valid, dtype=jnp.float32), correct, cosine)
-
-
-# ---------------------------------------------------------------------------- sharded, in tiles
+        best_wrong.append(jnp.max(jnp.where(pairs.wrong, cos, blocks.MASKED), axis=axis))
+    return relations.loss_sum(total, images.valid, jnp.diagonal(cos), best_wrong)
 
 
 def clip_softmax(
@@ -92,9 +74,9 @@ def clip_softmax(
       logit_scale_exp: factor of the cosines, > 0, the exponential already taken and capped.
       mesh: the mesh of `meshes.make_mesh`.
       valid: rows that take part; a row with 0 is neither a row nor anyone's negative.
-      image_entities: everything each image shows, as ids of entities; fill a row up by repeating
-        one of its own.  None, like ids that occur in no `text_entity`, relates no image to another
-        image's text.
+      image_entities: ids of all entities that each image shows; fill a row up by repeating one of
+        its own.  None, like ids that occur in no `text_entity`, relates no image to another image's
+        text.
       text_entity: what each text is about: the id of an entity or, where there is none, a number
         below 0 that stands for its words.  Image i is related to text j if text_entity[j] is in
         image_entities[i]; to its own text always.
@@ -109,44 +91,21 @@ def clip_softmax(
       BadInput: the batch does not divide over the mesh's batch axes, one of image_entities and
         text_entity is missing, or an unknown same_entity.
     """
-    relations.check(image.shape[0], image_entities, text_entity, same_entity, mesh)
-    static = relations.Static(mesh, same_entity, block_size)
+    batch = image.shape[0]
+    labels = relations.checked(valid, image_entities, text_entity, same_entity)
+    blocks.check_batch(batch, mesh)
+    images = batch // global_batch.batch_shards(mesh)
+    block = blocks.tile_columns(mesh, images, batch, block_size)
     scale = jnp.asarray(logit_scale_exp, jnp.float32)
-    return _clip_sharded(static, image, text, scale, valid > 0, image_entities, text_entity)
-
-
-# Without labels, image_entities and text_entity are None: an empty tree to shard_map.
-_INPUTS = (blocks.BATCH, blocks.BATCH, P(), blocks.BATCH, blocks.BATCH, blocks.BATCH)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _clip_sharded(static, image, text, scale, valid, image_entities, text_entity):
-    return _clip_forward(static, image, text, scale, valid, image_entities, text_entity)[0]
-
-
-def _clip_forward(static, *inputs):
-    run = blocks.shard_map(
-        functools.partial(_forward_shard, static),
-        static.mesh,
-        in_specs=_INPUTS,
-        out_specs=(base.LossSum(P(), P(), P(), P()), blocks.BATCH, P()),
+    return base.sharded(
+        mesh,
+        functools.partial(_forward, same_entity, block),
+        functools.partial(_backward, same_entity, block),
+        (image, text, scale, labels),
+        (blocks.BATCH, blocks.BATCH, P(), blocks.BATCH),
+        residual_specs=(blocks.BATCH, P()),
+        differentiable=3,
     )
-    loss, rows, columns = run(*inputs)
-    return loss, (*inputs, rows, columns)
-
-
-def _clip_backward(static, residuals, cotangent):
-    run = blocks.shard_map(
-        functools.partial(_backward_shard, static),
-        static.mesh,
-        in_specs=(*_INPUTS, blocks.BATCH, P(), P()),
-        out_specs=(blocks.BATCH, blocks.BATCH, P()),
-    )
-    d_image, d_text, d_scale = run(*residuals, cotangent.total)
-    return d_image, d_text, d_scale, None, None, None
-
-
-_clip_sharded.defvjp(_clip_forward, _clip_backward)
 
 
 class _Sums(NamedTuple):
@@ -154,8 +113,8 @@ class _Sums(NamedTuple):
 
     # The largest cosine and not the largest logit: scale * (cos - top) is as exact as the cosines
     # are, whereas the difference of two logits of 100 is off by 1e-5.
-    top: Array  # of the counted pairs
-    exp_sum: Array  # exp(scale * (cos - top)) of the counted pairs
+    top: Array  # of the pairs in the denominator
+    exp_sum: Array  # exp(scale * (cos - top)) of the pairs in the denominator
     target_sum: Array  # cosines of the positive pairs
     targets: Array  # how many these are
     best_wrong: Array
@@ -165,32 +124,23 @@ class _Sums(NamedTuple):
         return scale * (self.top - mean) + jnp.log(self.exp_sum)
 
 
-def _tile_sums(cos: Array, pairs: relations.Pairs, scale: Array, axis: int) -> _Sums:
-    top = jnp.max(jnp.where(pairs.in_denominator, cos, relations.LOWEST), axis=axis, keepdims=True)
-    p = jnp.where(pairs.in_denominator, jnp.exp(scale * (cos - top)), 0.0)
-    return _Sums(
-        top=jnp.squeeze(top, axis),
-        exp_sum=jnp.sum(p, axis=axis),
-        target_sum=jnp.sum(jnp.where(pairs.positive, cos, 0.0), axis=axis),
-        targets=jnp.sum(pairs.positive, axis=axis, dtype=jnp.float32),
-        best_wrong=jnp.max(jnp.where(pairs.wrong, cos, relations.LOWEST), axis=axis),
-    )
-
-
 def _no_sums(rows: int) -> _Sums:
-    lowest, zeros = jnp.full(rows, relations.LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    lowest, zeros = jnp.full(rows, blocks.MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
     return _Sums(lowest, zeros, zeros, zeros, lowest)
 
 
-def _add(a: _Sums, b: _Sums, scale: Array) -> _Sums:
-    top = jnp.maximum(a.top, b.top)
+def _add_tile(sums: _Sums, cos: Array, pairs: relations.Pairs, scale: Array, axis: int) -> _Sums:
+    top = jnp.max(jnp.where(pairs.in_denominator, cos, blocks.MASKED), axis=axis)
+    top = jnp.maximum(sums.top, top)
+    p = jnp.exp(scale * (cos - jnp.expand_dims(top, axis)))
+    p = jnp.sum(jnp.where(pairs.in_denominator, p, 0.0), axis=axis)
+    best_wrong = jnp.max(jnp.where(pairs.wrong, cos, blocks.MASKED), axis=axis)
     return _Sums(
         top=top,
-        exp_sum=a.exp_sum * jnp.exp(scale * (a.top - top))
-        + b.exp_sum * jnp.exp(scale * (b.top - top)),
-        target_sum=a.target_sum + b.target_sum,
-        targets=a.targets + b.targets,
-        best_wrong=jnp.maximum(a.best_wrong, b.best_wrong),
+        exp_sum=sums.exp_sum * jnp.exp(scale * (sums.top - top)) + p,
+        target_sum=sums.target_sum + jnp.sum(jnp.where(pairs.positive, cos, 0.0), axis=axis),
+        targets=sums.targets + jnp.sum(pairs.positive, axis=axis, dtype=jnp.float32),
+        best_wrong=jnp.maximum(sums.best_wrong, best_wrong),
     )
 
 
@@ -203,96 +153,57 @@ def _add_over_devices(sums: _Sums, scale: Array) -> _Sums:
     return _Sums(top, exp_sum, target_sum, targets, best_wrong)
 
 
-def _part(tree: Any, start: Any, size: int) -> Any:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
+def _sides(image, text, labels):
+    """This device's images, the texts of all devices, and the place of the first image's own."""
+    images, texts = relations.sides(image, text, labels)
+    first_own = lax.axis_index(meshes.BATCH_AXES) * image.shape[0]
+    return images, blocks.gather_batch(texts), first_own
 
 
-def _with_part(tree: Any, part: Any, start: Any) -> Any:
-    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
-
-
-class _Texts(NamedTuple):
-    rows: Array
-    valid: Array
-    text_entity: Array | None
-
-
-def _all_texts(text, valid, text_entity):
-    # In their own dtype: as bf16 they are half as long under way.
-    return jax.tree.map(
-        blocks.gather_batch, _Texts(relations.real_rows(text, valid), valid, text_entity)
-    )
-
-
-def _tile(static, image, valid, image_entities, texts, start):
-    """Cosines of this device's images with texts start, start + 1, ... of the batch."""
-    first = lax.axis_index(meshes.BATCH_AXES) * image.shape[0]
-    own_text = first + jnp.arange(image.shape[0])
-    pairs = relations.pairs_of(
-        own_text[:, None] == start + jnp.arange(texts.rows.shape[0])[None, :],
-        image_valid=valid,
-        text_valid=texts.valid,
-        image_entities=image_entities,
-        text_entity=texts.text_entity,
-        same_entity=static.same_entity,
-    )
-    return relations.dot("id,jd->ij", image, texts.rows), pairs
-
-
-def _forward_shard(static, image, text, scale, valid, image_entities, text_entity):
-    image, texts = relations.real_rows(image, valid), _all_texts(text, valid, text_entity)
-    mine, everyone = image.shape[0], texts.rows.shape[0]
+def _forward(same_entity, block, image, text, scale, labels):
+    images, texts, first_own = _sides(image, text, labels)
+    mine, everyone = image.shape[0], texts.valid.shape[0]
 
     def body(carry, start, size):
         rows, columns, pair = carry
-        cos, pairs = _tile(static, image, valid, image_entities, _part(texts, start, size), start)
-        rows = _add(rows, _tile_sums(cos, pairs, scale, axis=1), scale)
-        columns = _with_part(columns, _tile_sums(cos, pairs, scale, axis=0), start)
+        cos, pairs, _ = relations.tile(images, texts, start, size, same_entity, first_own)
+        column = _add_tile(_no_sums(size), cos, pairs, scale, axis=0)
+        columns = blocks.update_rows(columns, column, start)
+        rows = _add_tile(rows, cos, pairs, scale, axis=1)
         return rows, columns, pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1)
 
     carry = _no_sums(mine), _no_sums(everyone), jnp.zeros(mine, jnp.float32)
-    block = static.block(mine, everyone)
     rows, columns, pair = blocks.over_blocks(everyone, block, body, carry)
     columns = _add_over_devices(columns, scale)
-    own = _part(columns, lax.axis_index(meshes.BATCH_AXES) * mine, mine)
-    losses = 0.5 * (rows.losses(scale) + own.losses(scale))
-    hits = 0.5 * (pair > rows.best_wrong) + 0.5 * (pair > own.best_wrong)
-    local = base.LossSum(
-        total=jnp.sum(jnp.where(valid, losses, 0.0)),
-        count=jnp.sum(valid, dtype=jnp.float32),
-        correct=jnp.sum(jnp.where(valid, hits, 0.0)),
-        cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
-    )
-    return lax.psum(local, meshes.BATCH_AXES), rows, columns
+    own = blocks.slice_rows(columns, first_own, mine)
+    losses = jnp.where(images.valid, 0.5 * (rows.losses(scale) + own.losses(scale)), 0.0)
+    best_wrong = rows.best_wrong, own.best_wrong
+    local = relations.loss_sum(jnp.sum(losses), images.valid, pair, best_wrong)
+    return lax.psum(local, meshes.BATCH_AXES), (rows, columns)
 
 
-def _backward_shard(
-    static, image, text, scale, valid, image_entities, text_entity, rows, columns, d_total
-):
-    images, texts = relations.real_rows(image, valid), _all_texts(text, valid, text_entity)
-    mine, everyone = image.shape[0], texts.rows.shape[0]
+def _backward(same_entity, block, image, text, scale, labels, sums, d_total):
+    images, texts, first_own = _sides(image, text, labels)
+    rows, columns = sums
 
     def body(carry, start, size):
         d_images, d_texts, d_scale = carry
-        part, column = _part(texts, start, size), _part(columns, start, size)
-        cos, pairs = _tile(static, images, valid, image_entities, part, start)
-        # Both directions in one tile.  What is not counted is nan or inf until the last line.
+        column = blocks.slice_rows(columns, start, size)
+        cos, pairs, part = relations.tile(images, texts, start, size, same_entity, first_own)
+        # Both directions in one tile.  What is in no denominator is nan or inf until the mask.
         p = jnp.exp(scale * (cos - rows.top[:, None])) / rows.exp_sum[:, None]
         p += jnp.exp(scale * (cos - column.top)) / column.exp_sum
         target = jnp.where(pairs.positive, 1 / rows.targets[:, None] + 1 / column.targets, 0.0)
         d_logits = jnp.where(pairs.in_denominator, 0.5 * d_total * (p - target), 0.0)
         d_cos = scale * d_logits
-        d_images += relations.dot("ij,jd->id", d_cos, part.rows)
-        d_part = relations.dot("ij,id->jd", d_cos, images)
-        d_texts = lax.dynamic_update_slice_in_dim(d_texts, d_part, start, 0)
+        d_images += blocks.dot("ij,jd->id", d_cos, part)
+        d_part = blocks.dot("ij,id->jd", d_cos, images.embeddings)
+        d_texts = blocks.update_rows(d_texts, d_part, start)
         return d_images, d_texts, d_scale + jnp.sum(d_logits * cos, axis=1)
 
-    carry = (
-        jnp.zeros(image.shape, jnp.float32),
-        jnp.zeros(texts.rows.shape, jnp.float32),
-        jnp.zeros(mine, jnp.float32),
-    )
-    block = static.block(mine, everyone)
+    everyone, dim = texts.embeddings.shape
+    shapes = image.shape, (everyone, dim), image.shape[:1]
+    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     d_images, d_texts, d_scale = blocks.over_blocks(everyone, block, body, carry)
     d_text = lax.psum_scatter(d_texts, meshes.BATCH_AXES, scatter_dimension=0, tiled=True)
     # Over the axes that split the batch only: along "tensor" all devices have the same sum.

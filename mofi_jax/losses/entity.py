@@ -3,8 +3,7 @@
 Two versions of one function.  `entity_softmax_dense` is the definition: logits for every class,
 differentiated by jax.  `entity_softmax` computes the same numbers without ever holding more than
 a tile of logits: each device walks through its own share of the classes in blocks, with a running
-max and sum of exponentials, and walks through them again in the backward pass.  The table and its
-gradient never move.
+max and sum of exponentials, and again in the backward pass.  The table and its gradient never move.
 
 The loss of a row with labels k of weight w_k (axlearn's ``large_margin_cosine_loss`` with soft
 targets; CosFace, arXiv 1801.09414; ArcFace, arXiv 1801.07698)::
@@ -15,9 +14,8 @@ targets; CosFace, arXiv 1801.09414; ArcFace, arXiv 1801.07698)::
 This file knows nothing of models, of where labels come from, or of the weight of a task.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +26,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.distributed import global_batch, meshes
+from mofi_jax.distributed import meshes
 from mofi_jax.losses import base, blocks, class_order, margins
 
-# The logit of what is no class: finite, so that no inf - inf can arise, and exp(it) is exactly 0.
-MASKED = -1e30
 # Floor of a row's squared norm.  Rows of N(0, 0.01^2) with 512 entries have 5e-2.
 _TINY = 1e-12
 # Up to this many labels a row are compared with each class of a block, which XLA fuses into the
@@ -56,22 +52,6 @@ class Sample(NamedTuple):
     rows: Int[Array, " s"]
     log_q: Float[Array, " s"]
     overflow: Float[Array, ""]
-
-
-# ---------------------------------------------------------------------------- shared by both
-
-
-def dot(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """Matrix product of operands in `dtype`, accumulated and returned in fp32."""
-    # fp32 means fp32: by default GPUs would round the operands to TF32 and TPUs to bf16.
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(
-        subscripts,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def unit_rows(rows: Array) -> tuple[Array, Array]:
@@ -114,14 +94,7 @@ def check_table(embeddings: Array, table: Array, num_entities: int, mesh: Mesh) 
             f"entity_table has {table.shape[0]} rows but num_entities is {num_entities}: "
             "build the table from the entities.parquet of the same data."
         )
-    if embeddings.shape[0] % global_batch.batch_shards(mesh):
-        raise BadInput(
-            f"a batch of {embeddings.shape[0]} does not divide over "
-            f"{global_batch.batch_shards(mesh)} batch shards: choose a multiple of that number."
-        )
-
-
-# ---------------------------------------------------------------------------- dense reference
+    blocks.check_batch(embeddings.shape[0], mesh)
 
 
 def entity_softmax_dense(
@@ -145,16 +118,16 @@ def entity_softmax_dense(
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
     columns = jnp.arange(table.shape[0]) if sample is None else sample.rows
     real = columns < num_entities
-    cos = dot("bd,ed->be", embeddings, unit_rows(table)[0], dtype)
+    cos = blocks.dot("bd,ed->be", embeddings, unit_rows(table)[0], dtype)
     cos = jnp.where(real, cos, 0.0)
     target = _targets(ids, weights, columns, contiguous=sample is None)
     hit = target > 0
     logits = scale * jnp.where(hit, margins.margined(cos, margin, margin_kind), cos)
     if sample is not None:
         logits += sample.log_q
-    log_p = jax.nn.log_softmax(jnp.where(real, logits, MASKED), axis=-1)
-    best_label = jnp.max(jnp.where(hit, cos, MASKED), axis=-1)
-    best_other = jnp.max(jnp.where(hit | ~real, MASKED, cos), axis=-1)
+    log_p = jax.nn.log_softmax(jnp.where(real, logits, blocks.MASKED), axis=-1)
+    best_label = jnp.max(jnp.where(hit, cos, blocks.MASKED), axis=-1)
+    best_other = jnp.max(jnp.where(hit | ~real, blocks.MASKED, cos), axis=-1)
     labelled = jnp.any(hit, axis=-1)
     return base.LossSum(
         total=-jnp.sum(target * log_p),
@@ -162,9 +135,6 @@ def entity_softmax_dense(
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
         cosine=jnp.sum(jnp.where(labelled, best_label, 0.0)),
     )
-
-
-# ---------------------------------------------------------------------------- exact, in blocks
 
 
 def entity_softmax(
@@ -209,9 +179,9 @@ def entity_softmax(
       block_size: classes per block; None chooses it, and how many rows of the batch a tile has,
         from the shapes and the kind of device.
       compute_dtype: operands of the matrix products; logits and sums are always fp32.
-      sample: the classes that `table` holds, where it is not the whole table but the rows
-        ``entity_sampling.take_rows(table, sample.rows)``.  A label that is not in the sample counts
-        as padding, and `correct` compares with the sample's classes only.
+      sample: the classes of `table`, if it is ``entity_sampling.take_rows(table, sample.rows)``
+        and not the whole table.  A label that is not in the sample counts as padding, and `correct`
+        compares with the sample's classes only.
 
     Returns:
       Sums over the rows that have a label.
@@ -230,83 +200,45 @@ def entity_softmax(
         scale=fixed_scale,
         margin=float(margin),
         margin_kind=margin_kind,
-        mesh=mesh,
-        block_size=block_size,
         dtype=jnp.dtype(compute_dtype),
+        tile=_tile_shape(mesh, embeddings.shape[0], table.shape[0] // mesh.size, block_size),
         # Logits between -scale * (1 + margin) and scale, so that their exponentials fit fp32 with
         # the largest possible logit in place of the largest: one pass over the tile, not two.
         bounded=sample is None and fixed_scale is not None and fixed_scale * (2 + margin) < 85,
     )
+    # Without a traced scale or a sample, these are None: an empty tree to shard_map.
     scale = None if fixed_scale is not None else jnp.asarray(scale, jnp.float32)
-    return _softmax_in_blocks(static, embeddings, table, ids, weights, scale, sample)
+    drawn = None if sample is None else (sample.rows, sample.log_q)
+    return base.sharded(
+        mesh,
+        functools.partial(_forward, static),
+        functools.partial(_backward, static),
+        (embeddings, table, scale, (ids, weights), drawn),
+        (blocks.BATCH, blocks.CLASSES, P(), blocks.BATCH, blocks.CLASSES),
+        residual_specs=P(),
+        differentiable=3,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
+class _Static(NamedTuple):
     """What is constant in the compiled program."""
 
     num_entities: int
     scale: float | None  # None: traced
     margin: float
     margin_kind: str
-    mesh: Mesh
-    block_size: int | None
     dtype: jnp.dtype
+    tile: tuple[int, int]
     bounded: bool
 
-    def margined(self, cos: Array) -> Array:
-        return margins.margined(cos, self.margin, self.margin_kind)
 
-    def margin_slope(self, cos: Array) -> Array | float:
-        return margins.slope(cos, self.margin, self.margin_kind)
-
-    def tile(self, batch: int, classes: int) -> tuple[int, int]:
-        """Rows of the batch and classes in one tile of logits."""
-        logits = blocks.tile_bytes(self.mesh) // 4
-        if self.block_size is not None:
-            length = min(self.block_size, classes)
-        else:
-            length = blocks.even_length(classes, max(_SHORTEST_BLOCK, logits // batch), 128)
-        return blocks.even_length(batch, logits // length, 8), length
+def _tile_shape(mesh: Mesh, batch: int, classes: int, block_size: int | None) -> tuple[int, int]:
+    """Rows of the batch and classes in one tile of logits."""
+    length = blocks.tile_columns(mesh, batch, classes, block_size, shortest=_SHORTEST_BLOCK)
+    return blocks.even_length(batch, blocks.tile_logits(mesh) // length, 8), length
 
 
-# A traced scale and a sample are both there or not: None is an empty tree to shard_map.
-_FORWARD_SPECS = (blocks.BATCH, blocks.CLASSES, blocks.BATCH, blocks.BATCH, P())
-_SAMPLE_SPECS = Sample(blocks.CLASSES, blocks.CLASSES, P())
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_in_blocks(static, embeddings, table, ids, weights, scale, sample):
-    return _softmax_forward(static, embeddings, table, ids, weights, scale, sample)[0]
-
-
-def _softmax_forward(static, embeddings, table, ids, weights, scale, sample):
-    run = blocks.shard_map(
-        functools.partial(_forward_shard, static),
-        static.mesh,
-        in_specs=(*_FORWARD_SPECS, _SAMPLE_SPECS if sample else None),
-        out_specs=(base.LossSum(P(), P(), P(), P()), (P(), P(), P())),
-    )
-    loss, statistics = run(embeddings, table, ids, weights, scale, sample)
-    return loss, (embeddings, table, ids, weights, scale, sample, statistics)
-
-
-def _softmax_backward(static, residuals, cotangent):
-    sample = residuals[5]
-    run = blocks.shard_map(
-        functools.partial(_backward_shard, static),
-        static.mesh,
-        in_specs=(*_FORWARD_SPECS, _SAMPLE_SPECS if sample else None, (P(), P(), P()), P()),
-        out_specs=(blocks.BATCH, blocks.CLASSES, P()),
-    )
-    d_embeddings, d_table, d_scale = run(*residuals, cotangent.total)
-    return d_embeddings, d_table, None, None, d_scale, None
-
-
-_softmax_in_blocks.defvjp(_softmax_forward, _softmax_backward)
-
-
-class _Block(NamedTuple):
+class _Classes(NamedTuple):
     """Some of this device's classes."""
 
     unit: Array  # [c, d] rows of length 1
@@ -316,69 +248,72 @@ class _Block(NamedTuple):
     log_q: Array | float  # [c]
 
 
-def _class_block(static, table, sample, start, size):
-    unit, factor = unit_rows(lax.dynamic_slice_in_dim(table, start, size))
-    if sample is None:
+def _class_block(static, table, drawn, start, size):
+    unit, factor = unit_rows(blocks.slice_rows(table, start, size))
+    if drawn is None:
         columns = lax.axis_index(meshes.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
         log_q = 0.0
     else:
-        columns = lax.dynamic_slice_in_dim(sample.rows, start, size)
-        log_q = lax.dynamic_slice_in_dim(sample.log_q, start, size)
-    return _Block(unit, factor, columns, columns < static.num_entities, log_q)
+        columns, log_q = blocks.slice_rows(drawn, start, size)
+    return _Classes(unit, factor, columns, columns < static.num_entities, log_q)
 
 
-def _tile(static, block, x, ids, weights, sample):
-    """Cosines of a tile (0 for what is no class), label weights, and which are labels."""
-    cos = jnp.where(block.real, dot("bd,cd->bc", x, block.unit, static.dtype), 0.0)
-    target = _targets(ids, weights, block.columns, contiguous=sample is None)
-    return cos, target, target > 0
+class _Tile(NamedTuple):
+    """Some rows of the batch [b] and some classes [c]; [b, c]."""
+
+    cos: Array  # 0 for what is no class
+    target: Array  # weight of the class as a label
+    hit: Array  # it is a label
+    margined: Array  # cosines, less the margin where the class is a label
+    z: Array  # logits
 
 
-def _slice(arrays: Any, start: Any, size: int) -> Any:
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), arrays)
+def _logits(static, scale, classes, x, ids, weights, contiguous):
+    cos = blocks.dot("bd,cd->bc", x, classes.unit, static.dtype)
+    cos = jnp.where(classes.real, cos, 0.0)
+    target = _targets(ids, weights, classes.columns, contiguous=contiguous)
+    hit = target > 0
+    # The margin sits inside the tile: repairing the log-sum-exp afterwards would cancel
+    # catastrophically once scale * margin exceeds about 10.
+    margined = jnp.where(hit, margins.margined(cos, static.margin, static.margin_kind), cos)
+    return _Tile(cos, target, hit, margined, scale * margined + classes.log_q)
 
 
-def _update(arrays: Any, parts: Any, start: Any) -> Any:
-    return jax.tree.map(
-        lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 0), arrays, parts
-    )
-
-
-def _forward_shard(static, embeddings, table, ids, weights, scale, sample):
+def _forward(static, embeddings, table, scale, labels, drawn):
     scale = static.scale if scale is None else scale
     x = blocks.gather_batch(embeddings.astype(static.dtype))
-    ids, weights = blocks.gather_batch(ids), blocks.gather_batch(weights)
-    batch_length, class_length = static.tile(x.shape[0], table.shape[0])
+    ids, weights = blocks.gather_batch(labels)
+    batch_length, class_length = static.tile
 
-    def walk(x, ids, weights):
-        """Over this device's classes: the sums of some rows of the batch."""
+    def over_classes(x, ids, weights):
+        """The sums of some rows of the batch over this device's classes."""
 
         def body(carry, start, size):
-            top, exp_sum, mass, target_sum, best_label, best_other = carry
-            block = _class_block(static, table, sample, start, size)
-            cos, target, hit = _tile(static, block, x, ids, weights, sample)
-            label = jnp.max(jnp.where(hit, cos, MASKED), axis=1)
-            other = jnp.max(jnp.where(hit | ~block.real, MASKED, cos), axis=1)
-            # The margin sits inside the block: repairing the log-sum-exp afterwards would cancel
-            # catastrophically once scale * margin exceeds about 10.
-            z = scale * jnp.where(hit, static.margined(cos), cos) + block.log_q
+            top, exp_sum, weight_sum, target_sum, best_label, best_other = carry
+            classes = _class_block(static, table, drawn, start, size)
+            tile = _logits(static, scale, classes, x, ids, weights, drawn is None)
+            label = jnp.max(jnp.where(tile.hit, tile.cos, blocks.MASKED), axis=1)
+            other = jnp.where(tile.hit | ~classes.real, blocks.MASKED, tile.cos)
+            other = jnp.max(other, axis=1)
             if static.bounded:
                 new = top
-            elif sample is None:
+            elif drawn is None:
                 # From the cosines, not from z: contracted into a multiply-add, the two roundings
                 # of z would differ and bias exp_sum by up to an ulp of the logits in every block.
-                new = jnp.maximum(top, scale * jnp.maximum(static.margined(label), other))
+                label_logit = margins.margined(label, static.margin, static.margin_kind)
+                new = jnp.maximum(top, scale * jnp.maximum(label_logit, other))
             else:
-                new = jnp.maximum(top, jnp.max(jnp.where(block.real, z, MASKED), axis=1))
-            p = jnp.where(block.real, jnp.exp(z - new[:, None]), 0.0)
+                z = jnp.where(classes.real, tile.z, blocks.MASKED)
+                new = jnp.maximum(top, jnp.max(z, axis=1))
+            p = jnp.where(classes.real, jnp.exp(tile.z - new[:, None]), 0.0)
             exp_sum = exp_sum * jnp.exp(top - new) + jnp.sum(p, axis=1)
-            mass += jnp.sum(target, axis=1)
-            target_sum += jnp.sum(target * z, axis=1)
+            weight_sum += jnp.sum(tile.target, axis=1)
+            target_sum += jnp.sum(tile.target * tile.z, axis=1)
             best_label = jnp.maximum(best_label, label)
             best_other = jnp.maximum(best_other, other)
-            return new, exp_sum, mass, target_sum, best_label, best_other
+            return new, exp_sum, weight_sum, target_sum, best_label, best_other
 
-        lowest = jnp.full(x.shape[0], MASKED, jnp.float32)
+        lowest = jnp.full(x.shape[0], blocks.MASKED, jnp.float32)
         zeros = jnp.zeros(x.shape[0], jnp.float32)
         # The running max starts at the lowest real logit, far above padding: a shard of nothing
         # but padding then sums to exactly 0.
@@ -386,73 +321,67 @@ def _forward_shard(static, embeddings, table, ids, weights, scale, sample):
         carry = (zeros + first, zeros, zeros, zeros, lowest, lowest)
         return blocks.over_blocks(table.shape[0], class_length, body, carry)
 
-    rows = x, ids, weights
+    def over_batch(sums, start, size):
+        rows = blocks.slice_rows((x, ids, weights), start, size)
+        return blocks.update_rows(sums, over_classes(*rows), start)
+
     sums = (jnp.zeros(x.shape[0], jnp.float32),) * 6
-    local_top, exp_sum, mass, target_sum, best_label, best_other = blocks.over_blocks(
-        x.shape[0],
-        batch_length,
-        lambda sums, start, size: _update(sums, walk(*_slice(rows, start, size)), start),
-        sums,
-    )
+    sums = blocks.over_blocks(x.shape[0], batch_length, over_batch, sums)
+    local_top, exp_sum, weight_sum, target_sum, best_label, best_other = sums
     top, best_label, best_other = lax.pmax((local_top, best_label, best_other), meshes.ALL_AXES)
-    exp_sum, mass, target_sum = lax.psum(
-        (exp_sum * jnp.exp(local_top - top), mass, target_sum), meshes.ALL_AXES
+    exp_sum, weight_sum, target_sum = lax.psum(
+        (exp_sum * jnp.exp(local_top - top), weight_sum, target_sum), meshes.ALL_AXES
     )
     # The log-sum-exp stays in two parts: at a scale of 100 their fp32 sum would be 4e-6 off.
     log_sum = jnp.log(exp_sum)
     loss = base.LossSum(
-        total=jnp.sum((mass * top - target_sum) + mass * log_sum),
-        count=jnp.sum(mass > 0, dtype=jnp.float32),
+        total=jnp.sum((weight_sum * top - target_sum) + weight_sum * log_sum),
+        count=jnp.sum(weight_sum > 0, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
-        cosine=jnp.sum(jnp.where(mass > 0, best_label, 0.0)),
+        cosine=jnp.sum(jnp.where(weight_sum > 0, best_label, 0.0)),
     )
-    return loss, (top, log_sum, mass)
+    return loss, (top, log_sum, weight_sum)
 
 
-def _backward_shard(static, embeddings, table, ids, weights, scale, sample, statistics, d_total):
+def _backward(static, embeddings, table, scale, labels, drawn, statistics, d_total):
     learned = scale is not None
     scale = scale if learned else static.scale
     x = blocks.gather_batch(embeddings.astype(static.dtype))
-    ids, weights = blocks.gather_batch(ids), blocks.gather_batch(weights)
-    batch_length, class_length = static.tile(x.shape[0], table.shape[0])
-    rows = x, ids, weights, *statistics
+    rows = x, *blocks.gather_batch(labels), *statistics
+    batch_length, class_length = static.tile
 
     def over_classes(carry, class_start, class_size):
         d_x, d_table, d_scale = carry
-        block = _class_block(static, table, sample, class_start, class_size)
+        classes = _class_block(static, table, drawn, class_start, class_size)
 
         def over_batch(carry, start, size):
             d_x, d_unit, d_scale = carry
-            x, ids, weights, top, log_sum, mass = _slice(rows, start, size)
-            cos, target, hit = _tile(static, block, x, ids, weights, sample)
-            margined = jnp.where(hit, static.margined(cos), cos)
-            z = scale * margined + block.log_q
-            p = jnp.exp(z - top[:, None] - log_sum[:, None])
-            d_z = jnp.where(block.real, d_total * (mass[:, None] * p - target), 0.0)
+            x, ids, weights, top, log_sum, weight_sum = blocks.slice_rows(rows, start, size)
+            tile = _logits(static, scale, classes, x, ids, weights, drawn is None)
+            p = jnp.exp(tile.z - top[:, None] - log_sum[:, None])
+            d_z = d_total * (weight_sum[:, None] * p - tile.target)
+            d_z = jnp.where(classes.real, d_z, 0.0)
             if learned:
-                d_scale += jnp.sum(d_z * margined)
-            d_cos = scale * d_z * jnp.where(hit, static.margin_slope(cos), 1.0)
-            d_unit += dot("bc,bd->cd", d_cos, x, static.dtype)
-            own = lax.dynamic_slice_in_dim(d_x, start, size)
-            own += dot("bc,cd->bd", d_cos, block.unit, static.dtype)
-            return lax.dynamic_update_slice_in_dim(d_x, own, start, 0), d_unit, d_scale
+                d_scale += jnp.sum(d_z * tile.margined)
+            slope = margins.slope(tile.cos, static.margin, static.margin_kind)
+            d_cos = scale * d_z * jnp.where(tile.hit, slope, 1.0)
+            d_unit += blocks.dot("bc,bd->cd", d_cos, x, static.dtype)
+            own = blocks.slice_rows(d_x, start, size)
+            own += blocks.dot("bc,cd->bd", d_cos, classes.unit, static.dtype)
+            return blocks.update_rows(d_x, own, start), d_unit, d_scale
 
-        carry = d_x, jnp.zeros(block.unit.shape, jnp.float32), d_scale
+        carry = d_x, jnp.zeros(classes.unit.shape, jnp.float32), d_scale
         d_x, d_unit, d_scale = blocks.over_blocks(x.shape[0], batch_length, over_batch, carry)
-        along = jnp.sum(d_unit * block.unit, axis=1, keepdims=True)
-        d_rows = block.factor * (d_unit - block.unit * along)
-        return d_x, _update(d_table, d_rows, class_start), d_scale
+        along = jnp.sum(d_unit * classes.unit, axis=1, keepdims=True)
+        d_rows = classes.factor * (d_unit - classes.unit * along)
+        return d_x, blocks.update_rows(d_table, d_rows, class_start), d_scale
 
-    carry = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(table.shape, jnp.float32),
-        jnp.zeros((), jnp.float32),
-    )
+    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in (x.shape, table.shape, ()))
     d_x, d_table, d_scale = blocks.over_blocks(table.shape[0], class_length, over_classes, carry)
     # Each device has the whole batch's gradient through its own classes: add them up and keep
     # this device's rows, first over the axes that split the batch, then over those that do not.
     d_x = lax.psum_scatter(d_x, meshes.BATCH_AXES, scatter_dimension=0, tiled=True)
-    if static.mesh.shape["tensor"] > 1:
+    if lax.axis_size("tensor") > 1:
         d_x = lax.psum(d_x, "tensor")
     d_scale = lax.psum(d_scale, meshes.ALL_AXES) if learned else None
     return d_x.astype(embeddings.dtype), d_table.astype(table.dtype), d_scale

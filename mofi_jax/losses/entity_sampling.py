@@ -37,33 +37,6 @@ def places(table_rows: int, rate: float, mesh: Mesh) -> int:
     return min(share, -(-math.ceil(rate * share) // 8) * 8)
 
 
-def draw_dense(
-    key: Key[Array, ""],
-    label_ids: Int[Array, "b k"],
-    *,
-    table_rows: int,
-    num_entities: int,
-    rate: float,
-    mesh: Mesh,
-) -> entity.Sample:
-    """The definition of `draw`: one device's share after the other, with all labels in sight."""
-    per_device, count = table_rows // mesh.size, places(table_rows, rate, mesh)
-    parts = [
-        _draw_share(
-            jax.random.fold_in(key, device),
-            label_ids,
-            first=device * per_device,
-            share=per_device,
-            table_rows=table_rows,
-            num_entities=num_entities,
-            count=count,
-        )
-        for device in range(mesh.size)
-    ]
-    rows, log_q, overflow = zip(*parts, strict=True)
-    return entity.Sample(jnp.concatenate(rows), jnp.concatenate(log_q), sum(overflow))
-
-
 def draw(
     key: Key[Array, ""],
     label_ids: Int[Array, "b k"],
@@ -87,13 +60,13 @@ def draw(
 
     Returns:
       `places` rows a device.  Where a device's positives are more than its places, a random part
-      of them is kept and the others are counted in `overflow`: their labels take no part in this
+      of them is drawn and the others are counted in `overflow`: their labels take no part in this
       step.
 
     Raises:
       BadInput: a rate outside (0, 1], or a table that does not fit vocabulary and mesh.
     """
-    count = places(table_rows, rate, mesh)
+    share, count = table_rows // mesh.size, places(table_rows, rate, mesh)
     if table_rows % mesh.size or not 0 < num_entities <= table_rows:
         raise BadInput(
             f"num_entities={num_entities} and a table of {table_rows} rows on {mesh.size} devices "
@@ -102,25 +75,17 @@ def draw(
 
     def shard(key, ids):
         device = lax.axis_index(meshes.ALL_AXES)
-        share = table_rows // mesh.size
-        sample = _draw_share(
-            jax.random.fold_in(key, device),
-            blocks.gather_batch(ids),
-            first=device * share,
-            share=share,
-            table_rows=table_rows,
-            num_entities=num_entities,
-            count=count,
-        )
+        ids = blocks.gather_batch(ids)
+        sample = _draw_share(key, ids, device, share, count, table_rows, num_entities)
         return sample._replace(overflow=lax.psum(sample.overflow, meshes.ALL_AXES))
 
     specs = entity.Sample(blocks.CLASSES, blocks.CLASSES, P())
     return blocks.shard_map(shard, mesh, (P(), blocks.BATCH), specs)(key, label_ids)
 
 
-def _draw_share(key, ids, *, first, share, table_rows, num_entities, count) -> entity.Sample:
-    """One device's part of the sample; `first` is its first row, `share` its number of rows."""
-    own = jnp.arange(share)
+def _draw_share(key, ids, device, share, count, table_rows, num_entities) -> entity.Sample:
+    """`count` of a device's `share` rows."""
+    key, first, own = jax.random.fold_in(key, device), device * share, jnp.arange(share)
     real = first + own < num_entities
     ids = jnp.where(ids < first, share, ids - first)
     positive = jnp.zeros(share, bool).at[ids.reshape(-1)].set(True, mode="drop") & real
@@ -130,18 +95,18 @@ def _draw_share(key, ids, *, first, share, table_rows, num_entities, count) -> e
     drawn = score >= 0
     # Empty places point beyond the table, each to a row of its own, so that indices stay unique.
     rows = jnp.where(drawn, first + chosen, table_rows + own[:count])
-    kept = positive[chosen] & drawn
-    rows, kept = lax.sort((rows.astype(jnp.int32), kept), num_keys=1)
+    drawn_positive = positive[chosen] & drawn
+    rows, drawn_positive = lax.sort((rows.astype(jnp.int32), drawn_positive), num_keys=1)
 
-    positives, kept_positives = jnp.sum(positive), jnp.sum(kept)
+    positives, drawn_positives = jnp.sum(positive), jnp.sum(drawn_positive)
     others = jnp.sum(real) - positives
-    drawn_others = jnp.sum(drawn) - kept_positives
+    drawn_others = jnp.sum(drawn) - drawn_positives
     # A positive is there for certain; another row with probability drawn_others / others.
     log_q = jnp.log(jnp.maximum(others, 1) / jnp.maximum(drawn_others, 1))
     return entity.Sample(
         rows=rows,
-        log_q=jnp.where(kept, 0.0, log_q).astype(jnp.float32),
-        overflow=(positives - kept_positives).astype(jnp.float32),
+        log_q=jnp.where(drawn_positive, 0.0, log_q).astype(jnp.float32),
+        overflow=(positives - drawn_positives).astype(jnp.float32),
     )
 
 

@@ -10,20 +10,6 @@ from mofi_jax.distributed import meshes
 from mofi_jax.losses import blocks, entity
 
 
-def entity_topk_dense(
-    embeddings: Float[Array, "b d"],
-    table: Float[Array, "e d"],
-    *,
-    num_entities: int,
-    k: int,
-) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
-    """The definition of `entity_topk`, with all b x e cosines in memory."""
-    unit, _ = entity.unit_rows(table)
-    cos = entity.dot("bd,ed->be", embeddings, unit, jnp.dtype(jnp.float32))
-    cos, rows = lax.top_k(cos[:, :num_entities], k)
-    return rows.astype(jnp.int32), cos
-
-
 def entity_topk(
     embeddings: Float[Array, "b d"],
     table: Float[Array, "e d"],
@@ -61,10 +47,10 @@ def entity_topk(
         first = lax.axis_index(meshes.ALL_AXES) * table.shape[0]
 
         def body(carry, start, size):
-            unit, _ = entity.unit_rows(lax.dynamic_slice_in_dim(table, start, size))
+            unit, _ = entity.unit_rows(blocks.slice_rows(table, start, size))
             columns = (first + start + jnp.arange(size)).astype(jnp.int32)
-            cos = entity.dot("bd,cd->bc", x, unit, jnp.dtype(jnp.float32))
-            cos = jnp.where(columns < num_entities, cos, entity.MASKED)
+            cos = blocks.dot("bd,cd->bc", x, unit)
+            cos = jnp.where(columns < num_entities, cos, blocks.MASKED)
             # Earlier blocks come first and top_k prefers the first of equals: the lower row.
             cos, pick = lax.top_k(jnp.concatenate([carry[0], cos], axis=1), k)
             rows = jnp.broadcast_to(columns, (x.shape[0], size))
@@ -72,7 +58,7 @@ def entity_topk(
             return cos, jnp.take_along_axis(rows, pick, axis=1)
 
         carry = (
-            jnp.full((x.shape[0], k), entity.MASKED, jnp.float32),
+            jnp.full((x.shape[0], k), blocks.MASKED, jnp.float32),
             jnp.full((x.shape[0], k), num_entities, jnp.int32),
         )
         best = blocks.over_blocks(table.shape[0], block_size, body, carry)
@@ -82,7 +68,5 @@ def entity_topk(
         cos, rows = lax.sort((-cos, rows), dimension=1, num_keys=2)
         return rows[:, :k], -cos[:, :k]
 
-    run = blocks.shard_map(
-        shard, mesh, in_specs=(blocks.BATCH, blocks.CLASSES), out_specs=(blocks.BATCH, blocks.BATCH)
-    )
+    run = blocks.shard_map(shard, mesh, (blocks.BATCH, blocks.CLASSES), blocks.BATCH)
     return run(embeddings, table)

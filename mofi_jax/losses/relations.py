@@ -8,22 +8,32 @@ text says.  `SAME_ENTITY` names what becomes of such pairs::
     positive  targets like the own pair
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.distributed import global_batch
-from mofi_jax.losses import blocks
+from mofi_jax.losses import base, blocks
 
 SAME_ENTITY = ("off", "masked", "positive")
 
-# What a maximum over no pairs is: finite, so that no inf - inf can arise.
-LOWEST = -1e30
+# valid, image_entities, text_entity: arguments of the losses.
+Labels = tuple[Array, Array | None, Array | None]
+
+
+class Side(NamedTuple):
+    """Some images, or some texts; zeros in place of what invalid rows hold.
+
+    Attributes:
+      embeddings: [n d] in their own dtype: as bf16 they are half as long under way.
+      valid: bool [n].
+      entities: int [n k] ``image_entities`` or int [n] ``text_entity`` of the losses, or None.
+    """
+
+    embeddings: Array
+    valid: Array
+    entities: Array | None
 
 
 class Pairs(NamedTuple):
@@ -44,81 +54,73 @@ class Pairs(NamedTuple):
     wrong: Bool[Array, "i j"]
 
 
-def pairs_of(
-    own: Array,
-    *,
-    image_valid: Array,
-    text_valid: Array,
-    image_entities: Array | None,
-    text_entity: Array | None,
-    same_entity: str,
-) -> Pairs:
-    """Sorts pairs by their labels; the arguments are those of the losses, for these rows."""
-    both = image_valid[:, None] & text_valid[None, :]
-    own = own & both
-    related = own
-    if image_entities is not None and same_entity != "off":
-        # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
-        # an [i, j, k] comparison is materialised.
-        for k in range(image_entities.shape[1]):
-            related |= both & (image_entities[:, k, None] == text_entity[None, :])
-    wrong = both & ~related
-    if same_entity == "positive":
-        return Pairs(own, in_denominator=both, positive=related, wrong=wrong)
-    return Pairs(own, in_denominator=wrong | own, positive=own, wrong=wrong)
-
-
-def dot(subscripts: str, a: Array, b: Array) -> Array:
-    """Matrix product in fp32."""
-    # fp32 means fp32 (no TF32, no bf16 passes): this loss is a per mille of a step's FLOPs, and
-    # logits of up to 100 leave bf16 a resolution of 0.5.
-    return jnp.einsum(
-        subscripts,
-        a.astype(jnp.float32),
-        b.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
-    )
-
-
-def real_rows(rows: Array, valid: Array) -> Array:
-    """The rows with zeros in place of invalid ones: 0 * inf would let their junk through."""
-    return jnp.where(valid[:, None], rows, jnp.zeros((), rows.dtype))
-
-
-def check(
-    batch: int,
-    image_entities: Array | None,
-    text_entity: Array | None,
-    same_entity: str,
-    mesh: Mesh | None = None,
-) -> None:
-    """Raises BadInput for arguments no contrastive loss can take."""
+def checked(
+    valid: Array, image_entities: Array | None, text_entity: Array | None, same_entity: str
+) -> Labels:
+    """The labels; raises BadInput for those that no contrastive loss can take."""
     if same_entity not in SAME_ENTITY:
         raise BadInput(f"same_entity={same_entity!r}: choose from {', '.join(SAME_ENTITY)}.")
     if (image_entities is None) != (text_entity is None):
-        given, missing = (
-            ("image_entities", "text_entity")
-            if text_entity is None
-            else ("text_entity", "image_entities")
-        )
+        names = ("image_entities", "text_entity")
+        given, missing = names if text_entity is None else reversed(names)
         raise BadInput(f"{given} is given without {missing}: pass both or neither.")
-    if mesh is not None and batch % (shards := global_batch.batch_shards(mesh)):
-        raise BadInput(
-            f"a batch of {batch} does not divide over {shards} batch shards: choose a multiple of "
-            "that number."
-        )
+    return valid > 0, image_entities, text_entity
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What is constant in the compiled program."""
+def sides(image: Array, text: Array, labels: Labels) -> tuple[Side, Side]:
+    """Images and texts of some rows."""
+    valid, image_entities, text_entity = labels
 
-    mesh: Mesh
-    same_entity: str
-    block_size: int | None
+    def side(rows: Array, entities: Array | None) -> Side:
+        # 0 * inf would let through what invalid rows hold.
+        return Side(jnp.where(valid[:, None], rows, jnp.zeros((), rows.dtype)), valid, entities)
 
-    def block(self, images: int, texts: int) -> int:
-        """Texts in one tile of logits."""
-        if self.block_size is not None:
-            return min(self.block_size, texts)
-        return blocks.even_length(texts, blocks.tile_bytes(self.mesh) // 4 // images, 128)
+    return side(image, image_entities), side(text, text_entity)
+
+
+def tile(
+    images: Side, texts: Side, start: Any, size: int, same_entity: str, first_own: Any
+) -> tuple[Array, Pairs, Array]:
+    """Images against the texts start, start + 1, ...: fp32 cosines [i, j], pairs, embeddings.
+
+    Args:
+      first_own: the place among the texts of the first image's own, the others' follow; None if
+        they are not among these texts.
+    """
+    texts, count = blocks.slice_rows(texts, start, size), images.valid.shape[0]
+    # In fp32: these losses are a per mille of a step's FLOPs, and logits of up to 100 leave bf16 a
+    # resolution of 0.5.
+    cos = blocks.dot("id,jd->ij", images.embeddings, texts.embeddings)
+    both = images.valid[:, None] & texts.valid[None, :]
+    own = jnp.zeros_like(both)
+    if first_own is not None:
+        own = both & (first_own + jnp.arange(count)[:, None] == start + jnp.arange(size))
+    related = own
+    if images.entities is not None and same_entity != "off":
+        # One comparison per label, unrolled: XLA fuses these into the logits' own pass, whereas
+        # an [i, j, k] comparison is materialised.
+        for k in range(images.entities.shape[1]):
+            related |= both & (images.entities[:, k, None] == texts.entities[None, :])
+    wrong = both & ~related
+    if same_entity == "positive":
+        pairs = Pairs(own, in_denominator=both, positive=related, wrong=wrong)
+    else:
+        pairs = Pairs(own, in_denominator=wrong | own, positive=own, wrong=wrong)
+    return cos, pairs, texts.embeddings
+
+
+def loss_sum(total: Array, valid: Array, own_cosine: Array, best_wrong: Any) -> base.LossSum:
+    """The sums of some rows.
+
+    Args:
+      total: of their losses.
+      best_wrong: two fp32 [n], the largest cosine of a wrong pair among those of each image and
+        among those of each text.  A row counts a half as correct for each that its own beats.
+    """
+    hits = sum(0.5 * (own_cosine > wrong) for wrong in best_wrong)
+    return base.LossSum(
+        total=total,
+        count=jnp.sum(valid, dtype=jnp.float32),
+        correct=jnp.sum(jnp.where(valid, hits, 0.0)),
+        cosine=jnp.sum(jnp.where(valid, own_cosine, 0.0)),
+    )

@@ -2,16 +2,16 @@
 
 `siglip_dense` is the definition, with b x b logits, differentiated by jax.  `siglip` computes the
 same numbers: the texts of each batch shard travel around the ring of all shards, and each device
-judges its images against the visitors, a tile at a time.  No device ever sees more than one shard
-of texts besides its own, forward or backward.
+compares them with its images, a tile at a time.  No device ever holds more than one shard of texts
+besides its own, forward or backward.
 
 The loss of Zhai et al. (arXiv 2303.15343), which needs no normalisation over the batch::
 
     z_ij  = scale * cos(image_i, text_j) + bias
     total = -sum_ij log_sigmoid(y_ij * z_ij)      y = 1 for positive pairs, -1 for others
 
-What becomes of pairs that share an entity is told by `relations.SAME_ENTITY`: y = -1 (off), no
-term (masked), or y = 1 (positive).  The paper starts from scale 10 and bias -10, so that the b - 1
+`relations.SAME_ENTITY` says what becomes of pairs that share an entity: y = -1 (off), no term
+(masked), or y = 1 (positive).  The paper starts from scale 10 and bias -10, so that the b - 1
 negatives of each row do not outweigh its one positive.
 
 This file knows nothing of models, of how scale and bias are learned, or of the weight of a task.
@@ -19,7 +19,7 @@ This file knows nothing of models, of how scale and bias are learned, or of the 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,28 +44,15 @@ def siglip_dense(
     same_entity: str = "masked",
 ) -> base.LossSum:
     """The definition of `siglip`, with all b x b logits in memory."""
-    relations.check(image.shape[0], image_entities, text_entity, same_entity)
-    valid = valid > 0
-    pairs = relations.pairs_of(
-        jnp.eye(image.shape[0], dtype=bool),
-        image_valid=valid,
-        text_valid=valid,
-        image_entities=image_entities,
-        text_entity=text_entity,
-        same_entity=same_entity,
-    )
-    image, text = relations.real_rows(image, valid), relations.real_rows(text, valid)
-    cos = relations.dot("id,jd->ij", image, text)
+    labels = relations.checked(valid, image_entities, text_entity, same_entity)
+    images, texts = relations.sides(image, text, labels)
+    cos, pairs, _ = relations.tile(images, texts, 0, image.shape[0], same_entity, 0)
     z = logit_scale_exp * cos + logit_bias
     losses = -jax.nn.log_sigmoid(jnp.where(pairs.positive, z, -z))
-    pair, best_wrong = jnp.diagonal(cos), jnp.where(pairs.wrong, cos, relations.LOWEST)
-    hits = sum(0.5 * (pair > jnp.max(best_wrong, axis=axis)) for axis in (1, 0))
-    return base.LossSum(
-        total=jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0)),
-        count=jnp.sum(valid, dtype=jnp.float32),
-        correct=jnp.sum(jnp.where(valid, hits, 0.0)),
-        cosine=jnp.sum(jnp.where(valid, pair, 0.0)),
-    )
+    total = jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0))
+    wrong = jnp.where(pairs.wrong, cos, blocks.MASKED)
+    best_wrong = jnp.max(wrong, axis=1), jnp.max(wrong, axis=0)
+    return relations.loss_sum(total, images.valid, jnp.diagonal(cos), best_wrong)
 
 
 def siglip(
@@ -87,199 +74,127 @@ def siglip(
     of one shard of texts or of their gradient, all-reduce of scalars.
 
     Args:
-      image: L2-normalised image embeddings, fp32 or bf16; batch over `meshes.BATCH_AXES`.
-      text: L2-normalised text embeddings; row i belongs to image i.
-      logit_scale_exp: factor of the cosines, the exponential already taken and capped.
       logit_bias: added to every logit.
-      mesh: the mesh of `meshes.make_mesh`.
-      valid: rows that take part; a row with 0 is in no pair.
-      image_entities: everything each image shows, as for `contrastive.clip_softmax`.
-      text_entity: what each text is about, as for `contrastive.clip_softmax`.
-      same_entity: what related pairs other than the own ones are, see `relations.SAME_ENTITY`.
-      block_size: texts per tile; None chooses it from the shapes and the kind of device.
+      image, text, logit_scale_exp, mesh, valid, image_entities, text_entity, same_entity,
+        block_size: as for `contrastive.clip_softmax`.
 
     Returns:
       Sums over the pairs (total) and the valid rows (count, correct): total / count is the paper's
       loss.  `correct` is that of `contrastive.clip_softmax`.
 
     Raises:
-      BadInput: the batch does not divide over the mesh's batch axes, one of image_entities and
-        text_entity is missing, or an unknown same_entity.
+      BadInput: as `contrastive.clip_softmax`.
     """
-    relations.check(image.shape[0], image_entities, text_entity, same_entity, mesh)
-    static = relations.Static(mesh, same_entity, block_size)
+    labels = relations.checked(valid, image_entities, text_entity, same_entity)
+    blocks.check_batch(image.shape[0], mesh)
+    mine = image.shape[0] // global_batch.batch_shards(mesh)
+    static = mesh, same_entity, blocks.tile_columns(mesh, mine, mine, block_size)
     scale, bias = (jnp.asarray(x, jnp.float32) for x in (logit_scale_exp, logit_bias))
-    return _siglip_sharded(static, image, text, scale, bias, valid > 0, image_entities, text_entity)
-
-
-# Without labels, image_entities and text_entity are None: an empty tree to shard_map.
-_INPUTS = (blocks.BATCH, blocks.BATCH, P(), P(), blocks.BATCH, blocks.BATCH, blocks.BATCH)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _siglip_sharded(static, image, text, scale, bias, valid, image_entities, text_entity):
-    return _siglip_forward(static, image, text, scale, bias, valid, image_entities, text_entity)[0]
-
-
-def _siglip_forward(static, *inputs):
-    run = blocks.shard_map(
-        functools.partial(_forward_shard, static),
-        static.mesh,
-        in_specs=_INPUTS,
-        out_specs=base.LossSum(P(), P(), P(), P()),
+    return base.sharded(
+        mesh,
+        functools.partial(_forward, *static),
+        functools.partial(_backward, *static),
+        (image, text, scale, bias, labels),
+        (blocks.BATCH, blocks.BATCH, P(), P(), blocks.BATCH),
+        residual_specs=(),
+        differentiable=4,
     )
-    return run(*inputs), inputs
 
 
-def _siglip_backward(static, inputs, cotangent):
-    run = blocks.shard_map(
-        functools.partial(_backward_shard, static),
-        static.mesh,
-        in_specs=(*_INPUTS, P()),
-        out_specs=(blocks.BATCH, blocks.BATCH, P(), P()),
-    )
-    return *run(*inputs, cotangent.total), None, None, None
-
-
-_siglip_sharded.defvjp(_siglip_forward, _siglip_backward)
-
-
-class _Texts(NamedTuple):
-    """The texts of one shard, in their own dtype: as bf16 they are half as long under way."""
-
-    rows: Array
-    valid: Array
-    text_entity: Array | None
-
-
-def _around(
+def _over_ring(
     mesh: Mesh,
-    visit: Callable[[Any, _Texts, Any, bool], tuple[Any, Any]],
-    kept: Any,
-    texts: _Texts,
-    luggage: Any,
+    ring_step: Callable[..., tuple[Any, Any]],
+    image_sums: Any,
+    texts: relations.Side,
+    text_sums: Any,
 ) -> tuple[Any, Any]:
     """Sends every shard's texts once around the ring of batch shards.
 
     Args:
-      visit: ``kept, luggage = visit(kept, texts, luggage, at_home)`` at every device that the texts
-        come to; at_home for the first, where they belong.
-      kept: what stays on this device.
+      ring_step: ``image_sums, text_sums = ring_step(image_sums, texts, text_sums, first_own)`` on
+        every device that the texts come to; first_own as for `relations.tile`.
+      image_sums: sums of this device's images, which stay here.
       texts: this device's.
-      luggage: what travels with these texts and changes on the way.
+      text_sums: sums of these texts, which travel with them.
 
     Returns:
-      kept after all visitors, and the luggage of this device's texts after all their visits.
+      The sums of this device's images over all texts, and of its texts over all images.
     """
     shards = global_batch.batch_shards(mesh)
-    kept, home_luggage = visit(kept, texts, luggage, True)
+    image_sums, text_sums = ring_step(image_sums, texts, text_sums, 0)
     if shards == 1:
-        return kept, home_luggage
+        return image_sums, text_sums
 
-    def move(tree: Any) -> Any:
+    def send(tree: Any) -> Any:
         ring = [(i, (i + 1) % shards) for i in range(shards)]
         return lax.ppermute(tree, meshes.BATCH_AXES, ring)
 
     def hop(_: Any, carry: Any) -> Any:
-        kept, texts, luggage = carry
-        # The next texts leave, and the luggage follows its texts, before this visit: neither needs
-        # its result, so that both are under way while the tiles are computed.
-        arriving, sums = move(texts), move(luggage)
-        kept, luggage = visit(kept, texts, sums, False)
-        return kept, arriving, luggage
+        image_sums, texts, text_sums = carry
+        # The next texts leave, and the sums follow their texts, before this step: neither needs its
+        # result, so that both are under way while the tiles are computed.
+        next_texts, text_sums = send(texts), send(text_sums)
+        image_sums, text_sums = ring_step(image_sums, texts, text_sums, None)
+        return image_sums, next_texts, text_sums
 
-    kept, _, luggage = lax.fori_loop(1, shards, hop, (kept, move(texts), home_luggage))
-    return kept, move(luggage)
-
-
-def _tile(static, image, valid, image_entities, texts, start, size, at_home):
-    """Cosines of this device's images with some of the visiting texts; and those texts."""
-    part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), texts)
-    own = jnp.arange(image.shape[0])[:, None] == start + jnp.arange(size)[None, :]
-    pairs = relations.pairs_of(
-        own & at_home,
-        image_valid=valid,
-        text_valid=part.valid,
-        image_entities=image_entities,
-        text_entity=part.text_entity,
-        same_entity=static.same_entity,
-    )
-    return relations.dot("id,jd->ij", image, part.rows), pairs, part.rows
+    carry = image_sums, send(texts), text_sums
+    image_sums, _, text_sums = lax.fori_loop(1, shards, hop, carry)
+    return image_sums, send(text_sums)
 
 
-class _Kept(NamedTuple):
-    """Sums over the texts of each image."""
-
-    loss: Array
-    pair: Array  # cosine with the own text
-    best_wrong: Array
-
-
-def _forward_shard(static, image, text, scale, bias, valid, image_entities, text_entity):
-    image, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
+def _forward(mesh, same_entity, block, image, text, scale, bias, labels):
+    images, texts = relations.sides(image, text, labels)
     mine = image.shape[0]
-    block = static.block(mine, mine)
 
-    def visit(kept, texts, best_wrong, at_home):
+    def ring_step(sums, texts, best_image, first_own):
         def body(carry, start, size):
-            kept, best_wrong = carry
-            cos, pairs, _ = _tile(static, image, valid, image_entities, texts, start, size, at_home)
+            (loss, pair, best_text), best_image = carry
+            cos, pairs, _ = relations.tile(images, texts, start, size, same_entity, first_own)
             z = scale * cos + bias
             losses = jax.nn.softplus(jnp.where(pairs.positive, -z, z))
-            wrong = jnp.where(pairs.wrong, cos, relations.LOWEST)
-            kept = _Kept(
-                loss=kept.loss + jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0), axis=1),
-                pair=kept.pair + jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1),
-                best_wrong=jnp.maximum(kept.best_wrong, jnp.max(wrong, axis=1)),
-            )
-            before = lax.dynamic_slice_in_dim(best_wrong, start, size)
-            now = jnp.maximum(before, jnp.max(wrong, axis=0))
-            return kept, lax.dynamic_update_slice_in_dim(best_wrong, now, start, 0)
+            wrong = jnp.where(pairs.wrong, cos, blocks.MASKED)
+            loss += jnp.sum(jnp.where(pairs.in_denominator, losses, 0.0), axis=1)
+            pair += jnp.sum(jnp.where(pairs.own, cos, 0.0), axis=1)
+            best_text = jnp.maximum(best_text, jnp.max(wrong, axis=1))
+            best = blocks.slice_rows(best_image, start, size)
+            best = jnp.maximum(best, jnp.max(wrong, axis=0))
+            return (loss, pair, best_text), blocks.update_rows(best_image, best, start)
 
-        return blocks.over_blocks(mine, block, body, (kept, best_wrong))
+        return blocks.over_blocks(mine, block, body, (sums, best_image))
 
-    zeros, lowest = jnp.zeros(mine), jnp.full(mine, relations.LOWEST, jnp.float32)
-    kept, best_wrong = _around(
-        static.mesh, visit, _Kept(zeros, zeros, lowest), _Texts(texts, valid, text_entity), lowest
-    )
-    hits = 0.5 * (kept.pair > kept.best_wrong) + 0.5 * (kept.pair > best_wrong)
-    local = base.LossSum(
-        total=jnp.sum(kept.loss),
-        count=jnp.sum(valid, dtype=jnp.float32),
-        correct=jnp.sum(jnp.where(valid, hits, 0.0)),
-        cosine=jnp.sum(jnp.where(valid, kept.pair, 0.0)),
-    )
-    return lax.psum(local, meshes.BATCH_AXES)
+    zeros, lowest = jnp.zeros(mine), jnp.full(mine, blocks.MASKED, jnp.float32)
+    # Of each image the loss, the cosine with its own text, and the largest with a wrong text; of
+    # each text the largest with a wrong image.
+    sums, best_image = _over_ring(mesh, ring_step, (zeros, zeros, lowest), texts, lowest)
+    loss, pair, best_text = sums
+    local = relations.loss_sum(jnp.sum(loss), images.valid, pair, (best_text, best_image))
+    return lax.psum(local, meshes.BATCH_AXES), ()
 
 
-def _backward_shard(static, image, text, scale, bias, valid, image_entities, text_entity, d_total):
-    images, texts = relations.real_rows(image, valid), relations.real_rows(text, valid)
+def _backward(mesh, same_entity, block, image, text, scale, bias, labels, _, d_total):
+    images, texts = relations.sides(image, text, labels)
     mine = image.shape[0]
-    block = static.block(mine, mine)
 
-    def visit(kept, texts, d_texts, at_home):
+    def ring_step(sums, texts, d_texts, first_own):
         def body(carry, start, size):
             (d_images, d_scale, d_bias), d_texts = carry
-            cos, pairs, rows = _tile(
-                static, images, valid, image_entities, texts, start, size, at_home
-            )
+            cos, pairs, part = relations.tile(images, texts, start, size, same_entity, first_own)
             z = scale * cos + bias
             d_z = jnp.where(pairs.positive, -jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
             d_z = jnp.where(pairs.in_denominator, d_total * d_z, 0.0)
             d_cos = scale * d_z
-            d_images += relations.dot("ij,jd->id", d_cos, rows)
-            d_rows = lax.dynamic_slice_in_dim(d_texts, start, size)
-            d_rows += relations.dot("ij,id->jd", d_cos, images)
-            d_texts = lax.dynamic_update_slice_in_dim(d_texts, d_rows, start, 0)
+            d_images += blocks.dot("ij,jd->id", d_cos, part)
+            d_part = blocks.slice_rows(d_texts, start, size)
+            d_part += blocks.dot("ij,id->jd", d_cos, images.embeddings)
+            d_texts = blocks.update_rows(d_texts, d_part, start)
             d_scale += jnp.sum(d_z * cos, axis=1)
             return (d_images, d_scale, d_bias + jnp.sum(d_z, axis=1)), d_texts
 
-        return blocks.over_blocks(mine, block, body, (kept, d_texts))
+        return blocks.over_blocks(mine, block, body, (sums, d_texts))
 
     zeros, rows = jnp.zeros(mine), jnp.zeros(image.shape, jnp.float32)
-    (d_images, d_scale, d_bias), d_texts = _around(
-        static.mesh, visit, (rows, zeros, zeros), _Texts(texts, valid, text_entity), rows
-    )
+    sums, d_texts = _over_ring(mesh, ring_step, (rows, zeros, zeros), texts, rows)
+    d_images, d_scale, d_bias = sums
     # Over the axes that split the batch only: along "tensor" all devices have the same sums.
     d_scale, d_bias = lax.psum((jnp.sum(d_scale), jnp.sum(d_bias)), meshes.BATCH_AXES)
     return d_images.astype(image.dtype), d_texts.astype(text.dtype), d_scale, d_bias

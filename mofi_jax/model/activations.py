@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# What is applied to each element by itself keeps its input for the backward pass, whatever a block
-# keeps: the float32 values in between take several times the memory, and the backward pass reads
-# the input anyway.
+# Elementwise functions save their input alone for the backward pass, whatever the remat policy: the
+# float32 values in between take several times the memory, and the backward pass reads the input
+# anyway.
 _keep_input = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -29,7 +29,7 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     x32 = x.astype(jnp.float32)
-    below, density = (_normal if x.dtype == jnp.float32 else _normal_anew)(x32)
+    below, density = (_normal if x.dtype == jnp.float32 else _normal_approximation)(x32)
     return ((gradient.astype(jnp.float32) * (below + x32 * density)).astype(x.dtype),)
 
 
@@ -47,13 +47,12 @@ def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _normal_distribution(x), jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
 
 
-def _normal_anew(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same, off by less than 3e-7, by arithmetic that has nothing in common with the forward's.
+def _normal_approximation(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same to 3e-7, by arithmetic that shares no subexpression with the forward pass.
 
-    Where forward and backward pass are not apart, in loops or by rematerialisation, XLA would find
-    what they have in common and keep it, in float32: 24 GiB at L/14's batch of 256, written and
-    read.  Abramowitz and Stegun's 7.1.26 has the density as a factor, so that both cost one
-    exponential.
+    Unless loops or rematerialisation separate the two passes, XLA would find what they share and
+    keep it in float32: 24 GiB at L/14's batch of 256, written and read.  Abramowitz and Stegun's
+    7.1.26 has the density as a factor, so that both cost one exponential.
     """
     density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
     t = 1 / (1 + (0.3275911 * math.sqrt(0.5)) * jnp.abs(x))

@@ -34,9 +34,9 @@ def attend(
     """softmax(query key^T / sqrt(d)) value for each head.
 
     Args:
-      length: positions from here on are padding (`padding`): the others neither see them nor get a
-        gradient from them, and what they themselves give means nothing.
-      causal: position i sees positions up to i alone.
+      length: positions from here on are padding (`padding`): no other position attends to them or
+        has a gradient through them, and their own outputs mean nothing.
+      causal: position i attends to positions up to i alone.
       implementation: "xla" or "cudnn", as `choose` gives it.
     """
     if implementation == "cudnn":
@@ -63,34 +63,28 @@ def padding(length: int, implementation: str) -> int:
 
 def _cudnn(query: Array, key: Array, value: Array, *, length: int, causal: bool) -> Array:
     run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    if causal:  # what is appended lies in everyone's future
+    if causal:  # padding comes after every position
         return run(query, key, value, is_causal=True)
     if length == key.shape[1]:
         return run(query, key, value)
     batch = key.shape[0]
-    key, value = _without_gradient(key, length), _without_gradient(value, length)
+    key, value = _cut_gradient(key, length), _cut_gradient(value, length)
     # As lengths, not as a mask: that would be a bias to cuDNN, a tensor of logits to read.
     return run(query, key, value, key_value_seq_lengths=jnp.full((batch,), length, jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _without_gradient(x: Array, length: int) -> Array:
+def _cut_gradient(x: Array, length: int) -> Array:
     """x; its gradient from position ``length`` on is zero, whatever cuDNN leaves there."""
-    del length
     return x
 
 
-def _without_gradient_forward(x: Array, length: int) -> tuple[Array, None]:
-    del length
-    return x, None
-
-
-def _without_gradient_backward(length: int, _: None, gradient: Array) -> tuple[Array]:
+def _cut_gradient_backward(length: int, _: None, gradient: Array) -> tuple[Array]:
     zeros = jnp.zeros_like(gradient[:, length:])
     return (jax.lax.dynamic_update_slice_in_dim(gradient, zeros, length, axis=1),)
 
 
-_without_gradient.defvjp(_without_gradient_forward, _without_gradient_backward)
+_cut_gradient.defvjp(lambda x, length: (x, None), _cut_gradient_backward)
 
 
 def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:

@@ -31,14 +31,7 @@ class ImageTower(nnx.Module):
         )
         self.position_embedding = nnx.Param(_waves(config.image_size // patch, width))
         self.pre_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
-        self.blocks = layers.make_stack(
-            width,
-            config.image.heads,
-            config.image.layers,
-            activation=config.activation,
-            eps=config.layer_norm_eps,
-            rngs=rngs,
-        )
+        self.blocks = layers.make_stack(config.image, config, rngs)
         self.post_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = layers.Projection(
             (width,), (config.embed_dim,), std=std, use_bias=False, rngs=rngs
@@ -55,14 +48,7 @@ class ImageTower(nnx.Module):
         x = self.patch_embedding(_patches(x.astype(dtype), config.patch_size))
         cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
-        x = layers.run_stack(
-            self.blocks,
-            self.pre_norm(x),
-            causal=False,
-            implementation=config.attention,
-            remat=config.remat,
-            mesh=mesh,
-        )
+        x = layers.run_stack(self.blocks, self.pre_norm(x), config, causal=False, mesh=mesh)
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 
 

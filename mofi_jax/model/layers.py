@@ -27,17 +27,17 @@ UNROLLED_LAYERS = {"cpu": 4, "gpu": 48, "tpu": 4}
 
 
 def _matrix_products(primitive: Any, *avals: Any, **params: Any) -> bool:
-    # What XLA's attention gives is a product of two batched arrays, hence computed again: a few
-    # percent of a block's arithmetic.  Keeping it would not help, as its gradient needs the logits.
-    # cuDNN's gives what its gradient needs.
+    # The output of XLA's attention is a product of two batched arrays and so computed again: a few
+    # percent of a block's arithmetic.  Saving it would not help, as its gradient needs the logits.
+    # cuDNN's forward returns what its gradient needs.
     return primitive.name.startswith(
         "dot_product_attention_fwd"
     ) or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
-# What a block keeps from its forward for its backward pass, beside the inputs of norms and
-# activations: everything, for B/16 16 times the size of its input with cuDNN's attention and 25
-# with XLA's; the results of matrix products, 9 times (10 with cuDNN's); its input alone.
+# What a block saves for its backward pass, beside the inputs of norms and activations: everything,
+# for B/16 16 times the size of its input with cuDNN's attention and 25 with XLA's; the results of
+# matrix products, 9 times (10 with cuDNN's); its input alone.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "dots": _matrix_products,
@@ -45,37 +45,33 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _standardise(x: jax.Array, eps: float, anew: bool) -> jax.Array:
-    """x with mean 0 and variance 1 along its last axis; arithmetic in float32.
-
-    Args:
-      anew: the backward pass computes mean and variance again.  XLA for GPUs makes one pass over
-        the array of either direction where nothing else comes out; TPUs need one for each mean.
-    """
-    return _standardise_forward(x, eps, anew)[0]
-
-
-def _standardise_forward(
-    x: jax.Array, eps: float, anew: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    del anew
-    mean, factor = _moments(x, eps)
-    return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype), (x, mean, factor)
-
-
 def _moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Mean, and one over the standard deviation."""
+    """Mean, and one over the standard deviation, float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
 
 
-def _standardise_backward(
-    eps: float, anew: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array]:
-    x, mean, factor = kept
-    if anew:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _standardise(x: jax.Array, eps: float, recompute_moments: bool) -> jax.Array:
+    """x with mean 0 and variance 1 along its last axis; arithmetic in float32.
+
+    Args:
+      recompute_moments: the backward pass computes mean and variance again.  XLA for GPUs makes one
+        pass over the array in either direction where nothing else comes out; TPUs need one for each
+        mean.
+    """
+    return _standardise_forward(x, eps, recompute_moments)[0]
+
+
+def _standardise_forward(x, eps, _):
+    mean, factor = _moments(x, eps)
+    return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype), (x, mean, factor)
+
+
+def _standardise_backward(eps, recompute_moments, residuals, gradient):
+    x, mean, factor = residuals
+    if recompute_moments:
         x, gradient = jax.lax.optimization_barrier((x, gradient))
         mean, factor = _moments(x, eps)
     unit = (x.astype(jnp.float32) - mean) * factor
@@ -124,11 +120,11 @@ class Projection(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.use_bias else y
 
     def after(self, norm: LayerNorm) -> tuple[Array, Array]:
-        """Kernel and bias, float32, that take what the norm has standardised but not scaled yet.
+        """Kernel and bias, float32, with scale and bias of the norm before them folded in.
 
-        (unit * scale + bias) @ kernel is unit @ (scale * kernel) + bias @ kernel.  So the gradients
-        of scale and bias are sums over the kernel and not over all rows of a batch.  Parameters may
-        have leading axes, all the same.
+        (unit * scale + bias) @ kernel is unit @ (scale * kernel) + bias @ kernel, so that the
+        gradients of scale and bias are sums over the kernel and not over all rows of a batch.
+        Parameters may have leading axes, all the same.
         """
         scale, bias, kernel = norm.scale[...], norm.bias[...], self.kernel[...]
         width_axis = scale.ndim - 1
@@ -138,7 +134,7 @@ class Projection(nnx.Module):
 
 
 class AttentionWeights(NamedTuple):
-    """As `Attention.fold` gives them, any leading axes."""
+    """As `Attention.fold` returns them; any leading axes."""
 
     query: Float[Array, "*l w h d"]
     query_bias: Float[Array, "*l h d"]
@@ -147,17 +143,13 @@ class AttentionWeights(NamedTuple):
     out: Float[Array, "*l h d w"]
     out_bias: Float[Array, "*l w"]
 
-    def __call__(
-        self, unit: Float[Array, "b n w"], *, length: int, causal: bool, implementation: str
-    ) -> Float[Array, "b n w"]:
-        """Of standardised inputs; arguments as of `attention.attend`."""
+    def __call__(self, unit: Float[Array, "b n w"], **options: Any) -> Float[Array, "b n w"]:
+        """Attention of standardised inputs; options of `attention.attend`."""
         attended = attention.attend(
             jnp.tensordot(unit, self.query, 1) + self.query_bias,
             jnp.tensordot(unit, self.key, 1),
             jnp.tensordot(unit, self.value, 1),
-            length=length,
-            causal=causal,
-            implementation=implementation,
+            **options,
         )
         return jnp.tensordot(attended, self.out, 2) + self.out_bias
 
@@ -174,12 +166,12 @@ class Attention(nnx.Module):
         self.out = make(shape, (width,), std=out_std)
 
     def fold(self, norm: LayerNorm) -> AttentionWeights:
-        """With what the norm before it scales and adds, float32.
+        """The weights with scale and bias of the norm before them folded in, float32.
 
-        Two of the four biases need no array of activations written again, nor read for their
-        gradients.  The key's adds the same to all logits of a query, which the softmax takes away:
-        it is never trained, and kept for other implementations' sake alone.  The value's comes out
-        of the weighted mean as it went in, so that the output's kernel takes it to its bias.
+        Two of the four biases need no pass over activations, forward or backward.  The key's adds
+        the same to all logits of a query, which the softmax removes: it is never trained, and there
+        for other implementations' sake alone.  The value's passes the weighted mean unchanged, so
+        that the output's kernel takes it to the output's bias.
         """
         query, query_bias = self.query.after(norm)
         key, _ = self.key.after(norm)
@@ -190,7 +182,7 @@ class Attention(nnx.Module):
 
 
 class MlpWeights(NamedTuple):
-    """As `Mlp.fold` gives them, any leading axes."""
+    """As `Mlp.fold` returns them; any leading axes."""
 
     fc1: Float[Array, "*l w m"]
     fc1_bias: Float[Array, "*l m"]
@@ -198,7 +190,7 @@ class MlpWeights(NamedTuple):
     fc2_bias: Float[Array, "*l w"]
 
     def __call__(self, unit: Float[Array, "b n w"], *, activation: str) -> Float[Array, "b n w"]:
-        """Of standardised inputs."""
+        """The MLP of standardised inputs."""
         hidden = activations.ACTIVATIONS[activation](unit @ self.fc1 + self.fc1_bias)
         return hidden @ self.fc2 + self.fc2_bias
 
@@ -211,28 +203,47 @@ class Mlp(nnx.Module):
         self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
 
     def fold(self, norm: LayerNorm) -> MlpWeights:
-        """With what the norm before it scales and adds, float32."""
+        """The weights with scale and bias of the norm before them folded in, float32."""
         return MlpWeights(*self.fc1.after(norm), self.fc2.kernel[...], self.fc2.bias[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _cast(stacked: Array, dtype: jnp.dtype) -> Array:
+    """To the compute dtype, with a gradient that is materialised as one array.
+
+    Without a loop over the layers, XLA would fuse the choice among all layers' gradients into the
+    optimiser: 6 ms of L/14's step of 280 on an H200, whose memory would allow for 2.
+    """
+    return stacked.astype(dtype)
+
+
+_cast.defvjp(
+    lambda stacked, dtype: (stacked.astype(dtype), None),
+    lambda dtype, _, gradient: (jax.lax.optimization_barrier(gradient).astype(jnp.float32),),
+)
 
 
 class Block(nnx.Module):
     """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release).
 
     Or a stack of them, whose parameters have a leading layer axis (`make_stack`).
+
+    Args:
+      tower: a `mofi_jax.model.mofi.TowerConfig`.
+      config: the `mofi_jax.model.mofi.MofiConfig` that it is of.
     """
 
-    def __init__(
-        self, width: int, heads: int, *, layers: int, activation: str, eps: float, rngs: nnx.Rngs
-    ):
-        std, out_std = width**-0.5, width**-0.5 * (2 * layers) ** -0.5
+    def __init__(self, tower: Any, config: Any, rngs: nnx.Rngs):
+        width, eps = tower.width, config.layer_norm_eps
+        std, out_std = width**-0.5, width**-0.5 * (2 * tower.layers) ** -0.5
         self.norm1 = LayerNorm(width, eps=eps)
-        self.attention = Attention(width, heads, std=std, out_std=out_std, rngs=rngs)
+        self.attention = Attention(width, tower.heads, std=std, out_std=out_std, rngs=rngs)
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs)
-        self.activation = activation
+        self.activation = config.activation
 
     def fold(self, dtype: jnp.dtype) -> tuple[AttentionWeights, MlpWeights]:
-        """What `run` multiplies with and adds, in the compute dtype."""
+        """The folded weights, in the compute dtype."""
         weights = self.attention.fold(self.norm1), self.mlp.fold(self.norm2)
         return jax.tree.map(lambda leaf: _cast(leaf, dtype), weights)
 
@@ -241,61 +252,42 @@ class Block(nnx.Module):
         x: Float[Array, "b n w"],
         weights: tuple[AttentionWeights, MlpWeights],
         *,
-        anew: bool,
-        **how: Any,
+        recompute_moments: bool,
+        **options: Any,
     ) -> Float[Array, "b n w"]:
-        """One layer with its weights.
-
-        Args:
-          anew: as of `_standardise`.
-          how: as of `attention.attend`.
-        """
+        """One layer with its weights; options of `attention.attend`."""
         attend, mlp = weights
-        x = x + attend(_standardise(x, self.norm1.eps, anew), **how)
-        return x + mlp(_standardise(x, self.norm2.eps, anew), activation=self.activation)
+        x = x + attend(_standardise(x, self.norm1.eps, recompute_moments), **options)
+        unit = _standardise(x, self.norm2.eps, recompute_moments)
+        return x + mlp(unit, activation=self.activation)
 
 
-def make_stack(
-    width: int,
-    heads: int,
-    layers: int,
-    *,
-    activation: str,
-    eps: float,
-    rngs: nnx.Rngs,
-) -> Block:
-    """``layers`` blocks as one Block whose parameters carry a leading layer axis."""
+def make_stack(tower: Any, config: Any, rngs: nnx.Rngs) -> Block:
+    """A tower's blocks as one Block whose parameters carry a leading layer axis."""
 
-    @nnx.split_rngs(splits=layers)
+    @nnx.split_rngs(splits=tower.layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs: nnx.Rngs) -> Block:
-        return Block(width, heads, layers=layers, activation=activation, eps=eps, rngs=rngs)
+        return Block(tower, config, rngs)
 
     return create(rngs)
 
 
 def run_stack(
-    blocks: Block,
-    x: Float[Array, "b n w"],
-    *,
-    causal: bool,
-    implementation: str,
-    remat: str,
-    mesh: Mesh | None = None,
+    blocks: Block, x: Float[Array, "b n w"], config: Any, *, causal: bool, mesh: Mesh | None = None
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
     Args:
+      config: a `mofi_jax.model.mofi.MofiConfig`, of which attention and remat are used.
       causal: whether a position sees only those before it.
-      implementation: of attention, one of `attention.IMPLEMENTATIONS`.
-      remat: one of REMAT.
       mesh: whose batch axes the rows of x are split over.
     """
     weights = blocks.fold(x.dtype)
     depth, *_, head_dim = weights[0].query.shape
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     on_gpu = device.platform == "gpu"
-    chosen = attention.choose(implementation, head_dim=head_dim, dtype=x.dtype, device=device)
+    chosen = attention.choose(config.attention, head_dim=head_dim, dtype=x.dtype, device=device)
     length = x.shape[1]
     # Once for all layers: padding in each of them would cost a copy of its input and its output.
     x = jnp.pad(x, ((0, 0), (0, attention.padding(length, chosen)), (0, 0)))
@@ -305,45 +297,16 @@ def run_stack(
         # may split widths in place of rows, so that every device holds the whole batch.
         x = global_batch.over_batch(x, mesh)
         if on_gpu:
-            x = _row_major(x)
-        how = {"length": length, "causal": causal, "implementation": chosen}
-        return blocks.run(x, layer, anew=on_gpu, **how), None
+            # XLA chose to lay the batch out last for the residuals on an H200.  Matrix products
+            # want their rows whole, so that each was preceded and followed by a transpose.
+            x = layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+        options = {"length": length, "causal": causal, "implementation": chosen}
+        return blocks.run(x, layer, recompute_moments=on_gpu, **options), None
 
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)
-    if policy := REMAT[remat]:
+    if policy := REMAT[config.remat]:
         # Forward and backward loop are apart; without loops XLA would find the same computation
         # twice and keep its result.
         body = jax.checkpoint(body, prevent_cse=unrolled, policy=policy)
     x = jax.lax.scan(body, x, weights, unroll=depth if unrolled else 1)[0]
     return x[:, :length]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _cast(stacked: Array, dtype: jnp.dtype) -> Array:
-    """To the compute dtype, with gradients that exist as one array.
-
-    Left to itself and without a loop over the layers, XLA has the optimiser look for each element's
-    gradient among those of all layers: 6 ms of L/14's step of 280 on an H200, whose memory would
-    allow for 2.
-    """
-    return stacked.astype(dtype)
-
-
-def _cast_forward(stacked: Array, dtype: jnp.dtype) -> tuple[Array, None]:
-    return stacked.astype(dtype), None
-
-
-def _cast_backward(dtype: jnp.dtype, _: None, gradient: Array) -> tuple[Array]:
-    del dtype
-    return (jax.lax.optimization_barrier(gradient).astype(jnp.float32),)
-
-
-_cast.defvjp(_cast_forward, _cast_backward)
-
-
-def _row_major(x: Array) -> Array:
-    """Keeps XLA from laying the batch out last, which it chose for the residuals on an H200.
-
-    Matrix products want their rows whole, so that each was preceded and followed by a transpose.
-    """
-    return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))

@@ -29,7 +29,6 @@ MAX_LOGIT_SCALE = 100.0
 # The parameters that are logarithms of a scale.
 LOG_SCALES = ("logit_scale", "entity_log_scale")
 
-
 # What sizes may be: generous, yet small enough that a damaged file does not take all memory.
 LIMITS = {
     "image_size": (1, 8_192),
@@ -42,16 +41,6 @@ LIMITS = {
     "eos_id": (0, 10_000_000),
     "embed_dim": (1, 65_536),
 }
-
-
-def _check_sizes(config: Any, prefix: str = "") -> None:
-    for name in (field.name for field in dataclasses.fields(config) if field.name in LIMITS):
-        value, (low, high) = getattr(config, name), LIMITS[name]
-        if type(value) is not int or not low <= value <= high:
-            raise BadInput(
-                f"config.model.{prefix}{name}={value!r} must be a whole number from {low} to "
-                f"{high}: correct it."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +82,19 @@ class MofiConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        _check_sizes(self)
-        for name in ("image", "text"):
-            _check_sizes(getattr(self, name), f"{name}.")
+        for prefix, part in (("", self), ("image.", self.image), ("text.", self.text)):
+            for name, (low, high) in LIMITS.items():
+                value = getattr(part, name, low)
+                if type(value) is not int or not low <= value <= high:
+                    raise BadInput(
+                        f"config.model.{prefix}{name}={value!r} must be a whole number from {low} "
+                        f"to {high}: correct it."
+                    )
+            if prefix and part.width % part.heads:
+                raise BadInput(
+                    f"config.model.{prefix}width={part.width} does not divide into {part.heads} "
+                    "heads: change one of them."
+                )
         if self.eos_id >= self.vocab_size:
             raise BadInput(
                 f"eos_id {self.eos_id} is not below vocab_size {self.vocab_size}: give the sizes "
@@ -111,13 +110,6 @@ class MofiConfig:
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
                 "change config.model.image_size or the variant."
             )
-        for name in ("image", "text"):
-            tower = getattr(self, name)
-            if tower.width % tower.heads:
-                raise BadInput(
-                    f"The {name} tower's width {tower.width} does not divide into {tower.heads} "
-                    f"heads: change config.model.{name}."
-                )
         choices = {
             "activation": tuple(activations.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
@@ -146,39 +138,22 @@ class MofiConfig:
             ) from error
 
 
-# Shapes by name: patch, image tower, text tower, embedding.  B, L and H are MOFI's (depth and width
+# Shapes by name: towers (width, layers, heads), embedding.  B, L and H are MOFI's (depth and width
 # follow from the published parameter counts), Ti and S are for small machines.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "Ti/16": {
-        "patch_size": 16,
-        "image": TowerConfig(192, 12, 3),
-        "text": TowerConfig(192, 6, 3),
-        "embed_dim": 192,
-    },
-    "S/16": {
-        "patch_size": 16,
-        "image": TowerConfig(384, 12, 6),
-        "text": TowerConfig(384, 12, 6),
-        "embed_dim": 384,
-    },
-    "B/16": {
-        "patch_size": 16,
-        "image": TowerConfig(768, 12, 12),
-        "text": TowerConfig(512, 12, 8),
-        "embed_dim": 512,
-    },
-    "L/14": {
-        "patch_size": 14,
-        "image": TowerConfig(1024, 24, 16),
-        "text": TowerConfig(768, 12, 12),
-        "embed_dim": 768,
-    },
-    "H/14": {
-        "patch_size": 14,
-        "image": TowerConfig(1280, 32, 16),
-        "text": TowerConfig(1024, 24, 16),
-        "embed_dim": 1024,
-    },
+    name: {
+        "patch_size": int(name.partition("/")[2]),
+        "image": TowerConfig(*image_tower),
+        "text": TowerConfig(*text_tower),
+        "embed_dim": embed_dim,
+    }
+    for name, image_tower, text_tower, embed_dim in (
+        ("Ti/16", (192, 12, 3), (192, 6, 3), 192),
+        ("S/16", (384, 12, 6), (384, 12, 6), 384),
+        ("B/16", (768, 12, 12), (512, 12, 8), 512),
+        ("L/14", (1024, 24, 16), (768, 12, 12), 768),
+        ("H/14", (1280, 32, 16), (1024, 24, 16), 1024),
+    )
 }
 
 
@@ -218,14 +193,10 @@ def _run(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = _merge(config, params[tower], tower)(inputs, mesh)
+    embeddings = nnx.merge(_graph(config, tower), params[tower])(inputs, mesh)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
-def _merge(config: MofiConfig, params: Params, tower: str) -> nnx.Module:
-    return nnx.merge(_graph(config, tower), params)
 
 
 def embed_images(

@@ -25,14 +25,7 @@ class TextTower(nnx.Module):
         self.position_embedding = nnx.Param(
             0.01 * normal(rngs.params(), (config.context_length, width), jnp.float32)
         )
-        self.blocks = layers.make_stack(
-            width,
-            config.text.heads,
-            config.text.layers,
-            activation=config.activation,
-            eps=config.layer_norm_eps,
-            rngs=rngs,
-        )
+        self.blocks = layers.make_stack(config.text, config, rngs)
         self.final_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = layers.Projection(
             (width,), (config.embed_dim,), std=width**-0.5, use_bias=False, rngs=rngs
@@ -43,14 +36,8 @@ class TextTower(nnx.Module):
         config = self.config
         length = tokens.shape[1]
         x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
-        x = layers.run_stack(
-            self.blocks,
-            x.astype(jnp.dtype(config.dtype)),
-            causal=True,
-            implementation=config.attention,
-            remat=config.remat,
-            mesh=mesh,
-        )
+        x = x.astype(jnp.dtype(config.dtype))
+        x = layers.run_stack(self.blocks, x, config, causal=True, mesh=mesh)
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.
         end = jnp.argmax(tokens == config.eos_id, axis=1)
