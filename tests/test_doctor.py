@@ -16,7 +16,8 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, records
 from mofi_jax.doctor import __main__ as doctor
 from mofi_jax.doctor import machine
-from mofi_jax.doctor.machine import GIB, Report
+from mofi_jax.doctor.__main__ import GIB
+from mofi_jax.doctor.machine import Report
 from mofi_jax.training import checkpoint
 from tests import datasets
 
@@ -129,7 +130,7 @@ def test_fewer_shards_than_hosts(data, tmp_path, devices):
 
 def test_full_disk(data, tmp_path, devices, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
     problems = told(doctor.examine(datasets.tiny_config(data), str(tmp_path / "run")))
     assert "make room, or lower config.checkpoint.keep" in problems["disk"]
 

@@ -164,8 +164,27 @@ def roll_call(coordinator: str, processes: int, process: int, *, timeout: float)
         raise BadInput(f"--coordinator={coordinator}: write HOST:PORT, as in 10.0.0.2:8476.")
     if processes > 1 and process == 0:
         _count(int(port), processes, timeout)
-    elif processes > 1:
-        _report((host.strip("[]"), int(port)), processes, process, timeout)
+    if processes == 1 or process == 0:
+        return
+    hello = json.dumps([process, processes, socket.gethostname()])
+    deadline = time.monotonic() + timeout + _LEAD_GRACE
+    reason: Exception = TimeoutError("no answer")
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), left) as connection:
+                connection.sendall(f"{hello}\n".encode())
+                verdict = json.loads(connection.makefile().readline(_LINE))
+        except (OSError, ValueError) as error:  # not there yet, or another service
+            reason = error
+            time.sleep(min(_RETRY, left))
+            continue
+        if verdict:
+            raise BadInput(verdict)
+        return
+    raise BadInput(
+        f"Process {process} could not reach process 0 at {coordinator} within {timeout:g} s "
+        f"({reason}): start it there, and open the port in the firewall."
+    )
 
 
 def _count(port: int, processes: int, timeout: float) -> None:
@@ -218,29 +237,6 @@ def _count(port: int, processes: int, timeout: float) -> None:
                 connection.sendall(f"{json.dumps(verdict)}\n".encode())
     if verdict:
         raise BadInput(verdict)
-
-
-def _report(address: tuple[str, int], processes: int, process: int, timeout: float) -> None:
-    """Another process: sends its number to process 0 and waits for the answer."""
-    hello = json.dumps([process, processes, socket.gethostname()])
-    deadline = time.monotonic() + timeout + _LEAD_GRACE
-    reason: Exception = TimeoutError("no answer")
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection(address, timeout=left) as connection:
-                connection.sendall(f"{hello}\n".encode())
-                verdict = json.loads(connection.makefile().readline(_LINE))
-        except (OSError, ValueError) as error:  # not there yet, or another service
-            reason = error
-            time.sleep(min(_RETRY, left))
-            continue
-        if verdict:
-            raise BadInput(verdict)
-        return
-    raise BadInput(
-        f"Process {process} could not reach process 0 at {address[0]}:{address[1]} within "
-        f"{timeout:g} s ({reason}): start it there, and let the port through the firewall."
-    )
 
 
 # ---------------------------------------------------------------------------- agreement

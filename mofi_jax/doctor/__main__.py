@@ -11,6 +11,7 @@ least one, 2 bad flags.
 import importlib.metadata
 import json as json_lib
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ from mofi_jax.common import cli, files
 from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.doctor import machine
-from mofi_jax.doctor.machine import GIB, Report
+from mofi_jax.doctor.machine import Report
 from mofi_jax.evaluators import picture_sets
 from mofi_jax.training import checkpoint, optim, run_folder, settings, setup, state
 
+GIB = 2**30
 REQUIREMENTS = pathlib.Path(__file__).parents[2] / "requirements.txt"
 
 
@@ -55,10 +57,8 @@ def main(
     return 1 if problems else 0
 
 
-def examine(
-    config: Any, workdir: str, *, coordinator: str = "", processes: str = "", process: str = ""
-) -> Report:
-    """All checks of this host; see `main` for the arguments."""
+def examine(config: Any, workdir: str, **joined: str) -> Report:
+    """All checks of this host; ``joined``: coordinator, processes and process."""
     report = Report()
     wanted = (
         REQUIREMENTS.read_text().splitlines()
@@ -69,10 +69,8 @@ def examine(
     machine.holders(report)
     found = machine.devices(
         report,
-        distributed=bool(config.distributed or coordinator or processes or process),
-        coordinator=coordinator,
-        processes=processes,
-        process=process,
+        distributed=bool(config.distributed or any(joined.values())),
+        **{"coordinator": "", "processes": "", "process": "", **joined},
         timeout=config.start_timeout,
         mesh=config.mesh.to_dict(),
     )
@@ -189,8 +187,14 @@ def check_run(
     count = config.checkpoint.keep + 1 + (steps // every if every else 0)
     saved = pathlib.Path(workdir, checkpoint.FOLDER).rglob("*")
     there = sum(file.stat().st_size for file in saved if file.is_file())
-    what = f"{count} checkpoints of {total / GIB:.2f} GiB"
-    machine.space(report, place, count * total, there, what)
+    free = shutil.disk_usage(place).free + there
+    level = "problem" if count * total > free else "warning" if count * total > 0.8 * free else "ok"
+    report.add(
+        "disk",
+        level,
+        f"{count} checkpoints of {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free or to be replaced"
+        + ("" if level == "ok" else ": make room, or lower config.checkpoint.keep."),
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from mofi_jax.distributed import hosts, meshes
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 # Seconds that a start may take after all processes have come: compiling nothing, opening devices.
 DEVICE_TIMEOUT = 180
-GIB = 2**30
 
 
 class Report:
@@ -202,15 +200,6 @@ def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
         return None
     report.add("workdir", "ok", f"{path} can be written")
     return place
-
-
-def space(report: Report, place: pathlib.Path, needed: int, there: int, what: str) -> None:
-    """Free disk against bytes to be written, of which some are there and will be replaced."""
-    free = shutil.disk_usage(place).free + there
-    level = "problem" if needed > free else "warning" if needed > 0.8 * free else "ok"
-    text = f"{needed / GIB:.2f} GiB for {what}, {free / GIB:.1f} GiB free or to be replaced"
-    remedy = "" if level == "ok" else ": make room, or lower config.checkpoint.keep."
-    report.add("disk", level, text + remedy)
 
 
 if __name__ == "__main__":
