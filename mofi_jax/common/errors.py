@@ -44,7 +44,7 @@ def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> s
     """
     while error is not None:
         if isinstance(error, OSError) and (
-            error.errno in _FULL or (error.errno in _CLOSED and _about(error.filename, folder))
+            error.errno in _FULL or (error.errno in _CLOSED and _on_path(error.filename, folder))
         ):
             return os.strerror(error.errno).lower()
         for number in (*_FULL, *_CLOSED):
@@ -60,8 +60,8 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(os.strerror(n) in str(error) for n in numbers)
 
 
-def _about(filename: object, folder: os.PathLike | str) -> bool:
-    """Whether a file lies in a folder, or is one of those that should hold it."""
+def _on_path(filename: object, folder: os.PathLike | str) -> bool:
+    """Whether a file lies in a folder, or is one of its parents."""
     if filename is None:
         return False
     path, folder = os.path.abspath(str(filename)), os.path.abspath(folder)

@@ -94,34 +94,31 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
     ]
     total = sum(size for size, _, _ in leaves)
 
-    def whole(fsdp: int) -> list[tuple[int, str]]:
+    def replicated_on(fsdp: int) -> list[tuple[int, str]]:
         axes = {"replica": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
-        return sorted(
-            (
-                (size, name)
-                for size, name, shape in leaves
-                if size >= 2**20 and not any(partition_spec(name, shape, axes))
-            ),
-            reverse=True,
-        )
+        sizes = [
+            (size, name)
+            for size, name, shape in leaves
+            if size >= 2**20 and not any(partition_spec(name, shape, axes))
+        ]
+        return sorted(sizes, reverse=True)
 
-    def share(fsdp: int) -> float:
-        return sum(size for size, _ in whole(fsdp)) / max(total, 1)
+    def share(arrays: list[tuple[int, str]]) -> float:
+        return sum(size for size, _ in arrays) / max(total, 1)
 
-    fsdp = mesh.shape["fsdp"]
-    if share(fsdp) <= limit:
+    whole = replicated_on(mesh.shape["fsdp"])
+    if share(whole) <= limit:
         return
-    better = [n for n in range(rest, 1, -1) if rest % n == 0 and share(n) <= limit]
-    remedy = (
-        f"set config.mesh.fsdp={better[0]} and config.mesh.replica={rest // better[0]}"
-        if better
-        else "choose another config.mesh"
-    )
-    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole(fsdp)[:3])
+    remedy = "choose another config.mesh"
+    for fsdp in range(rest, 1, -1):
+        if rest % fsdp == 0 and share(replicated_on(fsdp)) <= limit:
+            remedy = f"set config.mesh.fsdp={fsdp} and config.mesh.replica={rest // fsdp}"
+            break
+    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole[:3])
     raise BadInput(
-        f"{share(fsdp):.0%} of the training state would lie whole on each of {mesh.size} devices, "
-        f"{len(whole(fsdp))} arrays, {names} first: {remedy}, or raise "
-        f"config.max_replicated={limit:g} if that is meant."
+        f"{share(whole):.0%} of the training state would lie whole on each of {mesh.size} devices, "
+        f"{len(whole)} arrays, {names} first: {remedy}, or raise config.max_replicated={limit:g} "
+        "if that is meant."
     )
 
 

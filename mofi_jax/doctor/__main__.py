@@ -140,15 +140,15 @@ def check_run(
     mesh = Mesh(stand_ins, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with report.about("batch"):
         setup.check_batch(config, mesh)
-    program = setup.make(config, mesh, **data.sizes)
-    structs, _ = state.abstract(program.init, mesh)
+    train_setup = setup.make(config, mesh, **data.sizes)
+    model, clock = train_setup.context.model, train_setup.clock
+    structs, _ = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     leaves, parameters = jax.tree.leaves(structs), jax.tree.leaves(structs.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     millions = sum(leaf.size for leaf in parameters) / 1e6
-    steps = program.clock.total_steps
-    report.add("model", "ok", f"{millions:,.1f} M parameters, {steps:,} steps")
-    for sentence in settings.warnings(config, program.clock, eos_id=program.context.model.eos_id):
+    report.add("model", "ok", f"{millions:,.1f} M parameters, {clock.total_steps:,} steps")
+    for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
         report.add("config", "warning", sentence)
     with report.about("sharding"):
         sharding.check_replication(mesh, structs, config.max_replicated)
@@ -170,7 +170,7 @@ def check_run(
         return
     with report.about("workdir"):
         description = run_folder.describe_model(
-            program.context.model, config.data.eval_ops, classified="entity" in config.losses
+            model, config.data.eval_ops, classified="entity" in config.losses
         )
         fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
         start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
@@ -182,9 +182,9 @@ def check_run(
             report.add("workdir", "ok", f"resumes from step {run.step}")
     if files.is_remote(place):  # which has room
         return
-    every = program.keep_every
+    every = train_setup.keep_every
     # One more than are kept: the next is complete before the oldest is deleted.
-    count = config.checkpoint.keep + 1 + (steps // every if every else 0)
+    count = config.checkpoint.keep + 1 + (clock.total_steps // every if every else 0)
     saved = pathlib.Path(workdir, checkpoint.FOLDER).rglob("*")
     there = sum(file.stat().st_size for file in saved if file.is_file())
     free = shutil.disk_usage(place).free + there
