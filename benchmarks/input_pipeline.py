@@ -254,17 +254,16 @@ class BucketReader:
     """A shard's reader whose every read waits as one request to a bucket does."""
 
     in_flight = threading.Semaphore(IN_FLIGHT)
-    requests = 0
 
-    def __init__(self, reader: Any):
-        self._reader = reader
+    def __init__(self, reader: Any, requests: list[int]):
+        self._reader, self._requests = reader, requests
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
     def read(self, first: int, stop: int) -> list[bytes]:
         with self.in_flight:
-            BucketReader.requests += 1
+            self._requests.append(stop - first)
             time.sleep(LATENCY)
             return self._reader.read(first, stop)
 
@@ -345,12 +344,14 @@ def bucket(report: figures.Report, folder: pathlib.Path, jpegs: list[bytes], qui
     open_shard = records.open_shard
     rates, device = [], f"cpu x{os.cpu_count()}, {LATENCY * 1e3:g} ms a read simulated"
     for name, block, batches in (("single records", 1, 8), (f"blocks of {BLOCK}", BLOCK, 160)):
-        batches = batches // 4 if quick else batches
-        BucketReader.requests = 0
-        with mock.patch.object(records, "open_shard", lambda path: BucketReader(open_shard(path))):
-            rates.append(rate(functools.partial(begin, block=block), batches))
-        asked = 1_000 * BucketReader.requests / ((WARM_UP + batches) * BATCH)
-        report.add(f"bucket, {BUCKET_THREADS} threads, {name}", rates[-1], "img/s", device)
+        requests: list[int] = []
+        with mock.patch.object(
+            records, "open_shard", lambda path, log=requests: BucketReader(open_shard(path), log)
+        ):
+            found = rate(functools.partial(begin, block=block), batches // (4 if quick else 1))
+        rates.append(found)
+        report.add(f"bucket, {BUCKET_THREADS} threads, {name}", found, "img/s", device)
+        asked = 1_000 * len(requests) / sum(requests)
         report.add(f"bucket, {name}: requests for 1,000 pictures", asked, "", device)
     name = f"bucket: speed of blocks of {BLOCK} over single records"
     report.add(name, rates[1] / rates[0], "x", device, ">= 20")
