@@ -20,19 +20,19 @@ _CLOSE_SECONDS = 60.0  # for a batch that is being decoded while the run ends
 
 
 class DeviceBatches(Iterator[dict[str, jax.Array]]):
-    """This host's part of each batch on its devices, up to ``depth`` batches ahead; `close` it.
+    """This host's part of each batch on its devices, some batches ahead; `close` it at the end.
 
     Batches come in the order of the stream, as `global_batch.to_global` makes them.  An exception
     of the stream, its end among them, is raised after the batches that came before it.
+
+    Args:
+      stream: this host's parts of the global batches (`pipeline.training_stream`); it is closed
+        with the result.  Its arrays must not be written to again.
+      mesh: leading dimensions go over its batch axes.
+      depth: whole batches on the devices besides the one in use; at least 1.
     """
 
     def __init__(self, stream: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, depth: int):
-        """Args:
-        stream: this host's parts of the global batches (`pipeline.training_stream`); it is closed
-          with the result.  Its arrays must not be written to again.
-        mesh: leading dimensions go over its batch axes.
-        depth: whole batches on the devices besides the one in use; at least 1.
-        """
         self._stream = stream
         self._mesh = mesh
         self._depth = depth

@@ -100,20 +100,22 @@ def parse(record: bytes) -> dict[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     fields = tf_example_pb2.Example.FromString(record).features.feature
-    if missing := features().keys() - fields.keys():
-        raise ValueError(f"record lacks the fields {', '.join(sorted(missing))}")
     ids, scores = fields["entity_ids"].int64_list.value, fields["entity_scores"].float_list.value
-    return {
-        "key": fields["key"].bytes_list.value[0].decode(),
-        "image": fields["image"].bytes_list.value[0],
-        "text": fields["text"].bytes_list.value[0].decode(),
-        # np.array asks a protobuf field for each number several times.
-        "entity_ids": np.fromiter(ids, np.int32, len(ids)),
-        "entity_scores": np.fromiter(scores, np.float32, len(scores)),
-        "source": fields["source"].bytes_list.value[0].decode(),
-        "width": fields["width"].int64_list.value[0],
-        "height": fields["height"].int64_list.value[0],
-    }
+    try:
+        return {
+            "key": fields["key"].bytes_list.value[0].decode(),
+            "image": fields["image"].bytes_list.value[0],
+            "text": fields["text"].bytes_list.value[0].decode(),
+            # np.array asks a protobuf field for each number several times.
+            "entity_ids": np.fromiter(ids, np.int32, len(ids)),
+            "entity_scores": np.fromiter(scores, np.float32, len(scores)),
+            "source": fields["source"].bytes_list.value[0].decode(),
+            "width": fields["width"].int64_list.value[0],
+            "height": fields["height"].int64_list.value[0],
+        }
+    except IndexError:
+        missing = features().keys() - {n for n in fields if fields[n].WhichOneof("kind")}
+        raise ValueError(f"record lacks the fields {', '.join(sorted(missing))}") from None
 
 
 def validate_entity_ids(ids: np.ndarray, num_entities: int, key: str) -> None:
