@@ -5,8 +5,8 @@
 writes a folder that `transformers.CLIPModel.from_pretrained` and `mofi_jax.inference.load` open,
 and in it result.json, the parity report: the largest and mean difference of L2-normalised
 embeddings, for pictures and texts, between the model and each reader of the folder, in float32.
-Readers are our own and, where torch and transformers are installed, theirs. A difference above 1e-4
-is a failure: the folder does not appear and the exit code is not 0.
+The readers are mofi_jax and, where torch and transformers are installed, transformers. A difference
+above 1e-4 is a failure: the folder does not appear and the exit code is not 0.
 
 It runs on one host, on its CPU: what is written and compared are whole arrays in float32, and the
 accelerators of a pod would wait for all of their hosts.
@@ -107,7 +107,7 @@ def export(saved: huggingface.Clip, folder: epath.PathLike) -> dict[str, Any]:
         name: _compare(reader(pictures, TEXTS), expected) for name, reader in readers.items()
     }
     largest = max(difference["max"] for d in differences.values() for difference in d.values())
-    # Written so that not-a-number fails too.
+    # This way round NaN fails too.
     if not largest <= MAX_ABS_DIFF:
         raise ParityError(
             f"The exported model differs by {largest:.1e} where {MAX_ABS_DIFF:.0e} is allowed: "
@@ -168,7 +168,7 @@ def _reader(saved: huggingface.Clip) -> Reader:
 
 
 def _transformers_reader(folder: epath.PathLike) -> Reader:
-    """Other people's reader, where it is installed; this project never requires it."""
+    """transformers itself, which this project never requires."""
     import torch
     import transformers
 

@@ -48,7 +48,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
         raise BadInput(f"--missing={missing}: choose refuse or drop.")
     run, out = epath.Path(model), files.replaced_folder(workdir, "--workdir")
     if (out / "result_grow.json").exists():
-        logging.info("%s is grown already", out)
+        logging.info("%s has already been grown", out)
         return
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty: name a new folder for the grown run.")

@@ -1,15 +1,14 @@
 """Exact ranks among many features, without ever holding all scores.
 
-The index lies sharded over every device of the mesh; queries pass over it in blocks.  A ranking
-metric needs no sort: the rank of a relevant row follows from the number of rows that score higher,
-so one matrix product per (query block, index block) and a few sums are all there is, and memory
-stays at block x block whatever the size of the index.
+The features lie sharded over every device of the mesh; as queries they pass over it in blocks.  A
+ranking metric needs no sort: the rank of a relevant row follows from the number of rows that score
+higher, so one matrix product per (query block, index block) and a few sums are all there is, and
+memory stays at block x block whatever the number of features.
 
 Scores are dot products in float32 at the highest matmul precision: bf16 products make ties, and
 ties make ranks arbitrary.  This file knows nothing of pictures, classes or metrics.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -23,102 +22,63 @@ from mofi_jax.distributed import meshes, sharding
 NO_ROW = -1  # pads lists of row numbers
 
 
-@dataclasses.dataclass(frozen=True)
-class RankCounts:
-    """For every query and each of its relevant rows: how many index rows score higher or the same.
-
-    Attributes:
-      rows: int32 [q, r], the relevant row numbers, `NO_ROW` where a query has fewer than r.
-      scores: float32 [q, r], their scores; -inf at padding.
-      greater: int32 [q, r], rows of the index with a higher score.
-      equal: int32 [q, r], other rows of the index with the same score.
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    greater: np.ndarray
-    equal: np.ndarray
-
-    def without(self, excluded: Int[np.ndarray, " q"]) -> "RankCounts":
-        """The counts that an index without row `excluded[i]` would give query i.
-
-        Each excluded row must be among the query's relevant rows (as a query is in its own class),
-        which is why no second pass over the index is needed.
-        """
-        drop = self.rows == excluded[:, None]
-        if not np.array_equal(drop.sum(1), np.ones(len(drop))):
-            raise ValueError("an excluded row is not among the relevant rows of its query")
-        score = np.where(drop, self.scores, 0.0).sum(1, dtype=np.float32)[:, None]
-        return RankCounts(
-            rows=np.where(drop, NO_ROW, self.rows),
-            scores=np.where(drop, -np.inf, self.scores),
-            greater=self.greater - (score > self.scores),
-            equal=self.equal - (score == self.scores),
-        )
-
-    def ranks(self) -> Float[np.ndarray, "q r"]:
-        """1-based ranks of the relevant rows, ascending in each line, NaN at the end as padding.
-
-        Equal scores share their mean rank, 1 + #greater + 0.5 * #other equal.
-        """
-        ranks = 1.0 + self.greater + 0.5 * self.equal
-        return np.sort(np.where(self.rows == NO_ROW, np.nan, ranks), axis=1)
-
-
-def count_ranks(
-    features: Float[np.ndarray, "e d"],
-    queries: Float[np.ndarray, "q d"],
-    relevant: Int[np.ndarray, "q r"],
+def relevant_ranks(
+    features: Float[np.ndarray, "n d"],
+    relevant: Int[np.ndarray, "n r"],
     *,
     mesh: Mesh,
     block_size: int = 4096,
     query_block: int = 256,
-) -> RankCounts:
-    """Counts, for each query, the index rows above and beside each of its relevant rows.
+) -> tuple[Float[np.ndarray, "n r"], Float[np.ndarray, "n r"]]:
+    """Ranks of the relevant rows when every row queries all rows.
 
     Args:
-      features: the index, finite and the same on every host; L2-normalised if the score is to be
-        the cosine.
-      queries: finite and the same on every host; a query that is a row of the index meets itself
-        there (`RankCounts.without` takes it out again).
-      relevant: row numbers, filled up with `NO_ROW`.
+      features: finite and the same on every host; L2-normalised if the score is to be the cosine.
+      relevant: for each row the numbers of its relevant rows, itself among them, filled up with
+        `NO_ROW`.
       mesh: the devices to use.
-      block_size: index rows scored at a time, over all devices together.
+      block_size: rows scored at a time, over all devices together.
       query_block: queries scored at a time; device memory grows with query_block * block_size.
 
     Returns:
-      The counts, on every host.
+      1-based ranks, ascending in each line, NaN at the end as padding, on every host: among all
+      rows, and among all but the query itself.  Equal scores share their mean rank.
     """
-    if len(relevant) and relevant.max() >= len(features):
-        raise ValueError(f"relevant row {relevant.max()} of an index of {len(features)} rows")
-    size, count = len(features), len(queries)
+    size = len(features)
+    if relevant.max() >= size:
+        raise ValueError(f"relevant row {relevant.max()} of an index of {size} rows")
+    itself = relevant == np.arange(size)[:, None]
+    if not np.all(itself.sum(1) == 1):
+        raise ValueError("a row is not among its own relevant rows")
+    features = features.astype(np.float32)
     rows = -(-min(block_size, size) // mesh.size)
     blocks = -(-size // (rows * mesh.size))
     # Row i is at i in row-major order of the first three dimensions; padding follows.
-    index = np.pad(features.astype(np.float32), ((0, blocks * mesh.size * rows - size), (0, 0)))
+    index = np.pad(features, ((0, blocks * mesh.size * rows - size), (0, 0)))
     index = index.reshape(blocks, mesh.size, rows, -1)
     split = NamedSharding(mesh, PartitionSpec(None, meshes.ALL_AXES))
     index = jax.make_array_from_callback(index.shape, split, index.__getitem__)
 
     # Blocks of one shape, the last one padded, make one compiled program.
-    query_block = min(query_block, count)
-    padding = ((0, -count % query_block), (0, 0))
-    queries = np.pad(queries.astype(np.float32), padding)
-    relevant = np.pad(relevant.astype(np.int32), padding, constant_values=NO_ROW)
+    query_block = min(query_block, size)
+    padding = ((0, -size % query_block), (0, 0))
+    queries = np.pad(features, padding)
+    wanted = np.pad(relevant.astype(np.int32), padding, constant_values=NO_ROW)
     parts = []
     for start in range(0, len(queries), query_block):
         block = slice(start, start + query_block)
         # Arrays without a name are replicated.
-        block = sharding.put(mesh, (queries[block], relevant[block]))
+        block = sharding.put(mesh, (queries[block], wanted[block]))
         # Not fetched before all blocks are dispatched.
         parts.append(_rank_counts(index, size, *block, mesh=mesh))
     scores, greater, equal = (
-        np.concatenate([np.asarray(a) for a in arrays])[:count]
+        np.concatenate([np.asarray(a) for a in arrays])[:size]
         for arrays in zip(*parts, strict=True)
     )
-    relevant = relevant[:count]
-    scores = np.where(relevant == NO_ROW, -np.inf, scores).astype(np.float32)
-    return RankCounts(rows=relevant, scores=scores, greater=greater, equal=equal)
+    ranks = np.where(relevant == NO_ROW, np.nan, 1.0 + greater + 0.5 * equal)
+    own = scores[itself][:, None]  # the query's score with itself
+    others = np.where(itself, np.nan, ranks - (own > scores) - 0.5 * (own == scores))
+    return np.sort(ranks, axis=1), np.sort(others, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

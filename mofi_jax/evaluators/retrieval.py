@@ -83,11 +83,10 @@ class Evaluator:
         """
         features = embedder.pictures(self.pictures)
         relevant = same_class(self.pictures.classes)
-        counts = ranks.count_ranks(features, features, relevant, mesh=self.towers.mesh)
-        precision = average_precision(counts.ranks())
+        among_all, among_others = ranks.relevant_ranks(features, relevant, mesh=self.towers.mesh)
+        precision = average_precision(among_all)
         yield "map", float(precision.mean())
-        others = counts.without(np.arange(len(features)))
-        yield "map_no_self", float(np.nanmean(average_precision(others.ranks())))
+        yield "map_no_self", float(np.nanmean(average_precision(among_others)))
         if self.alone:
             yield "left_out_no_self", float(self.alone)
         size = len(precision) // max(len(self.domains), 1)

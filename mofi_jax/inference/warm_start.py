@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import traverse_util
 from jaxtyping import Float, Int
 
 from mofi_jax import inference
@@ -58,7 +59,7 @@ def read(
         of other shapes; names all of them at once.
     """
     saved = inference.read(folder)
-    theirs, ours = _by_name(saved.params), _by_name(structs)
+    theirs, ours = (traverse_util.flatten_dict(tree, sep="/") for tree in (saved.params, structs))
     problems = [
         f"{model} has no part {part!r}"
         for part in parts
@@ -140,13 +141,6 @@ def _side(length: int) -> int:
     """Patches along a side, 0 if they are no square."""
     side = round((length - 1) ** 0.5)
     return side if side * side == length - 1 else 0
-
-
-def _by_name(params: Any) -> dict[str, Any]:
-    return {
-        sharding.path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
 
 
 def _table(leaf: jax.Array, value: np.ndarray, rows: np.ndarray) -> jax.Array:

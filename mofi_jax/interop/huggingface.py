@@ -162,16 +162,12 @@ def read(folder: epath.PathLike) -> Clip:
     path = folder / ENTITY_TABLE_FILE
     if path.exists():
         entities = records.read_entities(folder / records.ENTITIES_FILE)
-        expected = {sharding.ENTITY_TABLE: (len(entities), config.embed_dim)}
-
-        def check_table(shapes: dict[str, tuple[int, ...]]) -> None:
-            if shapes != expected:
-                raise BadInput(
-                    f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: "
-                    "export the model again."
-                )
-
-        table = _load([path], check_table)[sharding.ENTITY_TABLE]
+        table = _load([path]).get(sharding.ENTITY_TABLE)
+        if table is None or table.shape != (len(entities), config.embed_dim):
+            raise BadInput(
+                f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: export "
+                "the model again."
+            )
         ids = class_order.table_entities(np.arange(len(table)), len(table))
         params[sharding.ENTITY_TABLE] = table[ids]
     preprocess = _read_preprocess(folder, config.image_size)
@@ -273,7 +269,8 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _load(
-    paths: Sequence[epath.Path], check_shapes: Callable[[dict[str, tuple[int, ...]]], None]
+    paths: Sequence[epath.Path],
+    check_shapes: Callable[[dict[str, tuple[int, ...]]], None] = lambda shapes: None,
 ) -> dict[str, np.ndarray]:
     """All arrays of safetensors files as float32; their shapes are checked before any is read."""
     place: dict[str, tuple[epath.Path, Any]] = {}
