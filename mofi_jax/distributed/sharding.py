@@ -40,7 +40,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as 'image/blocks/mlp/fc1/kernel'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
@@ -63,7 +63,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by the path rules."""
-    return jax.tree_util.tree_map_with_path(
+    return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(
             mesh, partition_spec(path_name(path), leaf.shape, mesh.shape)
         ),
@@ -90,7 +90,7 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
     rest = mesh.size // tensor  # devices for replica and fsdp
     leaves = [
         (leaf.size * leaf.dtype.itemsize, path_name(path), leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        for path, leaf in jax.tree.flatten_with_path(tree)[0]
     ]
     total = sum(size for size, _, _ in leaves)
 

@@ -146,7 +146,7 @@ def moved_rows(
             new[added] = old.max(initial=0)
         return new
 
-    return jax.tree_util.tree_map_with_path(move, state)
+    return jax.tree.map_with_path(move, state)
 
 
 def is_table(path: tuple[Any, ...]) -> bool:
@@ -156,7 +156,7 @@ def is_table(path: tuple[Any, ...]) -> bool:
 
 def take(state: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
     """The state with the drawn rows in place of the class table and of its moments."""
-    return jax.tree_util.tree_map_with_path(
+    return jax.tree.map_with_path(
         lambda path, leaf: entity_sampling.take_rows(leaf, rows, mesh) if is_table(path) else leaf,
         state,
     )
@@ -164,7 +164,7 @@ def take(state: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
 
 def put(state: Any, small: Any, rows: Int[Array, " s"], mesh: Mesh) -> Any:
     """`small`, an updated result of `take`, with its rows back among all the others of `state`."""
-    return jax.tree_util.tree_map_with_path(
+    return jax.tree.map_with_path(
         lambda path, leaf, part: (
             entity_sampling.put_rows(leaf, rows, part, mesh) if is_table(path) else part
         ),
@@ -190,7 +190,7 @@ def catch_up_ema(state: Any, decay: float) -> Any:
     """
     last_steps = [
         leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+        for path, leaf in jax.tree.flatten_with_path(state.opt_state)[0]
         if is_table(path) and "last_step" in sharding.path_name(path).split("/")
     ]
     if state.ema is None or not last_steps:  # a frozen table has none

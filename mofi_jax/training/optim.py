@@ -32,7 +32,7 @@ NO_DECAY = r"(bias|scale|class_embedding|position_embedding|entity_table)$"
 
 def decay_mask(params: Any) -> Any:
     """Tree of bools: which parameters weight decay acts on."""
-    return jax.tree_util.tree_map_with_path(
+    return jax.tree.map_with_path(
         lambda path, _: not re.search(NO_DECAY, sharding.path_name(path)), params
     )
 
@@ -106,7 +106,7 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
         return "table" if class_table.is_table(path) else "towers"
 
     return optax.partition(
-        rules, lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: rule_of(path), tree)
+        rules, lambda tree: jax.tree.map_with_path(lambda path, _: rule_of(path), tree)
     )
 
 
@@ -159,12 +159,10 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
         del params
         layers = {
             sharding.path_name(path).split("/")[0]: leaf.shape[0]
-            for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]
+            for path, leaf in jax.tree.flatten_with_path(updates)[0]
             if "blocks" in sharding.path_name(path).split("/")
         }
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: factor(path, leaf, layers), updates
-        )
+        return jax.tree.map_with_path(lambda path, leaf: factor(path, leaf, layers), updates)
 
     return optax.identity() if decay == 1 else optax.stateless(scaled)
 
@@ -181,7 +179,7 @@ def in_parts(name: str, parts: Sequence[str]) -> bool:
 
 def check_frozen(params: Any, frozen: Sequence[str]) -> None:
     """Raises BadInput for a part without parameters (names those there are), or for all of them."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = jax.tree.flatten_with_path(params)[0]
     paths = [sharding.path_name(path) for path, _ in leaves]
     for part in frozen:
         if not any(in_parts(path, (part,)) for path in paths):

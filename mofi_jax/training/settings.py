@@ -1,4 +1,4 @@
-"""A training config's values, checked once at the start, and the model's config made from them."""
+"""A training config's values, checked once at the start."""
 
 import numbers
 import os
@@ -120,13 +120,6 @@ CHECKS: dict[str, Check] = {
     "checkpoint.verify": SWITCH,
     "telemetry.hang_minutes": real(*NOT_NEGATIVE),
 }
-
-
-def model_config(config: Any, *, vocab_size: int, eos_id: int) -> mofi.MofiConfig:
-    """``config.model`` (an ml_collections ConfigDict) and a tokenizer's sizes -> `MofiConfig`."""
-    return mofi.MofiConfig.from_dict(
-        {**config.to_dict(), "vocab_size": vocab_size, "eos_id": eos_id}
-    )
 
 
 def validate(config: Any) -> None:

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch
 from mofi_jax.losses import class_order
-from mofi_jax.training import cadence, optim, settings, state, step
+from mofi_jax.model import mofi
+from mofi_jax.training import cadence, optim, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def make(
       BadInput: a duration that cannot be read or does not fit the others, or a model whose sizes
         do not fit together.
     """
-    model = settings.model_config(config.model, vocab_size=vocab_size, eos_id=eos_id)
+    sizes = {"vocab_size": vocab_size, "eos_id": eos_id}
+    model = mofi.MofiConfig.from_dict(config.model.to_dict() | sizes)
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
     )

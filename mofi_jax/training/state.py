@@ -112,9 +112,5 @@ def abstract(init: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """As `create`, with ShapeDtypeStructs in place of arrays."""
     shapes = jax.eval_shape(init, jnp.uint32(0))
     shardings = sharding.tree_shardings(mesh, shapes)
-    structs = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    structs = jax.tree.map(lambda shape, at: shape.update(sharding=at), shapes, shardings)
     return structs, shardings

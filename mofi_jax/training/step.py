@@ -158,7 +158,7 @@ def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
         params: Any, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[jax.Array, Metrics]:
         # A frozen tower has no backward pass.
-        params = jax.tree_util.tree_map_with_path(
+        params = jax.tree.map_with_path(
             lambda path, leaf: (
                 jax.lax.stop_gradient(leaf) if optim.is_frozen(path, context.frozen) else leaf
             ),
