@@ -89,7 +89,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.upload(objects, query, body)
         matched = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", path)
         if matched is None or matched[1] != BUCKET:
-            return self.answer(404, {"error": {"code": 404, "message": path}})
+            code = 403 if "/b/forbidden/" in path else 404
+            return self.answer(code, {"error": {"code": code, "message": path}})
         if path.endswith("/o"):
             return self.answer(200, objects.listed(query))
         if matched[2] is None:

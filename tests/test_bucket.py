@@ -73,6 +73,8 @@ def test_a_place_that_cannot_be_is_one_sentence(served, monkeypatch):
     ):
         with pytest.raises(BadInput, match=f"^--workdir=.*{said}"):
             files.output_folder(text, "--workdir", bucket=True)
+    with pytest.raises(BadInput, match=r"^--model=gs://forbidden/run cannot be read .*: check the"):
+        files.input_folder("gs://forbidden/run", "--model")
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         BadInput, match=r"--model=gs://b/run needs a client of buckets: pip install gcsfs"

@@ -4,12 +4,16 @@ Some paths may lie in a bucket (``gs://BUCKET/FOLDER``), which has neither folde
 appends: an object appears once it is uploaded, and replaces the one of its name.
 """
 
+import atexit
+import contextlib
 import glob
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -113,7 +117,21 @@ def input_folder(text: epath.PathLike, flag: str) -> epath.Path:
             raise BadInput(f"{flag}={text} needs a client of buckets: pip install gcsfs.")
         # Other hosts and TensorStore write what a cached listing would lack.
         fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+        with _bucket_errors(text, flag, "read"):
+            epath.Path(text).exists()
     return epath.Path(text)
+
+
+@contextlib.contextmanager
+def _bucket_errors(text: epath.PathLike, flag: str, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of gcsfs, google-auth or aiohttp
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(
+            f"{flag}={text} cannot be {verb} ({reason}): check the bucket's name, and what these "
+            "credentials may do with its objects."
+        ) from error
 
 
 def _local(text: epath.PathLike, flag: str) -> epath.Path:
@@ -130,16 +148,10 @@ def _check_writable(folder: epath.Path, text: epath.PathLike, flag: str) -> None
     Asking for permissions is not enough: root has them on a file system that is read-only.
     """
     if is_remote(folder):
-        probe = folder / f".{uuid.uuid4().hex}"
-        try:
+        with _bucket_errors(text, flag, "written"):
+            probe = folder / f".{uuid.uuid4().hex}"
             probe.write_text("written to see whether it can be")
             probe.unlink()
-        except Exception as error:  # of gcsfs, google-auth or aiohttp
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadInput(
-                f"{flag}={text} cannot be written ({reason}): check the bucket's name, and that "
-                "these credentials may create and delete its objects."
-            ) from error
         return
     above = os.path.abspath(folder)
     while not os.path.lexists(above):
@@ -209,8 +221,12 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def stage(folder: epath.PathLike) -> epath.Path:
-    """Where libraries that know no buckets write: a temporary folder, or the folder itself."""
-    return epath.Path(tempfile.mkdtemp() if is_remote(folder) else folder)
+    """Where libraries without buckets write: a temporary folder, or a local folder itself."""
+    if not is_remote(folder):
+        return epath.Path(folder)
+    temporary = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return epath.Path(temporary)
 
 
 def upload(staged: epath.Path, folder: epath.Path) -> None:

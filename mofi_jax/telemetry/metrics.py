@@ -57,9 +57,8 @@ class Metrics:
         self._folder = epath.Path(workdir)
         self._events = files.stage(self._folder / "tensorboard")
         self._active = jax.process_index() == 0
-        if not self._active:
-            return
-        self._file = MetricsFile(workdir, resume_step=resume_step)
+        if self._active:
+            self._file = MetricsFile(workdir, resume_step=resume_step)
 
     def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Keeps a step's loss on the device, to find later which step's was not finite first."""
@@ -100,9 +99,8 @@ class Metrics:
             return
         for earlier, watched in [*self._unchecked, (step, metrics)]:
             if bad := _first_not_finite(watched):
-                name, value = bad
                 raise BadInput(
-                    f"The {name} is {value} at step {earlier}: lower "
+                    f"The {bad[0]} is {bad[1]} at step {earlier}: lower "
                     "config.optimizer.learning_rate or raise its warmup; the last checkpoint is "
                     f"from before{self._write_batch(earlier)}."
                 )
@@ -118,12 +116,10 @@ class Metrics:
         return f", and {path} names the {len(keys)} examples of the batch ({first}, ...)"
 
     def store(self) -> None:
-        """Everything written so far is where the run resumes from, as it has to be for a save."""
+        """Brings what has been written to a bucket; before a save, so that no row is missing."""
         if self._active:
             self._file.upload()
-            if self._tensorboard is not None:
-                self._tensorboard.result().flush()
-                files.upload(self._events, self._folder / "tensorboard")
+            files.upload(self._events, self._folder / "tensorboard")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host values."""
@@ -155,11 +151,11 @@ class Metrics:
 
     def _finish(self, exit_code: int) -> None:
         if self._active:
+            if self._tensorboard is not None:
+                self._tensorboard.result().close()
             self.store()
             self._active = False
             self._file.close()
-            if self._tensorboard is not None:
-                self._tensorboard.result().close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=exit_code)
 

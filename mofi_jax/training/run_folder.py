@@ -103,9 +103,8 @@ def data_fingerprint(
         paths = {key: part.source.directory / name for key, name in names.items()}
         digest = hashlib.sha256()
         with futures.ThreadPoolExecutor(_READERS) as pool:
-            for file, end in zip(
-                part.source.files, pool.map(last_block, part.source.files), strict=True
-            ):
+            ends = pool.map(last_block, part.source.files)
+            for file, end in zip(part.source.files, ends, strict=True):
                 digest.update(f"{file.name} {hashlib.sha256(end).hexdigest()}\n".encode())
         return {"examples": len(part.source), "shards": digest.hexdigest()} | {
             name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-import jax
 from absl import logging
 from etils import epath
 
@@ -42,10 +41,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
         file = _take(workdir)
 
     new = not workdir.exists()
-    if files.is_remote(workdir):
-        _warn(workdir, "buckets have no locks")
-    else:
-        hosts.agree(take)
+    hosts.agree(take)
     try:
         yield
     finally:
@@ -57,13 +53,12 @@ def held(workdir: epath.Path) -> Iterator[None]:
                     os.rmdir(workdir)
 
 
-def _warn(workdir: epath.Path, reason: str) -> None:
-    if jax.process_index() == 0:
-        logging.warning("%s cannot be locked (%s): start no second run in it", workdir, reason)
-
-
 def _take(workdir: epath.Path) -> IO[str] | None:
     """The locked file, or None where there are no locks."""
+    unlocked = "%s cannot be locked (%s): start no second run in it"
+    if files.is_remote(workdir):
+        logging.warning(unlocked, workdir, "buckets have no locks")
+        return None
     deadline = time.monotonic() + _LEASE_SECONDS
     while True:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +70,7 @@ def _take(workdir: epath.Path) -> IO[str] | None:
         except OSError as error:
             with file:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    _warn(workdir, error.strerror)
+                    logging.warning(unlocked, workdir, error.strerror)
                     return None
                 owner = _owner(file)
             if owner.get("host") == socket.gethostname() or time.monotonic() > deadline:
