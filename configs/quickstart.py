@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "eval_ops": "decode|resize_short(40)|center_crop(40)",
             "text_sources": {"alt_text": 0.5, "name_and_description": 0.25, "name": 0.25},
             "max_labels": 2,
-            "block": 1,  # the sample has 1,700 records, on a local disk
+            "block": 1,  # the sample is small and on the local disk
             "threads": 2,
             "workers": 0,
         }

@@ -47,20 +47,19 @@ class UndecodableImage(ValueError):
         self.reason = reason
 
 
-# What the web has, and Pillow reads by itself (MPO, of cameras, is a JPEG to it): an EPS would be
-# handed to Ghostscript.
+# Common on the web and read by Pillow itself (MPO, of cameras, counts as JPEG); an EPS would go to
+# Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 if importlib.util.find_spec("PIL.AvifImagePlugin"):
     _FORMATS += ("AVIF",)
-# Largest picture that is decoded, by what its header declares: 256 MB in Pillow's memory, and a
-# file of 2 kB can declare a hundred times as much.
+# Largest image decoded, by its header: 256 MB of memory; 2 kB can declare a hundred times as much.
 MAX_PIXELS = 64_000_000
-# Pillow's own limit is above; between them it would only warn.
+# Pillow's own limit is higher; between the two it would only warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Reads a picture's header: format, mode, size; nothing is decoded yet, of whatever size.
+    """Reads an image's header (format, mode, size) and decodes nothing.
 
     Raises:
       UndecodableImage: reason "empty", "not_a_picture" or "too_many_pixels" (of Pillow's limit).
@@ -79,9 +78,8 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """Decodes any common picture format strictly.
 
     JPEG (also CMYK and grey), PNG (also palette, 16 bit), WebP, AVIF (by newer Pillows), BMP, TIFF
-    and the first frame of GIF; alpha is laid over white, a camera's orientation tag is obeyed.
-    Pillow does it, because OpenCV has releases that fill what is missing of a truncated JPEG with
-    grey and say nothing.
+    and the first frame of GIF; alpha is blended with white, the EXIF orientation is applied.  Uses
+    Pillow, because some OpenCV releases silently fill the rest of a truncated JPEG with grey.
 
     Returns:
       uint8 [height, width, 3], RGB.
@@ -117,7 +115,7 @@ def _to_rgb(picture: Image.Image) -> np.ndarray:
 
 
 def _declared_pixels(jpeg: bytes) -> int | None:
-    """Width times height in the header of a JPEG; None where it is not a plain chain of segments.
+    """Width times height by a JPEG's header; None where it is not a plain chain of segments.
 
     Takes 2 microseconds, where Pillow takes 20 and decoding 300.
     """
@@ -127,7 +125,7 @@ def _declared_pixels(jpeg: bytes) -> int | None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame begins
             height, width = jpeg[at + 5 : at + 7], jpeg[at + 7 : at + 9]
             return int.from_bytes(height, "big") * int.from_bytes(width, "big")
-        if not (0xC0 <= marker <= 0xCF or 0xDB <= marker <= 0xFE):  # without length, or none at all
+        if not (0xC0 <= marker <= 0xCF or 0xDB <= marker <= 0xFE):  # no segment with a length
             return None
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     return None

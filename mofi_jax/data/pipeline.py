@@ -347,7 +347,7 @@ def training_stream(
     rows: Int[np.ndarray, " n"] | None = None,
     block: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of every global batch from example ``start`` on, for ever.
+    """This host's part of every global batch from example ``start`` on, without end.
 
     Args:
       parts: the primary set, then `open_extra`.
