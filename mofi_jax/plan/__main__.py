@@ -3,8 +3,8 @@
     python -m mofi_jax.plan --config configs/mofi.py:variant=H/14 --topology v5p:8x8x8
 
 Compiles the real training step for the named slice (``--slices`` of them) and reads what the
-compiler made of it: memory of a chip by kind, what goes over the links, and the bound that model
-FLOPs, links and the compiler's estimate of the cycles put on the speed.  Nothing runs.
+compiler made of it: memory of a chip by kind, what goes over the links, the bound that these and
+the model FLOPs put on the speed, and the cycles that the compiler estimates.  Nothing runs.
 ``--entities`` and ``--vocab_size`` are the sizes of the data set's vocabulary and tokenizer.
 ``--largest=yes`` compiles for larger batches too, until one fits that is near the limit.  With
 ``--out`` the folder gets ``result.json``.  Exits with code 1 when the step does not fit.
@@ -75,15 +75,21 @@ class Plan:
             # Half of what makers state goes out, the other half comes in.
             outgoing = self.chip.link_bandwidth / self.chip.devices / 2
             bounds["links"] = sum(c.sent_bytes for c in self.collectives) / outgoing
-        return bounds | {"compiler's estimate": self.cycles / self.chip.clock}
+        return bounds
 
     @property
     def mfu_bound(self) -> float:
         """Model FLOPs over the peak in the longest of the bounds."""
         return self.bounds["model FLOPs"] / max(self.bounds.values())
 
+    @property
+    def mfu_estimate(self) -> float:
+        """MFU by the compiler's estimate, no bound: copies cost more in it than their bytes."""
+        return self.bounds["model FLOPs"] * self.chip.clock / max(self.cycles, 1)
+
     def to_dict(self) -> dict[str, Any]:
-        speed = {"bounds": self.bounds, "mfu_bound": self.mfu_bound} if self.fits else {}
+        names = ("bounds", "mfu_bound", "mfu_estimate") if self.fits else ()
+        speed = {name: getattr(self, name) for name in names}
         return {**dataclasses.asdict(self), "fits": self.fits, **speed}
 
 
@@ -310,6 +316,11 @@ def describe(config: Any, planned: Plan) -> str:
     lines.append(
         f"MFU at most {100 * planned.mfu_bound:.0f} %, {rate:,.0f} img/s, if all else overlaps "
         "with the longest"
+    )
+    milliseconds = planned.cycles / planned.chip.clock * 1e3
+    lines.append(
+        f"compiler's estimate: {planned.cycles / 1e6:,.1f} million cycles, {milliseconds:,.1f} ms, "
+        f"MFU {100 * planned.mfu_estimate:.0f} %"
     )
     return "\n".join(lines)
 
