@@ -12,7 +12,6 @@ from mofi_jax.distributed import meshes
 # Sizes no two of which are equal, so that a shape in the program says what it is.
 B, D, K, C, BLOCK, N = 48, 24, 3, 1008, 40, 8
 
-
 BATCH_SPEC = P(meshes.BATCH_AXES)
 ARRAYS = {
     "x": ((B, D), jnp.float32, BATCH_SPEC),
