@@ -83,12 +83,12 @@ def main(
     scores = evaluation.run_all(suite.evaluators, embedder)
 
     # ---------------------------------------------------------------------- results
+    if jax.process_index() != 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
     for name, evaluator in suite.evaluators.items():
         if isinstance(evaluator, retrieval.Evaluator):
             evaluator.gallery(embedder, out / f"gallery_{name}.png")
-    if jax.process_index() != 0:
-        return
     metrics: dict[str, dict[str, float]] = {}
     for key, value in scores.items():
         name, _, metric = key.partition("/")

@@ -127,14 +127,14 @@ def export(saved: huggingface.Clip, folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _compare(
-    found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+    actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
     """Absolute differences, and the smallest cosine between an embedding and its counterpart."""
     return {
         kind: {
-            "max": float(np.max(np.abs(found[kind] - ours))),
-            "mean": float(np.mean(np.abs(found[kind] - ours))),
-            "min_cosine": float(np.min(np.sum(ours * found[kind], axis=-1))),
+            "max": float(np.max(np.abs(actual[kind] - ours))),
+            "mean": float(np.mean(np.abs(actual[kind] - ours))),
+            "min_cosine": float(np.min(np.sum(ours * actual[kind], axis=-1))),
         }
         for kind, ours in expected.items()
     }

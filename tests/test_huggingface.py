@@ -394,7 +394,7 @@ def test_names_and_shapes_of_the_released_sizes(variant, tokenizer):
             transformers.CLIPConfig(**clip_config.to_config(config, tokenizer))
         )
     ours = {
-        weight.name.format(i): weight.their_shape()
+        weight.name.format(i): weight.clip_shape()
         for weight in clip_weights.weights(config)
         for i in range(weight.layers or 1)
     }

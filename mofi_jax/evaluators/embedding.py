@@ -35,8 +35,8 @@ class Embedder:
         """Features of a picture set, float32, L2-normalised, in its order.
 
         Raises:
-          BadInput: a picture that cannot be decoded (none is left out, or the metric would be
-            another), or features that are not finite.
+          BadInput: a picture that cannot be decoded (skipping it would change the metric), or
+            features that are not finite.
         """
         key = str(pictures.path)
         if key not in self._features:
@@ -73,7 +73,7 @@ def _embed(towers: Any, params: Any, pictures: PictureSet) -> np.ndarray:
         except ops.UndecodableImage as error:
             raise BadInput(
                 f"{pictures.names[i]} in {pictures.path} cannot be decoded ({error.reason}): fetch "
-                "the picture set again, for scores are comparable on the whole of it only."
+                "the picture set again, since scores are comparable only on the complete set."
             ) from None
 
     features = []

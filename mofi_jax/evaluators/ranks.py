@@ -106,10 +106,10 @@ def _rank_counts(index, size, queries, relevant, *, mesh):
 
         def count():
             threshold = own[:, :, None, None]
-            above = (scores > threshold).sum((2, 3), dtype=jnp.int32)
+            higher = (scores > threshold).sum((2, 3), dtype=jnp.int32)
             # The row itself is known by its number, not by its score.
-            beside = ((scores == threshold) & ~is_row).sum((2, 3), dtype=jnp.int32)
-            return own, greater + above, equal + beside
+            ties = ((scores == threshold) & ~is_row).sum((2, 3), dtype=jnp.int32)
+            return own, greater + higher, equal + ties
 
         return jax.lax.cond(turn < blocks, find, count), None
 

@@ -105,5 +105,5 @@ class Evaluator:
         }
 
     def gallery(self, embedder: embedding.Embedder, path: epath.PathLike) -> None:
-        """Writes a PNG of queries and their neighbours; see `gallery.write`."""
+        """Writes a PNG of queries and their neighbours after a `run`; see `gallery.write`."""
         gallery.write(path, embedder.pictures(self.pictures), self.pictures, self.classes)

@@ -59,21 +59,21 @@ def read(
         of other shapes; names all of them at once.
     """
     saved = inference.read(folder)
-    theirs, ours = (traverse_util.flatten_dict(tree, sep="/") for tree in (saved.params, structs))
+    other, own = (traverse_util.flatten_dict(tree, sep="/") for tree in (saved.params, structs))
     problems = [
         f"{model} has no part {part!r}"
         for part in parts
-        for model, names in (("that model", theirs), ("this one", ours))
+        for model, names in (("that model", other), ("this one", own))
         if not any(optim.in_parts(name, (part,)) for name in names)
     ]
-    chosen = [name for name in ours if (optim.in_parts(name, parts) if parts else name in theirs)]
+    chosen = [name for name in own if (optim.in_parts(name, parts) if parts else name in other)]
     params: dict[str, np.ndarray] = {}
     table_rows = None
     for name in chosen:
-        if name not in theirs:
+        if name not in other:
             problems.append(f"that model has no {name}")
             continue
-        value, shape = np.asarray(theirs[name]), tuple(ours[name].shape)
+        value, shape = np.asarray(other[name]), tuple(own[name].shape)
         if value.shape[1:] == shape[1:]:
             if name == sharding.ENTITY_TABLE:
                 matches = class_table.match(saved.entities.qids, entities.qids)
@@ -144,11 +144,11 @@ def _side(length: int) -> int:
 
 
 def _table(leaf: jax.Array, value: np.ndarray, rows: np.ndarray) -> jax.Array:
-    """Our table with their rows; entities that they lack keep their initial rows."""
-    own = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+    """The table with the other model's rows; entities that it lacks keep their initial ones."""
+    initial = {str(shard.index): shard.data for shard in leaf.addressable_shards}
 
     def fill(index: tuple[slice, ...]) -> np.ndarray:
-        part = np.array(own[str(index)])
+        part = np.array(initial[str(index)])
         start = index[0].start or 0
         sources = rows[start : start + len(part)]
         known = np.flatnonzero(sources >= 0)

@@ -27,7 +27,7 @@ class Weight:
     """One parameter under both names.
 
     `name` has a {} for the layer number where our array is stacked over `layers`. `shape` is one
-    layer's in our layout; `kind` says how it turns into theirs.
+    layer's in our layout; `kind` says how it turns into CLIPModel's.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Weight:
     layers: int | None = None
     inputs: int = 1  # a matrix: how many leading dimensions of `shape` are input
 
-    def their_shape(self) -> tuple[int, ...]:
+    def clip_shape(self) -> tuple[int, ...]:
         if self.kind == "matrix":
             return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
         if self.kind == "patches":
@@ -45,14 +45,14 @@ class Weight:
         # Biases of separate heads are merged.
         return (math.prod(self.shape),) if self.kind == "bias" else self.shape
 
-    def theirs(self, array: np.ndarray) -> np.ndarray:
+    def to_clip(self, array: np.ndarray) -> np.ndarray:
         if self.kind == "matrix":
-            array = array.reshape(self.their_shape()[::-1]).T
+            array = array.reshape(self.clip_shape()[::-1]).T
         elif self.kind == "patches":
             array = array.transpose(3, 2, 0, 1)
-        return np.array(array.reshape(self.their_shape()), np.float32, order="C")
+        return np.array(array.reshape(self.clip_shape()), np.float32, order="C")
 
-    def ours(self, array: np.ndarray) -> np.ndarray:
+    def from_clip(self, array: np.ndarray) -> np.ndarray:
         if self.kind == "matrix":
             array = array.T
         elif self.kind == "patches":
@@ -99,7 +99,7 @@ def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight
     name = prefix + "encoder.layers.{}."
     yield from _norm(path + "norm1", name + "layer_norm1", w, n)
     yield from _norm(path + "norm2", name + "layer_norm2", w, n)
-    for ours, theirs, inputs, outputs in (
+    for module, clip_module, inputs, outputs in (
         ("attention/query", "self_attn.q_proj", (w,), split),
         ("attention/key", "self_attn.k_proj", (w,), split),
         ("attention/value", "self_attn.v_proj", (w,), split),
@@ -107,9 +107,9 @@ def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight
         ("mlp/fc1", "mlp.fc1", (w,), (4 * w,)),
         ("mlp/fc2", "mlp.fc2", (4 * w,), (w,)),
     ):
-        ours, theirs, shape = path + ours, name + theirs, inputs + outputs
-        yield Weight(ours + "/kernel", theirs + ".weight", shape, "matrix", n, len(inputs))
-        yield Weight(ours + "/bias", theirs + ".bias", outputs, "bias", n)
+        own, clip, shape = path + module, name + clip_module, inputs + outputs
+        yield Weight(own + "/kernel", clip + ".weight", shape, "matrix", n, len(inputs))
+        yield Weight(own + "/bias", clip + ".bias", outputs, "bias", n)
 
 
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
         else:
             layers = [array] if weight.layers is None else array
             for i, layer in enumerate(np.asarray(layer) for layer in layers):
-                state[weight.name.format(i)] = weight.theirs(layer)
+                state[weight.name.format(i)] = weight.to_clip(layer)
     problems += [f"{path} has no place in CLIPModel" for path in left]
     if problems:
         raise BadInput(f"The parameters do not fit model.json, use a matching pair: {problems}.")
@@ -147,26 +147,28 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
 
 
 def check_shapes(
-    config: mofi.MofiConfig, found: Mapping[str, tuple[int, ...]], where: epath.PathLike
+    config: mofi.MofiConfig, shapes: Mapping[str, tuple[int, ...]], where: epath.PathLike
 ) -> None:
     """Compares the shapes of a state dict with CLIPModel's; `where` names the source in errors.
 
     Raises:
       BadInput: names all keys that are missing, unexpected or of another shape, at once.
     """
-    shapes = {
-        weight.name.format(i): weight.their_shape()
+    expected = {
+        weight.name.format(i): weight.clip_shape()
         for weight in weights(config)
         for i in range(weight.layers or 1)
     }
     problems = {
-        "missing": [name for name in shapes if name not in found],
+        "missing": [name for name in expected if name not in shapes],
         # Position ids are buffers of old transformers, not weights.
-        "unexpected": sorted(n for n in found.keys() - shapes if not n.endswith(".position_ids")),
+        "unexpected": sorted(
+            n for n in shapes.keys() - expected if not n.endswith(".position_ids")
+        ),
         "of another shape": [
-            f"{name} {list(found[name])} instead of {list(shape)}"
-            for name, shape in shapes.items()
-            if found.get(name, shape) != shape
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
         ],
     }
     listed = "; ".join(
@@ -186,7 +188,7 @@ def from_state_dict(config: mofi.MofiConfig, state: Mapping[str, np.ndarray]) ->
     params = {}
     for weight in weights(config):
         layers = [
-            weight.ours(np.asarray(state[weight.name.format(i)], np.float32))
+            weight.from_clip(np.asarray(state[weight.name.format(i)], np.float32))
             for i in range(weight.layers or 1)
         ]
         params[weight.path] = layers[0] if weight.layers is None else np.stack(layers)

@@ -80,12 +80,12 @@ def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
     }
 
 
-def _close(found: Any, expected: Sequence[float]) -> bool:
+def _close(actual: Any, expected: Sequence[float]) -> bool:
     try:
-        found = np.array(found, np.float64)
+        actual = np.array(actual, np.float64)
     except (TypeError, ValueError, OverflowError):
         return False
-    return found.shape == np.shape(expected) and np.allclose(found, expected, rtol=0, atol=1e-4)
+    return actual.shape == np.shape(expected) and np.allclose(actual, expected, rtol=0, atol=1e-4)
 
 
 def _read_preprocess(folder: epath.Path, image_size: int) -> str:
