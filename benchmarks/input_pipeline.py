@@ -57,7 +57,7 @@ SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # the defaults of ops.random_resized_
 BATCH, WARM_UP = 64, 4
 WORKERS = (0, 2)
 BLOCK = 128  # the default of configs/mofi.py
-LATENCY, IN_FLIGHT, BUCKET_THREADS = 0.03, 128, 4
+LATENCY, IN_FLIGHT, BUCKET_THREADS = 0.03, 128, 2
 ENTITIES = 1_000
 # Grain's shuffle walks through powers of four: drawing from less takes longer (0.1 ms from 256).
 RECORDS = 4_096
