@@ -163,7 +163,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "seconds": statistics.median(seconds),
         "compile_seconds": compile_seconds,
-        "flops": flops.of_step(context, batch_size=case.batch).total,
+        "flops": sum(flops.of_step(context, batch_size=case.batch).values()),
         "peak": chip.device_flops if chip else None,
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),

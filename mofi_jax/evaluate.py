@@ -51,13 +51,8 @@ def main(
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)
     # A config of one's own needs none of what concerns several hosts.
-    hosts.start(
-        config.get("distributed", False),
-        coordinator=coordinator,
-        processes=processes,
-        process=process,
-        timeout=config.get("start_timeout", 300),
-    )
+    distributed, timeout = config.get("distributed", False), config.get("start_timeout", 300)
+    hosts.start(distributed, coordinator, processes, process, timeout)
     mesh = meshes.make_mesh(**config.get("mesh", {}))
 
     # ---------------------------------------------------------------------- model

@@ -30,16 +30,7 @@ from mofi_jax.evaluators import embedding
 from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.inference import warm_start
 from mofi_jax.telemetry import accelerators, flops
-from mofi_jax.training import (
-    cadence,
-    checkpoint,
-    optim,
-    run_folder,
-    run_lock,
-    settings,
-    setup,
-    state,
-)
+from mofi_jax.training import checkpoint, optim, run_folder, run_lock, settings, setup, state
 from mofi_jax.training import step as step_lib
 
 
@@ -66,13 +57,7 @@ def main(
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
     workdir = files.output_folder(workdir, "--workdir", bucket=True)
-    hosts.start(
-        config.distributed,
-        coordinator=coordinator,
-        processes=processes,
-        process=process,
-        timeout=config.start_timeout,
-    )
+    hosts.start(config.distributed, coordinator, processes, process, config.start_timeout)
     with run_folder.storage_errors(workdir), contextlib.ExitStack() as cleanup:
         train(config, workdir, profile, cleanup)
 
@@ -158,14 +143,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         warm = warm_start.read(folder, parts, structs.params, data.entities)
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
-    run_folder.prepare(
-        workdir,
-        existing,
-        config,
-        description,
-        tokenizer_path=data.tokenizer_path,
-        entities_path=data.entities_path if num_entities else None,
-    )
+    entities_path = data.entities_path if num_entities else None
+    run_folder.prepare(workdir, existing, config, description, data.tokenizer_path, entities_path)
     checkpointer = checkpoint.Checkpointer(
         workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, verify=verify
     )
@@ -200,7 +179,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         goodput,
         images_per_step=batch_size,
         tokens_per_step=contrasted * config.model.context_length,
-        flops_per_step=flops.of_step(context, batch_size=batch_size).total,
+        flops_per_step=sum(flops.of_step(context, batch_size=batch_size).values()),
         peak_flops=chip.device_flops * mesh.size if chip else None,
     )
     console = telemetry.Console(clock.total_steps, batch_size)
@@ -235,12 +214,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             name: evaluator
             for name, evaluator in suite.evaluators.items()
             # A resumed run has these scores in its metrics already, unless it is the end.
-            if (step == 0 or cadence.due(step, eval_every[name], last=total))
+            if (step == 0 or clock.due(step, eval_every[name]))
             and (step != first or first in (0, total) or not position.evaluated)
         }
         # The state after the last step is always saved.
         saving = step != first and (
-            preempted or step == total or cadence.due(step, train_setup.save_every, last=total)
+            preempted or step == total or clock.due(step, train_setup.save_every)
         )
         if due or saving:
             jax.block_until_ready(values)  # a step in flight is no part of what follows
@@ -285,7 +264,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         checkpointer.check()
         metrics.watch(step + 1, values)
         console.show(step, metrics.flush())
-        if cadence.due(step + 1, train_setup.log_every, last=total):
+        if clock.due(step + 1, train_setup.log_every):
             measured = {**train_setup.learning_rates(step), **meter.read(steps=step - first)}
             metrics.push(step + 1, {**values, **measured})
             goodput.heartbeat()

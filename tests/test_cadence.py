@@ -49,5 +49,6 @@ def test_a_total_beyond_counting_is_refused():
 
 
 def test_due_at_multiples_and_at_the_end():
-    assert [s for s in range(1, 11) if cadence.due(s, 4, last=10)] == [4, 8, 10]
-    assert not any(cadence.due(s, 0, last=10) for s in range(11))
+    clock = cadence.Clock(batch_size=1, examples_per_epoch=1, total_steps=10)
+    assert [s for s in range(1, 11) if clock.due(s, 4)] == [4, 8, 10]
+    assert not any(clock.due(s, 0) for s in range(11))

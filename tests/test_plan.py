@@ -14,7 +14,7 @@ from configs import mofi, quickstart
 from mofi_jax.common.errors import BadInput
 from mofi_jax.plan import __main__ as plan
 from mofi_jax.plan import network, tpu_topology
-from mofi_jax.telemetry import accelerators, flops
+from mofi_jax.telemetry import accelerators
 from mofi_jax.training import setup, state
 
 REPOSITORY = epath.Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def planned(config, *, fits=True, needed=4.0, temporaries=3.0, table=0.5, **chan
         "memory": memory,
         "needed": int(needed * plan.GIB),
         "available": 16 * plan.GIB,
-        "model": flops.StepFlops(1e12, 0.0, 0.0, 0.0),
+        "model": {"image": 1e12},
     }
     return plan.Plan(**(fields | changes))
 
@@ -182,7 +182,7 @@ def test_the_largest_batch_is_one_that_compiled(limit, monkeypatch, mesh_of):
 def test_bounds_and_mfu():
     known = {
         "chips": 2,
-        "model": flops.StepFlops(2 * 197e12, 0.0, 0.0, 0.0),
+        "model": {"image": 2 * 197e12},
         "collectives": (network.Collective("all-gather", 16, 1, 100e9),),
         "cycles": 6_000_000_000,
     }

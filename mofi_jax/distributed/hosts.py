@@ -26,9 +26,7 @@ _RETRY = 0.2  # seconds between attempts to reach process 0
 _LEAD_GRACE = 10.0  # seconds that the others wait longer than process 0, whose verdict names more
 
 
-def start(
-    distributed: bool, *, coordinator: str, processes: str, process: str, timeout: int
-) -> None:
+def start(distributed: bool, coordinator: str, processes: str, process: str, timeout: int) -> None:
     """Joins this process to the others and opens its devices; before any other call of jax.
 
     Args:
@@ -146,9 +144,6 @@ def _replace_damaged(
                 path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------- roll call
-
-
 def roll_call(coordinator: str, processes: int, process: int, *, timeout: float) -> None:
     """Returns once all processes have connected to process 0, at the coordinator's address.
 
@@ -237,9 +232,6 @@ def _count(port: int, processes: int, timeout: float) -> None:
                 connection.sendall(f"{json.dumps(verdict)}\n".encode())
     if verdict:
         raise BadInput(verdict)
-
-
-# ---------------------------------------------------------------------------- agreement
 
 
 def agree(find: Callable[[], Any]) -> Any:

@@ -75,9 +75,6 @@ def installed(name: str) -> str | None:
         return None
 
 
-# ------------------------------------------------------------------------- devices
-
-
 def devices(report: Report, **options: Any) -> dict[str, Any] | None:
     """Starts jax as a training would, in a process of its own.
 
@@ -161,9 +158,6 @@ def holders(report: Report, root: str = "/") -> None:
                 held.setdefault(link.parts[-3], os.readlink(link))
     for process, device in held.items():
         report.add("leftover", "warning", f"process {process} holds {device}: end it if it trains.")
-
-
-# ------------------------------------------------------------------------- files
 
 
 def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:

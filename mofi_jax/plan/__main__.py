@@ -38,13 +38,10 @@ class Plan:
     """What the compiler says of one step.
 
     Attributes:
-      slices, devices, chips: what it was compiled for.
-      batch_size: global.
       memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
       needed, available: bytes of a chip; None for what the compiler did not say.
-      model: FLOPs that the model asks for, on all chips together.
-      collectives: of one device.
-      cycles: of one device, as the compiler estimates them.
+      model: FLOPs that the model asks for, on all chips together (`flops.of_step`).
+      collectives, cycles: of one device, the cycles as the compiler estimates them.
     """
 
     slices: int
@@ -55,7 +52,7 @@ class Plan:
     memory: dict[str, int]
     needed: int | None
     available: int
-    model: flops.StepFlops
+    model: dict[str, float]
     collectives: tuple[network.Collective, ...] = ()
     cycles: int = 0
 
@@ -70,7 +67,7 @@ class Plan:
     @property
     def bounds(self) -> dict[str, float]:
         """Seconds that a step takes at least, by what limits it."""
-        bounds = {"model FLOPs": self.model.total / (self.chips * self.chip.bf16_flops)}
+        bounds = {"model FLOPs": sum(self.model.values()) / (self.chips * self.chip.bf16_flops)}
         if self.chip.link_bandwidth:
             # Half of what makers state goes out, the other half comes in.
             outgoing = self.chip.link_bandwidth / self.chip.devices / 2
@@ -127,9 +124,6 @@ def main(
         sys.exit(1)
 
 
-# ---------------------------------------------------------------------------- compiling
-
-
 def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
     """Compiles the step of `config` for `mesh`."""
     device = mesh.devices.flat[0]
@@ -138,14 +132,8 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
             f"mofi_jax/telemetry/accelerators.py has no figures of {device.device_kind}: add them, "
             "or plan for another slice."
         )
-    made = setup.make(
-        config,
-        mesh,
-        vocab_size=vocab_size,
-        eos_id=vocab_size - 1,
-        num_entities=num_entities,
-        examples_per_epoch=EXAMPLES_PER_EPOCH,
-    )
+    sizes = {"vocab_size": vocab_size, "eos_id": vocab_size - 1, "num_entities": num_entities}
+    made = setup.make(config, mesh, **sizes, examples_per_epoch=EXAMPLES_PER_EPOCH)
     structs, shardings = state.abstract(made.init, mesh)
     batch = setup.batch_structs(config, mesh)
     memory = {kind: chip.devices * n for kind, n in state_bytes(structs, batch).items()}
@@ -204,9 +192,6 @@ def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, i
     return kinds
 
 
-# ---------------------------------------------------------------------------- out of memory
-
-
 def memory_in(message: str) -> tuple[int, int] | None:
     """Bytes that a program takes and may take on one device, from the compiler's error."""
     size = r"([\d.]+)([KMGT]?)"
@@ -251,9 +236,6 @@ def remedies(config: Any, planned: Plan) -> list[str]:
     return [*(f"--config.{hint}" for applies, hint in hints if applies), "a slice with more chips"]
 
 
-# ---------------------------------------------------------------------------- the largest batch
-
-
 def largest_batch(config: Any, mesh: Any, planned: Plan, sizes: dict[str, int]) -> int:
     """The largest batch that a compile has shown to fit, 0 for none; `planned` is of `config`."""
     plans = [planned]
@@ -278,9 +260,6 @@ def largest_batch(config: Any, mesh: Any, planned: Plan, sizes: dict[str, int]) 
     return max((p.batch_size for p in plans if p.fits), default=0)
 
 
-# ---------------------------------------------------------------------------- the printed page
-
-
 def describe(config: Any, planned: Plan) -> str:
     """The plan as a page of text."""
     memory = {**planned.memory, "altogether": planned.needed}
@@ -298,7 +277,7 @@ def describe(config: Any, planned: Plan) -> str:
             "  Change:"
         )
         return "\n".join(lines + [f"  {hint}" for hint in remedies(config, planned)])
-    model = {**dataclasses.asdict(planned.model), "altogether": planned.model.total}
+    model = {**planned.model, "altogether": sum(planned.model.values())}
     lines += [
         f"{'model FLOPs, all chips':<28} {'TFLOP':>9}",
         *(f"  {name:<26} {value / 1e12:>9.1f}" for name, value in model.items() if value),

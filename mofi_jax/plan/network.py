@@ -14,19 +14,12 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What one kind of collective does on groups of one size.
-
-    Attributes:
-      kind: one of KINDS.
-      group: devices that take part together.
-      count: executions.
-      sent_bytes: what one device sends, by the ring algorithm of each kind.
-    """
+    """What one of KINDS does on groups of ``group`` devices."""
 
     kind: str
     group: int
-    count: int
-    sent_bytes: float
+    count: int  # executions
+    sent_bytes: float  # by one device, with the ring algorithm of each kind
 
 
 def collectives(program: hlo.Program, *, devices: int) -> tuple[Collective, ...]:

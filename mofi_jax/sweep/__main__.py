@@ -18,7 +18,6 @@ command resumes), 2 bad input, 1 a point crashed.
 
 import copy
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -35,7 +34,7 @@ from mofi_jax import telemetry
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.sweep import table as sweep_table
-from mofi_jax.training import settings
+from mofi_jax.training import run_folder, settings
 
 FAILED_FILE = "failed.json"
 DELETE = "delete this folder, and the sweep runs the point again"
@@ -184,7 +183,7 @@ def run(
             failed = workdir / name / FAILED_FILE
             if lead and code not in (0, os.EX_TEMPFAIL):
                 failed.parent.mkdir(exist_ok=True)
-                files.write_json(failed, {"exit_code": code, "config": as_json(config)})
+                files.write_json(failed, {"exit_code": code, "config": run_folder.as_json(config)})
             elif lead:
                 failed.unlink(missing_ok=True)
             if code == os.EX_TEMPFAIL or (code and stopping):
@@ -202,15 +201,11 @@ def is_done(folder: epath.Path, config: Any) -> bool:
     """Whether this very point was trained to its end, or until its loss was no longer finite."""
     if (folder / "result.json").exists():
         # With another config, say a larger total, the training itself knows what is left to do.
-        return files.read_json(folder / "config.json", DELETE) == as_json(config)
+        return files.read_json(folder / "config.json", DELETE) == run_folder.as_json(config)
     if (folder / FAILED_FILE).exists() and telemetry.read_metrics(folder):
-        diverged = {"exit_code": 2, "config": as_json(config)}
+        diverged = {"exit_code": 2, "config": run_folder.as_json(config)}
         return files.read_json(folder / FAILED_FILE, DELETE) == diverged
     return False
-
-
-def as_json(config: Any) -> Any:
-    return json.loads(config.to_json_best_effort())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and addition; norms, softmax and the optimizer would be a few percent more.  The
 logits are computed too.
 """
 
-import dataclasses
 from typing import Any
 
 from mofi_jax.losses import class_order, entity_sampling
@@ -16,32 +15,15 @@ from mofi_jax.model import mofi
 TRAINED, FROZEN = 3, 1  # forward, and the gradients of inputs and of weights
 
 
-@dataclasses.dataclass(frozen=True)
-class StepFlops:
+def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
     """Model FLOPs of one step over the global batch, on all devices together.
-
-    Attributes:
-      image, text: the towers with their projections.
-      classes: cosines with the class table.
-      pairs: cosines of images with texts.
-    """
-
-    image: float
-    text: float
-    classes: float
-    pairs: float
-
-    @property
-    def total(self) -> float:
-        return self.image + self.text + self.classes + self.pairs
-
-
-def of_step(context: Any, *, batch_size: int) -> StepFlops:
-    """FLOPs of one training step.
 
     Args:
       context: `training.step.StepContext`; a frozen tower has no backward pass.
-      batch_size: global.
+
+    Returns:
+      "image" and "text", the towers with their projections; "classes", cosines with the class
+      table; "pairs", cosines of images with texts.
     """
     model, losses = context.model, context.losses
     classes = text = pairs = 0.0
@@ -58,7 +40,7 @@ def of_step(context: Any, *, batch_size: int) -> StepFlops:
     if "contrastive" in losses:
         text = batch_size * times["text"] * text_forward(model)
         pairs = TRAINED * 2.0 * batch_size**2 * model.embed_dim
-    return StepFlops(image=image, text=text, classes=classes, pairs=pairs)
+    return {"image": image, "text": text, "classes": classes, "pairs": pairs}
 
 
 def image_forward(model: mofi.MofiConfig) -> float:

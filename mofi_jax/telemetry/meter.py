@@ -14,7 +14,6 @@ class Meter:
     Rates count training time, that is input and step: no evaluation, save or compilation.
 
     Args:
-      goodput: the run's clock.
       images_per_step: global batch.
       tokens_per_step: texts of the global batch times the context length, padding included; 0
         without a text tower.
@@ -39,10 +38,7 @@ class Meter:
         self._before = goodput.seconds()
 
     def read(self, steps: int) -> dict[str, float]:
-        """What to log.
-
-        Args:
-          steps: finished by the devices since this meter was made.
+        """What to log after so many steps since this meter was made.
 
         Returns:
           ``speed/``: images_per_second, tokens_per_second, step_seconds, data_wait (share of the

@@ -10,27 +10,17 @@ UNITS = ("steps", "epochs", "examples", "percent")
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Turns durations into steps.
-
-    Attributes:
-      batch_size: global batch.
-      examples_per_epoch: examples in the training split.
-      total_steps: length of the run; 0 while it is not known yet.
-    """
+    """Turns durations into steps; ``batch_size`` is the global one."""
 
     batch_size: int
     examples_per_epoch: int
-    total_steps: int = 0
+    total_steps: int = 0  # while it is not known
 
     def steps(self, duration: str, *, key: str) -> int:
         """Number of steps, at least 1; ``"0 steps"`` (any unit) is 0 and means never.
 
-        Args:
-          duration: number and unit.
-          key: the config key, for the error message.
-
         Raises:
-          BadInput: not a number and a unit, or negative.
+          BadInput: not a number and a unit, or negative; ``key`` is the config key that it names.
         """
         number, _, unit = str(duration).strip().partition(" ")
         unit = unit.strip() if unit.strip().endswith("s") or unit == "percent" else f"{unit}s"
@@ -53,6 +43,10 @@ class Clock:
         }[unit]
         return max(1, round(amount * per_unit)) if amount else 0
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether what happens every ``every`` steps (0: never) and at the end is due now."""
+        return every > 0 and (step == self.total_steps or step % every == 0)
+
 
 def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock:
     """The clock of a run of length ``total`` (config key ``total``)."""
@@ -65,8 +59,3 @@ def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock
             f"config.total={total!r} is more steps than can be counted: make it shorter."
         )
     return dataclasses.replace(clock, total_steps=steps)
-
-
-def due(step: int, every: int, *, last: int) -> bool:
-    """Whether something that happens every ``every`` steps (0: never) and at the end is due now."""
-    return every > 0 and (step == last or step % every == 0)

@@ -36,7 +36,7 @@ class Position:
     """How far a run has come, beside its state.
 
     Attributes:
-      examples: examples consumed by all hosts together.
+      examples: consumed by all hosts together.
       data_fingerprint: what decides the order and content of the examples; must match on resume.
       seconds: wall time so far by phase (`mofi_jax.telemetry.Goodput.save`).
       config: the whole training config, as JSON has it; differences on resume are logged.
@@ -55,7 +55,7 @@ class Checkpointer:
     """Saves (TrainState, Position) in the background; `restore` reads what it saved.
 
     Args:
-      workdir: the run's folder; checkpoints lie in ``checkpoints/STEP/``.
+      workdir: checkpoints lie in ``checkpoints/STEP/`` there.
       keep: how many of the last ones are kept.
       keep_every: checkpoints of steps that this number divides are kept too; 0 for none.
       verify: whether host 0 reads a saved step once more to write its checksums.
@@ -127,9 +127,6 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     """Orbax's barrier, but a host whose save has failed does not wait for the others."""
     if sys.exception() is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-# ---------------------------------------------------------------------------- which step
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -234,9 +231,6 @@ def _step(workdir: epath.PathLike, step: int) -> epath.Path:
     return files.absolute(workdir) / FOLDER / str(step)
 
 
-# ---------------------------------------------------------------------------- reading
-
-
 def read_position(workdir: epath.PathLike, step: int) -> Position:
     """How far a run had come at a saved step.
 
@@ -318,9 +312,6 @@ def _reading(folder: epath.Path) -> Iterator[None]:
         ) from error
 
 
-# ---------------------------------------------------------------------------- comparing
-
-
 def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list[str]:
     """Every array of a saved step that is missing, left over or of another shape, in words."""
     folder = _step(workdir, step)
@@ -345,10 +336,7 @@ def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list
 
 def _items(state: TrainState) -> dict[str, Any]:
     """A state's parts on disk; parameters and their average can be read on their own."""
-    items = {
-        "params": state.params,
-        "optimizer": {"step": state.step, "state": state.opt_state},
-    }
+    items = {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
     return items if state.ema is None else items | {"ema": state.ema}
 
 

@@ -26,19 +26,12 @@ SECOND_MOMENTS = ("full", "row")
 
 
 class RowAdamState(NamedTuple):
-    """Moments of `scale_by_row_adam`.
+    """Moments of `scale_by_row_adam`."""
 
-    Attributes:
-      count: int32 scalar, finished updates.
-      mu: first moments [e, d].
-      nu: second moments, float32 [e, d], or [e] with one a row.
-      last_step: int32 [e], the value of `count` after the row's last update.
-    """
-
-    count: Any
-    mu: Any
-    nu: Any
-    last_step: Any
+    count: Any  # int32 scalar, finished updates
+    mu: Any  # first moments [e, d]
+    nu: Any  # second moments, float32 [e, d], or [e] with one a row
+    last_step: Any  # int32 [e], the value of `count` after the row's last update
 
 
 def scale_by_row_adam(

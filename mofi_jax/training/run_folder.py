@@ -38,9 +38,6 @@ _BLOCK = 65_536  # of ArrayRecord, in bytes
 _READERS = 16  # a bucket answers in tens of milliseconds, a set may have 10,000 shards
 
 
-# ---------------------------------------------------------------------------- model.json
-
-
 def describe_model(
     config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
 ) -> dict[str, Any]:
@@ -73,17 +70,6 @@ def model_config(description: Mapping[str, Any]) -> mofi.MofiConfig:
     return mofi.MofiConfig.from_dict(values | TRAINING_ONLY)
 
 
-def _model_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """The differences that a run cannot resume with; earlier versions wrote more keys."""
-    may_change = ("dtype", *TRAINING_ONLY)
-    return differences(
-        *({k: v for k, v in model.items() if k not in may_change} for model in (saved, current))
-    )
-
-
-# ---------------------------------------------------------------------------- data and config
-
-
 def data_fingerprint(
     config: Any, parts: Sequence[Any], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
@@ -93,9 +79,7 @@ def data_fingerprint(
     are multiples of whole blocks, and often the same in another shard.
 
     Args:
-      config: the training config.
       parts: the data sets, `mofi_jax.data.pipeline.Part`.
-      texts: the tokenizer.
     """
 
     def described(part: Any) -> dict[str, Any]:
@@ -174,15 +158,6 @@ def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     return differences(before, {key: now[key] for key in now.keys() - unknown})
 
 
-def _grown_remedy(workdir: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """What a user can do about data that have grown."""
-    if not saved.get("examples", 0) < current.get("examples", 0):
-        return ""
-    if (workdir / records.ENTITIES_FILE).exists():
-        return ", or, if its data have grown, take the run to them with mofi_jax.grow"
-    return f", or, if its data have grown, begin a new run with --config.init.model={workdir}"
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots, as flags name them."""
     flat: dict[str, Any] = {}
@@ -192,23 +167,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# ---------------------------------------------------------------------------- the folder
-
-
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a folder holds; the same on every host.
+    """What a folder holds; the same on every host."""
 
-    Attributes:
-      step: the last step that can be read, None without one.
-      position: where to resume.
-      damaged: later steps that cannot be read, and what is wrong with each.
-      finished: whether it has a result.
-    """
-
-    step: int | None
-    position: checkpoint.Position
-    damaged: Sequence[tuple[int, str]]
+    step: int | None  # the last that can be read
+    position: checkpoint.Position  # where to resume
+    damaged: Sequence[tuple[int, str]]  # later steps that cannot be read, and why
     finished: bool
 
 
@@ -226,7 +191,6 @@ def check(
     precision, with other memory settings or workers.
 
     Args:
-      workdir: the folder, which need not exist.
       model: what its model.json would hold (`describe_model`).
       structs: the training state of this config, as ShapeDtypeStructs.
       position: of a new run of this config.
@@ -240,16 +204,23 @@ def check(
     def look() -> dict[str, Any]:
         problems, remedy = [], ""
         if (workdir / MODEL_FILE).exists():
-            changed = _model_changes(read_model(workdir), model)
+            # Earlier versions wrote what only training uses, too.
+            may_change = dict.fromkeys(("dtype", *TRAINING_ONLY))
+            changed = differences(read_model(workdir) | may_change, {**model, **may_change})
             problems += [f"it holds another model ({changed})"] if changed else []
         step, damaged = checkpoint.latest_intact(workdir, verify=verify)
         saved = position
         if step is not None:
             saved = checkpoint.read_position(workdir, step)
-            fingerprints = saved.data_fingerprint, position.data_fingerprint
-            changed = data_changes(*fingerprints)
+            changed = data_changes(saved.data_fingerprint, position.data_fingerprint)
             problems += [f"it was trained on other data ({changed})"] if changed else []
-            remedy = _grown_remedy(workdir, *fingerprints)
+            before, now = (p.data_fingerprint.get("examples", 0) for p in (saved, position))
+            if before < now:
+                remedy = ", or, if its data have grown, " + (
+                    "take the run to them with mofi_jax.grow"
+                    if (workdir / records.ENTITIES_FILE).exists()
+                    else f"begin a new run with --config.init.model={workdir}"
+                )
             wrong = checkpoint.mismatches(workdir, step, structs)
             problems += [f"its checkpoint has other arrays ({'; '.join(wrong)})"] if wrong else []
         if problems:
@@ -275,7 +246,6 @@ def prepare(
     contents: Contents,
     config: Any,
     model: Mapping[str, Any],
-    *,
     tokenizer_path: epath.Path,
     entities_path: epath.Path | None,
 ) -> None:
@@ -322,9 +292,7 @@ def storage_errors(workdir: epath.Path) -> Iterator[None]:
         if reason is None:
             raise
         steps = checkpoint.saved_steps(workdir)
-        last = (
-            f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved yet"
-        )
+        last = f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved"
         raise StorageFailed(
             f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
             f"{last}."

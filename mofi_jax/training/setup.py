@@ -21,25 +21,16 @@ from mofi_jax.training import cadence, optim, state, step
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """What a training config comes to on one mesh.
-
-    Attributes:
-      context: what all tasks of the step share, with the mesh.
-      tx: the update rule.
-      init: a function of a uint32 seed that makes the `state.TrainState` (`state.create`).
-      clock: turns durations into steps; knows the length of the run.
-      log_every, save_every, keep_every: periods in steps, 0 for never.
-      learning_rates: by step, as they are logged.
-    """
+    """What a training config comes to on one mesh."""
 
     context: step.StepContext
     tx: optax.GradientTransformation
-    init: Callable[[jax.Array], state.TrainState]
+    init: Callable[[jax.Array], state.TrainState]  # of a uint32 seed, see `state.create`
     clock: cadence.Clock
-    log_every: int
+    log_every: int  # periods in steps, 0 for never
     save_every: int
     keep_every: int
-    learning_rates: Callable[[int], dict[str, jax.Array]]
+    learning_rates: Callable[[int], dict[str, jax.Array]]  # by step, as they are logged
 
 
 def make(
@@ -56,8 +47,7 @@ def make(
     Args:
       config: a training config that `settings.validate` has passed.
       vocab_size, eos_id: of the tokenizer.
-      num_entities: size of the vocabulary; ignored without the entity loss.
-      examples_per_epoch: examples in the training split.
+      num_entities: ignored without the entity loss.
 
     Raises:
       BadInput: a duration that cannot be read or does not fit the others, or a model whose sizes
@@ -68,7 +58,7 @@ def make(
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
     )
-    saves = config.checkpoint
+    saves, entity_loss = config.checkpoint, "entity" in config.losses
     save_every = clock.steps(saves.every, key="config.checkpoint.every")
     keep_every = clock.steps(saves.keep_every, key="config.checkpoint.keep_every")
     if keep_every and (not save_every or keep_every % save_every):
@@ -78,7 +68,7 @@ def make(
             "there is something to keep."
         )
     losses = config.losses.to_dict()
-    num_entities = num_entities if "entity" in losses else 0
+    num_entities = num_entities if entity_loss else 0
     tx = optim.make(config.optimizer, clock)
     return TrainSetup(
         context=step.StepContext(
@@ -103,9 +93,7 @@ def make(
         log_every=clock.steps(config.log_every, key="config.log_every"),
         save_every=save_every,
         keep_every=keep_every,
-        learning_rates=optim.learning_rates(
-            config.optimizer, clock, entity_loss="entity" in losses
-        ),
+        learning_rates=optim.learning_rates(config.optimizer, clock, entity_loss=entity_loss),
     )
 
 
@@ -123,18 +111,17 @@ def check_batch(config: Any, mesh: Mesh) -> None:
 
 def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch of `data.pipeline.ExampleBuilder` and `global_batch.to_global`, abstract."""
-    b, size = config.batch_size, config.model.image_size
-    k, t = config.data.max_labels, config.model.context_length
-    shapes = {
-        "image": ((b, size, size, 3), jnp.uint8),
-        "tokens": ((b, t), jnp.int32),
-        "text_group": ((b,), jnp.int32),
-        "text_valid": ((b,), jnp.bool_),
-        "entity_ids": ((b, k), jnp.int32),
-        "entity_weights": ((b, k), jnp.float32),
-    }
+    size, labels = config.model.image_size, config.data.max_labels
     sharding = global_batch.batch_sharding(mesh)
+
+    def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
+        "image": struct(jnp.uint8, size, size, 3),
+        "tokens": struct(jnp.int32, config.model.context_length),
+        "text_group": struct(jnp.int32),
+        "text_valid": struct(jnp.bool_),
+        "entity_ids": struct(jnp.int32, labels),
+        "entity_weights": struct(jnp.float32, labels),
     }

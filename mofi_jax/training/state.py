@@ -48,10 +48,8 @@ def updated_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
     after n updates, as TensorFlow's ExponentialMovingAverage does.
 
     Args:
-      ema: the average before.
       params: after the update.
       step: updates before this one.
-      decay: ``config.ema.decay``.
     """
     if ema is None:
         return None

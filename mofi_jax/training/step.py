@@ -24,8 +24,6 @@ class StepContext:
     """What all tasks of a step share.
 
     Attributes:
-      model: both towers.
-      mesh: the devices.
       losses: task name -> {"weight": ..., options of the task}, as in ``config.losses``.
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers process a batch (`in_microbatches`).
@@ -113,10 +111,7 @@ def contrastive_task(
     return loss.total / pairs, metrics
 
 
-TASKS: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
-    "entity": entity_task,
-    "contrastive": contrastive_task,
-}
+TASKS = {"entity": entity_task, "contrastive": contrastive_task}
 
 
 def in_microbatches(
@@ -182,12 +177,7 @@ def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
 def make_train_step(
     context: StepContext, tx: optax.GradientTransformation, shardings: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; the incoming state is donated.
-
-    Args:
-      tx: the update rule.
-      shardings: of the state, as `state.create` and `state.abstract` return them.
-    """
+    """The jitted step; the incoming state, sharded as `state.abstract` says, is donated."""
     mesh, losses = context.mesh, context.losses
     grad_fn = jax.value_and_grad(make_loss(context), has_aux=True)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
