@@ -17,7 +17,6 @@ from configs.sweeps import learning_rate
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 from mofi_jax.sweep import __main__ as sweep
-from mofi_jax.sweep import table as sweep_table
 from mofi_jax.training import settings
 from tests import datasets
 
@@ -163,7 +162,7 @@ def test_table_ranks_by_the_metric(tmp_path):
         finished(folder / name, score)
     (folder / "4").mkdir()
     (folder / "4" / "failed.json").write_text("{}")
-    table = sweep_table.write(folder, names, points, "a/map").splitlines()
+    table = sweep.write_table(folder, names, points, "a/map").splitlines()
     assert table[0] == "| optimizer.learning_rate | seed | a/map | state | folder |"
     assert len({line.count("|") for line in table}) == 1
     assert table[2] == "| 0.0001 | 1 | 0.4000 | finished | 1 |"

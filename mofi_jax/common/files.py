@@ -36,7 +36,6 @@ def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> e
     """The folder that a flag names, which need not exist; nothing stays written.
 
     Args:
-      text: the flag's value.
       flag: as in "--workdir", for the error message.
       bucket: whether it may lie in one.
 
@@ -91,11 +90,7 @@ def output_file(text: epath.PathLike, flag: str) -> epath.Path:
 
 
 def local_input(text: epath.PathLike, what: str) -> epath.Path:
-    """The path of something to read.
-
-    Raises:
-      BadInput: a remote path.
-    """
+    """The path of something to read; BadInput for a remote one."""
     if is_remote(text):
         raise BadInput(
             f"{os.fspath(text)} is a remote path: copy {what} to a local disk, or mount the bucket "
@@ -176,12 +171,8 @@ def list_files(folder: epath.PathLike) -> list[str]:
 def read_json(path: epath.PathLike, remedy: str) -> Any:
     """The JSON value in a file.
 
-    Args:
-      path: the file.
-      remedy: what to do where it cannot be read, as in "copy it again".
-
     Raises:
-      BadInput: no such file, or not JSON in UTF-8.
+      BadInput: no such file, or not JSON in UTF-8; ends in ``remedy``, as in "copy it again".
     """
     try:
         return json.loads(epath.Path(path).read_bytes())

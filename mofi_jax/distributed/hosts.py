@@ -31,10 +31,10 @@ def start(distributed: bool, coordinator: str, processes: str, process: str, tim
 
     Args:
       distributed: ``config.distributed``; without it and the three below, the process is alone.
-      coordinator: HOST:PORT of process 0, which listens there; "" on a TPU slice, under SLURM,
-        Kubernetes or Open MPI, where jax finds it.
-      processes: how many there are, "" where jax finds it.
-      process: which one this is, from 0, "" where jax finds it.
+      coordinator: HOST:PORT of process 0, which listens there.
+      processes: how many there are.
+      process: which one this is, from 0; all three are "" on a TPU slice, under SLURM, Kubernetes
+        or Open MPI, where jax finds them.
       timeout: seconds to wait for the others (``config.start_timeout``).
 
     Raises:
@@ -67,11 +67,7 @@ def start(distributed: bool, coordinator: str, processes: str, process: str, tim
 
 
 def devices() -> list[jax.Device]:
-    """All devices, of all processes.
-
-    Raises:
-      BadInput: JAX_PLATFORMS names what is not there.
-    """
+    """All devices, of all processes; BadInput where JAX_PLATFORMS names what is not there."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -238,10 +234,7 @@ def agree(find: Callable[[], Any]) -> Any:
     """What host 0 finds, on every host: files that each host reads for itself may differ.
 
     Args:
-      find: called on host 0 alone; returns what JSON can hold.
-
-    Raises:
-      BadInput, RuntimeError: see `all_or_none`.
+      find: called on host 0 alone, as in `all_or_none`; returns what JSON can hold.
     """
     if jax.process_count() == 1:
         return find()

@@ -16,7 +16,6 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts
 
 BATCH_AXES = ("replica", "fsdp")
-
 ALL_AXES = ("replica", "fsdp", "tensor")
 
 

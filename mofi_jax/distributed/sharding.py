@@ -46,9 +46,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
     """The spec of one array by the first rule that matches; what does not divide stays whole.
 
-    Args:
-      name: its path, as of `path_name`.
-      axes: the mesh's sizes by axis (``mesh.shape``).
+    ``name`` is its path, as of `path_name`, and ``axes`` are the mesh's sizes (``mesh.shape``).
     """
     rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
     # Fewer dimensions than the rule has: one value for each row of the class table.
@@ -76,10 +74,6 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
 
     A dimension that does not divide over ``fsdp`` stays whole, and on wide meshes memory would run
     out without saying why.  Arrays below 1 MiB do not count.
-
-    Args:
-      tree: ShapeDtypeStructs or arrays.
-      limit: ``config.max_replicated``.
 
     Raises:
       BadInput: names the largest arrays and the largest ``fsdp`` that splits enough.

@@ -39,12 +39,7 @@ def main(
     process: str = "",
     json: bool = False,
 ) -> int:
-    """Prints the report; returns the exit code.
-
-    Args:
-      config, workdir, coordinator, processes, process: as for `train.main`.
-      json: machine-readable lines instead of the table.
-    """
+    """Prints the report, with `json` as JSON lines; returns the exit code."""
     # The devices belong to the process that looks at them; this one needs shapes alone.
     jax.config.update("jax_platforms", "cpu")
     report = examine(config, workdir, coordinator=coordinator, processes=processes, process=process)
@@ -97,11 +92,7 @@ def examine(config: Any, workdir: str, **joined: str) -> Report:
 
 
 def check_data(report: Report, config: Any, hosts: int) -> training_set.TrainingSet:
-    """Opens the training data as a training does, and looks at the first record.
-
-    Raises:
-      BadInput: they cannot be read; the sentence names the file.
-    """
+    """Opens the training data as a training does, and looks at the first record."""
     data = training_set.open_training_set(config)
     count = sum(len(part.source) for part in data.parts)
     report.add("data", "ok", f"{count:,} examples, {data.primary.directory}")
@@ -131,7 +122,7 @@ def check_run(
     """The training state against devices and disk, and the folder against the config.
 
     Args:
-      found: what `machine.devices` has found; None: the rest is checked as on a single device.
+      found: by `machine.devices`; None: the rest is checked as on a single device.
       place: where the workdir is or will be, None if it cannot be written.
     """
     sizes = found["mesh"] if found else dict.fromkeys(meshes.ALL_AXES, 1)

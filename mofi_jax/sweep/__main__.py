@@ -33,7 +33,6 @@ from ml_collections import config_flags
 from mofi_jax import telemetry
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.sweep import table as sweep_table
 from mofi_jax.training import run_folder, settings
 
 FAILED_FILE = "failed.json"
@@ -55,12 +54,8 @@ def main(
     Args:
       config: the base of all points, with the flags' values.
       workdir: folder of the sweep; one that all hosts share.
-      index: runs this point alone.
-      list: prints the points and runs none.
+      index, list: see the top of this file.
       coordinator, processes, process: passed on to every training.
-
-    Raises:
-      BadInput: no points, or one that does not fit the config.
     """
     flag = flags.FLAGS["config"]
     filename = config_flags.get_config_filename(flag)
@@ -78,7 +73,7 @@ def main(
     workdir = files.output_folder(workdir, "--workdir")
     if list:
         for i in chosen:
-            print(f"{i:3d}  {sweep_table.state_of(workdir / names[i]):9s} {names[i]}")
+            print(f"{i:3d}  {state_of(workdir / names[i]):9s} {names[i]}")
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
     lead = process in ("", "0")
@@ -91,7 +86,7 @@ def main(
         trainings.append((names[i], command, point_config(config, points[i])))
     code = run(trainings, workdir, lead)
     if lead:
-        print(sweep_table.write(workdir, names, points, metric))
+        print(write_table(workdir, names, points, metric))
     return code
 
 
@@ -206,6 +201,48 @@ def is_done(folder: epath.Path, config: Any) -> bool:
         diverged = {"exit_code": 2, "config": run_folder.as_json(config)}
         return files.read_json(folder / FAILED_FILE, DELETE) == diverged
     return False
+
+
+def write_table(
+    workdir: epath.Path, names: Sequence[str], points: Sequence[Mapping[str, Any]], metric: str
+) -> str:
+    """Writes sweep.json and sweep.md, ranked by the score `metric`; returns the Markdown table."""
+    rows = [
+        table_row(workdir / name, point, metric) for name, point in zip(names, points, strict=True)
+    ]
+    ranked = sorted(rows, key=lambda r: (r["score"] is None, -(r["score"] or 0.0)))
+    best = ranked[0]["name"] if ranked[0]["score"] is not None else None
+    files.write_json(workdir / "sweep.json", {"metric": metric, "best": best, "points": ranked})
+
+    keys = list(dict.fromkeys(key for point in points for key in point))
+    lines = [[*keys, metric, "state", "folder"], ["---"] * (len(keys) + 3)]
+    for r in ranked:
+        score = "" if r["score"] is None else f"{r['score']:.4f}"
+        values = [str(r["values"].get(key, "")) for key in keys]
+        lines.append([*values, score, r["state"], r["name"]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    files.write_text(workdir / "sweep.md", table + "\n")
+    return table
+
+
+def table_row(folder: epath.Path, point: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """One point: what it is, how far it is, what it scored."""
+    state = state_of(folder)
+    values = {"name": folder.name, "values": dict(point), "state": state, "score": None}
+    if state == "finished":
+        path = folder / "result.json"
+        result = files.read_json_object(path, DELETE)
+        if not isinstance(result.get("scores"), dict) or not {"steps", "seconds"} <= result.keys():
+            raise BadInput(f"{path} is not the result of a training: {DELETE}.")
+        values |= {key: result[key] for key in ("scores", "steps", "seconds")}
+        values["score"] = result["scores"].get(metric)
+    return values
+
+
+def state_of(folder: epath.Path) -> str:
+    """finished, failed, started or waiting."""
+    marks = (("result.json", "finished"), (FAILED_FILE, "failed"), ("model.json", "started"))
+    return next((state for file, state in marks if (folder / file).exists()), "waiting")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,7 @@ _SHARES = {"data wait": "speed/data_wait", "MFU": "speed/mfu"}
 
 @dataclasses.dataclass(frozen=True)
 class Console:
-    """Logs how far a run of ``total_steps`` is, and when it will end.
-
-    Attributes:
-      batch_size: images a step.
-    """
+    """Logs how far a run of ``total_steps`` is, and when it will end."""
 
     total_steps: int
     batch_size: int

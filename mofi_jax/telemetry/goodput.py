@@ -48,8 +48,7 @@ class Goodput:
 
     Args:
       started: Unix time at which this process began the run; None: now.
-      clock: seconds that only grow; `time.monotonic`.
-      wall: Unix time.
+      clock, wall: seconds that only grow, and Unix time.
     """
 
     def __init__(
@@ -75,9 +74,10 @@ class Goodput:
     def resume(self, workdir: epath.PathLike, saved: Mapping[str, float]) -> None:
         """Adds what earlier processes spent on this run, and writes to the workdir from now on.
 
+        A run that had finished, and now has a larger total, was not down in between; without a
+        readable ``goodput.json`` that is assumed too.
+
         Args:
-          workdir: the run's folder.  A run that had finished, and now has a larger total, was not
-            down in between; without a readable ``goodput.json`` that is assumed too.
           saved: seconds by phase of the restored checkpoint; empty without one.
         """
         path = epath.Path(workdir) / GOODPUT_FILE

@@ -33,7 +33,6 @@ class Metrics:
     """Appends ``{"step": n, "time": t, name: value, ...}`` to a run's metrics file, t in Unix time.
 
     Args:
-      workdir: the run's folder.
       resume_step: see `MetricsFile`.
       keys: the keys of all examples of a step's batch, for `NAN_FILE`; None: not known.
       wandb: a run of Weights & Biases, see `open_wandb`.

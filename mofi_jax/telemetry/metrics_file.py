@@ -47,10 +47,7 @@ def _rows(path: epath.Path) -> list[dict[str, Any]]:
 class MetricsFile:
     """Appends rows.
 
-    Args:
-      workdir: the run's folder.
-      resume_step: rows of later steps are dropped, as the run writes them again; so are damaged
-        ones.
+    Rows of steps after `resume_step`, which the run writes again, are dropped; so are damaged ones.
     """
 
     def __init__(self, workdir: epath.PathLike, *, resume_step: int):

@@ -18,7 +18,6 @@ class Profile:
 
     Args:
       window: ``"N:M"``, N < M; empty for no profile.
-      workdir: the run's folder; nothing is written before step N.
       total_steps: of the run, which must reach M.
 
     Raises:
@@ -42,11 +41,7 @@ class Profile:
             )
 
     def at(self, step: int, in_flight: Any) -> None:
-        """Starts or stops as due before the update that follows ``step``.
-
-        Args:
-          in_flight: results of the last update, waited for before the trace starts or ends.
-        """
+        """Starts or stops before the update after ``step``, once ``in_flight`` is computed."""
         if self._tracing == (self._begin <= step < self._end):
             return
         jax.block_until_ready(in_flight)

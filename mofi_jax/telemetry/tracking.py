@@ -12,11 +12,7 @@ from mofi_jax.common.errors import BadInput
 
 
 def require_wandb(project: str) -> Any:
-    """The package ``wandb`` if a project is named, else None.
-
-    Raises:
-      BadInput: it is not installed.
-    """
+    """The package ``wandb`` if a project is named, else None; BadInput if it is not installed."""
     if not project:
         return None
     try:
@@ -33,9 +29,6 @@ def open_wandb(project: str, workdir: epath.PathLike, config: Any) -> Any:
 
     Its id is kept in the workdir.  Weights & Biases takes no second value for a step: the steps
     that a resumed run repeats stay as they were, and they are the same.
-
-    Args:
-      config: an ml_collections ConfigDict, shown beside the curves.
     """
     package = require_wandb(project)
     if package is None or jax.process_index() != 0:

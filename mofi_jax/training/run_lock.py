@@ -60,10 +60,14 @@ def _take(workdir: epath.Path) -> IO[str] | None:
         logging.warning(unlocked, workdir, "buckets have no locks")
         return None
     deadline = time.monotonic() + _LEASE_SECONDS
+
+    def open_file(path: str, flags: int) -> int:  # not through a link, as in a copied folder
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
     while True:
         workdir.mkdir(parents=True, exist_ok=True)
         # It stays open while it is locked.
-        file = open(workdir / FILE, "a+", opener=_no_link)  # noqa: SIM115
+        file = open(workdir / FILE, "a+", opener=open_file)  # noqa: SIM115
         try:
             # Held by the process, unlike flock: children that outlive it do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,11 +96,6 @@ def _take(workdir: epath.Path) -> IO[str] | None:
     file.write(json.dumps(owner) + "\n")
     file.flush()
     return file
-
-
-def _no_link(path: str, flags: int) -> int:
-    """Opens a file to overwrite it, but not through a link, which a copied folder may hold."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:

@@ -66,12 +66,10 @@ OF_LOSSES: dict[str, dict[str, Check]] = {
 CHECKS: dict[str, Check] = {
     "seed": whole(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32),
     "start_timeout": whole(*POSITIVE),
-    **{
-        f"mesh.{axis}": whole(
-            "above 0, or -1 for what the others leave", lambda x: x > 0 or x == -1
-        )
-        for axis in meshes.ALL_AXES
-    },
+    **dict.fromkeys(
+        (f"mesh.{axis}" for axis in meshes.ALL_AXES),
+        whole("above 0, or -1 for what the others leave", lambda x: x > 0 or x == -1),
+    ),
     "max_replicated": real("from 0 to 1", lambda x: 0 <= x <= 1),
     "batch_size": whole(*POSITIVE),
     "microbatches": whole(*POSITIVE),
@@ -79,16 +77,12 @@ CHECKS: dict[str, Check] = {
         f"one or both of {', '.join(OF_LOSSES)}",
         lambda tasks: len(tasks) > 0 and set(tasks) <= OF_LOSSES.keys(),
     ),
-    "data.dir": TEXT,
-    "data.name": TEXT,
+    **dict.fromkeys(("data.dir", "data.name", "data.train_ops", "data.eval_ops"), TEXT),
     "data.extra": MAPPING,
-    "data.train_ops": TEXT,
-    "data.eval_ops": TEXT,
-    "data.block": whole(*POSITIVE),
-    "data.threads": whole(*POSITIVE),
+    **dict.fromkeys(
+        ("data.block", "data.threads", "data.prefetch", "data.max_labels"), whole(*POSITIVE)
+    ),
     "data.workers": whole(*NOT_NEGATIVE),
-    "data.prefetch": whole(*POSITIVE),
-    "data.max_labels": whole(*POSITIVE),
     "data.text_sources": (
         "weights of 0 or more, one of them positive",
         lambda w: (
@@ -102,20 +96,18 @@ CHECKS: dict[str, Check] = {
     "init.model": ("text, empty for none", lambda x: not x or TEXT[1](x)),
     "init.parts": PARTS,
     "optimizer.kind": choice(optim.KINDS),
-    "optimizer.learning_rate": real(*POSITIVE),
-    "optimizer.final_fraction": real(*NOT_NEGATIVE),
-    "optimizer.b1": real(*BELOW_ONE),
-    "optimizer.b2": real(*BELOW_ONE),
-    "optimizer.eps": real(*POSITIVE),
-    "optimizer.weight_decay": real(*NOT_NEGATIVE),
-    "optimizer.clip_norm": real(*NOT_NEGATIVE),
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.eps"), real(*POSITIVE)),
+    **dict.fromkeys(
+        (f"optimizer.{key}" for key in ("final_fraction", "weight_decay", "clip_norm")),
+        real(*NOT_NEGATIVE),
+    ),
+    **dict.fromkeys(("optimizer.b1", "optimizer.b2", "ema.decay"), real(*BELOW_ONE)),
     "optimizer.first_moment_dtype": choice(("bfloat16", "float32")),
     "optimizer.frozen": PARTS,
     "optimizer.layer_decay": real(*SHARE),
     "optimizer.table.learning_rate_multiplier": real(*NOT_NEGATIVE),
     "optimizer.table.clip_norm": real(*NOT_NEGATIVE),
     "optimizer.table.second_moment": choice(class_table.SECOND_MOMENTS),
-    "ema.decay": real(*BELOW_ONE),
     "checkpoint.keep": whole(*POSITIVE),
     "checkpoint.verify": SWITCH,
     "telemetry.hang_minutes": real(*NOT_NEGATIVE),
