@@ -93,11 +93,7 @@ def main(*workdirs: str, out: str = "") -> None:
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
-    """Reads the metrics of every folder.
-
-    Raises:
-      BadInput: a folder without metrics, or given twice.
-    """
+    """The metrics of every folder; BadInput for one that has none, or is given twice."""
     folders = [files.input_folder(workdir, "workdir") for workdir in workdirs]
     folders = [path if files.is_remote(path) else path.resolve() for path in folders]
     for path, given in zip(folders, workdirs, strict=True):

@@ -45,7 +45,6 @@ def main(
     """Trains; a save that is under way is finished even if an exception cuts the run.
 
     Args:
-      config: see ``configs/mofi.py``.
       workdir: folder of the run; one that all hosts share.
       profile: see `telemetry.Profile`.
       coordinator, processes, process: see `hosts.start`.
@@ -114,10 +113,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         name: clock.steps(options.pop("every", "10 percent"), key=f"config.evaluators.{name}.every")
         for name, options in evaluators.items()
     }
-    disabled = {name: "its `every` is 0" for name in evaluators if not eval_every[name]}
     selected = {name: evaluators[name] for name in evaluators if eval_every[name]}
     suite = hosts.all_or_none(lambda: evaluation.build_all(towers, selected))
-    for name, reason in {**suite.skipped, **disabled}.items():
+    for name in sorted(evaluators.keys() - suite.evaluators.keys()):
+        reason = suite.skipped.get(name, "its `every` is 0")
         logging.info("config.evaluators.%s is left out: %s", name, reason)
 
     # ---------------------------------------------------------------------- checkpoint

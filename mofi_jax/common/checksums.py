@@ -23,11 +23,7 @@ def write(folder: epath.PathLike) -> None:
 
 
 def damage(folder: epath.PathLike) -> str | None:
-    """The first file that is not what was summed, in words; None if all are.
-
-    Raises:
-      FileNotFoundError: the folder has no sums.
-    """
+    """The first file that is not what was summed, in words; None if all are."""
     text = (epath.Path(folder) / FILE).read_bytes().decode(errors="replace")
     try:
         current = _sums(folder)
@@ -35,9 +31,7 @@ def damage(folder: epath.PathLike) -> str | None:
         return f"{error.filename} cannot be read ({error.strerror})"
     if text == _text(current):
         return None
-    saved = {
-        name: digest for digest, _, name in (line.partition("  ") for line in text.split("\n"))
-    }
+    saved = {line.partition("  ")[2]: line.partition("  ")[0] for line in text.split("\n")}
     for name in sorted((saved.keys() | current.keys()) - {""}):
         if name not in current:
             return f"{name} is missing"

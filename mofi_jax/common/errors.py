@@ -42,11 +42,14 @@ def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> s
 
     Libraries in C++ report an OSError as text inside an exception of their own.
     """
+    inside = os.path.abspath(folder)
     while error is not None:
-        if isinstance(error, OSError) and (
-            error.errno in _FULL or (error.errno in _CLOSED and _on_path(error.filename, folder))
-        ):
-            return os.strerror(error.errno).lower()
+        if isinstance(error, OSError):
+            # In the folder, or one of its parents.
+            path = os.path.abspath(str(error.filename))
+            near = error.filename and os.path.commonpath([path, inside]) in (path, inside)
+            if error.errno in _FULL or (error.errno in _CLOSED and near):
+                return os.strerror(error.errno).lower()
         for number in (*_FULL, *_CLOSED):
             if os.strerror(number) in str(error) and str(folder) in str(error):
                 return os.strerror(number).lower()
@@ -58,11 +61,3 @@ def may_pass(error: BaseException) -> bool:
     """Whether reading failed for a reason that is no damage: a server away, too many open files."""
     numbers = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
     return isinstance(error, OSError) or any(os.strerror(n) in str(error) for n in numbers)
-
-
-def _on_path(filename: object, folder: os.PathLike | str) -> bool:
-    """Whether a file lies in a folder, or is one of its parents."""
-    if filename is None:
-        return False
-    path, folder = os.path.abspath(str(filename)), os.path.abspath(folder)
-    return os.path.commonpath([path, folder]) in (path, folder)

@@ -60,10 +60,8 @@ def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> e
 def replaced_folder(text: epath.PathLike, flag: str) -> epath.Path:
     """As `output_folder`, of a folder that is written beside its place and then moved into it.
 
-    A link to a folder stays, and what it leads to is replaced.
-
-    Raises:
-      BadInput: also for a folder that cannot be moved away.
+    A link to a folder stays, and what it leads to is replaced.  BadInput also for a folder that
+    cannot be moved away.
     """
     path = epath.Path(os.path.realpath(output_folder(text, flag)))
     holds_current = os.path.commonpath([path, os.getcwd()]) == os.fspath(path)
@@ -77,11 +75,7 @@ def replaced_folder(text: epath.PathLike, flag: str) -> epath.Path:
 
 
 def output_file(text: epath.PathLike, flag: str) -> epath.Path:
-    """The file that a flag names, which need not exist; nothing is written.
-
-    Raises:
-      BadInput: a remote path, a folder, or a place that cannot be written.
-    """
+    """The file that a flag names, which need not exist; BadInput where it cannot be written."""
     path = _local(text, flag)
     if path.is_dir():
         raise BadInput(f"{flag}={text} is a folder: name a file.")
@@ -100,11 +94,7 @@ def local_input(text: epath.PathLike, what: str) -> epath.Path:
 
 
 def input_folder(text: epath.PathLike, flag: str) -> epath.Path:
-    """The folder that a flag names, to be read; it may lie in a bucket.
-
-    Raises:
-      BadInput: a remote path of another kind, or no client for buckets is installed.
-    """
+    """The folder that a flag names, to be read; BadInput for a bucket that cannot be asked."""
     if is_remote(text):
         if not os.fspath(text).startswith("gs://"):
             raise BadInput(f"{flag}={text} is a remote path: name a local one, or gs://BUCKET/....")

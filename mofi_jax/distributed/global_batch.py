@@ -23,11 +23,8 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
     """The rows of a global batch (int [n], ascending) that a process has to feed.
 
-    With ``tensor`` across hosts, several processes feed the same rows.
-
-    Args:
-      batch_size: a multiple of `batch_shards`.
-      process: this one if None.
+    The batch is a multiple of `batch_shards`.  With ``tensor`` across hosts, several processes feed
+    the same rows.
     """
     process = jax.process_index() if process is None else process
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)

@@ -13,19 +13,12 @@ _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, [\
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One line of a computation."""
 
-    Attributes:
-      opcode: as in "all-gather-start".
-      arrays: dtype and dimensions of each array of the result.
-      operands: names of instructions of the same computation.
-      text: the whole line.
-    """
-
-    opcode: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
-    operands: tuple[str, ...]
-    text: str
+    opcode: str  # as in "all-gather-start"
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]  # dtype and dimensions, of the result
+    operands: tuple[str, ...]  # names of instructions of the same computation
+    text: str  # the whole line
 
     @property
     def array_bytes(self) -> tuple[int, ...]:

@@ -23,11 +23,7 @@ class Collective:
 
 
 def collectives(program: hlo.Program, *, devices: int) -> tuple[Collective, ...]:
-    """All of a program's collectives, most bytes first.
-
-    Args:
-      devices: how many run it, for collectives over all of them.
-    """
+    """All collectives of a program that `devices` run, most bytes first."""
     counts, sent = collections.Counter(), collections.Counter()
     for name, times in program.executions.items():
         computation = program.computations[name].values()

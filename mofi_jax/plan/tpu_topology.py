@@ -28,14 +28,11 @@ _KNOWN = f"write VERSION:CHIPS with one of {', '.join(SLICES)}, as in v5e:16x16,
 def devices(topology: str, slices: int = 1) -> list[Any]:
     """Devices for which programs can be compiled, not run.
 
-    Sets up jax for compiling alone: call it before anything else of jax is used.
+    Sets up jax for compiling alone: call it before anything else of jax is used.  BadInput for a
+    topology that does not exist, or without the compiler.
 
     Args:
       topology: version and chips of one slice, as in "v5e:16x16" or "v5p:8x8x4".
-      slices: how many such slices, connected by the data centre's network.
-
-    Raises:
-      BadInput: a topology that does not exist, or no compiler.
     """
     version, _, chips = topology.partition(":")
     if version not in SLICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips):

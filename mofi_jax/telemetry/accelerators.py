@@ -16,7 +16,6 @@ class Chip:
 
     Attributes:
       bf16_flops: peak of matrix products in bfloat16, FLOP/s.
-      hbm_bytes: size of its memory.
       link_bandwidth: to the other chips of its slice or node (ICI, NVLink), bytes/s, all links and
         both directions added up, as makers do; None where no total is stated.
       clock: of a TPU's cores, Hz: the peak over what a device's matrix units do a cycle, by the

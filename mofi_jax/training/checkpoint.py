@@ -130,11 +130,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
-    """The steps whose saves were finished, ascending; they may be damaged.
-
-    Raises:
-      BadInput: a file lies in place of their folder.
-    """
+    """The steps whose saves were finished, ascending; they may be damaged."""
     folder = files.absolute(workdir) / FOLDER
     try:
         return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
@@ -232,11 +228,7 @@ def _step(workdir: epath.PathLike, step: int) -> epath.Path:
 
 
 def read_position(workdir: epath.PathLike, step: int) -> Position:
-    """How far a run had come at a saved step.
-
-    Raises:
-      BadInput: it cannot be read.
-    """
+    """How far a run had come at a saved step; BadInput if that cannot be read."""
     folder = _step(workdir, step) / "position"
     handler = ocp.JsonCheckpointHandler()
     with _reading(folder), ocp.Checkpointer(handler, **_single_host()) as checkpointer:
@@ -276,10 +268,7 @@ def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainSt
 def restore_params(workdir: epath.PathLike) -> Any:
     """The parameters of a run's latest checkpoint as numpy arrays, whole.
 
-    Their average where the run has one: it is what a run evaluates.
-
-    Raises:
-      BadInput: there is no checkpoint, or it is damaged.
+    Their average where the run has one: it is what a run evaluates.  BadInput as of `last_step`.
     """
     folder = _step(workdir, hosts.agree(lambda: last_step(workdir)))
     return hosts.all_or_none(
@@ -320,8 +309,8 @@ def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list
     has_ema = (folder / "ema").exists()
     if has_ema != ("ema" in expected):
         expected.pop("ema", None)
-        article = "an" if has_ema else "no"
         # One sentence in place of one for each parameter.
+        article = "an" if has_ema else "no"
         problems = [f"{article} average of the parameters is in it (config.ema.decay)"]
     named: set[str] = set()  # a parameter's moments and average are not named again
     for item, tree in expected.items():

@@ -115,7 +115,6 @@ def moved_rows(
     A new row starts without moments, as a row that was not drawn for long.
 
     Args:
-      state: with a row for each old entity in the class table and its moments.
       sources: row of the old table for each row of the new one; below 0 for a new entity.
       new_rows: for each entity with a source below 0, in order.
       table_rows: rows of the new table with its padding, which is zero.

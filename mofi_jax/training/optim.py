@@ -67,12 +67,7 @@ def learning_rates(
 
 
 def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
-    """Builds the update rule.
-
-    Args:
-      config: ``config.optimizer``, see ``configs/mofi.py``; weight_decay is multiplied by the
-        learning rate, as `optax.adamw` does.
-    """
+    """The update rule of ``config.optimizer``; weight decay is multiplied by the learning rate."""
     rate = schedule(config, clock)
     table = config.table
     adam = optax.scale_by_adam(
@@ -101,8 +96,8 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     }
 
     def rule_of(path: tuple[Any, ...]) -> str:
-        if is_frozen(path, tuple(config.frozen)):
-            return "frozen"
+        if in_parts(sharding.path_name(path), config.frozen):
+            return "frozen"  # ``image`` alone is LiT (arXiv 2111.07991)
         return "table" if class_table.is_table(path) else "towers"
 
     return optax.partition(
@@ -165,11 +160,6 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
         return jax.tree.map_with_path(lambda path, leaf: factor(path, leaf, layers), updates)
 
     return optax.identity() if decay == 1 else optax.stateless(scaled)
-
-
-def is_frozen(path: tuple[Any, ...], frozen: Sequence[str]) -> bool:
-    """Whether a parameter is in a frozen part; ``image`` alone is LiT (arXiv 2111.07991)."""
-    return in_parts(sharding.path_name(path), frozen)
 
 
 def in_parts(name: str, parts: Sequence[str]) -> bool:

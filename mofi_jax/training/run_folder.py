@@ -48,11 +48,7 @@ def describe_model(
 
 
 def read_model(run: epath.PathLike) -> dict[str, Any]:
-    """The content of a run's model.json.
-
-    Raises:
-      BadInput: it is not there, or does not describe a model.
-    """
+    """The content of a run's model.json; BadInput if it is not there or describes no model."""
     path = epath.Path(run) / MODEL_FILE
     remedy = "put back a copy, or remove it and start the training again, which writes it"
     values = files.read_json_object(path, remedy)
@@ -117,11 +113,7 @@ def data_fingerprint(
 def agreed_fingerprint(
     config: Any, parts: Sequence[Any], texts: tokenizer.Tokenizer
 ) -> dict[str, Any]:
-    """`data_fingerprint`, which has to be the same on every host.
-
-    Raises:
-      BadInput: this host has other data than host 0, or another has.
-    """
+    """`data_fingerprint`; BadInput on every host where one has other data than host 0."""
     own = hosts.all_or_none(lambda: data_fingerprint(config, parts, texts))
     first = hosts.agree(lambda: own)
 
@@ -251,12 +243,8 @@ def prepare(
 ) -> None:
     """Host 0 writes what makes the folder readable on its own; the others check that they see it.
 
-    Args:
-      contents: its damaged steps are renamed (`checkpoint.set_aside`).
-      entities_path: None for a run without a class table.
-
-    Raises:
-      BadInput: another host does not see what host 0 has written.
+    Damaged steps among the contents are renamed (`checkpoint.set_aside`).  BadInput where another
+    host does not see what host 0 has written.
     """
 
     def write() -> None:

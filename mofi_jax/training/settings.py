@@ -115,11 +115,7 @@ CHECKS: dict[str, Check] = {
 
 
 def validate(config: Any) -> None:
-    """Checks the values of a finished training config.
-
-    Raises:
-      BadInput: names the first key that is missing, or whose value cannot work.
-    """
+    """Raises BadInput that names the first key that is missing, or whose value cannot work."""
     _check(config, CHECKS)
     more: dict[str, Check] = {}
     for name in config.losses:

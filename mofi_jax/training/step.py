@@ -27,7 +27,7 @@ class StepContext:
       losses: task name -> {"weight": ..., options of the task}, as in ``config.losses``.
       num_entities: real rows of the class table, 0 without one.
       microbatches: parts in which the towers process a batch (`in_microbatches`).
-      frozen: parts of the parameters that are constants (`optim.is_frozen`).
+      frozen: parts of the parameters that are constants (`optim.in_parts`).
       ema_decay: of the moving average of the parameters, 0 for none (`state.updated_ema`).
       seed: of the classes drawn by a sampled entity loss, with the step's number.
     """
@@ -155,7 +155,9 @@ def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
         # A frozen tower has no backward pass.
         params = jax.tree.map_with_path(
             lambda path, leaf: (
-                jax.lax.stop_gradient(leaf) if optim.is_frozen(path, context.frozen) else leaf
+                jax.lax.stop_gradient(leaf)
+                if optim.in_parts(sharding.path_name(path), context.frozen)
+                else leaf
             ),
             params,
         )
