@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
-from mofi_jax.plan import hlo, network, tpu_topology
+from mofi_jax.plan import hlo, tpu_topology
 from mofi_jax.training import class_table
 
 BATCH, CLASSES = P(meshes.BATCH_AXES), P(meshes.ALL_AXES)
@@ -223,7 +223,7 @@ def describe(name: str) -> dict[str, Any]:
     for instruction in (i for c in text.computations.values() for i in c.values()):
         found = {shape for _, shape in instruction.arrays}
         shapes |= found
-        if (kind := instruction.opcode.removesuffix("-start")) in network.KINDS:
+        if (kind := instruction.opcode.removesuffix("-start")) in hlo.KINDS:
             collectives[kind] |= found
     mib = 2**20
     return {

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from mofi_jax.distributed import meshes
 from mofi_jax.plan import hlo
-from mofi_jax.plan.network import Collective, collectives
+from mofi_jax.plan.hlo import Collective, collectives
 
 # As the TPU compiler writes loops: no note of the trip count, counters behind copies.
 TPU_TEXT = """HloModule jit_f, is_scheduled=true

@@ -13,7 +13,7 @@ from etils import epath
 from configs import mofi, quickstart
 from mofi_jax.common.errors import BadInput
 from mofi_jax.plan import __main__ as plan
-from mofi_jax.plan import network, tpu_topology
+from mofi_jax.plan import hlo, tpu_topology
 from mofi_jax.telemetry import accelerators
 from mofi_jax.training import setup, state
 
@@ -183,14 +183,14 @@ def test_bounds_and_mfu():
     known = {
         "chips": 2,
         "model": {"image": 2 * 197e12},
-        "collectives": (network.Collective("all-gather", 16, 1, 100e9),),
+        "collectives": (hlo.Collective("all-gather", 16, 1, 100e9),),
         "cycles": 6_000_000_000,
     }
     on_v5e = planned(quickstart.get_config(), **known)
     assert on_v5e.bounds == {"model FLOPs": 1.0, "links": 0.5}
     assert on_v5e.mfu_bound == 1
     assert on_v5e.mfu_estimate == 0.25
-    slow = network.Collective("all-gather", 16, 1, 400e9)
+    slow = hlo.Collective("all-gather", 16, 1, 400e9)
     assert dataclasses.replace(on_v5e, collectives=(slow,)).mfu_bound == 0.5
     v7x = accelerators.chip_of(type("Device", (), {"device_kind": "TPU7x"}))
     bounds = dataclasses.replace(on_v5e, chip=v7x).bounds

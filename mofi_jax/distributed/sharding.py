@@ -43,6 +43,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their `path_name`."""
+    return {path_name(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}
+
+
 def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
     """The spec of one array by the first rule that matches; what does not divide stays whole.
 
@@ -83,8 +88,8 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
     tensor = mesh.shape["tensor"]
     rest = mesh.size // tensor  # devices for replica and fsdp
     leaves = [
-        (leaf.size * leaf.dtype.itemsize, path_name(path), leaf.shape)
-        for path, leaf in jax.tree.flatten_with_path(tree)[0]
+        (leaf.size * leaf.dtype.itemsize, name, leaf.shape)
+        for name, leaf in named_leaves(tree).items()
     ]
     total = sum(size for size, _, _ in leaves)
 

@@ -22,9 +22,9 @@ from absl import logging
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
-from mofi_jax.plan import hlo, network, tpu_topology
+from mofi_jax.plan import hlo, tpu_topology
 from mofi_jax.telemetry import accelerators, flops
-from mofi_jax.training import class_table, settings, setup, state, step
+from mofi_jax.training import settings, setup, state, step
 
 EXAMPLES_PER_EPOCH = 10**9  # of the schedule alone, which no shape depends on
 GIB = 2**30
@@ -53,7 +53,7 @@ class Plan:
     needed: int | None
     available: int
     model: dict[str, float]
-    collectives: tuple[network.Collective, ...] = ()
+    collectives: tuple[hlo.Collective, ...] = ()
     cycles: int = 0
 
     @property
@@ -160,7 +160,7 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
         needed = sum(memory.values())
         program = hlo.Program(compiled.as_text())
         read = {
-            "collectives": network.collectives(program, devices=mesh.size),
+            "collectives": hlo.collectives(program, devices=mesh.size),
             "cycles": program.estimated_cycles().total(),
         }
     return Plan(
@@ -180,11 +180,11 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
 def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, int]:
     """Bytes on one device of all that a step is given, by kind."""
     kinds = dict.fromkeys(("parameters", "optimizer", "class table", "its moments", "batch"), 0)
-    for path, leaf in jax.tree_util.tree_flatten_with_path({"state": structs, "batch": batch})[0]:
-        moment = sharding.path_name(path).startswith("state/opt_state/")
-        if sharding.path_name(path).startswith("batch/"):
+    for name, leaf in sharding.named_leaves({"state": structs, "batch": batch}).items():
+        moment = name.startswith("state/opt_state/")
+        if name.startswith("batch/"):
             kind = "batch"
-        elif class_table.is_table(path):
+        elif name.endswith(sharding.ENTITY_TABLE):
             kind = "its moments" if moment else "class table"
         else:
             kind = "optimizer" if moment else "parameters"

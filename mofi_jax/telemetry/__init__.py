@@ -4,11 +4,11 @@ JSON lines are the truth; TensorBoard, Weights & Biases, the console and the cur
 Host 0 writes and logs; the others are silent until they hang.
 """
 
-from mofi_jax.telemetry.console import Console as Console
 from mofi_jax.telemetry.goodput import GOODPUT_FILE as GOODPUT_FILE
 from mofi_jax.telemetry.goodput import PHASES as PHASES
 from mofi_jax.telemetry.goodput import Goodput as Goodput
 from mofi_jax.telemetry.goodput import process_start as process_start
+from mofi_jax.telemetry.meter import Console as Console
 from mofi_jax.telemetry.meter import Meter as Meter
 from mofi_jax.telemetry.metrics import NAN_FILE as NAN_FILE
 from mofi_jax.telemetry.metrics import TIMED as TIMED

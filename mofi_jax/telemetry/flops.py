@@ -38,7 +38,9 @@ def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
             rows = entity_sampling.places(padded, rate, context.mesh) * context.mesh.size
         classes = TRAINED * 2.0 * batch_size * rows * model.embed_dim
     if "contrastive" in losses:
-        text = batch_size * times["text"] * text_forward(model)
+        # Token embeddings are looked up.
+        one = _tower(model.text, model.context_length, model.embed_dim)
+        text = batch_size * times["text"] * one
         pairs = TRAINED * 2.0 * batch_size**2 * model.embed_dim
     return {"image": image, "text": text, "classes": classes, "pairs": pairs}
 
@@ -53,11 +55,6 @@ def image_input(model: mofi.MofiConfig) -> float:
     """FLOPs of one picture's patch embedding."""
     patches = (model.image_size // model.patch_size) ** 2
     return 2.0 * patches * 3 * model.patch_size**2 * model.image.width
-
-
-def text_forward(model: mofi.MofiConfig) -> float:
-    """FLOPs of one text through the text tower; token embeddings are looked up."""
-    return _tower(model.text, model.context_length, model.embed_dim)
 
 
 def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:

@@ -22,11 +22,7 @@ def check_finite(params: Any, where: epath.PathLike) -> None:
         fine = jax.jit(lambda tree: jax.tree.map(lambda x: finite(jnp, x), tree))(params)
     else:
         fine = jax.tree.map(lambda x: finite(np, x), params)
-    bad = [
-        sharding.path_name(path)
-        for path, value in jax.tree_util.tree_flatten_with_path(fine)[0]
-        if not value
-    ]
+    bad = [name for name, value in sharding.named_leaves(fine).items() if not value]
     if bad:
         some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise BadInput(
@@ -37,7 +33,10 @@ def check_finite(params: Any, where: epath.PathLike) -> None:
 
 def differences(saved: Any, wanted: Any) -> dict[str, str]:
     """Arrays by name whose shapes differ between two trees, and how."""
-    saved, wanted = _shapes(saved), _shapes(wanted)
+    saved, wanted = (
+        {name: tuple(leaf.shape) for name, leaf in sharding.named_leaves(tree).items()}
+        for tree in (saved, wanted)
+    )
     problems = {}
     for name in sorted(saved.keys() | wanted.keys()):
         if name not in saved:
@@ -49,10 +48,3 @@ def differences(saved: Any, wanted: Any) -> dict[str, str]:
         elif saved[name] != wanted[name]:
             problems[name] = f"is {saved[name]} there and {wanted[name]} here"
     return problems
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        sharding.path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }

@@ -180,11 +180,9 @@ def catch_up_ema(state: Any, decay: float) -> Any:
     A row that is not drawn does not change, and its average is as old as its last draw: the steps
     that it missed are applied here at once.
     """
-    last_steps = [
-        leaf
-        for path, leaf in jax.tree.flatten_with_path(state.opt_state)[0]
-        if is_table(path) and "last_step" in sharding.path_name(path).split("/")
-    ]
+    moments = sharding.named_leaves(state.opt_state).items()
+    wanted = f"last_step/{sharding.ENTITY_TABLE}"
+    last_steps = [leaf for name, leaf in moments if name.endswith(wanted)]
     if state.ema is None or not last_steps:  # a frozen table has none
         return state
     rows = state.params[sharding.ENTITY_TABLE]

@@ -153,9 +153,9 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
     def scaled(updates: Any, params: Any) -> Any:
         del params
         layers = {
-            sharding.path_name(path).split("/")[0]: leaf.shape[0]
-            for path, leaf in jax.tree.flatten_with_path(updates)[0]
-            if "blocks" in sharding.path_name(path).split("/")
+            name.partition("/")[0]: leaf.shape[0]
+            for name, leaf in sharding.named_leaves(updates).items()
+            if "blocks" in name.split("/")
         }
         return jax.tree.map_with_path(lambda path, leaf: factor(path, leaf, layers), updates)
 
@@ -169,8 +169,7 @@ def in_parts(name: str, parts: Sequence[str]) -> bool:
 
 def check_frozen(params: Any, frozen: Sequence[str]) -> None:
     """Raises BadInput for a part without parameters (names those there are), or for all of them."""
-    leaves = jax.tree.flatten_with_path(params)[0]
-    paths = [sharding.path_name(path) for path, _ in leaves]
+    paths = sharding.named_leaves(params).keys()
     for part in frozen:
         if not any(in_parts(path, (part,)) for path in paths):
             names = sorted({"/".join(path.split("/")[:2]) for path in paths})
