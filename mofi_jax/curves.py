@@ -58,7 +58,7 @@ _PANEL_INCHES = (4.2, 2.7)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Attributes: name, unique among the runs; lines, those of the metrics file."""
+    """The lines of a metrics file, under a name that no other run has."""
 
     name: str
     lines: Sequence[dict[str, Any]]

@@ -120,9 +120,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         logging.info("config.evaluators.%s is left out: %s", name, reason)
 
     # ---------------------------------------------------------------------- checkpoint
-    description = run_folder.describe_model(
-        model, config.data.eval_ops, classified="entity" in config.losses
-    )
+    description = run_folder.describe_model(model, config.data.eval_ops, num_entities > 0)
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     verify = config.checkpoint.verify
     cleanup.enter_context(run_lock.held(workdir))
@@ -217,9 +215,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             and (step != first or first in (0, total) or not position.evaluated)
         }
         # The state after the last step is always saved.
-        saving = step != first and (
-            preempted or step == total or clock.due(step, train_setup.save_every)
-        )
+        scheduled = step == total or clock.due(step, train_setup.save_every)
+        saving = step != first and (preempted or scheduled)
         if due or saving:
             jax.block_until_ready(values)  # a step in flight is no part of what follows
             console.show(step, metrics.flush())
@@ -275,20 +272,18 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # ---------------------------------------------------------------------- result
     split = goodput.finish()
     trained = split["input"] + split["step"]
+    result = {
+        "steps": total,
+        "examples": examples,
+        "seconds": round(trained, 3),
+        "images_per_second": round(examples / max(trained, 1e-9), 1),
+        "goodput": {phase: round(s, 3) for phase, s in split.items()},
+        "entities": num_entities,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
+        "scores": scores,
+    }
     if jax.process_index() == 0:
-        files.write_json(
-            workdir / "result.json",
-            {
-                "steps": total,
-                "examples": examples,
-                "seconds": round(trained, 3),
-                "images_per_second": round(examples / max(trained, 1e-9), 1),
-                "goodput": {phase: round(s, 3) for phase, s in split.items()},
-                "entities": num_entities,
-                "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
-                "scores": scores,
-            },
-        )
+        files.write_json(workdir / "result.json", result)
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
     logging.info("%s", goodput.line())
 

@@ -32,9 +32,8 @@ def start(distributed: bool, coordinator: str, processes: str, process: str, tim
     Args:
       distributed: ``config.distributed``; without it and the three below, the process is alone.
       coordinator: HOST:PORT of process 0, which listens there.
-      processes: how many there are.
-      process: which one this is, from 0; all three are "" on a TPU slice, under SLURM, Kubernetes
-        or Open MPI, where jax finds them.
+      processes, process: how many there are, and which one this is, from 0; all three are "" on a
+        TPU slice, under SLURM, Kubernetes or Open MPI, where jax finds them.
       timeout: seconds to wait for the others (``config.start_timeout``).
 
     Raises:

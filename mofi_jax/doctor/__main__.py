@@ -149,20 +149,18 @@ def check_run(
             np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in leaves + parameters
         )
-        level = "problem" if needed > found["memory"] else "ok"
-        report.add(
-            "device memory",
-            level,
+        fits = needed <= found["memory"]
+        text = (
             f"{needed / GIB:.2f} GiB of state and gradients on each device of "
             f"{found['memory'] / GIB:.1f} GiB; mofi_jax.plan computes the rest"
-            + (": use more devices, or a smaller model." if level == "problem" else ""),
         )
+        remedy = "" if fits else ": use more devices, or a smaller model."
+        report.add("device memory", "ok" if fits else "problem", text + remedy)
     if place is None:
         return
     with report.about("workdir"):
-        description = run_folder.describe_model(
-            model, config.data.eval_ops, classified="entity" in config.losses
-        )
+        classified = "entity" in config.losses
+        description = run_folder.describe_model(model, config.data.eval_ops, classified)
         fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
         start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
         verify = config.checkpoint.verify
@@ -180,12 +178,9 @@ def check_run(
     there = sum(file.stat().st_size for file in saved if file.is_file())
     free = shutil.disk_usage(place).free + there
     level = "problem" if count * total > free else "warning" if count * total > 0.8 * free else "ok"
-    report.add(
-        "disk",
-        level,
-        f"{count} checkpoints of {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free or to be replaced"
-        + ("" if level == "ok" else ": make room, or lower config.checkpoint.keep."),
-    )
+    text = f"{count} checkpoints of {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free or replaceable"
+    remedy = "" if level == "ok" else ": make room, or lower config.checkpoint.keep."
+    report.add("disk", level, text + remedy)
 
 
 if __name__ == "__main__":

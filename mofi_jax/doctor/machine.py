@@ -104,12 +104,9 @@ def devices(report: Report, **options: Any) -> dict[str, Any] | None:
         report.add("devices", "problem", found["problem"])
         return None
     axes = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
-    report.add(
-        "devices",
-        "ok",
-        f"{found['devices']} x {found['kind']} ({found['platform']}) on {found['processes']} "
-        f"hosts, {found['local']} here; mesh {axes}",
-    )
+    kinds = f"{found['devices']} x {found['kind']} ({found['platform']})"
+    hosts_here = f"{found['processes']} hosts, {found['local']} here"
+    report.add("devices", "ok", f"{kinds} on {hosts_here}; mesh {axes}")
     return found
 
 
@@ -140,13 +137,12 @@ def unseen(report: Report, root: str = "/") -> None:
     found = [path for p in patterns for path in pathlib.Path(root, "dev").glob(p)]
     if found:
         plugins = ", ".join(f"{name} {installed(name)}" for name in PLUGINS if installed(name))
-        report.add(
-            "devices",
-            "problem",
+        text = (
             f"jax sees the CPU alone, but there is {found[0]} (installed: {plugins or 'no plugin'})"
             ': unset JAX_PLATFORMS, run pip install "jax[cuda13]" (jax[cuda12] with a driver below '
-            '580) or "jax[tpu]", and see whether nvidia-smi works.',
+            '580) or "jax[tpu]", and see whether nvidia-smi works.'
         )
+        report.add("devices", "problem", text)
 
 
 def holders(report: Report, root: str = "/") -> None:
@@ -161,11 +157,7 @@ def holders(report: Report, root: str = "/") -> None:
 
 
 def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
-    """Whether checkpoints can be committed in the workdir, which is left as it was.
-
-    Returns:
-      The folder, or the nearest one above it that exists; None if nothing can be written there.
-    """
+    """The workdir, or what exists above it, if checkpoints can be committed there, else None."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -175,9 +167,8 @@ def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
             part = pathlib.Path(scratch, "part")
             part.mkdir()
             step = "writing and syncing a file"
-            with open(part / "file", "wb") as file:
+            with open(part / "file", "wb", buffering=0) as file:
                 file.write(b"x" * 4096)
-                file.flush()
                 os.fsync(file.fileno())
             step = "replacing a file"
             (part / "other").write_bytes(b"y")
@@ -185,12 +176,11 @@ def folder(report: Report, path: pathlib.Path) -> pathlib.Path | None:
             step = "renaming a folder with files in it"
             os.rename(part, pathlib.Path(scratch, "whole"))
     except OSError as error:
-        report.add(
-            "workdir",
-            "problem",
+        text = (
             f"{place}: {step} fails ({error.strerror}): name another folder, or mount the bucket "
-            "with gcsfuse --rename-dir-limit 200000 (or a hierarchical namespace).",
+            "with gcsfuse --rename-dir-limit 200000 (or a hierarchical namespace)."
         )
+        report.add("workdir", "problem", text)
         return None
     report.add("workdir", "ok", f"{path} can be written")
     return place

@@ -217,17 +217,13 @@ def remedies(config: Any, planned: Plan) -> list[str]:
     sampled = large_table and losses.entity.sample_rate == 1
     tiles = "entity" in losses and losses.entity.block_size
     half = config.batch_size // 2
+    replicas = config.mesh.replica > planned.slices
+    whole_moments = optimizer.first_moment_dtype == "float32"
     hints = (
         (config.model.remat != "full", "model.remat=full recomputes all: a third more FLOPs"),
         (more > 1, f"microbatches={parts * more} keeps the activations of one of them{again}"),
-        (
-            config.mesh.replica > planned.slices,
-            f"mesh.replica={planned.slices} shards parameters and moments over more devices",
-        ),
-        (
-            optimizer.first_moment_dtype == "float32",
-            "optimizer.first_moment_dtype=bfloat16 halves the first moments",
-        ),
+        (replicas, f"mesh.replica={planned.slices} shards parameters over more devices"),
+        (whole_moments, "optimizer.first_moment_dtype=bfloat16 halves the first moments"),
         (row, "optimizer.table.second_moment=row keeps one value for each entity"),
         (sampled, "losses.entity.sample_rate=0.1 has a gradient for a tenth of the table"),
         (tiles, "losses.entity.block_size=0 chooses tiles that fit"),
@@ -272,10 +268,8 @@ def describe(config: Any, planned: Plan) -> str:
     ]
     if not planned.fits:
         needed = f"{planned.needed / GIB:.1f} GiB" if planned.needed else "more"
-        lines.append(
-            f"It does not fit: the step needs {needed} a chip of {planned.available / GIB:.1f} GiB."
-            "  Change:"
-        )
+        available = f"{planned.available / GIB:.1f} GiB"
+        lines.append(f"It does not fit: the step needs {needed} a chip of {available}.  Change:")
         return "\n".join(lines + [f"  {hint}" for hint in remedies(config, planned)])
     model = {**planned.model, "altogether": sum(planned.model.values())}
     lines += [

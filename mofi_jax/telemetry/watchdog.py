@@ -10,10 +10,7 @@ class Watchdog:
 
     Every host has its own, since in a hung run the stacks differ: one host waits for its data and
     the others, in a collective, for that host.  It prints even while C++ code holds the interpreter
-    lock, and again each time the limit has passed.
-
-    Args:
-      minutes: without progress until it prints; 0 for never.
+    lock, and again each time the limit has passed; with 0 minutes never.
     """
 
     def __init__(self, minutes: float):

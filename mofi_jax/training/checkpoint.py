@@ -113,11 +113,7 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which does not ask the preemption service itself.
-
-    The service counts calls: with others than those of `preemption.PreemptionGuard` it would wait
-    for a step that the loop never asks about.
-    """
+    """Orbax's, which leaves the preemption service, which counts calls, to `PreemptionGuard`."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -144,10 +140,8 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | None:
     """What is wrong with a saved step, in words with its folder; None if it can be read.
 
-    Args:
-      verify: read every file and compare its checksum, where there are checksums: a process killed
-        between save and checksums, ``config.checkpoint.verify=False`` and earlier versions left
-        none.
+    With `verify` every file is read and compared with its checksum, if it has one: a process killed
+    between save and checksums, ``config.checkpoint.verify=False`` and earlier versions left none.
     """
     folder = _step(workdir, step)
     if verify and (folder / checksums.FILE).is_file():
@@ -169,8 +163,7 @@ def latest_intact(
 ) -> tuple[int | None, list[tuple[int, str]]]:
     """The last step that can be read, None if none was saved; later ones with what is wrong.
 
-    Raises:
-      BadInput: steps were saved, and all of them are damaged.
+    BadInput where steps were saved, and all of them are damaged.
     """
     damaged: list[tuple[int, str]] = []
     for step in reversed(saved_steps(workdir)):
@@ -203,11 +196,7 @@ def set_aside(
 
 
 def last_step(workdir: epath.PathLike) -> int:
-    """The last saved step, for readers of a run.
-
-    Raises:
-      BadInput: there is none, or it is damaged; names the intact step before it.
-    """
+    """The last saved step, for readers of a run; BadInput if there is none, or it is damaged."""
     step, damaged = latest_intact(workdir)
     if step is None:
         raise BadInput(

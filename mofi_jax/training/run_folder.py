@@ -39,7 +39,7 @@ _READERS = 16  # a bucket answers in tens of milliseconds, a set may have 10,000
 
 
 def describe_model(
-    config: mofi.MofiConfig, preprocess: str, *, classified: bool = True
+    config: mofi.MofiConfig, preprocess: str, classified: bool = True
 ) -> dict[str, Any]:
     """The content of model.json; with the order of the class table where there is one."""
     order = {"table_order": class_order.TABLE_ORDER} if classified else {}
