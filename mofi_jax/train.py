@@ -157,16 +157,15 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # ---------------------------------------------------------------------- logging
     goodput.resume(workdir, position.seconds)
     batch_size, examples = config.batch_size, position.examples
+
+    def keys_of(step: int) -> list[str]:
+        before = position.examples + (step - 1 - first) * batch_size
+        return pipeline.batch_keys(data.parts, config.seed, before, batch_size, config.data.block)
+
     metrics = telemetry.Metrics(
         workdir,
         resume_step=first if resumed else -1,
-        keys=lambda step: pipeline.batch_keys(
-            data.parts,
-            config.seed,
-            position.examples + (step - 1 - first) * batch_size,
-            batch_size,
-            config.data.block,
-        ),
+        keys=keys_of,
         wandb=telemetry.open_wandb(config.telemetry.wandb, workdir, config),
     )
     cleanup.callback(metrics.abandon)

@@ -70,9 +70,10 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
     """The update rule of ``config.optimizer``; weight decay is multiplied by the learning rate."""
     rate = schedule(config, clock)
     table = config.table
-    adam = optax.scale_by_adam(
-        b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment_dtype
-    )
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    moments["mu_dtype"] = config.first_moment_dtype
+    adam = optax.scale_by_adam(**moments)
+    row_adam = class_table.scale_by_row_adam(**moments, second_moment=table.second_moment)
     rules = {
         "towers": optax.chain(
             _clip(config.clip_norm),
@@ -83,13 +84,7 @@ def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
         ),
         "table": optax.chain(
             _clip(table.clip_norm),
-            class_table.scale_by_row_adam(
-                config.b1,
-                config.b2,
-                config.eps,
-                mu_dtype=config.first_moment_dtype,
-                second_moment=table.second_moment,
-            ),
+            row_adam,
             optax.scale_by_learning_rate(lambda step: rate(step) * table.learning_rate_multiplier),
         ),
         "frozen": optax.set_to_zero(),
