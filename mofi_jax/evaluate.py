@@ -41,8 +41,8 @@ def main(
 
     Args:
       config: see ``configs/eval.py``.
-      model, out: see the top of this file.
-      coordinator, processes, process: see `hosts.start`.
+      coordinator, processes, process: HOST:PORT of process 0, how many there are, and which one
+        this is, counted from 0; left out where jax finds them by itself.
     """
     start = time.monotonic()
     default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"

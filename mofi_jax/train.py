@@ -45,9 +45,10 @@ def main(
     """Trains; a save that is under way is finished even if an exception cuts the run.
 
     Args:
-      workdir: folder of the run; one that all hosts share.
-      profile: see `telemetry.Profile`.
-      coordinator, processes, process: see `hosts.start`.
+      workdir: folder of the run, one that all hosts share; the same command with it resumes.
+      profile: N:M traces the updates from step N to step M into the workdir.
+      coordinator, processes, process: HOST:PORT of process 0, how many there are, and which one
+        this is, counted from 0; left out where jax finds them by itself.
 
     Raises:
       BadInput: what cannot work, in one sentence, before anything is written where possible.

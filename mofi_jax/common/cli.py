@@ -24,21 +24,6 @@ from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-_HELP = {
-    "workdir": "Folder of this run; the same command with the same folder resumes.",
-    "model": "A training run folder, an exported folder, or a named baseline.",
-    "out": "File or folder to write.",
-    "profile": "N:M traces the updates from step N to step M into the workdir.",
-    "coordinator": "HOST:PORT of process 0, where jax does not find it by itself.",
-    "processes": "How many processes there are, with --coordinator.",
-    "process": "Which of them this is, counted from 0, with --coordinator.",
-    "topology": "A TPU slice: version and chips, as in v5e:16x16 or v5p:8x8x4.",
-    "slices": "How many such slices.",
-    "entities": "Size of the entity vocabulary.",
-    "vocab_size": "Size of the tokenizer's vocabulary.",
-    "largest": "yes: also look for the largest batch that fits, with some more compiles.",
-}
-
 
 def run(main: Callable[..., Any]) -> None:
     """Parses the command line, calls ``main`` and exits.
@@ -52,10 +37,13 @@ def run(main: Callable[..., Any]) -> None:
     required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
     if has_config:
         config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
+    # What the docstring of ``main`` says of its arguments; the module's is printed above them.
+    entries = re.findall(r"^  ([\w, ]+): (.+(?:\n    .+)*)", inspect.getdoc(main) or "", re.M)
+    described = {name: text for names, text in entries for name in names.split(", ")}
     for name, parameter in named.items():
         define = flags.DEFINE_bool if isinstance(parameter.default, bool) else flags.DEFINE_string
         default = None if name in required else parameter.default
-        define(name, default, _HELP.get(name, name.replace("_", " ")))
+        define(name, default, described.get(name, "see above"))
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:

@@ -54,7 +54,6 @@ def main(
     Args:
       config: the base of all points, with the flags' values.
       workdir: folder of the sweep; one that all hosts share.
-      index, list: see the top of this file.
       coordinator, processes, process: passed on to every training.
     """
     flag = flags.FLAGS["config"]
