@@ -46,7 +46,7 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     """
     if missing not in ("refuse", "drop"):
         raise BadInput(f"--missing={missing}: choose refuse or drop.")
-    run, out = epath.Path(model), files.replaced_folder(workdir, "--workdir")
+    run, out = files.input_folder(model, "--model"), files.replaced_folder(workdir, "--workdir")
     if (out / "result_grow.json").exists():
         logging.info("%s has already been grown", out)
         return

@@ -76,8 +76,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
 
     # ---------------------------------------------------------------------- data
-    data = hosts.all_or_none(lambda: training_set.open_training_set(config))
-    pipeline.check_shards(data.parts, jax.process_count())
+    data = hosts.all_or_none(lambda: open_data(config))
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
         text_sources=config.data.text_sources.to_dict(),
@@ -86,7 +85,6 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities=data.entities,
         max_labels=config.data.max_labels,
     )
-    training_set.check_operations(config, data.primary[0]["image"])
     fingerprint = run_folder.agreed_fingerprint(config, data.parts, data.texts)
 
     # ---------------------------------------------------------------------- model
@@ -286,6 +284,14 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         files.write_json(workdir / "result.json", result)
     logging.info("finished %s: %d steps in %.0f s", workdir, total, trained)
     logging.info("%s", goodput.line())
+
+
+def open_data(config: Any) -> training_set.TrainingSet:
+    """The training data of this host, tried on their first record."""
+    data = training_set.open_training_set(config)
+    pipeline.check_shards(data.parts, jax.process_count())
+    training_set.check_operations(config, data.primary[0]["image"])
+    return data
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ def test_refusals(data, tmp_path):
         grow.main(str(tmp_path / "run"), str(new_data), str(tmp_path / "run"))
     with pytest.raises(BadInput, match="is no training run"):
         grow.main(str(tmp_path / "nothing"), str(new_data), str(tmp_path / "grown"))
+    with pytest.raises(BadInput, match="--model=s3://bucket/run is a remote path"):
+        grow.main("s3://bucket/run", str(new_data), str(tmp_path / "grown"))
     before = (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns
     grow.main(str(tmp_path / "run"), str(old_data), str(tmp_path / "less"), missing="drop")
     assert (tmp_path / "less" / "result_grow.json").stat().st_mtime_ns == before

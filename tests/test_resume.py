@@ -242,6 +242,24 @@ def test_data_that_differ_on_another_host_are_refused(data, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_first_record_that_one_host_cannot_read_ends_all(data, tmp_path, monkeypatch):
+    told = []
+
+    def all_or_none(do):
+        try:
+            return do()
+        except BadInput as error:
+            told.append(error)
+            raise
+
+    monkeypatch.setattr(train.hosts, "all_or_none", all_or_none)
+    config = datasets.tiny_config(data)
+    config.data.eval_ops = "decode|center_crop(7)"
+    with pytest.raises(BadInput, match="ends in a picture of shape") as raised:
+        train.main(config, str(tmp_path))
+    assert told == [raised.value]
+
+
 def test_a_mixture_is_trained_on_and_is_part_of_the_fingerprint(data, tmp_path):
     config = datasets.tiny_config(data, steps=6)
     config.data.extra = {"pairs": {"dir": str(data), "name": "i2t", "weight": 0.5}}
