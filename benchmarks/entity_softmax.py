@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 from benchmarks import entity_versions as versions
 from benchmarks import figures, step_case
 from mofi_jax.distributed import global_batch
-from mofi_jax.losses import base, class_order, entity
+from mofi_jax.losses import blocks, class_order, entity
 from mofi_jax.model import mofi
 from mofi_jax.plan import tpu_topology
 from mofi_jax.training import state, step
@@ -101,7 +101,7 @@ def differences(
     weights = weights.at[::7].set(0.0)  # rows without a label
     shared = {"num_entities": problem.classes, "margin": margin}
 
-    def run(loss: Callable[..., base.LossSum]) -> tuple[Any, Any]:
+    def run(loss: Callable[..., blocks.LossSum]) -> tuple[Any, Any]:
         def mean(x, table, scale):
             result = loss(x, table, ids, weights, scale=scale, **shared)
             return result.total / result.count

@@ -81,8 +81,8 @@ def pictures(path: pathlib.Path, count: int) -> list[bytes]:
             picture = np.concatenate(
                 [np.concatenate(tiles[r : r + 5], 1) for r in range(0, 20, 5)], 0
             )
-        shrink = ops.build(f"resize_short({SHORT_SIDE})")
-        made.append(ops.encode_jpeg(shrink({"image": picture}, None)["image"], QUALITY))
+        shrink = functools.partial(ops.apply, f"resize_short({SHORT_SIDE})")
+        made.append(ops.encode_jpeg(shrink(picture), QUALITY))
     return made
 
 
@@ -334,10 +334,8 @@ def speed(
 
 
 def bucket(report: figures.Report, folder: pathlib.Path, jpegs: list[bytes], quick: bool) -> None:
-    shrink = ops.build("decode|resize_short(64)")
-    write_set(
-        folder, [ops.encode_jpeg(shrink({"image": data}, None)["image"], QUALITY) for data in jpegs]
-    )
+    shrink = functools.partial(ops.apply, "decode|resize_short(64)")
+    write_set(folder, [ops.encode_jpeg(shrink(data), QUALITY) for data in jpegs])
     begin = functools.partial(
         ours, folder, BUCKET_THREADS, image_ops="decode|resize_short(64)|center_crop(64)"
     )

@@ -317,7 +317,7 @@ def _embed_pictures(
                 pixels.append(model.towers.decode(data))
                 rows.append(row)
             except ops.UndecodableImage as error:
-                rejected[row] = error.reason
+                rejected[row] = str(error)
         return (np.array(rows), np.stack(pixels)) if rows else None  # Grain leaves None out
 
     if not flags.FLAGS.is_parsed():

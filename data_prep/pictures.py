@@ -47,7 +47,7 @@ def check_picture(data: bytes, limits: dict) -> Checked:
         with ops.open_picture(data) as picture:
             width, height = picture.size
     except ops.UndecodableImage as error:
-        raise Rejected(error.reason) from None
+        raise Rejected(str(error)) from None
     if min(width, height) < limits["min_side"]:
         raise Rejected("too_small")
     if max(width, height) > limits["max_aspect"] * min(width, height):
@@ -57,7 +57,7 @@ def check_picture(data: bytes, limits: dict) -> Checked:
     try:
         rgb = ops.decode_rgb(data)
     except ops.UndecodableImage as error:
-        raise Rejected(error.reason) from None
+        raise Rejected(str(error)) from None
     height, width = rgb.shape[:2]
     return Checked(width, height, perceptual_hash(rgb))
 

@@ -15,7 +15,6 @@ accelerators of a pod would wait for all of their hosts.
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +77,7 @@ def main(model: str, out: str, format: str = "hf") -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"
         report = export(saved, new) | {"model": str(model)}
-        (new / "result.json").write_text(json.dumps(report, indent=2) + "\n")
+        files.write_json(new / "result.json", report)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -129,7 +128,6 @@ def export(saved: huggingface.Clip, folder: epath.PathLike) -> dict[str, Any]:
 def _compare(
     actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
-    """Absolute differences, and the smallest cosine between an embedding and its counterpart."""
     return {
         kind: {
             "max": float(np.max(np.abs(actual[kind] - ours))),

@@ -87,13 +87,8 @@ def main(model: str, data: str, workdir: str, name: str = "", missing: str = "re
     # ---------------------------------------------------------------------- the grown state
     sources = class_table.match(old.qids, new.qids)  # old ids by new ones, -1 for new entities
     added = np.flatnonzero(sources < 0)
-    towers = inference.Towers(
-        config=train_setup.context.model,
-        tokenizer=opened.texts,
-        entities=new,
-        preprocess=config.data.eval_ops,
-        mesh=mesh,
-    )
+    model_config, preprocess = train_setup.context.model, config.data.eval_ops
+    towers = inference.Towers(model_config, opened.texts, new, preprocess, mesh)
     rows = new_rows(towers, old_state.params, added, len(old))
     grown = class_table.moved_rows(
         old_state,
@@ -157,12 +152,8 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
 def new_rows(towers: inference.Towers, params: Any, ids: np.ndarray, num_old: int) -> np.ndarray:
     """float32 [len(ids), d]: the first rows of new entities, as long as a typical old one.
 
-    The loss normalises rows, so a row's length decides only how fast it turns.
-
-    Args:
-      towers: with the new vocabulary.
-      params: with the class table of the old one, of `num_old` entities.
-      ids: of the new entities.
+    The loss normalises rows, so a row's length decides only how fast it turns.  `towers` have the
+    new vocabulary, `params` the class table of the old one.
     """
     old = np.asarray(params[sharding.ENTITY_TABLE])[:num_old]
     if "text" in params and len(ids):

@@ -80,7 +80,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     builder = pipeline.ExampleBuilder(
         image_ops=config.data.train_ops,
         text_sources=config.data.text_sources.to_dict(),
-        tokenizer_path=str(data.tokenizer_path),
+        tokenizer_path=str(data.texts.path),
         context_length=config.model.context_length,
         entities=data.entities,
         max_labels=config.data.max_labels,
@@ -140,7 +140,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
     entities_path = data.entities_path if num_entities else None
-    run_folder.prepare(workdir, existing, config, description, data.tokenizer_path, entities_path)
+    run_folder.prepare(workdir, existing, config, description, data.texts.path, entities_path)
     checkpointer = checkpoint.Checkpointer(
         workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, verify=verify
     )

@@ -117,9 +117,9 @@ def test_bad_shapes_are_refused(mesh_of):
         block_size=64,
         compute_dtype="float32",
     )
-    with pytest.raises(BadInput, match="1003 rows, which 8 devices"):
+    with pytest.raises(BadInput, match="a table of 1003 rows on 8 devices"):
         call(x, table[:ENTITIES], ids, weights, num_entities=ENTITIES)
-    with pytest.raises(BadInput, match="1008 rows but num_entities is 1009"):
+    with pytest.raises(BadInput, match="num_entities=1009 and a table of 1008 rows"):
         call(x, table, ids, weights, num_entities=1009)
     with pytest.raises(BadInput, match="batch of 15 does not divide over 8"):
         call(x[:15], table, ids[:15], weights[:15], num_entities=ENTITIES)

@@ -1,7 +1,6 @@
 """Picture operations: strict decoding of real files, the mini-language, augmentation by seed."""
 
 import io
-import pickle
 import struct
 import zlib
 
@@ -66,7 +65,7 @@ def test_a_cameras_orientation_is_obeyed_by_both_decoders():
     exif = picture.getexif()
     exif[0x0112] = 6  # a quarter turn
     data = saved(picture, "JPEG", quality=95, exif=exif)
-    strict, fast = ops.decode_rgb(data), ops.build("decode")({"image": data}, None)["image"]
+    strict, fast = ops.decode_rgb(data), ops.apply("decode", data)
     assert strict.shape == fast.shape == (30, 20, 3)
     assert np.abs(strict.astype(int) - fast).max() < 8
 
@@ -78,14 +77,14 @@ def test_truncated_pictures_are_refused(kind):
     )
     with pytest.raises(ops.UndecodableImage) as caught:
         ops.decode_rgb(data[: len(data) // 2])
-    assert caught.value.reason == "truncated"
+    assert str(caught.value) == "truncated"
 
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused_with_a_reason(data):
     with pytest.raises(ops.UndecodableImage) as caught:
         ops.decode_rgb(data)
-    assert caught.value.reason in ("empty", "not_a_picture", "truncated", "corrupt")
+    assert str(caught.value) in ("empty", "not_a_picture", "truncated", "corrupt")
 
 
 @pytest.mark.parametrize(
@@ -100,17 +99,17 @@ def test_arbitrary_bytes_are_refused_with_a_reason(data):
 def test_formats_that_no_web_has_are_no_pictures(data):
     """Pillow would hand an EPS to Ghostscript, whatever the file is called."""
     with pytest.raises(ops.UndecodableImage) as caught:
-        ops.build("decode")({"image": data}, None)
-    assert caught.value.reason == "not_a_picture"
+        ops.apply("decode", data)
+    assert str(caught.value) == "not_a_picture"
 
 
 def test_a_line_of_pixels_is_not_enlarged_to_gigabytes(monkeypatch):
     monkeypatch.setattr(cv2, "resize", None)
     line = saved(Image.new("RGB", (20_000, 1)), "PNG")
     with pytest.raises(ops.UndecodableImage, match="too_elongated"):
-        ops.build("decode|resize_short(224)|center_crop(224)")({"image": line}, None)
+        ops.apply("decode|resize_short(224)|center_crop(224)", line)
     with pytest.raises(BadInput, match="Wrong arguments"):
-        ops.build("decode|resize_short(100000)")
+        ops.parse("decode|resize_short(100000)")
 
 
 def test_what_cameras_and_newer_phones_write():
@@ -138,10 +137,10 @@ def test_pictures_that_declare_too_many_pixels_are_not_decoded(kind, size, monke
     data = declaring(saved(Image.fromarray(gradient()), kind), *size)
     monkeypatch.setattr(cv2, "imdecode", None)
     monkeypatch.setattr(Image.Image, "load", None)
-    for decode in (ops.decode_rgb, lambda d: ops.build("decode")({"image": d}, None)):
+    for decode in (ops.decode_rgb, lambda d: ops.apply("decode", d)):
         with pytest.raises(ops.UndecodableImage) as caught:
             decode(data)
-        assert caught.value.reason == "too_many_pixels"
+        assert str(caught.value) == "too_many_pixels"
 
 
 def test_the_fast_decoder_takes_only_jpegs_whose_size_is_plain(monkeypatch):
@@ -152,7 +151,7 @@ def test_the_fast_decoder_takes_only_jpegs_whose_size_is_plain(monkeypatch):
     assert ops._declared_pixels(hidden) is None
     assert ops._declared_pixels(data[:20]) is None
     monkeypatch.setattr(cv2, "imdecode", None)
-    assert ops.build("decode")({"image": hidden}, None)["image"].shape == (20, 30, 3)
+    assert ops.apply("decode", hidden).shape == (20, 30, 3)
 
 
 def test_jpeg_round_trip():
@@ -164,20 +163,20 @@ def test_jpeg_round_trip():
 
 def test_decode_operation_equals_the_strict_decoder_on_png():
     data = saved(Image.fromarray(gradient()), "PNG")
-    np.testing.assert_array_equal(ops.build("decode")({"image": data}, None)["image"], gradient())
+    np.testing.assert_array_equal(ops.apply("decode", data), gradient())
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (7, 100), (16, 16)])
 def test_evaluation_preprocessing_gives_squares(height, width):
-    run = ops.build("resize_short(16)|center_crop(16)")
-    assert run({"image": gradient(height, width)}, None)["image"].shape == (16, 16, 3)
+    spec = "resize_short(16)|center_crop(16)"
+    assert ops.apply(spec, gradient(height, width)).shape == (16, 16, 3)
 
 
 def test_bilinear_without_antialiasing_equals_torch():
     """The released MOFI evaluation resizes tensors with antialias=False; half-pixel centres."""
     torch = pytest.importorskip("torch")
     rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    ours = ops.build("resize_short(20, 'bilinear')")({"image": rgb}, None)["image"]
+    ours = ops.apply("resize_short(20, 'bilinear')", rgb)
     theirs = torch.nn.functional.interpolate(
         torch.tensor(rgb).permute(2, 0, 1)[None].float(), size=(20, 28), mode="bilinear"
     )[0].permute(1, 2, 0)
@@ -185,21 +184,22 @@ def test_bilinear_without_antialiasing_equals_torch():
 
 
 def test_random_operations_depend_on_the_generator_alone():
-    run = ops.build("new_view(24)|flip|light|random_resized_crop(16)")
-    example = {"image": gradient(), "key": "kept"}
-    first, again, other = (run(example, np.random.default_rng(s)) for s in (1, 1, 2))
-    np.testing.assert_array_equal(first["image"], again["image"])
-    assert (first["image"] != other["image"]).any()
-    assert first["key"] == "kept"
-    assert first["image"].dtype == np.uint8
+    spec = "new_view(24)|flip|light|random_resized_crop(16)"
+    first, again, other = (
+        ops.apply(spec, gradient(), np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert first.dtype == np.uint8
 
 
 def test_new_view_replaces_the_background_and_keeps_the_subject():
     image = np.full((40, 40, 3), 255, np.uint8)
     cv2.circle(image, (20, 20), 10, (255, 0, 0), -1)
     cv2.circle(image, (20, 20), 4, (255, 255, 255), -1)  # white, but not connected to the border
-    view = ops.build("new_view(40, scale=(1.0, 1.0), rotate=0.0)")
-    result = view({"image": image}, np.random.default_rng(0))["image"].astype(int)
+    result = ops.apply(
+        "new_view(40, scale=(1.0, 1.0), rotate=0.0)", image, np.random.default_rng(0)
+    ).astype(int)
     background = result[0, 0]
     assert (result[0] == background).all()
     assert (background != 255).any()
@@ -209,15 +209,11 @@ def test_new_view_replaces_the_background_and_keeps_the_subject():
 
 def test_new_view_moves_a_picture_without_plain_border_as_a_whole():
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    view = ops.build("new_view(32, scale=(0.5, 0.5), rotate=0.0)")
-    result = view({"image": noise}, np.random.default_rng(3))["image"]
+    result = ops.apply(
+        "new_view(32, scale=(0.5, 0.5), rotate=0.0)", noise, np.random.default_rng(3)
+    )
     changed = (result != result[0, 0]).any(-1)
     assert 0.2 < changed.mean() < 0.35  # a quarter of the square
-
-
-def test_compiled_specifications_pickle():
-    run = pickle.loads(pickle.dumps(ops.build("resize_short(8)|center_crop(8)")))
-    assert run({"image": gradient()}, None)["image"].shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -232,4 +228,4 @@ def test_compiled_specifications_pickle():
 )
 def test_bad_specifications_are_told_in_one_sentence(spec, sentence):
     with pytest.raises(BadInput, match=sentence):
-        ops.build(spec)
+        ops.parse(spec)

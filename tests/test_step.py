@@ -213,7 +213,7 @@ def test_a_learned_scale_moves_and_is_capped(mesh_of, kind):
     end, metrics = train(mesh_of["1x1x1"], config, steps=10)
     assert metrics["entity_scale"] == pytest.approx(config.losses.entity.scale, rel=0.1)
     assert start.params["entity_log_scale"] != end.params["entity_log_scale"]
-    assert float(mofi.entity_scale({"entity_log_scale": jnp.float32(9.0)})) == 100
+    assert float(mofi.capped_exp(jnp.float32(9.0))) == 100
     fixed, _ = train(mesh_of["1x1x1"], options())
     assert "entity_log_scale" not in fixed.params
 
@@ -226,7 +226,10 @@ def test_a_scale_ends_at_its_cap_and_comes_back_from_it(mesh_of, monkeypatch, ra
     """With a loss that pulls both scales down or up, as the batch says."""
 
     def loss(params, batch, sample=None):
-        scales = {"logit_scale": mofi.logit_scale(params), "entity": mofi.entity_scale(params)}
+        scales = {
+            "logit_scale": mofi.capped_exp(params["logit_scale"]),
+            "entity": mofi.capped_exp(params["entity_log_scale"]),
+        }
         return jnp.mean(batch["pull"]) * sum(scales.values()), scales
 
     monkeypatch.setattr(step, "make_loss", lambda context: loss)

@@ -172,7 +172,7 @@ def test_labels_beyond_the_vocabulary(tmp_path):
         (
             "data.train_ops",
             "decode|resize_short(0)",
-            "config.data.train_ops=.*fails on the first",
+            "config.data.train_ops=.*fails \\(",
         ),
         ("data.eval_ops", "decode|resize_short(20)", "the model takes .16, 16, 3."),
         ("data.threads", 0, "config.data.threads must be"),

@@ -77,14 +77,7 @@ def randaugment(
 ) -> np.ndarray:
     """Applies ``num_ops`` operations drawn with replacement, at one magnitude, 0 to 10.
 
-    The defaults are the paper's for ImageNet (ResNet-50).
-
-    Args:
-      image: uint8 [h, w, 3], which is not changed.
-      rng: decides the operations and their directions.
-
-    Returns:
-      uint8 [h, w, 3].
+    The defaults are the paper's for ImageNet (ResNet-50).  The image is uint8 [h, w, 3].
     """
     names = tuple(OPERATIONS)
     strength = magnitude / MAX_MAGNITUDE

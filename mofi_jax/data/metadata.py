@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 
 INFO_FILE = "dataset_info.json"
@@ -21,12 +22,7 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
     Raises:
       BadInput: remote path, no such data set, or one without metadata.
     """
-    if "://" in str(data_dir):
-        raise BadInput(
-            f"Cannot read {data_dir}: ArrayRecord opens local files only; copy the data set to a "
-            "local disk or mount the bucket with gcsfuse, and give that path."
-        )
-    root = epath.Path(data_dir) / name
+    root = files.local_input(data_dir, "the data set") / name  # ArrayRecord opens no others
     if not root.is_dir():
         remedy = "check the path, or write it with data_prep.build_i2e"
         for folder in (root.parent, root.parent.parent):  # the set's own folder, or its version
@@ -51,18 +47,12 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
 def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
     """The shards of a split, or the parts of them that a slice such as "train[:90%]" takes.
 
-    Returns:
-      For each its `filename`, `skip` and `take` records, of `examples_in_shard`.
+    Each has its `filename`, `skip` and `take` records, of `examples_in_shard`.
 
     Raises:
       BadInput: metadata that cannot be read, another file format, no such split, an empty one.
     """
     from tensorflow_datasets.core import dataset_info
-
-    def reason(error: Exception) -> str:
-        return (
-            f"{error!r}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
-        )
 
     try:
         info = dataset_info.read_proto_from_builder_dir(directory)
@@ -70,7 +60,7 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
         splits = dataset_info.get_split_dict_from_proto(info, directory, "array_record")
     except Exception as error:
         raise BadInput(
-            f"{directory / INFO_FILE} cannot be read ({reason(error)}): copy the data set again."
+            f"{directory / INFO_FILE} cannot be read ({error!r}): copy the data set again."
         ) from error
     if file_format != "array_record":
         raise BadInput(
@@ -81,7 +71,7 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
         parts = splits[split].file_instructions
     except (KeyError, ValueError) as error:
         raise BadInput(
-            f"{directory} has no such split as {split!r} ({reason(error)}): choose from "
+            f"{directory} has no such split as {split!r} ({error!r}): choose from "
             f"{', '.join(splits)}."
         ) from error
     if not parts:

@@ -1,9 +1,9 @@
-"""Image operations on numpy examples, and the mini-language that names them.
+"""Image operations, and the mini-language that names them.
 
-``build("decode|flip|random_resized_crop(224)")`` gives a function ``(example, rng) -> example``
-that applies the operations from left to right to ``example["image"]``.  Arguments are Python
-literals.  Every operation is a pure function of image and generator, so that resuming and the
-number of workers change no pixel.  Nothing here imports jax: data workers must never start it.
+``apply("decode|flip|random_resized_crop(224)", image, rng)`` applies the operations from left to
+right.  Arguments are Python literals.  Every operation is a pure function of image and generator,
+so that resuming and the number of workers change no pixel.  Nothing here imports jax: data workers
+must never start it.
 """
 
 import ast
@@ -15,8 +15,7 @@ import inspect
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -35,16 +34,10 @@ with contextlib.suppress(AttributeError, OSError):  # another C library
     ctypes.CDLL(None).mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD: what stays at the end of the heap
 
 Rng = np.random.Generator | None  # None where nothing is drawn
-# (image uint8 [h, w, 3] or bytes, generator, arguments of the specification) -> image
-OPERATIONS: dict[str, Callable[..., np.ndarray]] = {}
 
 
 class UndecodableImage(ValueError):
-    """Bytes that are not a whole image; ``reason`` is one short word for counters."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    """Bytes that are not a whole image; the message is one short word for counters."""
 
 
 # Common on the web and read by Pillow itself (MPO, of cameras, counts as JPEG); an EPS would go to
@@ -61,8 +54,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def open_picture(data: bytes) -> Image.Image:
     """Reads an image's header (format, mode, size) and decodes nothing.
 
-    Raises:
-      UndecodableImage: reason "empty", "not_a_picture" or "too_many_pixels" (of Pillow's limit).
+    Raises UndecodableImage: "empty", "not_a_picture", "too_many_pixels" (of Pillow's limit).
     """
     if not data:
         raise UndecodableImage("empty")
@@ -75,17 +67,14 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """Decodes any common picture format strictly.
+    """Decodes any common picture format strictly to uint8 [height, width, 3], RGB.
 
     JPEG (also CMYK and grey), PNG (also palette, 16 bit), WebP, AVIF (by newer Pillows), BMP, TIFF
     and the first frame of GIF; alpha is blended with white, the EXIF orientation is applied.  Uses
     Pillow, because some OpenCV releases silently fill the rest of a truncated JPEG with grey.
 
-    Returns:
-      uint8 [height, width, 3], RGB.
-
     Raises:
-      UndecodableImage: reason "empty", "not_a_picture", "too_many_pixels" (beyond `MAX_PIXELS`),
+      UndecodableImage: "empty", "not_a_picture", "too_many_pixels" (beyond `MAX_PIXELS`),
         "truncated" or "corrupt".
     """
     picture = open_picture(data)
@@ -141,31 +130,16 @@ def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
-def build(spec: str) -> Callable[[Mapping[str, Any], np.random.Generator | None], dict[str, Any]]:
-    """Compiles a specification such as ``decode|resize_short(224)|center_crop(224)``.
-
-    Returns:
-      A picklable function ``(example, rng) -> example`` that replaces ``example["image"]``.
-
-    Raises:
-      BadInput: an unknown operation, a wrong argument, or something that is not a literal.
-    """
-    parse(spec)  # complain now, not in a data worker
-    return functools.partial(_apply, spec)
-
-
-def _apply(
-    spec: str, example: Mapping[str, Any], rng: np.random.Generator | None = None
-) -> dict[str, Any]:
-    image = example["image"]
+def apply(spec: str, image: np.ndarray | bytes, rng: Rng = None) -> np.ndarray:
+    """What the operations of a specification make of an image; raises BadInput as `parse`."""
     for operation in parse(spec):
         image = operation(image, rng)
-    return {**example, "image": image}
+    return image
 
 
 @functools.lru_cache(maxsize=64)
 def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
-    """The operations of a specification, in order; raises BadInput as `build` does."""
+    """The operations of a specification; raises BadInput for an unknown one or wrong arguments."""
     operations = []
     for part in map(str.strip, spec.split("|")):
         try:
@@ -199,6 +173,32 @@ def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
     return tuple(operations)
 
 
+def decode_to(
+    size: int, spec: str, data: bytes, rng: Rng = None, *, name: str = "The preprocessing"
+) -> np.ndarray:
+    """The uint8 [size, size, 3] that a specification makes of a picture file.
+
+    Raises:
+      BadInput: operations that fail or give anything else; says so of `name`.
+      UndecodableImage: bytes that are not a whole picture.
+    """
+    try:
+        pixels = apply(spec, data, rng)
+    except (BadInput, UndecodableImage):
+        raise
+    except Exception as error:  # OpenCV's own, or Python's, about the operations' arguments
+        raise BadInput(
+            f"{name} fails ({type(error).__name__}: {' '.join(str(error).split())}): correct its "
+            "arguments."
+        ) from error
+    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+        raise BadInput(
+            f"{name} gives {list(pixels.shape)} of {pixels.dtype}, where the model takes "
+            f"{[size, size, 3]} of uint8: end it with center_crop({size})."
+        )
+    return pixels
+
+
 # What arguments must be, where the operation would not fail by itself.
 _VALID: dict[str, Callable[..., bool]] = {
     "resize_short": lambda size, method: size <= MAX_PIXELS**0.5 and method in _INTERPOLATION,
@@ -208,12 +208,6 @@ _VALID: dict[str, Callable[..., bool]] = {
 }
 
 
-def _register(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    OPERATIONS[operation.__name__] = operation
-    return operation
-
-
-@_register
 def decode(data: bytes, rng: Rng) -> np.ndarray:
     """Bytes -> RGB.  OpenCV for JPEG (twice as fast as Pillow), the strict decoder for the rest."""
     if data[:2] == b"\xff\xd8" and (_declared_pixels(data) or math.inf) <= MAX_PIXELS:
@@ -234,7 +228,6 @@ def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarr
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-@_register
 def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.ndarray:
     """Short side to ``size``, aspect kept.  ``area`` is antialiased, ``bilinear`` is not.
 
@@ -249,14 +242,12 @@ def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -
     return _resize(image, wide, high, method)
 
 
-@_register
 def center_crop(image: np.ndarray, rng: Rng, size: int) -> np.ndarray:
     """The ``size`` x ``size`` square in the middle; the image must be at least as large."""
     top, left = (image.shape[0] - size + 1) // 2, (image.shape[1] - size + 1) // 2
     return image[top : top + size, left : left + size]
 
 
-@_register
 def random_resized_crop(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -275,13 +266,11 @@ def random_resized_crop(
     return _resize(image[top : top + h, left : left + w], size, size, "area")
 
 
-@_register
 def flip(image: np.ndarray, rng: np.random.Generator, probability: float = 0.5) -> np.ndarray:
     """Left-right mirror with the given probability."""
     return cv2.flip(image, 1) if rng.random() < probability else image
 
 
-@_register
 def new_view(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -332,7 +321,6 @@ def _subject_mask(image: np.ndarray, tolerance: int) -> np.ndarray:
     return 255 - mask[1:-1, 1:-1]
 
 
-@_register
 def light(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -350,4 +338,11 @@ def light(
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
-_register(augment.randaugment)
+# Name -> (image uint8 [h, w, 3] or bytes, generator, arguments of the specification) -> image.
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    operation.__name__: operation
+    for operation in (
+        *(decode, resize_short, center_crop, random_resized_crop, flip, new_view, light),
+        augment.randaugment,
+    )
+}

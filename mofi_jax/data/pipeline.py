@@ -33,20 +33,14 @@ _GROUPS = (32, 128)
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBuilder:
-    """Records -> training examples; a pure function of record, seed and position, picklable.
+    """Records -> training examples; a pure function of record, seed and position, picklable."""
 
-    Attributes:
-      image_ops: specification for `ops.build`.
-      text_sources: source (of `TEXT_SOURCES`) -> weight; without entities it is the alt-text.
-      max_labels: labels per example; the best-scored ones are kept.
-    """
-
-    image_ops: str
-    text_sources: Mapping[str, float]
+    image_ops: str  # for `ops.apply`
+    text_sources: Mapping[str, float]  # weights; without entities it is the alt-text
     tokenizer_path: str
     context_length: int
     entities: records.Entities | None
-    max_labels: int
+    max_labels: int  # of an example: the best-scored ones
 
     @functools.cached_property
     def _tokenizer(self) -> tokenizer.Tokenizer:
@@ -78,11 +72,11 @@ class ExampleBuilder:
 
     def _image(self, record: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
         try:
-            image = ops.build(self.image_ops)({"image": record["image"]}, rng)["image"]
+            image = ops.apply(self.image_ops, record["image"], rng)
         except ops.UndecodableImage as error:
             raise BadInput(
                 f"{record['place']}, {record['key']!r}, has a picture that cannot be decoded "
-                f"({error.reason}): copy the shard again, or take the record out with "
+                f"({error}): copy the shard again, or take the record out with "
                 "data_prep.remove_keys."
             ) from error
         return np.ascontiguousarray(image)
@@ -145,18 +139,13 @@ class _Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One data set of the mixture; the first of several is the primary one.
+    """One data set of the mixture; the first of several is the primary one."""
 
-    Attributes:
-      name: prefix of the keys of its examples.
-      weight: share of the examples, relative to the other sets.
-      remap: int32 [entities of this set], the id of each in the primary vocabulary, -1 where it has
-        none; None keeps the ids, as for the primary set.
-    """
-
-    name: str
+    name: str  # prefix of the keys of its examples
     source: records.Source
-    weight: float = 1.0
+    weight: float = 1.0  # share of the examples, relative to the other sets
+    # int32 [entities of this set], the id of each in the primary vocabulary, -1 where it has none;
+    # None keeps the ids, as for the primary set.
     remap: np.ndarray | None = None
 
     def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -182,9 +171,7 @@ def open_extra(
     """Opens ``config.data.extra``, the sets mixed into the primary one, in the order of the names.
 
     Entities are matched by QID; labels that the primary vocabulary ``entities`` lacks are dropped.
-
-    Args:
-      extra: name -> {dir, name, weight}; the weight of the primary set is 1.
+    ``extra`` is {name: {dir, name, weight}}; the weight of the primary set is 1.
 
     Raises:
       BadInput: as `records.open_source`; a weight that is not positive; other keys.
@@ -313,13 +300,11 @@ def _batches(groups: grain.DatasetIterator, local: int) -> Iterator[dict[str, np
 
 
 class Buffers(NamedTuple):
-    """Prefetch buffers of a host; sizes in examples."""
+    """Prefetch buffers of a host."""
 
-    group: int  # what a thread makes at once
-    groups: int  # of a batch
+    groups: int  # of a batch: what a thread makes at once
     ahead: int  # groups that wait in each process that decodes: two batches over all
-    shared: int  # in shared memory, as measured: four groups of each worker, and one
-    total: int  # all that wait, and the batch that is being put together
+    shared: int  # examples in shared memory, as measured: four groups of each worker, and one
 
 
 def buffers(local: int, threads: int, workers: int) -> Buffers:
@@ -329,8 +314,7 @@ def buffers(local: int, threads: int, workers: int) -> Buffers:
     groups = -(-local // group)
     processes = max(1, workers)
     ahead = max(2 * threads, -(-2 * groups // processes))
-    shared = (4 * workers + 1) * group if workers else 0
-    return Buffers(group, groups, ahead, shared, processes * ahead * group + shared + local)
+    return Buffers(groups, ahead, (4 * workers + 1) * group if workers else 0)
 
 
 def training_stream(
@@ -342,25 +326,21 @@ def training_stream(
     batch_size: int,
     threads: int,
     workers: int,
-    host: int = 0,
-    hosts: int = 1,
     rows: Int[np.ndarray, " n"] | None = None,
     block: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of every global batch from example ``start`` on, without end.
 
     Args:
-      parts: the primary set, then `open_extra`.
       start: examples consumed so far by all hosts.
       batch_size: global.
       threads: of each process that decodes.
       workers: extra processes; 0 decodes in this one.
-      host, hosts: this host feeds the ``host``-th of ``hosts`` equal parts of every batch ...
-      rows: ... or these of its rows (`global_batch.batch_rows`), ascending.
-      block: consecutive records that are shuffled as one, see `order.example_order`.
+      rows: those of every batch that this host feeds (`global_batch.batch_rows`), ascending; None
+        for all.
+      block: see `order.example_order`.
     """
-    if rows is None:
-        rows = np.array_split(np.arange(batch_size), hosts)[host]
+    rows = np.arange(batch_size) if rows is None else rows
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     held = buffers(len(rows), threads, workers)

@@ -136,11 +136,8 @@ def shard_name(name: str, split: str, index: int, count: int) -> str:
 class Source:
     """Random access to the records of one split: `len(source)`, `source[i]` -> `parse`'s dict.
 
-    Picklable, and safe to read from several threads; use `open_source` to make one.
-
-    Attributes:
-      directory: the folder of its version.
-      files: the shards that hold the split.
+    Picklable, and safe to read from several threads; use `open_source` to make one.  `directory` is
+    the folder of its version, `files` are the shards.
     """
 
     def __init__(self, parts: Sequence[Any], directory: epath.Path):
@@ -168,11 +165,7 @@ class Source:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The records at some indices; a run of consecutive ones in a shard is one read.
-
-        Raises:
-          BadInput: names the first record that is damaged.
-        """
+        """Records, a run of them in one read; raises BadInput with the first that is damaged."""
         found: list[dict[str, Any]] = []
         for (shard, _), pairs in itertools.groupby(
             enumerate(indices), lambda pair: (self._shard(pair[1]), pair[1] - pair[0])
@@ -215,9 +208,7 @@ class Source:
 def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> Source:
     """Opens a data set after checking every shard against the metadata.
 
-    Args:
-      data_dir: folder that holds `name/version/`.
-      split: split, or a TFDS slice of it such as "train[:90%]".
+    It lies in `data_dir/name/version/`; `split` may be a TFDS slice such as "train[:90%]".
 
     Raises:
       BadInput: data set, split or shard missing; shard cut short or damaged; remote path; more
@@ -314,11 +305,7 @@ def write_entities(path: epath.PathLike, entities: Entities, old: Entities | Non
 
 
 def read_entities(path: epath.PathLike) -> Entities:
-    """Reads entities.parquet.
-
-    Raises:
-      BadInput: no such file, not a vocabulary, or ids that are not 0, 1, 2, ...
-    """
+    """Reads entities.parquet; raises BadInput if it is missing or ids are not 0, 1, 2, ..."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -34,12 +34,7 @@ class Tokenizer:
     `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer pads
     with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal attention what
     stands after the EOS changes nothing, and each row keeps exactly one EOS.
-
-    Attributes:
-      vocab_size: highest id in use, plus one.
-      bos_id, eos_id, pad_id: the special ids.
-      context_length: length of a row.
-      fingerprint: sha256 of the file, in hexadecimal.
+    `vocab_size` is the highest id in use, plus one; `fingerprint` the sha256 of the file.
     """
 
     def __init__(self, path: epath.PathLike, context_length: int):

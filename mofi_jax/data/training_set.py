@@ -13,25 +13,15 @@ from mofi_jax.data import limits, ops, pipeline, records, tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """Opened, and nothing read of it but the vocabulary.
+    """Opened, and nothing read of it but the vocabulary."""
 
-    Attributes:
-      parts: the sets of the mixture, the primary one first: vocabulary and tokenizer are its.
-      texts: the tokenizer, at the model's context length.
-      entities: the vocabulary, None for sets without labels.
-    """
-
-    parts: Sequence[pipeline.Part]
-    texts: tokenizer.Tokenizer
-    entities: records.Entities | None
+    parts: Sequence[pipeline.Part]  # the primary one first: vocabulary and tokenizer are its
+    texts: tokenizer.Tokenizer  # at the model's context length
+    entities: records.Entities | None  # None for sets without labels
 
     @property
     def primary(self) -> records.Source:
         return self.parts[0].source
-
-    @property
-    def tokenizer_path(self) -> epath.Path:
-        return self.primary.directory / records.TOKENIZER_FILE
 
     @property
     def entities_path(self) -> epath.Path:
@@ -73,23 +63,14 @@ def open_training_set(config: Any) -> TrainingSet:
 
 
 def check_operations(config: Any, picture: bytes) -> None:
-    """Runs ``train_ops`` and ``eval_ops`` on one picture, so that a wrong one is named at once.
-
-    Raises:
-      BadInput: a specification that fails, or ends in another size than the model takes.
-    """
-    size = config.model.image_size
+    """Runs ``train_ops`` and ``eval_ops`` on one picture; raises BadInput for a wrong one."""
     for key in ("train_ops", "eval_ops"):
-        run = ops.build(config.data[key])
+        name = f"config.data.{key}={config.data[key]!r}"
+        rng = np.random.default_rng(0)
         try:
-            shape = run({"image": picture}, np.random.default_rng(0))["image"].shape
-        except Exception as error:
+            ops.decode_to(config.model.image_size, config.data[key], picture, rng, name=name)
+        except ops.UndecodableImage as error:
             raise BadInput(
-                f"config.data.{key}={config.data[key]!r} fails on the first picture "
-                f"({type(error).__name__}: {' '.join(str(error).split())}): correct its arguments."
+                f"{name} cannot take the first picture ({error}): copy the data set again, or "
+                "correct its arguments."
             ) from error
-        if shape != (size, size, 3):
-            raise BadInput(
-                f"config.data.{key} ends in a picture of shape {shape}, the model takes "
-                f"{(size, size, 3)}: change its last operation or config.model.image_size."
-            )

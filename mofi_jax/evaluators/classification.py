@@ -22,7 +22,6 @@ class Evaluator:
     """Top-1 and top-5 of the class table on a picture set.
 
     Args:
-      towers: the functions of a model, with its vocabulary.
       images: folder or .tar in GPR1200 naming.
       classes: class table that gives each class number its qid (`picture_sets.read_classes`).
 

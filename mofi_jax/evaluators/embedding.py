@@ -21,10 +21,6 @@ class Embedder:
     """A model as evaluators see it: its parameters, and features by them, the same on every host.
 
     One serves all evaluators of a round, which so share the features of a picture set.
-
-    Args:
-      towers: the model's functions (`mofi_jax.inference.Towers`).
-      params: its parameters on the devices.
     """
 
     def __init__(self, towers: Any, params: Any):
@@ -40,12 +36,43 @@ class Embedder:
         """
         key = str(pictures.path)
         if key not in self._features:
-            self._features[key] = _finite(_embed(self.towers, self.params, pictures))
+            self._features[key] = _finite(self._embed(pictures))
         return self._features[key]
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Features of texts, float32, L2-normalised; BadInput if they are not finite."""
         return _finite(self.towers.embed_texts(self.params, texts).astype(np.float32))
+
+    def _embed(self, pictures: PictureSet) -> np.ndarray:
+        # Every host reads all pictures and runs the same number of batches, so that no collective
+        # waits for a host that has finished.  Threads decode one chunk ahead of the devices.
+        def decode(i: int) -> np.ndarray:
+            try:
+                return self.towers.decode(pictures.read(i))
+            except ops.UndecodableImage as error:
+                raise BadInput(
+                    f"{pictures.names[i]} in {pictures.path} cannot be decoded ({error}): fetch "
+                    "the picture set again, since scores are comparable only on the complete set."
+                ) from None
+
+        features = []
+        bar = tqdm.tqdm(
+            total=len(pictures),
+            desc=f"embed {pictures.path.name}",
+            unit="img",
+            leave=False,
+            delay=2,
+            disable=None if jax.process_index() == 0 else True,  # None: shown on terminals only
+        )
+        with futures.ThreadPoolExecutor(_THREADS) as pool, bar:
+            jobs = [pool.submit(decode, i) for i in range(min(_CHUNK, len(pictures)))]
+            for start in range(0, len(pictures), _CHUNK):
+                images = np.stack([job.result() for job in jobs])
+                following = range(start + _CHUNK, min(start + 2 * _CHUNK, len(pictures)))
+                jobs = [pool.submit(decode, i) for i in following]
+                features.append(self.towers.embed_images(self.params, images))
+                bar.update(len(images))
+        return np.concatenate(features).astype(np.float32, copy=False)
 
 
 def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
@@ -58,42 +85,6 @@ def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
         "feature": f"{type(towers).__name__}.embed_images (towers: after the projection), float32",
         "normalisation": "L2",
     }
-
-
-def _embed(towers: Any, params: Any, pictures: PictureSet) -> np.ndarray:
-    """Threads decode one chunk ahead of the devices.
-
-    Every host reads all pictures and runs the same number of batches, so that no collective waits
-    for a host that has finished.
-    """
-
-    def decode(i: int) -> np.ndarray:
-        try:
-            return towers.decode(pictures.read(i))
-        except ops.UndecodableImage as error:
-            raise BadInput(
-                f"{pictures.names[i]} in {pictures.path} cannot be decoded ({error.reason}): fetch "
-                "the picture set again, since scores are comparable only on the complete set."
-            ) from None
-
-    features = []
-    bar = tqdm.tqdm(
-        total=len(pictures),
-        desc=f"embed {pictures.path.name}",
-        unit="img",
-        leave=False,
-        delay=2,
-        disable=None if jax.process_index() == 0 else True,  # None: shown on terminals only
-    )
-    with futures.ThreadPoolExecutor(_THREADS) as pool, bar:
-        jobs = [pool.submit(decode, i) for i in range(min(_CHUNK, len(pictures)))]
-        for start in range(0, len(pictures), _CHUNK):
-            images = np.stack([job.result() for job in jobs])
-            following = range(start + _CHUNK, min(start + 2 * _CHUNK, len(pictures)))
-            jobs = [pool.submit(decode, i) for i in following]
-            features.append(towers.embed_images(params, images))
-            bar.update(len(images))
-    return np.concatenate(features).astype(np.float32, copy=False)
 
 
 def _finite(features: np.ndarray) -> np.ndarray:

@@ -25,11 +25,7 @@ def write(
 
     The queries are chosen by position alone, so a gallery is no better than the model.
 
-    Args:
-      path: of the PNG; its folder is made.
-      features: of the pictures, float32, L2-normalised.
-      pictures: the set.
-      classes: what its class numbers stand for, for the captions; {} if unknown.
+    Features are float32 and L2-normalised; captions come from `classes`, {} if unknown.
     """
     count = min(QUERIES, len(features))
     queries = ((np.arange(count) + 0.5) * len(features) / count).astype(np.int32)

@@ -23,19 +23,12 @@ _THREADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
-    """Pictures named ``{class}_{name}.jpg`` in a folder or an uncompressed tar; use `read_set`.
-
-    Attributes:
-      path: folder or tar.
-      names: file names, ordered by (class number, name).
-      classes: int64 [n], the number before the first underscore.
-      spans: per picture, offset and length in the tar; None in a folder.
-    """
+    """Pictures named ``{class}_{name}.jpg`` in a folder or an uncompressed tar; use `read_set`."""
 
     path: epath.Path
-    names: tuple[str, ...]
-    classes: Int[np.ndarray, " n"]
-    spans: tuple[tuple[int, int] | None, ...]
+    names: tuple[str, ...]  # of files, ordered by (class number, name)
+    classes: Int[np.ndarray, " n"]  # int64, the number before the first underscore
+    spans: tuple[tuple[int, int] | None, ...]  # offset and length in the tar; None in a folder
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,12 +124,9 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
     other keys being ignored; or, in a file named ``.json``, one object {"number": "label"} as
     GPR1200 publishes it (GPR1200_categoryNumber_to_text.json).
 
-    Args:
-      path: the file.
-      pictures: a set of which every class has to be in the table.
-
     Raises:
-      BadInput: missing file, a line that is not as described, or a class that is not in it.
+      BadInput: missing file, a line that is not as described, or one that lacks a class of
+        `pictures`.
     """
     path = files.local_input(path, "the class table")
     if not path.is_file():

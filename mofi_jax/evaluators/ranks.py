@@ -6,7 +6,7 @@ higher, so one matrix product per (query block, index block) and a few sums are 
 memory stays at block x block whatever the number of features.
 
 Scores are dot products in float32 at the highest matmul precision: bf16 products make ties, and
-ties make ranks arbitrary.  This file knows nothing of pictures, classes or metrics.
+ties make ranks arbitrary.
 """
 
 import functools
@@ -36,7 +36,6 @@ def relevant_ranks(
       features: finite and the same on every host; L2-normalised if the score is to be the cosine.
       relevant: for each row the numbers of its relevant rows, itself among them, filled up with
         `NO_ROW`.
-      mesh: the devices to use.
       block_size: rows scored at a time, over all devices together.
       query_block: queries scored at a time; device memory grows with query_block * block_size.
 

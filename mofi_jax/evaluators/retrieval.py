@@ -50,7 +50,6 @@ class Evaluator:
     """mAP of a picture set.
 
     Args:
-      towers: the functions of a model.
       images: folder or .tar in GPR1200 naming; classes may differ in size.
       classes: class table for the captions of the gallery (`picture_sets.read_classes`), or "".
 

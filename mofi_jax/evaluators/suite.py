@@ -1,19 +1,17 @@
 """Builds the evaluators of a config and runs them one after the other."""
 
-import dataclasses
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mofi_jax import evaluators
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.embedding import Embedder
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     """Evaluators by name, and why the others are left out."""
 
     evaluators: dict[str, Any]
@@ -75,10 +73,7 @@ def run_all(
 ) -> dict[str, float]:
     """Runs evaluators one after the other; {"evaluator/metric": value}.
 
-    Args:
-      evaluators: as `build_all` gives them.
-      embedder: the model to evaluate.
-      progress: called after each number, so that a watchdog knows that something moves.
+    `progress` is called after each number, so that a watchdog knows that something moves.
 
     Raises:
       BadInput: what an evaluator refused, with its name.

@@ -14,14 +14,11 @@ from jaxtyping import Float
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import embedding, picture_sets
 
-_CHUNK = 4096  # pictures scored at a time
-
 
 class Evaluator:
     """Top-1 and top-5 by class names on a picture set, among the classes that occur in it.
 
     Args:
-      towers: the functions of a model with a text tower.
       images: folder or .tar in GPR1200 naming.
       classes: class table that gives each class number its label (`picture_sets.read_classes`).
       templates: prompts, ``{}`` where the label goes.
@@ -55,15 +52,12 @@ class Evaluator:
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields ``top1`` and ``top5``: shares of pictures, 0..1."""
         features, classes = embedder.pictures(self.pictures), self.embed_classes(embedder)
-        ahead = []  # how many classes come before the right one
-        for start in range(0, len(features), _CHUNK):
-            scores = features[start : start + _CHUNK] @ classes.T
-            labels = self.labels[start : start + _CHUNK, None]
-            right = np.take_along_axis(scores, labels, axis=1)
-            tied_before = (scores == right) & (np.arange(len(classes)) < labels)
-            ahead.append(((scores > right) | tied_before).sum(1))
-        yield "top1", float((np.concatenate(ahead) < 1).mean())
-        yield "top5", float((np.concatenate(ahead) < 5).mean())
+        scores, labels = features @ classes.T, self.labels[:, None]
+        right = np.take_along_axis(scores, labels, axis=1)
+        tied_before = (scores == right) & (np.arange(len(classes)) < labels)
+        ahead = ((scores > right) | tied_before).sum(1)  # classes that come before the right one
+        yield "top1", float((ahead < 1).mean())
+        yield "top5", float((ahead < 5).mean())
 
     def embed_classes(self, embedder: embedding.Embedder) -> Float[np.ndarray, "c d"]:
         """One unit vector per class, in ascending order of class numbers."""

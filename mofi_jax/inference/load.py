@@ -21,20 +21,12 @@ from mofi_jax.training import arrays, checkpoint, run_folder
 def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
     """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
 
-    Args:
-      path: the folder.
-      mesh: the devices to use (`meshes.make_mesh`).
-      batch_size: see `Towers`.
-
     Raises:
       BadInput: a folder that is neither, or one that is damaged.
     """
     saved = read(path)
     towers = Towers(
-        config=saved.config,
-        tokenizer=saved.tokenizer,
-        entities=saved.entities,
-        preprocess=saved.preprocess,
+        *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
         mesh=mesh,
         batch_size=batch_size,
     )
@@ -44,15 +36,10 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
 def read(path: epath.PathLike) -> huggingface.Clip:
     """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
     path = files.input_folder(path, "--model")
-
-    def description() -> dict[str, Any] | None:
-        return run_folder.read_model(path) if (path / run_folder.MODEL_FILE).exists() else None
-
     # The kind of folder decides what hosts ask one another next: host 0 looks for all.
-    values = hosts.agree(description)
-    if values is not None:
-        saved = _read_run(path, values)
-    elif hosts.agree(lambda: huggingface.is_folder(files.local_input(path, "the model"))):
+    if hosts.agree((path / run_folder.MODEL_FILE).exists):
+        saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)))
+    elif hosts.agree(lambda: (files.local_input(path, "the model") / "config.json").exists()):
         saved = hosts.all_or_none(lambda: huggingface.read(path))
     else:
         raise BadInput(

@@ -1,8 +1,7 @@
 """A model as functions: pictures, texts and embeddings in, numpy out.
 
 `Towers` are a model's functions without its parameters, which is what evaluators and the training
-loop share; `Model` has both.  `RawPixels` is the baseline with the same interface.  This file knows
-nothing of training or of files.
+loop share; `Model` has both.  `RawPixels` is the baseline with the same interface.
 
 In a multi-host job every host passes the same inputs and gets all results; the devices of each are
 given only what lies on them.
@@ -29,23 +28,14 @@ from mofi_jax.model import mofi
 
 @dataclasses.dataclass(frozen=True)
 class Towers:
-    """The functions of a model; parameters are an argument.
-
-    Attributes:
-      config: shapes and arithmetic.
-      tokenizer: None for a model without a text tower.
-      entities: the vocabulary of the class table, None without one.
-      preprocess: picture operations (`data.ops`) from bytes to uint8 [s, s, 3].
-      mesh: the devices; batches are split over them.
-      batch_size: pictures or texts per step, rounded up to what the mesh can split evenly.
-    """
+    """The functions of a model; parameters are an argument."""
 
     config: mofi.MofiConfig
-    tokenizer: tokenizer_lib.Tokenizer | None
-    entities: records.Entities | None
-    preprocess: str
-    mesh: Mesh
-    batch_size: int = 256
+    tokenizer: tokenizer_lib.Tokenizer | None  # None for a model without a text tower
+    entities: records.Entities | None  # the vocabulary of the class table, None without one
+    preprocess: str  # picture operations (`data.ops`) from bytes to uint8 [s, s, 3]
+    mesh: Mesh  # batches are split over it
+    batch_size: int = 256  # per step, rounded up to what the mesh can split evenly
 
     def embed_images(
         self, params: mofi.Params, images: UInt8[np.ndarray, "n s s 3"]
@@ -58,21 +48,12 @@ class Towers:
     ) -> Iterator[Float32[np.ndarray, "_ d"]]:
         """`embed_images` of a stream: while the devices work on a batch, the next one is fetched.
 
-        Args:
-          params: parameters.
-          batches: of `batch_size` pictures or fewer.
-
-        Yields:
-          The embeddings of each batch, in order.
+        Batches have `batch_size` pictures or fewer; yields the embeddings of each, in order.
         """
         return self._stream(self._image_step, params, batches)
 
     def embed_texts(self, params: mofi.Params, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised embeddings of texts of any length.
-
-        Raises:
-          BadInput: the model has no tokenizer or no text tower.
-        """
+        """L2-normalised embeddings of texts of any length; raises BadInput without a text tower."""
         if self.tokenizer is None:
             raise BadInput(
                 f"The model has no {records.TOKENIZER_FILE}, so it cannot read text: put the file "
@@ -81,13 +62,8 @@ class Towers:
         return self._in_batches(self._text_step, params, self.tokenizer(list(texts)))
 
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
-        """Picture file -> the pixels that the image tower takes.
-
-        Raises:
-          ops.UndecodableImage: bytes that are not a whole picture.
-          BadInput: preprocessing that does not end in s x s pixels.
-        """
-        return _decode(self.preprocess, data, self.config.image_size)
+        """Picture file -> the pixels that the image tower takes, by `ops.decode_to`."""
+        return ops.decode_to(self.config.image_size, self.preprocess, data)
 
     def put(self, params: Any) -> mofi.Params:
         """Parameters onto the mesh by its path rules; the class table is padded to divide."""
@@ -101,10 +77,9 @@ class Towers:
     def nearest_entities(
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], k: int
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Ids of the k entities with the largest cosines to the class table, and the cosines.
+        """Ids and cosines of the k nearest entities, best first.
 
-        Raises:
-          BadInput: a model without class table, or k beyond the vocabulary.
+        Raises BadInput for a model without class table, or k beyond the vocabulary.
         """
         table = params.get(sharding.ENTITY_TABLE)
         if self.entities is None or table is None:
@@ -148,10 +123,7 @@ class Towers:
         return -(-self.batch_size // shards) * shards
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
-        """Results of step(params, batch) over all inputs, in batches of one size.
-
-        Returns numpy arrays in the structure of the step's result.
-        """
+        """Numpy results of step(params, batch) over all inputs, in batches of one size."""
         size = self._step_size
         # One step even for no input at all, so that its result has the right shape.
         starts = range(0, max(len(inputs), 1), size)
@@ -182,23 +154,14 @@ class Towers:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Towers with their parameters.
-
-    Attributes:
-      params: on the devices of `towers.mesh`.
-      description: where it came from, for tables and logs.
-    """
+    """Towers with their parameters."""
 
     towers: Towers
-    params: mofi.Params
-    description: str
+    params: mofi.Params  # on the devices of `towers.mesh`
+    description: str  # where it came from, for tables and logs
 
     def embed_images(self, files: Sequence[bytes]) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised embeddings of picture files (JPEG, PNG, WebP, GIF).
-
-        Raises:
-          BadInput: one of them is not a whole picture; says which.
-        """
+        """L2-normalised embeddings of picture files; raises BadInput with one that is damaged."""
         size = self.towers.config.image_size
         pixels = np.zeros((len(files), size, size, 3), np.uint8)
         for i, data in enumerate(files):
@@ -206,13 +169,12 @@ class Model:
                 pixels[i] = self.towers.decode(data)
             except ops.UndecodableImage as error:
                 raise BadInput(
-                    f"Picture {i} of {len(files)} cannot be decoded ({error.reason}): replace it "
+                    f"Picture {i} of {len(files)} cannot be decoded ({error}): replace it "
                     "or leave it out."
                 ) from error
         return self.towers.embed_images(self.params, pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised embeddings of texts; see `Towers.embed_texts`."""
         return self.towers.embed_texts(self.params, texts)
 
     def name_entities(
@@ -226,10 +188,9 @@ class Model:
 class RawPixels:
     """The baseline: a picture is its own pixels. As `Towers`, for pictures only; no parameters.
 
-    The feature is exactly what an image tower would be given: the picture of the evaluation
-    preprocessing, minus CLIP's mean colour, over CLIP's deviation, as one L2-normalised vector. On
-    the bundled sample at 40 pixels that gives a GPR1200 mAP (query counted) of 0.249 on unseen.tar
-    and 0.529 on seen.tar; with each picture's own mean removed it would be 0.263 and 0.536.
+    The feature is what an image tower would be given, as one L2-normalised vector.  On the bundled
+    sample at 40 pixels that gives a GPR1200 mAP (query counted) of 0.249 on unseen.tar and 0.529 on
+    seen.tar; with each picture's own mean removed it would be 0.263 and 0.536.
     """
 
     image_size: int
@@ -251,23 +212,4 @@ class RawPixels:
         return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
 
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
-        """See `Towers.decode`."""
-        return _decode(self.preprocess, data, self.image_size)
-
-
-def _decode(preprocess: str, data: bytes, size: int) -> np.ndarray:
-    try:
-        pixels = ops.build(preprocess)({"image": data}, None)["image"]
-    except (BadInput, ops.UndecodableImage):
-        raise
-    except Exception as error:  # OpenCV's own, or Python's, about the operations' arguments
-        raise BadInput(
-            f"The preprocessing fails ({type(error).__name__}: {' '.join(str(error).split())}): "
-            "correct its arguments."
-        ) from error
-    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-        raise BadInput(
-            f"The preprocessing gives {pixels.dtype} {list(pixels.shape)} where the model takes "
-            f"uint8 {[size, size, 3]}: end it with center_crop({size})."
-        )
-    return pixels
+        return ops.decode_to(self.image_size, self.preprocess, data)

@@ -29,16 +29,11 @@ TEXT_POSITIONS = "text/position_embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is taken from another model.
+    """What is taken from another model."""
 
-    Attributes:
-      params: path -> numpy array in the shape of this run's parameter; the class table as the other
-        model has it.
-      table_rows: row of that table for each entity's row here, -1 for one that it does not have;
-        None where no table is taken.
-    """
-
+    # By path, in the shape of this run's parameter; the class table as the other model has it.
     params: Mapping[str, np.ndarray]
+    # Row of that table for each row here, -1 for one it does not have; None: no table is taken.
     table_rows: Int[np.ndarray, " e"] | None
 
 
@@ -121,13 +116,9 @@ def apply(state: TrainState, source: Source) -> TrainState:
 
 
 def resampled(positions: Float[np.ndarray, "n d"], length: int) -> Float[np.ndarray, "m d"]:
-    """Position embeddings of a square grid with a class token, for a grid of another size.
+    """Position embeddings of a square grid, row by row after its class token, for `length` of them.
 
     Bicubic, antialiased where the grid shrinks; the class token's stays (as open_clip and timm do).
-
-    Args:
-      positions: of the class token, then of the patches row by row.
-      length: 1 + patches of the other grid.
     """
     old, new = _side(positions.shape[0]), _side(length)
     if old == new:

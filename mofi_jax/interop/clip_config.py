@@ -9,6 +9,7 @@ id). A folder with that 2 is read if its tokenizer shows that both rules agree, 
 EOS has the highest id of the vocabulary; a model whose EOS really is 2 is not written at all.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,11 +37,7 @@ ARGMAX_EOS = 2
 
 
 def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-      BadInput: the tokenizer is not the model's, or its EOS has the id 2.
-    """
+    """config.json's content; raises BadInput for another model's tokenizer or an EOS of id 2."""
     if tokenizer.eos_id != config.eos_id or tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
             f"The tokenizer {tokenizer.path} (EOS {tokenizer.eos_id}, {tokenizer.vocab_size} ids) "
@@ -107,8 +104,7 @@ def from_config(
             "type 'clip' (CLIPModel)."
         )
 
-    def field_of(section: str, key: str) -> Any:
-        return field(values, where, section, key)
+    field_of = functools.partial(field, values, where)
 
     def refuse(what: str) -> None:
         raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
@@ -155,13 +151,9 @@ def from_config(
 
 
 def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: str) -> Any:
-    """A value of config.json, checked for its type.
+    """A value of config.json; raises BadInput where it is missing or of another type.
 
-    Args:
-      section: "text_config", "vision_config", or "" for the top.
-
-    Raises:
-      BadInput: the section is no object, or the value is missing or of another type.
+    The section is "text_config", "vision_config", or "" for the top.
     """
     part = values.get(section) if section else values
     value = part.get(key) if isinstance(part, Mapping) else None

@@ -24,15 +24,11 @@ OF_LOSSES = (sharding.ENTITY_TABLE, "entity_log_scale", "logit_bias")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter under both names.
-
-    `name` has a {} for the layer number where our array is stacked over `layers`. `shape` is one
-    layer's in our layout; `kind` says how it turns into CLIPModel's.
-    """
+    """One parameter under both names; `kind` says how it turns into CLIPModel's."""
 
     path: str
-    name: str
-    shape: tuple[int, ...]
+    name: str  # with a {} for the layer number where our array is stacked over `layers`
+    shape: tuple[int, ...]  # of one layer, in our layout
     kind: str = "plain"  # or "bias", "matrix", "patches"
     layers: int | None = None
     inputs: int = 1  # a matrix: how many leading dimensions of `shape` are input
@@ -61,7 +57,7 @@ class Weight:
 
 
 def weights(config: mofi.MofiConfig) -> Iterator[Weight]:
-    """All parameters of both towers (names: transformers, modeling_clip.py)."""
+    """All parameters of both towers."""
     d, p = config.embed_dim, config.patch_size
     w, t = config.image.width, config.text.width
     positions = 1 + (config.image_size // p) ** 2
@@ -149,11 +145,7 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
 def check_shapes(
     config: mofi.MofiConfig, shapes: Mapping[str, tuple[int, ...]], where: epath.PathLike
 ) -> None:
-    """Compares the shapes of a state dict with CLIPModel's; `where` names the source in errors.
-
-    Raises:
-      BadInput: names all keys that are missing, unexpected or of another shape, at once.
-    """
+    """Raises BadInput with all keys of a state dict that CLIPModel lacks or shapes otherwise."""
     expected = {
         weight.name.format(i): weight.clip_shape()
         for weight in weights(config)

@@ -5,10 +5,9 @@ is needed in either direction.
 """
 
 import dataclasses
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,20 +37,13 @@ COPY_AGAIN = "copy the whole CLIPModel folder again"
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What a folder holds, in our terms.
+    """What a folder holds, in our terms."""
 
-    Attributes:
-      config: with dtype float32, the dtype of the weights; choose another for speed.
-      params: numpy float32 tree of `mofi.create`'s layout, with `entity_table` if classified.
-      tokenizer, entities: None where the folder has none.
-      preprocess: picture operations (`data.ops`) from bytes to uint8 [s, s, 3].
-    """
-
-    config: mofi.MofiConfig
-    params: mofi.Params
+    config: mofi.MofiConfig  # with dtype float32, that of the weights; choose another for speed
+    params: mofi.Params  # numpy float32 as of `mofi.create`, with `entity_table` if classified
     tokenizer: tokenizer_lib.Tokenizer | None
     entities: records.Entities | None
-    preprocess: str
+    preprocess: str  # picture operations (`data.ops`) from bytes to uint8 [s, s, 3]
 
 
 # ----------------------------------------------------------------------------------- preprocessing
@@ -128,11 +120,6 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
 # ------------------------------------------------------------------------------------------ folder
 
 
-def is_folder(path: epath.PathLike) -> bool:
-    """Whether the path looks like a folder that `read` is for."""
-    return (epath.Path(path) / "config.json").exists()
-
-
 def read(folder: epath.PathLike) -> Clip:
     """Reads a CLIPModel folder: ours, or any with config.json and safetensors weights.
 
@@ -194,12 +181,12 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     config = clip_config.to_config(clip.config, clip.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / WEIGHTS, state)
-    _write_json(folder / "config.json", config)
-    _write_json(
+    files.write_json(folder / "config.json", config)
+    files.write_json(
         folder / "preprocessor_config.json",
         _to_preprocessor(clip.preprocess, clip.config.image_size),
     )
-    _write_json(folder / PREPROCESS, {"preprocess": clip.preprocess})
+    files.write_json(folder / PREPROCESS, {"preprocess": clip.preprocess})
     _write_tokenizer(folder, clip.tokenizer)
     table = clip.params.get(sharding.ENTITY_TABLE)
     if table is not None and clip.entities is not None:
@@ -232,8 +219,8 @@ def _write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> 
         text = backend.to_str(pretty=True)
     (folder / records.TOKENIZER_FILE).write_text(text)
     special = {f"{kind}_token": name for kind, name in names.items()}
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
+    files.write_json(folder / "special_tokens_map.json", special)
+    files.write_json(
         folder / "tokenizer_config.json",
         {
             # The generic class: transformers' CLIPTokenizer would rebuild CLIP's own pipeline.
@@ -298,7 +285,3 @@ def _save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     # transformers refuses a file that does not name its layout.
     safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)  # safetensors makes it private to its owner
-
-
-def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -64,9 +64,7 @@ says how well the entity fits"""
 
 def text(config: mofi.MofiConfig, preprocess: str, entities: records.Entities | None) -> str:
     """The model card of one model; `entities` is the vocabulary of its class table, if any."""
-    image, text = (
-        mofi.parameter_count(config, tower, with_projection=False) for tower in ("image", "text")
-    )
+    image, text = (mofi.parameter_count(config, tower) for tower in ("image", "text"))
     return _CARD.format(
         c=config,
         eos=config.eos_id,

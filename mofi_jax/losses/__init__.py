@@ -5,6 +5,6 @@
 * `contrastive.clip_softmax`: images against texts, CLIP.  `siglip.siglip`: the same, SigLIP.
 
 A new loss leaves masked rows out of value and gradient, returns the sums over the global batch and
-the count of its rows (`base.LossSum`), and has a dense reference in its file, differentiated by
+the count of its rows (`blocks.LossSum`), and has a dense reference in its file, differentiated by
 jax, which its tests compare with the sharded function, gradients included, on several meshes.
 """

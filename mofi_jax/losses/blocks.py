@@ -1,4 +1,4 @@
-"""What the losses share: mapping over shards, matrix products, and walking a long axis in blocks.
+"""What losses share: their result, maps over shards, matrix products, walking an axis in blocks.
 
 A loss over millions of classes, or over a batch of 32,768 pairs, is a matrix of logits that must
 never exist.  Each device computes a tile of its part, uses it and forgets it.  How large a tile may
@@ -6,7 +6,7 @@ be is decided here, in one place, from the kind of device.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import global_batch, meshes
@@ -30,6 +30,19 @@ MASKED = -1e30
 # fp32 bytes of one tile of logits.  Two to four of them live at once.  CPU caches want small tiles;
 # a GPU needs large ones to fill its matrix units and to hide the launches of a loop's kernels.
 TILE_BYTES = {"cpu": 2**22, "tpu": 2**26, "gpu": 2**27}
+
+
+class LossSum(NamedTuple):
+    """Sums over the rows of the global batch that take part in a loss; all fp32 scalars.
+
+    The mean loss is ``total / max(count, 1)``.  Sums of several batches or tasks add up, means of
+    means do not.
+    """
+
+    total: Float[Array, ""]  # of the rows' losses, the only member that carries a gradient
+    count: Float[Array, ""]  # rows that take part
+    correct: Float[Array, ""]  # of these, whose right answer is strictly above every wrong one
+    cosine: Float[Array, ""]  # of the rows with their right answer, the closest of several
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
@@ -55,12 +68,51 @@ def dot(subscripts: str, a: Array, b: Array, dtype: DTypeLike = jnp.float32) -> 
 
 
 def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map` for functions that jax does not differentiate (`base.sharded`)."""
+    """`jax.shard_map` for functions that jax does not differentiate (`sharded`)."""
     # The replication check, which guards autodiff through collectives, takes gathered arrays for
     # different ones on each device.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def sharded(
+    mesh: Mesh,
+    forward: Callable[..., tuple[LossSum, Any]],
+    backward: Callable[..., tuple[Any, ...]],
+    inputs: tuple[Any, ...],
+    specs: tuple[Any, ...],
+    *,
+    residual_specs: Any,
+    differentiable: int,
+) -> LossSum:
+    """A loss whose two passes are functions of one device's shards.
+
+    Args:
+      forward: ``loss, residuals = forward(*inputs)``; the loss is that of the global batch.
+      backward: ``gradients = backward(*inputs, residuals, gradient of loss.total)``.
+      inputs: arrays, trees of arrays or None; the first ``differentiable`` have a gradient.
+      specs: how each input, and its gradient, is split over the mesh.
+    """
+
+    @jax.custom_vjp
+    def loss(*inputs: Any) -> LossSum:
+        return run_forward(*inputs)[0]
+
+    def run_forward(*inputs: Any) -> tuple[LossSum, Any]:
+        run = shard_map(forward, mesh, specs, (P(), residual_specs))
+        result, residuals = run(*inputs)
+        return result, (inputs, residuals)
+
+    def run_backward(saved: Any, cotangent: LossSum) -> tuple[Any, ...]:
+        inputs, residuals = saved
+        in_specs = *specs, residual_specs, P()
+        run = shard_map(backward, mesh, in_specs, specs[:differentiable])
+        gradients = run(*inputs, residuals, cotangent.total)
+        return *gradients, *[None] * (len(inputs) - differentiable)
+
+    loss.defvjp(run_forward, run_backward)
+    return loss(*inputs)
 
 
 def gather_batch(tree: Any) -> Any:

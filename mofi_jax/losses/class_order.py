@@ -23,9 +23,7 @@ def table_rows(ids: Any, num_entities: int) -> Any:
     number of entities alone, so a checkpoint fits any number of devices.
 
     Args:
-      ids: int32 entity ids, numpy or jax, any shape; ids outside [0, num_entities) stay as they
-        are.
-      num_entities: size of the vocabulary.
+      ids: int32, numpy or jax, any shape; ids outside [0, num_entities) stay as they are.
     """
     stride, multiplier = _stride(num_entities)
     run = num_entities // stride

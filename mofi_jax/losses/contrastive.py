@@ -9,8 +9,6 @@ picks its text among the texts of the batch, every text its image, both directio
 `relations.SAME_ENTITY` says what becomes of pairs that share an entity; where they are positive,
 all of a row's targets have equal weight, the logarithm outside of their mean (UniCL, arXiv
 2204.03610; the "out" form of SupCon, arXiv 2004.11362).
-
-This file knows nothing of models, temperature caps or the weight of a task.
 """
 
 import functools
@@ -24,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mofi_jax.distributed import global_batch, meshes
-from mofi_jax.losses import base, blocks, relations
+from mofi_jax.losses import blocks, relations
 
 
 def clip_softmax_dense(
@@ -36,7 +34,7 @@ def clip_softmax_dense(
     image_entities: Int[Array, "b k"] | None = None,
     text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
-) -> base.LossSum:
+) -> blocks.LossSum:
     """The definition of `clip_softmax`, with all b x b logits in memory."""
     labels = relations.checked(valid, image_entities, text_entity, same_entity)
     images, texts = relations.sides(image, text, labels)
@@ -62,7 +60,7 @@ def clip_softmax(
     text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
     block_size: int | None = None,
-) -> base.LossSum:
+) -> blocks.LossSum:
     """CLIP loss over the global batch; a device holds [b / batch shards, block] logits at a time.
 
     Gradients are exact for image, text and logit_scale_exp.  Collectives: all-gather of the
@@ -72,7 +70,6 @@ def clip_softmax(
       image: L2-normalised image embeddings, fp32 or bf16; batch over `meshes.BATCH_AXES`.
       text: L2-normalised text embeddings; row i belongs to image i.
       logit_scale_exp: factor of the cosines, > 0, the exponential already taken and capped.
-      mesh: the mesh of `meshes.make_mesh`.
       valid: rows that take part; a row with 0 is neither a row nor anyone's negative.
       image_entities: ids of all entities that each image shows; fill a row up by repeating one of
         its own.  None, like ids that occur in no `text_entity`, relates no image to another image's
@@ -97,7 +94,7 @@ def clip_softmax(
     images = batch // global_batch.batch_shards(mesh)
     block = blocks.tile_columns(mesh, images, batch, block_size)
     scale = jnp.asarray(logit_scale_exp, jnp.float32)
-    return base.sharded(
+    return blocks.sharded(
         mesh,
         functools.partial(_forward, same_entity, block),
         functools.partial(_backward, same_entity, block),

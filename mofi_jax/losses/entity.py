@@ -10,8 +10,6 @@ targets; CosFace, arXiv 1801.09414; ArcFace, arXiv 1801.07698)::
 
     z_c  = scale * margined(cos(x, W_c))    the margin where c is a label, cos itself elsewhere
     loss = -sum_k w_k * log_softmax(z)_k
-
-This file knows nothing of models, of where labels come from, or of the weight of a task.
 """
 
 import functools
@@ -27,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
-from mofi_jax.losses import base, blocks, class_order, margins
+from mofi_jax.losses import blocks, margins
 
 # Floor of a row's squared norm.  Rows of N(0, 0.01^2) with 512 entries have 5e-2.
 _TINY = 1e-12
@@ -40,18 +38,13 @@ _SHORTEST_BLOCK = 2048
 
 
 class Sample(NamedTuple):
-    """Some rows of a class table in place of all (`entity_sampling.draw`).
+    """Some rows of a class table in place of all (`entity_sampling.draw`)."""
 
-    Attributes:
-      rows: int32 [s], row numbers of the whole table; numbers beyond its last row are empty places.
-        Sharded as the table is, every device's share rows of its own, ascending.
-      log_q: float32 [s], added to the logits: -log of the probability with which a row was drawn.
-      overflow: float32 scalar, labels of the batch (distinct classes) that found no place.
-    """
-
+    # Row numbers of the whole table; those beyond its last row are empty places.  Sharded as the
+    # table is, every device's share rows of its own, ascending.
     rows: Int[Array, " s"]
-    log_q: Float[Array, " s"]
-    overflow: Float[Array, ""]
+    log_q: Float[Array, " s"]  # added to the logits: -log of a row's probability to be drawn
+    overflow: Float[Array, ""]  # labels of the batch (distinct classes) that found no place
 
 
 def unit_rows(rows: Array) -> tuple[Array, Array]:
@@ -81,20 +74,13 @@ def _targets(ids: Array, weights: Array, columns: Array, *, contiguous: bool) ->
     return target
 
 
-def check_table(embeddings: Array, table: Array, num_entities: int, mesh: Mesh) -> None:
-    """Raises BadInput unless table and batch divide over the mesh and hold the vocabulary."""
-    if table.shape[0] % mesh.size:
+def check_table(rows: int, num_entities: int, mesh: Mesh) -> None:
+    """Raises BadInput unless the table's rows divide over the mesh and hold the vocabulary."""
+    if rows % mesh.size or not 0 < num_entities <= rows:
         raise BadInput(
-            f"entity_table has {table.shape[0]} rows, which {mesh.size} devices cannot share "
-            f"evenly: pad it to class_order.padded_rows(...) = "
-            f"{class_order.padded_rows(table.shape[0], mesh)} rows."
+            f"num_entities={num_entities} and a table of {rows} rows on {mesh.size} devices do not "
+            "fit: pad it with class_order.padded_rows(num_entities, mesh)."
         )
-    if not 0 < num_entities <= table.shape[0]:
-        raise BadInput(
-            f"entity_table has {table.shape[0]} rows but num_entities is {num_entities}: "
-            "build the table from the entities.parquet of the same data."
-        )
-    blocks.check_batch(embeddings.shape[0], mesh)
 
 
 def entity_softmax_dense(
@@ -109,11 +95,8 @@ def entity_softmax_dense(
     margin_kind: str = "cosface",
     compute_dtype: DTypeLike,
     sample: Sample | None = None,
-) -> base.LossSum:
-    """The definition of `entity_softmax`, with all b x e logits in memory.
-
-    Arguments and result are those of `entity_softmax`, less the mesh and the block size.
-    """
+) -> blocks.LossSum:
+    """The definition of `entity_softmax`, with all b x e logits in memory."""
     dtype = jnp.dtype(compute_dtype)
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
     columns = jnp.arange(table.shape[0]) if sample is None else sample.rows
@@ -129,7 +112,7 @@ def entity_softmax_dense(
     best_label = jnp.max(jnp.where(hit, cos, blocks.MASKED), axis=-1)
     best_other = jnp.max(jnp.where(hit | ~real, blocks.MASKED, cos), axis=-1)
     labelled = jnp.any(hit, axis=-1)
-    return base.LossSum(
+    return blocks.LossSum(
         total=-jnp.sum(target * log_p),
         count=jnp.sum(labelled, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
@@ -151,7 +134,7 @@ def entity_softmax(
     block_size: int | None = None,
     compute_dtype: DTypeLike,
     sample: Sample | None = None,
-) -> base.LossSum:
+) -> blocks.LossSum:
     """Exact large-margin softmax over all entities; memory does not grow with their number.
 
     Per device a tile of fp32 logits (`blocks.TILE_BYTES`; two copies of it, or four where XLA's CPU
@@ -171,11 +154,9 @@ def entity_softmax(
         [0, num_entities), is padding.
       label_weights: weights > 0 that sum to 1 per row; 0 is padding.  A row that is all padding
         is skipped.  An id given twice in a row has the sum of its weights and one margin.
-      num_entities: number of real rows of the table.
       scale: factor of the cosines, > 0; a traced scalar may be learned.
       margin: subtracted from the cosine (CosFace) or added to the angle (ArcFace) of every label.
       margin_kind: "cosface" or "arcface".
-      mesh: the mesh of `meshes.make_mesh`.
       block_size: classes per block; None chooses it, and how many rows of the batch a tile has,
         from the shapes and the kind of device.
       compute_dtype: operands of the matrix products; logits and sums are always fp32.
@@ -190,7 +171,8 @@ def entity_softmax(
       BadInput: the table does not divide over the mesh, the batch not over its batch axes,
         num_entities does not fit the table, or an unknown kind of margin.
     """
-    check_table(embeddings, table, num_entities if sample is None else table.shape[0], mesh)
+    check_table(table.shape[0], num_entities if sample is None else table.shape[0], mesh)
+    blocks.check_batch(embeddings.shape[0], mesh)
     if margin_kind not in margins.KINDS:
         raise BadInput(f"margin_kind={margin_kind!r}: choose from {', '.join(margins.KINDS)}.")
     ids, weights = _real_labels(label_ids, label_weights, num_entities)
@@ -209,7 +191,7 @@ def entity_softmax(
     # Without a traced scale or a sample, these are None: an empty tree to shard_map.
     scale = None if fixed_scale is not None else jnp.asarray(scale, jnp.float32)
     drawn = None if sample is None else (sample.rows, sample.log_q)
-    return base.sharded(
+    return blocks.sharded(
         mesh,
         functools.partial(_forward, static),
         functools.partial(_backward, static),
@@ -334,7 +316,7 @@ def _forward(static, embeddings, table, scale, labels, drawn):
     )
     # The log-sum-exp stays in two parts: at a scale of 100 their fp32 sum would be 4e-6 off.
     log_sum = jnp.log(exp_sum)
-    loss = base.LossSum(
+    loss = blocks.LossSum(
         total=jnp.sum((weight_sum * top - target_sum) + weight_sum * log_sum),
         count=jnp.sum(weight_sum > 0, dtype=jnp.float32),
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),

@@ -26,11 +26,7 @@ from mofi_jax.losses import blocks, entity
 
 
 def places(table_rows: int, rate: float, mesh: Mesh) -> int:
-    """Rows that each device draws: `rate` of its share, rounded up to a multiple of 8.
-
-    Raises:
-      BadInput: a rate outside (0, 1].
-    """
+    """Rows that each device draws, a multiple of 8; raises BadInput for a rate outside (0, 1]."""
     if not 0 < rate <= 1:
         raise BadInput(f"config.losses.entity.sample_rate={rate} must be above 0 and at most 1.")
     share = table_rows // mesh.size
@@ -51,12 +47,9 @@ def draw(
     Args:
       key: typed key of the step, the same on all devices.  What is drawn depends on it, on the
         labels and on the number of devices.
-      label_ids: rows of the table that are labels, batch over `meshes.BATCH_AXES`; anything
-        outside [0, num_entities) is padding.
-      table_rows: rows of the table, padded to the mesh.
-      num_entities: real rows of the table.
+      label_ids: as for `entity.entity_softmax`.
+      table_rows: rows of the table, padded to the mesh; `num_entities` of them are real.
       rate: share of the rows to draw, in (0, 1].
-      mesh: the mesh of `meshes.make_mesh`.
 
     Returns:
       `places` rows a device.  Where a device's positives are more than its places, a random part
@@ -67,11 +60,7 @@ def draw(
       BadInput: a rate outside (0, 1], or a table that does not fit vocabulary and mesh.
     """
     share, count = table_rows // mesh.size, places(table_rows, rate, mesh)
-    if table_rows % mesh.size or not 0 < num_entities <= table_rows:
-        raise BadInput(
-            f"num_entities={num_entities} and a table of {table_rows} rows on {mesh.size} devices "
-            "do not fit: pad it with class_order.padded_rows(num_entities, mesh)."
-        )
+    entity.check_table(table_rows, num_entities, mesh)
 
     def shard(key, ids):
         device = lax.axis_index(meshes.ALL_AXES)

@@ -26,9 +26,6 @@ def entity_topk(
     Args:
       embeddings: L2-normalised, batch over `meshes.BATCH_AXES`.
       table: raw class rows, over `meshes.ALL_AXES`; rows from num_entities on are padding.
-      num_entities: number of real rows of the table.
-      k: how many, at most num_entities.
-      mesh: the mesh of `meshes.make_mesh`.
       block_size: classes per block; bounds the memory at b x block_size cosines.
 
     Returns:
@@ -38,7 +35,8 @@ def entity_topk(
     Raises:
       BadInput: as `entity.entity_softmax`, or k exceeds num_entities.
     """
-    entity.check_table(embeddings, table, num_entities, mesh)
+    entity.check_table(table.shape[0], num_entities, mesh)
+    blocks.check_batch(embeddings.shape[0], mesh)
     if not 0 < k <= num_entities:
         raise BadInput(f"k={k} nearest of {num_entities} entities: choose 1 to {num_entities}.")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.losses import base, blocks
+from mofi_jax.losses import blocks
 
 SAME_ENTITY = ("off", "masked", "positive")
 
@@ -23,34 +23,23 @@ Labels = tuple[Array, Array | None, Array | None]
 
 
 class Side(NamedTuple):
-    """Some images, or some texts; zeros in place of what invalid rows hold.
+    """Some images, or some texts; zeros in place of what invalid rows hold."""
 
-    Attributes:
-      embeddings: [n d] in their own dtype: as bf16 they are half as long under way.
-      valid: bool [n].
-      entities: int [n k] ``image_entities`` or int [n] ``text_entity`` of the losses, or None.
-    """
-
-    embeddings: Array
-    valid: Array
-    entities: Array | None
+    embeddings: Array  # [n d] in their own dtype: as bf16 they are half as long under way
+    valid: Array  # bool [n]
+    entities: Array | None  # int [n k] `image_entities` or int [n] `text_entity` of the losses
 
 
 class Pairs(NamedTuple):
     """What some images [i] and some texts [j] are to each other; bool [i, j].
 
     A pair with an invalid side is none of these.
-
-    Attributes:
-      own: the text came with the image.
-      in_denominator: the pair has a logit in the loss.
-      positive: the pair is a target; own pairs always are.
-      wrong: the text is not about anything the image shows (to "off": it is another image's).
     """
 
-    own: Bool[Array, "i j"]
-    in_denominator: Bool[Array, "i j"]
-    positive: Bool[Array, "i j"]
+    own: Bool[Array, "i j"]  # the text came with the image
+    in_denominator: Bool[Array, "i j"]  # the pair has a logit in the loss
+    positive: Bool[Array, "i j"]  # the pair is a target; own pairs always are
+    # The text is not about anything the image shows (to "off": it is another image's).
     wrong: Bool[Array, "i j"]
 
 
@@ -83,9 +72,8 @@ def tile(
 ) -> tuple[Array, Pairs, Array]:
     """Images against the texts start, start + 1, ...: fp32 cosines [i, j], pairs, embeddings.
 
-    Args:
-      first_own: the place among the texts of the first image's own, the others' follow; None if
-        they are not among these texts.
+    `first_own` is the place of the first image's own text, the others' follow; None if they are not
+    among these texts.
     """
     texts, count = blocks.slice_rows(texts, start, size), images.valid.shape[0]
     # In fp32: these losses are a per mille of a step's FLOPs, and logits of up to 100 leave bf16 a
@@ -109,16 +97,14 @@ def tile(
     return cos, pairs, texts.embeddings
 
 
-def loss_sum(total: Array, valid: Array, own_cosine: Array, best_wrong: Any) -> base.LossSum:
-    """The sums of some rows.
+def loss_sum(total: Array, valid: Array, own_cosine: Array, best_wrong: Any) -> blocks.LossSum:
+    """The sums of some rows; a row counts a half as correct for each of `best_wrong` it beats.
 
     Args:
-      total: of their losses.
-      best_wrong: two fp32 [n], the largest cosine of a wrong pair among those of each image and
-        among those of each text.  A row counts a half as correct for each that its own beats.
+      best_wrong: two fp32 [n], each image's and each text's largest cosine of a wrong pair.
     """
     hits = sum(0.5 * (own_cosine > wrong) for wrong in best_wrong)
-    return base.LossSum(
+    return blocks.LossSum(
         total=total,
         count=jnp.sum(valid, dtype=jnp.float32),
         correct=jnp.sum(jnp.where(valid, hits, 0.0)),

@@ -13,8 +13,6 @@ The loss of Zhai et al. (arXiv 2303.15343), which needs no normalisation over th
 `relations.SAME_ENTITY` says what becomes of pairs that share an entity: y = -1 (off), no term
 (masked), or y = 1 (positive).  The paper starts from scale 10 and bias -10, so that the b - 1
 negatives of each row do not outweigh its one positive.
-
-This file knows nothing of models, of how scale and bias are learned, or of the weight of a task.
 """
 
 import functools
@@ -29,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mofi_jax.distributed import global_batch, meshes
-from mofi_jax.losses import base, blocks, relations
+from mofi_jax.losses import blocks, relations
 
 
 def siglip_dense(
@@ -42,7 +40,7 @@ def siglip_dense(
     image_entities: Int[Array, "b k"] | None = None,
     text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
-) -> base.LossSum:
+) -> blocks.LossSum:
     """The definition of `siglip`, with all b x b logits in memory."""
     labels = relations.checked(valid, image_entities, text_entity, same_entity)
     images, texts = relations.sides(image, text, labels)
@@ -67,30 +65,24 @@ def siglip(
     text_entity: Int[Array, " b"] | None = None,
     same_entity: str = "masked",
     block_size: int | None = None,
-) -> base.LossSum:
+) -> blocks.LossSum:
     """SigLIP loss over the global batch; a device holds one shard of texts and a tile of logits.
 
     Gradients are exact for image, text, logit_scale_exp and logit_bias.  Collectives: permutations
     of one shard of texts or of their gradient, all-reduce of scalars.
 
-    Args:
-      logit_bias: added to every logit.
-      image, text, logit_scale_exp, mesh, valid, image_entities, text_entity, same_entity,
-        block_size: as for `contrastive.clip_softmax`.
+    Arguments are those of `contrastive.clip_softmax`; logit_bias is added to every logit.
 
     Returns:
       Sums over the pairs (total) and the valid rows (count, correct): total / count is the paper's
       loss.  `correct` is that of `contrastive.clip_softmax`.
-
-    Raises:
-      BadInput: as `contrastive.clip_softmax`.
     """
     labels = relations.checked(valid, image_entities, text_entity, same_entity)
     blocks.check_batch(image.shape[0], mesh)
     mine = image.shape[0] // global_batch.batch_shards(mesh)
     static = mesh, same_entity, blocks.tile_columns(mesh, mine, mine, block_size)
     scale, bias = (jnp.asarray(x, jnp.float32) for x in (logit_scale_exp, logit_bias))
-    return base.sharded(
+    return blocks.sharded(
         mesh,
         functools.partial(_forward, *static),
         functools.partial(_backward, *static),
@@ -108,17 +100,11 @@ def _over_ring(
     texts: relations.Side,
     text_sums: Any,
 ) -> tuple[Any, Any]:
-    """Sends every shard's texts once around the ring of batch shards.
+    """Sends every shard's texts once around the ring of batch shards, their sums with them.
 
-    Args:
-      ring_step: ``image_sums, text_sums = ring_step(image_sums, texts, text_sums, first_own)`` on
-        every device that the texts come to; first_own as for `relations.tile`.
-      image_sums: sums of this device's images, which stay here.
-      texts: this device's.
-      text_sums: sums of these texts, which travel with them.
-
-    Returns:
-      The sums of this device's images over all texts, and of its texts over all images.
+    ``image_sums, text_sums = ring_step(image_sums, texts, text_sums, first_own)`` runs on every
+    device that texts come to; first_own as for `relations.tile`.  Returns the sums of this device's
+    images over all texts, and of its texts over all images.
     """
     shards = global_batch.batch_shards(mesh)
     image_sums, text_sums = ring_step(image_sums, texts, text_sums, 0)

@@ -88,11 +88,7 @@ _cut_gradient.defvjp(lambda x, length: (x, None), _cut_gradient_backward)
 
 
 def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:
-    """Either "xla" or "cudnn".
-
-    Args:
-      implementation: one of IMPLEMENTATIONS.
-      device: one of those that the program is for.
+    """Either "xla" or "cudnn", for one of IMPLEMENTATIONS and a device that the program is for.
 
     Raises:
       BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.

@@ -14,13 +14,9 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageTower(nnx.Module):
-    """uint8 pictures -> embeddings before normalisation; Hugging Face CLIPVisionModel's arithmetic.
+    """uint8 pictures -> embeddings before normalisation; transformers' CLIPVisionModel."""
 
-    Args:
-      config: a `mofi_jax.model.mofi.MofiConfig`.
-    """
-
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config, *, rngs: nnx.Rngs):  # config: a `mofi_jax.model.mofi.MofiConfig`
         width, patch = config.image.width, config.patch_size
         std = width**-0.5
         normal = jax.random.normal

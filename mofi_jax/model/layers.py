@@ -134,7 +134,7 @@ class Projection(nnx.Module):
 
 
 class AttentionWeights(NamedTuple):
-    """As `Attention.fold` returns them; any leading axes."""
+    """Folded weights (`Attention.fold`); any leading axes."""
 
     query: Float[Array, "*l w h d"]
     query_bias: Float[Array, "*l h d"]
@@ -227,10 +227,6 @@ class Block(nnx.Module):
     """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release).
 
     Or a stack of them, whose parameters have a leading layer axis (`make_stack`).
-
-    Args:
-      tower: a `mofi_jax.model.mofi.TowerConfig`.
-      config: the `mofi_jax.model.mofi.MofiConfig` that it is of.
     """
 
     def __init__(self, tower: Any, config: Any, rngs: nnx.Rngs):
@@ -278,10 +274,7 @@ def run_stack(
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
-    Args:
-      config: a `mofi_jax.model.mofi.MofiConfig`, of which attention and remat are used.
-      causal: whether a position sees only those before it.
-      mesh: whose batch axes the rows of x are split over.
+    The rows of x are split over the batch axes of the mesh.
     """
     weights = blocks.fold(x.dtype)
     depth, *_, head_dim = weights[0].query.shape

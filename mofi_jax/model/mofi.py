@@ -54,32 +54,21 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MofiConfig:
-    """Everything that decides the shapes and the arithmetic of both towers.
+    """Everything that decides the shapes and the arithmetic of both towers."""
 
-    Attributes:
-      image_size, patch_size: pixels; the size is a multiple of the patch.
-      image, text: tower shapes.
-      vocab_size, context_length, eos_id: of the tokenizer; texts pool at the first ``eos_id``.
-      embed_dim: size of the shared embedding.
-      activation: "gelu" (exact), "gelu_tanh" or "quick_gelu".
-      dtype: of matrix products, "bfloat16" or "float32"; parameters are always float32.
-      remat: "none", "dots" or "full", see `layers.REMAT`.
-      attention: "auto", "xla" or "cudnn", see `attention.attend`.
-    """
-
-    image_size: int
+    image_size: int  # pixels, a multiple of the patch
     patch_size: int
     image: TowerConfig
     text: TowerConfig
     vocab_size: int
     context_length: int
-    eos_id: int
+    eos_id: int  # texts pool at the first one
     embed_dim: int
-    activation: str = "gelu"
+    activation: str = "gelu"  # exact; or "gelu_tanh", "quick_gelu"
     layer_norm_eps: float = 1e-5
-    dtype: str = "bfloat16"
-    remat: str = "none"
-    attention: str = "auto"
+    dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters are always float32
+    remat: str = "none"  # or "dots", "full", see `layers.REMAT`
+    attention: str = "auto"  # or "xla", "cudnn", see `attention.attend`
 
     def __post_init__(self):
         for prefix, part in (("", self), ("image.", self.image), ("text.", self.text)):
@@ -168,12 +157,9 @@ def create(
 ) -> Params:
     """New float32 parameters; run it under jit with ``out_shardings`` to create them sharded.
 
-    Args:
-      towers: which towers to make; supervised training needs no text tower.
-
     Returns:
-      {"image": ..., "text": ..., "logit_scale": scalar}; the leaves of each tower's "blocks" are
-      stacked along a leading layer axis.
+      {"image": ..., "text": ..., "logit_scale": scalar} or those of the towers asked for; the
+      leaves of each tower's "blocks" are stacked along a leading layer axis.
     """
     params: Params = {}
     for name in towers:
@@ -202,11 +188,7 @@ def _run(
 def embed_images(
     config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
-    """uint8 RGB pictures -> float32 L2-normalised embeddings.
-
-    Args:
-      mesh: whose batch axes the pictures are split over, where they are split at all.
-    """
+    """RGB pictures -> float32 L2-normalised embeddings; the mesh's batch axes split the batch."""
     return _run(config, params, "image", images, mesh)
 
 
@@ -217,36 +199,25 @@ def embed_texts(
     return _run(config, params, "text", tokens, mesh)
 
 
-def logit_scale(params: Params) -> Float[Array, ""]:
-    """The contrastive temperature's inverse, capped at 100."""
-    return _scale(params["logit_scale"])
-
-
-def entity_scale(params: Params) -> Float[Array, ""]:
-    """The learned factor of the entity loss's cosines, capped at 100 as the temperature is."""
-    return _scale(params["entity_log_scale"])
-
-
-def _scale(logarithm: jax.Array) -> jax.Array:
+def capped_exp(logarithm: Float[Array, ""]) -> Float[Array, ""]:
+    """The scale of which a parameter (`LOG_SCALES`) is the logarithm, capped at 100."""
     # The cap takes no part in the gradient, or a parameter at it or loaded beyond it would stay.
     value = jnp.minimum(jnp.exp(logarithm), MAX_LOGIT_SCALE)
     return jax.lax.stop_gradient(value) * jnp.exp(logarithm - jax.lax.stop_gradient(logarithm))
 
 
 def capped(params: Params, frozen: Sequence[str] = ()) -> Params:
-    """The parameters after an update: a learned scale beyond its cap is put back to it, as in CLIP.
+    """The parameters after an update: scales beyond their cap, if not frozen, are put back to it.
 
-    Args:
-      frozen: names that stay as they are.
+    CLIP does so too.
     """
     names = [name for name in LOG_SCALES if name in params and name not in frozen]
     cap = math.log(MAX_LOGIT_SCALE)
     return params | {name: jnp.minimum(params[name], cap) for name in names}
 
 
-def parameter_count(config: MofiConfig, tower: str, *, with_projection: bool = True) -> int:
-    """Number of parameters of one tower; the released table counts without the projection."""
+def parameter_count(config: MofiConfig, tower: str) -> int:
+    """Number of parameters of one tower without its projection, as the released table counts."""
     shapes = jax.eval_shape(lambda k: create(config, k, towers=(tower,)), jax.random.key(0))[tower]
-    if not with_projection:
-        shapes = {k: v for k, v in shapes.items() if k != "projection"}
+    del shapes["projection"]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

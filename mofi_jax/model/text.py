@@ -10,13 +10,9 @@ from mofi_jax.model import layers
 
 
 class TextTower(nnx.Module):
-    """Token ids -> embeddings before normalisation; Hugging Face CLIPTextModel's arithmetic.
+    """Token ids -> embeddings before normalisation; Hugging Face CLIPTextModel's arithmetic."""
 
-    Args:
-      config: a `mofi_jax.model.mofi.MofiConfig`.
-    """
-
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config, *, rngs: nnx.Rngs):  # config: a `mofi_jax.model.mofi.MofiConfig`
         width = config.text.width
         normal = jax.random.normal
         self.token_embedding = nnx.Param(

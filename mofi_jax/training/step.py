@@ -48,7 +48,7 @@ def entity_task(
     """Classification over the entity vocabulary (margin softmax, paper section 3.1)."""
     options = context.losses["entity"]
     learned = options["learn_scale"]
-    scale = mofi.entity_scale(params) if learned else options["scale"]
+    scale = mofi.capped_exp(params["entity_log_scale"]) if learned else options["scale"]
     loss = entity.entity_softmax(
         images,
         params[sharding.ENTITY_TABLE],
@@ -87,7 +87,7 @@ def contrastive_task(
         batch["tokens"],
         context,
     )
-    scale = mofi.logit_scale(params)
+    scale = mofi.capped_exp(params["logit_scale"])
     text_entity = batch["text_group"]
     relations = {
         "valid": batch["text_valid"],
