@@ -14,8 +14,7 @@ SHARED_MEMORY = "/dev/shm"
 def allow_open_files(shards: int) -> int:
     """Raises this process's limit of open files, which its children inherit; returns it.
 
-    Raises:
-      BadInput: the hard limit, which only an administrator can raise, is too low.
+    Raises BadInput: the hard limit, which only an administrator can raise, is too low.
     """
     needed = shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

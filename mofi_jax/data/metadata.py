@@ -19,8 +19,7 @@ FEATURES_FILE = "features.json"
 def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
     """The folder of the newest version of data set `name` ("i2e" or "i2e/config") in `data_dir`.
 
-    Raises:
-      BadInput: remote path, no such data set, or one without metadata.
+    Raises BadInput: remote path, no such data set, or one without metadata.
     """
     root = files.local_input(data_dir, "the data set") / name  # ArrayRecord opens no others
     if not root.is_dir():
@@ -49,8 +48,7 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
 
     Each has its `filename`, `skip` and `take` records, of `examples_in_shard`.
 
-    Raises:
-      BadInput: metadata that cannot be read, another file format, no such split, an empty one.
+    Raises BadInput: metadata that cannot be read, another file format, no such split, an empty one.
     """
     from tensorflow_datasets.core import dataset_info
 

@@ -173,8 +173,7 @@ def open_extra(
     Entities are matched by QID; labels that the primary vocabulary ``entities`` lacks are dropped.
     ``extra`` is {name: {dir, name, weight}}; the weight of the primary set is 1.
 
-    Raises:
-      BadInput: as `records.open_source`; a weight that is not positive; other keys.
+    Raises BadInput: as `records.open_source`; a weight that is not positive; other keys.
     """
     ids = {qid: i for i, qid in enumerate(entities.qids)} if entities else {}
     parts = []

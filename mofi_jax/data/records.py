@@ -71,8 +71,7 @@ def serialize(example: Mapping[str, Any]) -> bytes:
 
     Equal examples give equal bytes: protobuf leaves the order of map entries open unless asked.
 
-    Raises:
-      ValueError: ids and scores of different length, or an image that is not JPEG bytes.
+    Raises ValueError: ids and scores of different length, or an image that is not JPEG bytes.
     """
     if len(example["entity_ids"]) != len(example["entity_scores"]):
         raise ValueError(f"record {example['key']!r} has unequal numbers of labels and scores")
@@ -94,8 +93,7 @@ def parse(record: bytes) -> dict[str, Any]:
     Reads the protobuf directly, eight times faster than TFDS's general parser, which also decodes
     pixels and returns lists.
 
-    Raises:
-      ValueError: a field is missing.
+    Raises ValueError: a field is missing.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -279,8 +277,7 @@ def write_entities(path: epath.PathLike, entities: Entities, old: Entities | Non
 
     Entities come by descending count, then by qid; or as in `old`, their earlier state.
 
-    Raises:
-      ValueError: not in that order, or a qid occurs twice.
+    Raises ValueError: not in that order, or a qid occurs twice.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

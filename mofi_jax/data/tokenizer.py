@@ -24,7 +24,6 @@ KNOWN_NAMES = {
     "eos": (EOS, "</s>", "<eos>", "[SEP]", "[EOS]"),
     "pad": (PAD, "<pad>", "[PAD]"),
 }
-_BYTES = 256
 
 
 class Tokenizer:

@@ -25,8 +25,7 @@ class Evaluator:
       images: folder or .tar in GPR1200 naming.
       classes: class table that gives each class number its qid (`picture_sets.read_classes`).
 
-    Raises:
-      BadInput: unusable set or class table, or a class table without qids.
+    Raises BadInput: unusable set or class table, or a class table without qids.
     """
 
     needs = ("entities",)

@@ -58,8 +58,7 @@ def read_set(path: epath.PathLike) -> PictureSet:
     GPR1200 leaves the order within a class to the directory listing; here it is by (int, name), so
     that numbers and neighbours repeat.  Files that are no pictures are skipped.
 
-    Raises:
-      BadInput: missing or unreadable path, no pictures, or a picture named otherwise.
+    Raises BadInput: missing or unreadable path, no pictures, or a picture named otherwise.
     """
     path = files.local_input(path, "the picture set")
     if not path.exists():

@@ -53,8 +53,7 @@ class Evaluator:
       images: folder or .tar in GPR1200 naming; classes may differ in size.
       classes: class table for the captions of the gallery (`picture_sets.read_classes`), or "".
 
-    Raises:
-      BadInput: unusable set.
+    Raises BadInput: unusable set.
     """
 
     needs = ()

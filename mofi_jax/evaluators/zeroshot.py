@@ -23,8 +23,7 @@ class Evaluator:
       classes: class table that gives each class number its label (`picture_sets.read_classes`).
       templates: prompts, ``{}`` where the label goes.
 
-    Raises:
-      BadInput: unusable set or class table, no template, or one without its ``{}``.
+    Raises BadInput: unusable set or class table, no template, or one without its ``{}``.
     """
 
     needs = ("tokenizer",)

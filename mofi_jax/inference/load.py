@@ -21,8 +21,7 @@ from mofi_jax.training import arrays, checkpoint, run_folder
 def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
     """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
 
-    Raises:
-      BadInput: a folder that is neither, or one that is damaged.
+    Raises BadInput: a folder that is neither, or one that is damaged.
     """
     saved = read(path)
     towers = Towers(

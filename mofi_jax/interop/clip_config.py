@@ -95,8 +95,7 @@ def from_config(
 ) -> mofi.MofiConfig:
     """config.json -> MofiConfig with dtype float32; `where` is the file named in errors.
 
-    Raises:
-      BadInput: not a CLIPModel, a field missing, or a value that our model cannot express.
+    Raises BadInput: not a CLIPModel, a field missing, or a value that our model cannot express.
     """
     if values.get("model_type") != "clip":
         raise BadInput(

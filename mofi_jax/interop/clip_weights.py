@@ -113,8 +113,7 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
 
     The class table and other parameters of the losses are no part of CLIPModel and are left out.
 
-    Raises:
-      BadInput: a tower is missing, or the parameters are not those of `config`.
+    Raises BadInput: a tower is missing, or the parameters are not those of `config`.
     """
     missing = [name for name in ("image", "text") if name not in params]
     if missing:

@@ -56,8 +56,7 @@ def draw(
       of them is drawn and the others are counted in `overflow`: their labels take no part in this
       step.
 
-    Raises:
-      BadInput: a rate outside (0, 1], or a table that does not fit vocabulary and mesh.
+    Raises BadInput: a rate outside (0, 1], or a table that does not fit vocabulary and mesh.
     """
     share, count = table_rows // mesh.size, places(table_rows, rate, mesh)
     entity.check_table(table_rows, num_entities, mesh)

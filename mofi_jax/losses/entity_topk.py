@@ -32,8 +32,7 @@ def entity_topk(
       Rows of the table int32 (`class_order.table_entities` gives their entities) and their cosines
       fp32 (without scale or margin), best first; of equal cosines the lower row comes first.
 
-    Raises:
-      BadInput: as `entity.entity_softmax`, or k exceeds num_entities.
+    Raises BadInput: as `entity.entity_softmax`, or k exceeds num_entities.
     """
     entity.check_table(table.shape[0], num_entities, mesh)
     blocks.check_batch(embeddings.shape[0], mesh)

@@ -90,8 +90,7 @@ _cut_gradient.defvjp(lambda x, length: (x, None), _cut_gradient_backward)
 def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:
     """Either "xla" or "cudnn", for one of IMPLEMENTATIONS and a device that the program is for.
 
-    Raises:
-      BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.
+    Raises BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.
     """
     if implementation == "auto":
         preferred = AUTO.get(device.platform, "xla")
