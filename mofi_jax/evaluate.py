@@ -40,7 +40,6 @@ def main(
     """Evaluates `model` by `config` and writes to the folder `out`.
 
     Args:
-      config: see ``configs/eval.py``.
       coordinator, processes, process: HOST:PORT of process 0, how many there are, and which one
         this is, counted from 0; left out where jax finds them by itself.
     """

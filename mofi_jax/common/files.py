@@ -40,8 +40,7 @@ def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> e
       bucket: whether it may lie in one.
 
     Raises:
-      BadInput: a remote path, a file, a name that libraries would take for a pattern, or a place
-        that cannot be written.
+      BadInput: a remote path, a file, a pattern to libraries, or a place that cannot be written.
     """
     path = input_folder(text, flag) if bucket else _local(text, flag)
     # Orbax and etils list folders by patterns with the folder's own name unescaped.

@@ -82,8 +82,7 @@ def devices(report: Report, **options: Any) -> dict[str, Any] | None:
       options: distributed, coordinator, processes, process, timeout (`hosts.start`) and mesh.
 
     Returns:
-      {"platform", "kind", "devices", "local", "processes", "memory": bytes a device or None,
-      "mesh": sizes by axis}; None where jax does not start, which is reported.
+      See `_devices`; None where jax does not start, which is reported.
     """
     limit = DEVICE_TIMEOUT + (options["timeout"] if options["distributed"] else 0)
     command = [sys.executable, "-m", "mofi_jax.doctor.machine"]
@@ -111,7 +110,7 @@ def devices(report: Report, **options: Any) -> dict[str, Any] | None:
 
 
 def _devices(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `devices` returns, or {"problem": sentence}; in the process that may hang."""
+    """The devices and the mesh, or {"problem": sentence}; in the process that may hang."""
     mesh_options = options.pop("mesh")
     try:
         hosts.start(**options)
@@ -125,8 +124,8 @@ def _devices(options: Mapping[str, Any]) -> dict[str, Any]:
         "devices": jax.device_count(),
         "local": jax.local_device_count(),
         "processes": jax.process_count(),
-        "memory": (device.memory_stats() or {}).get("bytes_limit"),
-        "mesh": dict(mesh.shape),
+        "memory": (device.memory_stats() or {}).get("bytes_limit"),  # of a device, or None
+        "mesh": dict(mesh.shape),  # sizes by axis
     }
 
 

@@ -52,15 +52,11 @@ Computation = dict[str, Instruction]
 
 
 class Program:
-    """A program's text.
-
-    Attributes:
-      computations: by name, each a dict of its instructions by name.
-      executions: computation -> how often it runs; a loop of unknown trip count counts once.
-    """
+    """A program's text: its computations by name, and how often each runs (`executions`)."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
+        # A loop of unknown trip count counts once.
         self.executions: collections.Counter[str] = collections.Counter()
         entry = ""
         for line in text.splitlines():

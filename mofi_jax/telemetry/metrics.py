@@ -73,11 +73,7 @@ class Metrics:
         return written
 
     def flush(self) -> dict[str, float]:
-        """Writes what is pending and returns it ({} if nothing was).
-
-        Raises:
-          BadInput: the loss is not finite.
-        """
+        """Writes what is pending and returns it ({} if nothing was); see `require_finite`."""
         if self._pending is None:
             return {}
         step, metrics = self._pending

@@ -53,17 +53,11 @@ def learning_rates(
     config: Any, clock: cadence.Clock, *, entity_loss: bool
 ) -> Callable[[int], dict[str, jax.Array]]:
     """The learning rates to log of a step, on the device: the towers', and the table's if any."""
-    rate = schedule(config, clock)
-
-    @jax.jit  # one program for the host to start, and not a dozen operations
-    def of_step(step: Any) -> dict[str, Any]:
-        rates = {"learning_rate": rate(step)}
-        if entity_loss:
-            multiplier = config.table.learning_rate_multiplier
-            rates["learning_rate/class_table"] = rates["learning_rate"] * multiplier
-        return rates
-
-    return of_step
+    rate, factors = schedule(config, clock), {"learning_rate": 1.0}
+    if entity_loss:
+        factors["learning_rate/class_table"] = config.table.learning_rate_multiplier
+    # One program for the host to start, and not a dozen operations.
+    return jax.jit(lambda step: {name: rate(step) * factor for name, factor in factors.items()})
 
 
 def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:

@@ -189,8 +189,7 @@ def check(
       verify: see `checkpoint.damage`.
 
     Raises:
-      BadInput: it holds another model, was trained on other data, or its checkpoint has other
-        arrays; names all of it at once.
+      BadInput: names at once all that is of another model, of other data or of other shapes.
     """
 
     def look() -> dict[str, Any]:

@@ -29,10 +29,8 @@ _RETRY_SECONDS = 5.0
 def held(workdir: epath.Path) -> Iterator[None]:
     """Makes the folder and holds its lock inside the block; host 0 holds it for all hosts.
 
-    Where there are no locks (a bucket, some mounts of buckets), a warning says so.
-
-    Raises:
-      BadInput: another run holds it; says where that runs and since when.
+    Where there are no locks (a bucket, some mounts of buckets), a warning says so.  BadInput where
+    another run holds it, with where that runs and since when.
     """
     file: IO[str] | None = None
 
@@ -101,7 +99,6 @@ def _take(workdir: epath.Path) -> IO[str] | None:
 def _owner(file: IO[str]) -> dict[str, Any]:
     """Who holds the lock, as far as the file says."""
     file.seek(0)
-    try:
+    with contextlib.suppress(ValueError, TypeError):
         return dict(json.loads(file.read()))
-    except (ValueError, TypeError):
-        return {}
+    return {}
