@@ -146,8 +146,7 @@ def roll_call(coordinator: str, processes: int, process: int, *, timeout: float)
     timeout ends (exit code 134 and a C++ stack trace) and names none.
 
     Raises:
-      BadInput: in every process that has connected: which are missing or started twice, or that
-        process 0 cannot be reached or cannot listen.
+      BadInput: in all that have connected: which are missing or started twice; no process 0.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:

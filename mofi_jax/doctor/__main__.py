@@ -163,8 +163,7 @@ def check_run(
         description = run_folder.describe_model(model, config.data.eval_ops, classified)
         fingerprint = run_folder.data_fingerprint(config, data.parts, data.texts)
         start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
-        verify = config.checkpoint.verify
-        run = run_folder.check(workdir, description, structs, start, verify=verify)
+        run = run_folder.check(workdir, description, structs, start, config.checkpoint.verify)
         for _, wrong in run.damaged:
             report.add("workdir", "warning", f"a checkpoint is damaged ({wrong})")
         if run.step is not None:

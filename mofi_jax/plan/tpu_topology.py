@@ -29,10 +29,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     """Devices for which programs can be compiled, not run.
 
     Sets up jax for compiling alone: call it before anything else of jax is used.  BadInput for a
-    topology that does not exist, or without the compiler.
-
-    Args:
-      topology: version and chips of one slice, as in "v5e:16x16" or "v5p:8x8x4".
+    topology (of one slice, as in "v5e:16x16") that does not exist, or without the compiler.
     """
     version, _, chips = topology.partition(":")
     if version not in SLICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips):

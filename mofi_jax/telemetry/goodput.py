@@ -46,9 +46,7 @@ def process_start() -> float:
 class Goodput:
     """The clock of a run; every moment belongs to exactly one phase, at first to "start".
 
-    Args:
-      started: Unix time at which this process began the run; None: now.
-      clock, wall: seconds that only grow, and Unix time.
+    It began at the Unix time ``started`` (None: now); ``clock`` only grows, ``wall`` is Unix time.
     """
 
     def __init__(
@@ -74,11 +72,8 @@ class Goodput:
     def resume(self, workdir: epath.PathLike, saved: Mapping[str, float]) -> None:
         """Adds what earlier processes spent on this run, and writes to the workdir from now on.
 
-        A run that had finished, and now has a larger total, was not down in between; without a
-        readable ``goodput.json`` that is assumed too.
-
-        Args:
-          saved: seconds by phase of the restored checkpoint; empty without one.
+        ``saved`` are the seconds of the restored checkpoint, if any.  A run that had finished, and
+        now has a larger total, was not down in between; nor was one without ``goodput.json``.
         """
         path = epath.Path(workdir) / GOODPUT_FILE
         alive, down = {phase: saved.get(phase, 0.0) for phase in PHASES}, 0.0

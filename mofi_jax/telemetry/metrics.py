@@ -33,9 +33,8 @@ class Metrics:
     """Appends ``{"step": n, "time": t, name: value, ...}`` to a run's metrics file, t in Unix time.
 
     Args:
-      resume_step: see `MetricsFile`.
+      resume_step, wandb: see `MetricsFile` and `open_wandb`.
       keys: the keys of all examples of a step's batch, for `NAN_FILE`; None: not known.
-      wandb: a run of Weights & Biases, see `open_wandb`.
     """
 
     def __init__(

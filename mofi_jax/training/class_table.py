@@ -110,7 +110,7 @@ def moved_rows(
     new_rows: Float[np.ndarray, "n d"],
     table_rows: int,
 ) -> Any:
-    """The state for another vocabulary: rows and moments move with their entities, on the host.
+    """The state for another vocabulary: rows and moments move with their entities, in numpy.
 
     A new row starts without moments, as a row that was not drawn for long.
 
@@ -118,9 +118,6 @@ def moved_rows(
       sources: row of the old table for each row of the new one; below 0 for a new entity.
       new_rows: for each entity with a source below 0, in order.
       table_rows: rows of the new table with its padding, which is zero.
-
-    Returns:
-      The state with numpy arrays for the class table, its moments and its average.
     """
     known = np.flatnonzero(sources >= 0)
     added = np.flatnonzero(sources < 0)

@@ -174,7 +174,6 @@ def check(
     model: Mapping[str, Any],
     structs: state.TrainState,
     position: checkpoint.Position,
-    *,
     verify: bool = True,
 ) -> Contents:
     """Checks that the folder belongs to this config; host 0 reads it for all.

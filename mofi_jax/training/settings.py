@@ -117,11 +117,9 @@ CHECKS: dict[str, Check] = {
 def validate(config: Any) -> None:
     """Raises BadInput that names the first key that is missing, or whose value cannot work."""
     _check(config, CHECKS)
-    more: dict[str, Check] = {}
     for name in config.losses:
         of_loss = {"weight": real(*POSITIVE), **OF_LOSSES[name]}
-        more |= {f"losses.{name}.{key}": check for key, check in of_loss.items()}
-    _check(config, more)
+        _check(config, {f"losses.{name}.{key}": check for key, check in of_loss.items()})
     if "entity" in config.losses and config.losses.entity.learn_scale:
         cap = mofi.MAX_LOGIT_SCALE
         words = f"at most {cap:g}, its cap, where it is learned"

@@ -50,8 +50,7 @@ def make(
       num_entities: ignored without the entity loss.
 
     Raises:
-      BadInput: a duration that cannot be read or does not fit the others, or a model whose sizes
-        do not fit together.
+      BadInput: a duration or a size of the model that cannot be read or does not fit the others.
     """
     sizes = {"vocab_size": vocab_size, "eos_id": eos_id}
     model = mofi.MofiConfig.from_dict(config.model.to_dict() | sizes)
