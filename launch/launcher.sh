@@ -91,12 +91,17 @@ need_number() { # OPTION VALUE LEAST
   [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "$2" -ge "$3" ] || fail 2 "$1=$2: write a whole number from $3."
 }
 
+need_name() { # OPTION VALUE
+  [[ $2 =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+    fail 2 "$1=$2: write a name of small letters, digits and dashes, with a letter first."
+}
+
 need_tools() { # TOOL...; sets project to gcloud's if it is empty
   local tool
   ! $dry || return 0
   for tool in "$@"; do
     command -v "$tool" >/dev/null || fail 2 "$tool is not installed or not on the PATH."
   done
-  project=${project:-$(gcloud config get-value project 2>/dev/null || true)}
+  project=${project:-$(gcloud config get-value project 2>/dev/null | tail -n 1 || true)}
   [ -n "$project" ] || fail 2 "gcloud has no default project: give --project."
 }

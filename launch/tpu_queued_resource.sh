@@ -41,6 +41,7 @@ name='' zone='' accelerator_type='' project='' runtime_version='' slices=1 bucke
 poll=30 spot=false reserved=false keep=false
 parse "--name --zone --accelerator-type" \
   "--project --runtime-version --slices --bucket --max-crashes --poll" "--spot --reserved --keep" "$@"
+need_name --name "$name"
 need_number --slices "$slices" 1
 need_number --max-crashes "$max_crashes" 0
 need_number --poll "$poll" 1
@@ -89,7 +90,7 @@ look() { # sets state: the queued resource's, NONE without one, UNKNOWN when gcl
   left=true
   if answer=$(tpus queued-resources describe "$name" \
     --format 'value(state.state,tpu.nodeSpec[0].node.description)' 2>"$scratch/errors"); then
-    IFS=$'\t' read -r state found <<<"$answer"
+    IFS=$'\t' read -r state found < <(tail -n 1 <<<"$answer") # after any warnings
     [ "$found" != "$description" ] || owned=true
   elif grep -qi 'not[ _]found' "$scratch/errors"; then
     left=false state=NONE
@@ -174,7 +175,9 @@ follow() { # prints the first host's log; sets code to the training's exit code,
     if on_first poll "$offset" >"$scratch/seen" 2>"$scratch/missed" &&
       read -r size status < <(tail -n 1 "$scratch/seen") && [[ $size =~ ^[0-9]+$ ]]; then
       misses=0
-      head -c "$((size - offset))" "$scratch/seen"
+      # The log's end, as gcloud may print something before it.
+      head -c "$((size - offset))" \
+        < <(tail -c "$((size - offset + ${#size} + ${#status} + 3))" "$scratch/seen")
       offset=$size
       case "$status" in
         running) ;;

@@ -40,6 +40,7 @@ TEXT
 
 workload='' cluster='' zone='' tpu_type='' image='' project='' slices=1 max_restarts=50 spot=false
 parse "--workload --cluster --zone --tpu-type --image" "--project --slices --max-restarts" "--spot" "$@"
+need_name --workload "$workload"
 need_number --slices "$slices" 1
 need_number --max-restarts "$max_restarts" 0
 need_tools gcloud xpk

@@ -115,6 +115,13 @@ def test_xpk_dry_run_prints_commands_that_a_shell_reads_back(fake):
     assert calls(fake) == real
 
 
+def test_xpk_refuses_a_name_that_kubernetes_would_refuse(fake):
+    done = xpk(fake, "--workload", "my.w")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --workload=my.w: write a name of small letters")
+    assert calls(fake) == []
+
+
 @pytest.mark.parametrize("tool", ["gcloud", "xpk"])
 def test_xpk_names_the_tool_that_is_not_installed(fake, tool):
     (fake / "bin" / tool).unlink()

@@ -149,6 +149,8 @@ def test_dry_run_prints_commands_that_a_shell_reads_back(fake):
         (("--max-crashes", "few"), TRAIN, "--max-crashes=few"),
         (("--spot", "--reserved"), TRAIN, "exclude each other"),
         (("--name", ""), TRAIN, "--name is missing"),
+        (("--name", "my pod"), TRAIN, "--name=my pod: write a name of small letters"),
+        (("--name", "-pod"), TRAIN, "--name=-pod: write a name of small letters"),
         (("--accelerator-type", "v9-8"), TRAIN, "No runtime version is known for v9-8"),
         ((), ("--workdir", "w"), "No --config"),
         ((), ("--config", "c"), "No --workdir"),
@@ -185,6 +187,16 @@ def test_script_finds_its_parts_from_any_folder_and_by_a_link(fake, tmp_path):
     plan(fake, "exit 0")
     done = launching.run(fake, [link, *command(fake)[1:]], cwd="/")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_gcloud_prints_besides_is_not_taken_for_its_answer(fake):
+    gcloud = fake / "bin/gcloud"
+    gcloud.write_text(gcloud.read_text().replace("record()", "echo WARNING: old\nrecord()", 1))
+    done = launch(fake, steps=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert "in mofi_jax\nstarted: exit 0\n" in done.stdout
+    assert queued(fake, "delete")[0][-2:] == ["--project", "p"]
+    assert not (fake / "state").exists()
 
 
 # ------------------------------------------------------------------------- interrupted
