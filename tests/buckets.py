@@ -19,6 +19,7 @@ class Objects:
         self.held: dict[str, tuple[int, bytes]] = {}
         self.uploads: dict[str, tuple[str, bytes]] = {}
         self.requests: list[str] = []
+        self.read_only = False
         self.generations = itertools.count(1)
         self.lock = threading.Lock()
 
@@ -85,6 +86,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = handle_request
 
     def dispatch(self, objects: Objects, path: str, query: dict[str, str], body: bytes) -> None:
+        if objects.read_only and self.command != "GET":
+            return self.answer(403, {"error": {"code": 403, "message": path}})
         if path.startswith("/upload/"):
             return self.upload(objects, query, body)
         matched = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", path)

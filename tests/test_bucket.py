@@ -9,6 +9,7 @@ import tarfile
 import textwrap
 import threading
 
+import gcsfs
 import jax
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from etils import epath
 from configs import eval as eval_config
 from mofi_jax import curves, evaluate, export, telemetry, train
 from mofi_jax.common import checksums, files
-from mofi_jax.common.errors import BadInput
+from mofi_jax.common.errors import BadInput, StorageFailed
 from mofi_jax.distributed import meshes
 from mofi_jax.doctor import __main__ as doctor
 from mofi_jax.doctor import machine
 from mofi_jax.telemetry import metrics_file
-from mofi_jax.training import checkpoint, run_lock, state
+from mofi_jax.training import checkpoint, run_folder, run_lock, state
 from tests import buckets, datasets
 from tests.test_checkpoint import POSITION, initialiser
 
@@ -80,6 +81,32 @@ def test_a_place_that_cannot_be_is_one_sentence(served, monkeypatch):
         BadInput, match=r"--model=gs://b/run needs a client of buckets: pip install gcsfs"
     ):
         files.input_folder("gs://b/run", "--model")
+
+
+def test_a_bucket_that_refuses_a_write_is_one_sentence(folder, served, mesh_of, monkeypatch):
+    """Exit code 1, as it may be back: the next start looks at it again."""
+    train_state, _ = state.create(initialiser(), 5, mesh_of["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(folder, keep=3)
+    checkpointer.save(20, train_state, POSITION)
+    checkpointer.wait()
+
+    def save():
+        checkpointer.save(40, train_state, POSITION)
+        checkpointer.wait()
+
+    def away():
+        raise gcsfs.retry.HttpError({"code": 503, "message": "Service Unavailable"})
+
+    monkeypatch.setattr(served[0], "read_only", True)
+    for write, reason in (
+        (lambda: files.write_text(folder / "a.json", "{}"), "Forbidden: .*"),
+        (save, "PERMISSION_DENIED: .*"),
+        (away, "Service Unavailable, 503"),
+    ):
+        said = rf"^--workdir={folder} cannot be written \({reason}\): look at .* from step 20\.$"
+        with pytest.raises(StorageFailed, match=said) as caught, run_folder.storage_errors(folder):
+            write()
+        assert caught.value.exit_code == 1
 
 
 def test_metrics_come_in_parts(folder, monkeypatch):

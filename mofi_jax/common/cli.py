@@ -28,7 +28,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 def run(main: Callable[..., Any]) -> None:
     """Parses the command line, calls ``main`` and exits.
 
-    Exit codes: 0 done, 2 `BadInput`, 75 `Preempted`, 1 any other exception.
+    Exit codes: 0 done, 2 `BadInput` (1 for a workdir in a bucket that has failed), 75 `Preempted`,
+    1 any other exception.
     """
     named = dict(inspect.signature(main).parameters)
     has_config = named.pop("config", None) is not None
@@ -154,5 +155,5 @@ def complain(error: BaseException | str) -> None:
     """Prints one line on stderr and exits with code 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if isinstance(error, StorageFailed):
-        os._exit(2)
+        os._exit(error.exit_code)
     sys.exit(2)

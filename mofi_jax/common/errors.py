@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 
 class BadInput(ValueError):
@@ -16,7 +17,12 @@ class StorageFailed(BadInput):
     """Output that could not be written; the process exits at once (`cli.complain`).
 
     Threads of libraries and other hosts may wait for a write that will never end.
+
+    Attributes:
+      exit_code: 2, or 1 where the same command may succeed the next time.
     """
+
+    exit_code = 2
 
 
 class Preempted(Exception):
@@ -36,14 +42,25 @@ _CLOSED = (
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
 )
 
+_BUCKET_CLIENTS = ("gcsfs", "google", "aiohttp", "requests")
+
 
 def storage_problem(error: BaseException | None, folder: os.PathLike | str) -> str | None:
     """Why a folder cannot be written, in the system's words; None for errors about anything else.
 
-    Libraries in C++ report an OSError as text inside an exception of their own.
+    Libraries in C++ report an OSError as text inside an exception of their own, and clients of
+    buckets have exceptions of their own.
     """
     inside = os.path.abspath(folder)
+    bucket = re.match("gs://[^/]+", str(folder))
     while error is not None:
+        # gcsfs names the bucket in what is refused or not there, TensorStore in everything.
+        if bucket and (
+            type(error).__module__.partition(".")[0] in _BUCKET_CLIENTS
+            or bucket[0] in str(error)
+            or (isinstance(error, OSError) and f"/b/{bucket[0][5:]}/" in str(error))
+        ):
+            return " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, OSError):
             # In the folder, or one of its parents.
             path = os.path.abspath(str(error.filename))

@@ -273,13 +273,19 @@ def storage_errors(workdir: epath.Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         reason = None if isinstance(error, BadInput) else storage_problem(error, workdir)
         if reason is None:
             raise
-        steps = checkpoint.saved_steps(workdir)
-        last = f"the same command goes on from step {steps[-1]}" if steps else "nothing is saved"
-        raise StorageFailed(
-            f"--workdir={workdir} cannot be written ({reason}): make room or name another folder; "
-            f"{last}."
-        ) from error
+        last = "the last checkpoint"
+        with contextlib.suppress(Exception):  # a bucket that cannot be read either
+            steps = checkpoint.saved_steps(workdir)
+            last = f"step {steps[-1]}" if steps else "the start, as nothing is saved yet"
+        remote = files.is_remote(workdir)
+        remedy = "look at the bucket and its permissions" if remote else "make room"
+        failed = StorageFailed(
+            f"--workdir={workdir} cannot be written ({reason}): {remedy} or name another folder; "
+            f"the same command goes on from {last}."
+        )
+        failed.exit_code = 1 if remote else 2  # a bucket that is away may be back at the next start
+        raise failed from error
