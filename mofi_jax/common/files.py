@@ -39,8 +39,7 @@ def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> e
       flag: as in "--workdir", for the error message.
       bucket: whether it may lie in one.
 
-    Raises:
-      BadInput: a remote path, a file, a pattern to libraries, or a place that cannot be written.
+    Raises BadInput: a remote path, a file, a pattern to libraries, or where none can write.
     """
     path = input_folder(text, flag) if bucket else _local(text, flag)
     # Orbax and etils list folders by patterns with the folder's own name unescaped.
@@ -160,8 +159,7 @@ def list_files(folder: epath.PathLike) -> list[str]:
 def read_json(path: epath.PathLike, remedy: str) -> Any:
     """The JSON value in a file.
 
-    Raises:
-      BadInput: no such file, or not JSON in UTF-8; ends in ``remedy``, as in "copy it again".
+    Raises BadInput: no such file, or not JSON in UTF-8; ends in ``remedy``, as in "copy it again".
     """
     try:
         return json.loads(epath.Path(path).read_bytes())

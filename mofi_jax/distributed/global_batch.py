@@ -46,8 +46,7 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of the batch (`batch_rows`) -> global arrays, split over the batch axes.
 
-    Raises:
-      ValueError: the rows do not divide over the pieces of the batch that this host holds.
+    Raises ValueError: the rows do not divide over the pieces of the batch that this host holds.
     """
     shards = batch_shards(mesh)
     held = len(batch_rows(mesh, shards))

@@ -36,9 +36,8 @@ def start(distributed: bool, coordinator: str, processes: str, process: str, tim
         TPU slice, under SLURM, Kubernetes or Open MPI, where jax finds them.
       timeout: seconds to wait for the others (``config.start_timeout``).
 
-    Raises:
-      BadInput: flags that do not fit together, no cluster, an address that is taken, processes
-        that did not connect, by number, or no device of the wanted platform.
+    Raises BadInput: flags that do not fit together, no cluster, an address that is taken, processes
+      that did not connect, by number, or no device of the wanted platform.
     """
     if not (distributed or coordinator or processes or process):
         devices()
@@ -145,8 +144,7 @@ def roll_call(coordinator: str, processes: int, process: int, *, timeout: float)
     Where a process is missing, or two have the same number, jax 0.10 aborts the others when its own
     timeout ends (exit code 134 and a C++ stack trace) and names none.
 
-    Raises:
-      BadInput: in all that have connected: which are missing or started twice; no process 0.
+    Raises BadInput: in all that have connected: which are missing or started twice; no process 0.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -247,9 +245,8 @@ def agree(find: Callable[[], Any]) -> Any:
 def all_or_none(do: Callable[[], Any]) -> Any:
     """This host's own result of ``do``, once every host has one.
 
-    Raises:
-      BadInput: on every host if on any, so that none waits for one that has ended; RuntimeError on
-        the others where it was something else, which may go better the next time.
+    Raises BadInput on every host if on any, so that none waits for one that has ended; RuntimeError
+    on the others where it was something else, which may go better the next time.
     """
     if jax.process_count() == 1:
         return do()

@@ -27,8 +27,7 @@ def make_mesh(
     Args:
       devices: `hosts.devices` if left out; a topology's to compile for a slice.
 
-    Raises:
-      BadInput: the sizes do not multiply to the number of devices, or slices share parameters.
+    Raises BadInput: the sizes do not multiply to the number of devices, or slices share parameters.
     """
     devices = hosts.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]

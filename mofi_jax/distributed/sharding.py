@@ -80,8 +80,7 @@ def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> Non
     A dimension that does not divide over ``fsdp`` stays whole, and on wide meshes memory would run
     out without saying why.  Arrays below 1 MiB do not count.
 
-    Raises:
-      BadInput: names the largest arrays and the largest ``fsdp`` that splits enough.
+    Raises BadInput: names the largest arrays and the largest ``fsdp`` that splits enough.
     """
     if mesh.size == 1:
         return

@@ -108,7 +108,7 @@ def check(
 ) -> list[str]:
     """The folder of each point; all of them are checked before the first one costs anything.
 
-    BadInput: no points, two alike, a key or value that the config does not take or a flag sets.
+    Raises BadInput: no points, two alike, a key or value that the config lacks or a flag sets.
     """
     if not points:
         raise BadInput("get_hyper returns no points: give it at least one {key: value}.")

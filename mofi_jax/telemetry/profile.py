@@ -20,8 +20,7 @@ class Profile:
       window: ``"N:M"``, N < M; empty for no profile.
       total_steps: of the run, which must reach M.
 
-    Raises:
-      BadInput: not such a window.
+    Raises BadInput: not such a window.
     """
 
     def __init__(self, window: str, workdir: epath.PathLike, *, total_steps: int):

@@ -19,8 +19,7 @@ class Clock:
     def steps(self, duration: str, *, key: str) -> int:
         """Number of steps, at least 1; ``"0 steps"`` (any unit) is 0 and means never.
 
-        Raises:
-          BadInput: not a number and a unit, or negative; ``key`` is the config key that it names.
+        Raises BadInput: not a number and a unit, or negative; ``key`` names it.
         """
         number, _, unit = str(duration).strip().partition(" ")
         unit = unit.strip() if unit.strip().endswith("s") or unit == "percent" else f"{unit}s"

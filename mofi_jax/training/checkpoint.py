@@ -232,9 +232,8 @@ def read_position(workdir: epath.PathLike, step: int) -> Position:
 def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
     """Restores onto the shardings of ``abstract``, a TrainState of ShapeDtypeStructs.
 
-    Raises:
-      BadInput: names every array that is missing, left over or of another shape; files that cannot
-        be read, and parameters that are not finite.
+    Raises BadInput: names every array that is missing, left over or of another shape; files that
+      cannot be read, and parameters that are not finite.
     """
     folder = _step(workdir, step)
     problems = hosts.agree(lambda: mismatches(workdir, step, abstract))

@@ -184,11 +184,9 @@ def check(
     Args:
       model: what its model.json would hold (`describe_model`).
       structs: the training state of this config, as ShapeDtypeStructs.
-      position: of a new run of this config.
-      verify: see `checkpoint.damage`.
+      position, verify: of a new run of this config; see `checkpoint.damage`.
 
-    Raises:
-      BadInput: names at once all that is of another model, of other data or of other shapes.
+    Raises BadInput: names at once all that is of another model, of other data or of other shapes.
     """
 
     def look() -> dict[str, Any]:

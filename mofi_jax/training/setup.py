@@ -49,8 +49,7 @@ def make(
       vocab_size, eos_id: of the tokenizer.
       num_entities: ignored without the entity loss.
 
-    Raises:
-      BadInput: a duration or a size of the model that cannot be read or does not fit the others.
+    Raises BadInput: a duration or a size of the model that does not fit the others.
     """
     sizes = {"vocab_size": vocab_size, "eos_id": eos_id}
     model = mofi.MofiConfig.from_dict(config.model.to_dict() | sizes)
