@@ -101,6 +101,23 @@ def test_strangers_at_the_port_are_ignored(port):
         lead.result()
 
 
+def test_a_process_that_was_not_understood_can_try_again(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        lead = pool.submit(hosts.roll_call, f"localhost:{port}", 2, 0, timeout=20.0)
+        for _ in range(200):
+            try:
+                connection = socket.create_connection(("localhost", port), timeout=5)
+                break
+            except OSError:
+                threading.Event().wait(0.02)
+        with connection:
+            connection.sendall(b"half a hel\n")
+            hung_up = connection.recv(1) == b""
+        hosts.roll_call(f"localhost:{port}", 2, 1, timeout=20.0)
+        lead.result()
+    assert hung_up
+
+
 @pytest.mark.parametrize("address", ["localhost", "localhost:http", ":8476", "localhost:99999"])
 def test_addresses(address):
     with pytest.raises(BadInput, match="write HOST:PORT"):

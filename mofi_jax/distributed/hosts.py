@@ -199,6 +199,7 @@ def _count(port: int, processes: int, timeout: float) -> None:
             try:
                 number, count, host = json.loads(connection.makefile().readline(_LINE))
             except (OSError, ValueError, TypeError):  # a port scanner, or a process that ended
+                connection.close()  # one whose number comes late tries again
                 continue
             others.append(connection)
             if count != processes:
