@@ -97,7 +97,7 @@ BROKEN = {
     "data": (lambda c, _: c.data.update(dir="/no/where"), "no data set 'i2e' in /no/where"),
     "data, damaged": (damage, "is cut short or damaged"),
     "data, unlabelled": (lambda c, _: c.data.update(name="i2t"), "has no entities"),
-    "first record": (lambda c, _: c.data.update(eval_ops="decode"), "config.data.eval_ops ends in"),
+    "first record": (lambda c, _: c.data.update(eval_ops="decode"), "eval_ops='decode' gives"),
     "config": (lambda c, _: c.update(microbatches=0), "config.microbatches must be"),
     "evaluators": (
         lambda c, _: c.update(evaluators={"mine": {"kind": "retrieval", "images": "/no/x.tar"}}),
