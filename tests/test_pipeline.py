@@ -56,7 +56,8 @@ def batches(
         builder(folder, name),
         seed=3,
         start=start,
-        rows=np.array_split(np.arange(batch_size), hosts)[host],
+        host=host,
+        hosts=hosts,
         batch_size=batch_size,
         **{"threads": 2, "workers": 0, **options},
     )

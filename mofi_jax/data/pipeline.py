@@ -325,6 +325,8 @@ def training_stream(
     batch_size: int,
     threads: int,
     workers: int,
+    host: int = 0,
+    hosts: int = 1,
     rows: Int[np.ndarray, " n"] | None = None,
     block: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -335,11 +337,12 @@ def training_stream(
       batch_size: global.
       threads: of each process that decodes.
       workers: extra processes; 0 decodes in this one.
-      rows: those of every batch that this host feeds (`global_batch.batch_rows`), ascending; None
-        for all.
+      host, hosts: this host feeds the ``host``-th of ``hosts`` equal parts of every batch ...
+      rows: ... or these of its rows (`global_batch.batch_rows`), ascending.
       block: see `order.example_order`.
     """
-    rows = np.arange(batch_size) if rows is None else rows
+    if rows is None:
+        rows = np.array_split(np.arange(batch_size), hosts)[host]
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own in its workers
     held = buffers(len(rows), threads, workers)
