@@ -14,9 +14,9 @@ from etils import epath
 
 from configs import quickstart
 from configs.sweeps import learning_rate
+from mofi_jax import sweep
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.sweep import __main__ as sweep
 from mofi_jax.training import settings
 from tests import datasets
 

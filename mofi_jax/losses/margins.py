@@ -5,8 +5,8 @@ CosFace (arXiv 1801.09414) subtracts from the cosine, ArcFace (arXiv 1801.07698)
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 KINDS = ("cosface", "arcface")
@@ -29,7 +29,10 @@ def margined(cos: Float[Array, "*n"], margin: float, kind: str) -> Float[Array, 
 
 
 def slope(cos: Float[Array, "*n"], margin: float, kind: str) -> Float[Array, "*n"] | float:
-    """The derivative of `margined` by the cosine."""
+    """The derivative of `margined` by the cosine, in fewer operations than jax's own."""
     if kind == "cosface":
         return 1.0
-    return jax.jvp(lambda c: margined(c, margin, kind), (cos,), (jnp.ones_like(cos),))[1]
+    inside = jnp.clip(cos, -_MAX_COSINE, _MAX_COSINE)
+    moved = math.cos(margin) + inside * lax.rsqrt(1.0 - inside * inside) * math.sin(margin)
+    moved = jnp.where(jnp.abs(cos) > _MAX_COSINE, 0.0, moved)
+    return jnp.where(inside > -math.cos(margin), moved, 1.0)
