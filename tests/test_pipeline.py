@@ -437,6 +437,11 @@ def test_text_sources_are_drawn_by_their_weights(folder):
         assert texts.count(text) / 4000 == pytest.approx(share, abs=0.03)
 
 
+def test_an_unknown_text_source_is_named(folder):
+    with pytest.raises(BadInput, match=r"text_sources has 'names': choose from name, "):
+        builder(folder, text_sources={"alt_text": 0.5, "names": 0.5})
+
+
 def test_an_unlabelled_primary_set_takes_captions_alone(folder, mixed):
     entities_there = {"dir": str(folder), "name": "i2e", "weight": 1.0}
     parts = [*alone(folder, "i2t"), *pipeline.open_extra({"labelled": entities_there}, None)]

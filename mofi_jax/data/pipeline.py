@@ -42,6 +42,13 @@ class ExampleBuilder:
     entities: records.Entities | None
     max_labels: int  # of an example: the best-scored ones
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.text_sources) - set(TEXT_SOURCES):
+            raise BadInput(
+                f"config.data.text_sources has {min(unknown)!r}: choose from "
+                f"{', '.join(TEXT_SOURCES)}."
+            )
+
     @functools.cached_property
     def _tokenizer(self) -> tokenizer.Tokenizer:
         return tokenizer.Tokenizer(self.tokenizer_path, self.context_length)
