@@ -18,7 +18,7 @@ from etils import epath
 from configs import eval as eval_config
 from mofi_jax import curves, evaluate, export, telemetry, train
 from mofi_jax.common import checksums, files
-from mofi_jax.common.errors import BadInput, StorageFailed
+from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 from mofi_jax.distributed import meshes
 from mofi_jax.doctor import __main__ as doctor
 from mofi_jax.doctor import machine
@@ -107,6 +107,12 @@ def test_a_bucket_that_refuses_a_write_is_one_sentence(folder, served, mesh_of, 
         with pytest.raises(StorageFailed, match=said) as caught, run_folder.storage_errors(folder):
             write()
         assert caught.value.exit_code == 1
+
+
+def test_a_preempted_run_is_no_failure_of_its_bucket():
+    workdir = epath.Path("gs://bucket/run")
+    with pytest.raises(Preempted), run_folder.storage_errors(workdir):
+        raise Preempted(f"{workdir} is saved at step 4: the same command resumes from there.")
 
 
 def test_metrics_come_in_parts(folder, monkeypatch):

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mofi_jax.common import files
-from mofi_jax.common.errors import BadInput, StorageFailed, storage_problem
+from mofi_jax.common.errors import BadInput, Preempted, StorageFailed, storage_problem
 from mofi_jax.data import metadata, ops, records, tokenizer
 from mofi_jax.distributed import hosts
 from mofi_jax.losses import class_order
@@ -272,7 +272,8 @@ def storage_errors(workdir: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = None if isinstance(error, BadInput) else storage_problem(error, workdir)
+        known = isinstance(error, BadInput | Preempted)
+        reason = None if known else storage_problem(error, workdir)
         if reason is None:
             raise
         last = "the last checkpoint"
