@@ -83,7 +83,14 @@ def test_strangers_at_the_port_are_ignored(port):
     """Something that connects and talks another language, or nothing at all, is no process."""
 
     def stranger():
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"verdict": 3}\n', b"[1]\n"):
+        for words in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"",
+            b'{"verdict": 3}\n',
+            b"[1]\n",
+            b"[[1], 2, 3]\n",
+            b"[" * 4_000,
+        ):
             for _ in range(200):
                 try:
                     with socket.create_connection(("localhost", port), timeout=1) as connection:

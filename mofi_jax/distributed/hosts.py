@@ -198,7 +198,9 @@ def _count(port: int, processes: int, timeout: float) -> None:
             connection.settimeout(1.0)
             try:
                 number, count, host = json.loads(connection.makefile().readline(_LINE))
-            except (OSError, ValueError, TypeError):  # a port scanner, or a process that ended
+                number, count = int(number), int(count)
+            except (OSError, ValueError, TypeError, RecursionError):
+                # A port scanner, or a process that ended.
                 connection.close()  # one whose number comes late tries again
                 continue
             others.append(connection)
