@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_at_once_and_finished_shards_stay(tmp_path):
         from data_prep import engine
         from tests import test_engine_faults
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        from mofi_jax import errors
+        from mofi_jax.common import errors
         tasks = test_engine_faults.make_tasks(pathlib.Path({str(tmp_path / "in")!r}), ["a", "b"])
         work = engine.Engine({str(tmp_path / "w")!r}, failure_budget=0.9)
         work.map_shards("loud", test_engine_faults.loud, tasks[:1], {{"bytes": 1000}})

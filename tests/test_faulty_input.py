@@ -124,7 +124,7 @@ def test_a_full_disk_stops_the_command_and_the_same_command_goes_on(faulty):
     """A limit on the size of files stands for the full disk."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1));"
-        "sys.path.insert(0, '.'); from data_prep import build_i2e; from mofi_jax import cli;"
+        "sys.path.insert(0, '.'); from data_prep import build_i2e; from mofi_jax.common import cli;"
         "cli.run(build_i2e.main)"
     )
     arguments = f"folder={faulty / 'tars'},kb={faulty / 'kb.jsonl'},labels=text"
