@@ -69,7 +69,7 @@ def saved(workdir):
     return leaves
 
 
-@pytest.mark.parametrize("task", ["multitask", "supervised"])
+@pytest.mark.parametrize("task", ["multitask", pytest.param("supervised", marks=pytest.mark.slow)])
 def test_grows_and_trains_on(data, trained, tmp_path, task):
     old_data, new_data = data
     run = trained / "run"

@@ -103,7 +103,11 @@ def gradients(mesh, microbatches, kind="softmax"):
 
 @pytest.mark.parametrize(
     ("mesh", "parts", "kind"),
-    [("1x1x1", 2, "softmax"), ("1x1x1", 8, "sigmoid"), ("2x2x2", 4, "softmax")],
+    [
+        pytest.param("1x1x1", 2, "softmax", marks=pytest.mark.slow),
+        ("1x1x1", 8, "sigmoid"),
+        ("2x2x2", 4, "softmax"),
+    ],
 )
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(mesh_of, mesh, parts, kind):
     value, grads = gradients(mesh_of[mesh], parts, kind)
@@ -153,7 +157,7 @@ def test_parts_exchange_nothing(mesh_of):
         assert f" {kind}" not in text, kind
 
 
-@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1x1", marks=pytest.mark.slow), "2x2x2"])
 def test_every_row_drawn_is_the_exact_update(mesh_of, mesh):
     """The sampled step at a rate of 1 and the exact step: the same state but for rounding."""
     exact, exact_metrics = train(mesh_of[mesh], options(), steps=3)

@@ -82,7 +82,10 @@ def test_dense_softmax_is_what_the_blocks_avoid():
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "limit_mib"),
-    [("sampled_v5e", 200), pytest.param("sampled_row_v5e", 200, marks=pytest.mark.slow)],
+    [
+        pytest.param(name, 200, marks=pytest.mark.slow)
+        for name in ("sampled_v5e", "sampled_row_v5e")
+    ],
 )
 def test_sampled_step_updates_in_place(name, limit_mib):
     program = compile_for_tpu(name)

@@ -76,7 +76,11 @@ def test_multitask_learns_the_entities(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"replica": 1, "fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}]
+    "mesh",
+    [
+        pytest.param({"replica": 1, "fsdp": 8}, marks=pytest.mark.slow),
+        {"replica": 2, "fsdp": 2, "tensor": 2},
+    ],
 )
 def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch):
     """20 steps in fp32 within 1e-5 relative, also with parameters that do not divide evenly."""
