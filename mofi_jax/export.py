@@ -80,7 +80,11 @@ def main(model: str, out: str, format: str = "hf") -> None:
         files.write_json(new / "result.json", report)
         if target.exists():
             target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
     logging.info(
         "wrote %s, read back by %s with a largest difference of %.1e",
         target,

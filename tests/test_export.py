@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from etils import epath
 
 from data_prep import dataset_files
 from mofi_jax import export, inference
@@ -125,3 +126,28 @@ def test_probes_are_always_the_same():
     first, second = (export.probe_pictures(16) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert len(np.unique(first.reshape(len(first), -1), axis=0)) == export.PICTURES
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    out = epath.Path(tmp_path / "out")
+    out.mkdir()
+    (out / huggingface.PREPROCESS).write_text("the old one")
+
+    def write(saved, folder):
+        folder.mkdir()
+        return {"reader": ["none"], "max_abs_diff": 0.0}
+
+    rename = type(out).rename
+
+    def refuse(path, target):
+        if path.name == "new":
+            raise OSError("no room")
+        return rename(path, target)
+
+    monkeypatch.setattr(export, "export", write)
+    monkeypatch.setattr(export.inference, "read", lambda model: None)
+    monkeypatch.setattr(type(out), "rename", refuse)
+    with pytest.raises(OSError, match="no room"):
+        export.main("run", str(out))
+    assert [path.name for path in epath.Path(tmp_path).iterdir()] == ["out"]
+    assert (out / huggingface.PREPROCESS).read_text() == "the old one"
