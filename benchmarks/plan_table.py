@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,13 +29,18 @@ class Row:
     batch: int = 32_768
     millions: float = 2
     task: str = "multitask"
-    remat: str = ""  # instead of the config's own
+    options: tuple[str, ...] = ()  # of the config, KEY=VALUE instead of its own
 
     @property
     def name(self) -> str:
-        return (
-            f"{self.variant} {self.task}, batch {self.batch:,}, {self.millions:g} M entities, "
-            f"{self.topology}{self.remat and f', remat={self.remat}'}"
+        return ", ".join(
+            (
+                f"{self.variant} {self.task}",
+                f"batch {self.batch:,}",
+                f"{self.millions:g} M entities",
+                self.topology,
+                *self.options,
+            )
         )
 
 
@@ -53,7 +59,7 @@ TABLE = (
     Row("B/16", "v5p:4x4x4"),
     Row("B/16", "v6e:8x8", 16_384),
     Row("B/16", "tpu7x:2x4x4"),
-    Row("L/14", "v5e:16x16", remat="full"),
+    Row("L/14", "v5e:16x16", options=("model.remat=full",)),
     Row("L/14", "v5p:8x8x4"),
     Row("L/14", "v6e:16x16"),
     Row("L/14", "tpu7x:4x4x8"),
@@ -66,7 +72,8 @@ QUICK = (Row("Ti/16", "v5e:2x2", 1024, 0.02, task="supervised"),)
 
 
 def make(row: Row, folder: pathlib.Path) -> dict:
-    """The row's result.json, with the seconds of the whole command."""
+    """The row's result.json, from its part of `folder`, with the seconds of the whole command."""
+    folder /= re.sub(r"[^\w.=-]+", "-", row.name)
     done, whole = folder / "result.json", folder / "seconds.json"
     if not whole.exists():
         start = time.monotonic()
@@ -75,7 +82,7 @@ def make(row: Row, folder: pathlib.Path) -> dict:
                 *(sys.executable, "-m", "mofi_jax.plan"),
                 *("--config", f"configs/mofi.py:task={row.task},variant={row.variant}"),
                 f"--config.batch_size={row.batch}",
-                *([f"--config.model.remat={row.remat}"] if row.remat else []),
+                *(f"--config.{option}" for option in row.options),
                 *("--topology", row.topology),
                 f"--entities={round(row.millions * 1e6)}",
                 *("--out", str(folder)),
@@ -92,8 +99,8 @@ def make(row: Row, folder: pathlib.Path) -> dict:
 def markdown(rows: list[tuple[Row, dict]]) -> str:
     lines = [
         "| model | slice | chips | batch | entities | GiB a chip | of | TFLOP a step | "
-        "sent MiB a device | MFU by the compiler's estimate |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "sent MiB a device | estimated MFU | img/s a chip |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, result in rows:
         used, there = result["needed"] or 0, result["available"]
@@ -105,9 +112,14 @@ def markdown(rows: list[tuple[Row, dict]]) -> str:
         ]
         if result["fits"]:
             sent = sum(c["sent_bytes"] for c in result["collectives"])
-            cells += [f"{sent / 2**20:,.0f}", f"{100 * result['mfu_estimate']:.0f} %"]
+            rate = result["batch_size"] / result["chips"] / result["step_seconds"]
+            cells += [
+                f"{sent / 2**20:,.0f}",
+                f"{100 * result['mfu_estimate']:.0f} %",
+                f"{rate:,.0f}",
+            ]
         else:
-            cells += ["", "does not fit"]
+            cells += ["", "does not fit", ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -124,9 +136,7 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows:
-            name = f"{row.variant}-{row.topology}-{row.batch}-{row.millions:g}{row.remat}"
-            name = name.replace("/", "").replace(":", "-")
-            result = make(row, (flags.out or pathlib.Path(scratch)) / name)
+            result = make(row, flags.out or pathlib.Path(scratch))
             results.append((row, result))
             asked = row in BARS
             report.add(

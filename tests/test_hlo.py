@@ -1,4 +1,4 @@
-"""The text of compiled programs: how often loops run, estimated cycles, collectives."""
+"""The text of compiled programs: how often loops run, collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +105,8 @@ def test_collectives_of_a_mesh(mesh_of):
     found = collectives(hlo.Program(compiled(run, x)), devices=8)
     whole = 64 * 32 * 4
     by_kind = {c.kind: c for c in found}
-    assert by_kind["all-gather"] == Collective("all-gather", 4, 1, whole * 3 / 4)
-    assert by_kind["all-reduce"] == Collective("all-reduce", 2, 5, 5.0 * whole)
+    assert by_kind["all-gather"] == Collective("all-gather", 4, 1, *[whole * 3 / 4] * 2)
+    assert by_kind["all-reduce"] == Collective("all-reduce", 2, 5, *[5.0 * whole] * 2)
     scattered = by_kind["reduce-scatter"]
     assert (scattered.group, scattered.sent_bytes) == (8, whole * 7 / 8)
     assert [c.sent_bytes for c in found] == sorted((c.sent_bytes for c in found), reverse=True)
@@ -126,11 +126,10 @@ def test_permutations_are_sent_whole(mesh_of):
 def test_the_text_of_the_tpu_compiler():
     program = hlo.Program(TPU_TEXT)
     assert program.executions == {"main.1": 1, "body.1": 5}  # 3, 5, 7, 9, 11
-    assert program.estimated_cycles() == {"jit(f)/while/dot_general": 500, "copy": 7}
     product = program.computations["body.1"]["product"]
     assert (product.opcode, product.operands) == ("convolution", ("gte.1", "square"))
     assert (product.arrays, product.array_bytes) == ((("bf16", (8, 4)),), (64,))
-    assert collectives(program, devices=8) == (Collective("all-reduce", 4, 1, 2 * 64 * 3 / 4),)
+    assert collectives(program, devices=8) == (Collective("all-reduce", 4, 1, 96.0, 96.0),)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_no_trip_count_rather_than_a_wrong_one(before, after):
 
 
 def test_collectives_that_a_tpu_leaves_to_its_sparse_cores():
-    """Called asynchronously, in a computation of their own."""
+    """Called asynchronously, in a computation of their own: arithmetic hides them."""
     text = """HloModule jit_f, is_scheduled=true
 
 %called_computation.1 (param: f32[8,4], token: token[]) -> f32[64,4] {
@@ -169,7 +168,7 @@ ENTRY %main.1 (x: f32[8,4]) -> f32[64,4] {
         "CALL", 'async_execution_thread="sparsecore", to_apply=%called_computation.1'
     )
     found = collectives(hlo.Program(text), devices=8)
-    assert found == (Collective("all-gather", 8, 1, 64 * 4 * 4 * 7 / 8),)
+    assert found == (Collective("all-gather", 8, 1, 64 * 4 * 4 * 7 / 8, 0.0),)
 
 
 def test_a_collective_that_overlaps_with_arithmetic_counts_once():
@@ -233,7 +232,7 @@ ENTRY %main (x: f32[100], shard: f32[8,4]) -> f32[64,4] {{
     }.items():
         text = text.replace(short, long)
     found = collectives(hlo.Program(text), devices=8)
-    assert found == (Collective("all-gather", 8, 1, 64 * 4 * 4 * 7 / 8),)
+    assert found == (Collective("all-gather", 8, 1, 64 * 4 * 4 * 7 / 8, 0.0),)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,11 @@ def plan_that_fits(tmp_path, chips, *arguments):
     assert needed == result["needed"] < result["available"] == 16 * plan.GIB
     assert {c["group"] for c in result["collectives"]} == {chips}
     assert 0.02 < result["mfu_estimate"] < result["mfu_bound"] <= 1
-    for line in ("class table", "MFU at most", "model FLOPs", "compiler's estimate"):
+    assert sum(result["estimate"].values()) <= result["step_seconds"]
+    assert {"matrix products", "attention", "entity softmax", "optimizer"} <= set(
+        result["estimate"]
+    )
+    for line in ("class table", "MFU at most", "model FLOPs", "estimated time of a step"):
         assert line in done.stdout
     assert "has no constant trip count" not in done.stderr
     return result
@@ -183,15 +187,18 @@ def test_bounds_and_mfu():
     known = {
         "chips": 2,
         "model": {"image": 2 * 197e12},
-        "collectives": (hlo.Collective("all-gather", 16, 1, 100e9),),
-        "cycles": 6_000_000_000,
+        "collectives": (hlo.Collective("all-gather", 16, 1, 100e9, 0.0),),
+        "estimate": {"matrix products": 3.0, "attention": 1.0},
+        "not_estimated": ("jit(f)/some_kernel",),
     }
     on_v5e = planned(quickstart.get_config(), **known)
     assert on_v5e.bounds == {"model FLOPs": 1.0, "links": 0.5}
     assert on_v5e.mfu_bound == 1
     assert on_v5e.mfu_estimate == 0.25
-    slow = hlo.Collective("all-gather", 16, 1, 400e9)
+    slow = hlo.Collective("all-gather", 16, 1, 400e9, 0.0)
     assert dataclasses.replace(on_v5e, collectives=(slow,)).mfu_bound == 0.5
+    slower = dataclasses.replace(slow, sent_bytes=1600e9)
+    assert dataclasses.replace(on_v5e, collectives=(slower,)).step_seconds == 8, "no less than it"
     v7x = accelerators.chip_of(type("Device", (), {"device_kind": "TPU7x"}))
     bounds = dataclasses.replace(on_v5e, chip=v7x).bounds
     assert bounds["model FLOPs"] == 197 / 2307
@@ -200,8 +207,16 @@ def test_bounds_and_mfu():
     v4 = accelerators.chip_of(type("Device", (), {"device_kind": "TPU v4"}))
     assert "links" not in dataclasses.replace(on_v5e, chip=v4).bounds
     assert {"fits", "bounds", "mfu_bound", "mfu_estimate"} <= on_v5e.to_dict().keys()
-    page = plan.describe(quickstart.get_config(), on_v5e)
-    assert "compiler's estimate: 6,000.0 million cycles, 4,000.0 ms, MFU 25 %" in page
+    config = quickstart.get_config()
+    config.total = "900 steps"
+    page = plan.describe(config, on_v5e)
+    assert "  attention                     1000.0   25 %\n" in page
+    assert "not estimated: jit(f)/some_kernel" in page
+    rate = config.batch_size / 2 / 4
+    assert f"estimate: MFU 25 %, {rate:,.0f} img/s a chip, 1.0 hours for 900 steps" in page
+    config.total = "20 epochs"  # of how many examples is the data set's to say
+    assert plan.run_hours(config, on_v5e)[0] == "1e9 examples"
+    assert plan.run_hours(config, on_v5e)[1] == round(1e9 / config.batch_size) * 4 / 3600
 
 
 def test_what_is_larger_than_the_chip_does_not_fit_though_it_compiled():

@@ -49,6 +49,7 @@ def clip_softmax_dense(
     return relations.loss_sum(total, images.valid, jnp.diagonal(cos), best_wrong)
 
 
+@jax.named_scope("contrastive")
 def clip_softmax(
     image: Float[Array, "b d"],
     text: Float[Array, "b d"],

@@ -120,6 +120,7 @@ def entity_softmax_dense(
     )
 
 
+@jax.named_scope("entity_softmax")
 def entity_softmax(
     embeddings: Float[Array, "b d"],
     table: Float[Array, "e d"],

@@ -53,6 +53,7 @@ def siglip_dense(
     return relations.loss_sum(total, images.valid, jnp.diagonal(cos), best_wrong)
 
 
+@jax.named_scope("contrastive")
 def siglip(
     image: Float[Array, "b d"],
     text: Float[Array, "b d"],

@@ -4,7 +4,8 @@
 
 Compiles the real training step for the named slice (``--slices`` of them) and reads what the
 compiler made of it: memory of a chip by kind, what goes over the links, the bound that these and
-the model FLOPs put on the speed, and the cycles that the compiler estimates.  Nothing runs.
+the model FLOPs put on the speed, and how long it takes by the compiler's own clock, on what.
+Nothing runs.
 ``--entities`` and ``--vocab_size`` are the sizes of the data set's vocabulary and tokenizer.
 ``--largest=yes`` compiles for larger batches too, until one fits that is near the limit.  With
 ``--out`` the folder gets ``result.json``.  Exits with code 1 when the step does not fit.
@@ -22,9 +23,9 @@ from absl import logging
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
-from mofi_jax.plan import hlo, tpu_topology
+from mofi_jax.plan import clock, hlo, tpu_topology
 from mofi_jax.telemetry import accelerators, flops
-from mofi_jax.training import settings, setup, state, step
+from mofi_jax.training import cadence, settings, setup, state, step
 
 EXAMPLES_PER_EPOCH = 10**9  # of the schedule alone, which no shape depends on
 GIB = 2**30
@@ -41,7 +42,9 @@ class Plan:
       memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
       needed, available: bytes of a chip; None for what the compiler did not say.
       model: FLOPs that the model asks for, on all chips together (`flops.of_step`).
-      collectives, cycles: of one device, the cycles as the compiler estimates them.
+      collectives: of one device.
+      estimate: seconds of a step by cause, as the compiler estimates them (`clock.seconds`).
+      not_estimated: kernels of which it holds no more than the bytes that they move.
     """
 
     slices: int
@@ -54,7 +57,8 @@ class Plan:
     available: int
     model: dict[str, float]
     collectives: tuple[hlo.Collective, ...] = ()
-    cycles: int = 0
+    estimate: dict[str, float] = dataclasses.field(default_factory=dict)
+    not_estimated: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -69,9 +73,8 @@ class Plan:
         """Seconds that a step takes at least, by what limits it."""
         bounds = {"model FLOPs": sum(self.model.values()) / (self.chips * self.chip.bf16_flops)}
         if self.chip.link_bandwidth:
-            # Half of what makers state goes out, the other half comes in.
-            outgoing = self.chip.link_bandwidth / self.chip.devices / 2
-            bounds["links"] = sum(c.sent_bytes for c in self.collectives) / outgoing
+            sent = sum(c.sent_bytes for c in self.collectives)
+            bounds["links"] = sent / self.chip.outgoing_bandwidth
         return bounds
 
     @property
@@ -80,12 +83,17 @@ class Plan:
         return self.bounds["model FLOPs"] / max(self.bounds.values())
 
     @property
+    def step_seconds(self) -> float:
+        """By the compiler's estimate, and no less than the bounds."""
+        return max(sum(self.estimate.values()), *self.bounds.values())
+
+    @property
     def mfu_estimate(self) -> float:
-        """MFU by the compiler's estimate, no bound: copies cost more in it than their bytes."""
-        return self.bounds["model FLOPs"] * self.chip.clock / max(self.cycles, 1)
+        """Model FLOPs over the peak in `step_seconds`."""
+        return self.bounds["model FLOPs"] / self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("bounds", "mfu_bound", "mfu_estimate") if self.fits else ()
+        names = ("bounds", "mfu_bound", "step_seconds", "mfu_estimate") if self.fits else ()
         speed = {name: getattr(self, name) for name in names}
         return {**dataclasses.asdict(self), "fits": self.fits, **speed}
 
@@ -113,6 +121,8 @@ def main(
     planned = plan(config, mesh, **sizes)
     page = describe(config, planned)
     result = {"config": config.to_dict(), "topology": topology, **sizes, **planned.to_dict()}
+    if planned.fits:
+        result["hours_of"], result["hours"] = run_hours(config, planned)
     if largest == "yes":
         batch = result["largest_batch"] = largest_batch(config, mesh, planned, sizes)
         page += f"\nlargest batch that compiled and fits: {f'{batch:,}' if batch else 'none'}"
@@ -161,8 +171,8 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
         program = hlo.Program(compiled.as_text())
         read = {
             "collectives": hlo.collectives(program, devices=mesh.size),
-            "cycles": program.estimated_cycles().total(),
         }
+        read["estimate"], read["not_estimated"] = clock.seconds(program, read["collectives"], chip)
     return Plan(
         slices=len({meshes.slice_of(device) for device in mesh.devices.flat}),
         devices=mesh.size,
@@ -285,17 +295,33 @@ def describe(config: Any, planned: Plan) -> str:
     ]
     if planned.slices > 1:
         lines.append("  (no bound for what crosses slices: the network between them varies)")
-    rate = planned.batch_size / max(planned.bounds.values())
+    total = sum(planned.estimate.values())
+    lines += [
+        f"MFU at most {100 * planned.mfu_bound:.0f} %, if all else overlaps with the longest",
+        *("", f"{'estimated time of a step':<28} {'ms':>9} {'share':>6}"),
+        *(
+            f"  {cause:<26} {seconds * 1e3:>9.1f} {100 * seconds / total:>4.0f} %"
+            for cause, seconds in planned.estimate.items()
+        ),
+        *(f"  not estimated: {name}, of which the bytes alone" for name in planned.not_estimated),
+    ]
+    run, hours = run_hours(config, planned)
+    rate = planned.batch_size / planned.step_seconds / planned.chips
     lines.append(
-        f"MFU at most {100 * planned.mfu_bound:.0f} %, {rate:,.0f} img/s, if all else overlaps "
-        "with the longest"
-    )
-    milliseconds = planned.cycles / planned.chip.clock * 1e3
-    lines.append(
-        f"compiler's estimate: {planned.cycles / 1e6:,.1f} million cycles, {milliseconds:,.1f} ms, "
-        f"MFU {100 * planned.mfu_estimate:.0f} %"
+        f"by this estimate: MFU {100 * planned.mfu_estimate:.0f} %, {rate:,.0f} img/s a chip, "
+        f"{hours:,.1f} hours for {run}"
     )
     return "\n".join(lines)
+
+
+def run_hours(config: Any, planned: Plan) -> tuple[str, float]:
+    """The run's length and its hours by the estimate.
+
+    The examples of an epoch are the data set's: in their place, those of a billion examples.
+    """
+    total = "1e9 examples" if "epoch" in config.total else config.total
+    run = cadence.make_clock(total, batch_size=planned.batch_size, examples_per_epoch=1)
+    return total, run.total_steps * planned.step_seconds / 3600
 
 
 if __name__ == "__main__":

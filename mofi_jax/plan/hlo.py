@@ -1,12 +1,13 @@
 """Reads the text of a compiled program (`Compiled.as_text`): one device's, after partitioning.
 
-Its loops, the compiler's estimates, and what the device sends, by kind of collective.
+Its loops, and what the device sends, by kind of collective.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -34,6 +35,14 @@ class Instruction:
         """Bytes of each array of the result."""
         bits = ((re.search(r"\d+", dtype), math.prod(shape)) for dtype, shape in self.arrays)
         return tuple(-(-size * int(found[0] if found else 8) // 8) for found, size in bits)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of the arrays of the result that the TPU compiler left in the main memory."""
+        types = self.text[: self.text.index(f" {self.opcode}(")]
+        layouts = re.findall(r"[a-z]\w*\[[\d,<=]*\](\{[^}]*\})?", types)
+        spaces = zip(layouts, self.array_bytes, strict=True)
+        return sum(size for layout, size in spaces if not re.search(r"S\([1-9]", layout))
 
     @property
     def called(self) -> list[str]:
@@ -113,19 +122,12 @@ class Program:
             return None
         return max(0, -(-(limit - first) // step))
 
-    def estimated_cycles(self) -> collections.Counter[str]:
-        """The TPU compiler's estimate for each operation of jax (``op_name``), loops multiplied.
-
-        Clock cycles of one device.  What it does not estimate counts nothing: collectives, copies
-        that run beside arithmetic, kernels of one's own.
-        """
-        cycles = collections.Counter()
-        for name, times in self.executions.items():
-            for instruction in self.computations[name].values():
-                if estimate := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
-                    operation = instruction.attribute(r'op_name="([^"]*)"') or instruction.opcode
-                    cycles[operation] += times * int(estimate)
-        return cycles
+    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """All that the computations called by an instruction hold, and those that they call."""
+        for name in self.computations.keys() & instruction.called:
+            for inner in self.computations[name].values():
+                yield inner
+                yield from self.inside(inner)
 
 
 def _root(computation: Computation) -> Instruction:
@@ -152,11 +154,14 @@ class Collective:
     group: int
     count: int  # executions
     sent_bytes: float  # by one device, with the ring algorithm of each kind
+    exposed_bytes: float  # of these, sent while the device does nothing else
 
 
 def collectives(program: Program, *, devices: int) -> tuple[Collective, ...]:
     """All collectives of a program that `devices` run, most bytes first."""
-    counts, sent = collections.Counter(), collections.Counter()
+    counts, sent, exposed = collections.Counter(), collections.Counter(), collections.Counter()
+    everything = [i for computation in program.computations.values() for i in computation.values()]
+    asynchronous = {name for i in everything if i.opcode.endswith("-start") for name in i.called}
     for name, times in program.executions.items():
         computation = program.computations[name].values()
         starts = any("AsyncCollectiveStart" in instruction.text for instruction in computation)
@@ -167,8 +172,13 @@ def collectives(program: Program, *, devices: int) -> tuple[Collective, ...]:
             if kind in KINDS and (starts or "chain_id=" not in instruction.text):
                 group = _group_size(instruction.text, devices)
                 counts[kind, group] += times
-                sent[kind, group] += times * _sent_bytes(instruction, kind, group)
-    return tuple(Collective(*key, counts[key], total) for key, total in sent.most_common())
+                size = times * _sent_bytes(instruction, kind, group)
+                sent[kind, group] += size
+                hidden = kind != instruction.opcode or starts or name in asynchronous
+                exposed[kind, group] += 0.0 if hidden else size
+    return tuple(
+        Collective(*key, counts[key], total, exposed[key]) for key, total in sent.most_common()
+    )
 
 
 def _group_size(text: str, devices: int) -> int:

@@ -68,6 +68,12 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
         ) from error
 
 
+def smallest(chip: str) -> str:
+    """The slice of one host's four chips, by the name that `accelerators.chip_of` gives one."""
+    version = {"v7x": "tpu7x"}.get(name := chip.split()[-1], name)
+    return f"{version}:{'2x2x1' if SLICES[version][0] == 3 else '2x2'}"
+
+
 def has_compiler() -> bool:
     """Whether libtpu can be imported; from COMPILER, too, after this call."""
     if importlib.util.find_spec("libtpu") is None and COMPILER.exists():

@@ -184,18 +184,22 @@ def make_train_step(
     grad_fn = jax.value_and_grad(make_loss(context), has_aux=True)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
 
-    def dense_step(
-        state: TrainState, batch: Batch, sample: entity.Sample | None = None
-    ) -> tuple[TrainState, Metrics]:
-        (_, metrics), grads = grad_fn(state.params, batch, sample)
+    @jax.named_scope("optimizer")
+    def optimizer(state: TrainState, grads: Any) -> tuple[TrainState, Metrics]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
         groups = optim.clipped_groups(grads)
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
-        metrics |= {"gradient_norm": optax.tree.norm(norms), **norms}
-        metrics["update_norm"] = optax.tree.norm(updates)
+        norms |= {"gradient_norm": optax.tree.norm(norms), "update_norm": optax.tree.norm(updates)}
         ema = updated_ema(state.ema, params, state.step, context.ema_decay)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema), norms
+
+    def dense_step(
+        state: TrainState, batch: Batch, sample: entity.Sample | None = None
+    ) -> tuple[TrainState, Metrics]:
+        (_, metrics), grads = grad_fn(state.params, batch, sample)
+        new_state, norms = optimizer(state, grads)
+        return new_state, metrics | norms
 
     def sampled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
