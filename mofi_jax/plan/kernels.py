@@ -19,7 +19,6 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
-from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 
 from mofi_jax.plan import hlo, tpu_topology
@@ -42,7 +41,7 @@ def cycles(program: hlo.Program, chip: accelerators.Chip) -> dict[str, int | Non
                 kept = {"custom_call_config", "scoped_memory_configs"} & backend.keys()
                 calls[name] = json.dumps(
                     {
-                        "operands": [computation[o].arrays[0] for o in kernel.operands],
+                        "operands": [a for o in kernel.operands for a in computation[o].arrays],
                         "results": kernel.arrays,
                         "config": {key: backend[key] for key in sorted(kept)},
                     }
@@ -51,7 +50,8 @@ def cycles(program: hlo.Program, chip: accelerators.Chip) -> dict[str, int | Non
     bundles = dict(zip(distinct, scheduled(distinct, chip), strict=True))
     result: dict[str, int | None] = {}
     for name, call in calls.items():
-        steps = grid_steps(json.loads(call)["config"]["custom_call_config"]["body"], chip.cores)
+        config = json.loads(call)["config"].get("custom_call_config", {})
+        steps = grid_steps(config.get("body", ""), chip.cores)
         result[name] = steps * bundles[call] if steps and bundles[call] else None
     return result
 
@@ -68,6 +68,8 @@ def grid_steps(body: str, cores: int) -> int | None:
     runs it alone, as loops of 66 and of 130 turns for a grid of 128 show on a v5p.
     """
     try:
+        from jax.experimental.mosaic.dialects import tpu  # here, as a newer jax may lack it
+
         with ir.Context() as context:
             context.allow_unregistered_dialects = True
             tpu.register_dialect(context)
@@ -76,7 +78,7 @@ def grid_steps(body: str, cores: int) -> int | None:
             main = next(o for o in module.body.operations if "iteration_bounds" in o.attributes)
             steps = math.prod(main.attributes["iteration_bounds"])
             parallel = "parallel" in str(main.attributes["dimension_semantics"]).split(",")[0]
-    except (ir.MLIRError, StopIteration, ValueError, KeyError):
+    except (ImportError, AttributeError, ir.MLIRError, StopIteration, ValueError, KeyError):
         return None
     if re.search(r"\bscf\.(for|while)\b", text):
         return None
