@@ -52,7 +52,8 @@ STEPS = (
     Step("H/14", "tpu7x", 256),
 )
 QUICK = (Step("Ti/16", "v5e", 128),)
-# Cycles of attention alone: rows that differ by one layer.
+# Cycles of attention alone, by plans that differ by one layer; XLA's without the copies that it
+# makes beside it.
 ATTENTION = (
     ("attention, 197 tokens, 12 heads of 64, 128 pictures, v5e", "image", "<= 1.8"),
     ("attention, 77 causal tokens, 8 heads of 64, 128 texts, v5e", "text", None),

@@ -1,5 +1,6 @@
 """The chip table: jax's names of devices, devices that share a chip, none for what is unknown."""
 
+import math
 import types
 
 import jax
@@ -37,7 +38,23 @@ def test_a_device_has_its_share_of_the_chip():
     assert (whole.devices, whole.device_flops) == (2, 1153.5e12)
     assert accelerators.chip_of(device("TPU v4", num_cores=2)).device_flops == 275e12
     assert accelerators.chip_of(device("TPU v4", num_cores=1)).device_flops == 137.5e12
+    assert accelerators.chip_of(device("TPU v4", num_cores=1)).cores == 1
     assert accelerators.chip_of(device("TPU v5 lite", num_cores=1)).device_flops == 197e12
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores", "terabytes"),
+    [
+        *(("TPU v4", 2, 1.2), ("TPU v5 lite", 1, 0.819), ("TPU v5p", 2, 2.765)),
+        *(("TPU v6 lite", 1, 1.638), ("TPU7x", 1, 7.38)),
+    ],
+)
+def test_the_clock_of_tpus(kind, cores, terabytes):
+    chip = accelerators.chip_of(device(kind))
+    assert (chip.cores, chip.hbm_bandwidth) == (cores, terabytes * 1e12)
+    # What all matrix units of a device do a cycle is a power of two.
+    power = math.log2(chip.device_flops / chip.clock)
+    assert power == pytest.approx(round(power), abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v9", "NVIDIA H100 PCIe", "NVIDIA H100", ""])
