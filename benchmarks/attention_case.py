@@ -49,18 +49,25 @@ def measure(case: Case) -> dict[str, Any]:
     shape = case.batch, case.length, width
     x, direction = jax.random.normal(jax.random.key(1), (2, *shape), jnp.dtype(case.dtype))
 
+    device = jax.devices()[0]
+
     def gradients(implementation: str, dtype: Any) -> Any:
         @jax.jit
         def run(params: Any, x: jax.Array, direction: jax.Array) -> Any:
             def loss(params: Any, x: jax.Array) -> jax.Array:
                 more = attention.padding(case.length, implementation)
                 block, norm = nnx.merge(graph, params)
+                padded = jnp.pad(x.astype(dtype), ((0, 0), (0, more), (0, 0)))
                 y = jax.tree.map(lambda leaf: leaf.astype(dtype), block.fold(norm))(
-                    jnp.pad(x.astype(dtype), ((0, 0), (0, more), (0, 0))),
+                    padded.reshape(-1, width),
+                    sequence=padded.shape[1],
+                    heads=case.heads,
                     length=case.length,
                     causal=case.causal,
                     implementation=implementation,
-                )[:, : case.length]
+                    mesh=None,
+                    platform=device.platform,
+                ).reshape(padded.shape)[:, : case.length]
                 return jnp.vdot(y.astype(jnp.float32), direction.astype(jnp.float32))
 
             return jax.grad(loss, (0, 1))(params, x)
@@ -71,11 +78,15 @@ def measure(case: Case) -> dict[str, Any]:
     some = params, x[:few], direction[:few]
     with jax.default_matmul_precision("highest"):
         exact = gradients("xla", jnp.float32)(*some)
-    device = jax.devices()[0]
-    what = {"head_dim": case.head_dim, "dtype": jnp.dtype(case.dtype), "device": device}
+    what = {
+        "length": case.length,
+        "head_dim": case.head_dim,
+        "dtype": jnp.dtype(case.dtype),
+        "device": device,
+    }
     results: dict[str, Any] = {}
     runs = {}
-    for name in ("xla", "cudnn"):
+    for name in ("xla", "cudnn", "pallas"):
         try:
             run = gradients(attention.choose(name, **what), jnp.dtype(case.dtype))
             error = difference(run(*some), exact)

@@ -74,7 +74,7 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
             # of it is).  dots needs 9 times the memory of full: 128 pictures a chip take 5 GiB for
             # B/16 with its texts, 15 for L/14 and 27 for H/14, too much for a v6e.
             "remat": "full" if variant == "H/14" else "dots",
-            # auto: cudnn on NVIDIA GPUs, else xla (`mofi_jax.model.attention`).
+            # auto: cudnn on NVIDIA GPUs, pallas on TPUs, else xla (`mofi_jax.model.attention`).
             "attention": "auto",
         }
     )

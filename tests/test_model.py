@@ -69,20 +69,26 @@ def test_bfloat16_stays_near_float32(params):
     assert (low * high).sum(-1).min() > 0.999
 
 
+# Sequences of 5 positions for the 2 heads of a layer.
+OF_LAYER = {
+    **{"length": 5, "sequence": 5, "heads": 2, "causal": False},
+    **{"implementation": "xla", "mesh": None},
+}
+
+
 def test_scan_equals_a_plain_loop(params):
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     stack = layers.make_stack(mofi.TowerConfig(16, 3, 2), CONFIG, nnx.Rngs(0))
-    expected = x
+    expected = x.reshape(10, 16)
     for i in range(3):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack.fold(x.dtype))
-        options = {"length": 5, "causal": False, "implementation": "xla"}
-        expected = stack.run(expected, layer, recompute_moments=False, **options)
-    result = layers.run_stack(stack, x, CONFIG, causal=False)
-    np.testing.assert_allclose(result, expected, atol=1e-6)
+        expected = stack.run(expected, layer, platform="cpu", **OF_LAYER)
+    result = layers.run_stack(stack, x, CONFIG, length=5, causal=False)
+    np.testing.assert_allclose(result, expected.reshape(x.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("recompute_moments", [False, True])
-def test_folded_block_is_the_textbook_block(recompute_moments):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_folded_block_is_the_textbook_block(platform):
     """Values and all gradients, scales and biases far from 1 and 0; a stack of one layer."""
     stack = layers.make_stack(mofi.TowerConfig(16, 1, 2), CONFIG, nnx.Rngs(0))
     graph, state = nnx.split(stack)
@@ -93,8 +99,7 @@ def test_folded_block_is_the_textbook_block(recompute_moments):
     def folded(state):
         block = nnx.merge(graph, state)
         layer = jax.tree.map(lambda leaf: leaf[0], block.fold(x.dtype))
-        options = {"length": 5, "causal": False, "implementation": "xla"}
-        return block.run(x, layer, recompute_moments=recompute_moments, **options)
+        return block.run(x.reshape(10, 16), layer, platform=platform, **OF_LAYER).reshape(x.shape)
 
     def textbook(state):
         p = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(state))
@@ -156,10 +161,15 @@ def test_remat_saves_what_it_says():
         config = dataclasses.replace(CONFIG, remat=remat)
 
         def run(blocks, x):
-            return layers.run_stack(nnx.merge(graph, blocks), x, config, causal=False)
+            return layers.run_stack(
+                nnx.merge(graph, blocks), x, config, length=tokens, causal=False
+            )
+
+        def activation(residual):  # of 3 sequences, or their rows
+            return {3, 3 * tokens} & set(residual.shape)
 
         residuals = jax.eval_shape(lambda blocks, x: jax.vjp(run, blocks, x)[1], shapes, x)
-        sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if 3 in r.shape]
+        sizes = [r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals) if activation(r)]
         return sum(sizes) / (depth * x.size * x.dtype.itemsize)
 
     # The input, query, key, value, what attention adds to it, and four widths of the MLP.
@@ -191,9 +201,9 @@ def test_each_device_works_on_its_part_of_the_batch(mesh_of, named):
         return mofi.embed_images(config, params, images, mesh if named else None)[:, 0].sum()
 
     text = jax.jit(jax.grad(loss)).lower(params, images).compile().as_text()
-    leading = {int(size) for size in re.findall(r"f32\[(\d+),5,\d+", text)}
-    assert batch // 8 in leading
-    assert (batch in leading) is not named
+    rows = {int(size) for size in re.findall(rf"f32\[(\d+),{width}\]", text)}
+    assert batch // 8 * 5 in rows
+    assert (batch * 5 in rows) is not named
 
 
 def test_exact_gelu():

@@ -36,8 +36,14 @@ TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 )
 def test_cudnn_where_it_runs(monkeypatch, device, head_dim, dtype, runs):
     monkeypatch.setitem(attention.AUTO, "gpu", "cudnn")
-    what = {"head_dim": head_dim, "dtype": jnp.dtype(dtype), "device": device}
-    assert attention.choose("auto", **what) == ("cudnn" if runs else "xla")
+    what = {
+        "length": 197,
+        "head_dim": head_dim,
+        "dtype": jnp.dtype(dtype),
+        "device": device,
+    }
+    other = "pallas" if device is TPU else "xla"
+    assert attention.choose("auto", **what) == ("cudnn" if runs else other)
     assert attention.choose("xla", **what) == "xla"
     if runs:
         assert attention.choose("cudnn", **what) == "cudnn"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,57 @@ def _normal_approximation(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(x < 0, tail, 1 - tail), density
 
 
+# x times these even powers of x is the logit of the normal distribution function.
+_LOGIT = (1.59260733, 7.58280630e-2, -9.86736190e-4, 9.03315457e-6)
+
+
+@jax.custom_vjp
+def _logistic_gelu(x: jax.Array) -> jax.Array:
+    """GELU by one exponential, for bfloat16 on TPUs, whose vector units the erf keeps busy.
+
+    Within 0.14 % of the value for x above -5.2, a third of what bfloat16 rounds away, and 1e-6
+    below; its derivative within 5e-4.
+    """
+    return _logistic_gelu_forward(x)[0]
+
+
+def _logistic_gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (x.astype(jnp.float32) * _logistic_normal(x)[0]).astype(x.dtype), x
+
+
+def _logistic_gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    below, square = _logistic_normal(x)
+    slope = _even_polynomial(square, [(2 * i + 1) * c for i, c in enumerate(_LOGIT)])
+    derivative = below * (1 + x.astype(jnp.float32) * (1 - below) * slope)
+    return ((gradient.astype(jnp.float32) * derivative).astype(x.dtype),)
+
+
+_logistic_gelu.defvjp(_logistic_gelu_forward, _logistic_gelu_backward)
+
+
+def _logistic_normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The distribution function, and the square of x that its polynomials take."""
+    x = x.astype(jnp.float32)
+    square = jnp.minimum(x * x, 50.0)  # beyond, it is 0 or 1 anyway
+    return 1 / (1 + jnp.exp(-x * _even_polynomial(square, _LOGIT))), square
+
+
+def _even_polynomial(square: jax.Array, coefficients: Sequence[float]) -> jax.Array:
+    total = jnp.zeros_like(square)
+    for coefficient in reversed(coefficients):
+        total = total * square + coefficient
+    return total
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
     "gelu_tanh": _keep_input(functools.partial(jax.nn.gelu, approximate=True)),
     "quick_gelu": _keep_input(lambda x: x * jax.nn.sigmoid(1.702 * x)),  # OpenAI CLIP
 }
+
+
+def choose(name: str, *, dtype: jnp.dtype, platform: str) -> Callable[[jax.Array], jax.Array]:
+    """One of ACTIVATIONS, as it runs best in a dtype on a platform."""
+    if (name, dtype, platform) == ("gelu", jnp.bfloat16, "tpu"):
+        return _logistic_gelu
+    return ACTIVATIONS[name]

@@ -11,27 +11,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.model import attention_kernel
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 
-# What "auto" means on each platform; a shape or dtype that cuDNN refuses takes "xla" on a GPU too.
+# What "auto" means on each platform; where it does not run "auto" is "xla".
 # gpu: forward and backward of B/16's attention layer, 197 tokens, batch 1,024, took 8.5 ms by cuDNN
 # and 16.5 by XLA on an H200, with gradients 1.1 % and 0.9 % off float32's.
 # `python -m benchmarks.train_step --only attention` measures both on the device at hand and says
 # which to write here.
-AUTO = {"gpu": "cudnn", "tpu": "xla", "cpu": "xla"}
+# tpu: by the compiler's clock (`python -m benchmarks.tpu_step --only kernels`).
+AUTO = {"gpu": "cudnn", "tpu": "pallas", "cpu": "xla"}
 
 
 def attend(
-    query: Float[Array, "b n h d"],
-    key: Float[Array, "b n h d"],
-    value: Float[Array, "b n h d"],
+    query: Float[Array, "b n e"],
+    key: Float[Array, "b n e"],
+    value: Float[Array, "b n e"],
     *,
+    heads: int,
     length: int,
     causal: bool,
     implementation: str,
-) -> Float[Array, "b n h d"]:
-    """softmax(query key^T / sqrt(d)) value for each head.
+) -> Float[Array, "b n e"]:
+    """softmax(query key^T / sqrt(d)) value for each head of d = e / heads dimensions.
 
     Args:
       length: positions from here on are padding (`padding`): no other position attends to them or
@@ -39,8 +42,10 @@ def attend(
       causal: position i attends to positions up to i alone.
       implementation: "xla" or "cudnn", as `choose` gives it.
     """
+    shape = query.shape
+    query, key, value = (x.reshape(*shape[:2], heads, -1) for x in (query, key, value))
     if implementation == "cudnn":
-        return _cudnn(query, key, value, length=length, causal=causal)
+        return _cudnn(query, key, value, length=length, causal=causal).reshape(shape)
     logits = jnp.einsum(
         "bqhd,bkhd->bhqk",
         query * query.shape[-1] ** -0.5,
@@ -51,13 +56,15 @@ def attend(
         mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(shape)
 
 
 def padding(length: int, implementation: str) -> int:
     """Positions to append to a sequence of ``length`` for the implementation."""
     # Jax refuses gradients of odd lengths through cuDNN, and those of a ViT with class token (197,
     # 257) and of a context of 77 tokens are odd.
+    if implementation == "pallas":
+        return -length % attention_kernel.ROWS
     return length % 2 if implementation == "cudnn" else 0
 
 
@@ -87,20 +94,32 @@ def _cut_gradient_backward(length: int, _: None, gradient: Array) -> tuple[Array
 _cut_gradient.defvjp(lambda x, length: (x, None), _cut_gradient_backward)
 
 
-def choose(implementation: str, *, head_dim: int, dtype: jnp.dtype, device: Any) -> str:
-    """Either "xla" or "cudnn", for one of IMPLEMENTATIONS and a device that the program is for.
+def choose(
+    implementation: str, *, length: int, head_dim: int, dtype: jnp.dtype, device: Any
+) -> str:
+    """One of IMPLEMENTATIONS other than "auto", for sequences and a device it will run on.
 
-    Raises BadInput: "cudnn" on a device or for a head dimension or dtype that it does not run on.
+    Raises BadInput: one on a device, or for a length, head dimension or dtype that it does not run
+    on.
     """
+    runs = {
+        "xla": True,
+        "cudnn": _cudnn_runs(device, head_dim, dtype),
+        "pallas": device.platform == "tpu" and length <= attention_kernel.LONGEST,
+    }
     if implementation == "auto":
         preferred = AUTO.get(device.platform, "xla")
-        return preferred if preferred == "xla" or _cudnn_runs(device, head_dim, dtype) else "xla"
-    if implementation == "cudnn" and not _cudnn_runs(device, head_dim, dtype):
+        return preferred if runs[preferred] else "xla"
+    if not runs[implementation]:
+        needs = {
+            "cudnn": "an NVIDIA GPU from Ampere on, bfloat16, and heads of a multiple of 8 up to "
+            "128 dimensions (256 from Hopper on)",
+            "pallas": f"a TPU, and sequences of at most {attention_kernel.LONGEST} positions",
+        }
         raise BadInput(
-            f"config.model.attention='cudnn' does not run on {device.device_kind} with heads of "
-            f"{head_dim} dimensions in {jnp.dtype(dtype).name}: it needs an NVIDIA GPU from Ampere "
-            "on, bfloat16, and heads of a multiple of 8 up to 128 dimensions (256 from Hopper on); "
-            "choose auto or xla."
+            f"config.model.attention={implementation!r} does not run on {device.device_kind} with "
+            f"heads of {head_dim} dimensions in {jnp.dtype(dtype).name} and sequences of {length}: "
+            f"it needs {needs[implementation]}; choose auto or xla."
         )
     return implementation
 

@@ -41,10 +41,16 @@ class ImageTower(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         x = images.astype(jnp.float32) / 255.0
         x = (x - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
-        x = self.patch_embedding(_patches(x.astype(dtype), config.patch_size))
-        cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
-        x = layers.run_stack(self.blocks, self.pre_norm(x), config, causal=False, mesh=mesh)
+        patches = _patches(x.astype(dtype), config.patch_size)
+        # The class token and padding are patches of zeros: concatenated to their embeddings, they
+        # would cost a copy of these, forward and backward.
+        length = 1 + patches.shape[1]
+        after = layers.padded_length(length, config.image, config, mesh) - length
+        patches = jnp.pad(patches, ((0, 0), (1, after), (0, 0), (0, 0), (0, 0)))
+        positions = self.position_embedding[...].at[0].add(self.class_embedding[...])
+        x = self.patch_embedding(patches) + jnp.pad(positions, ((0, after), (0, 0))).astype(dtype)
+        x = self.pre_norm(x)
+        x = layers.run_stack(self.blocks, x, config, length=length, causal=False, mesh=mesh)
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
 
 

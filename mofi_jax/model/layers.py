@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mofi_jax.distributed import global_batch
-from mofi_jax.model import activations, attention
+from mofi_jax.model import activations, attention, attention_kernel
 
 # Stacks of up to so many layers run without a loop.  A few layers compile quickly anyway, and a
 # loop makes a CPU copy each layer's activations (a step of three layers takes 1.25 times as long in
@@ -45,33 +45,38 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def _moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def _moments(x: jax.Array, eps: float, one_pass: bool = False) -> tuple[jax.Array, jax.Array]:
     """Mean, and one over the standard deviation, float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
-    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+    if one_pass:
+        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    else:
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(variance + eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _standardise(x: jax.Array, eps: float, recompute_moments: bool) -> jax.Array:
+def _standardise(x: jax.Array, eps: float, platform: str) -> jax.Array:
     """x with mean 0 and variance 1 along its last axis; arithmetic in float32.
 
-    Args:
-      recompute_moments: the backward pass computes mean and variance again.  XLA for GPUs makes one
-        pass over the array in either direction where nothing else comes out; TPUs need one for each
-        mean.
+    XLA for GPUs makes one pass over the array in either direction where nothing but the result
+    comes out: there the backward pass computes mean and variance again.  TPUs need a pass for each
+    mean, but none for two sums of one array, which the product before them takes along.  As the
+    difference of two, the variance of numbers that bfloat16 has rounded loses nothing in float32.
     """
-    return _standardise_forward(x, eps, recompute_moments)[0]
+    return _standardise_forward(x, eps, platform)[0]
 
 
-def _standardise_forward(x, eps, _):
-    mean, factor = _moments(x, eps)
+def _standardise_forward(x, eps, platform):
+    one_pass = platform == "tpu" and x.dtype == jnp.bfloat16
+    mean, factor = _moments(x, eps, one_pass)
     return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype), (x, mean, factor)
 
 
-def _standardise_backward(eps, recompute_moments, residuals, gradient):
+def _standardise_backward(eps, platform, residuals, gradient):
     x, mean, factor = residuals
-    if recompute_moments:
+    if platform == "gpu":
         x, gradient = jax.lax.optimization_barrier((x, gradient))
         mean, factor = _moments(x, eps)
     unit = (x.astype(jnp.float32) - mean) * factor
@@ -83,6 +88,26 @@ def _standardise_backward(eps, recompute_moments, residuals, gradient):
 _standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_bias(x: Float[Array, "r w"], bias: Float[Array, "w"], platform: str) -> Array:
+    """x + bias; on TPUs the bias's gradient is a product.
+
+    As a sum over rows it would be a pass over the gradient of its own, half as long as a product
+    with a square kernel; rows of ones cost the matrix units a fiftieth.
+    """
+    return x + bias
+
+
+def _add_bias_backward(platform, _, gradient):
+    if platform == "tpu":
+        ones = jnp.ones((attention_kernel.ROWS, len(gradient)), gradient.dtype)
+        return gradient, (ones @ gradient)[0]
+    return gradient, gradient.sum(0)
+
+
+_add_bias.defvjp(lambda x, bias, _: (x + bias, None), _add_bias_backward)
+
+
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis; statistics in float32 whatever the compute dtype."""
 
@@ -92,7 +117,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
-        unit = _standardise(x.astype(jnp.float32), self.eps, False)
+        unit = _standardise(x.astype(jnp.float32), self.eps, "")
         return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -134,24 +159,45 @@ class Projection(nnx.Module):
 
 
 class AttentionWeights(NamedTuple):
-    """Folded weights (`Attention.fold`); any leading axes."""
+    """Folded weights (`Attention.fold`); any leading axes; e are the dimensions of all heads."""
 
-    query: Float[Array, "*l w h d"]
-    query_bias: Float[Array, "*l h d"]
-    key: Float[Array, "*l w h d"]
-    value: Float[Array, "*l w h d"]
-    out: Float[Array, "*l h d w"]
+    query: Float[Array, "*l w e"]
+    query_bias: Float[Array, "*l e"]
+    key: Float[Array, "*l w e"]
+    value: Float[Array, "*l w e"]
+    out: Float[Array, "*l e w"]
     out_bias: Float[Array, "*l w"]
 
-    def __call__(self, unit: Float[Array, "b n w"], **options: Any) -> Float[Array, "b n w"]:
-        """Attention of standardised inputs; options of `attention.attend`."""
-        attended = attention.attend(
-            jnp.tensordot(unit, self.query, 1) + self.query_bias,
-            jnp.tensordot(unit, self.key, 1),
-            jnp.tensordot(unit, self.value, 1),
-            **options,
-        )
-        return jnp.tensordot(attended, self.out, 2) + self.out_bias
+    def __call__(
+        self,
+        unit: Float[Array, "r w"],
+        *,
+        sequence: int,
+        implementation: str,
+        mesh: Mesh | None,
+        platform: str,
+        **options: Any,
+    ) -> Float[Array, "r w"]:
+        """Attention of standardised inputs, rows of sequences of as many positions each.
+
+        options: of `attention.attend`.
+        """
+        if implementation == "pallas":
+            heads, width = options["heads"], len(self.out)
+            pieces = attention_kernel.pieces(heads, width // heads, mesh)
+            kernels = self.query, self.key, self.value
+            kernels = (kernel.reshape(len(kernel), pieces, -1) for kernel in kernels)
+            qkv = unit @ jnp.concatenate(tuple(kernels), -1).reshape(unit.shape[1], -1)
+            qkv = qkv.reshape(-1, sequence, qkv.shape[1])
+            attended = attention_kernel.attend(qkv, self.query_bias, mesh=mesh, **options)
+        else:
+            query = unit @ self.query + self.query_bias
+            arrays = (
+                x.reshape(-1, sequence, x.shape[1])
+                for x in (query, unit @ self.key, unit @ self.value)
+            )
+            attended = attention.attend(*arrays, implementation=implementation, **options)
+        return _add_bias(attended.reshape(len(unit), -1) @ self.out, self.out_bias, platform)
 
 
 class Attention(nnx.Module):
@@ -178,6 +224,10 @@ class Attention(nnx.Module):
         value, value_bias = self.value.after(norm)
         out = self.out.kernel[...]
         through = (value_bias[..., None] * out).sum((-3, -2))
+        *layers, _, heads, head_dim = query.shape
+        query, key, value = (x.reshape(*layers, -1, heads * head_dim) for x in (query, key, value))
+        out = out.reshape(*layers, heads * head_dim, -1)
+        query_bias = query_bias.reshape(*layers, -1)
         return AttentionWeights(query, query_bias, key, value, out, self.out.bias[...] + through)
 
 
@@ -189,10 +239,13 @@ class MlpWeights(NamedTuple):
     fc2: Float[Array, "*l m w"]
     fc2_bias: Float[Array, "*l w"]
 
-    def __call__(self, unit: Float[Array, "b n w"], *, activation: str) -> Float[Array, "b n w"]:
+    def __call__(
+        self, unit: Float[Array, "r w"], *, activation: str, platform: str
+    ) -> Float[Array, "r w"]:
         """The MLP of standardised inputs."""
-        hidden = activations.ACTIVATIONS[activation](unit @ self.fc1 + self.fc1_bias)
-        return hidden @ self.fc2 + self.fc2_bias
+        activate = activations.choose(activation, dtype=unit.dtype, platform=platform)
+        hidden = activate(unit @ self.fc1 + self.fc1_bias)
+        return _add_bias(hidden @ self.fc2, self.fc2_bias, platform)
 
 
 class Mlp(nnx.Module):
@@ -245,17 +298,20 @@ class Block(nnx.Module):
 
     def run(
         self,
-        x: Float[Array, "b n w"],
+        x: Float[Array, "r w"],
         weights: tuple[AttentionWeights, MlpWeights],
         *,
-        recompute_moments: bool,
+        platform: str,
         **options: Any,
-    ) -> Float[Array, "b n w"]:
-        """One layer with its weights; options of `attention.attend`."""
+    ) -> Float[Array, "r w"]:
+        """One layer with its weights on a platform of jax; options of `AttentionWeights`."""
         attend, mlp = weights
-        x = x + attend(_standardise(x, self.norm1.eps, recompute_moments), **options)
-        unit = _standardise(x, self.norm2.eps, recompute_moments)
-        return x + mlp(unit, activation=self.activation)
+        with jax.named_scope("attention"):
+            unit = _standardise(x, self.norm1.eps, platform)
+            x = x + attend(unit, platform=platform, **options)
+        with jax.named_scope("mlp"):
+            unit = _standardise(x, self.norm2.eps, platform)
+            return x + mlp(unit, activation=self.activation, platform=platform)
 
 
 def make_stack(tower: Any, config: Any, rngs: nnx.Rngs) -> Block:
@@ -270,36 +326,69 @@ def make_stack(tower: Any, config: Any, rngs: nnx.Rngs) -> Block:
 
 
 def run_stack(
-    blocks: Block, x: Float[Array, "b n w"], config: Any, *, causal: bool, mesh: Mesh | None = None
+    blocks: Block,
+    x: Float[Array, "b n w"],
+    config: Any,
+    *,
+    length: int,
+    causal: bool,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b n w"]:
     """Scans over the layer axis, so that compile time does not grow with depth.
 
     The rows of x are split over the batch axes of the mesh.
+
+    Args:
+      length: positions of a sequence; those from there to n are padding (`padded_length`), and what
+        they come out as means nothing.
     """
     weights = blocks.fold(x.dtype)
-    depth, *_, head_dim = weights[0].query.shape
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    on_gpu = device.platform == "gpu"
-    chosen = attention.choose(config.attention, head_dim=head_dim, dtype=x.dtype, device=device)
-    length = x.shape[1]
-    # Once for all layers: padding in each of them would cost a copy of its input and its output.
-    x = jnp.pad(x, ((0, 0), (0, attention.padding(length, chosen)), (0, 0)))
+    device = _device(mesh)
+    depth, _, heads, head_dim = blocks.attention.query.kernel.shape
+    options = {
+        "length": length,
+        "causal": causal,
+        "heads": heads,
+        "sequence": x.shape[1],
+        "implementation": _implementation(config, length, head_dim, device),
+        "mesh": mesh,
+        "platform": device.platform,
+    }
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         # The weights are split over the same devices as the rows are.  Left to itself, the compiler
         # may split widths in place of rows, so that every device holds the whole batch.
         x = global_batch.over_batch(x, mesh)
-        if on_gpu:
+        if device.platform == "gpu":
             # XLA chose to lay the batch out last for the residuals on an H200.  Matrix products
             # want their rows whole, so that each was preceded and followed by a transpose.
             x = layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
-        options = {"length": length, "causal": causal, "implementation": chosen}
-        return blocks.run(x, layer, recompute_moments=on_gpu, **options), None
+        return blocks.run(x, layer, **options), None
 
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)
     if policy := REMAT[config.remat]:
         # Forward and backward loop are apart; without loops XLA would find the same computation
         # twice and keep its result.
         body = jax.checkpoint(body, prevent_cse=unrolled, policy=policy)
-    x = jax.lax.scan(body, x, weights, unroll=depth if unrolled else 1)[0]
-    return x[:, :length]
+    # As rows of one matrix: XLA for TPUs lays three dimensions out with the batch between tokens
+    # and width, which no attention wants.
+    rows = x.reshape(-1, x.shape[2])
+    return jax.lax.scan(body, rows, weights, unroll=depth if unrolled else 1)[0].reshape(x.shape)
+
+
+def padded_length(length: int, tower: Any, config: Any, mesh: Mesh | None) -> int:
+    """Positions that `run_stack` wants of sequences of ``length`` for the device at hand.
+
+    Once for all layers: padding in each of them would cost a copy of its input and its output.
+    """
+    chosen = _implementation(config, length, tower.width // tower.heads, _device(mesh))
+    return length + attention.padding(length, chosen)
+
+
+def _device(mesh: Mesh | None) -> Any:
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def _implementation(config: Any, length: int, head_dim: int, device: Any) -> str:
+    what = {"length": length, "head_dim": head_dim, "dtype": jnp.dtype(config.dtype)}
+    return attention.choose(config.attention, **what, device=device)

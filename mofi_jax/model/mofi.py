@@ -68,7 +68,7 @@ class MofiConfig:
     layer_norm_eps: float = 1e-5
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters are always float32
     remat: str = "none"  # or "dots", "full", see `layers.REMAT`
-    attention: str = "auto"  # or "xla", "cudnn", see `attention.attend`
+    attention: str = "auto"  # or "xla", "cudnn", "pallas", see `attention.AUTO`
 
     def __post_init__(self):
         for prefix, part in (("", self), ("image.", self.image), ("text.", self.text)):

@@ -31,9 +31,11 @@ class TextTower(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"], mesh: Mesh | None = None) -> Float[Array, "b d"]:
         config = self.config
         length = tokens.shape[1]
-        x = self.token_embedding[...][tokens] + self.position_embedding[...][:length]
+        after = layers.padded_length(length, config.text, config, mesh) - length
+        positions = jnp.pad(self.position_embedding[...][:length], ((0, after), (0, 0)))
+        x = self.token_embedding[...][jnp.pad(tokens, ((0, 0), (0, after)))] + positions
         x = x.astype(jnp.dtype(config.dtype))
-        x = layers.run_stack(self.blocks, x, config, causal=True, mesh=mesh)
+        x = layers.run_stack(self.blocks, x, config, length=length, causal=True, mesh=mesh)
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.
         end = jnp.argmax(tokens == config.eos_id, axis=1)
