@@ -198,7 +198,7 @@ def entity_softmax(
         functools.partial(_backward, static),
         (embeddings, table, scale, (ids, weights), drawn),
         (blocks.BATCH, blocks.CLASSES, P(), blocks.BATCH, blocks.CLASSES),
-        residual_specs=P(),
+        residual_specs=(P(), blocks.CLASSES),
         differentiable=3,
     )
 
@@ -231,14 +231,15 @@ class _Classes(NamedTuple):
     log_q: Array | float  # [c]
 
 
-def _class_block(static, table, drawn, start, size):
-    unit, factor = unit_rows(blocks.slice_rows(table, start, size))
+def _class_block(static, table, factors, drawn, start, size):
+    rows, factor = blocks.slice_rows((table, factors), start, size)
+    factor = factor[:, None]
     if drawn is None:
         columns = lax.axis_index(meshes.ALL_AXES) * table.shape[0] + start + jnp.arange(size)
         log_q = 0.0
     else:
         columns, log_q = blocks.slice_rows(drawn, start, size)
-    return _Classes(unit, factor, columns, columns < static.num_entities, log_q)
+    return _Classes(rows * factor, factor, columns, columns < static.num_entities, log_q)
 
 
 class _Tile(NamedTuple):
@@ -266,6 +267,8 @@ def _forward(static, embeddings, table, scale, labels, drawn):
     scale = static.scale if scale is None else scale
     x = blocks.gather_batch(embeddings.astype(static.dtype))
     ids, weights = blocks.gather_batch(labels)
+    # Once for all tiles and both passes; a column would fill TPU memory as 128 do.
+    factors = unit_rows(table)[1][:, 0]
     batch_length, class_length = static.tile
 
     def over_classes(x, ids, weights):
@@ -273,7 +276,7 @@ def _forward(static, embeddings, table, scale, labels, drawn):
 
         def body(carry, start, size):
             top, exp_sum, weight_sum, target_sum, best_label, best_other = carry
-            classes = _class_block(static, table, drawn, start, size)
+            classes = _class_block(static, table, factors, drawn, start, size)
             tile = _logits(static, scale, classes, x, ids, weights, drawn is None)
             label = jnp.max(jnp.where(tile.hit, tile.cos, blocks.MASKED), axis=1)
             other = jnp.where(tile.hit | ~classes.real, blocks.MASKED, tile.cos)
@@ -323,10 +326,11 @@ def _forward(static, embeddings, table, scale, labels, drawn):
         correct=jnp.sum(best_label > best_other, dtype=jnp.float32),
         cosine=jnp.sum(jnp.where(weight_sum > 0, best_label, 0.0)),
     )
-    return loss, (top, log_sum, weight_sum)
+    return loss, ((top, log_sum, weight_sum), factors)
 
 
-def _backward(static, embeddings, table, scale, labels, drawn, statistics, d_total):
+def _backward(static, embeddings, table, scale, labels, drawn, residuals, d_total):
+    statistics, factors = residuals
     learned = scale is not None
     scale = scale if learned else static.scale
     x = blocks.gather_batch(embeddings.astype(static.dtype))
@@ -335,7 +339,7 @@ def _backward(static, embeddings, table, scale, labels, drawn, statistics, d_tot
 
     def over_classes(carry, class_start, class_size):
         d_x, d_table, d_scale = carry
-        classes = _class_block(static, table, drawn, class_start, class_size)
+        classes = _class_block(static, table, factors, drawn, class_start, class_size)
 
         def over_batch(carry, start, size):
             d_x, d_unit, d_scale = carry
@@ -359,7 +363,8 @@ def _backward(static, embeddings, table, scale, labels, drawn, statistics, d_tot
         d_rows = classes.factor * (d_unit - classes.unit * along)
         return d_x, blocks.update_rows(d_table, d_rows, class_start), d_scale
 
-    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in (x.shape, table.shape, ()))
+    d_x, d_scale = jnp.zeros(x.shape, jnp.float32), jnp.zeros((), jnp.float32)
+    carry = d_x, lax.empty(table.shape, jnp.float32), d_scale  # every row is written
     d_x, d_table, d_scale = blocks.over_blocks(table.shape[0], class_length, over_classes, carry)
     # Each device has the whole batch's gradient through its own classes: add them up and keep
     # this device's rows, first over the axes that split the batch, then over those that do not.

@@ -190,7 +190,10 @@ def make_train_step(
         params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
         groups = optim.clipped_groups(grads)
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
-        norms |= {"gradient_norm": optax.tree.norm(norms), "update_norm": optax.tree.norm(updates)}
+        # Of the difference, not of the updates: XLA for TPUs then makes one pass over parameters and
+        # moments, where it would compute the updates twice and copy the moments.
+        moved = optax.tree.sub(params, state.params)
+        norms |= {"gradient_norm": optax.tree.norm(norms), "update_norm": optax.tree.norm(moved)}
         ema = updated_ema(state.ema, params, state.step, context.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), norms
 
