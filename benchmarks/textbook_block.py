@@ -32,7 +32,7 @@ def block(x, weights):
     unit = norm(x, *weights["norm1"])
     query, key, value = (jnp.einsum("bnw,whd->bnhd", unit, attention[name]) for name in "qkv")
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-    with jax.named_scope("attention"):
+    with jax.named_scope("softmax"):
         shares = jax.nn.softmax(logits.astype(jnp.float32)).astype(x.dtype)
     x += jnp.einsum("bnhd,hdw->bnw", jnp.einsum("bhqk,bkhd->bqhd", shares, value), attention["o"])
     return x + jax.nn.gelu(norm(x, *weights["norm2"]) @ mlp[0]) @ mlp[1]

@@ -78,7 +78,11 @@ COPY, PRODUCT, REST = {clock.COPIES: 40_010}, {clock.PRODUCTS: 200}, {clock.REST
             {"product": "jit(f)/jvp(entity_softmax)/bd,cd->bc/dot_general"},
             COPY | {"entity softmax": 200} | REST,
         ),
-        ({"rest": "jit(f)/jvp(attention)/exp"}, COPY | PRODUCT | {clock.ATTENTION: 3000}),
+        (
+            {"rest": "jit(f)/jvp(attention)/softmax/exp"},
+            COPY | PRODUCT | {clock.ATTENTION: 3000},
+        ),
+        ({"rest": "jit(f)/jvp(attention)/mul"}, COPY | PRODUCT | REST),
         # The copy of it has no name of its own.
         ({"rest": "jit(f)/optimizer/mul"}, {clock.COPIES: 10, "optimizer": 43_000} | PRODUCT),
         (

@@ -55,7 +55,8 @@ def attend(
     if causal:
         mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    with jax.named_scope("softmax"):
+        weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(shape)
 
 

@@ -75,7 +75,7 @@ def cause(program: hlo.Program, computation: hlo.Computation, instruction: hlo.I
         return ATTENTION if einsum and set.intersection(*map(set, einsum.groups())) else PRODUCTS
     if all(i.opcode in _MOVES for i in inside if any(shape for _, shape in i.arrays)):
         return COPIES
-    return ATTENTION if "attention" in words else REST
+    return ATTENTION if "softmax" in words else REST
 
 
 def _named(instructions: list[hlo.Instruction], computation: hlo.Computation) -> str:

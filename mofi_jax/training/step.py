@@ -190,8 +190,8 @@ def make_train_step(
         params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
         groups = optim.clipped_groups(grads)
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
-        # Of the difference, not of the updates: XLA for TPUs then makes one pass over parameters and
-        # moments, where it would compute the updates twice and copy the moments.
+        # Of the difference, not of the updates: XLA for TPUs then passes over parameters and
+        # moments once, where it would compute the updates twice and copy the moments.
         moved = optax.tree.sub(params, state.params)
         norms |= {"gradient_norm": optax.tree.norm(norms), "update_norm": optax.tree.norm(moved)}
         ema = updated_ema(state.ema, params, state.step, context.ema_decay)
