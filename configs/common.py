@@ -110,8 +110,8 @@ def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any
 
 
 def mesh() -> dict[str, int]:
-    """All devices on the fsdp axis (`mofi_jax.distributed.meshes.make_mesh`)."""
-    return {"replica": 1, "fsdp": -1, "tensor": 1}
+    """Parameters split over all devices of a slice (`mofi_jax.distributed.meshes.make_mesh`)."""
+    return {"replica": -1, "fsdp": -1, "tensor": 1}
 
 
 def extra_sets(text: str) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ class Device:
         return f"Device({self.id})"
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 1), (3, -1, 1), (-1, -1, 1), (2, 2, 1)])
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (3, -1, 1), (1, -1, -1), (-1, -1, 3), (2, 2, 1)])
 def test_mesh_that_does_not_cover_the_devices(sizes):
     with pytest.raises(BadInput, match="does not cover 8 devices"):
         meshes.make_mesh(*sizes)
@@ -36,9 +36,18 @@ def test_tpu_slices_lie_along_the_replica_axis(sizes):
         assert len({chip.slice_index for chip in half.flat}) == 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((), (2, 8, 1)), ((-1, -1, 4), (2, 2, 4)), ((-1, 4, 1), (4, 4, 1)), ((4,), (4, 4, 1))],
+)
+def test_sizes_left_open_are_those_of_the_slices(sizes, shape):
+    devices = [Device(i) for i in range(16)]
+    assert meshes.make_mesh(*sizes, devices=devices).devices.shape == shape
+
+
 def test_tpu_slices_share_no_parameters():
     with pytest.raises(BadInput, match=r"config\.mesh\.replica=1 does not divide over 2 slices"):
-        meshes.make_mesh(devices=[Device(i) for i in range(16)])
+        meshes.make_mesh(replica=1, devices=[Device(i) for i in range(16)])
 
 
 def test_gpu_nodes_are_no_slices():

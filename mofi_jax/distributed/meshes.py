@@ -20,9 +20,12 @@ ALL_AXES = ("replica", "fsdp", "tensor")
 
 
 def make_mesh(
-    replica: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+    replica: int = -1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Builds the mesh over all devices; one size may be -1 and takes what the others leave.
+    """Builds the mesh over all devices.
+
+    A size of -1 takes what the others leave.  Where both ``replica`` and ``fsdp`` are -1, there is
+    one replica for each TPU slice and a single one elsewhere (`slice_of`).
 
     Args:
       devices: `hosts.devices` if left out; a topology's to compile for a slice.
@@ -30,24 +33,25 @@ def make_mesh(
     Raises BadInput: the sizes do not multiply to the number of devices, or slices share parameters.
     """
     devices = hosts.devices() if devices is None else list(devices)
-    sizes = [replica, fsdp, tensor]
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    sizes = [len(slices) if replica == fsdp == -1 else replica, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or int(np.prod(sizes)) != len(devices):
         raise BadInput(
             f"config.mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover "
-            f"{len(devices)} devices: make the sizes multiply to that number or set one of them to "
-            "-1."
+            f"{len(devices)} devices: make the sizes multiply to that number, or leave replica and "
+            "fsdp at -1 and let tensor divide the devices of a slice."
         )
     replica, fsdp, tensor = sizes
-    slices: dict[int, list[Any]] = {}
-    for device in devices:
-        slices.setdefault(slice_of(device), []).append(device)
     if replica % len(slices):
         raise BadInput(
-            f"config.mesh.replica={replica} does not divide over {len(slices)} slices: make it "
-            f"{len(slices)} or a multiple, as parameters are not split across slices."
+            f"config.mesh.replica={replica} does not divide over {len(slices)} slices: leave it "
+            f"and fsdp at -1, or make it {len(slices)} or a multiple, as parameters are not split "
+            "across slices."
         )
     # Only the data-centre network joins slices: they lie along ``replica``, which only gradients
     # cross, once a step.
