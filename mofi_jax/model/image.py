@@ -68,6 +68,7 @@ def _waves(side: int, width: int) -> Float[Array, "n w"]:
     return jnp.pad(grid, ((1, 0), (0, width - grid.shape[1])))
 
 
+@jax.named_scope("patch_embedding")
 def _patches(x: Float[Array, "b s s 3"], patch: int) -> Float[Array, "b n p p 3"]:
     b, size, _, c = x.shape
     side = size // patch

@@ -33,7 +33,8 @@ class TextTower(nnx.Module):
         length = tokens.shape[1]
         after = layers.padded_length(length, config.text, config, mesh) - length
         positions = jnp.pad(self.position_embedding[...][:length], ((0, after), (0, 0)))
-        x = self.token_embedding[...][jnp.pad(tokens, ((0, 0), (0, after)))] + positions
+        with jax.named_scope("token_embedding"):
+            x = self.token_embedding[...][jnp.pad(tokens, ((0, 0), (0, after)))] + positions
         x = x.astype(jnp.dtype(config.dtype))
         x = layers.run_stack(self.blocks, x, config, length=length, causal=True, mesh=mesh)
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
