@@ -104,7 +104,7 @@ def add_step(report: figures.Report, step: Step, folder: pathlib.Path) -> None:
     add("pictures a second", step.batch / total, "img/s")
     for cause, spent in sorted(result["estimate"].items(), key=lambda item: -item[1]):
         add(f"time for {cause}", 1e3 * spent, "ms")
-    add("kernels without an estimate", float(len(result["not_estimated"])), "", "<= 0")
+    add("operations without an estimate", float(len(result["not_estimated"])), "", "<= 0")
     add("share of the entity softmax", result["estimate"]["entity softmax"] / total, "", "<= 0.12")
     plain = textbook(step, folder)["mfu"]
     add("MFU of the textbook block", plain, "")

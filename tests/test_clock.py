@@ -100,6 +100,17 @@ def test_causes(names, expected):
     assert by_cause(**names) == expected
 
 
+def test_a_copy_without_an_estimate_costs_its_bytes():
+    text = "ENTRY %main () -> f32[819,1000] {\n  %x = f32[819,1000]{1,0} parameter(0)\n"
+    text += (
+        '  ROOT %y = f32[819,1000]{0,1} copy(%x), backend_config={"estimated_cycles":"COUNT"}\n}\n'
+    )
+    program = hlo.Program(text.replace("COUNT", str(2**63 - 1)))
+    found, unknown = clock.seconds(program, (), V5E)
+    assert found[clock.COPIES] == pytest.approx(2 * 4e-6)
+    assert unknown == ("y",)
+
+
 def test_loops_and_collectives_that_nothing_hides():
     from tests.test_hlo import TPU_TEXT
 

@@ -44,7 +44,7 @@ class Plan:
       model: FLOPs that the model asks for, on all chips together (`flops.of_step`).
       collectives: of one device.
       estimate: seconds of a step by cause, as the compiler estimates them (`clock.seconds`).
-      not_estimated: kernels of which it holds no more than the bytes that they move.
+      not_estimated: operations of which it holds no more than the bytes that they move.
     """
 
     slices: int

@@ -28,6 +28,7 @@ _MOVES = {
     *("dynamic-slice", "dynamic-update-slice", "fusion", "get-tuple-element", "iota", "pad"),
     *("parameter", "reshape", "reverse", "slice", "transpose", "tuple"),
 }
+_UNKNOWN = 2**63 - 1  # what the compiler writes at a copy that it has no estimate of
 _OP_NAME = r'op_name="([^"]*)"'
 
 
@@ -36,27 +37,29 @@ def seconds(
     collectives: tuple[hlo.Collective, ...],
     chip: accelerators.Chip,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Estimated seconds of one execution by cause, largest first, and kernels without estimate."""
+    """Estimated seconds of one execution by cause, largest first, and what has no estimate."""
     spent, unknown = collections.Counter(), []
     own = kernels.cycles(program, chip)
     for name, times in program.executions.items():
         computation = program.computations[name]
         for key, instruction in computation.items():
-            if key in own:
+            noted = int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            if key in own or noted == _UNKNOWN:
                 moved = instruction.hbm_bytes
                 moved += sum(computation[operand].hbm_bytes for operand in instruction.operands)
                 least = moved * chip.devices / chip.hbm_bandwidth
-                took = max(least, (own[key] or 0) / chip.clock)
-                if own[key] is None:
+                cycles = own.get(key)
+                took = max(least, (cycles or 0) / chip.clock)
+                if cycles is None:
                     unknown.append(instruction.attribute(_OP_NAME) or key)
-            elif noted := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
-                took = int(noted) / chip.clock
+            elif noted:
+                took = noted / chip.clock
             else:
                 continue
             spent[cause(program, computation, instruction)] += times * took
     if chip.link_bandwidth:
         spent[EXPOSED] = sum(c.exposed_bytes for c in collectives) / chip.outgoing_bandwidth
-    return dict(spent.most_common()), tuple(unknown)
+    return dict(spent.most_common()), tuple(dict.fromkeys(unknown))
 
 
 def cause(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
