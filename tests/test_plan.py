@@ -46,7 +46,9 @@ def plan_that_fits(tmp_path, chips, *arguments):
     assert needed == result["needed"] < result["available"] == 16 * plan.GIB
     assert {c["group"] for c in result["collectives"]} == {chips}
     assert 0.02 < result["mfu_estimate"] < result["mfu_bound"] <= 1
-    assert sum(result["estimate"].values()) <= result["step_seconds"]
+    spent = sum(result["estimate"].values())
+    assert result["step_seconds"] == pytest.approx(max(spent, *result["bounds"].values()))
+    assert result["not_estimated"] == []
     assert {"matrix products", "attention", "entity softmax", "optimizer"} <= set(
         result["estimate"]
     )
