@@ -32,8 +32,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.compile_cache = "programs"
     config.start_timeout = 300  # seconds to wait for the other processes of a run
     config.mesh = common.mesh()
-    # The share of the state that may lie whole on every device before training refuses to start.
-    config.max_replicated = 0.02
 
     config.batch_size = 32_768  # CLOC Table A
     config.total = "439087 steps"  # CLOC Table A: about 14 billion samples

@@ -91,7 +91,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     train_setup = setup.make(config, mesh, **data.sizes)
     structs, shardings = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
-    sharding.check_replication(mesh, structs, config.max_replicated)
+    slices = meshes.count_slices(mesh.devices.flat)
+    memory = accelerators.memory_of(jax.local_devices()[0])
+    lies, much = sharding.layout(mesh, structs, slices=slices, memory=memory)
+    logging.log(logging.WARNING if much else logging.INFO, "%s", lies)
     context, clock = train_setup.context, train_setup.clock
     model, num_entities = context.model, context.num_entities
     for sentence in settings.warnings(config, clock, eos_id=model.eos_id):

@@ -57,6 +57,12 @@ def test_the_clock_of_tpus(kind, cores, terabytes):
     assert power == pytest.approx(round(power), abs=0.01)
 
 
+def test_memory_that_programs_may_take():
+    tpu = device("TPU v4", memory_stats=lambda: {"bytes_limit": 32, "bytes_in_use": 1})
+    assert accelerators.memory_of(tpu) == 32
+    assert accelerators.memory_of(jax.devices("cpu")[0]) is None
+
+
 @pytest.mark.parametrize("kind", ["cpu", "TPU v9", "NVIDIA H100 PCIe", "NVIDIA H100", ""])
 def test_no_figure_rather_than_a_wrong_one(kind):
     assert accelerators.chip_of(device(kind)) is None

@@ -38,7 +38,7 @@ def devices(monkeypatch):
     """What jax would find, without the time that finding it takes; to be changed by a test."""
     found = {
         **{"platform": "tpu", "kind": "TPU v5 lite", "devices": 8, "local": 8, "processes": 1},
-        **{"memory": 16 * GIB, "mesh": dict(EIGHT)},
+        **{"memory": 16 * GIB, "slices": 1, "mesh": dict(EIGHT)},
     }
     monkeypatch.setattr(machine, "devices", lambda report, **_: found)
     return found
@@ -58,7 +58,7 @@ def test_healthy_set_up_has_no_problem_and_leaves_nothing_behind(data, tmp_path,
     assert told(report) == {}
     assert "saves nothing before the run ends" in told(report, "warning")["config"]
     looked_at = {"packages", "workdir", "data", "first record", "model", "device memory", "disk"}
-    assert looked_at <= told(report, "ok").keys()
+    assert looked_at | {"sharding"} <= told(report, "ok").keys()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,8 +118,9 @@ def test_broken_set_up_is_named(name, data, tmp_path, devices):
 
 def test_state_that_does_not_fit_a_device(data, tmp_path, devices):
     devices["memory"] = 1000
-    problems = told(doctor.examine(datasets.tiny_config(data), str(tmp_path / "run")))
-    assert list(problems) == ["device memory"]
+    report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "run"))
+    assert list(told(report)) == ["device memory"]
+    assert "GiB of state on each of 8 devices" in told(report, "warning")["sharding"]
 
 
 def test_fewer_shards_than_hosts(data, tmp_path, devices):
@@ -201,6 +202,7 @@ def test_devices_and_mesh(monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "6")
     found, report = look(mesh={"replica": 2, "fsdp": -1, "tensor": 1})
     assert (found["devices"], found["processes"], found["memory"]) == (6, 1, None)
+    assert found["slices"] == 1
     assert found["mesh"] == {"replica": 2, "fsdp": 3, "tensor": 1}
     found, report = look(mesh={"replica": 4, "fsdp": -1, "tensor": 1})
     assert found is None

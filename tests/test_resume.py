@@ -72,7 +72,9 @@ def stop_after_four(config, workdir, monkeypatch):
 def test_stopped_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
     config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path / "whole"))
-    stop_after_four(config, tmp_path / "cut", monkeypatch)
+    earlier = config.copy_and_resolve_references()
+    earlier.max_replicated = 0.02  # a key that earlier versions had
+    stop_after_four(earlier, tmp_path / "cut", monkeypatch)
     assert "to_devices" not in {thread.name for thread in threading.enumerate()}
     assert not (tmp_path / "cut" / "result.json").exists()
     train.main(config, str(tmp_path / "cut"))

@@ -1,13 +1,11 @@
-"""The sharding rules: specs of parameters and moments, uneven shapes, too much replicated."""
+"""The sharding rules: specs of parameters and moments, uneven shapes, what lies whole."""
 
 import jax
 import numpy as np
 import optax
-import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import quickstart
-from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.model import mofi
 from mofi_jax.training import state
@@ -87,19 +85,37 @@ def wide_structs(mesh, width=1280):
     return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in tree.items()}
 
 
-def test_too_much_on_every_device_is_refused_with_the_mesh_that_works():
-    """ViT-H's 1,280 columns do not divide over 512: its kernels would lie whole on each."""
-    mesh = jax.sharding.AbstractMesh((1, 512, 1), meshes.ALL_AXES)
-    with pytest.raises(BadInput) as caught:
-        sharding.check_replication(mesh, wide_structs(mesh), 0.02)
-    message = str(caught.value)
-    assert "of the training state would lie whole on each of 512 devices" in message
-    assert "image/blocks/mlp/fc1/kernel (800 MiB), image/blocks/attention/query/kernel" in message
-    assert "set config.mesh.fsdp=256 and config.mesh.replica=2" in message
-    works = jax.sharding.AbstractMesh((2, 256, 1), meshes.ALL_AXES)
-    sharding.check_replication(works, wide_structs(works), 0.02)
-    sharding.check_replication(mesh, wide_structs(mesh), 1.0)
+def mesh_for(*sizes):
+    return jax.sharding.AbstractMesh(sizes, meshes.ALL_AXES)
 
 
-def test_one_device_replicates_nothing(mesh_of):
-    sharding.check_replication(mesh_of["1x1x1"], wide_structs(mesh_of["1x1x1"]), 0.0)
+def test_what_lies_whole_is_told_with_the_mesh_that_splits_it():
+    """ViT-H's 1,280 columns do not divide over 512: its kernels lie whole on each."""
+    mesh = mesh_for(1, 512, 1)
+    tree = wide_structs(mesh)
+    kernels = 32 * 1280 * (4 + 1) * 1280 * 4
+    rest = (32 * 4 + 257) * 1280 * 4
+    assert sharding.device_bytes(mesh, tree) == (kernels + rest, kernels + rest)
+    assert sharding.device_bytes(mesh_for(2, 256, 1), tree) == (kernels // 256 + rest, rest)
+    words, much = sharding.layout(mesh, tree, slices=1, memory=9 * 2**30)
+    assert "0.978 GiB of state on each of 512 devices, 0.978 of it whole on all" in words
+    assert "config.mesh.replica=2 config.mesh.fsdp=256 would leave 0.006 on each" in words
+    assert much
+    assert not sharding.layout(mesh, tree, slices=1, memory=10 * 2**30)[1]
+    assert not sharding.layout(mesh, tree, slices=1)[1]
+
+
+def test_the_mesh_that_splits_keeps_parameters_within_a_slice():
+    mesh = mesh_for(512, 1, 1)
+    for slices, fsdp in ((1, 256), (4, 128)):
+        words, _ = sharding.layout(mesh, wide_structs(mesh), slices=slices)
+        assert f"config.mesh.replica={512 // fsdp} config.mesh.fsdp={fsdp} would" in words
+    words, _ = sharding.layout(mesh_for(2, 256, 1), wide_structs(mesh), slices=2)
+    assert words.endswith("0.002 of it whole on all")
+
+
+def test_one_device_splits_nothing(mesh_of):
+    mesh = mesh_of["1x1x1"]
+    words, much = sharding.layout(mesh, wide_structs(mesh), slices=1, memory=1)
+    assert words == "0.978 GiB of state on the only device"
+    assert not much

@@ -33,9 +33,11 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["supervised", "contrastive", "multitask"])
-def test_one_step_of_every_task(data, tmp_path, task):
+def test_one_step_of_every_task(data, tmp_path, task, caplog):
     config = datasets.tiny_config(data, f"task={task}", steps=1)
-    train.main(config, str(tmp_path))
+    with caplog.at_level("INFO"):
+        train.main(config, str(tmp_path))
+    assert "GiB of state on the only device" in caplog.text
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == 1
     assert result["examples"] == config.batch_size
@@ -82,14 +84,17 @@ def test_multitask_learns_the_entities(data, tmp_path):
         {"replica": 2, "fsdp": 2, "tensor": 2},
     ],
 )
-def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch):
+def test_eight_devices_follow_the_curve_of_one(data, tmp_path, mesh, monkeypatch, caplog):
     """20 steps in fp32 within 1e-5 relative, also with parameters that do not divide evenly."""
     config = datasets.tiny_config(data, steps=20)
     config.checkpoint.every = "20 steps"
     train.main(config, str(tmp_path / "one"))
     monkeypatch.undo()
     config.mesh.update(mesh)
+    monkeypatch.setattr(train.accelerators, "memory_of", lambda _: 1000)
     train.main(config, str(tmp_path / "eight"))
+    [warned] = [r for r in caplog.records if "of state on each of 8 devices" in r.getMessage()]
+    assert warned.levelname == "WARNING"
     eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
     assert len(one) == 20
     np.testing.assert_allclose(eight, one, rtol=1e-5)

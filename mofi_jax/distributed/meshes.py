@@ -5,7 +5,7 @@
 * ``tensor``: wide matrices; 1 unless asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,10 @@ def make_mesh(
     ]
     # Auto axes, spelled out once for the whole project: jax's default is Explicit axes.
     return Mesh(np.concatenate(arranged), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def count_slices(devices: Iterable[Any]) -> int:
+    return len({slice_of(device) for device in devices})
 
 
 def slice_of(device: Any) -> int:

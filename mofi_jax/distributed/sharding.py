@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mofi_jax.common.errors import BadInput
-from mofi_jax.distributed.meshes import ALL_AXES
+from mofi_jax.distributed.meshes import ALL_AXES, BATCH_AXES
 
 ENTITY_TABLE = "entity_table"  # the class table among the parameters
 
@@ -64,7 +63,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -
     return PartitionSpec(*spec)
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by the path rules."""
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(
@@ -74,50 +73,45 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def check_replication(mesh: Mesh | AbstractMesh, tree: Any, limit: float) -> None:
-    """Refuses a state of which more than ``limit`` of the bytes are replicated on every device.
+def device_bytes(mesh: Mesh | AbstractMesh, tree: Any) -> tuple[int, int]:
+    """Bytes of a tree on one device of ``mesh``, and how many of them every other device holds."""
+    held = whole = 0
+    places = jax.tree.leaves(tree_shardings(mesh, tree))
+    for leaf, place in zip(jax.tree.leaves(tree), places, strict=True):
+        size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        held += size
+        whole += size if place.is_fully_replicated else 0
+    return held, whole
 
-    A dimension that does not divide over ``fsdp`` stays whole, and on wide meshes memory would run
-    out without saying why.  Arrays below 1 MiB do not count.
 
-    Raises BadInput: names the largest arrays and the largest ``fsdp`` that splits enough.
+def layout(
+    mesh: Mesh | AbstractMesh, tree: Any, *, slices: int, memory: int | None = None
+) -> tuple[str, bool]:
+    """How a training state lies on ``mesh``, in words, and whether much of it lies whole on all.
+
+    A dimension that does not divide over ``fsdp`` stays whole: then the words name the mesh that
+    leaves the least on a device.  Much is a tenth of ``memory``, the bytes of a device, if known.
     """
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     if mesh.size == 1:
-        return
+        return f"{total / 2**30:.3f} GiB of state on the only device", False
     tensor = mesh.shape["tensor"]
-    rest = mesh.size // tensor  # devices for replica and fsdp
-    leaves = [
-        (leaf.size * leaf.dtype.itemsize, name, leaf.shape)
-        for name, leaf in named_leaves(tree).items()
-    ]
-    total = sum(size for size, _, _ in leaves)
-
-    def replicated_on(fsdp: int) -> list[tuple[int, str]]:
-        axes = {"replica": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
-        sizes = [
-            (size, name)
-            for size, name, shape in leaves
-            if size >= 2**20 and not any(partition_spec(name, shape, axes))
-        ]
-        return sorted(sizes, reverse=True)
-
-    def share(arrays: list[tuple[int, str]]) -> float:
-        return sum(size for size, _ in arrays) / max(total, 1)
-
-    whole = replicated_on(mesh.shape["fsdp"])
-    if share(whole) <= limit:
-        return
-    remedy = "choose another config.mesh"
-    for fsdp in range(rest, 1, -1):
-        if rest % fsdp == 0 and share(replicated_on(fsdp)) <= limit:
-            remedy = f"set config.mesh.fsdp={fsdp} and config.mesh.replica={rest // fsdp}"
-            break
-    names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole[:3])
-    raise BadInput(
-        f"{share(whole):.0%} of the training state would lie whole on each of {mesh.size} devices, "
-        f"{len(whole)} arrays, {names} first: {remedy}, or raise config.max_replicated={limit:g} "
-        "if that is meant."
+    across = mesh.size // slices // tensor  # devices over which fsdp may split
+    meshes = (
+        AbstractMesh((mesh.size // (fsdp * tensor), fsdp, tensor), ALL_AXES)
+        for fsdp in range(1, across + 1)
+        if across % fsdp == 0
     )
+    held, whole = device_bytes(mesh, tree)
+    text = (
+        f"{held / 2**30:.3f} of {total / 2**30:.3f} GiB of state on each of {mesh.size} devices, "
+        f"{whole / 2**30:.3f} of it whole on all"
+    )
+    least, best = min(((device_bytes(m, tree)[0], m) for m in meshes), key=lambda pair: pair[0])
+    if least < held:
+        sizes = " ".join(f"config.mesh.{axis}={best.shape[axis]}" for axis in BATCH_AXES)
+        text += f"; {sizes} would leave {least / 2**30:.3f} on each"
+    return text, memory is not None and whole > memory / 10
 
 
 def put(mesh: Mesh, tree: Any) -> Any:

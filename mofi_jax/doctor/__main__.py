@@ -141,8 +141,9 @@ def check_run(
     report.add("model", "ok", f"{millions:,.1f} M parameters, {clock.total_steps:,} steps")
     for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
         report.add("config", "warning", sentence)
-    with report.about("sharding"):
-        sharding.check_replication(mesh, structs, config.max_replicated)
+    slices, memory = (found["slices"], found["memory"]) if found else (1, None)
+    lies, much = sharding.layout(mesh, structs, slices=slices, memory=memory)
+    report.add("sharding", "warning" if much else "ok", lies)
     if found and found["memory"]:
         # Gradients are as large as the parameters; activations come on top.
         needed = sum(

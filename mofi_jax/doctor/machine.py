@@ -23,6 +23,7 @@ from packaging import requirements
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
+from mofi_jax.telemetry import accelerators
 
 # What links jax to a device; jax says in its extras which version of each it needs.
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -124,7 +125,8 @@ def _devices(options: Mapping[str, Any]) -> dict[str, Any]:
         "devices": jax.device_count(),
         "local": jax.local_device_count(),
         "processes": jax.process_count(),
-        "memory": (device.memory_stats() or {}).get("bytes_limit"),  # of a device, or None
+        "memory": accelerators.memory_of(device),
+        "slices": meshes.count_slices(jax.devices()),
         "mesh": dict(mesh.shape),  # sizes by axis
     }
 

@@ -82,3 +82,8 @@ def chip_of(device: Any) -> Chip | None:
     if chip in (_V4, _V5P) and getattr(device, "num_cores", 2) == 1:
         return dataclasses.replace(chip, devices=2, cores=1)
     return chip
+
+
+def memory_of(device: Any) -> int | None:
+    """Bytes of a jax device's memory that programs may take; None where it does not say (CPUs)."""
+    return (device.memory_stats() or {}).get("bytes_limit")

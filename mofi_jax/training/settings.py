@@ -70,7 +70,6 @@ CHECKS: dict[str, Check] = {
         (f"mesh.{axis}" for axis in meshes.ALL_AXES),
         whole("above 0, or -1 for what the others leave", lambda x: x > 0 or x == -1),
     ),
-    "max_replicated": real("from 0 to 1", lambda x: 0 <= x <= 1),
     "batch_size": whole(*POSITIVE),
     "microbatches": whole(*POSITIVE),
     "losses": (
