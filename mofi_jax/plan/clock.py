@@ -64,7 +64,8 @@ def seconds(
 
 def cause(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
     """What an operation is for, by jax's name of it (``op_name``), or by what it does."""
-    inside = [i for i in (instruction, *program.inside(instruction)) if i.opcode not in hlo.KINDS]
+    beside = (i for i in program.inside(instruction) if i.opcode not in hlo.KINDS)
+    inside = [instruction, *beside]
     product = next((i for i in inside if i.opcode in ("convolution", "dot")), None)
     operation = _named(inside if product is None else [product, *inside], computation)
     words = set(re.findall(r"\w+", operation))
