@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.model import attention, layers
+from mofi_jax.model import attention, layers, norms
 
 LOOPS, TURNS = 10, 7
 
@@ -45,7 +45,7 @@ def measure(case: Case) -> dict[str, Any]:
     module = layers.Attention(
         width, case.heads, std=width**-0.5, out_std=width**-0.5, rngs=nnx.Rngs(0)
     )
-    graph, params = nnx.split((module, layers.LayerNorm(width, eps=1e-5)))
+    graph, params = nnx.split((module, norms.LayerNorm(width, eps=1e-5)))
     shape = case.batch, case.length, width
     x, direction = jax.random.normal(jax.random.key(1), (2, *shape), jnp.dtype(case.dtype))
 

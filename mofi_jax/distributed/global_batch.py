@@ -43,6 +43,32 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(weights: jax.Array, mesh: Mesh | None, tensor_axis: int | None = None) -> jax.Array:
+    """Inside jit: weights whole on every device, but for what the mesh's tensor axis splits.
+
+    Rows of the batch meet whole weights: one all-gather before a product, and of its gradient one
+    all-reduce.  Left to itself, the TPU compiler cuts products with split weights into as many
+    pieces as there are devices, to send one while it multiplies by another: for the widths of a
+    ViT these take several times as long as the whole product.
+
+    Args:
+      tensor_axis: the dimension that the mesh's tensor axis splits, if it divides.
+    """
+    if mesh is None:
+        return weights
+    spec = [None] * weights.ndim
+    if tensor_axis is not None and weights.shape[tensor_axis] % mesh.shape["tensor"] == 0:
+        spec[tensor_axis] = "tensor"
+    return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+gathered.defvjp(
+    lambda weights, *where: (gathered(weights, *where), None),
+    lambda mesh, tensor_axis, _, gradient: (gathered(gradient, mesh, tensor_axis),),
+)
+
+
 def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of the batch (`batch_rows`) -> global arrays, split over the batch axes.
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from mofi_jax.model import layers
+from mofi_jax.model import layers, norms
 
 # CLIP's pixel statistics; the released MOFI evaluation uses them too (apple/ml-mofi eval/utils.py).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,9 +26,9 @@ class ImageTower(nnx.Module):
             (patch, patch, 3), (width,), std=(3 * patch**2) ** -0.5, use_bias=False, rngs=rngs
         )
         self.position_embedding = nnx.Param(_waves(config.image_size // patch, width))
-        self.pre_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
+        self.pre_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
         self.blocks = layers.make_stack(config.image, config, rngs)
-        self.post_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = layers.Projection(
             (width,), (config.embed_dim,), std=std, use_bias=False, rngs=rngs
         )

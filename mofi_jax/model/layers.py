@@ -17,21 +17,22 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mofi_jax.distributed import global_batch
-from mofi_jax.model import activations, attention, attention_kernel
+from mofi_jax.model import activations, attention, attention_kernel, norms
 
 # Stacks of up to so many layers run without a loop.  A few layers compile quickly anyway, and a
 # loop makes a CPU copy each layer's activations (a step of three layers takes 1.25 times as long in
 # one).  A GPU copies them too: the step of B/16 took 1.17 times as long in a loop on an H200, and
-# compiled in 12 s instead of 17.  TPUs of a pod compile for minutes: there depth must not matter.
-UNROLLED_LAYERS = {"cpu": 4, "gpu": 48, "tpu": 4}
+# compiled in 12 s instead of 17.  By the compiler's clock B/16 on a v5e takes 1.5 times as long in
+# one: it copies what the kernels of attention read.
+UNROLLED_LAYERS = {"cpu": 4, "gpu": 48, "tpu": 48}
 
 
 def _matrix_products(primitive: Any, *avals: Any, **params: Any) -> bool:
     # The output of XLA's attention is a product of two batched arrays and so computed again: a few
     # percent of a block's arithmetic.  Saving it would not help, as its gradient needs the logits.
-    # cuDNN's forward returns what its gradient needs.
+    # The forward of cuDNN and our kernel return what their gradients need.
     return primitive.name.startswith(
-        "dot_product_attention_fwd"
+        ("dot_product_attention_fwd", "pallas_call")
     ) or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
@@ -43,49 +44,6 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "dots": _matrix_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def _moments(x: jax.Array, eps: float, one_pass: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Mean, and one over the standard deviation, float32."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    if one_pass:
-        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
-    else:
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return mean, jax.lax.rsqrt(variance + eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _standardise(x: jax.Array, eps: float, platform: str) -> jax.Array:
-    """x with mean 0 and variance 1 along its last axis; arithmetic in float32.
-
-    XLA for GPUs makes one pass over the array in either direction where nothing but the result
-    comes out: there the backward pass computes mean and variance again.  TPUs need a pass for each
-    mean, but none for two sums of one array, which the product before them takes along.  As the
-    difference of two, the variance of numbers that bfloat16 has rounded loses nothing in float32.
-    """
-    return _standardise_forward(x, eps, platform)[0]
-
-
-def _standardise_forward(x, eps, platform):
-    one_pass = platform == "tpu" and x.dtype == jnp.bfloat16
-    mean, factor = _moments(x, eps, one_pass)
-    return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype), (x, mean, factor)
-
-
-def _standardise_backward(eps, platform, residuals, gradient):
-    x, mean, factor = residuals
-    if platform == "gpu":
-        x, gradient = jax.lax.optimization_barrier((x, gradient))
-        mean, factor = _moments(x, eps)
-    unit = (x.astype(jnp.float32) - mean) * factor
-    g = gradient.astype(jnp.float32)
-    along = (g * unit).mean(-1, keepdims=True)
-    return ((factor * (g - g.mean(-1, keepdims=True) - unit * along)).astype(x.dtype),)
-
-
-_standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -106,19 +64,6 @@ def _add_bias_backward(platform, _, gradient):
 
 
 _add_bias.defvjp(lambda x, bias, _: (x + bias, None), _add_bias_backward)
-
-
-class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis; statistics in float32 whatever the compute dtype."""
-
-    def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
-        unit = _standardise(x.astype(jnp.float32), self.eps, "")
-        return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class Projection(nnx.Module):
@@ -144,7 +89,7 @@ class Projection(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
         return y + self.bias[...].astype(x.dtype) if self.use_bias else y
 
-    def after(self, norm: LayerNorm) -> tuple[Array, Array]:
+    def after(self, norm: norms.LayerNorm) -> tuple[Array, Array]:
         """Kernel and bias, float32, with scale and bias of the norm before them folded in.
 
         (unit * scale + bias) @ kernel is unit @ (scale * kernel) + bias @ kernel, so that the
@@ -211,7 +156,7 @@ class Attention(nnx.Module):
         self.value = make((width,), shape, std=std)
         self.out = make(shape, (width,), std=out_std)
 
-    def fold(self, norm: LayerNorm) -> AttentionWeights:
+    def fold(self, norm: norms.LayerNorm) -> AttentionWeights:
         """The weights with scale and bias of the norm before them folded in, float32.
 
         Two of the four biases need no pass over activations, forward or backward.  The key's adds
@@ -255,7 +200,7 @@ class Mlp(nnx.Module):
         self.fc1 = Projection((width,), (4 * width,), std=std, use_bias=True, rngs=rngs)
         self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
 
-    def fold(self, norm: LayerNorm) -> MlpWeights:
+    def fold(self, norm: norms.LayerNorm) -> MlpWeights:
         """The weights with scale and bias of the norm before them folded in, float32."""
         return MlpWeights(*self.fc1.after(norm), self.fc2.kernel[...], self.fc2.bias[...])
 
@@ -276,6 +221,20 @@ _cast.defvjp(
 )
 
 
+# The dimensions of a layer's weights that the mesh's tensor axis splits.
+_TENSOR = (
+    AttentionWeights(query=1, query_bias=0, key=1, value=1, out=0, out_bias=None),
+    MlpWeights(fc1=1, fc1_bias=0, fc2=0, fc2_bias=None),
+)
+
+
+def _gathered(layer: Any, mesh: Mesh | None) -> Any:
+    axes = [axis for part in _TENSOR for axis in part]
+    leaves, structure = jax.tree.flatten(layer)
+    pairs = zip(leaves, axes, strict=True)
+    return structure.unflatten([global_batch.gathered(x, mesh, axis) for x, axis in pairs])
+
+
 class Block(nnx.Module):
     """Pre-LN transformer block; initialisation as CLIP's (arXiv 2103.00020, code release).
 
@@ -285,9 +244,9 @@ class Block(nnx.Module):
     def __init__(self, tower: Any, config: Any, rngs: nnx.Rngs):
         width, eps = tower.width, config.layer_norm_eps
         std, out_std = width**-0.5, width**-0.5 * (2 * tower.layers) ** -0.5
-        self.norm1 = LayerNorm(width, eps=eps)
+        self.norm1 = norms.LayerNorm(width, eps=eps)
         self.attention = Attention(width, tower.heads, std=std, out_std=out_std, rngs=rngs)
-        self.norm2 = LayerNorm(width, eps=eps)
+        self.norm2 = norms.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs)
         self.activation = config.activation
 
@@ -307,10 +266,10 @@ class Block(nnx.Module):
         """One layer with its weights on a platform of jax; options of `AttentionWeights`."""
         attend, mlp = weights
         with jax.named_scope("attention"):
-            unit = _standardise(x, self.norm1.eps, platform)
+            unit = norms.standardise(x, self.norm1.eps, platform)
             x = x + attend(unit, platform=platform, **options)
         with jax.named_scope("mlp"):
-            unit = _standardise(x, self.norm2.eps, platform)
+            unit = norms.standardise(x, self.norm2.eps, platform)
             return x + mlp(unit, activation=self.activation, platform=platform)
 
 
@@ -363,6 +322,7 @@ def run_stack(
             # XLA chose to lay the batch out last for the residuals on an H200.  Matrix products
             # want their rows whole, so that each was preceded and followed by a transpose.
             x = layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+        layer = _gathered(layer, mesh)
         return blocks.run(x, layer, **options), None
 
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)

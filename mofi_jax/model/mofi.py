@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import global_batch
 from mofi_jax.model import activations, attention, image, layers, text
 
 Params = dict[str, Any]
@@ -179,7 +180,14 @@ def _run(
             f"This model has no {tower} tower: it was trained without one; train with "
             "task=contrastive or task=multitask."
         )
-    embeddings = nnx.merge(_graph(config, tower), params[tower])(inputs, mesh)
+    # Blocks gather theirs a layer at a time, and rows of a table are looked up where they lie.
+    parts = {
+        name: part
+        if name in ("blocks", "token_embedding")
+        else jax.tree.map(lambda leaf: global_batch.gathered(leaf, mesh), part)
+        for name, part in params[tower].items()
+    }
+    embeddings = nnx.merge(_graph(config, tower), parts)(inputs, mesh)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mofi_jax.model import layers
+from mofi_jax.model import layers, norms
 
 
 class TextTower(nnx.Module):
@@ -22,7 +22,7 @@ class TextTower(nnx.Module):
             0.01 * normal(rngs.params(), (config.context_length, width), jnp.float32)
         )
         self.blocks = layers.make_stack(config.text, config, rngs)
-        self.final_norm = layers.LayerNorm(width, eps=config.layer_norm_eps)
+        self.final_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = layers.Projection(
             (width,), (config.embed_dim,), std=width**-0.5, use_bias=False, rngs=rngs
         )
