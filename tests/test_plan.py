@@ -52,6 +52,8 @@ def plan_that_fits(tmp_path, chips, *arguments):
     assert {"matrix products", "attention", "entity softmax", "optimizer"} <= set(
         result["estimate"]
     )
+    assert f"mesh replica 1 x fsdp {chips} x tensor 1: " in done.stdout
+    assert f" GiB of state on each of {chips} devices, " in done.stdout
     for line in ("class table", "MFU at most", "model FLOPs", "estimated time of a step"):
         assert line in done.stdout
     assert "has no constant trip count" not in done.stderr
@@ -135,6 +137,8 @@ def planned(config, *, fits=True, needed=4.0, temporaries=3.0, table=0.5, **chan
         "chips": 16,
         "chip": V5E,
         "batch_size": config.batch_size,
+        "mesh": {"replica": 1, "fsdp": 16, "tensor": 1},
+        "layout": "1.000 of 16.000 GiB of state on each of 16 devices",
         "memory": memory,
         "needed": int(needed * plan.GIB),
         "available": 16 * plan.GIB,
@@ -159,12 +163,25 @@ def test_remedies_are_keys_that_the_config_has_and_does_not_use_yet():
             value = value[part]  # raises for a key that there is not
 
     config.model.remat, config.microbatches, config.losses.entity.block_size = "none", 256, 64
-    config.optimizer.first_moment_dtype, config.mesh.replica = "float32", 2
-    hints = "\n".join(plan.remedies(config, planned(config, fits=False, table=0.0)))
-    for needed in ("remat=full", "replica=1", "first_moment_dtype", "block_size=0"):
+    config.optimizer.first_moment_dtype = "float32"
+    replicas = {"replica": 2, "fsdp": 8, "tensor": 1}
+    hints = plan.remedies(config, planned(config, fits=False, table=0.0, mesh=replicas))
+    hints = "\n".join(hints)
+    for needed in (
+        "remat=full",
+        "mesh.replica=-1 --config.mesh.fsdp=-1",
+        "first_moment_dtype",
+        "block_size=0",
+    ):
         assert needed in hints
     assert "microbatches" not in hints, "a batch of 4,096 has no smaller parts on 16 devices"
     assert "second_moment" not in hints
+
+    config.batch_size, config.microbatches, config.mesh.tensor = 16, 1, -1
+    tensor = {"replica": 1, "fsdp": 8, "tensor": 2}
+    assert "--config.batch_size=8 halves" in str(
+        plan.remedies(config, planned(config, mesh=tensor))
+    )
 
 
 @pytest.mark.parametrize("limit", [100, 700, 1500, 2048, 9000])

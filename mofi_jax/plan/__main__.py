@@ -40,6 +40,7 @@ class Plan:
 
     Attributes:
       memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
+      mesh: sizes by axis; layout: how the state lies on it, in words (`sharding.layout`).
       needed, available: bytes of a chip; None for what the compiler did not say.
       model: FLOPs that the model asks for, on all chips together (`flops.of_step`).
       collectives: of one device.
@@ -52,6 +53,8 @@ class Plan:
     chips: int
     chip: accelerators.Chip
     batch_size: int
+    mesh: dict[str, int]
+    layout: str
     memory: dict[str, int]
     needed: int | None
     available: int
@@ -173,12 +176,15 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
             "collectives": hlo.collectives(program, devices=mesh.size),
         }
         read["estimate"], read["not_estimated"] = clock.seconds(program, read["collectives"], chip)
+    slices = meshes.count_slices(mesh.devices.flat)
     return Plan(
-        slices=len({meshes.slice_of(device) for device in mesh.devices.flat}),
+        slices=slices,
         devices=mesh.size,
         chips=mesh.size // chip.devices,
         chip=chip,
         batch_size=config.batch_size,
+        mesh=dict(mesh.shape),
+        layout=sharding.layout(mesh, structs, slices=slices)[0],
         memory=memory,
         needed=needed,
         available=available,
@@ -215,7 +221,7 @@ def memory_in(message: str) -> tuple[int, int] | None:
 def remedies(config: Any, planned: Plan) -> list[str]:
     """What to change, in the order of what it costs; only what the config does not do already."""
     optimizer, losses, parts = config.optimizer, config.losses, config.microbatches
-    pieces = planned.devices // config.mesh.get("tensor", 1) * parts
+    pieces = planned.devices // planned.mesh["tensor"] * parts
     # A power of two, as many times as many microbatches as memory is short.
     short, more = max(2.0, (planned.needed or 0) / planned.available), 1
     while more < short and config.batch_size // pieces % (2 * more) == 0:
@@ -227,12 +233,12 @@ def remedies(config: Any, planned: Plan) -> list[str]:
     sampled = large_table and losses.entity.sample_rate == 1
     tiles = "entity" in losses and losses.entity.block_size
     half = config.batch_size // 2
-    replicas = config.mesh.replica > planned.slices
+    replicas = planned.mesh["replica"] > planned.slices
     whole_moments = optimizer.first_moment_dtype == "float32"
     hints = (
         (config.model.remat != "full", "model.remat=full recomputes all: a third more FLOPs"),
         (more > 1, f"microbatches={parts * more} keeps the activations of one of them{again}"),
-        (replicas, f"mesh.replica={planned.slices} shards parameters over more devices"),
+        (replicas, "mesh.replica=-1 --config.mesh.fsdp=-1 shards parameters over more devices"),
         (whole_moments, "optimizer.first_moment_dtype=bfloat16 halves the first moments"),
         (row, "optimizer.table.second_moment=row keeps one value for each entity"),
         (sampled, "losses.entity.sample_rate=0.1 has a gradient for a tenth of the table"),
@@ -255,7 +261,7 @@ def largest_batch(config: Any, mesh: Any, planned: Plan, sizes: dict[str, int]) 
             least, room = largest.batch_size, 0.98 * largest.available - largest.needed
             guess = min(least * (1 + room / grows), (least + failing) / 2)
         # Down to what divides over the mesh, and to a round number.
-        step = planned.devices // config.mesh.get("tensor", 1) * config.microbatches
+        step = planned.devices // planned.mesh["tensor"] * config.microbatches
         while step * 20 < guess:
             step *= 2
         if guess // step * step <= least:
@@ -269,9 +275,11 @@ def largest_batch(config: Any, mesh: Any, planned: Plan, sizes: dict[str, int]) 
 def describe(config: Any, planned: Plan) -> str:
     """The plan as a page of text."""
     memory = {**planned.memory, "altogether": planned.needed}
+    axes = " x ".join(f"{axis} {size}" for axis, size in planned.mesh.items())
     lines = [
         f"batch {planned.batch_size:,} on {planned.chips} {planned.chip.name}, "
         f"{planned.devices} devices, slices {planned.slices}",
+        f"mesh {axes}: {planned.layout}",
         *("", f"{'memory of a chip':<28} {'GiB':>9}  of {planned.available / GIB:.1f}"),
         *(f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in memory.items() if size),
         "",
