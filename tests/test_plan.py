@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_told_with_remedies(tmp_path):
     assert not result["fits"]
     assert result["needed"] > result["available"] > 15 * plan.GIB
     assert "temporaries" not in result["memory"]
-    for words in ("It does not fit", "GiB a chip of 15.8 GiB", "--config.microbatches=128"):
+    for words in ("It does not fit", "GiB a chip of 15.8 GiB", "--config.microbatches=64"):
         assert words in done.stdout
     assert "Traceback" not in done.stderr
 
