@@ -1,6 +1,6 @@
 """The Pallas kernels of attention against textbook attention, forward and backward.
 
-They run interpreted here; `test_plan.py` compiles them for a TPU.
+They run interpreted here; `test_clock.py` compiles them for a TPU.
 """
 
 import dataclasses
@@ -95,8 +95,7 @@ def test_kernel_is_textbook_attention(length, heads, head_dim, causal, dtype):
         errors = off(*both(inputs, direction, **options))
     forward, backward = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 2e-2)}[dtype]
     assert errors[0] <= forward
-    assert max(errors[1:2] + errors[3:]) <= backward
-    assert errors[2] <= backward
+    assert max(errors[1:]) <= backward
 
 
 def test_large_logits_overflow_nowhere():

@@ -1,6 +1,6 @@
 """Scaled dot-product attention by the implementation that suits the device.
 
-The head dimension is the last axis, the sequence the second; the softmax runs in float32.
+The sequence is the second axis, the dimensions of all heads the last; the softmax runs in float32.
 """
 
 import functools
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 # and 16.5 by XLA on an H200, with gradients 1.1 % and 0.9 % off float32's.
 # `python -m benchmarks.train_step --only attention` measures both on the device at hand and says
 # which to write here.
-# tpu: by the compiler's clock (`python -m benchmarks.tpu_step --only kernels`).
+# tpu: by the compiler's clock (`python -m benchmarks.tpu_step --only attention`).
 AUTO = {"gpu": "cudnn", "tpu": "pallas", "cpu": "xla"}
 
 

@@ -1,7 +1,7 @@
 """Attention over short sequences on TPUs: one Pallas kernel forward and one backward.
 
-XLA writes the logits of every head to HBM in float32 and pads the lanes of a head.  Here a picture
-is one step of the grid: its queries, keys and values lie in VMEM whole, [n, width] as the products
+XLA writes the logits of every head to HBM in float32 and pads the lanes of a head.  Here some heads
+of a picture are one step of the grid: their queries, keys and values lie in VMEM as the products
 around attention make them, heads are cut from the lanes, and nothing of size n x n leaves the core.
 The backward pass computes the probabilities again from one number for each query and head.
 
@@ -29,7 +29,7 @@ MASKED = -1e30  # a logit that no probability is left of; finite, as rows may be
 
 # Positions of a sequence: its logits lie in VMEM, and the kernel's code grows with them.
 LONGEST = 640
-AHEAD = 3  # heads
+AHEAD = 3  # heads, whose logits are computed before this one's are done
 HEADS_A_STEP = 4  # at least
 LOG2_E = math.log2(math.e)
 
