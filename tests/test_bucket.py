@@ -169,7 +169,7 @@ def test_parts_that_were_copied_to_a_disk_are_read_and_gone_on_with(tmp_path):
 def test_the_doctor_on_a_bucket(folder, tmp_path, monkeypatch):
     datasets.write(tmp_path, examples=32, shards=1)
     mesh = {"replica": 1, "fsdp": 1, "tensor": 1}
-    found = {"platform": "tpu", "processes": 1, "memory": None, "mesh": mesh}
+    found = {"platform": "tpu", "processes": 1, "memory": None, "slices": 1, "mesh": mesh}
     monkeypatch.setattr(machine, "devices", lambda *_, **__: found)
     report = doctor.examine(datasets.tiny_config(tmp_path, "task=supervised"), os.fspath(folder))
     assert [check for check in report.checks if check[1] == "problem"] == []
