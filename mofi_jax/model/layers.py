@@ -331,7 +331,7 @@ def run_stack(
     unrolled = depth <= UNROLLED_LAYERS.get(device.platform, 0)
     if device.platform == "tpu" and config.remat == "full":
         # A loop copies what a layer saves, here its input alone: H/14 takes 8 % longer in one on a
-        # v6e, and its step compiles in half the time, for a v7x in a fifth.
+        # v6e, and its step compiles in half the time, for a v7x in less than a fourth.
         unrolled = False
     if policy := REMAT[config.remat]:
         # Forward and backward loop are apart; without loops XLA would find the same computation
