@@ -29,15 +29,11 @@ import pyarrow.parquet as pq
 from benchmarks import figures, million_pairs, synthetic
 from benchmarks import knowledge_base as kb_figures
 from configs import i2e
-from data_prep import (
-    boilerplate,
-    engine,
-    kb_build,
-    knowledge_base,
-    linking,
-    meanings,
-    names,
-)
+from data_prep import engine
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup, names
+from data_prep.linking import boilerplate, disambiguate
+from data_prep.linking import stage as linking_stage
 
 
 def make_config(**changes):
@@ -74,8 +70,8 @@ def linking_quality(report: figures.Report, texts_path: str, rows_path: str, qui
     gold = read_gold(texts_path)[: 500 if quick else None]
     with tempfile.TemporaryDirectory() as folder:
         kb_build.build(rows_path, f"{folder}/kb")
-        kb = knowledge_base.KnowledgeBase(f"{folder}/kb")
-        entities = knowledge_base.read_entities(f"{folder}/kb").to_pylist()
+        kb = lookup.KnowledgeBase(f"{folder}/kb")
+        entities = lookup.read_entities(f"{folder}/kb").to_pylist()
         row_of = {row["qid"]: number for number, row in enumerate(entities)}
         names_of = [
             {names.normalize(name) for name in (row["label"], *(row["aliases"] or ()))}
@@ -85,9 +81,9 @@ def linking_quality(report: figures.Report, texts_path: str, rows_path: str, qui
         texts = [row["text"] for row in gold]
         blank = boilerplate.Blanker(config.boilerplate)
         blanked = [blank(text) for text in texts]
-        spans = linking.spacy_spans(blanked, config.spacy_model, config.noun_chunks)
-        rule = meanings.Rule.of(config)
-        mentions, candidates = linking.link(texts, blanked, spans, kb, rule)
+        spans = linking_stage.spacy_spans(blanked, config.spacy_model, config.noun_chunks)
+        rule = disambiguate.Rule.of(config)
+        mentions, candidates = linking_stage.link(texts, blanked, spans, kb, rule)
         mentions, candidates = mentions.to_pylist(), candidates.to_pylist()
 
         total = known = named = 0  # of the mentions: all, entity in the base, and by a name of it
@@ -155,18 +151,18 @@ def linking_speed(report: figures.Report, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         kb_build.build(synthetic.write_rows(folder / "rows.jsonl", entities, 2), folder / "kb")
-        kb = knowledge_base.KnowledgeBase(folder / "kb")
+        kb = lookup.KnowledgeBase(folder / "kb")
         known = list(synthetic.names(entities * 3))
         captions = synthetic.captions(256 if quick else 2_048, known)
-        nlp = linking.load_spacy(config.spacy_model, config.noun_chunks)
+        nlp = linking_stage.load_spacy(config.spacy_model, config.noun_chunks)
 
         def bare() -> None:
             with nlp.memory_zone():
-                for _ in nlp.pipe(captions, batch_size=linking.BATCH):
+                for _ in nlp.pipe(captions, batch_size=linking_stage.BATCH):
                     pass
 
         def ours() -> None:
-            for _ in linking.spacy_spans(captions, config.spacy_model, config.noun_chunks):
+            for _ in linking_stage.spacy_spans(captions, config.spacy_model, config.noun_chunks):
                 pass
 
         pairs = 2 if quick else 5
@@ -176,19 +172,19 @@ def linking_speed(report: figures.Report, quick: bool) -> None:
 
         many = synthetic.captions(4_096 if quick else 40_000, known)
         spans = [[]] * len(many)
-        rule = meanings.Rule.of(config)
+        rule = disambiguate.Rule.of(config)
         found = [match for text in many for match in kb.scan(text)]
         forms = [match.form for match in found]
         surfaces = [match.form.title() for match in found]
         text_of = np.repeat(np.arange(len(many)), [len(kb.scan(text)) for text in many])
 
         def candidates_alone() -> None:
-            meanings.weigh(kb, rule, many, text_of, surfaces, forms)
+            disambiguate.weigh(kb, rule, many, text_of, surfaces, forms)
 
         def with_gazetteer() -> None:
             for start in range(0, len(many), 4096):
                 part = many[start : start + 4096]
-                linking.link(part, part, spans[start : start + 4096], kb, rule)
+                linking_stage.link(part, part, spans[start : start + 4096], kb, rule)
 
         seconds, whole, _ = median_ratio(pairs, candidates_alone, with_gazetteer)
         rate = len(forms) / seconds
@@ -259,7 +255,7 @@ def two_workers(report: figures.Report, quick: bool) -> None:
             # A setting that changes nothing else makes every turn do the work again.
             turn[0] += 1
             config = make_config(company_weight=0.0, case_penalty=1 - turn[0] / 1000)
-            linking.run(config, engines[workers])
+            linking_stage.run(config, engines[workers])
 
         _, _, ratio = median_ratio(1 if quick else 3, lambda: run(1), lambda: run(2))
         for work in engines.values():

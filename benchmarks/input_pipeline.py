@@ -47,7 +47,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from benchmarks import figures, synthetic
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax.data import ops, pipeline, records
 from mofi_jax.evaluators import picture_sets
 from mofi_jax.training import checkpoint, state

@@ -9,15 +9,16 @@ import time
 
 from benchmarks import figures, synthetic
 from configs import kb as kb_config
-from data_prep import kb_build, kb_source
+from data_prep.kb import build as kb_build
+from data_prep.kb import dump as kb_dump
 
 _OPEN = """
 import sys, psutil
-from data_prep import knowledge_base
+from data_prep.kb import lookup
 import marisa_trie, numpy
 private = psutil.Process().memory_full_info
 before = private()
-kb = knowledge_base.KnowledgeBase(sys.argv[1])
+kb = lookup.KnowledgeBase(sys.argv[1])
 opened = private()
 for name in open(sys.argv[2]):
     kb.candidates(name.strip(), 10)
@@ -70,11 +71,11 @@ def parse_speed(report: figures.Report, quick: bool) -> None:
         data = b"[\n" + b",\n".join(lines) + b"\n]\n"
         with tempfile.TemporaryDirectory() as folder:
             parse = kb_build.Parser(folder, settings)
-            parse(kb_source.Chunk(0, 1, data))  # imports
+            parse(kb_dump.Chunk(0, 1, data))  # imports
             rates = []
             for number in range(1, 4 if quick else 8):
                 start = time.process_time()
-                parse(kb_source.Chunk(number, 1, data))
+                parse(kb_dump.Chunk(number, 1, data))
                 rates.append(len(lines) / (time.process_time() - start))
         bar = f"Wikidata dump: items of {length / 1000:g} kB"
         report.add(bar, statistics.median(rates), "items/s", figures.CPU, ">= 15000")

@@ -10,7 +10,13 @@ import psutil
 
 from benchmarks import figures, synthetic
 from configs import i2e
-from data_prep import engine, filters, kb_build, linking, plan, selection, vocabulary
+from data_prep import engine
+from data_prep.dataset import order as record_order
+from data_prep.dataset import vocabulary
+from data_prep.filters import stage as filters_stage
+from data_prep.kb import build as kb_build
+from data_prep.linking import stage as linking_stage
+from data_prep.selection import choose
 
 
 class Memory:
@@ -60,12 +66,12 @@ def measure(report: figures.Report, quick: bool) -> None:
         config.update(min_images=5, max_images=5_000)
         work = engine.Engine(folder / "W")
         with Memory() as linked:
-            linking.run(config, work)
+            linking_stage.run(config, work)
         with Memory() as rest:
-            selection.run(config, work)
-            filters.run(config, work)
+            choose.run(config, work)
+            filters_stage.run(config, work)
             vocabulary.run(config, work)
-            plan.run(work, "i2e", seed=0, shard_examples=10_000)
+            record_order.run(work, "i2e", seed=0, shard_examples=10_000)
         seconds = engine.stage_seconds(work.workdir)
     scale = f"{pairs:,} pairs"
     report.add(

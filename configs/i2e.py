@@ -22,7 +22,8 @@ import os
 import ml_collections
 
 from configs import common
-from data_prep import boilerplate, source_files
+from data_prep.linking import boilerplate
+from data_prep.pairs import files as source_files
 from mofi_jax.common import errors
 
 SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
@@ -38,7 +39,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.dataset = args.dataset  # i2e: labelled pairs. i2t: the raw pairs, all of them
-    config.sources = (  # NAME=PATTERN: a folder, a glob, a file or tfds:NAME (data_prep.sources)
+    config.sources = (  # NAME=PATTERN: a folder, a glob, a file or tfds:NAME (data_prep.pairs)
         (f"sample={SAMPLE}/pairs",) if args.sample else source_files.shorthand(args.folder)
     )
     config.knowledge_base = (

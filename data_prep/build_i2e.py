@@ -19,19 +19,15 @@ from collections.abc import Callable, Mapping
 import ml_collections
 from absl import logging
 
-from data_prep import (
-    engine,
-    executors,
-    filters,
-    kb_build,
-    linking,
-    publish,
-    report,
-    selection,
-    shards,
-    sources,
-    vocabulary,
-)
+from data_prep import engine
+from data_prep.card import stage as card_stage
+from data_prep.dataset import publish, shards, vocabulary
+from data_prep.engine import executors
+from data_prep.filters import stage as filters_stage
+from data_prep.kb import build as kb_build
+from data_prep.linking import stage as linking_stage
+from data_prep.pairs import stage as pairs_stage
+from data_prep.selection import choose
 from mofi_jax.common import cli, errors, files
 from mofi_jax.data import ops
 
@@ -77,23 +73,23 @@ def build(
         failure_budget=config.failure_budget,
     ) as work:
         # ---------------------------------------------------------------------------------- pairs
-        stages["pairs"] = engine.total_counts(sources.run(config, work))
+        stages["pairs"] = engine.total_counts(pairs_stage.run(config, work))
 
         # ------------------------------------------------------------------------------- entities
         if config.dataset == "i2e":
             kb_build.prepare(config, work)
-            stages["links"] = engine.total_counts(linking.run(config, work))
-            stages["labels"] = engine.total_counts(selection.run(config, work))
-            stages["labels_final"] = engine.total_counts(filters.run(config, work))
+            stages["links"] = engine.total_counts(linking_stage.run(config, work))
+            stages["labels"] = engine.total_counts(choose.run(config, work))
+            stages["labels_final"] = engine.total_counts(filters_stage.run(config, work))
             stages["vocabulary"] = engine.total_counts(vocabulary.run(config, work))
         else:
-            stages["dropped"] = engine.total_counts(filters.drop_pictures(config, work))
+            stages["dropped"] = engine.total_counts(filters_stage.drop_pictures(config, work))
 
         # --------------------------------------------------------------------------------- shards
         written = shards.run(config, work, config.dataset)
         stages["shards"] = engine.total_counts(written)
         if config.dataset == "i2e":
-            report.run(config, work)
+            card_stage.run(config, work)
         if config.publish:
             publish.run(config, work, config.dataset)
 
@@ -151,7 +147,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       BadInput: naming the first key that cannot be used.
     """
     _check(config.dataset in ("i2e", "i2t"), config, "dataset", "choose i2e or i2t")
-    sources.find(config.sources)
+    pairs_stage.find(config.sources)
     least = {
         "workers": 1,
         "min_side": 1,
@@ -174,11 +170,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")
     if config.publish:
         publish.check(config.publish)
-    filters.check(config)
+    filters_stage.check(config)
     if config.dataset == "i2t":
         return
     kb_build.check_source(config.knowledge_base)
-    linking.check(config)
+    linking_stage.check(config)
     _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
     if config.labels == "clip":
         _check(

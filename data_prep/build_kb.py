@@ -1,4 +1,4 @@
-"""Builds a knowledge base from a dump of Wikidata, JSONL or WordNet (see `data_prep.kb_build`).
+"""Builds a knowledge base from a dump of Wikidata, JSONL or WordNet (see `data_prep.kb.build`).
 
     python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ [--config configs/kb.py:...]
     python -m data_prep.build_kb --dump rows.jsonl.gz --out kb/
@@ -18,7 +18,8 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-from data_prep import engine, kb_build
+from data_prep import engine
+from data_prep.kb import build as kb_build
 from mofi_jax.common import cli, files
 
 _CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "kb.py")

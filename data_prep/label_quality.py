@@ -27,7 +27,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from data_prep import candidates, engine, manifests, selection
+from data_prep import engine
+from data_prep.engine import manifests
+from data_prep.linking import rows as link_rows
+from data_prep.selection import choose
 from mofi_jax.common import cli, errors, files
 
 SETS = ("text_only", "selected")
@@ -92,7 +95,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
         )
-    ids = candidates.read_column(root / "kb/entities.parquet", "qid").to_pylist()
+    ids = link_rows.read_column(root / "kb/entities.parquet", "qid").to_pylist()
     wanted = {entity for picture in known.values() for entity in picture.right}
     numbers = {entity: row for row, entity in enumerate(ids) if entity in wanted}
     named = sum(picture.named for picture in known.values())
@@ -101,20 +104,20 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     values = _values(root, shards, rule) if rule else {}
     counts: dict[tuple, np.ndarray] = {}
     for shard in shards:
-        links = candidates.read(root / "links" / shard.name)
+        links = link_rows.read(root / "links" / shard.name)
         judge = _Judge(links.keys.to_pylist(), known, numbers)
         chosen = {
-            ("text_only",): selection.best_priors(links)[:2],
+            ("text_only",): choose.best_priors(links)[:2],
             ("selected",): _read_labels(shard),
-            ("ceiling",): candidates.distinct(links)[:2],
+            ("ceiling",): link_rows.distinct(links)[:2],
         }
         if rule:
-            paths = selection.evidence_files(root, shard.name)
-            evidence, _ = selection.read_evidence(links, *map(os.fspath, paths))
+            paths = choose.evidence_files(root, shard.name)
+            evidence, _ = choose.read_evidence(links, *map(os.fspath, paths))
             for name in values:
                 for value in values[name]:
                     changed = rule._replace(**{name: value})
-                    chosen[name, value] = selection.choose_all(links, evidence, changed)[:2]
+                    chosen[name, value] = choose.choose_all(links, evidence, changed)[:2]
         for name, pairs in chosen.items():
             counts[name] = counts.get(name, 0) + judge.count(*pairs)
 
@@ -175,23 +178,23 @@ class _Judge:
 
 
 def _read_labels(shard: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    entities = candidates.read_column(shard, "entities")
-    row = np.repeat(np.arange(len(entities)), candidates.lengths(entities))
+    entities = link_rows.read_column(shard, "entities")
+    row = np.repeat(np.arange(len(entities)), link_rows.lengths(entities))
     return row, entities.flatten().to_numpy(zero_copy_only=False)
 
 
 # --------------------------------------------------------------------------------------- the sweep
 
 
-def _rule_of(root: epath.Path, shards: Sequence[epath.Path]) -> selection.Rule | None:
+def _rule_of(root: epath.Path, shards: Sequence[epath.Path]) -> choose.Rule | None:
     """The rule by which the labels were chosen, None where it was not by picture."""
     manifest = manifests.read(root, "labels", shards[0].stem) or {"settings": {}}
     settings = manifest["settings"]
-    return selection.Rule.of(settings) if settings.get("labels") == "clip" else None
+    return choose.Rule.of(settings) if settings.get("labels") == "clip" else None
 
 
 def _values(
-    root: epath.Path, shards: Sequence[epath.Path], rule: selection.Rule
+    root: epath.Path, shards: Sequence[epath.Path], rule: choose.Rule
 ) -> dict[str, list[float]]:
     """Thresholds to try: quantiles of what the pictures' best candidates reach, and that in force.
 
@@ -199,14 +202,14 @@ def _values(
     """
     reached: dict[str, list[np.ndarray]] = {name: [] for name in SWEPT}
     for shard in shards:
-        links = candidates.read(root / "links" / shard.name)
-        paths = selection.evidence_files(root, shard.name)
-        evidence, _ = selection.read_evidence(links, *map(os.fspath, paths))
+        links = link_rows.read(root / "links" / shard.name)
+        paths = choose.evidence_files(root, shard.name)
+        evidence, _ = choose.read_evidence(links, *map(os.fspath, paths))
         free = rule._replace(min_fit=-np.inf, min_score=-np.inf)
-        best = selection.choose_all(links, evidence, free)
-        reached["min_fit"].append(best.fit[candidates.starts_run(best.row)])
+        best = choose.choose_all(links, evidence, free)
+        reached["min_fit"].append(best.fit[link_rows.starts_run(best.row)])
         order = np.lexsort((-evidence.score, links.row))
-        top = order[candidates.starts_run(links.row[order])]
+        top = order[link_rows.starts_run(links.row[order])]
         reached["min_score"].append(evidence.score[top])
     values = {}
     for name, decimals in SWEPT.items():

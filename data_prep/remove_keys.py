@@ -30,7 +30,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from data_prep import dataset_files, manifests, published
+from data_prep.dataset import files as dataset_files
+from data_prep.dataset import versions
+from data_prep.engine import manifests
 from mofi_jax.common import cli, errors, files
 from mofi_jax.data import records
 
@@ -80,7 +82,7 @@ def remove(
       BadInput: no finished version, no keys, a folder in the way, or nothing would be left.
     """
     source = epath.Path(os.path.abspath(dataset))
-    info = published.read_info(source)
+    info = versions.read_info(source)
     wanted = read_keys(keys)
     target = epath.Path(os.path.abspath(out)) if out else source.parent / next_version(info.version)
     files.output_folder(target, "--out")
@@ -145,7 +147,7 @@ def _fingerprint(keys: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-def _read_finished(target: epath.Path, info: published.Info, wanted: Sequence[str]) -> dict | None:
+def _read_finished(target: epath.Path, info: versions.Info, wanted: Sequence[str]) -> dict | None:
     """What an earlier run of the same command did; None where the target is free.
 
     Raises:
@@ -168,14 +170,14 @@ def _read_finished(target: epath.Path, info: published.Info, wanted: Sequence[st
 
 def _write(
     source: epath.Path,
-    info: published.Info,
+    info: versions.Info,
     folder: epath.Path,
     version: str,
     wanted: Sequence[str],
 ) -> dict:
     """Writes shards, vocabulary, keys.parquet and the list of what was removed into `folder`."""
-    index = published.index_keys(source, info, folder)
-    found = published.find_keys(index, wanted)
+    index = versions.index_keys(source, info, folder)
+    found = versions.find_keys(index, wanted)
     before = set((_read_text(source / REMOVED_FILE) or "").splitlines())
     known = {key for keys in found.values() for key in keys.values()}
     result = {
@@ -239,7 +241,7 @@ def _rewrite(
 
     writer = array_record_module.ArrayRecordWriter(os.fspath(target), records.WRITER_OPTIONS)
     gone = []
-    for position, record in enumerate(published.read_shard(source, length)):
+    for position, record in enumerate(versions.read_shard(source, length)):
         if position not in removed:
             writer.write(record)
         elif records.parse(record)["key"] == removed[position]:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep import report_page
+from data_prep.card import page as card_page
 
 SETS = ("seen", "unseen")
 
@@ -68,7 +68,7 @@ def page(result: Mapping[str, Any], out: pathlib.Path) -> str:
     """The report as one HTML file, pictures included; `out` holds what the stages wrote."""
     sections = (_head, _labels, _retrieval, _galleries, _curves, _stages)
     body = "".join(section(result, out) for section in sections)
-    return report_page.document("MOFI quick start", body)
+    return card_page.document("MOFI quick start", body)
 
 
 def _head(result: Mapping[str, Any], out: pathlib.Path) -> str:

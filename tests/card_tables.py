@@ -6,7 +6,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import linking
+from data_prep.linking import stage as linking_stage
 
 INTS = pa.list_(pa.int32())
 FLOATS = pa.list_(pa.float32())
@@ -47,7 +47,10 @@ class Tables:
                 for _, found in rows
             ],
         }
-        types = {"mentions": linking.mentions_type(), "candidates": linking.candidates_type()}
+        types = {
+            "mentions": linking_stage.mentions_type(),
+            "candidates": linking_stage.candidates_type(),
+        }
         self.write("links", columns, types, name)
 
     def rejects(self, rows, name="00000"):

@@ -11,7 +11,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from configs import quickstart
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax.data import ops, records
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep import engine, sources
+from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
 
 
 def picture(width=40, height=40, kind="png", mode="RGB", **options):
@@ -50,7 +51,7 @@ def run(tmp_path, members, **changes):
     folder = tmp_path / "pairs_in"
     folder.mkdir(exist_ok=True)
     (folder / "00000.tar").write_bytes(tar_bytes(members))
-    (manifest,) = sources.run(make_config(folder, **changes), engine.Engine(tmp_path / "w"))
+    (manifest,) = pairs_stage.run(make_config(folder, **changes), engine.Engine(tmp_path / "w"))
     return *read(tmp_path / "w"), manifest["counts"]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from configs import i2e as i2e_config
-from data_prep import build_i2e, dataset_files, engine
+from data_prep import build_i2e, engine
+from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface

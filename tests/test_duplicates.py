@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import copies, duplicates, engine, eval_sets, evidence, filters, pictures
+from data_prep import engine
+from data_prep.filters import copies, decontaminate, eval_sets
+from data_prep.filters import stage as filters_stage
+from data_prep.pairs import pictures
+from data_prep.selection import embed
 from mofi_jax.common import errors
 from mofi_jax.data import ops
 from tests import label_tables, workdirs
@@ -41,7 +45,7 @@ def hashes_with_neighbours(draw):
 def test_banding_misses_nothing_and_invents_nothing(hashes, max_distance):
     queries, known = hashes
     found = {}
-    for query, position, distance in duplicates.HashIndex(known, max_distance).near(queries):
+    for query, position, distance in decontaminate.HashIndex(known, max_distance).near(queries):
         found |= dict(zip(zip(query, position, strict=True), distance, strict=True))
     distances = pictures.hamming(queries[:, None], known[None])
     brute = {(i, j): distances[i, j] for i, j in np.argwhere(distances <= max_distance)}
@@ -52,8 +56,8 @@ def test_banding_misses_nothing_and_invents_nothing(hashes, max_distance):
 def test_equal_ranges_come_in_pieces_without_loss(queries, values):
     queries, values = np.array(queries, np.int64), np.sort(np.array(values, np.int64))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "_CANDIDATES", 7)
-        pieces = list(duplicates.equal_ranges(queries, values))
+        patch.setattr(decontaminate, "_CANDIDATES", 7)
+        pieces = list(decontaminate.equal_ranges(queries, values))
     found = [(i, j) for piece in pieces for i, j in zip(*piece, strict=True)]
     assert found == [
         (i, j) for i in range(len(queries)) for j in np.flatnonzero(values == queries[i])
@@ -138,7 +142,7 @@ def test_same_files_and_scaled_copies_are_found_and_counted(tmp_path, sets, work
         [[(key, [] if key == "unlabelled" else [1]) for key, _ in shard] for shard in shards],
     )
     config = text_config(eval_sets=sets)
-    manifests = filters.run(config, engine.Engine(workdir, workers))
+    manifests = filters_stage.run(config, engine.Engine(workdir, workers))
     assert [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")] == ["new"]
     counts = engine.total_counts(manifests)
     assert counts["candidates"] == 5
@@ -166,7 +170,7 @@ def test_same_files_and_scaled_copies_are_found_and_counted(tmp_path, sets, work
     assert [row["phash"] is None for row in hashes] == [False, False, False, True]
 
     # Off again: nothing of it is left behind.
-    filters.run(text_config(), engine.Engine(workdir, workers))
+    filters_stage.run(text_config(), engine.Engine(workdir, workers))
     assert len(label_tables.read(workdir, "labels_final/*.parquet")) == 5
     for stage in ("eval_hashes", "eval_matches", "dropped-i2e"):
         assert not list((workdir / stage).glob("*.parquet"))
@@ -178,7 +182,7 @@ def test_raw_pairs_are_filtered_without_labels(tmp_path, sets):
     write_pairs(workdir, [[("same", encode(photo(0))), ("new", encode(photo(9)))]])
     config = text_config(eval_sets=sets)
     config.dataset = "i2t"
-    [manifest] = filters.drop_pictures(config, engine.Engine(workdir))
+    [manifest] = filters_stage.drop_pictures(config, engine.Engine(workdir))
     assert manifest["counts"]["candidates"] == 2
     assert [row["key"] for row in label_tables.read(workdir, "dropped-i2t/*.parquet")] == ["same"]
 
@@ -192,7 +196,7 @@ def test_max_hamming_is_the_limit(tmp_path, sets):
     pq.write_table(pq.read_table(path).set_column(2, "phash", pa.array(hashes)), path)
     label_tables.write(workdir, [[(f"{bits}", [1]) for bits in range(8)]])
     for limit in (0, 4, 6):
-        filters.run(text_config(eval_sets=sets, max_hamming=limit), engine.Engine(workdir))
+        filters_stage.run(text_config(eval_sets=sets, max_hamming=limit), engine.Engine(workdir))
         kept = [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")]
         assert kept == [f"{bits}" for bits in range(limit + 1, 8)]
 
@@ -201,10 +205,10 @@ def test_max_hamming_is_the_limit(tmp_path, sets):
 
 
 def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
-    monkeypatch.setattr(duplicates, "_BLOCK", 4)
-    monkeypatch.setattr(duplicates, "_EVAL_BLOCK", 2)
+    monkeypatch.setattr(decontaminate, "_BLOCK", 4)
+    monkeypatch.setattr(decontaminate, "_EVAL_BLOCK", 2)
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda *_: model)
+    monkeypatch.setattr(embed, "load_model", lambda *_: model)
     workdir = tmp_path / "W"
     mirrored = photo(1)[:, ::-1]  # other bits, the same mean colour
     shards = [
@@ -229,7 +233,7 @@ def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
     def run(**changes):
         config = text_config(eval_sets=sets, **changes)
         config.labels, config.clip = "clip", "somewhere"
-        return engine.total_counts(filters.run(config, engine.Engine(workdir)))
+        return engine.total_counts(filters_stage.run(config, engine.Engine(workdir)))
 
     counts = run(max_cosine=0.9999)
     assert counts["eval_duplicate:landmarks:cosine"] == 1
@@ -249,7 +253,7 @@ def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
         lengths = np.linalg.norm(stored.astype(np.float32), axis=1)[:, None]
         lengths = lengths * np.maximum(np.linalg.norm(evaluation, axis=1), 1e-6)
         cosines = stored.astype(np.float32) @ evaluation.T / lengths
-        cosines = np.round(cosines, evidence.DECIMALS)
+        cosines = np.round(cosines, embed.DECIMALS)
         expected |= {
             (key, name) for key, row in zip(keys, cosines, strict=True) if row.max() >= 0.9
         }
@@ -277,7 +281,7 @@ def test_of_equal_pictures_the_smallest_candidate_stays(tmp_path, workers):
     labels = [[(key, [] if key == "k0" else [1]) for key, _ in shard] for shard in shards]
     label_tables.write(workdir, labels)
     counts = engine.total_counts(
-        filters.run(text_config(duplicates="exact"), engine.Engine(workdir, workers))
+        filters_stage.run(text_config(duplicates="exact"), engine.Engine(workdir, workers))
     )
     assert [row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")] == [
         "k3",
@@ -307,7 +311,7 @@ def test_a_copy_of_what_goes_for_another_reason_stays(tmp_path):
 def test_bad_sets_are_named(tmp_path, sets):
     def refused(match, **eval_sets_):
         with pytest.raises(errors.BadInput, match=match):
-            filters.check(text_config(eval_sets=eval_sets_))
+            filters_stage.check(text_config(eval_sets=eval_sets_))
 
     refused("eval_sets.x='nowhere' does not exist", x="nowhere")
     (tmp_path / "empty").mkdir()
@@ -319,7 +323,7 @@ def test_bad_sets_are_named(tmp_path, sets):
 
     def fails(match, path):
         with pytest.raises(errors.BadInput, match=match):
-            filters.run(text_config(eval_sets={"x": str(path)}), engine.Engine(workdir))
+            filters_stage.run(text_config(eval_sets={"x": str(path)}), engine.Engine(workdir))
 
     with open(sets["other"], "rb") as file:
         data = file.read()
@@ -328,7 +332,7 @@ def test_bad_sets_are_named(tmp_path, sets):
     # Leaving it out would let its pictures through.
     work = engine.Engine(workdir, failure_budget=1.0)
     with pytest.raises(errors.BadInput, match=r"evaluation set x could not be read in full"):
-        filters.run(text_config(eval_sets={"x": str(tmp_path / "cut.tar")}), work)
+        filters_stage.run(text_config(eval_sets={"x": str(tmp_path / "cut.tar")}), work)
     (tmp_path / "no.tar").write_bytes(b"no tar at all")
     fails("no.tar cannot be read as a tar", tmp_path / "no.tar")
     with tarfile.open(tmp_path / "texts.tar.gz", "w:gz") as tar:
@@ -338,7 +342,7 @@ def test_bad_sets_are_named(tmp_path, sets):
 
 def test_undecodable_pictures_embed_as_zeros(tmp_path, sets, monkeypatch):
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda *_: model)
+    monkeypatch.setattr(embed, "load_model", lambda *_: model)
     (tmp_path / "W/texts").mkdir(parents=True)
     (tmp_path / "W/texts/model.json").write_text("{}")
     only_bad = tmp_path / "bad"

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from data_prep import engine, manifests
+from data_prep import engine
+from data_prep.engine import manifests
 from mofi_jax.common import errors
 
 SETTINGS = {"version": 1, "suffix": "!"}

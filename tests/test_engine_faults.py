@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, jobs
+from data_prep import engine
+from data_prep.engine import jobs
 from mofi_jax.common import errors
 
 

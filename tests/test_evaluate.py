@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import eval as eval_config
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax import evaluate, inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records, tokenizer

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import dataset_files, engine, evidence, selection
+from data_prep import engine
+from data_prep.dataset import files as dataset_files
+from data_prep.selection import choose, embed
 from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
@@ -24,7 +26,7 @@ from tests import workdirs
 def world(tmp_path, monkeypatch):
     workdir, pairs = workdirs.write(tmp_path)
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
+    monkeypatch.setattr(embed, "load_model", lambda folder, batch_size: model)
     clip = tmp_path / "clip"
     clip.mkdir()
     (clip / "model.json").write_text("{}")
@@ -43,25 +45,25 @@ def _scored(workdir):
 
 def test_small_pieces_and_blocks_give_the_same_bytes(world, monkeypatch):
     workdir, _, model, clip = world
-    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
     expected = _digests(workdir, "texts", "scores")
     assert len(expected) == 8
     shutil.rmtree(workdir / "texts")
     shutil.rmtree(workdir / "scores")
-    monkeypatch.setattr(evidence, "_READ_BYTES", 3000)  # a picture is 1 to 14 kB
-    monkeypatch.setattr(evidence, "_TEXTS", 2)
-    monkeypatch.setattr(evidence, "CHUNK", 5)
-    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    monkeypatch.setattr(embed, "_READ_BYTES", 3000)  # a picture is 1 to 14 kB
+    monkeypatch.setattr(embed, "_TEXTS", 2)
+    monkeypatch.setattr(embed, "CHUNK", 5)
+    embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
     assert _digests(workdir, "texts", "scores") == expected
     assert model.pictures == 2 * len(_scored(workdir))
 
 
 def test_pictures_come_by_number_in_any_order(world, monkeypatch):
     workdir, _, _, _ = world
-    monkeypatch.setattr(evidence, "_GROUP", 2)
-    monkeypatch.setattr(evidence, "_READ_BYTES", 3000)
+    monkeypatch.setattr(embed, "_GROUP", 2)
+    monkeypatch.setattr(embed, "_READ_BYTES", 3000)
     pairs = pq.read_table(workdir / "pairs/00000.parquet").slice(0, 9)
-    pictures = evidence._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
+    pictures = embed._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
     forwards = [pictures[i] for i in range(len(pictures))]
     backwards = [pictures[i] for i in reversed(range(len(pictures)))]
     assert forwards == backwards[::-1]
@@ -72,7 +74,7 @@ def test_pictures_come_by_number_in_any_order(world, monkeypatch):
 @given(st.lists(st.integers(0, 5), max_size=9), st.integers(1, 7))
 def test_batches_keep_order_and_size(lengths, size):
     rows = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]) if lengths else []
-    found = list(evidence._rebatch(((group, 10 * group) for group in rows), size))
+    found = list(embed._rebatch(((group, 10 * group) for group in rows), size))
     np.testing.assert_array_equal([r for part, _ in found for r in part], np.arange(sum(lengths)))
     assert all((pixels == 10 * part).all() for part, pixels in found)
     assert [len(part) for part, _ in found[:-1]] == [size] * (len(found) - 1)
@@ -93,7 +95,7 @@ def test_a_picture_that_broke_since_is_left_out(world):
             file.seek(row["offset"])
             file.write(bytes(row["length"] // 2))
     work = engine.Engine(workdir)
-    manifests = selection.run(workdirs.config(clip=clip), work)
+    manifests = choose.run(workdirs.config(clip=clip), work)
     scored, keys = _scored(workdir), {row["key"] for row in broken}
     assert not keys & set(scored)
     assert len(scored) == 53  # of 55 that name something
@@ -114,7 +116,7 @@ def test_a_shard_of_which_no_picture_can_be_read(world):
         with open(workdir / row["path"], "r+b") as file:
             file.seek(row["offset"])
             file.write(bytes(row["length"]))
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     reasons = pq.read_table(workdir / "labels/00000.parquet")["reason"].to_pylist()
     assert set(reasons) == {"picture_unreadable", "no_mention"}
 
@@ -124,15 +126,15 @@ def test_a_picture_file_that_is_gone_is_told(world):
     path = pq.read_table(workdir / "pairs/00002.parquet")["path"][0].as_py()
     os.unlink(workdir / path)
     with pytest.raises(errors.BadInput, match=r"is gone since its pictures were listed: restore"):
-        evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+        embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
 
 
 def test_a_moved_model_is_the_same_model(world, tmp_path):
     workdir, _, model, clip = world
-    evidence.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
     seen, expected = model.pictures, _digests(workdir, "texts", "scores")
     os.rename(clip, tmp_path / "elsewhere")
-    evidence.run(workdirs.config(clip=str(tmp_path / "elsewhere")), engine.Engine(workdir))
+    embed.run(workdirs.config(clip=str(tmp_path / "elsewhere")), engine.Engine(workdir))
     assert model.pictures == seen
     assert _digests(workdir, "texts", "scores") == expected
 
@@ -150,14 +152,14 @@ def _write_run(folder, steps):
 def test_a_run_is_its_latest_parameters(tmp_path):
     _write_run(tmp_path, steps=(5, 10, 9))
     (tmp_path / "checkpoints/20.orbax-checkpoint-tmp").mkdir()  # being written
-    names = [os.path.relpath(path, tmp_path) for path in evidence.model_files(os.fspath(tmp_path))]
+    names = [os.path.relpath(path, tmp_path) for path in embed.model_files(os.fspath(tmp_path))]
     assert names == ["checkpoints/10/params/d/0", "model.json", "tokenizer.json"]
 
 
 def test_of_other_folders_all_weights_and_settings_count(tmp_path):
     for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md"):
         (tmp_path / name).write_text("{}")
-    names = {pathlib.Path(path).name for path in evidence.model_files(os.fspath(tmp_path))}
+    names = {pathlib.Path(path).name for path in embed.model_files(os.fspath(tmp_path))}
     assert names == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
@@ -195,8 +197,8 @@ def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, mesh_of, clip_fo
     for name in ("1x1x1", "8x1x1"):
         model = inference.load(clip_folder, mesh=mesh_of[name], batch_size=12)
         assert len(model.towers.mesh.devices.flat) == int(name[0])
-        monkeypatch.setattr(evidence, "load_model", lambda folder, size, model=model: model)
-        evidence.run(workdirs.config(clip=clip_folder, batch_size=12), engine.Engine(workdir))
+        monkeypatch.setattr(embed, "load_model", lambda folder, size, model=model: model)
+        embed.run(workdirs.config(clip=clip_folder, batch_size=12), engine.Engine(workdir))
         embeddings = [np.load(path) for path in sorted((workdir / "scores").glob("*.npy"))]
         found.append((_scored(workdir), np.concatenate(embeddings)))
         shutil.rmtree(workdir / "scores")

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from etils import epath
 
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax import export, inference
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib

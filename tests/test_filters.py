@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import engine, filters, frequency
+from data_prep import engine
+from data_prep.filters import frequency
+from data_prep.filters import stage as filters_stage
 from mofi_jax.common import errors
 from tests import label_tables, workdirs
 
@@ -22,7 +24,7 @@ _SHARDS = [
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rare_entities_go_and_so_do_pictures_left_without_label(tmp_path, workers):
     label_tables.write(tmp_path, _SHARDS)
-    manifests = filters.run(workdirs.config(min_images=2), engine.Engine(tmp_path, workers))
+    manifests = filters_stage.run(workdirs.config(min_images=2), engine.Engine(tmp_path, workers))
     kept = {row["key"]: row for row in label_tables.read(tmp_path, "labels_final/*.parquet")}
     assert {key: row["entities"] for key, row in kept.items()} == {
         "a": [1, 2],
@@ -36,7 +38,7 @@ def test_rare_entities_go_and_so_do_pictures_left_without_label(tmp_path, worker
     assert kept["g"]["scores"] == pytest.approx([0.3])
     assert [m["counts"]["labelled"] for m in manifests] == [3, 3]
 
-    filters.run(workdirs.config(min_images=3), engine.Engine(tmp_path, workers))
+    filters_stage.run(workdirs.config(min_images=3), engine.Engine(tmp_path, workers))
     kept = {
         row["key"]: row["entities"] for row in label_tables.read(tmp_path, "labels_final/*.parquet")
     }
@@ -49,21 +51,21 @@ def test_rare_entities_go_and_so_do_pictures_left_without_label(tmp_path, worker
 
 def test_one_pass_is_the_fix_point(tmp_path):
     label_tables.write(tmp_path, _SHARDS)
-    filters.run(workdirs.config(min_images=3), engine.Engine(tmp_path))
+    filters_stage.run(workdirs.config(min_images=3), engine.Engine(tmp_path))
     first = label_tables.read(tmp_path, "labels_final/*.parquet")
     again = tmp_path / "again"
     (tmp_path / "labels_final").rename(tmp_path / "moved")
     (again / "labels").mkdir(parents=True)
     for path in (tmp_path / "moved").glob("*.parquet"):
         path.rename(again / "labels" / path.name)
-    filters.run(workdirs.config(min_images=3), engine.Engine(again))
+    filters_stage.run(workdirs.config(min_images=3), engine.Engine(again))
     assert label_tables.read(again, "labels_final/*.parquet") == first
     assert label_tables.read(again, "rejects/*.parquet") == []
 
 
 def test_nothing_left_is_an_empty_shard_and_not_an_error(tmp_path):
     label_tables.write(tmp_path, [[("a", [1])], []])
-    filters.run(workdirs.config(min_images=9), engine.Engine(tmp_path))
+    filters_stage.run(workdirs.config(min_images=9), engine.Engine(tmp_path))
     assert label_tables.read(tmp_path, "labels_final/*.parquet") == []
     assert len(label_tables.read(tmp_path, "rejects/*.parquet")) == 1
 
@@ -73,7 +75,7 @@ def test_nothing_left_is_an_empty_shard_and_not_an_error(tmp_path):
 
 def _final(workdir, shards, **changes):
     label_tables.write(workdir, shards)
-    filters.run(workdirs.config(**changes), engine.Engine(workdir))
+    filters_stage.run(workdirs.config(**changes), engine.Engine(workdir))
     return {r["key"]: r["entities"] for r in label_tables.read(workdir, "labels_final/*.parquet")}
 
 
@@ -112,7 +114,7 @@ def _brute_force(pictures, least, converge):
 @given(
     st.lists(st.sets(st.integers(0, 8), max_size=4), max_size=25),
     st.integers(1, 5),
-    st.sampled_from(filters.FEEDBACKS),
+    st.sampled_from(filters_stage.FEEDBACKS),
 )
 def test_pictures_left_are_those_of_brute_force(tmp_path_factory, labels, least, feedback):
     pictures = {f"{i:02d}": sorted(entities) for i, entities in enumerate(labels)}
@@ -157,7 +159,7 @@ def test_cap_depends_on_seed_and_keys_alone(tmp_path, workers):
     def kept(name, shards, seed=0):
         label_tables.write(tmp_path / name, shards)
         config = workdirs.config(min_images=1, max_images=100, seed=seed)
-        filters.run(config, engine.Engine(tmp_path / name, workers))
+        filters_stage.run(config, engine.Engine(tmp_path / name, workers))
         return {r["key"] for r in label_tables.read(tmp_path / name, "labels_final/*.parquet")}
 
     pictures = _many(900)
@@ -187,7 +189,7 @@ def test_cap_comes_before_the_minimum_and_what_is_dropped_counts_for_neither(tmp
     pq.write_table(table, workdir / "pairs/00000.parquet")
     config = workdirs.config(min_images=2, max_images=10)
     config.filters.duplicates = "exact"
-    counts = engine.total_counts(filters.run(config, engine.Engine(workdir)))
+    counts = engine.total_counts(filters_stage.run(config, engine.Engine(workdir)))
     # y is a copy of x: entity 1 has one picture, too few.
     assert (counts["duplicate"], counts["rare_entity"]) == (1, 1)
     assert counts["labelled"] + counts["over_cap"] == 40
@@ -197,7 +199,7 @@ def test_cap_comes_before_the_minimum_and_what_is_dropped_counts_for_neither(tmp
 
     config.max_images = None
     config.filters.duplicates = "keep"
-    counts = engine.total_counts(filters.run(config, engine.Engine(workdir)))
+    counts = engine.total_counts(filters_stage.run(config, engine.Engine(workdir)))
     assert counts == {"labelled": 42, "rare_entity": 0}
     assert label_tables.read(workdir, "rejects/*") == []
 
@@ -213,7 +215,7 @@ def test_a_shard_that_a_filter_leaves_out_is_left_out_of_all(tmp_path):
     config = workdirs.config(min_images=1)
     config.filters.safety.blocked_domains = str(tmp_path / "domains")
     work = engine.Engine(tmp_path, failure_budget=0.5)
-    filters.run(config, work)
+    filters_stage.run(config, work)
     assert work.quarantined == ["unsafe/00001"]
     assert [r["key"] for r in label_tables.read(tmp_path, "labels_final/*.parquet")] == ["a", "c"]
 
@@ -235,4 +237,4 @@ def test_values_that_cannot_be_used_are_named(key, value):
     config = workdirs.config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(errors.BadInput, match=f"config.{key}={value!r} cannot be used"):
-        filters.check(config)
+        filters_stage.check(config)

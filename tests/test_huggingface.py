@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 from safetensors import torch as safetensors_torch
 
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib

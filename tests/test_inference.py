@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 from PIL import Image
 
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import ops, records

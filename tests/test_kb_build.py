@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import kb
-from data_prep import build_kb, engine, kb_build, kb_merge, kb_rows, knowledge_base, names
+from data_prep import build_kb, engine
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup, names
+from data_prep.kb import merge as kb_merge
+from data_prep.kb import rows as kb_rows
 from mofi_jax.common import errors
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
@@ -62,7 +66,7 @@ def test_the_folder_holds_what_it_promises(tmp_path):
     assert manifest["counts"]["entities"] == len(ROWS)
     assert manifest["counts"]["empty_names"] == 1  # "!!!"
     assert manifest["counts"]["aliases"] == len(offsets) - 1
-    table = knowledge_base.read_entities(tmp_path / "kb")
+    table = lookup.read_entities(tmp_path / "kb")
     assert table["qid"].to_pylist() == QIDS
     assert table["hypernyms"].to_pylist()[9] == ["n9"]
     assert table["description"].to_pylist()[2] == "it wakes"
@@ -128,7 +132,7 @@ def test_sources_that_cannot_be_used_are_told(tmp_path):
 def test_only_the_most_likely_are_stored(tmp_path):
     rows = [{"id": f"n{i}", "label": "thing", "sitelinks": i} for i in range(50)]
     kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb")
-    candidates = knowledge_base.KnowledgeBase(tmp_path / "kb").candidates("thing", 100)
+    candidates = lookup.KnowledgeBase(tmp_path / "kb").candidates("thing", 100)
     assert [entity for entity, _ in candidates] == list(range(49, 19, -1))
     assert sum(prior for _, prior in candidates) == pytest.approx(1)
 
@@ -156,7 +160,7 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
     def prepare(workdir, given):
         config = ml_collections.ConfigDict({"knowledge_base": str(given), "workers": 1})
         kb_build.prepare(config, engine.Engine(tmp_path / workdir))
-        kb = knowledge_base.KnowledgeBase(tmp_path / workdir / "kb")
+        kb = lookup.KnowledgeBase(tmp_path / workdir / "kb")
         assert kb.candidates("rosebush", 1) == [(0, 1.0)]
 
     prepare("linked", tmp_path / "elsewhere")
@@ -182,7 +186,7 @@ def build(folder, rows, **changes):
     config = kb.get_config()
     config.update({"workers": 1, **changes})
     kb_build.build(write(folder / "rows.jsonl", rows), folder / "kb", config)
-    return knowledge_base.KnowledgeBase(folder / "kb")
+    return lookup.KnowledgeBase(folder / "kb")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,7 @@ def test_a_label_with_a_bracket_is_a_name_without_it(tmp_path, label, bare):
     assert len(np.load(tmp_path / "kb/alias_offsets.npy")) - 1 == len(known | {"x"})
     for name in known:
         assert base.candidates(name, 1)[0][0] == 0
-    assert knowledge_base.read_entities(tmp_path / "kb")["aliases"].to_pylist()[0] == []
+    assert lookup.read_entities(tmp_path / "kb")["aliases"].to_pylist()[0] == []
 
 
 def test_priors_take_the_exponent_and_the_factor_of_the_configuration(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from data_prep import kb_build, knowledge_base, names
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup, names
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
 
@@ -39,7 +40,7 @@ def write(path, rows):
 def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     kb_build.build(write(folder / "rows.jsonl", ROWS), folder / "kb")
-    return knowledge_base.KnowledgeBase(folder / "kb")
+    return lookup.KnowledgeBase(folder / "kb")
 
 
 def found(kb, text):
@@ -164,14 +165,14 @@ def test_every_match_is_a_known_name_at_the_edge_of_words(kb, text):
 
 def test_every_name_of_the_sample_is_found_again(tmp_path):
     kb_build.build(SAMPLE, tmp_path / "kb")
-    kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
-    table = knowledge_base.read_entities(tmp_path / "kb")
+    kb = lookup.KnowledgeBase(tmp_path / "kb")
+    table = lookup.read_entities(tmp_path / "kb")
     assert table.num_rows == 2443
     ambiguous = 0
     for entity, row in enumerate(table.to_pylist()):
         for name in (row["label"], *row["aliases"]):
             form = names.normalize(name)
-            candidates = dict(kb.candidates(form, knowledge_base.MAX_STORED))
+            candidates = dict(kb.candidates(form, lookup.MAX_STORED))
             assert entity in candidates, name
             assert sum(candidates.values()) == pytest.approx(1, abs=1e-5)
             ambiguous += len(candidates) > 1
@@ -186,7 +187,7 @@ def scan_word_by_word(kb, text):
     def maximal(tokens):
         matches, reached = [], 0
         for i in range(len(tokens)):
-            for j in range(min(len(tokens), i + knowledge_base.MAX_TOKENS), i, -1):
+            for j in range(min(len(tokens), i + lookup.MAX_TOKENS), i, -1):
                 form = " ".join(token.form for token in tokens[i:j])
                 if form in kb:
                     if j > reached:
@@ -240,7 +241,7 @@ def test_scan_finds_plurals_of_every_kind(tmp_path, plural):
     labels = ["pony", "leaf", "mouse", "box", "glass", "tomato", "wild pony"]
     rows = [{"id": f"n{i}", "label": label} for i, label in enumerate(labels)]
     kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb")
-    kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
+    kb = lookup.KnowledgeBase(tmp_path / "kb")
     assert found(kb, f"two wild {plural} here") in ([plural], ["wild ponies"])
     assert [tuple(m) for m in kb.scan(f"two wild {plural} here")] == scan_word_by_word(
         kb, f"two wild {plural} here"

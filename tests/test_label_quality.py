@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, evidence, label_quality, linking, selection
+from data_prep import engine, label_quality
+from data_prep.linking import stage as linking_stage
+from data_prep.selection import choose, embed
 from mofi_jax.common import errors
 from tests import workdirs
 
@@ -70,8 +72,8 @@ def write_workdir(folder, labels):
         table = pa.table(
             {
                 "key": keys,
-                "mentions": pa.array(mentions, linking.mentions_type()),
-                "candidates": pa.array(candidates, linking.candidates_type()),
+                "mentions": pa.array(mentions, linking_stage.mentions_type()),
+                "candidates": pa.array(candidates, linking_stage.candidates_type()),
             }
         )
         pq.write_table(table, folder / f"links/{shard:05d}.parquet")
@@ -154,8 +156,8 @@ def swept(tmp_path_factory):
     (folder / "clip/model.json").write_text("{}")
     config = workdirs.config(clip=str(folder / "clip"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "load_model", lambda folder, size: workdirs.Model())
-        selection.run(config, engine.Engine(workdir))
+        patch.setattr(embed, "load_model", lambda folder, size: workdirs.Model())
+        choose.run(config, engine.Engine(workdir))
     rows = [
         {
             "key": pair.key,
@@ -196,7 +198,7 @@ def test_the_sweep_is_what_the_stage_would_do(swept):
     rows = result["sweep"]["min_fit"]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
         changed = workdirs.config(clip=config.clip, min_fit=row["value"])
-        selection.run(changed, engine.Engine(workdir))
+        choose.run(changed, engine.Engine(workdir))
         selected = label_quality.measure_workdir(str(workdir), truth)["selected"]
         assert selected == {name: row[name] for name in selected}
 
@@ -229,7 +231,7 @@ def test_the_truth_of_the_sample_is_whole():
 
 def test_no_stage_and_no_training_reads_the_truth():
     stages = [
-        p for p in ROOT.glob("data_prep/*.py") if p.stem not in ("label_quality", "quickstart")
+        p for p in ROOT.glob("data_prep/**/*.py") if p.stem not in ("label_quality", "__init__")
     ]
     for path in [*stages, *ROOT.glob("mofi_jax/**/*.py")]:
         assert not re.search(r"truth\.jsonl|label_quality", path.read_text()), path

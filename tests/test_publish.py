@@ -9,7 +9,8 @@ import ml_collections
 import pytest
 from fsspec.implementations import memory
 
-from data_prep import engine, publish
+from data_prep import engine
+from data_prep.dataset import publish
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import datasets

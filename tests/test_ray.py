@@ -12,7 +12,8 @@ import time
 import pytest
 
 from configs import i2e as i2e_config
-from data_prep import build_i2e, engine, executors
+from data_prep import build_i2e, engine
+from data_prep.engine import executors
 from mofi_jax.common import errors
 from tests.inputs import tar_bytes
 

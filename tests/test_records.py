@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import limits, metadata, records, training_set
 from tests import datasets

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import dataset_files, published, remove_keys
+from data_prep import remove_keys
+from data_prep.dataset import files as dataset_files
+from data_prep.dataset import versions
 from mofi_jax.common import errors
 from mofi_jax.data import metadata, records
 
@@ -66,10 +68,10 @@ def key_file(folder, *keys):
 
 def raw(version):
     """key -> the record's bytes, in order."""
-    info = published.read_info(version)
+    info = versions.read_info(version)
     found = {}
     for number, length in enumerate(info.shard_lengths):
-        for record in published.read_shard(info.shard(version, number), length):
+        for record in versions.read_shard(info.shard(version, number), length):
             found[records.parse(record)["key"]] = record
     return found
 
@@ -96,7 +98,7 @@ def test_what_stays_keeps_bytes_order_and_ids(tmp_path, index):
     assert (result["shards_rewritten"], result["records"]) == (2, 5)
     after = raw(new)
     assert list(after.items()) == [(k, v) for k, v in before.items() if k not in ("ä b", "c", "f")]
-    info = published.read_info(new)
+    info = versions.read_info(new)
     assert info.shard_lengths == [1, 2, 0, 2]
     assert info.num_bytes == sum(map(len, after.values()))
     assert info.description == "words"
@@ -168,7 +170,8 @@ def test_a_kill_leaves_no_half_version(tmp_path, moment):
         "rename": "os.rename",
     }[moment]
     code = (
-        "import os\nfrom data_prep import dataset_files, remove_keys\n"
+        "import os\nfrom data_prep import remove_keys\n"
+        "from data_prep.dataset import files as dataset_files\n"
         f"{die} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         f"remove_keys.remove({str(old)!r}, {str(keys)!r})\n"
     )

@@ -6,7 +6,12 @@ import re
 
 import pytest
 
-from data_prep import engine, evidence, filters, report, report_page, selection, shards, vocabulary
+from data_prep import engine
+from data_prep.card import page as card_page
+from data_prep.card import stage as card_stage
+from data_prep.dataset import shards, vocabulary
+from data_prep.filters import stage as filters_stage
+from data_prep.selection import choose, embed
 from tests import workdirs
 
 
@@ -14,7 +19,7 @@ from tests import workdirs
 def card(request, tmp_path, monkeypatch):
     workdir, pairs = workdirs.write(tmp_path)
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
+    monkeypatch.setattr(embed, "load_model", lambda folder, batch_size: model)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/model.json").write_text("{}")
     config = workdirs.config(
@@ -22,10 +27,10 @@ def card(request, tmp_path, monkeypatch):
         clip=str(tmp_path / "clip"),
         labels=request.param,
     )
-    for stage in (selection, filters, vocabulary):
+    for stage in (choose, filters_stage, vocabulary):
         stage.run(config, engine.Engine(workdir))
     shards.run(config, engine.Engine(workdir), "i2e")
-    report.run(config, engine.Engine(workdir))
+    card_stage.run(config, engine.Engine(workdir))
     return workdir, config, pairs, json.loads((workdir / "report/report.json").read_text())
 
 
@@ -129,7 +134,7 @@ def test_page_is_the_same_every_time(card):
             path.unlink()
     changed = config.copy_and_resolve_references()
     changed.workers = 2
-    report.run(changed, engine.Engine(workdir, workers=2))
+    card_stage.run(changed, engine.Engine(workdir, workers=2))
     assert [engine.sha256(path) for path in files] == before
 
 
@@ -142,10 +147,10 @@ def test_the_time_a_stage_took_is_on_the_page_and_in_no_fingerprint(card, monkey
     assert rates["labels"]["shards"] == len(list((workdir / "labels").glob("*.parquet")))
     before = (workdir / "report/report.json").stat().st_mtime_ns
     monkeypatch.setattr(engine, "stage_seconds", lambda workdir: {})
-    report.run(config, engine.Engine(workdir))
+    card_stage.run(config, engine.Engine(workdir))
     assert (workdir / "report/report.json").stat().st_mtime_ns == before
     (workdir / "report/report.json").unlink()
-    report.run(config, engine.Engine(workdir))
+    card_stage.run(config, engine.Engine(workdir))
     assert json.loads((workdir / "report/report.json").read_text()) == {**numbers, "rates": []}
     assert "rows per second" not in (workdir / "report/index.html").read_text()
 
@@ -172,14 +177,14 @@ def test_no_path_of_the_machine_is_told(card, tmp_path):
     ],
 )
 def test_of_paths_the_last_part_is_shown(value, shown):
-    assert report.without_folders(value) == (value if shown is None else shown)
+    assert card_stage.without_folders(value) == (value if shown is None else shown)
 
 
 def test_failed_downloads_by_status():
     counts = {"pairs": 3, "not_downloaded": 7, "not_downloaded_404": 3, "not_downloaded_dns": 4}
-    found = report._failed_downloads(counts)
+    found = card_stage._failed_downloads(counts)
     assert found == {"total": 7, "by_status": {"dns": 4, "404": 3}}
-    assert report._failed_downloads({"pairs": 3}) == {"total": 0, "by_status": {}}
+    assert card_stage._failed_downloads({"pairs": 3}) == {"total": 0, "by_status": {}}
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -240,7 +245,7 @@ def example(text: str = "thing", **changes) -> dict:
 
 def test_captions_and_names_cannot_break_the_page():
     evil = "<script>alert('x')</script>"
-    text = report_page.render(example(evil), {evil: "AAAA"})
+    text = card_page.render(example(evil), {evil: "AAAA"})
     assert "<script" not in text
     assert "<mark>&lt;script&gt;</mark>alert" in text
     page = _Page()
@@ -259,7 +264,7 @@ def test_funnel_names_what_was_removed():
         ],
     }
     page = _Page()
-    page.feed(report_page.render(example(funnel=funnel), {}))
+    page.feed(card_page.render(example(funnel=funnel), {}))
     start = page.text.index("pairs asked for")
     steps = page.text[start : page.text.index("By source")]
     assert steps[:3] == ["pairs asked for", "200", "100.0 %"]
@@ -278,7 +283,7 @@ def test_thresholds_mark_the_configured_one():
         for i, value in enumerate((-1.0, 0.1, 0.2))
     ]
     found = example(sensitivity={"min_score": points})
-    text = report_page.render(found, {})
+    text = card_page.render(found, {})
     assert text.count("stroke-dasharray") == 2
     assert 'class="value"' in text
     assert "1\u2009000<" in text

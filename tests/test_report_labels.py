@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import report_labels, report_numbers
+from data_prep.card import labels as card_labels
+from data_prep.card import numbers as card_numbers
 from tests import card_tables
 
 
@@ -18,7 +19,7 @@ def tables(tmp_path):
 
 def test_images_per_entity():
     counts = np.array([20, 8, 7, 4, 3, 2, 1, 1])
-    found = report_labels.images_per_entity(counts)
+    found = card_labels.images_per_entity(counts)
     names = ("from", "to", "entities", "labels", "share")
     assert [tuple(b[name] for name in names) for b in found["bins"]] == [
         (1, 1, 2, 2, 1.0),
@@ -131,8 +132,8 @@ def evident(tables, rng=7):
 
 def test_other_thresholds_label_what_the_selection_would(evident):
     tables, choose = evident
-    scores = report_labels.histograms(tables.connection, tables.files, CONFIG)["scores"]
-    swept = report_labels.sensitivity(tables.connection, tables.files, CONFIG, scores)
+    scores = card_labels.histograms(tables.connection, tables.files, CONFIG)["scores"]
+    swept = card_labels.sensitivity(tables.connection, tables.files, CONFIG, scores)
     assert {name: sum(p["configured"] for p in points) for name, points in swept.items()} == {
         "min_fit": 1,
         "min_score": 1,
@@ -150,9 +151,9 @@ def test_other_thresholds_label_what_the_selection_would(evident):
 
 @pytest.mark.parametrize("at_once", [1, 32])
 def test_histograms_count_every_candidate_once(evident, monkeypatch, at_once):
-    monkeypatch.setattr(report_numbers, "_SHARDS_AT_ONCE", at_once)
+    monkeypatch.setattr(card_numbers, "_SHARDS_AT_ONCE", at_once)
     tables, choose = evident
-    found = report_labels.histograms(tables.connection, tables.files, CONFIG)
+    found = card_labels.histograms(tables.connection, tables.files, CONFIG)
     scores = tables.connection.execute(
         "SELECT round(unnest(scores), 4) FROM read_parquet($files)",
         {"files": tables.files["scores"]},
@@ -192,7 +193,7 @@ KB = {"qid": ["Q1", "Q2", "Q3", "Q4"], "label": ["tabby", "cat", "dog", "stone"]
 
 
 def _types(tables):
-    found = report_labels.entity_types(tables.connection, tables.files)
+    found = card_labels.entity_types(tables.connection, tables.files)
     names = ("type", "name", "text_labels", "labels", "entities")
     return found, [tuple(row[name] for name in names) for row in found["types"]]
 
@@ -223,7 +224,7 @@ def test_a_knowledge_base_without_types(zoo):
 
 
 def test_types_beyond_the_most_frequent_are_counted(zoo, monkeypatch):
-    monkeypatch.setattr(report_labels, "_SHOWN_TYPES", 1)
+    monkeypatch.setattr(card_labels, "_SHOWN_TYPES", 1)
     zoo.write("kb", {**KB, "hypernyms": [["A"], ["B"], ["C"], ["D"]]})
     found, rows = _types(zoo)
     assert rows == [("C", "C", 2, 2, 1)]

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import report_numbers, report_pictures
+from data_prep.card import numbers as card_numbers
+from data_prep.card import pictures as card_pictures
 from mofi_jax.data import records
 from tests import card_tables
 
@@ -50,7 +51,7 @@ def lossy(tables):
 
 
 def test_funnel_counts_each_kind_of_loss(lossy):
-    funnel = report_numbers.funnel(lossy.connection, lossy.files, 4, 1)
+    funnel = card_numbers.funnel(lossy.connection, lossy.files, 4, 1)
     removed = funnel.pop("removed")
     assert funnel == {
         "not_downloaded": 4,
@@ -73,7 +74,7 @@ def test_funnel_counts_each_kind_of_loss(lossy):
 
 
 def test_rejects_stand_in_the_order_of_the_stages(lossy):
-    rows = report_numbers.rejects(lossy.connection, lossy.files)
+    rows = card_numbers.rejects(lossy.connection, lossy.files)
     assert [(row["stage"], row["reason"], row["count"]) for row in rows] == [
         ("pairs", "truncated", 2),
         ("pairs", "no_text", 1),
@@ -89,9 +90,9 @@ def test_rejects_stand_in_the_order_of_the_stages(lossy):
 
 @pytest.mark.parametrize("at_once", [1, 32])
 def test_funnel_by_source(lossy, monkeypatch, at_once):
-    monkeypatch.setattr(report_numbers, "_SHARDS_AT_ONCE", at_once)
+    monkeypatch.setattr(card_numbers, "_SHARDS_AT_ONCE", at_once)
     names = ("source", "valid", "with_mention", "with_candidate", "labelled", "final")
-    rows = report_numbers.by_source(lossy.connection, lossy.files)
+    rows = card_numbers.by_source(lossy.connection, lossy.files)
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("one", 7, 7, 7, 7, 2),
         ("two", 3, 2, 2, 1, 0),
@@ -100,7 +101,7 @@ def test_funnel_by_source(lossy, monkeypatch, at_once):
 
 def test_without_a_column_of_sources_there_is_no_table_of_them(tables):
     tables.write("pairs", {"key": ["a"]})
-    assert report_numbers.by_source(tables.connection, tables.files) == []
+    assert card_numbers.by_source(tables.connection, tables.files) == []
 
 
 BOTH = (
@@ -112,7 +113,7 @@ def test_a_shard_in_quarantine_is_passed_over(tables):
     for name in ("00000", "00001"):
         tables.labels("labels", [(name, [3], None)], name)
     tables.labels("labels_final", [("00001", [3], None)], "00001")
-    report_numbers.collect(
+    card_numbers.collect(
         tables.connection,
         "found",
         BOTH,
@@ -126,7 +127,7 @@ def test_of_no_shard_at_all_there_is_an_empty_table(tables):
     tables.labels("labels", [("a", [1], None)], "00000")
     tables.labels("labels_final", [("b", [1], None)], "00001")
     stages = ("labels", "labels_final")
-    report_numbers.collect(tables.connection, "found", BOTH, tables.files, stages)
+    card_numbers.collect(tables.connection, "found", BOTH, tables.files, stages)
     assert tables.connection.execute("SELECT count(*) FROM found").fetchall() == [(0,)]
 
 
@@ -135,7 +136,7 @@ def test_of_no_shard_at_all_there_is_an_empty_table(tables):
 
 def test_picture_sizes_are_of_the_shorter_side(tables):
     tables.write("pairs", {"width": [64, 200, 500, 40, 70], "height": [80, 127, 300, 900, 70]})
-    assert report_numbers.picture_sizes(tables.connection, tables.files) == {
+    assert card_numbers.picture_sizes(tables.connection, tables.files) == {
         "median": 70,
         "bins": [
             {"from": 32, "to": 63, "pictures": 1},
@@ -150,7 +151,7 @@ def test_duplicates(tables):
     tables.write("pairs", {"sha256": [f"{n:064x}"[::-1] for n in (1, 2, 1, 3, 1, 2)]})
     tables.rejects([(k, "d", f"eval_duplicate:{s}") for k, s in ("ax", "bx", "cy")])
     matches = {"eval_duplicate:x:phash": 2, "eval_duplicate:z:sha256": 1, "eval_duplicate:x": 2}
-    assert report_numbers.duplicates(tables.connection, tables.files, matches) == {
+    assert card_numbers.duplicates(tables.connection, tables.files, matches) == {
         "repeated": 3,
         "evaluation": [
             {"set": "x", "removed": 2, "by_layer": {"phash": 2}},
@@ -173,7 +174,7 @@ def test_scripts(tables):
     }
     texts = [text for found in captions.values() for text in found]
     tables.write("pairs", {"key": [str(i) for i in range(len(texts))], "text": texts})
-    found = report_numbers.scripts(tables.connection, tables.files)
+    found = card_numbers.scripts(tables.connection, tables.files)
     assert found["sampled"] == len(texts)
     assert {row["script"]: row["captions"] for row in found["scripts"]} == {
         script: len(texts) for script, texts in captions.items()
@@ -185,27 +186,27 @@ def test_captions_are_sampled_by_key_whatever_their_shard(tables):
     keys = [f"k{i}" for i in range(2000)]
     for name, own in (("00000", keys[:700]), ("00001", keys[700:])):
         tables.write("pairs", {"key": own, "text": ["a"] * len(own)}, name=name)
-    found = report_numbers.scripts(tables.connection, tables.files, most=200)
+    found = card_numbers.scripts(tables.connection, tables.files, most=200)
     assert 120 < found["sampled"] < 300
     tables.files["pairs"].reverse()
-    assert report_numbers.scripts(tables.connection, tables.files, most=200) == found
+    assert card_numbers.scripts(tables.connection, tables.files, most=200) == found
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
 def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(monkeypatch):
-    monkeypatch.setattr(report_pictures, "RARE_ENTITIES", 3)
+    monkeypatch.setattr(card_pictures, "RARE_ENTITIES", 3)
     counts = np.array([9, 8, 5, 3, 2, 2, 2, 2], np.int64)
     qids = [f"Q{i}" for i in range(8)]
     entities = records.Entities(qids, qids, [""] * 8, counts)
-    rare = report_pictures._rare(entities, 2)
+    rare = card_pictures._rare(entities, 2)
     assert len(rare) == 3
     assert {int(counts[i]) for i in rare} == {2}
-    assert sorted(report_pictures._rare(entities, 6)) == [6, 7]
-    assert report_pictures._rare(entities, 8) == []
-    monkeypatch.setattr(report_pictures, "RARE_ENTITIES", 5)
-    assert [int(counts[i]) for i in report_pictures._rare(entities, 2)] == [2, 2, 2, 2, 3]
+    assert sorted(card_pictures._rare(entities, 6)) == [6, 7]
+    assert card_pictures._rare(entities, 8) == []
+    monkeypatch.setattr(card_pictures, "RARE_ENTITIES", 5)
+    assert [int(counts[i]) for i in card_pictures._rare(entities, 2)] == [2, 2, 2, 2, 3]
 
 
 def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
@@ -217,10 +218,10 @@ def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
     tables.labels("labels", rows)
     tables.labels("labels_final", [(key, [0], None) for key in keys[:10]])
     tables.write("kb", {"label": ["x"], "description": [None]}, {"description": pa.string()})
-    found = report_pictures.gallery(tables.connection, tables.files, {"labels": "text"})
+    found = card_pictures.gallery(tables.connection, tables.files, {"labels": "text"})
     by_group = collections.defaultdict(set)
     for picture in found:
         by_group[picture["group"]].add(picture["key"])
     assert by_group["agreed"] == set(keys[:10])
-    assert len(by_group["rejected"]) == report_pictures.GALLERY["rejected"]
+    assert len(by_group["rejected"]) == card_pictures.GALLERY["rejected"]
     assert by_group["rejected"] <= set(keys[20:])

@@ -12,7 +12,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import engine, filters, safety
+from data_prep import engine
+from data_prep.filters import safety
+from data_prep.filters import stage as filters_stage
 from mofi_jax.common import errors
 from tests import label_tables, workdirs
 
@@ -43,7 +45,7 @@ def write(workdir, rows, embeddings=None):
 
 def run(workdir, config, workers=1):
     """(reasons by key, counts)"""
-    manifests = filters.run(config, engine.Engine(workdir, workers))
+    manifests = filters_stage.run(config, engine.Engine(workdir, workers))
     rejects = label_tables.read(workdir, "rejects/dropped-i2e*")
     kept = {row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")}
     assert not kept & {row["key"] for row in rejects}
@@ -200,7 +202,7 @@ def test_columns(value, rule, verdict):
 
 def refused(match, config):
     with pytest.raises(errors.BadInput, match=match):
-        filters.check(config)
+        filters_stage.check(config)
 
 
 def test_bad_lists_are_named_with_the_line(tmp_path):
@@ -230,7 +232,7 @@ def test_bad_heads_are_named(tmp_path):
         np.savez(path, **arrays)
         refused(match, head)
     np.savez(path, weight=np.zeros(3), bias=np.float32(0))
-    filters.check(head)
+    filters_stage.check(head)
     refused("threshold=2", make_config(head=str(path), threshold=2.0))
     refused("cannot be loaded", make_config(head="no_such_module:f"))
     refused("cannot be loaded", make_config(head="json:no_such_function"))

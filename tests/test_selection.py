@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import engine, evidence, selection
+from data_prep import engine
+from data_prep.selection import choose, embed
 from mofi_jax.common import errors
 from tests import workdirs
 
@@ -14,7 +15,7 @@ from tests import workdirs
 def world(tmp_path, monkeypatch):
     workdir, pairs = workdirs.write(tmp_path)
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
+    monkeypatch.setattr(embed, "load_model", lambda folder, batch_size: model)
     clip = tmp_path / "clip"
     clip.mkdir()
     (clip / "model.json").write_text("{}")
@@ -28,7 +29,7 @@ def _labels(workdir):
 
 def test_clip_labels_are_the_colours_that_pictures_show(world):
     workdir, pairs, model, clip = world
-    manifests = selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    manifests = choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     labels = _labels(workdir)
     assert list(labels) == [
         key
@@ -61,7 +62,7 @@ def test_clip_labels_are_the_colours_that_pictures_show(world):
 
 def test_text_labels_are_the_likeliest_senses_and_need_no_model(world):
     workdir, pairs, model, _ = world
-    selection.run(workdirs.config(labels="text"), engine.Engine(workdir))
+    choose.run(workdirs.config(labels="text"), engine.Engine(workdir))
     for key, row in _labels(workdir).items():
         named = pairs[key].named
         if named is None:
@@ -74,14 +75,14 @@ def test_text_labels_are_the_likeliest_senses_and_need_no_model(world):
 
 def test_new_thresholds_touch_neither_model_nor_pictures(world, tmp_path):
     workdir, _pairs, model, clip = world
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     for tar in (tmp_path / "tars").iterdir():
         tar.unlink()
     seen, labelled = model.pictures, sum(bool(r["entities"]) for r in _labels(workdir).values())
-    selection.run(workdirs.config(clip=clip, min_fit=1.8), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip, min_fit=1.8), engine.Engine(workdir))
     assert model.pictures == seen
     assert sum(bool(r["entities"]) for r in _labels(workdir).values()) < labelled
-    selection.run(workdirs.config(clip=clip, min_score=1.1), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip, min_score=1.1), engine.Engine(workdir))
     reasons = {row["reason"] for row in _labels(workdir).values()}
     assert reasons == {"below_min_score", "no_mention"}
     assert model.pictures == seen
@@ -89,11 +90,11 @@ def test_new_thresholds_touch_neither_model_nor_pictures(world, tmp_path):
 
 def test_another_model_is_noticed(world):
     workdir, _pairs, model, clip = world
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     with open(f"{clip}/model.json", "w") as file:
         file.write('{"other": 1}')
     seen = model.pictures
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     assert model.pictures == 2 * seen
 
 
@@ -101,7 +102,7 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
     workdir, _, _, clip = world
     digests = []
     for workers in (1, 2):
-        selection.run(workdirs.config(clip=clip), engine.Engine(workdir, workers))
+        choose.run(workdirs.config(clip=clip), engine.Engine(workdir, workers))
         stages = ("texts", "scores", "background", "fits", "coherence", "labels")
         files = [path for stage in stages for path in sorted((workdir / stage).glob("[!.]*"))]
         files += sorted((workdir / "rejects").glob("labels-*"))
@@ -114,7 +115,7 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
 
 def test_saved_evidence_matches_plain_numpy(world):
     workdir, _pairs, _model, clip = world
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     shards = sorted((workdir / "scores").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
     fits = [r for path in shards for r in pq.read_table(workdir / "fits" / path.name).to_pylist()]
@@ -147,8 +148,8 @@ def test_labels_are_those_of_choose(world):
     """Every label, score, fit and reason as the decision on one picture at a time gives them."""
     workdir, _, _, clip = world
     config = workdirs.config(clip=clip, min_score=0.6)
-    selection.run(config, engine.Engine(workdir))
-    rule = selection.Rule.of(config)
+    choose.run(config, engine.Engine(workdir))
+    rule = choose.Rule.of(config)
     rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
     coherence = {row["entity"]: row["coherence"] for row in rows}
     labels, reasons = _labels(workdir), set()
@@ -160,12 +161,12 @@ def test_labels_are_those_of_choose(world):
         for score, fit in zip(scores, fits_of, strict=True):
             values = (score["scores"], fit["text_fits"], fit["picture_fits"])
             known[score["key"]] = {
-                entity: selection.Evidence(*numbers, coherence[entity])
+                entity: choose.Evidence(*numbers, coherence[entity])
                 for entity, *numbers in zip(score["entities"], *values, strict=True)
             }
         for link in pq.read_table(path).to_pylist():
             own = known.get(link["key"], {})
-            entities, reason = selection.choose(link["candidates"], own, rule)
+            entities, reason = choose.choose(link["candidates"], own, rule)
             row = labels[link["key"]]
             assert row["entities"] == entities
             assert row["scores"] == [own[entity].score for entity in entities]
@@ -177,7 +178,7 @@ def test_labels_are_those_of_choose(world):
 
 def test_coherence_tells_what_pictures_show(world):
     workdir, _, _, clip = world
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
     coherence = {row["entity"]: row["coherence"] for row in rows}
     assert all(coherence[colour] > coherence[workdirs.BACKGROUND] + 0.3 for colour in range(4))
@@ -192,7 +193,7 @@ def test_shards_without_candidates(world, empty):
             nothing = pa.array([[]] * len(table), table.schema.field(name).type)
             table = table.set_column(table.schema.get_field_index(name), name, nothing)
         pq.write_table(table, path)
-    selection.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
     labels = _labels(workdir)
     assert len(labels) == 60
     assert any(row["entities"] for row in labels.values()) == (empty < 3)
@@ -202,8 +203,8 @@ def test_shards_without_candidates(world, empty):
 def test_bad_configurations(world):
     workdir, _, _, _ = world
     with pytest.raises(errors.BadInput, match=r"config\.clip is not set"):
-        selection.run(workdirs.config(), engine.Engine(workdir))
+        choose.run(workdirs.config(), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match="no folder"):
-        selection.run(workdirs.config(clip="/nowhere/at/all"), engine.Engine(workdir))
+        choose.run(workdirs.config(clip="/nowhere/at/all"), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match=r"config\.labels='image'.*clip or text"):
-        selection.run(workdirs.config(labels="image"), engine.Engine(workdir))
+        choose.run(workdirs.config(labels="image"), engine.Engine(workdir))

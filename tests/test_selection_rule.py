@@ -7,9 +7,10 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import candidates, evidence, fits, selection
+from data_prep.linking import rows as link_rows
+from data_prep.selection import choose, embed, z_scores
 
-_RULE = selection.Rule(
+_RULE = choose.Rule(
     prototype_weight=1.0,
     coherence_weight=1.0,
     prior_weight=1.0,
@@ -21,7 +22,7 @@ _RULE = selection.Rule(
 
 
 def _evidence(fit, score=0.5):
-    return selection.Evidence(score=score, text_fit=fit, picture_fit=fit, coherence=0.0)
+    return choose.Evidence(score=score, text_fit=fit, picture_fit=fit, coherence=0.0)
 
 
 def _candidate(mention, entity, prior=1.0):
@@ -32,30 +33,30 @@ def test_choice_between_senses_weighs_the_prior_and_between_mentions_does_not():
     own = [_candidate(0, 1, 0.9), _candidate(0, 2, 0.1), _candidate(1, 3, 0.2)]
     # Two standard deviations do not outweigh log 9; three do.
     known = {1: _evidence(1.0), 2: _evidence(3.0), 3: _evidence(1.2)}
-    assert selection.choose(own, known, _RULE) == ([3, 1], None)
+    assert choose.choose(own, known, _RULE) == ([3, 1], None)
     known[2] = _evidence(4.0)
-    assert selection.choose(own, known, _RULE) == ([2], None)
+    assert choose.choose(own, known, _RULE) == ([2], None)
 
 
 def test_choice_limits():
     own = [_candidate(i, i) for i in range(4)]
     known = {0: _evidence(2.0), 1: _evidence(1.8), 2: _evidence(1.6), 3: _evidence(0.4)}
-    assert selection.choose(own, known, _RULE)[0] == [0, 1]
-    assert selection.choose(own, known, _RULE._replace(max_labels=9))[0] == [0, 1, 2]
-    assert selection.choose(own, known, _RULE._replace(max_gap=0.0))[0] == [0]
+    assert choose.choose(own, known, _RULE)[0] == [0, 1]
+    assert choose.choose(own, known, _RULE._replace(max_labels=9))[0] == [0, 1, 2]
+    assert choose.choose(own, known, _RULE._replace(max_gap=0.0))[0] == [0]
     high = _RULE._replace(min_fit=2.1)
-    assert selection.choose(own, known, high) == ([], "below_min_fit")
+    assert choose.choose(own, known, high) == ([], "below_min_fit")
     unlike = {entity: _evidence(3.0, score=0.05) for entity in range(4)}
-    assert selection.choose(own, unlike, _RULE) == ([], "below_min_score")
-    assert selection.choose([], {}, _RULE) == ([], "no_candidate")
+    assert choose.choose(own, unlike, _RULE) == ([], "below_min_score")
+    assert choose.choose([], {}, _RULE) == ([], "no_candidate")
 
 
 def test_equal_senses_are_decided_by_prior_and_then_by_row():
     known = {5: _evidence(1.0), 6: _evidence(1.0)}
     likely = [_candidate(0, 5, 0.4), _candidate(0, 6, 0.6)]
-    assert selection.choose(likely, known, _RULE)[0] == [6]
+    assert choose.choose(likely, known, _RULE)[0] == [6]
     equal = [_candidate(0, 6, 0.5), _candidate(0, 5, 0.5)]
-    assert selection.choose(equal, known, _RULE)[0] == [5]
+    assert choose.choose(equal, known, _RULE)[0] == [5]
 
 
 @given(
@@ -74,7 +75,7 @@ def test_equal_senses_are_decided_by_prior_and_then_by_row():
 def test_choice_keeps_its_promises(rows, random):
     own = [_candidate(mention, entity, prior) for mention, entity, prior, _, _ in rows]
     known = {entity: _evidence(fit, score) for _, entity, _, fit, score in rows}
-    entities, reason = selection.choose(own, known, _RULE)
+    entities, reason = choose.choose(own, known, _RULE)
     assert (reason is None) == bool(entities)
     assert len(entities) == len(set(entities)) <= _RULE.max_labels
     fits = [known[entity].fit(_RULE) for entity in entities]
@@ -82,7 +83,7 @@ def test_choice_keeps_its_promises(rows, random):
     assert all(fit >= max(_RULE.min_fit, fits[0] - _RULE.max_gap) for fit in fits)
     assert all(known[entity].score >= _RULE.min_score for entity in entities)
     random.shuffle(own)
-    assert selection.choose(own, known, _RULE) == (entities, reason)
+    assert choose.choose(own, known, _RULE) == (entities, reason)
 
 
 _CANDIDATES = st.tuples(
@@ -97,7 +98,7 @@ def _shard(rows):
     """`candidates.Candidates` of lists of (mention, entity, prior)."""
     flat = [(row, *candidate) for row, own in enumerate(rows) for candidate in own]
     row, mention, entity, prior = np.array(flat, np.float64).reshape(-1, 4).T
-    return candidates.Candidates(
+    return link_rows.Candidates(
         pa.array([str(row) for row in range(len(rows))]),
         np.full(len(rows), 4),
         row.astype(np.int64),
@@ -128,16 +129,16 @@ def test_a_shard_is_decided_as_its_pictures_are(pictures, min_fit, max_gap):
             for row, entity in zip(links.row, links.entity, strict=True)
         ]
     ).reshape(-1, 2).T  # fmt: skip
-    evidence_of = selection.Evidence(scores, fits_of, fits_of, np.zeros(len(scores)))
-    found = selection.choose_all(links, evidence_of, rule)
+    evidence_of = choose.Evidence(scores, fits_of, fits_of, np.zeros(len(scores)))
+    found = choose.choose_all(links, evidence_of, rule)
     expected, by_text = [], []
     for own, known in pictures:
         own = [_candidate(mention, entity, prior) for mention, entity, prior in own]
         known = {entity: _evidence(*numbers) for entity, numbers in enumerate(known)}
-        expected.append(selection.choose(own, known, rule)[0])
-        by_text.append(selection.best_prior_entities([{}] * 4, own))
+        expected.append(choose.choose(own, known, rule)[0])
+        by_text.append(choose.best_prior_entities([{}] * 4, own))
     assert _by_row(found, len(pictures)) == expected
-    likeliest = selection.best_priors(links)
+    likeliest = choose.best_priors(links)
     assert _by_row(likeliest, len(pictures)) == by_text
     for row, entity, prior in zip(likeliest.row, likeliest.entity, likeliest.score, strict=True):
         own = pictures[row][0]
@@ -147,7 +148,7 @@ def test_a_shard_is_decided_as_its_pictures_are(pictures, min_fit, max_gap):
 def test_unscored_pictures_get_nothing():
     links = _shard([[(0, 1, 1.0)], [(0, 1, 1.0), (0, 2, 0.5)]])
     unknown = np.array([np.nan, 0.5, np.nan])
-    found = selection.choose_all(links, selection.Evidence(*[unknown] * 4), _RULE)
+    found = choose.choose_all(links, choose.Evidence(*[unknown] * 4), _RULE)
     assert _by_row(found, 2) == [[], [1]]
 
 
@@ -159,16 +160,16 @@ def test_best_prior_entities():
         _candidate(2, 9, 0.5),
         _candidate(2, 4, 0.5),
     ]
-    assert selection.best_prior_entities(mentions, own) == [8, 4]
-    assert selection.best_prior_entities(mentions, []) == []
+    assert choose.best_prior_entities(mentions, own) == [8, 4]
+    assert choose.best_prior_entities(mentions, []) == []
     twice = [_candidate(0, 3), _candidate(1, 3)]
-    assert selection.best_prior_entities(mentions, twice) == [3]
+    assert choose.best_prior_entities(mentions, twice) == [3]
 
 
 def test_entity_text_without_description_is_the_name():
     template = "a photo of {name}, {description}"
-    assert evidence.entity_text(template, "cat", "") == "cat"
-    assert evidence.entity_text(template, "cat", "animal") == "a photo of cat, animal"
+    assert embed.entity_text(template, "cat", "") == "cat"
+    assert embed.entity_text(template, "cat", "animal") == "a photo of cat, animal"
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-9, 9, width=32)), max_size=30))
@@ -178,7 +179,7 @@ def test_sums_by_column(pairs):
     expected = np.ones((6, 2))
     np.add.at(expected, columns, values)
     total = np.ones((6, 2))
-    fits.add_by(total, columns, values.astype(np.float64))
+    z_scores.add_by(total, columns, values.astype(np.float64))
     np.testing.assert_allclose(total, expected, atol=1e-9)
 
 
@@ -191,10 +192,10 @@ def test_deviations_are_z_scores_along_any_direction():
     directions = np.tile(direction * 1e-2, (200, 1))
     along = x @ direction
     np.testing.assert_allclose(
-        fits.deviations(centred, directions, covariance),
+        z_scores.deviations(centred, directions, covariance),
         (along - along.mean()) / along.std(),
         atol=2e-3,
     )
-    zero = fits.deviations(centred, np.zeros_like(directions), covariance)
+    zero = z_scores.deviations(centred, np.zeros_like(directions), covariance)
     assert not zero.any()
     assert math.isfinite(zero.sum())

@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import engine, evidence, filters, selection, shards, vocabulary
+from data_prep import engine
+from data_prep.dataset import shards, vocabulary
+from data_prep.filters import stage as filters_stage
+from data_prep.selection import choose, embed
 from mofi_jax.common import errors
 from mofi_jax.data import ops, records, tokenizer
 from tests import workdirs
@@ -23,12 +26,12 @@ def _prepare(folder, monkeypatch, **changes):
     """Everything before the shards, by the real stages; returns (workdir, config, pairs)."""
     workdir, pairs = workdirs.write(folder)
     model = workdirs.Model()
-    monkeypatch.setattr(evidence, "load_model", lambda folder, batch_size: model)
+    monkeypatch.setattr(embed, "load_model", lambda folder, batch_size: model)
     (folder / "clip").mkdir()
     (folder / "clip/model.json").write_text("{}")
     config = workdirs.config(clip=str(folder / "clip"), **changes)
-    selection.run(config, engine.Engine(workdir))
-    filters.run(config, engine.Engine(workdir))
+    choose.run(config, engine.Engine(workdir))
+    filters_stage.run(config, engine.Engine(workdir))
     vocabulary.run(config, engine.Engine(workdir))
     return workdir, config, pairs
 
@@ -115,10 +118,12 @@ def test_same_bytes_for_any_workers_and_another_order_for_another_seed(tmp_path,
 
 _RUN_AND_DIE = """
 import os, signal
-from data_prep import engine, shards, sources
+from data_prep import engine
+from data_prep.dataset import shards
+from data_prep.pairs import stage as pairs_stage
 from tests import workdirs
 
-read_pictures, shards_begun = sources.read_pictures, 0
+read_pictures, shards_begun = pairs_stage.read_pictures, 0
 
 def read_and_die(*arguments):
     global shards_begun
@@ -128,7 +133,7 @@ def read_and_die(*arguments):
         if shards_begun == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-sources.read_pictures = read_and_die
+pairs_stage.read_pictures = read_and_die
 shards.run(workdirs.config(shard_examples=2), engine.Engine({workdir!r}), "i2t")
 """
 

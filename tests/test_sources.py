@@ -8,7 +8,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from data_prep import engine, samples, source_files, sources
+from data_prep import engine
+from data_prep.pairs import files as source_files
+from data_prep.pairs import samples
+from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, run, tables_of, tar_bytes
 
@@ -100,7 +103,7 @@ def test_of_a_key_in_several_tars_the_first_is_kept_and_every_sample_counted_onc
             [("a", "three"), ("c", "three"), ("d", "three")],
         ],
     )
-    manifests = sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+    manifests = pairs_stage.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
     rows = [row for shard in tables_of(tmp_path / "w", "pairs/*") for row in shard]
     kept = [("a", "one"), ("b", "one"), ("c", "two"), ("d", "three")]
     assert [(row["key"], row["text"]) for row in rows] == kept
@@ -122,10 +125,10 @@ def test_of_a_key_in_several_tars_the_first_is_kept_and_every_sample_counted_onc
 def test_a_repeated_key_that_goes_away_brings_the_other_back(tmp_path):
     write_tars(tmp_path / "in", [[("a", "one")], [("a", "two"), ("b", "two")]])
     for _ in range(2):
-        sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
     assert read(tmp_path / "w")[1] == {"a": "duplicate_key"}
     (tmp_path / "in/00000.tar").write_bytes(tar_bytes([("z.png", picture()), ("z.txt", b"z")]))
-    sources.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
+    pairs_stage.run(make_config(tmp_path / "in"), engine.Engine(tmp_path / "w"))
     pairs, rejects = read(tmp_path / "w")
     assert {key: row["text"] for key, row in pairs.items()} == {"z": "z", "a": "two", "b": "two"}
     assert rejects == {}
@@ -140,7 +143,7 @@ def test_several_sources_are_mixed_under_their_names(tmp_path):
             gzip.compress(tar_bytes([("b.png", picture()), ("b.txt", b"packed")]))
         )
     config = make_config(tmp_path / "x", tmp_path / "y" / "*.tar*")
-    sources.run(config, engine.Engine(tmp_path / "w"))
+    pairs_stage.run(config, engine.Engine(tmp_path / "w"))
     pairs, rejects = read(tmp_path / "w")
     assert {key: row["source"] for key, row in pairs.items()} == {
         "s0/a": "s0",
@@ -159,7 +162,9 @@ def test_a_damaged_tar_is_left_out_and_the_others_are_pairs(tmp_path):
     (tmp_path / "in/00003.tar.gz").write_bytes(b"<html>404 not found</html>")
     work = engine.Engine(tmp_path / "w", failure_budget=1.0)
     for _ in range(2):
-        assert engine.total_counts(sources.run(make_config(tmp_path / "in"), work))["pairs"] == 2
+        assert (
+            engine.total_counts(pairs_stage.run(make_config(tmp_path / "in"), work))["pairs"] == 2
+        )
         assert list(read(tmp_path / "w")[0]) == ["a", "c"]
     assert work.quarantined == ["unpacked/00003.tar", "indexed/00001"] * 2
 
@@ -194,7 +199,7 @@ def test_captions_in_arabic_keep_every_letter_and_lose_what_cannot_be_seen(tmp_p
 )
 def test_sources_that_are_written_wrongly_are_told(entries, words):
     with pytest.raises(errors.BadInput, match=words):
-        sources.find(entries)
+        pairs_stage.find(entries)
 
 
 def test_two_packed_files_of_one_name_are_told(tmp_path):
@@ -202,7 +207,7 @@ def test_two_packed_files_of_one_name_are_told(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "0.tar.gz").touch()
     with pytest.raises(errors.BadInput, match=r"would be unpacked to 0\.tar: rename"):
-        sources.find([f"x={tmp_path}/*/0.tar.gz"])
+        pairs_stage.find([f"x={tmp_path}/*/0.tar.gz"])
 
 
 def test_sources_in_short(tmp_path):
@@ -217,10 +222,10 @@ def test_sources_in_short(tmp_path):
 
 def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"missing\.tar does not exist: name a folder"):
-        sources.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.BadInput, match="empty holds nothing that is known: name"):
-        sources.run(make_config(tmp_path / "empty"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "empty"), engine.Engine(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
@@ -228,12 +233,12 @@ def test_pictures_come_in_the_order_of_the_disk(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(range(100)))
     paths, offsets, lengths = ["b", "a", "b", "a"], [50, 7, 3, 0], [2, 1, 2, 3]
-    found = list(sources.read_pictures(tmp_path, paths, offsets, lengths))
+    found = list(pairs_stage.read_pictures(tmp_path, paths, offsets, lengths))
     assert found == [(3, bytes([0, 1, 2])), (1, bytes([7])), (2, bytes([3, 4])), (0, b"23")]
     with pytest.raises(errors.BadInput, match="b is not as long as when its pictures were"):
-        list(sources.read_pictures(tmp_path, ["b"], [99], [2]))
+        list(pairs_stage.read_pictures(tmp_path, ["b"], [99], [2]))
     with pytest.raises(errors.BadInput, match="c is gone since its pictures were listed"):
-        list(sources.read_pictures(tmp_path, ["c"], [0], [2]))
+        list(pairs_stage.read_pictures(tmp_path, ["c"], [0], [2]))
 
 
 def test_two_workers_write_the_same_bytes(tmp_path):
@@ -247,7 +252,7 @@ def test_two_workers_write_the_same_bytes(tmp_path):
         (folder / f"{shard:05d}.tar.gz").write_bytes(gzip.compress(tar_bytes(members)))
     digests = []
     for workers in (1, 2):
-        manifests = sources.run(
+        manifests = pairs_stage.run(
             make_config(folder), engine.Engine(tmp_path / f"w{workers}", workers)
         )
         digests.append([manifest["outputs"] for manifest in manifests])
@@ -259,6 +264,6 @@ def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
     folder.mkdir()
     for name in ("0.tar", "1.tar"):
         (folder / name).touch()
-    found = sources.find([f"s={folder}/*.tar"])
+    found = pairs_stage.find([f"s={folder}/*.tar"])
     assert [os.path.basename(file.path) for file in found] == ["0.tar", "1.tar"]
-    assert [file.path for file in sources.find([f"s={folder}/1.tar"])] == [f"{folder}/1.tar"]
+    assert [file.path for file in pairs_stage.find([f"s={folder}/1.tar"])] == [f"{folder}/1.tar"]

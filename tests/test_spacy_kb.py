@@ -8,7 +8,10 @@ import pytest
 import spacy
 from spacy.training import Example
 
-from data_prep import kb_build, knowledge_base, linking, meanings, spacy_kb
+from data_prep.kb import build as kb_build
+from data_prep.kb import lookup, spacy_adapter
+from data_prep.linking import disambiguate
+from data_prep.linking import stage as linking_stage
 from mofi_jax.common import errors
 
 ROWS = [
@@ -34,7 +37,7 @@ def build(folder, vectors=True):
 
 @pytest.fixture
 def base(tmp_path):
-    return spacy_kb.load(str(build(tmp_path)))(spacy.blank("en").vocab)
+    return spacy_adapter.load(str(build(tmp_path)))(spacy.blank("en").vocab)
 
 
 def mention(base, text):
@@ -66,7 +69,7 @@ def test_vectors_by_id_with_zeros_for_strangers(base):
 
 
 def test_without_vectors_the_priors_are_there(tmp_path):
-    base = spacy_kb.load(str(build(tmp_path, vectors=False)), top=1)(spacy.blank("en").vocab)
+    base = spacy_adapter.load(str(build(tmp_path, vectors=False)), top=1)(spacy.blank("en").vocab)
     (candidate,) = base.get_candidates(mention(base, "Paris"))
     assert candidate.entity_ == "Q1"
     assert base.get_vector("Q1") == [0] * base.entity_vector_length
@@ -76,14 +79,14 @@ def test_bytes_disk_and_pickle_hold_the_path(base, tmp_path):
     vocab = base.vocab
     base.to_disk(tmp_path / "saved")
     copies = [
-        spacy_kb.FolderKnowledgeBase(vocab, 64).from_bytes(base.to_bytes()),
-        spacy_kb.FolderKnowledgeBase(vocab, 64).from_disk(tmp_path / "saved"),
+        spacy_adapter.FolderKnowledgeBase(vocab, 64).from_bytes(base.to_bytes()),
+        spacy_adapter.FolderKnowledgeBase(vocab, 64).from_disk(tmp_path / "saved"),
         pickle.loads(pickle.dumps(base)),
     ]
     for copy in copies:
         assert (copy.folder, copy.entity_vector_length) == (base.folder, 8)
         assert len(copy.get_candidates(mention(copy, "Paris"))) == 2
-    empty = spacy_kb.empty()(vocab, 64)
+    empty = spacy_adapter.empty()(vocab, 64)
     assert empty.is_empty()
     assert empty.get_candidates(mention(base, "Paris")) == []
     assert empty.from_bytes(empty.to_bytes()).is_empty()
@@ -132,7 +135,7 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
         },
     }
     linker = nlp.add_pipe("entity_linker", config=config)
-    linker.set_kb(spacy_kb.load(str(folder)))
+    linker.set_kb(spacy_adapter.load(str(folder)))
     spacy.util.fix_random_seed(0)
     train = list(examples(nlp))
     optimizer = nlp.initialize(lambda: train)
@@ -151,10 +154,10 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
 
     # As config.spacy_model of the linking stage, its choices raise what they chose.
     texts = [text for text, _ in TEXTS]
-    spans = list(linking.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
+    spans = list(linking_stage.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
     assert [[span.qid for span in found] for found in spans] == links
-    kb = knowledge_base.KnowledgeBase(folder)
-    rule = meanings.Rule(10, 1.0, 0.0, linker_weight=1000.0)
-    _, candidates = linking.link(texts, texts, spans, kb, rule)
+    kb = lookup.KnowledgeBase(folder)
+    rule = disambiguate.Rule(10, 1.0, 0.0, linker_weight=1000.0)
+    _, candidates = linking_stage.link(texts, texts, spans, kb, rule)
     best = [max(found, key=lambda c: c["prior"])["entity"] for found in candidates.to_pylist()]
     assert [[kb.qid(entity)] for entity in best] == links

@@ -12,7 +12,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from data_prep import engine, sources, tables
+from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
+from data_prep.pairs.formats import tables
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read
 
@@ -27,7 +29,7 @@ def folder(tmp_path):
 
 
 def run(folder, workdir, **changes):
-    manifests = sources.run(make_config(folder, **changes), engine.Engine(workdir))
+    manifests = pairs_stage.run(make_config(folder, **changes), engine.Engine(workdir))
     return *read(workdir), engine.total_counts(manifests)
 
 
@@ -71,7 +73,7 @@ def test_formats(folder, tmp_path, kind):
     assert pairs["t/00000001"]["url"] == "http://h/1"
     assert (counts["members"], counts["pairs"]) == (3, 3)
     columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
-    found = dict(sources.read_pictures(tmp_path / "w", *columns))
+    found = dict(pairs_stage.read_pictures(tmp_path / "w", *columns))
     assert [found[i] for i in range(3)] == [picture(30), picture(31), picture(32)]
 
 
@@ -184,7 +186,7 @@ def test_two_workers_write_the_same_bytes(folder, tmp_path):
     written = []
     for workers in (1, 2):
         work = engine.Engine(tmp_path / f"w{workers}", workers)
-        manifests = sources.run(make_config(folder, rows_per_shard=5), work)
+        manifests = pairs_stage.run(make_config(folder, rows_per_shard=5), work)
         written.append([manifest["outputs"] for manifest in manifests])
         work.close()
     assert written[0] == written[1]

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from data_prep import engine, sources, tars
+from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
+from data_prep.pairs.formats import tars
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, run, tar_bytes
 
@@ -59,37 +61,37 @@ def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
     whole = tar_bytes([("a.png", data), ("a.txt", b"x")])
     (folder / "00007.tar.gz").write_bytes(gzip.compress(whole))
     for _ in range(2):
-        sources.run(make_config(folder), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(folder), engine.Engine(tmp_path / "w"))
     pairs, _ = read(tmp_path / "w")
     assert pairs["a"]["path"] == "unpacked/00007.tar"
     assert (tmp_path / "w/unpacked/00007.tar").read_bytes() == whole
     columns = ([pairs["a"][name]] for name in ("path", "offset", "length"))
-    assert list(sources.read_pictures(tmp_path / "w", *columns)) == [(0, data)]
+    assert list(pairs_stage.read_pictures(tmp_path / "w", *columns)) == [(0, data)]
     # Beside its unpacked self the packed one is not read again.
     (folder / "00007.tar").write_bytes(whole)
-    assert [found.path[-9:] for found in sources.find([f"s={folder}"])] == ["00007.tar"]
+    assert [found.path[-9:] for found in pairs_stage.find([f"s={folder}"])] == ["00007.tar"]
 
 
 def test_a_file_that_is_no_tar_is_told(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>404 not found</html>" * 100)
     with pytest.raises(errors.BadInput, match=r"a\.tar is no tar .*: remove it or fetch"):
-        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
     (tmp_path / "b.tar.gz").write_bytes(b"<html>404 not found</html>")
     with pytest.raises(errors.BadInput, match=r"b\.tar\.gz is damaged .*: fetch it again"):
-        sources.run(make_config(tmp_path / "b.tar.gz"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "b.tar.gz"), engine.Engine(tmp_path / "w"))
 
 
 def test_a_gzipped_file_that_holds_no_tar_is_told_by_its_own_name(tmp_path):
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"words " * 200))
     with pytest.raises(errors.BadInput, match=r"/c\.tar\.gz is no tar"):
-        sources.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
 
 
 def test_several_gzip_streams_are_one_tar(tmp_path):
     whole = tar_bytes([("a.png", picture()), ("a.txt", b"x")])
     streams = gzip.compress(whole[:700]) + gzip.compress(whole[700:]) + b"\0" * 100
     (tmp_path / "a.tar.gz").write_bytes(streams)
-    (manifest,) = sources.run(make_config(tmp_path / "a.tar.gz"), engine.Engine(tmp_path / "w"))
+    (manifest,) = pairs_stage.run(make_config(tmp_path / "a.tar.gz"), engine.Engine(tmp_path / "w"))
     assert manifest["counts"]["pairs"] == 1
     assert manifest["counts"]["tars_cut_short"] == 0
 
@@ -100,7 +102,7 @@ def test_a_tar_damaged_in_the_middle_is_told(tmp_path):
     data[at : at + 200] = b"\x01" * 200
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(errors.BadInput, match=rf"a\.tar is damaged at byte {at}: fetch it"):
-        sources.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
+        pairs_stage.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -112,7 +114,7 @@ def test_a_tar_that_was_cut_short_gives_what_comes_before_the_cut(tmp_path, pack
     data = gzip.compress(whole, 0)[: len(whole) // 2] if packed else whole[: len(whole) // 2]
     path = tmp_path / ("a.tar.gz" if packed else "a.tar")
     path.write_bytes(data)
-    (manifest,) = sources.run(make_config(path), engine.Engine(tmp_path / "w"))
+    (manifest,) = pairs_stage.run(make_config(path), engine.Engine(tmp_path / "w"))
     pairs, rejects = read(tmp_path / "w")
     assert manifest["counts"]["tars_cut_short"] == 1
     assert list(pairs) == [str(number) for number in range(len(pairs))]
@@ -182,7 +184,7 @@ def img2dataset(folder, *, table=True, stats=True, successes=3):
 
 
 def run_folder(folder, workdir):
-    (manifest,) = sources.run(make_config(folder), engine.Engine(workdir))
+    (manifest,) = pairs_stage.run(make_config(folder), engine.Engine(workdir))
     return *read(workdir), manifest["counts"]
 
 

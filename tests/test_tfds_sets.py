@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from data_prep import engine, sources, tfds_sets
+from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
+from data_prep.pairs.formats import tfds_sets
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import datasets
@@ -21,7 +23,7 @@ def data_dir(tmp_path_factory):
 
 
 def run(pattern, workdir, **changes):
-    manifests = sources.run(make_config(pattern, **changes), engine.Engine(workdir))
+    manifests = pairs_stage.run(make_config(pattern, **changes), engine.Engine(workdir))
     return *read(workdir), engine.total_counts(manifests)
 
 
@@ -35,7 +37,7 @@ def test_pairs_and_their_pointers(data_dir, tmp_path):
         key: example["text"] for key, example in examples.items()
     }
     columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
-    found = dict(sources.read_pictures(tmp_path / "w", *columns))
+    found = dict(pairs_stage.read_pictures(tmp_path / "w", *columns))
     assert [found[i] for i in range(24)] == [example["image"] for example in examples.values()]
 
 
@@ -49,7 +51,7 @@ def test_slices_and_kept_features(data_dir, tmp_path):
 
 def test_the_folder_of_the_environment(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(data_dir))
-    [found] = sources.find(["s=tfds:i2t"])
+    [found] = pairs_stage.find(["s=tfds:i2t"])
     assert (found.kind, found.span) == ("tfds", (0, 24))
 
 
@@ -63,7 +65,7 @@ def test_the_folder_of_the_environment(data_dir, monkeypatch):
 )
 def test_what_is_not_there_is_told(data_dir, name, words):
     with pytest.raises(errors.BadInput, match=words):
-        sources.find([f"s=tfds:{name}@{data_dir}"])
+        pairs_stage.find([f"s=tfds:{name}@{data_dir}"])
 
 
 def changed_copy(folder, change):
@@ -80,7 +82,7 @@ def test_another_file_format_is_told(tmp_path):
 
     changed_copy(tmp_path, change)
     with pytest.raises(errors.BadInput, match="not stored as ArrayRecord: prepare it again"):
-        sources.find([f"s=tfds:i2t@{tmp_path}"])
+        pairs_stage.find([f"s=tfds:i2t@{tmp_path}"])
 
 
 def test_features_that_are_not_known_are_told(tmp_path):
@@ -93,7 +95,7 @@ def test_features_that_are_not_known_are_told(tmp_path):
 
     changed_copy(tmp_path, change)
     with pytest.raises(errors.BadInput, match="has no Text feature that is known by its name"):
-        sources.find([f"s=tfds:i2t@{tmp_path}"])
+        pairs_stage.find([f"s=tfds:i2t@{tmp_path}"])
 
 
 def test_a_damaged_shard_is_told(tmp_path):
@@ -127,4 +129,4 @@ def test_classes_that_metadata_name_are_not_imported(tmp_path, monkeypatch, lega
 def test_features_of_another_form_are_told(tmp_path, content):
     changed_copy(tmp_path, lambda version: (version / "features.json").write_text(content))
     with pytest.raises(errors.BadInput, match="does not name the features of a data set"):
-        sources.find([f"s=tfds:i2t@{tmp_path}"])
+        pairs_stage.find([f"s=tfds:i2t@{tmp_path}"])

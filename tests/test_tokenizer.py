@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import dataset_files
+from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 
@@ -127,7 +127,7 @@ def test_pickled_for_data_workers(tokenizer):
 def test_training_is_deterministic_across_processes(path, tmp_path):
     other = tmp_path / "other.json"
     code = (
-        "import sys, json; from data_prep import dataset_files;"
+        "import sys, json; from data_prep.dataset import files as dataset_files;"
         "dataset_files.train_bpe(json.loads(sys.argv[1]), 320, sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(CAPTIONS), str(other)], check=True)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import engine, vocabulary
+from data_prep import engine
+from data_prep.dataset import vocabulary
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import workdirs

@@ -16,7 +16,10 @@ import pytest
 from hypothesis import strategies as st
 
 from configs import kb as kb_config
-from data_prep import kb_build, kb_rows, kb_source, knowledge_base, wikidata
+from data_prep.kb import build as kb_build
+from data_prep.kb import dump as kb_dump
+from data_prep.kb import lookup, wikidata
+from data_prep.kb import rows as kb_rows
 from mofi_jax.common import errors
 
 
@@ -151,7 +154,7 @@ def config(**changes):
 
 
 def read(folder):
-    return {row["qid"]: row for row in knowledge_base.read_entities(folder).to_pylist()}
+    return {row["qid"]: row for row in lookup.read_entities(folder).to_pylist()}
 
 
 def rejects(folder):
@@ -206,7 +209,7 @@ def test_rules_of_the_configuration(tmp_path):
     assert found["Q1"]["aliases"] == ["Tea", "Tee mit Milch", "cup of tea", "tea"]
     assert found["Q1"]["description"] == "Getränk"
     assert found["Q20"]["aliases"] == ["Tea"]
-    base = knowledge_base.KnowledgeBase(tmp_path / "kb")
+    base = lookup.KnowledgeBase(tmp_path / "kb")
     rows = list(found)
     priors = {rows[entity]: prior for entity, prior in base.candidates("tea", 10)}
     assert priors == pytest.approx({"Q1": 0.5, "Q20": 0.5})  # alpha 0: sitelinks do not count
@@ -262,7 +265,7 @@ def test_standard_input(tmp_path, monkeypatch, brackets):
     lines = [line(entity) for entity, _ in entities()]
     data = dump(lines) if brackets else b"\n".join(lines)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    manifest = kb_build.build(kb_source.STDIN, tmp_path / "kb", config())
+    manifest = kb_build.build(kb_dump.STDIN, tmp_path / "kb", config())
     assert list(read(tmp_path / "kb")) == KEPT
     assert manifest["inputs"] == []
 
@@ -290,7 +293,7 @@ def test_a_dump_that_is_cut_or_damaged_is_told(tmp_path, suffix):
 SLOW = """
 import sys, time
 from configs import kb
-from data_prep import kb_build, wikidata
+from data_prep.kb import build as kb_build, wikidata
 parse = wikidata.parse
 def slowly(line, rules):
     time.sleep(0.02)

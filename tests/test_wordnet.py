@@ -2,7 +2,9 @@
 
 import pytest
 
-from data_prep import kb_build, kb_source, knowledge_base, wordnet
+from data_prep.kb import build as kb_build
+from data_prep.kb import dump as kb_dump
+from data_prep.kb import lookup, wordnet
 from mofi_jax.common import errors
 
 LICENCE = """  1 This software and database is being provided to you, the LICENSEE, by
@@ -59,14 +61,14 @@ def test_synsets_become_rows(tmp_path):
 
 def test_a_folder_is_built_and_prepared_like_a_file(tmp_path):
     source = write(tmp_path / "dict")
-    assert kb_source.format_of(str(source)) == kb_source.WORDNET
+    assert kb_dump.format_of(str(source)) == kb_dump.WORDNET
     manifest = kb_build.build(source, tmp_path / "kb")
     assert manifest["counts"]["entities"] == 5
     assert [entry["path"].rpartition("/")[2] for entry in manifest["inputs"]] == list(wordnet.FILES)
-    base = knowledge_base.KnowledgeBase(tmp_path / "kb")
+    base = lookup.KnowledgeBase(tmp_path / "kb")
     assert dict(base.candidates("artifact", 5)) == pytest.approx({4: 2 / 3, 1: 1 / 3})
     assert base.candidates("alarmclock", 5) == [(2, 1.0)]
-    qids = knowledge_base.read_entities(tmp_path / "kb")["qid"].to_pylist()
+    qids = lookup.read_entities(tmp_path / "kb")["qid"].to_pylist()
     assert qids[2] == "n02696165"
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import engine, linking, sources
+from data_prep import engine
+from data_prep.linking import stage as linking_stage
+from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops
 
 COLOURS = {
@@ -107,7 +109,7 @@ def write(folder, count: int = 60, tars: int = 3):
                 suffix = "jpg" if int(pair.key) % 2 else "png"
                 _add(tar, f"{pair.key}.{suffix}", picture(pair, suffix))
                 _add(tar, f"{pair.key}.txt", caption(pair).encode())
-    sources.run(config(sources=(f"colours={tar_folder}",)), engine.Engine(workdir))
+    pairs_stage.run(config(sources=(f"colours={tar_folder}",)), engine.Engine(workdir))
     _write_kb(workdir)
     by_key = {pair.key: pair for pair in made}
     (workdir / "links").mkdir()
@@ -115,8 +117,8 @@ def write(folder, count: int = 60, tars: int = 3):
         rows = [_link(by_key[key]) for key in pq.read_table(path)["key"].to_pylist()]
         table = {
             "key": pa.array([row[0] for row in rows]),
-            "mentions": pa.array([row[1] for row in rows], linking.mentions_type()),
-            "candidates": pa.array([row[2] for row in rows], linking.candidates_type()),
+            "mentions": pa.array([row[1] for row in rows], linking_stage.mentions_type()),
+            "candidates": pa.array([row[2] for row in rows], linking_stage.candidates_type()),
         }
         pq.write_table(pa.table(table), workdir / "links" / path.name)
     return workdir, made

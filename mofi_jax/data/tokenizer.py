@@ -1,4 +1,4 @@
-"""Text to token ids by any Hugging Face tokenizer.json (`data_prep.dataset_files` trains one).
+"""Text to token ids by any Hugging Face tokenizer.json (`data_prep.dataset.files` trains one).
 
 A row of ids is always ``bos, pieces..., eos, pad...``. The EOS appears exactly once, so that every
 pooling rule in use finds the same position: "first EOS" (ours, Hugging Face), "largest id" (OpenAI,

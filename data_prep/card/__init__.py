@@ -1,0 +1,6 @@
+"""The data card: what went in, what came out, and why. All stages -> report/.
+
+stage      the stage; report.json holds every number of the page
+numbers    counts of pairs; labels: counts of labels; pictures: which are shown
+page       the page, of charts, gallery, html, style and svg
+"""

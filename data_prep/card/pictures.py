@@ -1,0 +1,228 @@
+"""The pictures of the data card, with everything that was known about them.
+
+They are few and chosen by the hash of their key, never by looks: the same every time, and as cheap
+for a billion pairs as for a thousand.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import typing
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from data_prep.card.numbers import Files, ask
+from data_prep.dataset import shards
+from data_prep.pairs import stage as pairs_stage
+from data_prep.selection import choose
+from mofi_jax.data import records
+
+if typing.TYPE_CHECKING:
+    import duckdb
+
+# Pictures of the gallery, by what happened to them.
+GALLERY = {"changed": 16, "agreed": 12, "rejected": 12}
+TOP_ENTITIES = RARE_ENTITIES = 12
+PICTURES_PER_ENTITY = 8
+_CANDIDATES = 200  # for the gallery, labelled ones and rejected ones each
+_THUMBNAIL = 112  # px of the shorter side
+
+
+def entity_strips(
+    connection: duckdb.DuckDBPyConnection, files: Files, entities: records.Entities
+) -> dict[str, list[dict]]:
+    """The entities with most pictures (`top`) and some of those with fewest (`rare`).
+
+    Returns:
+      For both: {qid, name, description, images, keys}, keys of some of its pictures. Whatever is
+      among the top is not repeated among the rare.
+    """
+    top = list(range(min(TOP_ENTITIES, len(entities))))
+    rare = _rare(entities, len(top))
+    kb_rows = np.load(files["vocabulary"][1])
+    rows = ask(
+        connection,
+        f"""
+        SELECT entity, arg_min(key, md5(key), {PICTURES_PER_ENTITY}) FROM (
+            SELECT unnest(entities) AS entity, key FROM read_parquet($labels_final)
+        ) WHERE entity IN (SELECT unnest($shown)) GROUP BY entity
+        """,
+        shown=[int(kb_rows[i]) for i in [*top, *rare]],
+        **files,
+    )
+    keys = dict(rows)
+
+    def strip(i: int) -> dict:
+        return {
+            "qid": entities.qids[i],
+            "name": entities.names[i],
+            "description": entities.descriptions[i],
+            "images": int(entities.counts[i]),
+            "keys": keys.get(int(kb_rows[i]), []),
+        }
+
+    return {"top": [strip(i) for i in top], "rare": [strip(i) for i in rare]}
+
+
+def _rare(entities: records.Entities, first: int) -> list[int]:
+    """Ids from `first` on with fewest pictures, of equally many by the hash of their qid."""
+    rest = np.arange(first, len(entities))
+    if not len(rest):
+        return []
+    # Ids are by descending count: all that have as few pictures as the last one chosen compete.
+    limit = entities.counts[rest[-min(RARE_ENTITIES, len(rest))]]
+    rest = rest[entities.counts[rest] <= limit]
+
+    def order(i: int) -> tuple:
+        return int(entities.counts[i]), _hash(entities.qids[i]), i
+
+    return sorted((int(i) for i in rest), key=order)[:RARE_ENTITIES]
+
+
+def _hash(text: str) -> str:
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> list[dict]:
+    """Pictures that are published and that the selection rejected, grouped as in `GALLERY`.
+
+    What later filters removed is not shown: it may be unsafe, or not to be kept.
+
+    Returns:
+      {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
+      description, prior, by_text, chosen; with evidence also score and fit}]}.
+    """
+    # More than are shown: which group a labelled picture belongs to is known only afterwards.
+    rows = ask(
+        connection,
+        f"""
+        SELECT arg_min(key, md5(key), {_CANDIDATES}) FROM (
+            SELECT key, false AS rejected FROM read_parquet($labels_final)
+            UNION ALL SELECT key, true FROM read_parquet($labels)
+            WHERE reason IN ('below_min_score', 'below_min_fit')
+        ) GROUP BY rejected
+        """,
+        **files,
+    )
+    keys = sorted((key for [found] in rows for key in found), key=_hash)
+    labels = {
+        key: (entities, reason)
+        for key, entities, reason in _of_keys(connection, files["labels"], keys, "entities, reason")
+    }
+    links = {
+        key: (mentions, candidates)
+        for key, mentions, candidates in _of_keys(
+            connection, files["links"], keys, "mentions, candidates"
+        )
+    }
+    texts = dict(_of_keys(connection, files["pairs"], keys, "text"))
+    evidence = _evidence(connection, files, keys) if config["labels"] == "clip" else {}
+    entities = sorted({c["entity"] for _, candidates in links.values() for c in candidates})
+    names = _names(connection, files, entities)
+    found, left = [], dict(GALLERY)
+    for key in keys:
+        chosen, reason = labels[key]
+        mentions, candidates = links[key]
+        by_text = choose.best_prior_entities(mentions, candidates)
+        group = "rejected" if reason else "agreed" if set(chosen) == set(by_text) else "changed"
+        if not left[group]:
+            continue
+        left[group] -= 1
+        rows = []
+        distinct: dict[int, dict] = {}  # an entity may be a candidate of several mentions
+        for candidate in sorted(candidates, key=lambda candidate: candidate["prior"]):
+            distinct[candidate["entity"]] = candidate
+        for entity, candidate in distinct.items():
+            row = {
+                "name": names[entity][0],
+                "description": names[entity][1],
+                "prior": round(candidate["prior"], 3),
+                "by_text": entity in by_text,
+                "chosen": entity in chosen,
+            }
+            if (key, entity) in evidence:
+                known = evidence[key, entity]
+                row["score"] = known.score
+                row["fit"] = float(known.fit(choose.Rule.of(config)))
+            rows.append(row)
+        found.append(
+            {
+                "key": key,
+                "group": group,
+                "reason": reason,
+                "text": texts[key],
+                "mentions": [[m["start"], m["end"], m["kind"]] for m in mentions],
+                "candidates": rows,
+            }
+        )
+    return sorted(found, key=lambda picture: list(GALLERY).index(picture["group"]))
+
+
+def thumbnails(
+    connection: duckdb.DuckDBPyConnection, files: Files, workdir: epath.Path, keys: Sequence[str]
+) -> dict[str, str]:
+    """JPEG as base64 of the pictures, by key."""
+    columns = 'path, "offset", length'
+    rows = sorted(_of_keys(connection, files["pairs"], sorted(set(keys)), columns))
+    pointers = list(zip(*rows, strict=True))[1:] if rows else [(), (), ()]
+    found = {}
+    for row, data in pairs_stage.read_pictures(workdir, *pointers):
+        jpeg, _, _ = shards.to_jpeg(data, max_side=_THUMBNAIL, quality=85)
+        found[rows[row][0]] = base64.b64encode(jpeg).decode()
+    return found
+
+
+def _of_keys(
+    connection: duckdb.DuckDBPyConnection, files: Sequence[str], keys: list[str], columns: str
+) -> list[tuple]:
+    """Rows (key, columns) of a table of pairs."""
+    return ask(
+        connection,
+        f"SELECT key, {columns} FROM read_parquet($files) WHERE key IN (SELECT unnest($keys))",
+        files=files,
+        keys=keys,
+    )
+
+
+def _evidence(
+    connection: duckdb.DuckDBPyConnection, files: Files, keys: list[str]
+) -> dict[tuple, choose.Evidence]:
+    scores = _of_keys(connection, files["scores"], keys, "entities, scores")
+    fits = {
+        key: (text_fits, picture_fits)
+        for key, text_fits, picture_fits in _of_keys(
+            connection, files["fits"], keys, "text_fits, picture_fits"
+        )
+    }
+    coherence = dict(
+        ask(
+            connection,
+            "SELECT entity, coherence FROM read_parquet($coherence)"
+            " WHERE entity IN (SELECT unnest($entities))",
+            entities=sorted({entity for _, entities, _ in scores for entity in entities}),
+            **files,
+        )
+    )
+    return {
+        (key, entity): choose.Evidence(round(score, 4), *values, coherence[entity])
+        for key, entities, cosines in scores
+        for entity, score, *values in zip(entities, cosines, *fits[key], strict=True)
+    }
+
+
+def _names(
+    connection: duckdb.DuckDBPyConnection, files: Files, entities: list[int]
+) -> dict[int, tuple[str, str]]:
+    """Name and description of rows of the knowledge base."""
+    rows = ask(
+        connection,
+        "SELECT file_row_number, label, coalesce(description, '')"
+        " FROM read_parquet($kb, file_row_number = true)"
+        " WHERE file_row_number IN (SELECT unnest($entities))",
+        entities=entities,
+        **files,
+    )
+    return {entity: (name, description) for entity, name, description in rows}

@@ -1,0 +1,186 @@
+"""The data card: what went in, what came out, and why. All stages -> report/.
+
+    report/report.json   every number of the page
+    report/index.html    the page (`report_page`), self-contained
+
+Numbers are counted in `report_numbers` and `report_labels`, pictures chosen in `report_pictures`.
+For the same inputs both files are the same every time, but for the seconds that the stages took.
+"""
+
+import json
+import os
+import re
+
+import ml_collections
+from etils import epath
+
+from data_prep import engine
+from data_prep.card import labels as card_labels
+from data_prep.card import numbers as card_numbers
+from data_prep.card import page as card_page
+from data_prep.card import pictures as card_pictures
+from mofi_jax.data import records
+
+# What a path looks like: absolute, from home, from here or from above, or of a bucket.
+_PATH = re.compile(r"(?:[a-z][a-z0-9+.-]*:/(?=/)|(?<![\w.~}/])(?:~|\.{1,2}))?(?<!\w)/[^\s,{}]+")
+
+
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
+    """Writes report/index.html and report/report.json for the labelled data set in `workdir`.
+
+    Args:
+      config: printed on the page, of paths the last part; `sources`, `labels`, `min_images` and,
+        for labels="clip", the fields of `selection.Rule` are read.
+      work: the engine; its work directory holds all the stages' output.
+
+    Returns:
+      The one manifest; counts `pictures`, those on the page.
+    """
+    workdir = work.workdir
+    stages = ("pairs", "links", "labels", "labels_final", "rejects")
+    files = {stage: sorted(workdir.glob(f"{stage}/*.parquet")) for stage in stages}
+    if config.labels == "clip":
+        for stage in ("scores", "fits", "coherence"):
+            files[stage] = sorted(workdir.glob(f"{stage}/*.parquet"))
+    files["kb"] = [workdir / "kb/entities.parquet"]
+    files["vocabulary"] = [
+        workdir / "vocabulary/entities.parquet",
+        workdir / "vocabulary/kb_rows.npy",
+    ]
+    files["manifests"] = [
+        path
+        for stage in ("indexed", "pairs", "dropped-i2e", "shards-i2e")
+        for path in _json_files(workdir / stage)
+    ]
+    settings = {
+        "version": 1,
+        "files": [(stage, len(paths)) for stage, paths in files.items()],
+        # The number of workers changes nothing, so the page does not show it.
+        "config": {
+            key: without_folders(value)
+            for key, value in config.to_dict().items()
+            if key != "workers"
+        },
+    }
+    task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
+    return work.map_shards("report", _write, [task], settings, here=True)
+
+
+def without_folders(value):
+    """A config value, of the paths in it only their last part: a page tells nothing of a machine.
+
+    Args:
+      value: anything that JSON holds.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    if isinstance(value, str):
+        return _PATH.sub(lambda path: os.path.basename(path.group().rstrip("/")), value)
+    return value
+
+
+def _json_files(folder: epath.Path) -> list[epath.Path]:
+    return [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
+
+
+def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    files, rest = {}, list(task.inputs)
+    for stage, count in settings["files"]:
+        files[stage], rest = rest[:count], rest[count:]
+    config = settings["config"]
+    entities = records.read_entities(files["vocabulary"][0])
+    manifests = [json.loads(epath.Path(path).read_text()) for path in files["manifests"]]
+    counts = {
+        stage: engine.total_counts([m for m in manifests if m["stage"] == stage])
+        for stage in ("pairs", "dropped-i2e")
+    }
+    downloads = _failed_downloads(counts["pairs"])
+    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+        about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
+        strips = card_pictures.entity_strips(*about, entities)
+        report = {
+            "name": ", ".join(source.partition("=")[0] for source in config["sources"]),
+            "config": config,
+            "funnel": card_numbers.funnel(*about, downloads["total"], len(entities)),
+            "sources": card_numbers.by_source(*about),
+            "failed_downloads": downloads["by_status"],
+            "rejects": card_numbers.rejects(*about),
+            "labels_per_picture": card_labels.labels_per_picture(*about),
+            "images_per_entity": card_labels.images_per_entity(entities.counts),
+            "picture_sizes": card_numbers.picture_sizes(*about),
+            "fits": None,
+            "scores": None,
+            "sensitivity": None,
+            "entity_types": card_labels.entity_types(*about),
+            "captions": card_numbers.scripts(*about),
+            "duplicates": card_numbers.duplicates(*about, counts["dropped-i2e"]),
+            "top_entities": strips["top"],
+            "rare_entities": strips["rare"],
+            "gallery": card_pictures.gallery(*about, config),
+            "rates": _rates(outputs.workdir),
+            "lineage": _lineage(manifests),
+        }
+        if config["labels"] == "clip":
+            report |= card_labels.histograms(*about, config)
+            report["sensitivity"] = card_labels.sensitivity(*about, config, report["scores"])
+        keys = [picture["key"] for picture in report["gallery"]]
+        for entity in (*report["top_entities"], *report["rare_entities"]):
+            keys += entity["keys"]
+        thumbnails = card_pictures.thumbnails(*about, outputs.workdir, keys)
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    outputs.path("report/report.json").write_text(text)
+    outputs.path("report/index.html").write_text(card_page.render(report, thumbnails))
+    return {"pictures": len(thumbnails)}
+
+
+def _failed_downloads(counts: dict[str, int]) -> dict:
+    """Pairs that the downloader got no picture for, where the input tells: total, by status."""
+    prefix = "not_downloaded_"
+    by_status = {
+        name.removeprefix(prefix): count
+        for name, count in counts.items()
+        if name.startswith(prefix)
+    }
+    return {
+        "total": counts.get("not_downloaded", 0),
+        "by_status": dict(sorted(by_status.items(), key=lambda entry: (-entry[1], entry[0]))),
+    }
+
+
+def _rates(workdir: epath.Path) -> list[dict]:
+    """Seconds of each stage, summed over workers; rows are what its first count counts."""
+    rows = []
+    for stage, spent in engine.stage_seconds(workdir).items():
+        if stage == "report":
+            continue
+        found = [json.loads(path.read_text()) for path in _json_files(workdir / stage)]
+        # A stage's folder may hold other files too, such as a model's description.
+        manifests = [manifest for manifest in found if manifest.get("stage") == stage]
+        unit, count = next(iter(engine.total_counts(manifests).items()), ("", 0))
+        rows.append({"stage": stage, **spent, "rows": count, "unit": unit})
+    return rows
+
+
+def _lineage(manifests: list[dict]) -> dict:
+    # A large file is the input of several shards.
+    inputs = {m["inputs"][0]["path"]: m["inputs"][0] for m in manifests if m["stage"] == "indexed"}
+    written = [m for m in manifests if m["stage"] == "shards-i2e"]
+    return {
+        "inputs": [
+            {"path": os.path.basename(i["path"]), "bytes": i["bytes"], "sha256": i["sha256"]}
+            for i in inputs.values()
+        ],
+        "shards": [
+            {
+                "path": output["path"],
+                "bytes": output["bytes"],
+                "sha256": output["sha256"],
+                "records": manifest["counts"]["records"],
+            }
+            for manifest in written
+            for output in manifest["outputs"]
+            if ".array_record-" in output["path"]
+        ],
+    }

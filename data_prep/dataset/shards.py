@@ -1,0 +1,204 @@
+"""The last stage of the data: ArrayRecord shards in the order of `plan`: i2t/, i2e/.
+
+DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.parquet (which
+                record of which shard a key is) and, for i2e, entities.parquet (see
+                `mofi_jax.data.records`)
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+
+import cv2
+import ml_collections
+import numpy as np
+from etils import epath
+
+from data_prep import engine
+from data_prep.dataset import files as dataset_files
+from data_prep.dataset import order as record_order
+from data_prep.dataset import vocabulary
+from data_prep.pairs import stage as pairs_stage
+from mofi_jax.data import ops, records
+
+DESCRIPTIONS = {
+    "i2t": "Image-text pairs with the captions they were found with; no labels.",
+    "i2e": "Image-to-entities: pictures with their captions, labelled with the entities that were "
+    "found in the caption and fit the picture (MOFI, arXiv 2306.07952).",
+}
+
+# A byte-pair vocabulary of tens of thousands does not change any more beyond this many captions.
+TOKENIZER_CAPTIONS = 1_000_000
+
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+
+def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[dict]:
+    """Writes the data set `dataset` in `workdir`/`dataset`/1.0.0.
+
+    Args:
+      config: `seed`, `shard_examples`, `jpeg_quality`, `max_side` (px of the shorter side: larger
+        pictures are shrunk to it), `vocab_size` of the tokenizer.
+      work: the engine; its work directory holds pairs/ and, for i2e, labels_final/ and vocabulary/.
+      dataset: "i2t", all valid pairs without labels, or "i2e", the labelled ones.
+
+    Returns:
+      The manifests of the shards; counts `records`, `record_bytes`, `reencoded`.
+
+    Raises:
+      BadInput: there is no pair to write.
+    """
+    workdir = work.workdir
+    plans = record_order.run(work, dataset, config.seed, config.shard_examples)
+    vocabulary_files = (workdir / "vocabulary/kb_rows.npy",) if dataset == "i2e" else ()
+    tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans]
+    settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
+    settings |= {"dataset": dataset, "shards": len(plans)}
+    written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings)
+    _describe(config, work, dataset, plans, written)
+    return written
+
+
+# -------------------------------------------------------------------------------------- the records
+
+
+def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    import pyarrow.parquet as pq
+    from array_record.python import array_record_module
+
+    plan_path, *vocabulary_files = task.inputs
+    kb_rows = np.load(vocabulary_files[0]) if vocabulary_files else np.zeros(0, np.int32)
+    dataset = settings["dataset"]
+    name = records.shard_name(dataset, "train", int(task.name), settings["shards"])
+    path = outputs.path(f"{dataset}/{records.VERSION}/{name}")
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), records.WRITER_OPTIONS)
+    counts = {"records": 0, "record_bytes": 0, "reencoded": 0}
+    rows = pq.read_table(plan_path).to_pylist()
+    # Read in the order of the tars, write in the order of the plan: a shard is held in memory.
+    pictures = {}
+    pointers = ([row[name] for row in rows] for name in ("path", "offset", "length"))
+    for i, found in pairs_stage.read_pictures(outputs.workdir, *pointers):
+        pictures[i] = to_jpeg(found, settings["max_side"], settings["jpeg_quality"])
+        counts["reencoded"] += pictures[i][0] is not found
+    for i, row in enumerate(rows):
+        image, width, height = pictures.pop(i)
+        record = records.serialize(
+            {
+                "key": row["key"],
+                "image": image,
+                "text": row["text"],
+                "entity_ids": vocabulary.entity_ids(kb_rows, np.array(row["entities"], np.int32)),
+                "entity_scores": np.array(row["scores"], np.float32),
+                "source": row["source"],
+                "width": width,
+                "height": height,
+            }
+        )
+        writer.write(record)
+        counts["records"] += 1
+        counts["record_bytes"] += len(record)
+    writer.close()
+    return counts
+
+
+def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
+    """A picture as RGB JPEG whose shorter side is at most `max_side` px.
+
+    An upright RGB JPEG that is small enough already is returned as it is: encoding again costs
+    quality.
+
+    Returns:
+      (JPEG bytes, width, height).
+
+    Raises:
+      ops.UndecodableImage: corrupt or truncated input.
+    """
+    if data[:2] == b"\xff\xd8":
+        with ops.open_picture(data) as header:
+            upright = header.getexif().get(ORIENTATION, 1) == 1
+            plain = header.format == "JPEG" and header.mode == "RGB" and upright
+            if plain and min(header.size) <= max_side:
+                return data, *header.size
+    rgb = ops.decode_rgb(data)
+    height, width = rgb.shape[:2]
+    short = min(height, width)
+    if short > max_side:
+        width, height = (max(1, round(side * max_side / short)) for side in (width, height))
+        # INTER_AREA averages: no aliasing when shrinking.
+        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
+    return ops.encode_jpeg(rgb, quality), width, height
+
+
+# ------------------------------------------------------------------------------------- the metadata
+
+
+def _describe(
+    config: ml_collections.ConfigDict,
+    work: engine.Engine,
+    dataset: str,
+    plans: list[epath.Path],
+    written: list[dict],
+) -> None:
+    """Tokenizer, vocabulary and TFDS metadata."""
+    entities = (work.workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
+    settings = {
+        "dataset": dataset,
+        "vocab_size": config.vocab_size,
+        "tokenizer_captions": TOKENIZER_CAPTIONS,
+        "shard_lengths": [manifest["counts"]["records"] for manifest in written],
+        "num_bytes": engine.total_counts(written)["record_bytes"],
+    }
+    task = engine.Task("all", (*plans, *entities))
+    work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, here=True)
+
+
+def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    dataset, shards = settings["dataset"], len(settings["shard_lengths"])
+    plans, vocabulary_files = task.inputs[:shards], task.inputs[shards:]
+    folder = f"{dataset}/{records.VERSION}"
+    texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
+    dataset_files.train_bpe(
+        texts, settings["vocab_size"], outputs.path(f"{folder}/{records.TOKENIZER_FILE}")
+    )
+    for path in vocabulary_files:
+        shutil.copyfile(path, outputs.path(f"{folder}/{records.ENTITIES_FILE}"))
+    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans)
+    # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
+    outputs.path(f"{folder}/features.json")
+    dataset_files.write_metadata(
+        outputs.path(f"{folder}/dataset_info.json").parent,
+        name=dataset,
+        shard_lengths=settings["shard_lengths"],
+        num_bytes=settings["num_bytes"],
+        description=DESCRIPTIONS[dataset],
+    )
+    return {"records": sum(settings["shard_lengths"]), "shards": shards}
+
+
+def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int) -> Iterator[str]:
+    """What the tokenizer learns from: captions in shuffled order, and all the entities' words."""
+    import pyarrow.parquet as pq
+
+    for path in plans:
+        captions = pq.read_table(path, columns=["text"])["text"].to_pylist()
+        yield from captions[:limit]
+        limit -= min(limit, len(captions))
+        if not limit:
+            break
+    for path in vocabulary_files:
+        entities = records.read_entities(path)
+        yield from entities.names
+        yield from filter(None, entities.descriptions)
+
+
+def _write_keys(path: epath.Path, plans: Sequence[str]) -> None:
+    """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
+    with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
+        for shard, plan_path in enumerate(plans):
+            keys = pq.read_table(plan_path, columns=["key"])["key"].combine_chunks()
+            columns = [keys, np.full(len(keys), shard, np.int32), np.arange(len(keys))]
+            writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

@@ -1,0 +1,37 @@
+"""Runs stages over shards; knows nothing of any stage.
+
+    stages        Engine: `map_shards`, and what is finished, in quarantine or stray
+    jobs          one shard in whatever process: Task, Outputs, retries, what can go wrong
+    executors     where jobs run: processes of this machine, a Ray cluster
+    manifests     what a finished shard was made from, and whether it still is
+    progress      what a person sees meanwhile
+
+The doors are below; a stage needs no other.
+"""
+
+from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
+from data_prep.engine.manifests import sha256, stage_seconds, write_durably
+from data_prep.engine.stages import (
+    Engine,
+    Scattered,
+    connect,
+    read_buckets,
+    runs,
+    total_counts,
+)
+
+__all__ = [
+    "Engine",
+    "Outputs",
+    "Scattered",
+    "ShardError",
+    "StageFunction",
+    "Task",
+    "connect",
+    "read_buckets",
+    "runs",
+    "sha256",
+    "stage_seconds",
+    "total_counts",
+    "write_durably",
+]

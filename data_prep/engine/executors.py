@@ -1,0 +1,270 @@
+"""Where jobs run: in this process and its worker processes, or on a Ray cluster.
+
+An executor takes the jobs of one stage and yields their outcomes in any order. Outcomes do not
+depend on it: a job is a pure function of its inputs and settings, and safe to run twice. A job that
+needs the accelerator runs in the one process of a machine that owns it.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import socket
+import sys
+import threading
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+
+from absl import logging
+
+from data_prep.engine import jobs
+from mofi_jax.common import errors
+
+Outcome = tuple[jobs.Job, dict | jobs.Failure]
+
+_KNOCK_SECONDS = 10.0
+
+
+class Executor(typing.Protocol):
+    """Runs jobs; `close` gives processes and memory back."""
+
+    def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]: ...
+
+    def close(self) -> None: ...
+
+
+class Local:
+    """Worker processes on this machine, kept from stage to stage: starting one costs a second.
+
+    They are spawned, because forking a process that holds threads (jax, grain, pyarrow) can
+    deadlock. A worker that dies, killed by hand or for want of memory, costs its shard alone: the
+    shards that were being worked on are run again, each in a process of its own, and one whose
+    process dies once more is a failure.
+    """
+
+    def __init__(self, workers: int = 1):
+        self.workers = workers
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]:
+        if accelerator or self.workers <= 1:
+            for job in todo:
+                yield job, jobs.attempt(job)
+            return
+        waiting = collections.deque(todo)
+        running: dict[concurrent.futures.Future, jobs.Job] = {}
+        try:
+            while waiting or running:
+                # No more than are worked on: these are the suspects when a process dies.
+                while waiting and len(running) < self.workers:
+                    job = waiting.popleft()
+                    running[self._submit(job)] = job
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                broken = []
+                for future in done:
+                    job = running.pop(future)
+                    try:
+                        yield job, future.result()
+                    except concurrent.futures.process.BrokenProcessPool:
+                        broken.append(job)
+                if broken:
+                    suspects = [*broken, *running.values()]
+                    running.clear()
+                    self.close()
+                    logging.warning(
+                        "A worker process died: running %s again, each alone",
+                        ", ".join(sorted(job.where for job in suspects)),
+                    )
+                    for job in suspects:
+                        yield job, self._alone(job)
+        finally:
+            for future in running:
+                future.cancel()
+            if running:
+                concurrent.futures.wait(running)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = None
+
+    def _submit(self, job: jobs.Job) -> concurrent.futures.Future:
+        if self._pool is None:
+            self._pool = _spawned(self.workers)
+        try:
+            return self._pool.submit(jobs.attempt, job)
+        except concurrent.futures.process.BrokenProcessPool as error:  # died while idle
+            future: concurrent.futures.Future = concurrent.futures.Future()
+            future.set_exception(error)
+            return future
+
+    def _alone(self, job: jobs.Job) -> dict | jobs.Failure:
+        with _spawned(1) as pool:
+            try:
+                return pool.submit(jobs.attempt, job).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                return jobs.Failure(
+                    jobs.ShardError(
+                        f"{job.where}: its worker process died twice, most likely for want of"
+                        " memory: run again with fewer workers; finished shards are kept."
+                    ),
+                    of_shard=True,
+                )
+
+
+def _spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_die_with_parent,
+    )
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when the parent is gone.
+
+    A worker waits on a queue whose writing end it holds itself, so after kill -9 of the parent it
+    would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+class Ray:
+    """Tasks on a Ray cluster, and one actor per machine for the stages with an accelerator.
+
+    The work directory and the inputs lie on a file system that all machines see under the same
+    path, and all have this project installed or its folder at the same place. Ray runs a task again
+    when its machine dies; what that machine had finished stays.
+    """
+
+    # Enough to keep a cluster busy, few enough that a stage of 100,000 shards does not queue up.
+    _IN_FLIGHT_PER_CPU = 2
+
+    def __init__(self, address: str | None = None):
+        """Joins the cluster at `address` ("auto", "host:port", "ray://..."), or starts a local one.
+
+        Raises:
+          BadInput: Ray is not installed, or nothing answers at the address.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise errors.BadInput(
+                '--engine=ray needs Ray: pip install "ray>=2.40", or leave --engine out.'
+            ) from error
+        self._ray = ray
+        self._joined = not ray.is_initialized()
+        # Workers import what this process imports, wherever it was started from.
+        paths = [str(pathlib.Path(__file__).resolve().parents[1]), *filter(None, sys.path)]
+        environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+        if self._joined:
+            try:
+                _knock(address)
+                ray.init(
+                    address=address or "local",
+                    runtime_env={"env_vars": environment},
+                    log_to_driver=False,
+                    include_dashboard=False if not address else None,
+                    logging_level="warning",
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise errors.BadInput(
+                    f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}): start"
+                    " one with `ray start --head`, or leave --ray_address out."
+                ) from error
+        self._attempt = ray.remote(num_cpus=1, max_retries=3)(jobs.attempt)
+        self._actors: list = []
+
+    def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]:
+        if accelerator:
+            yield from self._on_actors(todo)
+            return
+        self._release()  # an idle actor would hold a processor
+        limit = max(2, int(self._IN_FLIGHT_PER_CPU * self._ray.cluster_resources().get("CPU", 1)))
+        yield from self._collect(todo, itertools.repeat(self._attempt.remote), limit)
+
+    def close(self) -> None:
+        self._release()
+        if self._joined:
+            self._ray.shutdown()
+
+    def _on_actors(self, todo: Sequence[jobs.Job]) -> Iterator[Outcome]:
+        if not self._actors:
+            self._actors = [self._actor(node) for node in self._machines()]
+        sends = itertools.cycle([actor.attempt.remote for actor in self._actors])
+        yield from self._collect(todo, sends, limit=2 * len(self._actors))
+
+    def _collect(self, todo: Sequence[jobs.Job], sends: Iterable, limit: int) -> Iterator[Outcome]:
+        waiting, running = collections.deque(todo), {}
+        sends = iter(sends)
+        while waiting or running:
+            while waiting and len(running) < limit:
+                job = waiting.popleft()
+                running[next(sends)(job)] = job
+            done, _ = self._ray.wait(list(running), num_returns=1)
+            for reference in done:
+                job = running.pop(reference)
+                try:
+                    outcome = self._ray.get(reference)
+                except self._ray.exceptions.RayError as error:
+                    told = jobs.ShardError(f"{job.where}: {str(error).splitlines()[0]}")
+                    outcome = jobs.Failure(told, of_shard=True)
+                yield job, outcome
+
+    def _machines(self) -> list[dict]:
+        """The machines that own accelerators; all machines where none has any."""
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        alive = [node for node in alive if node["Resources"].get("CPU", 0) >= 1]
+        return [node for node in alive if _accelerators(node)] or alive
+
+    def _actor(self, node: dict):
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
+        # All of them: one process per machine, whose step is data-parallel over its devices.
+        for name, count in _accelerators(node).items():
+            if name == "GPU":
+                options["num_gpus"] = count
+            else:
+                options["resources"] = {name: count}
+        # Soft: when the machine dies, the actor starts again on another one.
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        actor = self._ray.remote(**options)(_Accelerator)
+        return actor.options(scheduling_strategy=strategy).remote()
+
+    def _release(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError when nothing listens at "host:port": Ray itself would wait for minutes."""
+    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+
+
+class _Accelerator:
+    """An actor: its process keeps the model that its first job loads."""
+
+    def attempt(self, job: jobs.Job) -> dict | jobs.Failure:
+        return jobs.attempt(job)
+
+
+def _accelerators(node: dict) -> dict[str, float]:
+    return {name: n for name, n in node["Resources"].items() if name in ("GPU", "TPU") and n >= 1}

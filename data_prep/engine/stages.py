@@ -1,0 +1,400 @@
+"""Runs stages over shards. Knows nothing of any stage; `jobs` has what a stage function gets.
+
+Three primitives, and nothing else moves data from stage to stage:
+
+    map_shards   function(task: Task, outputs: Outputs, settings: dict) -> counts, for each shard
+    aggregate    SQL over parquet files, out of core (DuckDB)
+    scatter      SQL whose rows say which bucket they go to; a later map_shards gathers the rows of
+                 a run of buckets with `read_buckets`: how rows change shards in bounded memory
+
+A function is module-level and pure: it reads `task.inputs`, writes every file under the name that
+`outputs.path("folder/name")` gives, and returns its counts. Its bytes may depend on inputs and
+settings alone: no clock, no worker id, no `hash()`. A stage that changes what it writes raises a
+`version` in its settings.
+
+A finished shard is never done again (`manifests`). A shard that cannot be made (`jobs.Failure`) is
+put into quarantine while the failure budget lasts: the others go on without it, its keys stand in
+rejects/, the reason in `W/quarantine/`, and the next run tries it again.
+
+The work directory is on a file system where rename and flock work, and which all machines see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import typing
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from data_prep.engine import executors, manifests, progress
+from data_prep.engine.jobs import (
+    Job,
+    Outputs,
+    ShardError,
+    StageFunction,
+    Task,
+    rejects_name,
+    rejects_table,
+)
+from data_prep.engine.manifests import sha256, stage_seconds, write_durably
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "Engine",
+    "Outputs",
+    "Scattered",
+    "ShardError",
+    "StageFunction",
+    "Task",
+    "connect",
+    "read_buckets",
+    "runs",
+    "sha256",
+    "stage_seconds",
+    "total_counts",
+    "write_durably",
+]
+
+
+class Engine:
+    """Runs stages in one work directory.
+
+    Attributes:
+      workdir: the work directory, absolute.
+      quarantined: the shards that this run left out, as "STAGE/NAME".
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        workers: int = 1,
+        *,
+        executor: executors.Executor | None = None,
+        failure_budget: float = 0.0,
+    ):
+        """
+        Args:
+          workdir: the work directory.
+          workers: processes on this machine; never part of any output.
+          executor: where jobs run instead.
+          failure_budget: the share of a stage's shards that may go into quarantine.
+        """
+        self.workdir = epath.Path(os.path.abspath(os.fspath(workdir)))
+        self.quarantined: list[str] = []
+        self._executor = executor or executors.Local(workers)
+        self._here = executors.Local(1)
+        self._failure_budget = failure_budget
+        self._display = progress.Display()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends worker processes and the progress display; the next stage would start new ones."""
+        self._display.close()
+        self._executor.close()
+
+    def map_shards(
+        self,
+        stage: str,
+        function: StageFunction,
+        tasks: Sequence[Task],
+        settings: Mapping[str, typing.Any],
+        *,
+        here: bool = False,
+        accelerator: bool = False,
+        own_progress: bool = False,
+    ) -> list[dict]:
+        """Runs `function` on every task that is not finished yet.
+
+        Args:
+          stage: name of the stage; manifests are written to `workdir/STAGE/`.
+          function: see the docstring of this module.
+          tasks: the shards, with distinct names. Shards that an earlier run finished and that are
+            not among them are removed with their outputs, so that a reader may take all files it
+            finds.
+          settings: everything besides the inputs that the output depends on, as JSON values.
+          here: run in this process.
+          accelerator: run where the accelerator is: here, or in the actors of a Ray cluster.
+          own_progress: the function shows its progress itself, so that the display makes room.
+
+        Returns:
+          The manifests of the shards that are not in quarantine, in the order of the tasks: stage,
+          shard, settings, inputs and outputs (path, bytes, sha256) and counts.
+
+        Raises:
+          BadInput: an input is missing, the disk is full, another run uses the work directory, or
+            the function found input that cannot be used and the failure budget is spent.
+          ShardError: the function failed and the budget is spent; names stage and shard.
+        """
+        settings = json.loads(json.dumps(dict(settings), sort_keys=True))
+        names = [task.name for task in tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage {stage}: two tasks of one name in {names}")
+        folder = self.workdir / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        with manifests.locked(folder):
+            shutil.rmtree(folder / ".tmp", ignore_errors=True)
+            manifests.remove_strays(self.workdir, stage, set(names))
+            found: dict[str, dict] = {}
+            todo = []
+            for task in tasks:
+                seen = manifests.look_up(task.inputs)
+                manifest = manifests.finished(
+                    self.workdir, stage, task.name, task.inputs, settings, hash_changed=False
+                )
+                if manifest is None:
+                    workdir = os.fspath(self.workdir)
+                    todo.append(Job(workdir, stage, function, task, settings, seen))
+                else:
+                    found[task.name] = manifest
+            if tasks and not todo:
+                logging.info("%s: all %d shards are done already", stage, len(tasks))
+            alone = here or (len(todo) == 1 and not accelerator)
+            executor = self._here if alone else self._executor
+            allowed = int(self._failure_budget * len(tasks))
+            if own_progress:
+                self._display.close()
+                showing = contextlib.nullcontext(lambda counts: None)
+            else:
+                showing = self._display.stage(stage, len(tasks), len(found))
+            with showing as advance:
+                for job, outcome in executor.run(todo, accelerator):
+                    if isinstance(outcome, dict):
+                        found[job.task.name] = outcome
+                        self._release(stage, job.task.name)
+                        advance(outcome["counts"])
+                        continue
+                    if outcome.traceback:
+                        logging.error("%s\n%s", job.where, outcome.traceback)
+                    if not outcome.of_shard or not allowed:
+                        raise outcome.error
+                    allowed -= 1
+                    self._quarantine(job, outcome.error)
+            for manifest in found.values():
+                manifests.remember(self.workdir, manifest)
+        return [found[name] for name in names if name in found]
+
+    def aggregate(
+        self,
+        stage: str,
+        queries: Mapping[str, str],
+        tables: Mapping[str, Sequence[str | os.PathLike[str]]],
+        parameters: Mapping[str, typing.Any] | None = None,
+    ) -> dict:
+        """Writes the results of SQL over parquet files to parquet files, in one task, out of core.
+
+        Args:
+          stage: name of the stage.
+          queries: output file, relative to the work directory, to the SQL of its rows; ORDER BY
+            makes them the same every time.
+          tables: what $NAME in the SQL stands for: files for `read_parquet($NAME)`.
+          parameters: further $NAMEs.
+
+        Returns:
+          The manifest; counts are the rows of each output, by its path without suffix.
+        """
+        settings = {
+            "queries": dict(queries),
+            "tables": {name: len(files) for name, files in tables.items()},
+            "parameters": dict(parameters or {}),
+        }
+        task = Task("all", tuple(path for files in tables.values() for path in files))
+        [manifest] = self.map_shards(stage, _aggregate, [task], settings, here=True)
+        return manifest
+
+    def scatter(
+        self,
+        stage: str,
+        sql: str,
+        tasks: Sequence[Task],
+        buckets: int,
+        parameters: Mapping[str, typing.Any] | None = None,
+        tables: Sequence[str] = ("files",),
+    ) -> Scattered:
+        """Sorts the rows of each task's files into buckets.
+
+        Args:
+          stage: name of the stage; its files are `workdir/STAGE/NNNNN.parquet`, one for each task,
+            with one row group for each bucket.
+          sql: rows with a column `bucket`, an integer in [0, buckets), which is not kept.
+          tasks: the inputs.
+          buckets: how many.
+          parameters: what further $NAMEs in the SQL stand for.
+          tables: the $NAMEs of equal parts of a task's inputs, files for `read_parquet($NAME)`.
+
+        Returns:
+          What to gather from.
+        """
+        settings = {"sql": sql, "buckets": buckets, "parameters": dict(parameters or {})}
+        settings["tables"] = list(tables)
+        written = self.map_shards(stage, _scatter, tasks, settings)
+        files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
+        return Scattered(tuple(map(os.fspath, files)), buckets)
+
+    def _quarantine(self, job: Job, error: Exception) -> None:
+        """Notes a shard that could not be made; what an earlier run wrote for it is removed."""
+        import pyarrow.parquet as pq
+
+        name = f"{job.stage}/{job.task.name}"
+        logging.warning("%s is left out: %s", name, error)
+        self.quarantined.append(name)
+        manifests.remove(self.workdir, job.stage, job.task.name)
+        table = rejects_table(job.stage, [(key, "quarantined") for key in _keys_of(job.task)])
+        path = self.workdir / rejects_name(job.stage, job.task.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, os.fspath(path), compression="zstd")
+        note = {"stage": job.stage, "shard": job.task.name, "error": str(error)}
+        note["inputs"] = list(job.task.inputs)
+        note_path = self._quarantine_note(job.stage, job.task.name)
+        note_path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(note_path, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _release(self, stage: str, shard: str) -> None:
+        """Forgets that an earlier run had put a shard, now made, into quarantine."""
+        note = self._quarantine_note(stage, shard)
+        if not note.exists():
+            return
+        note.unlink()
+        manifest = manifests.read(self.workdir, stage, shard)
+        rejects = rejects_name(stage, shard)
+        if rejects not in [output["path"] for output in manifest["outputs"]]:
+            (self.workdir / rejects).unlink(missing_ok=True)
+
+    def _quarantine_note(self, stage: str, shard: str) -> epath.Path:
+        return self.workdir / "quarantine" / f"{stage}-{shard}.json"
+
+
+def total_counts(found: Sequence[dict]) -> dict[str, int]:
+    """The sum of the counts of all manifests, keys in order of first appearance."""
+    totals: dict[str, int] = {}
+    for manifest in found:
+        for key, value in manifest["counts"].items():
+            totals[key] = totals.get(key, 0) + value
+    return totals
+
+
+def connect(outputs: Outputs, threads: int = 1):
+    """A DuckDB connection that spills into the shard's temporary folder when memory runs short."""
+    import duckdb
+
+    spill = outputs.temporary("duckdb")
+    spill.parent.mkdir(parents=True, exist_ok=True)
+    connection = duckdb.connect(config={"threads": threads, "temp_directory": os.fspath(spill)})
+    connection.execute("SET enable_progress_bar = false")
+    return connection
+
+
+def _keys_of(task: Task) -> list[str]:
+    """The keys of a task's first input, or the input's name where it is no table of pairs."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(task.inputs[0], columns=["key"])["key"].to_pylist()
+    except (OSError, ValueError, KeyError, IndexError):
+        return [os.path.basename(task.inputs[0]) if task.inputs else task.name]
+
+
+def _aggregate(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
+    parameters, first = dict(settings["parameters"]), 0
+    for name, count in settings["tables"].items():
+        parameters[name] = list(task.inputs[first : first + count])
+        first += count
+    counts = {}
+    with connect(outputs, threads=os.cpu_count() or 1) as connection:
+        for output, sql in settings["queries"].items():
+            used = {name: value for name, value in parameters.items() if f"${name}" in sql}
+            reader = connection.sql(sql, params=used or None).to_arrow_reader(1 << 16)
+            counts[os.path.splitext(output)[0]] = _write_batches(outputs.path(output), reader)
+    return counts
+
+
+def _write_batches(path: epath.Path, reader: pa.RecordBatchReader) -> int:
+    import pyarrow.parquet as pq
+
+    rows = 0
+    with pq.ParquetWriter(os.fspath(path), reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+            rows += len(batch)
+    return rows
+
+
+# ------------------------------------------------------------------------------ scatter and gather
+
+
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """Rows in buckets: files with one row group for each bucket."""
+
+    files: tuple[str, ...]
+    buckets: int
+
+    def bucket_rows(self) -> np.ndarray:
+        """int64 [buckets]: the rows of each bucket, from the files' footers."""
+        import pyarrow.parquet as pq
+
+        total = np.zeros(self.buckets, np.int64)
+        for path in self.files:
+            footer = pq.read_metadata(path)
+            total += [footer.row_group(bucket).num_rows for bucket in range(self.buckets)]
+        return total
+
+
+def read_buckets(files: Sequence[str], first: int, last: int) -> pa.Table:
+    """The rows of the buckets [first, last) in all files, in the order of the files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            parts.append(file.read_row_groups(list(range(first, last))))
+    return pa.concat_tables(parts)
+
+
+def runs(count: int, most: int) -> list[range]:
+    """Cuts range(count) into at most `most` runs of equal length, up to the last one's.
+
+    Scatter tasks and gather tasks are few, because each of the latter opens a file of each of the
+    former.
+    """
+    size = max(1, -(-count // most))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    buckets = settings["buckets"]
+    parameters = dict(settings["parameters"])
+    part = len(task.inputs) // len(settings["tables"])
+    for number, name in enumerate(settings["tables"]):
+        parameters[name] = list(task.inputs[number * part : (number + 1) * part])
+    with connect(outputs) as connection:
+        table = connection.sql(settings["sql"], params=parameters).to_arrow_table()
+    bucket = table["bucket"].to_numpy().astype(np.int64)
+    if len(bucket) and not 0 <= bucket.min() <= bucket.max() < buckets:
+        raise ValueError(f"buckets {bucket.min()} to {bucket.max()} are not in [0, {buckets})")
+    # Stable: within a bucket rows keep the order of the SQL.
+    table = table.drop_columns(["bucket"]).take(np.argsort(bucket, kind="stable"))
+    starts = np.searchsorted(np.sort(bucket), np.arange(buckets + 1))
+    path = os.fspath(outputs.path(f"{outputs.stage}/{task.name}.parquet"))
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for start, end in itertools.pairwise(starts):
+            # An empty bucket is a row group too: the bucket's number is the group's.
+            writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
+    return {"rows": len(table)}

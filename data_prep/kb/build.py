@@ -1,0 +1,301 @@
+"""Builds a knowledge base: a dump of Wikidata, rows or WordNet -> names with candidates and priors.
+
+`build` turns a source (`data_prep.kb.dump`) into a folder
+
+    entities.parquet     qid, label, aliases, description, hypernyms (of Wikidata: P279), types
+                         (P31), sitelinks, image (P18), title (in the English Wikipedia); an entity
+                         is a row number, in the order of the source
+    aliases.marisa       marisa trie: normalised name -> alias number
+    alias_offsets.npy    int64 [a+1]; the candidates of alias i are offsets[i]:offsets[i+1] of
+    cand_entity.npy      int32, most likely first,
+    cand_prior.npy       float32, p(entity | alias), of sum 1 for each alias, and
+    cand_case.npy        uint8, how the source writes that name of that entity (`kb_rows.case_of`)
+    rejects.parquet      key ("line 17"), stage, reason: lines that could not be used
+    manifest.json        written last; its counts tell what was dropped and why
+
+The generic rows are JSONL, one entity a line; all but the id and the label may be missing:
+
+    {"id" or "qid": "Q34718", "label": "tea", "aliases": ["cup of tea"], "description": "...",
+     "hypernyms": ["Q8486"], "types": [...], "image": "Tea.jpg", "title": "Tea",
+     "sense_rank": [1, 2] or "sitelinks": 170}
+
+Priors. Where `sense_rank` gives the rank of this sense of each name (label, then aliases; 1 = the
+most frequent, as in WordNet), the weight of the name is 1/rank: Zipf's law, and the rank is already
+about that very name. Otherwise it is (sitelinks + 1) ** alpha, times 0.5 for an alias. Where a
+table of link anchors knows the name, its counts decide (`data_prep.kb.anchors`). The weights of a
+name's entities are divided by their sum; the 30 largest are kept.
+
+Names of several words are also entered joined ("alarm clock" -> "alarmclock"), as hashtags and
+file names write them, unless something else has that name.
+
+A chunk of lines is parsed by a worker into two parquet files in `.parts`, its part; the parts are
+merged by `data_prep.kb.merge`. After a kill, parts whose lines and rules are the same are not
+parsed again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_collections
+from etils import epath
+
+from data_prep import engine
+from data_prep.kb import anchors as kb_anchors
+from data_prep.kb import dump as kb_dump
+from data_prep.kb import lookup, wikidata
+from data_prep.kb import merge as kb_merge
+from data_prep.kb import parts as kb_parts
+from data_prep.kb import rows as kb_rows
+from mofi_jax.common import errors
+
+check_source = kb_dump.check
+
+_PARTS = ".parts"
+
+
+def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
+    """Puts `config.knowledge_base` at W/kb: built by `config.workers` processes, or a link.
+
+    Raises:
+      BadInput: neither something that can be built from nor a finished folder.
+    """
+    check_source(config.knowledge_base)
+    source, kb = os.path.abspath(config.knowledge_base), os.fspath(work.workdir / "kb")
+    if os.path.islink(kb) and os.readlink(kb) != source:
+        os.unlink(kb)
+    if not kb_dump.is_finished(source):
+        rules = _default_config()
+        rules.workers = config.workers
+        build(source, kb, rules, work)
+    elif source != kb and not os.path.islink(kb):
+        if os.path.exists(kb):
+            raise errors.BadInput(
+                f"knowledge_base: {kb} was built from a file, but {source} is a folder: name"
+                " another --workdir, or remove the former."
+            )
+        os.makedirs(os.path.dirname(kb), exist_ok=True)
+        os.symlink(source, kb)
+
+
+def build(
+    source: epath.PathLike,
+    out: epath.PathLike,
+    config: ml_collections.ConfigDict | None = None,
+    work: engine.Engine | None = None,
+) -> dict:
+    """Builds the folder `out` from `source`; a finished one of the same source is left alone.
+
+    Args:
+      source: a path or "-" for standard input; see `data_prep.kb.dump`.
+      out: the folder.
+      config: as configs/kb.py makes it, whose defaults are taken for None.
+      work: the engine of the folder that holds `out`; None makes one.
+
+    Returns:
+      The manifest; counts `entities`, `aliases`, `candidates`, `rejected` (lines), `empty_names`,
+      `linked_names` (by anchors alone) and `dropped_REASON` for each rule that dropped entities.
+
+    Raises:
+      BadInput: no such source, an unknown suffix, damage, a key of the configuration that cannot be
+        used, or not one usable entity.
+    """
+    config = _default_config() if config is None else config
+    validate(config)
+    out = os.path.abspath(os.fspath(out))
+    source = os.fspath(source)
+    if source != kb_dump.STDIN:
+        check_source(source)
+        source = os.path.abspath(source)
+        if kb_dump.is_finished(source):
+            raise errors.BadInput(
+                f"knowledge_base: {source} is a finished knowledge base already: give what it is"
+                " to be built from."
+            )
+    anchors = os.path.abspath(config.anchors) if config.anchors else None
+    inputs = (*kb_dump.files(source), *([anchors] if anchors else []))
+    settings = settings_of(config, kb_dump.format_of(source))
+    run = functools.partial(
+        _build,
+        source=source,
+        anchors=anchors,
+        workers=config.workers,
+        chunk_lines=config.chunk_lines,
+        memory_gb=config.memory_gb,
+    )
+    work = work or engine.Engine(os.path.dirname(out))
+    stage = os.path.basename(out)
+    task = engine.Task("manifest", inputs)
+    (manifest,) = work.map_shards(stage, run, [task], settings, here=True, own_progress=True)
+    shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
+    return manifest
+
+
+def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
+    """All that the base depends on besides its source, whose format is `form`."""
+    return {
+        "version": 2,
+        "format": form,
+        "languages": list(config.languages),
+        "need_link_or_image": config.need_link_or_image,
+        "drop_types": config.drop_types.to_dict(),
+        "alpha": config.alpha,
+        "alias_factor": config.alias_factor,
+        "anchor_min_links": config.anchor_min_links,
+        "anchor_smoothing": config.anchor_smoothing,
+        "max_stored": lookup.MAX_STORED,
+    }
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises BadInput that names the first key that cannot be used."""
+    least = {"workers": 1, "chunk_lines": 1, "memory_gb": 0.1, "alpha": 0, "anchor_min_links": 1}
+    for key, value in least.items():
+        if config[key] < value:
+            raise errors.BadInput(
+                f"config.{key}={config[key]} cannot be used: give at least {value}."
+            )
+    for key in ("alias_factor", "anchor_smoothing"):
+        if config[key] <= 0:
+            raise errors.BadInput(
+                f"config.{key}={config[key]} cannot be used: give a number above 0, so that no"
+                " candidate has a prior of 0."
+            )
+    kb_anchors.check(config.anchors)
+
+
+def _default_config() -> ml_collections.ConfigDict:
+    from configs import kb  # here: a stage gets its configuration from its main
+
+    config = kb.get_config()
+    config.workers = 1  # a caller without a configuration may be a script that cannot be spawned
+    return config
+
+
+# ---------------------------------------------------------------------------------------- the stage
+
+
+def _build(
+    task: engine.Task,
+    outputs: engine.Outputs,
+    settings: dict,
+    *,
+    source: str,
+    anchors: str | None,
+    workers: int,
+    chunk_lines: int,
+    memory_gb: float,
+) -> dict[str, int]:
+    folder = os.path.join(outputs.workdir, outputs.stage, _PARTS)
+    os.makedirs(folder, exist_ok=True)
+    chunks = kb_dump.chunks(source, chunk_lines, workers)
+    parts = _parse_all(chunks, Parser(folder, settings), workers)
+    return kb_merge.merge(
+        [os.path.join(folder, part) for part in parts],
+        outputs,
+        settings,
+        kb_merge.Resources(os.path.join(folder, "merge"), workers, memory_gb),
+        anchors=anchors,
+        source=source,
+    )
+
+
+def _parse_all(chunks: Iterator[kb_dump.Chunk], parser: Parser, workers: int) -> list[str]:
+    """The names of the parts of all chunks, parsed where they are not there yet."""
+    first = list(itertools.islice(chunks, 2))
+    chunks = itertools.chain(first, chunks)
+    if workers == 1 or len(first) < 2:
+        return [parser(chunk) for chunk in chunks]
+    names = []
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn")
+    )
+    try:
+        running: set[concurrent.futures.Future] = set()
+        for chunk in chunks:
+            names.append(parser.name(chunk))
+            if parser.is_done(chunk):
+                continue
+            running.add(pool.submit(parser, chunk))
+            if len(running) > workers + 1:  # a chunk waits for each worker, no more in memory
+                done, running = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    future.result()
+        for future in running:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return names
+
+
+class Parser(NamedTuple):
+    """Turns chunks into parts (`data_prep.kb.parts`) in a folder."""
+
+    folder: str
+    settings: dict
+
+    def __call__(self, chunk: kb_dump.Chunk) -> str:
+        """Parses the chunk unless its part is there; returns the name of the part."""
+        if not self.is_done(chunk):
+            self._parse(chunk)
+        return self.name(chunk)
+
+    def name(self, chunk: kb_dump.Chunk) -> str:
+        return f"{chunk.number:07d}"
+
+    def is_done(self, chunk: kb_dump.Chunk) -> bool:
+        found = kb_parts.read(os.path.join(self.folder, self.name(chunk)))
+        return found is not None and found["made_of"] == self._made_of(chunk)
+
+    def _made_of(self, chunk: kb_dump.Chunk) -> dict:
+        checksum = zlib.crc32(chunk.data)
+        settings = {key: self.settings[key] for key in ("version", "format", *_PARSED_BY)}
+        return {
+            "first_line": chunk.first_line,
+            "bytes": len(chunk.data),
+            "crc32": checksum,
+            "settings": settings,
+        }
+
+    def _parse(self, chunk: kb_dump.Chunk) -> None:
+        rules = kb_rows.Rules.from_settings(self.settings)
+        dump = self.settings["format"] == kb_dump.WIKIDATA
+        parse = wikidata.parse if dump else kb_rows.parse
+        part = kb_parts.Part()
+        for number, line in _lines(chunk, dump):
+            try:
+                row = parse(line, rules)
+            except ValueError as error:
+                part.reject(number, str(error))
+            except kb_rows.Dropped as error:
+                part.count(f"dropped_{error}")
+            else:
+                part.add(number, row, rules.alias_factor)
+        part.write(os.path.join(self.folder, self.name(chunk)), self._made_of(chunk))
+
+
+_PARSED_BY = ("languages", "need_link_or_image", "drop_types", "alpha", "alias_factor")
+
+
+def _lines(chunk: kb_dump.Chunk, dump: bool) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank; those of a dump without its brackets and commas."""
+    # A line of 10 kB is copied once: cutting first and stripping then takes as long as parsing it.
+    data, start, number = chunk.data, 0, chunk.first_line
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        comma = dump and end > start and data[end - 1] == ord(",")
+        line = data[start : end - comma].strip()
+        if line and not (dump and line in (b"[", b"]")):
+            yield number, line
+        start, number = end + 1, number + 1

@@ -1,0 +1,196 @@
+"""What a knowledge base can be built from: finds the format, reads it in chunks of whole lines.
+
+.json .json.gz .json.bz2   a dump of Wikidata, decompressed by several threads
+-                          the same on standard input, decompressed
+.jsonl .jsonl.gz           the generic rows (`data_prep.kb.rows.parse`)
+a folder                   WordNet's dict with data.noun and index.noun
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import tqdm
+
+from data_prep.kb import wordnet
+from mofi_jax.common import errors
+
+STDIN = "-"
+WIKIDATA, ROWS, WORDNET = "wikidata", "rows", "wordnet"
+_SUFFIXES = {
+    ".json": WIKIDATA,
+    ".json.gz": WIKIDATA,
+    ".json.bz2": WIKIDATA,
+    ".jsonl": ROWS,
+    ".jsonl.gz": ROWS,
+}
+_BLOCK = 4 << 20  # bytes
+_REMEDY = (
+    "name a .jsonl or .jsonl.gz file, a Wikidata dump (.json, .json.gz, .json.bz2), WordNet's dict"
+    " folder, or a folder made by data_prep.build_kb"
+)
+
+
+class Chunk(NamedTuple):
+    """Consecutive lines of the source: `data` begins with line `first_line`, counted from 1."""
+
+    number: int
+    first_line: int
+    data: bytes
+
+
+def is_finished(source: str) -> bool:
+    """Whether `source` is a folder that data_prep.build_kb made."""
+    return os.path.isfile(os.path.join(source, "manifest.json"))
+
+
+def check(source: str) -> None:
+    """Raises BadInput unless `source` is something that can be built from, or a finished folder."""
+    if not source:
+        raise errors.BadInput(
+            f"knowledge_base is not set: write kb=PATH in --config, and {_REMEDY}."
+        )
+    if os.path.isdir(source):
+        if not is_finished(source) and not wordnet.is_folder(source):
+            raise errors.BadInput(
+                f"knowledge_base: {source} is no finished knowledge base: make it with python -m"
+                " data_prep.build_kb."
+            )
+    elif not os.path.isfile(source):
+        raise errors.BadInput(f"knowledge_base: {source} does not exist: {_REMEDY}.")
+    elif not source.endswith(tuple(_SUFFIXES)):
+        raise errors.BadInput(
+            f"knowledge_base: {source} has an unknown suffix: give a .jsonl or .jsonl.gz file, or"
+            " .json, .json.gz or .json.bz2 of Wikidata."
+        )
+
+
+def format_of(source: str) -> str:
+    """WIKIDATA, ROWS or WORDNET, of a source that `check` lets pass or of standard input."""
+    if source == STDIN:
+        return WIKIDATA
+    if os.path.isdir(source):
+        return WORDNET
+    return next(kind for suffix, kind in _SUFFIXES.items() if source.endswith(suffix))
+
+
+def files(source: str) -> tuple[str, ...]:
+    """The files that the result depends on."""
+    if source == STDIN:
+        return ()
+    if os.path.isdir(source):
+        return tuple(os.path.join(source, name) for name in wordnet.FILES)
+    return (source,)
+
+
+def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
+    """The lines of the source, `chunk_lines` at a time, with a progress bar in bytes.
+
+    Args:
+      source: see the docstring of this file.
+      chunk_lines: lines of a chunk; the last one is shorter.
+      threads: of the decompression.
+
+    Raises:
+      BadInput: the source is damaged or, for a dump, ends before its closing bracket.
+    """
+    if format_of(source) == WORDNET:
+        import orjson
+
+        blocks = (orjson.dumps(row) + b"\n" for row in wordnet.rows(source))
+        yield from _cut(blocks, chunk_lines)
+        return
+    line = 1
+    last = first = b""
+    try:
+        for chunk in _cut(_blocks(source, threads), chunk_lines):
+            yield chunk
+            line = chunk.first_line + chunk.data.count(b"\n")
+            first = first or chunk.data[:64].strip()[:1]
+            last = chunk.data[-64:].strip()[-1:] or last
+    except (EOFError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+        if isinstance(error, errors.BadInput):
+            raise
+        raise errors.BadInput(
+            f"knowledge_base: {source} is damaged after line {line - 1}"
+            f" ({' '.join(str(error).split())}): fetch it again."
+        ) from error
+    # What grep or jq passes on may have no brackets.
+    filtered = source == STDIN and first == b"{"
+    if format_of(source) == WIKIDATA and last != b"]" and not filtered:
+        raise errors.BadInput(
+            f"knowledge_base: {source} ends after line {line - 1} without the closing bracket of a"
+            " dump, so that some of it is missing: fetch it again."
+        )
+
+
+def _cut(blocks: Iterator[bytes], chunk_lines: int) -> Iterator[Chunk]:
+    number, first_line = 0, 1
+    held: list[bytes] = []
+    lines = 0
+    for block in blocks:
+        start = 0
+        count = block.count(b"\n")
+        while lines + count >= chunk_lines:
+            end = _after_line(block, start, chunk_lines - lines)
+            yield Chunk(number, first_line, b"".join([*held, block[start:end]]))
+            count -= chunk_lines - lines
+            number, first_line = number + 1, first_line + chunk_lines
+            held, lines, start = [], 0, end
+        held.append(block[start:])
+        lines += count
+    rest = b"".join(held)
+    if rest:
+        yield Chunk(number, first_line, rest)
+
+
+def _after_line(block: bytes, start: int, count: int) -> int:
+    """The position behind the `count`-th line end from `start` on."""
+    for _ in range(count):
+        start = block.index(b"\n", start) + 1
+    return start
+
+
+def _blocks(source: str, threads: int) -> Iterator[bytes]:
+    """The decompressed bytes, with a progress bar."""
+    size = None if source == STDIN else os.path.getsize(source)
+    with (
+        _open(source, threads) as (read, position),
+        tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="kb: read", disable=None) as bar,
+    ):
+        while block := read(_BLOCK):
+            bar.update(position() - bar.n)
+            yield block
+
+
+@contextlib.contextmanager
+def _open(source: str, threads: int) -> Iterator[tuple[Callable[[int], bytes], Callable[[], int]]]:
+    """A function that reads, and one that tells how many bytes of the file have been read."""
+    if source == STDIN:
+        consumed = 0
+
+        def read(size: int) -> bytes:
+            nonlocal consumed
+            block = sys.stdin.buffer.read(size)
+            consumed += len(block)
+            return block
+
+        yield read, lambda: consumed
+    elif source.endswith(".bz2") or (source.endswith(".gz") and format_of(source) == WIKIDATA):
+        import rapidgzip
+
+        # It takes a gzip file cut in the middle for a whole one: the closing bracket tells. Rows
+        # have none, so that they are left to the gzip module.
+        opener = rapidgzip.IndexedBzip2File if source.endswith(".bz2") else rapidgzip.RapidgzipFile
+        with opener(source, parallelization=threads) as file:
+            yield file.read, lambda: file.tell_compressed() // 8
+    else:
+        with open(source, "rb") as raw:
+            read = gzip.GzipFile(fileobj=raw).read if source.endswith(".gz") else raw.read
+            yield read, raw.tell

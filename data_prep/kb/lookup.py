@@ -1,0 +1,212 @@
+"""The knowledge base: names -> candidate entities with priors, memory-mapped.
+
+Looks up what `kb_build` wrote (its docstring has the files). Processes on one machine share the
+memory of an opened base.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import typing
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from data_prep.kb import names
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_STORED = 30  # candidates of a name
+MAX_TOKENS = 8  # longer names are found when they are looked up, not when a text is scanned
+
+
+class Match(typing.NamedTuple):
+    """A name found in a text: characters start:end, and their normal form."""
+
+    start: int
+    end: int
+    form: str
+
+
+class Candidates(typing.NamedTuple):
+    """What surfaces may mean, one entry for each (surface, entity), entries of a surface together.
+
+    Attributes:
+      surface: int64 [c], position in what was looked up, ascending.
+      entity: int32 [c], row of the knowledge base.
+      prior: float32 [c], p(entity | surface); descending within a surface.
+      case: uint8 [c], how the name is written in the knowledge base, see `kb_build`.
+    """
+
+    surface: np.ndarray
+    entity: np.ndarray
+    prior: np.ndarray
+    case: np.ndarray
+
+    def take(self, index: np.ndarray) -> Candidates:
+        return Candidates(*(values[index] for values in self))
+
+
+class KnowledgeBase:
+    """A built folder, opened read-only."""
+
+    def __init__(self, path: epath.PathLike):
+        import marisa_trie
+
+        self.path = epath.Path(path)
+        self._trie = marisa_trie.Trie().mmap(os.fspath(self.path / "aliases.marisa"))
+        self._offsets, self._entity, self._prior, self._case = (
+            np.load(self.path / f"{name}.npy", mmap_mode="r")
+            for name in ("alias_offsets", "cand_entity", "cand_prior", "cand_case")
+        )
+
+    def __contains__(self, form: str) -> bool:
+        """Whether a normalised surface, or what it may be the plural of, is a name."""
+        return form in self._trie or any(single in self._trie for single in names.singulars(form))
+
+    def candidates(self, form: str, top: int) -> list[tuple[int, float]]:
+        """What a normalised surface may mean: the `top` most likely (entity, prior), best first."""
+        found = self.look_up([form])
+        return list(zip(found.entity[:top].tolist(), found.prior[:top].tolist(), strict=True))
+
+    def look_up(self, forms: Sequence[str]) -> Candidates:
+        """What normalised surfaces may mean.
+
+        A surface that is a name itself and the plural of another ("glasses") may mean either: both
+        lists are kept, each with half of the probability.
+        """
+        alias, surface, share = [], [], []
+        get = self._trie.get
+        for number, form in enumerate(forms):
+            found = [get(name) for name in (form, *names.singulars(form))]
+            found = [name for name in found if name is not None]
+            alias += found
+            surface += [number] * len(found)
+            share += [1.0 / len(found)] * len(found) if found else []
+        alias, surface = np.array(alias, np.int64), np.array(surface, np.int64)
+        begins = self._offsets[alias]
+        lengths = self._offsets[alias + 1] - begins
+        # Flat positions of all candidates: runs that begin at `begins`.
+        runs = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+        rows = runs + np.arange(len(runs))
+        prior = self._prior[rows] * np.repeat(np.array(share, np.float32), lengths)
+        found = Candidates(np.repeat(surface, lengths), self._entity[rows], prior, self._case[rows])
+        return found if len(alias) == len(set(surface.tolist())) else _merged(found)
+
+    def qid(self, entity: int) -> str:
+        """The id of an entity in its source."""
+        return self._columns[0][entity].as_py()
+
+    def kinds(self, entity: int) -> frozenset[str]:
+        """What an entity is an instance or a subclass of, and its own id."""
+        own, *kinds = (column[entity].as_py() for column in self._columns)
+        return frozenset([own, *(kind for values in kinds for kind in values or ())])
+
+    @functools.cached_property
+    def _columns(self) -> list:
+        """Read when asked for: only options of the linking need them."""
+        table = read_entities(self.path).select(["qid", "hypernyms", "types"])
+        return [column.combine_chunks() for column in table.columns]
+
+    def scan(self, text: str) -> list[Match]:
+        """The names in a text: at each word the longest that begins there, none inside another.
+
+        A name may run across punctuation ("Paris, Texas"), and then the names on either side of it
+        are found as well. A word that belongs to no name is looked into: "AlarmClock_2", "rose12".
+        """
+        tokens = names.tokenize(text)
+        matches = set(self._maximal(tokens))
+        runs = names.split_at_punctuation(text, tokens)
+        if len(runs) > 1:
+            for run in runs:
+                matches.update(self._maximal(run))
+        reached = 0
+        ends = dict[int, int]()
+        for match in matches:
+            ends[match.start] = max(match.end, ends.get(match.start, 0))
+        for token in tokens:
+            reached = max(reached, ends.get(token.start, 0))
+            if token.start >= reached:
+                parts = names.split_word(text[token.start : token.end], token.start)
+                if len(parts) > 1:
+                    matches.update(self._maximal(parts))
+        return sorted(matches)
+
+    def _maximal(self, tokens: Sequence[names.Token]) -> list[Match]:
+        # One question to the trie for each word, "which names does this begin with", instead of one
+        # for each run of words: the answers are those whose end is the end of a word.
+        joined = " ".join([token.form for token in tokens])
+        starts, ends, at = [], {}, 0
+        for number, token in enumerate(tokens):
+            starts.append(at)
+            at += len(token.form)
+            ends[at] = number
+            at += 1
+        irregular = [i for i, token in enumerate(tokens) if _changes_before_its_end(token.form)]
+        matches, reached = [], -1
+        prefixes = self._trie.prefixes
+        for i, token in enumerate(tokens):
+            start, last = starts[i], min(i + MAX_TOKENS, len(tokens)) - 1
+            end = -1
+            text = joined[start : starts[last] + len(tokens[last].form)]
+            for name in reversed(prefixes(text)):
+                at = start + len(name)
+                end = ends[at] if at in ends else _end_of_plural(joined, at, ends)
+                if end >= 0:
+                    break
+            for j in irregular:
+                if max(i, end + 1) <= j <= last and joined[start : _end(starts, tokens, j)] in self:
+                    end = j
+            if end > reached:
+                form = joined[start : _end(starts, tokens, end)]
+                matches.append(Match(token.start, tokens[end].end, form))
+                reached = end
+        return matches
+
+
+def _end_of_plural(joined: str, at: int, ends: dict[int, int]) -> int:
+    """The word of which a name ending at `at` is the regular singular; or -1."""
+    for length in (1, 2):
+        if at + length in ends:
+            word = joined[joined.rfind(" ", 0, at) + 1 : at + length]
+            if word[:-length] in names.singulars(word):
+                return ends[at + length]
+    return -1
+
+
+def _end(starts: list[int], tokens: Sequence[names.Token], number: int) -> int:
+    return starts[number] + len(tokens[number].form)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _changes_before_its_end(word: str) -> bool:
+    """Whether a plural's singular is no prefix of it: "ponies", "leaves", "mice"."""
+    return any(not word.startswith(single) for single in names.singulars(word))
+
+
+def _merged(found: Candidates) -> Candidates:
+    """One entry for each surface and entity: priors summed, the least capitalised spelling."""
+    order = np.lexsort((found.entity, found.surface))
+    found, size = found.take(order), len(order)
+    first = np.ones(size, bool)
+    first[1:] = (np.diff(found.surface) != 0) | (np.diff(found.entity) != 0)
+    starts = np.flatnonzero(first)
+    summed = Candidates(
+        found.surface[starts],
+        found.entity[starts],
+        np.add.reduceat(found.prior, starts),
+        np.minimum.reduceat(found.case, starts),
+    )
+    # Of equals, what has the very name comes first, as it came.
+    came = np.minimum.reduceat(order, starts)
+    return summed.take(np.lexsort((came, -summed.prior, summed.surface)))
+
+
+def read_entities(path: epath.PathLike) -> pa.Table:
+    """The entities of a built folder, see `kb_build`; an entity is a row number."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(os.fspath(epath.Path(path) / "entities.parquet"))

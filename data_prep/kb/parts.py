@@ -1,0 +1,122 @@
+"""A part of a knowledge base: what a worker makes of a chunk of lines, as two parquet files.
+
+    PATH.names.parquet      index (row of the entity), form, weight, case, joined
+    PATH.entities.parquet   line, and the columns of entities.parquet; written last
+
+The metadata of the latter hold under "part" what the part was made of, its counts and its rejects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+
+from data_prep.kb import rows as kb_rows
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Part:
+    """The rows of a chunk: collected, then written."""
+
+    def __init__(self):
+        self._entities: list[tuple] = []
+        self._names: list[tuple] = []
+        self._rejects: list[tuple[int, str]] = []
+        self._counts: dict[str, int] = {"empty_names": 0}
+
+    def reject(self, line: int, reason: str) -> None:
+        self._rejects.append((line, reason))
+
+    def count(self, key: str) -> None:
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def add(self, line: int, row: kb_rows.Row, alias_factor: float) -> None:
+        """Adds an entity and its names."""
+        index = len(self._entities)
+        self._entities.append((line, *row[:-1]))
+        found, empty = kb_rows.names_of(row, alias_factor)
+        self._counts["empty_names"] += empty
+        self._names += [(index, *name) for name in found]
+
+    def write(self, path: str, made_of: dict) -> None:
+        """Writes PATH.names.parquet and then PATH.entities.parquet, which makes it a whole part."""
+
+        note = {"made_of": made_of, "counts": self._counts, "rejects": self._rejects}
+        _write(_table(self._names, names_schema()), f"{path}.names.parquet")
+        schema = part_schema().with_metadata({"part": json.dumps(note)})
+        _write(_table(self._entities, schema), f"{path}.entities.parquet")
+
+
+def read(path: str) -> dict | None:
+    """What a part was made of, its counts and rejects; None where there is no whole part."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(f"{path}.entities.parquet").metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return json.loads(metadata[b"part"]) if b"part" in metadata else None
+
+
+def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
+    columns = zip(*rows, strict=True) if rows else [[] for _ in schema]
+    return pa.table(list(map(list, columns)), schema=schema)
+
+
+def _write(table: pa.Table, path: str) -> None:
+    import pyarrow.parquet as pq
+
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def entities_schema() -> pa.Schema:
+    """The columns of entities.parquet."""
+    import pyarrow as pa
+
+    strings = pa.list_(pa.string())
+    return pa.schema(
+        {
+            "qid": pa.string(),
+            "label": pa.string(),
+            "aliases": strings,
+            "description": pa.string(),
+            "hypernyms": strings,
+            "types": strings,
+            "sitelinks": pa.int32(),
+            "image": pa.string(),
+            "title": pa.string(),
+        }
+    )
+
+
+def part_schema() -> pa.Schema:
+    """The columns of PATH.entities.parquet."""
+    import pyarrow as pa
+
+    return pa.schema([pa.field("line", pa.int64()), *entities_schema()])
+
+
+def names_schema() -> pa.Schema:
+    """The columns of PATH.names.parquet."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "index": pa.int32(),
+            "form": pa.string(),
+            "weight": pa.float64(),
+            "case": pa.uint8(),
+            "joined": pa.bool_(),
+        }
+    )

@@ -1,0 +1,155 @@
+"""Which files `config.sources` means: names, patterns, formats. Opens no file but TFDS metadata."""
+
+import collections
+import glob
+import os
+import re
+import typing
+from collections.abc import Sequence
+
+from data_prep.pairs.formats import tables, tfds_sets
+from mofi_jax.common import errors
+
+# Formats by the end of the name. Where a pattern finds several kinds, the first of them is read:
+# beside tars lie their own tables, beside parquet may lie the list it was made from.
+_KINDS = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.SUFFIXES}
+_PACKED = ".gz"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_WANTED = "img2dataset tars (.tar, .tar.gz), .parquet, or tables .csv .tsv .jsonl (also .gz)"
+
+
+class Found(typing.NamedTuple):
+    """A file to read.
+
+    Attributes:
+      source: the name of its source.
+      prefix: what its keys begin with: "" for the only source, else "NAME/", so that two sets that
+        number their pairs alike do not clash.
+      kind: "tar", "parquet", "table" or "tfds".
+      path: absolute.
+      stem: what the keys of a table without keys begin with, after the prefix.
+      unpacked: the name under which it is to be unpacked; None where it is not packed.
+      span: of an ArrayRecord shard the first record and the one after the last.
+    """
+
+    source: str
+    prefix: str
+    kind: str
+    path: str
+    stem: str = ""
+    unpacked: str | None = None
+    span: tuple[int, int] = (0, 0)
+
+
+def find(sources: Sequence[str]) -> list[Found]:
+    """The files of all sources, source by source, sorted by path.
+
+    Args:
+      sources: "NAME=PATTERN" each; a pattern is a folder, a glob pattern (`**` for any depth), a
+        file, or `tfds:NAME[:SPLIT][@DATA_DIR]`.
+
+    Raises:
+      BadInput: a source that is not written so, twice one name, or nothing that could be read.
+    """
+    if isinstance(sources, str) or not sources:
+        raise errors.BadInput(
+            f"config.sources={sources!r} cannot be used: give a tuple of NAME=PATTERN, for example"
+            " ('cc3m=cc3m/*.tar',)."
+        )
+    patterns: dict[str, str] = {}
+    for entry in sources:
+        name, _, pattern = entry.partition("=")
+        if not _NAME.fullmatch(name) or not pattern:
+            raise errors.BadInput(
+                f"config.sources: {entry!r} is not NAME=PATTERN with a name of letters, digits and"
+                " ._-: write for example cc3m=cc3m/*.tar."
+            )
+        if name in patterns:
+            raise errors.BadInput(
+                f"config.sources: two sources are called {name}: give each a name of its own."
+            )
+        patterns[name] = pattern
+    found = []
+    for name, pattern in patterns.items():
+        prefix = f"{name}/" if len(patterns) > 1 else ""
+        if pattern.startswith(tfds_sets.PREFIX):
+            for shard in tfds_sets.find(pattern):
+                span = (shard.start, shard.stop)
+                found.append(Found(name, prefix, "tfds", shard.path, span=span))
+        else:
+            found += _find_files(name, prefix, pattern)
+    packed = collections.Counter(file.unpacked for file in found if file.unpacked)
+    for name, count in packed.items():
+        if count > 1:
+            raise errors.BadInput(
+                f"config.sources: two files would be unpacked to {name}: rename one of them."
+            )
+    return found
+
+
+def shorthand(folder: str) -> tuple[str, ...]:
+    """`config.sources` from `PATH`, `PATH+PATH` or `NAME@PATH+NAME@PATH`.
+
+    A source without a name is called by the last part of its path that is no pattern.
+    """
+    found = []
+    for entry in [folder] if os.path.exists(folder) else folder.split("+"):
+        name, at, pattern = entry.partition("@")
+        if not at or not _NAME.fullmatch(name) or os.path.exists(entry):
+            name, pattern = _call(entry), entry
+        found.append(f"{name}={pattern}")
+    return tuple(found)
+
+
+def _call(pattern: str) -> str:
+    if pattern.startswith(tfds_sets.PREFIX):
+        words = [re.split("[:@]", pattern.removeprefix(tfds_sets.PREFIX))[0]]
+    else:
+        words = [word for word in os.path.normpath(pattern).split("/") if not glob.has_magic(word)]
+    name = re.sub("[^A-Za-z0-9_.-]", "_", words[-1] if words else "").lstrip(".-")
+    return name or "pairs"
+
+
+def _kind(path: str) -> str | None:
+    plain = path.removesuffix(_PACKED)
+    if path.endswith(".parquet" + _PACKED):
+        return None  # parquet is packed inside
+    return next((kind for kind, ends in _KINDS.items() if plain.endswith(ends)), None)
+
+
+def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
+    if os.path.isdir(pattern):
+        listed = [os.path.join(pattern, entry) for entry in os.listdir(pattern)]
+    elif os.path.exists(pattern):
+        listed = [pattern]
+    else:
+        folder, last = os.path.split(pattern)
+        if os.path.isdir(folder):  # a name, whatever characters are in it
+            folder = glob.escape(folder)
+        listed = glob.glob(os.path.join(folder, last), recursive=True)
+    by_kind: dict[str, set[str]] = {kind: set() for kind in _KINDS}
+    for path in listed:
+        kind = _kind(path)
+        if kind and os.path.isfile(path):
+            by_kind[kind].add(os.path.abspath(path))
+    kind = next((kind for kind, paths in by_kind.items() if paths), None)
+    if kind is None:
+        here = os.path.isdir(pattern) or bool(listed)
+        what = "holds nothing that is known" if here else "does not exist"
+        raise errors.BadInput(
+            f"config.sources: {pattern} {what}: name a folder, a glob pattern or a file of"
+            f" {_WANTED}, or tfds:NAME."
+        )
+    # Where both `a.tar` and `a.tar.gz` are there, the former is the latter unpacked.
+    chosen = by_kind[kind]
+    paths = sorted(path for path in chosen if path.removesuffix(_PACKED) not in chosen - {path})
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    found = []
+    for path in paths:
+        inside = os.path.relpath(path.removesuffix(_PACKED), root)
+        unpacked = None
+        if path.endswith(_PACKED):
+            unpacked = (prefix + os.path.basename(inside)).replace("/", "-")
+        stem = inside.rpartition(".")[0]
+        found.append(Found(name, prefix, kind, path, stem, unpacked))
+    return found

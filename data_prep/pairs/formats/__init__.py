@@ -1,0 +1,7 @@
+"""How each kind of source is read: `read(inputs, part, keep, counts)` yields samples.
+
+tars        img2dataset's tars and what lies beside them
+parquets    parquet with the pictures in it
+tables      .csv, .tsv and .jsonl beside pictures
+tfds_sets   data sets of TensorFlow Datasets in ArrayRecord
+"""

@@ -1,0 +1,137 @@
+"""What all kinds of sources give, whatever their format: samples, and the rules for their words.
+
+A sample is one image-text pair as it was found, not yet looked at: the picture's bytes, where they
+lie, the caption as it was written, and what else the source says about it. `data_prep.pairs.stage`
+checks samples and makes pairs of them.
+"""
+
+import json
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_prep import engine
+
+# Columns by their usual names, the likeliest first; letter case does not matter.
+TEXT_COLUMNS = ("text", "caption", "alt_text", "alttext", "alt", "title", "sentence", "prompt")
+KEY_COLUMNS = ("key", "__key__", "uid")
+URL_COLUMNS = ("url", "image_url")
+
+# Directional marks, embeddings, overrides and isolates, and stray byte order marks: invisible, no
+# part of any word, and in the way of every comparison. Joiners (U+200C, U+200D) are spelling.
+_INVISIBLE = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Rejected(Exception):
+    """A sample that cannot be used, with the reason in one word."""
+
+
+class Sample(typing.NamedTuple):
+    """One image-text pair as found.
+
+    Attributes:
+      key: its name in the source; unique where all is well.
+      text: the caption, as bytes where nobody has decoded it yet; None: there is none.
+      picture: the picture's bytes.
+      path, offset, length: where the picture lies, see `data_prep.pairs.stage.read_pictures`; None:
+        where it cannot be fetched from again, so that it has to be unpacked.
+      url: where it came from, or None.
+      extras: all else that is known of it, by column.
+      reason: why it cannot be used, in one word, where that is known already.
+    """
+
+    key: str
+    text: str | bytes | None = None
+    picture: bytes = b""
+    path: str | None = ""
+    offset: int = 0
+    length: int = 0
+    url: str | None = None
+    extras: Mapping[str, typing.Any] = {}
+    reason: str | None = None
+
+
+def pick(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the `wanted` that is among `names` in any letter case, as written there."""
+    found = {name.lower(): name for name in reversed(list(names))}
+    return next((found[name] for name in wanted if name in found), None)
+
+
+def extras_json(values: Mapping[str, typing.Any], keep: Sequence[str]) -> str | None:
+    """The columns `keep` as a JSON object with sorted keys; None where none of them has a value."""
+    kept = {}
+    for name in keep:
+        value = values.get(name)
+        missing = value is None or value == "" or isinstance(value, bytes)
+        if not missing and not (isinstance(value, float) and not math.isfinite(value)):
+            kept[name] = value
+    if not kept:
+        return None
+    return encodable(json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def encodable(name: str) -> str:
+    """The same text, where it is Unicode; bytes of other encodings are spelt out (`\\udce9`)."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def caption(text: str | bytes | None, limit: int) -> tuple[str, bool]:
+    """The caption in one line, and whether it had to be cut to `limit` characters.
+
+    Raises:
+      Rejected: "no_text", "caption_not_utf8" or "empty_caption".
+    """
+    if text is None:
+        raise Rejected("no_text")
+    if isinstance(text, bytes):
+        try:
+            # A replacement character would be a word that nobody wrote.
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise Rejected("caption_not_utf8") from None
+    # JSON may spell half a surrogate pair, which no UTF-8 file can hold.
+    if _SURROGATE.search(text):
+        raise Rejected("caption_not_utf8")
+    text = clean_caption(text)
+    if not text:
+        raise Rejected("empty_caption")
+    return cut_caption(text, limit), len(text) > limit
+
+
+def clean_caption(text: str) -> str:
+    """One line: white space and control characters squeezed to single spaces, bidi marks dropped.
+
+    Letters are left as they are written: composing or folding them is for those who compare.
+    """
+    return " ".join(_CONTROL.sub(" ", _INVISIBLE.sub("", text)).split())
+
+
+def cut_caption(text: str, limit: int) -> str:
+    """At most `limit` characters, cut at the end of a word where there is one."""
+    if len(text) <= limit:
+        return text
+    head = text[: limit + 1].rpartition(" ")[0]
+    return (head or text[:limit]).rstrip()
+
+
+class Unpacked:
+    """A file of pictures one after the other, made when the first one comes."""
+
+    def __init__(self, outputs: engine.Outputs, name: str):
+        self._outputs, self._name = outputs, name
+        self._file = None
+
+    def add(self, picture: bytes) -> tuple[str, int, int]:
+        """Appends a picture; returns its pointer."""
+        if self._file is None:
+            self._file = open(self._outputs.path(self._name), "wb")  # noqa: SIM115  see close
+        offset = self._file.tell()
+        self._file.write(picture)
+        return self._name, offset, len(picture)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,385 @@
+"""Sources: image-text pairs in whatever form -> pairs/ (key, text, pointer to the picture's bytes).
+
+`config.sources` names them, "NAME=PATTERN" each: a folder, a glob pattern or a file of img2dataset
+tars, of parquet with pictures in it, or of tables beside pictures; or a data set of TFDS (see
+`data_prep.pairs.formats`). Everything is read once: each sample's place is noted, each picture is
+decoded in full and dropped again. Later stages fetch bytes by pointer (path, offset, length; see
+`read_pictures`).
+
+    unpacked/  what was packed (.gz, and the pictures in parquet), in which nothing can be found by
+               its place
+    scanned/   of each table its columns, and where each piece of `rows_per_shard` rows begins
+    parts/     of each shard what is to be read, from a file or a piece of one
+    indexed/   NNNNN.parquet, the usable samples of each part; the others, with their reasons
+    unique/    of the shards that repeat a key: which rows
+    pairs/     NNNNN.parquet: key, text, source, path, offset, length, width, height, sha256, phash,
+               url, extras
+
+Every sample ends either in pairs/ or in rejects/ with a reason:
+
+    no_picture no_text broken_json broken_row   the sample is not whole
+    duplicate_key                               another of that key came before it
+    empty_caption caption_not_utf8              the caption cannot be read
+    picture_missing picture_outside picture_is_a_url    a table names no file beside it
+    empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels too_many_bytes
+    tar_cut_short                               the member at which a tar that was cut short ends
+
+A tar that was cut short, as an interrupted download is, gives all pairs before the cut, a warning
+and the count `tars_cut_short`: thousands of good shards should not wait for one.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+
+import ml_collections
+from absl import logging
+from etils import epath
+
+from data_prep import engine
+from data_prep.pairs import pictures, samples
+from data_prep.pairs.files import Found, find
+from data_prep.pairs.formats import parquets, tables, tars, tfds_sets
+from data_prep.pairs.samples import Rejected
+from mofi_jax.common import errors
+
+__all__ = ["find", "read_pictures", "run"]
+
+_READERS = {"tar": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
+_BATCH = 10_000  # rows that are held as Python objects
+_FEW_REPEATED = 0.01  # a larger share of repeated keys has another cause than chance
+
+
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
+    """Writes pairs/NNNNN.parquet, one for each tar and each piece of a table, in order of `find`.
+
+    Columns: key, text, source, path (relative ones lie in the work directory), offset, length
+    (bytes), width, height (pixels), sha256 (of the picture's bytes), phash (bits of the perceptual
+    hash), url, extras (JSON of the columns to keep; both may be null).
+
+    Args:
+      config: `sources`, `keep_columns`, `rows_per_shard`, `min_side`, `max_aspect`, `max_pixels`,
+        `max_caption_chars`.
+      work: the engine.
+
+    Returns:
+      The manifests; counts `pairs` and `rejected` (every sample is one or the other; of the latter
+      `duplicate_keys`), `members` (files of a tar, rows of a table), `captions_cut` and, of tars,
+      `tars_cut_short`, `pairs_missing` and `not_downloaded` (see `data_prep.pairs.formats.tars`).
+
+    Raises:
+      BadInput: nothing to read, or files that cannot be read and no failure budget for them.
+    """
+    tasks = _plan(find(config.sources), config.rows_per_shard, work)
+    names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
+    settings = {"version": 2, **{name: config[name] for name in names}}
+    indexed = work.map_shards("indexed", _index, tasks, settings)
+    _warn(indexed)
+    repeated = _find_repeated(indexed, work)
+    tasks = []
+    for manifest in indexed:
+        name = manifest["shard"]
+        files = [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
+        if f"unique/{name}.parquet" in repeated:
+            files.append(f"unique/{name}.parquet")
+        tasks.append(engine.Task(name, tuple(os.fspath(work.workdir / file) for file in files)))
+    kept = work.map_shards("pairs", _keep_first, tasks, {"version": 2})
+    total = engine.total_counts(kept)
+    if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
+        logging.warning(
+            "%d of the samples bear the key of another and were left out: where sets number their"
+            " pairs alike, name each in config.sources",
+            total["duplicate_keys"],
+        )
+    return kept
+
+
+def read_pictures(
+    workdir: epath.PathLike, paths: Sequence[str], offsets: Sequence[int], lengths: Sequence[int]
+) -> Iterator[tuple[int, bytes]]:
+    """Reads pictures by pointer, in the order in which they lie on disk.
+
+    A pointer is, by the name of the file: a record of an ArrayRecord shard (`offset` is its
+    number), or bytes anywhere (`offset` is the first).
+
+    Args:
+      workdir: where relative paths start.
+      paths, offsets, lengths: columns of pairs/.
+
+    Yields:
+      (row, the picture's bytes).
+
+    Raises:
+      BadInput: a file is gone or not what it was.
+    """
+    order = sorted(range(len(paths)), key=lambda row: (paths[row], offsets[row]))
+    for name, group in itertools.groupby(order, key=lambda row: paths[row]):
+        rows = list(group)
+        path = os.path.join(os.fspath(workdir), name)
+        if not os.path.exists(path):
+            raise errors.BadInput(
+                f"The file {path} is gone since its pictures were listed: restore it, or run again"
+                " without it."
+            )
+        places = [offsets[row] for row in rows]
+        if tfds_sets.is_shard(path):
+            found = tfds_sets.read_rows(path, places)
+        else:
+            found = _read_bytes(path, places, [lengths[row] for row in rows])
+        # Not strict: a file that has become shorter ends early, which the count tells.
+        read = 0
+        for row, data in zip(rows, found, strict=False):
+            if len(data) != lengths[row]:
+                break
+            read += 1
+            yield row, data
+        if read < len(rows):
+            raise errors.BadInput(
+                f"The file {path} is not as long as when its pictures were listed: restore it, or"
+                " run again in another --workdir."
+            )
+
+
+def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for offset, length in zip(offsets, lengths, strict=True):
+            file.seek(offset)
+            yield file.read(length)
+
+
+# --------------------------------------------------------------------------------------- the shards
+
+
+def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine.Task]:
+    """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
+    unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
+    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 2})
+    at = {m["shard"]: os.fspath(work.workdir / m["outputs"][0]["path"]) for m in unpacked}
+    paths = [at.get(file.unpacked) if file.unpacked else file.path for file in found]
+    scan = [
+        engine.Task(f"{number:05d}", (path,))
+        for number, (file, path) in enumerate(zip(found, paths, strict=True))
+        if path and file.kind in ("parquet", "table")
+    ]
+    scanned = work.map_shards("scanned", _scan, scan, {"version": 1, "rows": rows})
+    plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
+
+    parts: list[tuple[tuple[str, ...], dict]] = []
+    for number, (file, path) in enumerate(zip(found, paths, strict=True)):
+        if path is None:
+            continue  # in quarantine
+        part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
+        if file.kind == "tar":
+            inputs = (path, *tars.sidecars(file.path))
+            parts.append((inputs, {**part, "name": file.path}))
+        elif file.kind == "tfds":
+            for start in range(*file.span, rows):
+                piece = [start, min(start + rows, file.span[1])]
+                parts.append(((path, *tfds_sets.described_in(path)), {**part, "range": piece}))
+        elif f"{number:05d}" in plans:
+            plan = json.loads(plans[f"{number:05d}"].read_text())
+            part |= {"stem": file.stem, "folder": os.path.dirname(file.path)}
+            for piece in plan.pop("ranges"):
+                parts.append(((path,), {**part, **plan, "range": piece}))
+    return _write_parts(parts, work.workdir / "parts")
+
+
+def _write_parts(
+    parts: Sequence[tuple[tuple[str, ...], dict]], folder: epath.Path
+) -> list[engine.Task]:
+    """A part is an input of its shard: what changes for one leaves the others finished.
+
+    They hold JSON, but in the work directory all files `*.json` below a stage are manifests.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = max(5, len(str(len(parts))))  # file names sort as the shards do
+    tasks = []
+    for number, (inputs, part) in enumerate(parts):
+        path = folder / f"{number:0{digits}d}.part"
+        text = json.dumps(part, sort_keys=True, ensure_ascii=False) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        tasks.append(engine.Task(path.stem, (*inputs, os.fspath(path))))
+    for path in {*folder.glob("*.part")} - {epath.Path(task.inputs[-1]) for task in tasks}:
+        path.unlink()
+    return tasks
+
+
+def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    path = task.inputs[0]
+    reader = parquets if path.endswith(".parquet") else tables
+    plan = reader.scan(path, settings["rows"])
+    text = json.dumps(plan, ensure_ascii=False) + "\n"
+    outputs.path(f"scanned/{task.name}.plan").write_text(text)
+    if not plan["ranges"]:
+        logging.warning("sources: %s holds no row", path)
+    return {"pieces": len(plan["ranges"])}
+
+
+# -------------------------------------------------------------------------------------------- pairs
+
+
+def _schema():
+    import pyarrow as pa
+
+    words = ("key", "text", "source", "path")
+    numbers = {"offset": pa.int64(), "length": pa.int64(), "width": pa.int32()}
+    return pa.schema(
+        [(name, pa.string()) for name in words]
+        + list(numbers.items())
+        + [("height", pa.int32()), ("sha256", pa.string()), ("phash", pa.int64())]
+        + [("url", pa.string()), ("extras", pa.string())]
+    )
+
+
+def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """Looks at every sample of a part."""
+    import pyarrow as pa
+
+    *inputs, part_path = task.inputs
+    part = json.loads(epath.Path(part_path).read_text())
+    keep = settings["keep_columns"]
+    workdir = os.path.join(os.path.abspath(outputs.workdir), "")
+    counts: dict[str, int] = {"members": 0, "captions_cut": 0}
+    schema = _schema()
+    unpacked = samples.Unpacked(outputs, f"unpacked/{task.name}.pictures")
+    batches, rows, rejects = [], [], []
+
+    def flush() -> None:
+        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
+        batches.append(pa.record_batch(arrays, schema=schema))
+        rows.clear()
+
+    for sample in _READERS[part["kind"]].read(inputs, part, keep, counts):
+        key = samples.encodable(part["prefix"] + sample.key)
+        try:
+            if sample.reason:
+                raise Rejected(sample.reason)
+            text, was_cut = samples.caption(sample.text, settings["max_caption_chars"])
+            seen = pictures.check_picture(sample.picture, settings)
+        except Rejected as rejected:
+            rejects.append((key, str(rejected)))
+            continue
+        counts["captions_cut"] += was_cut
+        if sample.path is None:
+            pointer = unpacked.add(sample.picture)
+        else:
+            pointer = (sample.path.removeprefix(workdir), sample.offset, sample.length)
+        digest = hashlib.sha256(sample.picture).hexdigest()
+        more = (
+            sample.url and samples.encodable(sample.url),
+            samples.extras_json(sample.extras, keep),
+        )
+        size = (seen.width, seen.height, digest, seen.phash)
+        rows.append((key, text, part["source"], *pointer, *size, *more))
+        if len(rows) == _BATCH:
+            flush()
+    flush()
+    unpacked.close()
+    outputs.write_table(f"indexed/{task.name}.parquet", pa.Table.from_batches(batches, schema))
+    columns = {
+        "key": pa.array([key for key, _ in rejects], pa.string()),
+        "reason": pa.array([reason for _, reason in rejects], pa.string()),
+    }
+    outputs.write_table(f"indexed/{task.name}-rejects.parquet", pa.table(columns))
+    return counts
+
+
+def _warn(indexed: Sequence[dict]) -> None:
+    for manifest in indexed:
+        path, counts = manifest["inputs"][0]["path"], manifest["counts"]
+        if counts.get("tars_cut_short"):
+            logging.warning("%s is cut short: used up to the cut", path)
+        if counts.get("pairs_missing"):
+            missing = counts["pairs_missing"]
+            logging.warning("%s holds %d pairs fewer than its _stats.json says", path, missing)
+
+
+# ------------------------------------------------------------------------------------ repeated keys
+
+# Grouped by hash first: eight bytes of each key are sorted out of core, and only the few keys whose
+# hash occurs twice are compared in full.
+_REPEATED = """
+    WITH hashes AS (
+        SELECT hash(key) AS h FROM read_parquet($files) GROUP BY h HAVING count(*) > 1
+    )
+    SELECT shard, place, key FROM (
+        SELECT filename AS shard, file_row_number AS place, key,
+               row_number() OVER (PARTITION BY key ORDER BY filename, file_row_number) AS occurrence
+        FROM read_parquet($files, filename=true, file_row_number=true)
+        WHERE hash(key) IN (SELECT h FROM hashes)
+    )
+    WHERE occurrence > 1 ORDER BY shard, place
+"""
+
+
+def _find_repeated(indexed: Sequence[dict], work: engine.Engine) -> set[str]:
+    """Writes unique/; returns the files that it consists of."""
+    files = tuple(os.fspath(work.workdir / f"indexed/{m['shard']}.parquet") for m in indexed)
+    if not files:
+        return set()
+    task = engine.Task("keys", files)
+    manifests = work.map_shards("unique", _repeated, [task], {"version": 2}, here=True)
+    return {output["path"] for manifest in manifests for output in manifest["outputs"]}
+
+
+def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """unique/NNNNN.parquet: the rows of a shard (`place`) whose key came before, in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total, shard, writer = 0, None, None
+    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+        query = connection.sql(_REPEATED, params={"files": list(task.inputs)})
+        for batch in query.to_arrow_reader(1 << 16):
+            table = pa.Table.from_batches([batch])
+            ends = [*_changes(table["shard"].to_pylist()), len(table)]
+            for start, end in itertools.pairwise([0, *ends]):
+                if start == end:
+                    continue
+                name = os.path.basename(table["shard"][start].as_py())
+                if name != shard:
+                    if writer is not None:
+                        writer.close()
+                    shard, path = name, os.fspath(outputs.path(f"unique/{name}"))
+                    writer = pq.ParquetWriter(path, table.drop_columns("shard").schema)
+                writer.write_table(table.slice(start, end - start).drop_columns("shard"))
+            total += len(table)
+    if writer is not None:
+        writer.close()
+    return {"duplicate_keys": total}
+
+
+def _changes(values: Sequence[str]) -> list[int]:
+    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+
+
+def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """A shard of pairs/ without the rows that unique/ names."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    indexed, rejects_path, manifest, *repeated = task.inputs
+    counts = json.loads(epath.Path(manifest).read_text())["counts"]
+    rejects = [(row["key"], row["reason"]) for row in pq.read_table(rejects_path).to_pylist()]
+    name = f"pairs/{task.name}.parquet"
+    if repeated:
+        table, drop = pq.read_table(indexed), pq.read_table(repeated[0])
+        keep = np.ones(len(table), bool)
+        keep[drop["place"].to_numpy()] = False
+        outputs.write_table(name, table.filter(keep))
+        rejects += [(key, "duplicate_key") for key in drop["key"].to_pylist()]
+        pairs = int(keep.sum())
+    else:
+        pairs = pq.read_metadata(indexed).num_rows
+        try:
+            os.link(indexed, outputs.path(name))  # for a billion pairs a copy is 200 GB
+        except OSError:  # a file system without links
+            shutil.copyfile(indexed, outputs.path(name))
+    outputs.write_rejects(rejects)
+    duplicates = sum(reason == "duplicate_key" for _, reason in rejects)
+    return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates, **counts}

@@ -1,0 +1,6 @@
+"""Of all entities a caption may mean, those that the picture shows. links/ -> labels/.
+
+choose     the stage and the decision
+embed      pictures and entity texts through a CLIP model: the one part that runs a model
+z_scores   how far a picture stands out for an entity beside all other pictures
+"""

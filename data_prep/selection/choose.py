@@ -1,0 +1,321 @@
+"""Selection: of all entities a caption may mean, those that the picture shows. links/ -> labels/
+
+A candidate's fit is (text fit + w * picture fit) / (1 + w) + c * coherence (w = prototype_weight,
+c = coherence_weight): how far the picture stands out among all pictures for the entity's text, and
+for its other pictures, and whether it is something that pictures show at all (see `fits`). Of
+each mention the candidate with the highest fit + prior_weight * log(prior) stays: the prior decides
+between senses of a word, never between words. Of those with cosine >= min_score and fit >= min_fit
+the best is a label, and so are others within max_gap of it, up to max_labels.
+
+No ground truth is read, neither here nor for the thresholds; new thresholds cost seconds, because
+cosines and fits are kept.
+
+    labels/  NNNNN.parquet  key, entities (rows of the knowledge base, best first), scores (cosine;
+                            the prior for labels="text"), fits, reason (null when labelled)
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from data_prep import engine
+from data_prep.linking import rows as link_rows
+from data_prep.selection import embed, z_scores
+from mofi_jax.common import errors
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
+    """Chooses the labels of every pair: labels/NNNNN.parquet, and rejects with a reason.
+
+    Reasons: no_mention, no_candidate, and for labels="clip" picture_unreadable (since pairs/ was
+    written), below_min_score, below_min_fit.
+
+    Args:
+      config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
+        also the fields of `Rule` and what `evidence.run` reads.
+      work: the engine; its work directory holds pairs/, links/ and kb/.
+
+    Returns:
+      The manifests of labels/; counts `pairs`, `labelled` and each reason.
+
+    Raises:
+      BadInput: a value of `labels` that is neither; see also `evidence.run`.
+    """
+    workdir = work.workdir
+    links = sorted(workdir.glob("links/*.parquet"))
+    if config.labels == "text":
+        tasks = [engine.Task(path.stem, (path,)) for path in links]
+        settings = {"labels": "text"}
+        return work.map_shards("labels", _label_by_text, tasks, settings)
+    if config.labels != "clip":
+        raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
+    embed.run(config, work)
+    z_scores.run(work)
+    tasks = [engine.Task(path.stem, (path, *evidence_files(workdir, path.name))) for path in links]
+    settings = {"labels": "clip", **Rule.of(config)._asdict()}
+    return work.map_shards("labels", _label_by_clip, tasks, settings)
+
+
+# ------------------------------------------------------------------------------------- the decision
+
+
+class Rule(NamedTuple):
+    """The numbers of the decision; see the docstring of this file."""
+
+    prototype_weight: float
+    coherence_weight: float
+    prior_weight: float
+    min_fit: float
+    min_score: float
+    max_gap: float
+    max_labels: int
+
+    @classmethod
+    def of(cls, config: Mapping) -> Rule:
+        return cls(*(config[name] for name in cls._fields))
+
+
+class Evidence(NamedTuple):
+    """What is known of candidate entities of pictures: numbers, or arrays float64 [c] of them."""
+
+    score: float | np.ndarray  # cosine between picture and text; NaN: nothing is known
+    text_fit: float | np.ndarray
+    picture_fit: float | np.ndarray
+    coherence: float | np.ndarray
+
+    def fit(self, rule: Rule) -> float | np.ndarray:
+        """One number each, in standard deviations."""
+        fit = self.text_fit + rule.prototype_weight * self.picture_fit
+        fit = fit / (1 + rule.prototype_weight) + rule.coherence_weight * self.coherence
+        return np.round(fit, embed.DECIMALS)
+
+
+class Chosen(NamedTuple):
+    """Labels by row, best first."""
+
+    row: np.ndarray  # int64 [m], ascending
+    entity: np.ndarray  # int32 [m]
+    score: np.ndarray  # float64 [m]
+    fit: np.ndarray  # float64 [m]
+
+
+def choose(
+    candidates: Sequence[Mapping], known: Mapping[int, Evidence], rule: Rule
+) -> tuple[list[int], str | None]:
+    """Decides on the labels of one picture.
+
+    This says what the decision is; `choose_all` decides the same for a whole shard.
+
+    Args:
+      candidates: {"mention": int, "entity": int, "prior": float} each, as in links/.
+      known: the evidence of each candidate's entity.
+      rule: weights and thresholds.
+
+    Returns:
+      (entities, best first; None), or ([], the reason).
+    """
+    if not candidates:
+        return [], "no_candidate"
+    likely = [c for c in candidates if known[c["entity"]].score >= rule.min_score]
+    if not likely:
+        return [], "below_min_score"
+    best: dict[int, tuple] = {}  # by mention
+    for candidate in likely:
+        entity = candidate["entity"]
+        fit = known[entity].fit(rule)
+        strength = fit + rule.prior_weight * math.log(candidate["prior"])
+        # Equal strengths (two senses of one text): the smaller row, for determinism.
+        entry = (strength, -entity, fit)
+        best[candidate["mention"]] = max(entry, best.get(candidate["mention"], entry))
+    ranked = sorted({(-fit, -negated) for _, negated, fit in best.values() if fit >= rule.min_fit})
+    if not ranked:
+        return [], "below_min_fit"
+    floor = ranked[0][0] + rule.max_gap
+    return [entity for unfit, entity in ranked[: rule.max_labels] if unfit <= floor], None
+
+
+def choose_all(links: link_rows.Candidates, known: Evidence, rule: Rule) -> Chosen:
+    """`choose` for all pictures of a shard.
+
+    Args:
+      links: the candidates.
+      known: the evidence of each.
+      rule: weights and thresholds.
+    """
+    fit = known.fit(rule)
+    strength = fit + rule.prior_weight * np.log(links.prior.astype(np.float64))
+    likely = np.flatnonzero(known.score >= rule.min_score)  # NaN is not
+    # Of each mention the strongest; see `choose`.
+    row, mention, entity = (x[likely] for x in (links.row, links.mention, links.entity))
+    order = np.lexsort((entity, -strength[likely], mention, row))
+    strongest = likely[order[link_rows.starts_run(row[order], mention[order])]]
+    # Those that fit, each once, from the best down.
+    good = strongest[fit[strongest] >= rule.min_fit]
+    good = good[np.lexsort((links.entity[good], -fit[good], links.row[good]))]
+    good = good[link_rows.starts_run(links.row[good], links.entity[good])]
+    row = links.row[good]
+    first = np.flatnonzero(link_rows.starts_run(row))
+    best = np.repeat(first, np.diff(first, append=len(row)))
+    unfit, place = -fit[good], np.arange(len(row)) - best
+    kept = good[(place < rule.max_labels) & (unfit <= unfit[best] + rule.max_gap)]
+    return Chosen(links.row[kept], links.entity[kept], known.score[kept], fit[kept])
+
+
+def best_prior_entities(mentions: Sequence[Mapping], candidates: Sequence[Mapping]) -> list[int]:
+    """Linking by text alone: the entity with the highest prior of each mention.
+
+    Args:
+      mentions: the mentions of a caption, as in links/.
+      candidates: {"mention": int, "entity": int, "prior": float} each.
+
+    Returns:
+      Distinct entities (rows of the knowledge base) in the order of their mentions.
+    """
+    chosen: dict[int, None] = {}
+    for mention in range(len(mentions)):
+        own = [c for c in candidates if c["mention"] == mention]
+        if own:
+            chosen[min(own, key=lambda c: (-c["prior"], c["entity"]))["entity"]] = None
+    return list(chosen)
+
+
+def best_priors(links: link_rows.Candidates) -> Chosen:
+    """`best_prior_entities` of all pairs of a shard.
+
+    Returns:
+      Entities in the order of their mentions; score and fit are the highest prior that any mention
+      gives the entity.
+    """
+    order = np.lexsort((links.entity, -links.prior, links.mention, links.row))
+    likeliest = order[link_rows.starts_run(links.row[order], links.mention[order])]
+    # Stable: of equal entities the one of the first mention comes first.
+    by_entity = likeliest[np.lexsort((links.entity[likeliest], links.row[likeliest]))]
+    once = by_entity[link_rows.starts_run(links.row[by_entity], links.entity[by_entity])]
+    kept = once[np.lexsort((links.mention[once], links.row[once]))]
+    known = link_rows.distinct(links)
+    entities = int(known.entity.max(initial=0)) + 1
+    codes = known.row * entities + known.entity
+    places = np.searchsorted(codes, links.row[kept] * entities + links.entity[kept])
+    prior = known.prior[places].astype(np.float64)
+    return Chosen(links.row[kept], links.entity[kept], prior, prior)
+
+
+# ------------------------------------------------------------------------------------- the evidence
+
+
+def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, ...]:
+    """What `read_evidence` takes for the shard whose parquet files are called `name`."""
+    return (
+        workdir / "scores" / name,
+        workdir / "fits" / name,
+        workdir / "coherence/entities.parquet",
+    )
+
+
+def read_evidence(
+    links: link_rows.Candidates, scores: str, fits: str, coherence: str
+) -> tuple[Evidence, np.ndarray]:
+    """What is known of each candidate of a shard.
+
+    Args:
+      links: the shard's candidates.
+      scores, fits, coherence: files of the stages of these names.
+
+    Returns:
+      The evidence, NaN for candidates of pictures that could not be scored; and, bool [n], which
+      pictures were scored.
+    """
+    import pyarrow.parquet as pq
+
+    position = link_rows.positions(link_rows.read_column(scores, "key"), links.keys)
+    entities = link_rows.read_column(scores, "entities")
+    row = np.repeat(position, link_rows.lengths(entities))
+    entity = _flat(entities)
+    # A pair of row and entity as one number, ascending: so it is searched.
+    width = int(max(entity.max(initial=0), links.entity.max(initial=0))) + 1
+    code, wanted = row * width + entity, links.row * width + links.entity
+    place = np.searchsorted(code, wanted)
+    found = place < len(code)
+    found[found] = code[place[found]] == wanted[found]
+    place = place[found]
+
+    table = pq.read_table(coherence, columns=["entity", "coherence"])
+    known_entities, coherences = (table[name].to_numpy() for name in table.column_names)
+    values = (
+        _flat(link_rows.read_column(scores, "scores"))[place],
+        _flat(link_rows.read_column(fits, "text_fits"))[place],
+        _flat(link_rows.read_column(fits, "picture_fits"))[place],
+        coherences[np.searchsorted(known_entities, links.entity[found])],
+    )
+    columns = np.full((len(values), len(wanted)), np.nan)
+    for column, value in zip(columns, values, strict=True):
+        column[found] = value
+    scored = np.zeros(len(links.keys), bool)
+    scored[position] = True
+    return Evidence(*columns), scored
+
+
+def _flat(column: pa.ListArray) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False)
+
+
+# --------------------------------------------------------------------------------------- the labels
+
+
+def _label_by_text(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    links = link_rows.read(task.inputs[0])
+    reasons = np.full(len(links.keys), "no_candidate", object)
+    return _write_labels(task, outputs, links, best_priors(links), reasons)
+
+
+def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    links_path, *evidence_paths = task.inputs
+    rule = Rule.of(settings)
+    links = link_rows.read(links_path)
+    known, scored = read_evidence(links, *evidence_paths)
+    likely = np.zeros(len(links.keys), bool)
+    likely[links.row[known.score >= rule.min_score]] = True
+    reasons = np.where(likely, "below_min_fit", "below_min_score").astype(object)
+    reasons[~scored] = "picture_unreadable"
+    return _write_labels(task, outputs, links, choose_all(links, known, rule), reasons)
+
+
+def _write_labels(
+    task: engine.Task,
+    outputs: engine.Outputs,
+    links: link_rows.Candidates,
+    chosen: Chosen,
+    reasons: np.ndarray,
+) -> dict[str, int]:
+    """`reasons`: for each pair why it has no label, where it has a candidate."""
+    import pyarrow as pa
+
+    starts = np.searchsorted(chosen.row, np.arange(len(links.keys) + 1))
+    reason = np.where(links.mentions > 0, "no_candidate", "no_mention").astype(object)
+    reason[links.row] = reasons[links.row]
+    reason[np.diff(starts) > 0] = None
+    table = {
+        "key": links.keys,
+        "entities": link_rows.lists(chosen.entity, starts),
+        "scores": link_rows.lists(chosen.score.astype(np.float32), starts),
+        "fits": link_rows.lists(chosen.fit.astype(np.float32), starts),
+        "reason": pa.array(reason, pa.string()),
+    }
+    outputs.write_table(f"labels/{task.name}.parquet", pa.table(table))
+    rejected = np.flatnonzero(np.diff(starts) == 0)
+    keys = links.keys.take(pa.array(rejected)).to_pylist()
+    outputs.write_rejects(list(zip(keys, reason[rejected], strict=True)))
+    counts = {"pairs": len(links.keys), "labelled": len(links.keys) - len(rejected)}
+    for name in reason[rejected]:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
