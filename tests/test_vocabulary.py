@@ -43,7 +43,9 @@ def test_ids_come_by_descending_count_then_qid(tmp_path):
     kb_rows = np.load(tmp_path / "vocabulary/kb_rows.npy")
     assert kb_rows.dtype == np.int32
     assert kb_rows.tolist() == [1, 3, 2, 0]
-    assert vocabulary.entity_ids(kb_rows, np.array([0, 1, 1])).tolist() == [3, 0, 0]
+    inverse = np.load(tmp_path / "vocabulary/ids.npy")
+    assert inverse.tolist() == [[0, 1, 2, 3], [3, 0, 2, 1]]
+    assert vocabulary.entity_ids(inverse, np.array([0, 1, 1])).tolist() == [3, 0, 0]
     assert manifest["counts"] == {"entities": 4, "labels": 8}
 
 
@@ -57,9 +59,10 @@ def test_no_entity_left_is_told(tmp_path):
 def test_entity_ids_invert_the_vocabulary(rows, data):
     kb_rows = np.array(rows, np.int32)
     ids = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=20))
-    back = vocabulary.entity_ids(kb_rows, kb_rows[np.array(ids, int)])
+    inverse = vocabulary.invert(kb_rows)
+    back = vocabulary.entity_ids(inverse, kb_rows[np.array(ids, int)])
     assert back.tolist() == ids
     assert back.dtype == np.int32
     unknown = data.draw(st.integers(0, 10**6 + 1).filter(lambda row: row not in rows))
     with pytest.raises(ValueError, match="not in the vocabulary"):
-        vocabulary.entity_ids(kb_rows, np.array([unknown]))
+        vocabulary.entity_ids(inverse, np.array([unknown]))

@@ -5,8 +5,11 @@ DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.p
                 `mofi_jax.data.records`)
 """
 
+from __future__ import annotations
+
 import os
 import shutil
+import typing
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -20,6 +23,9 @@ from data_prep.dataset import order as record_order
 from data_prep.dataset import vocabulary
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops, records
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
 
 DESCRIPTIONS = {
     "i2t": "Image-text pairs with the captions they were found with; no labels.",
@@ -50,7 +56,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     """
     workdir = work.workdir
     plans = record_order.run(work, dataset, config.seed, config.shard_examples)
-    vocabulary_files = (workdir / "vocabulary/kb_rows.npy",) if dataset == "i2e" else ()
+    vocabulary_files = (workdir / "vocabulary/ids.npy",) if dataset == "i2e" else ()
     tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans]
     settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
     settings |= {"dataset": dataset, "shards": len(plans)}
@@ -67,13 +73,13 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
     from array_record.python import array_record_module
 
     plan_path, *vocabulary_files = task.inputs
-    kb_rows = np.load(vocabulary_files[0]) if vocabulary_files else np.zeros(0, np.int32)
     dataset = settings["dataset"]
     name = records.shard_name(dataset, "train", int(task.name), settings["shards"])
     path = outputs.path(f"{dataset}/{records.VERSION}/{name}")
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), records.WRITER_OPTIONS)
     counts = {"records": 0, "record_bytes": 0, "reencoded": 0}
-    rows = pq.read_table(plan_path).to_pylist()
+    table = pq.read_table(plan_path)
+    rows, ids = table.to_pylist(), _entity_ids(table["entities"], *vocabulary_files)
     # Read in the order of the tars, write in the order of the plan: a shard is held in memory.
     pictures = {}
     pointers = ([row[name] for row in rows] for name in ("path", "offset", "length"))
@@ -87,7 +93,7 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
                 "key": row["key"],
                 "image": image,
                 "text": row["text"],
-                "entity_ids": vocabulary.entity_ids(kb_rows, np.array(row["entities"], np.int32)),
+                "entity_ids": ids[i],
                 "entity_scores": np.array(row["scores"], np.float32),
                 "source": row["source"],
                 "width": width,
@@ -99,6 +105,15 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
         counts["record_bytes"] += len(record)
     writer.close()
     return counts
+
+
+def _entity_ids(entities: pa.ChunkedArray, inverse_path: str = "") -> list[np.ndarray]:
+    """Of each row of a column of labels int32 [l] their entity ids, all looked up at once."""
+    lists = entities.combine_chunks()
+    labels = lists.flatten().to_numpy()
+    if len(labels):
+        labels = vocabulary.entity_ids(np.load(inverse_path, mmap_mode="r"), labels)
+    return np.split(labels, np.cumsum(lists.value_lengths().to_numpy())[:-1])
 
 
 def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:

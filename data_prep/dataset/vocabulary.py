@@ -3,6 +3,7 @@
 vocabulary/entities.parquet   id, qid, name, description, image_count; row = entity id, by
                               descending count, then qid (`mofi_jax.data.records.Entities`)
 vocabulary/kb_rows.npy        int32 [e]: the knowledge base's row of each entity id
+vocabulary/ids.npy            int32 [2, e]: the way back: these rows, ascending, and their ids
 """
 
 import os
@@ -29,7 +30,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     tables = {"kb": [work.workdir / "kb/entities.parquet"], "labels": labels}
     work.aggregate("label_counts", {"label_counts/entities.parquet": _COUNTS}, tables)
     task = engine.Task("entities", (work.workdir / "label_counts/entities.parquet",))
-    return work.map_shards("vocabulary", _write, [task], {}, here=True)
+    return work.map_shards("vocabulary", _write, [task], {"version": 2}, here=True)
 
 
 # file_row_number is the row of the knowledge base, which is what labels hold.
@@ -46,14 +47,23 @@ _COUNTS = """
 """
 
 
-def entity_ids(kb_rows: np.ndarray, entities: np.ndarray) -> np.ndarray:
-    """Entity ids int32 [n] of the knowledge base's rows `entities`; all must be in `kb_rows`."""
-    order = np.argsort(kb_rows, kind="stable")
-    positions = np.searchsorted(kb_rows, entities, sorter=order)
-    ids = order[np.minimum(positions, len(order) - 1)]
-    if not np.array_equal(kb_rows[ids], entities):
+def invert(kb_rows: np.ndarray) -> np.ndarray:
+    """int32 [2, e] of `kb_rows` [e]: ascending, and the entity id of each."""
+    ids = np.argsort(kb_rows, kind="stable")
+    return np.stack([kb_rows[ids], ids]).astype(np.int32)
+
+
+def entity_ids(inverse: np.ndarray, entities: np.ndarray) -> np.ndarray:
+    """Entity ids int32 [n] of the knowledge base's rows `entities`; `inverse` is of `invert`.
+
+    Raises:
+      ValueError: one of them is not in the vocabulary.
+    """
+    rows, ids = inverse
+    positions = np.minimum(np.searchsorted(rows, entities), len(rows) - 1)
+    if not np.array_equal(rows[positions], entities):
         raise ValueError("a label is not in the vocabulary")
-    return ids.astype(np.int32)
+    return ids[positions]
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -70,4 +80,5 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     records.write_entities(outputs.path("vocabulary/entities.parquet"), entities)
     kb_rows = rows["kb_row"].to_numpy().astype(np.int32)
     np.save(os.fspath(outputs.path("vocabulary/kb_rows.npy")), kb_rows)
+    np.save(os.fspath(outputs.path("vocabulary/ids.npy")), invert(kb_rows))
     return {"entities": len(entities), "labels": int(entities.counts.sum())}
