@@ -90,7 +90,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     """
     root = files.output_folder(workdir, "--workdir")
     known = read_truth(truth, classes)
-    shards = sorted(root.glob("labels/*.parquet"))
+    shards = engine.listed(root / "labels")
     if not shards:
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."

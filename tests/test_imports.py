@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -81,6 +82,17 @@ def test_the_house_stays_small_enough_to_find_ones_way(house):
         lines = len(path.read_text().splitlines())
         assert lines <= 400, f"{path} has {lines} lines"
         assert len(list(path.parent.glob("*.py"))) <= 12, path.parent
+
+
+def test_tables_are_read_where_file_names_are_no_patterns():
+    """`engine.read_table`, `ask` and `listed`: the libraries' own ways take names for patterns."""
+    for module in (m for m in MODULES if m.startswith("data_prep.")):
+        if module == "data_prep.engine.relational":
+            continue
+        source = (REPOSITORY / (module.replace(".", "/") + ".py")).read_text()
+        assert not re.search(r"pq\.read_table\(|connection\.sql\(f?\W*SELECT|\.glob\(", source) or (
+            module == "data_prep.pairs.files"  # `config.sources` are patterns
+        ), module
 
 
 def test_no_foreign_framework_and_no_private_module():

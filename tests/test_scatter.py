@@ -120,3 +120,33 @@ def test_aggregates_write_the_rows_of_their_queries(tmp_path):
     before = os.stat(work.workdir / "counts/values.parquet").st_mtime_ns
     work.aggregate("counts", queries, {"files": files}, {"least": 2})
     assert os.stat(work.workdir / "counts/values.parquet").st_mtime_ns == before
+
+
+def test_file_names_are_names_neither_patterns_nor_columns(tmp_path):
+    """Beside `w[1]` lies `w1`, which the pattern means; `text=9` is a folder, not a caption."""
+    named = {}
+    for name, text in (("text=9/w[1]", "mine"), ("text=9/w1", "theirs"), ("text=9/w*?", "odd")):
+        named[text] = tmp_path / name / "00000.parquet"
+        named[text].parent.mkdir(parents=True)
+        pq.write_table(pa.table({"text": [text]}), named[text])
+    outputs = engine.Outputs(tmp_path / "W", "stage", "0")
+    with engine.connect(outputs) as connection:
+        for text, path in named.items():
+            sql = "SELECT text, filename FROM read_parquet($files, filename = true)"
+            asked = {"files": [path], "not mentioned": 1}
+            assert engine.ask(connection, sql, asked).fetchall() == [(text, str(path))]
+            assert engine.read_table(path).to_pylist() == [{"text": text}]
+            assert engine.listed(path.parent) == [path]
+
+
+def test_processes_share_the_memory_of_a_machine(tmp_path):
+    sizes = []
+    for processes in (1, 8):
+        with engine.connect(engine.Outputs(tmp_path, "s", "0", processes)) as connection:
+            [(limit, threads)] = connection.execute(
+                "SELECT current_setting('memory_limit'), current_setting('threads')"
+            ).fetchall()
+        amount, unit = limit.split()
+        sizes.append(float(amount) * {"GiB": 1024, "MiB": 1}[unit])
+        assert threads == 1
+    assert sizes[0] / sizes[1] == pytest.approx(8, rel=0.05)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_prep import engine
 from data_prep.card import numbers as card_numbers
 from data_prep.card.numbers import Files, ask, batches, collect
 from data_prep.selection import embed
@@ -155,7 +156,8 @@ def sensitivity(
         " labelled BOOLEAN, labels BIGINT, pictures BIGINT)",
     )
     for shard in batches(files, ("links", "scores", "fits"), 1):
-        found = connection.execute(
+        found = engine.ask(
+            connection,
             f"""
             {_KNOWN}, candidate AS (
                 SELECT row, key, unnest(candidates, max_depth := 2)

@@ -8,11 +8,12 @@ What sees them all at once (group-bys over keys, entities or sha256) DuckDB spil
 from __future__ import annotations
 
 import os
-import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+from data_prep import engine
 
 if typing.TYPE_CHECKING:
     import duckdb
@@ -39,8 +40,8 @@ _SAMPLED_CAPTIONS = 20_000  # at 24 patterns each: seconds
 
 def ask(connection: duckdb.DuckDBPyConnection, sql: str, **parameters) -> list[tuple]:
     """The rows of a query; $NAMEs that it does not mention may be among the parameters."""
-    used = {k: v for k, v in parameters.items() if re.search(rf"\${k}\b", sql)}
-    return connection.execute(sql, used).fetchall()
+    found = engine.ask(connection, sql, parameters)
+    return found.fetchall() if found else []
 
 
 def collect(

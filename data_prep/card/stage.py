@@ -38,10 +38,10 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
-    files = {stage: sorted(workdir.glob(f"{stage}/*.parquet")) for stage in stages}
+    files = {stage: engine.listed(workdir / f"{stage}") for stage in stages}
     if config.labels == "clip":
         for stage in ("scores", "fits", "coherence"):
-            files[stage] = sorted(workdir.glob(f"{stage}/*.parquet"))
+            files[stage] = engine.listed(workdir / f"{stage}")
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [
         workdir / "vocabulary/entities.parquet",
@@ -82,7 +82,7 @@ def without_folders(value):
 
 
 def _json_files(folder: epath.Path) -> list[epath.Path]:
-    return [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
+    return engine.listed(folder, ".json")
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -97,7 +97,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         for stage in ("pairs", "dropped-i2e")
     }
     downloads = _failed_downloads(counts["pairs"])
-    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
+    with engine.connect(outputs) as connection:
         about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
         strips = card_pictures.entity_strips(*about, entities)
         report = {

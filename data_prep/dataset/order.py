@@ -59,11 +59,11 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
     """
     import pyarrow.parquet as pq
 
-    files = {"pairs": sorted(work.workdir.glob("pairs/*.parquet"))}
+    files = {"pairs": engine.listed(work.workdir / "pairs")}
     rows = _ROWS[dataset]
     if dataset == "i2e":
-        files["labels"] = sorted(work.workdir.glob("labels_final/*.parquet"))
-    elif dropped := sorted(work.workdir.glob("dropped-i2t/*.parquet")):
+        files["labels"] = engine.listed(work.workdir / "labels_final")
+    elif dropped := engine.listed(work.workdir / "dropped-i2t"):
         files["dropped"] = dropped
         rows += _NOT_DROPPED
     # A shard that some stage put into quarantine is in none.

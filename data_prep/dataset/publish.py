@@ -101,9 +101,8 @@ def check(publish: str) -> None:
 def _known_sums(workdir: epath.Path, dataset: str) -> dict[str, str]:
     """sha256 by file name, as the manifests of the stages that wrote the data set hold them."""
     sums = {}
-    for path in workdir.glob(f"*-{dataset}/*.json"):
-        if path.name.startswith("."):
-            continue
+    folders = [workdir / f"{stage}-{dataset}" for stage in ("shards", "metadata")]
+    for path in (path for folder in folders for path in engine.listed(folder, ".json")):
         for output in json.loads(path.read_text()).get("outputs", []):
             if output["path"].startswith(f"{dataset}/{records.VERSION}/"):
                 sums[os.path.basename(output["path"])] = output["sha256"]

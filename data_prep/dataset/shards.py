@@ -69,7 +69,6 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
 
 
 def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow.parquet as pq
     from array_record.python import array_record_module
 
     plan_path, *vocabulary_files = task.inputs
@@ -78,7 +77,7 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
     path = outputs.path(f"{dataset}/{records.VERSION}/{name}")
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), records.WRITER_OPTIONS)
     counts = {"records": 0, "record_bytes": 0, "reencoded": 0}
-    table = pq.read_table(plan_path)
+    table = engine.read_table(plan_path)
     rows, ids = table.to_pylist(), _entity_ids(table["entities"], *vocabulary_files)
     # Read in the order of the tars, write in the order of the plan: a shard is held in memory.
     pictures = {}
@@ -192,10 +191,9 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
 
 def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int) -> Iterator[str]:
     """What the tokenizer learns from: captions in shuffled order, and all the entities' words."""
-    import pyarrow.parquet as pq
 
     for path in plans:
-        captions = pq.read_table(path, columns=["text"])["text"].to_pylist()
+        captions = engine.read_table(path, columns=["text"])["text"].to_pylist()
         yield from captions[:limit]
         limit -= min(limit, len(captions))
         if not limit:
@@ -214,6 +212,6 @@ def _write_keys(path: epath.Path, plans: Sequence[str]) -> None:
     schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
     with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
         for shard, plan_path in enumerate(plans):
-            keys = pq.read_table(plan_path, columns=["key"])["key"].combine_chunks()
+            keys = engine.read_table(plan_path, columns=["key"])["key"].combine_chunks()
             columns = [keys, np.full(len(keys), shard, np.int32), np.arange(len(keys))]
             writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

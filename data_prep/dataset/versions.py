@@ -12,6 +12,7 @@ from typing import NamedTuple
 from absl import logging
 from etils import epath
 
+from data_prep import engine
 from mofi_jax.common import errors
 from mofi_jax.data import records
 
@@ -108,7 +109,8 @@ def find_keys(index: epath.Path, wanted: Sequence[str]) -> dict[int, dict[int, s
 
     with duckdb.connect() as connection:
         connection.register("wanted", pa.table({"key": pa.array(wanted, pa.string())}))
-        rows = connection.execute(
+        rows = engine.ask(
+            connection,
             'SELECT shard, "index", key FROM read_parquet($index) SEMI JOIN wanted USING (key)'
             " ORDER BY ALL",
             {"index": os.fspath(index)},

@@ -26,7 +26,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Returns:
       The one manifest; counts `entities`, `labels`.
     """
-    labels = sorted(work.workdir.glob("labels_final/*.parquet"))
+    labels = engine.listed(work.workdir / "labels_final")
     tables = {"kb": [work.workdir / "kb/entities.parquet"], "labels": labels}
     work.aggregate("label_counts", {"label_counts/entities.parquet": _COUNTS}, tables)
     task = engine.Task("entities", (work.workdir / "label_counts/entities.parquet",))
@@ -67,9 +67,8 @@ def entity_ids(inverse: np.ndarray, entities: np.ndarray) -> np.ndarray:
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow.parquet as pq
 
-    rows = pq.read_table(task.inputs[0])
+    rows = engine.read_table(task.inputs[0])
     if not len(rows):
         raise errors.BadInput(
             f"No entity is left in {outputs.workdir / 'labels_final'}: lower config.min_images or "

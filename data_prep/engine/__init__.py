@@ -4,6 +4,7 @@
     jobs          one shard in whatever process: Task, Outputs, retries, what can go wrong
     executors     where jobs run: processes of this machine, a Ray cluster
     manifests     what a finished shard was made from, and whether it still is
+    relational    parquet and SQL; aggregate, scatter, gather: how rows change shards
     progress      what a person sees meanwhile
 
 The doors are below; a stage needs no other.
@@ -11,14 +12,16 @@ The doors are below; a stage needs no other.
 
 from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
 from data_prep.engine.manifests import sha256, stage_seconds, write_durably
-from data_prep.engine.stages import (
-    Engine,
+from data_prep.engine.relational import (
     Scattered,
+    ask,
     connect,
+    listed,
     read_buckets,
+    read_table,
     runs,
-    total_counts,
 )
+from data_prep.engine.stages import Engine, total_counts
 
 __all__ = [
     "Engine",
@@ -27,8 +30,11 @@ __all__ = [
     "ShardError",
     "StageFunction",
     "Task",
+    "ask",
     "connect",
+    "listed",
     "read_buckets",
+    "read_table",
     "runs",
     "sha256",
     "stage_seconds",

@@ -53,7 +53,13 @@ class Task:
 class Outputs:
     """Where a stage function writes: temporary names inside the work directory."""
 
-    def __init__(self, workdir: epath.Path, stage: str, shard: str):
+    def __init__(self, workdir: epath.Path, stage: str, shard: str, processes: int = 1):
+        """
+        Args:
+          workdir, stage, shard: whose outputs these are.
+          processes: how many share this machine and its memory.
+        """
+        self.processes = processes
         self.workdir = epath.Path(workdir)
         self.stage = stage
         self.shard = shard
@@ -113,7 +119,11 @@ class ShardError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A task with all that another process needs to run it."""
+    """A task with all that another process needs to run it.
+
+    Attributes:
+      processes: how many run jobs side by side on a machine; no output depends on it.
+    """
 
     workdir: str
     stage: str
@@ -121,6 +131,7 @@ class Job:
     task: Task
     settings: dict
     seen: dict[str, manifests.Seen]
+    processes: int = 1
 
     @property
     def where(self) -> str:
@@ -208,7 +219,7 @@ def _run(job: Job) -> dict:
     with _missing_inputs():
         inputs = [manifests.describe(workdir, path, path, job.where) for path in task.inputs]
     before = manifests.read(workdir, job.stage, task.name) or {}
-    outputs = Outputs(workdir, job.stage, task.name)
+    outputs = Outputs(workdir, job.stage, task.name, job.processes)
     try:
         counts = job.function(task, outputs, job.settings)
         described = [

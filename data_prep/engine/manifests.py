@@ -24,6 +24,8 @@ from mofi_jax.common import errors
 # A file as last seen: size in bytes, modification time in ns, sha256 in hex.
 Seen = tuple[int, int, str]
 
+_NOTE = ".stat.json"
+
 # Hashes known to this process, by absolute path. Outputs of one stage are inputs of the next: with
 # this no file is hashed twice in one run.
 _known: dict[str, Seen] = {}
@@ -181,9 +183,11 @@ def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
     """
     found: dict[str, dict] = {}
     order: dict[str, float] = {}
-    for path in sorted(epath.Path(workdir).glob("*/.*.stat.json")):
+    root = os.path.abspath(workdir)
+    stages = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
+    for path in (p for s in stages for p in _notes(epath.Path(root, s))):
         stage = path.parent.name
-        shard = path.name.removeprefix(".").removesuffix(".stat.json")
+        shard = path.name.removeprefix(".").removesuffix(_NOTE)
         if read(path.parent.parent, stage, shard) is None:
             continue
         total = found.setdefault(stage, {"seconds": 0.0, "shards": 0})
@@ -199,8 +203,9 @@ def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
 
 def remove_strays(workdir: epath.Path, stage: str, names: set[str]) -> None:
     """Removes the shards of a stage that are not among `names`, with their outputs."""
-    for path in sorted((workdir / stage).glob("*.json")):
-        if path.name.startswith(".") or path.stem in names:
+    for name in sorted(os.listdir(workdir / stage)):
+        path = workdir / stage / name
+        if path.suffix != ".json" or name.startswith(".") or path.stem in names:
             continue
         manifest = read_json(path)
         if manifest is None or manifest.get("stage") != stage:
@@ -227,8 +232,12 @@ def read_json(path: epath.Path) -> dict | None:
         return None
 
 
+def _notes(folder: epath.Path) -> list[epath.Path]:
+    return [folder / n for n in sorted(os.listdir(folder)) if n[0] == "." and n.endswith(_NOTE)]
+
+
 def _note_path(workdir: epath.Path, stage: str, shard: str) -> epath.Path:
-    return workdir / stage / f".{shard}.stat.json"
+    return workdir / stage / f".{shard}{_NOTE}"
 
 
 def _note(workdir: epath.Path, stage: str, shard: str) -> dict:

@@ -22,48 +22,17 @@ The work directory is on a file system where rename and flock work, and which al
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import shutil
 import typing
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from absl import logging
 from etils import epath
 
-from data_prep.engine import executors, manifests, progress
-from data_prep.engine.jobs import (
-    Job,
-    Outputs,
-    ShardError,
-    StageFunction,
-    Task,
-    rejects_name,
-    rejects_table,
-)
-from data_prep.engine.manifests import sha256, stage_seconds, write_durably
-
-if typing.TYPE_CHECKING:
-    import pyarrow as pa
-
-__all__ = [
-    "Engine",
-    "Outputs",
-    "Scattered",
-    "ShardError",
-    "StageFunction",
-    "Task",
-    "connect",
-    "read_buckets",
-    "runs",
-    "sha256",
-    "stage_seconds",
-    "total_counts",
-    "write_durably",
-]
+from data_prep.engine import executors, manifests, progress, relational
+from data_prep.engine.jobs import Job, StageFunction, Task, rejects_name, rejects_table
 
 
 class Engine:
@@ -213,7 +182,7 @@ class Engine:
             "parameters": dict(parameters or {}),
         }
         task = Task("all", tuple(path for files in tables.values() for path in files))
-        [manifest] = self.map_shards(stage, _aggregate, [task], settings, here=True)
+        [manifest] = self.map_shards(stage, relational.aggregate, [task], settings)
         return manifest
 
     def scatter(
@@ -224,7 +193,7 @@ class Engine:
         buckets: int,
         parameters: Mapping[str, typing.Any] | None = None,
         tables: Sequence[str] = ("files",),
-    ) -> Scattered:
+    ) -> relational.Scattered:
         """Sorts the rows of each task's files into buckets.
 
         Args:
@@ -241,9 +210,9 @@ class Engine:
         """
         settings = {"sql": sql, "buckets": buckets, "parameters": dict(parameters or {})}
         settings["tables"] = list(tables)
-        written = self.map_shards(stage, _scatter, tasks, settings)
+        written = self.map_shards(stage, relational.scatter, tasks, settings)
         files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
-        return Scattered(tuple(map(os.fspath, files)), buckets)
+        return relational.Scattered(tuple(map(os.fspath, files)), buckets)
 
     def _quarantine(self, job: Job, error: Exception) -> None:
         """Notes a shard that could not be made; what an earlier run wrote for it is removed."""
@@ -261,7 +230,8 @@ class Engine:
         note["inputs"] = list(job.task.inputs)
         note_path = self._quarantine_note(job.stage, job.task.name)
         note_path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(note_path, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(note, indent=1, ensure_ascii=False) + "\n"
+        manifests.write_durably(note_path, text.encode())
 
     def _release(self, stage: str, shard: str) -> None:
         """Forgets that an earlier run had put a shard, now made, into quarantine."""
@@ -287,114 +257,10 @@ def total_counts(found: Sequence[dict]) -> dict[str, int]:
     return totals
 
 
-def connect(outputs: Outputs, threads: int = 1):
-    """A DuckDB connection that spills into the shard's temporary folder when memory runs short."""
-    import duckdb
-
-    spill = outputs.temporary("duckdb")
-    spill.parent.mkdir(parents=True, exist_ok=True)
-    connection = duckdb.connect(config={"threads": threads, "temp_directory": os.fspath(spill)})
-    connection.execute("SET enable_progress_bar = false")
-    return connection
-
-
 def _keys_of(task: Task) -> list[str]:
     """The keys of a task's first input, or the input's name where it is no table of pairs."""
-    import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(task.inputs[0], columns=["key"])["key"].to_pylist()
+        return relational.read_table(task.inputs[0], ["key"])["key"].to_pylist()
     except (OSError, ValueError, KeyError, IndexError):
         return [os.path.basename(task.inputs[0]) if task.inputs else task.name]
-
-
-def _aggregate(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
-    parameters, first = dict(settings["parameters"]), 0
-    for name, count in settings["tables"].items():
-        parameters[name] = list(task.inputs[first : first + count])
-        first += count
-    counts = {}
-    with connect(outputs, threads=os.cpu_count() or 1) as connection:
-        for output, sql in settings["queries"].items():
-            used = {name: value for name, value in parameters.items() if f"${name}" in sql}
-            reader = connection.sql(sql, params=used or None).to_arrow_reader(1 << 16)
-            counts[os.path.splitext(output)[0]] = _write_batches(outputs.path(output), reader)
-    return counts
-
-
-def _write_batches(path: epath.Path, reader: pa.RecordBatchReader) -> int:
-    import pyarrow.parquet as pq
-
-    rows = 0
-    with pq.ParquetWriter(os.fspath(path), reader.schema, compression="zstd") as writer:
-        for batch in reader:
-            writer.write_batch(batch)
-            rows += len(batch)
-    return rows
-
-
-# ------------------------------------------------------------------------------ scatter and gather
-
-
-@dataclasses.dataclass(frozen=True)
-class Scattered:
-    """Rows in buckets: files with one row group for each bucket."""
-
-    files: tuple[str, ...]
-    buckets: int
-
-    def bucket_rows(self) -> np.ndarray:
-        """int64 [buckets]: the rows of each bucket, from the files' footers."""
-        import pyarrow.parquet as pq
-
-        total = np.zeros(self.buckets, np.int64)
-        for path in self.files:
-            footer = pq.read_metadata(path)
-            total += [footer.row_group(bucket).num_rows for bucket in range(self.buckets)]
-        return total
-
-
-def read_buckets(files: Sequence[str], first: int, last: int) -> pa.Table:
-    """The rows of the buckets [first, last) in all files, in the order of the files."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parts = []
-    for path in files:
-        with pq.ParquetFile(path) as file:
-            parts.append(file.read_row_groups(list(range(first, last))))
-    return pa.concat_tables(parts)
-
-
-def runs(count: int, most: int) -> list[range]:
-    """Cuts range(count) into at most `most` runs of equal length, up to the last one's.
-
-    Scatter tasks and gather tasks are few, because each of the latter opens a file of each of the
-    former.
-    """
-    size = max(1, -(-count // most))
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow.parquet as pq
-
-    buckets = settings["buckets"]
-    parameters = dict(settings["parameters"])
-    part = len(task.inputs) // len(settings["tables"])
-    for number, name in enumerate(settings["tables"]):
-        parameters[name] = list(task.inputs[number * part : (number + 1) * part])
-    with connect(outputs) as connection:
-        table = connection.sql(settings["sql"], params=parameters).to_arrow_table()
-    bucket = table["bucket"].to_numpy().astype(np.int64)
-    if len(bucket) and not 0 <= bucket.min() <= bucket.max() < buckets:
-        raise ValueError(f"buckets {bucket.min()} to {bucket.max()} are not in [0, {buckets})")
-    # Stable: within a bucket rows keep the order of the SQL.
-    table = table.drop_columns(["bucket"]).take(np.argsort(bucket, kind="stable"))
-    starts = np.searchsorted(np.sort(bucket), np.arange(buckets + 1))
-    path = os.fspath(outputs.path(f"{outputs.stage}/{task.name}.parquet"))
-    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
-        for start, end in itertools.pairwise(starts):
-            # An empty bucket is a row group too: the bucket's number is the group's.
-            writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
-    return {"rows": len(table)}

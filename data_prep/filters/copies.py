@@ -54,8 +54,8 @@ def _find(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
     if groups:
         files["gone"] = [path for group in groups for path in group]
         which = f"{which} {_NOT_GONE}"
-    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
-        relation = connection.sql(_SQL.format(which=which), params=files)
+    with engine.connect(outputs) as connection:
+        relation = engine.ask(connection, _SQL.format(which=which), files)
         reader = relation.to_arrow_reader(1 << 16)
         shard_of = dict(zip(files["pairs"], settings["shards"], strict=True))
         return {"copies": _write_by_shard(outputs, reader, shard_of)}

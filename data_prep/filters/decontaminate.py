@@ -315,9 +315,8 @@ def _padded(rows: np.ndarray, size: int) -> np.ndarray:
 def read_tables(paths: Sequence[str | epath.Path], columns: Sequence[str]):
     """The rows of parquet files, one file after the other."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    tables = [pq.read_table(os.fspath(path), columns=list(columns)) for path in paths]
+    tables = [engine.read_table(path, columns=list(columns)) for path in paths]
     return pa.concat_tables(tables).combine_chunks()
 
 

@@ -23,7 +23,6 @@ round of "converge": pictures are never held, nor are sets of their keys.
 from __future__ import annotations
 
 import hashlib
-import os
 import typing
 from collections.abc import Iterator, Sequence
 
@@ -97,13 +96,12 @@ def read_candidates(
 ) -> pa.Table:
     """The labelled rows of a shard without those whose key is in one of the tables `dropped`."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     wanted = None if columns is None else list({"reason", *columns, *(["key"] if dropped else [])})
-    table = pq.read_table(os.fspath(labels), columns=wanted)
+    table = engine.read_table(labels, columns=wanted)
     table = table.filter(pc.is_null(table["reason"]))
     for path in dropped:
-        keys = pq.read_table(os.fspath(path), columns=["key"])["key"]
+        keys = engine.read_table(path, columns=["key"])["key"]
         if len(keys):
             table = table.filter(pc.invert(pc.is_in(table["key"], keys)))
     return table
@@ -172,10 +170,9 @@ def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
 
 def _sample(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     counts_path, *shard = task.inputs
-    known = pq.read_table(counts_path)
+    known = engine.read_table(counts_path)
     table = read_candidates(*shard, columns=["key", "entities"])
     entities, row = labels_of(table)
     position = np.searchsorted(known["entity"].to_numpy(), entities)

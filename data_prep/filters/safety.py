@@ -104,12 +104,11 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, shards: Sequence
 
 def _judge(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = ["key", *(["sha256"] if settings["blocked_hashes"] else [])]
     columns += ["url"] if settings["blocked_domains"] else []
     columns += ["extras"] if settings["columns"] else []
-    pairs = pq.read_table(task.inputs[0], columns=columns).to_pydict()
+    pairs = engine.read_table(task.inputs[0], columns=columns).to_pydict()
     keys, found = pairs["key"], {}
     counts = {"pairs": len(keys)}
     if settings["blocked_hashes"]:
@@ -134,7 +133,7 @@ def _judge(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             if verdict:
                 found.setdefault(key, f"unsafe_column:{name}")
     if settings["head"]:
-        embedded = pq.read_table(task.inputs[1], columns=["key"])["key"].to_pylist()
+        embedded = engine.read_table(task.inputs[1], columns=["key"])["key"].to_pylist()
         embeddings = np.load(task.inputs[2])
         if len(embedded):
             scores = _cached_head(settings["head"])(embeddings.astype(np.float32))

@@ -105,7 +105,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 
 def _shards(work: engine.Engine, folders: Sequence[str]) -> list[tuple[epath.Path, ...]]:
     """Of each shard its files in the folders; not of one that a stage had to leave out."""
-    paths = sorted((work.workdir / folders[0]).glob("*.parquet"))
+    paths = engine.listed(work.workdir / folders[0])
     shards = [tuple(work.workdir / folder / path.name for folder in folders) for path in paths]
     return [files for files in shards if all(file.exists() for file in files)]
 
@@ -161,13 +161,12 @@ def _clear(work: engine.Engine, *stages: str) -> None:
 def _drop(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Gathers what the stages found; of several reasons the first counts."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     candidates_path, *paths = task.inputs
     if settings["labelled"]:
         table = frequency.read_candidates(candidates_path, columns=["key"])
     else:
-        table = pq.read_table(candidates_path, columns=["key"])
+        table = engine.read_table(candidates_path, columns=["key"])
     keys = table["key"].to_pylist()
     candidates = set(keys)
     counts = {"candidates": len(keys), "dropped": 0}
@@ -177,7 +176,7 @@ def _drop(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
         counts[name] = counts.get(name, 0) + 1
 
     for stage, path in zip(settings["stages"], paths, strict=True):
-        for row in pq.read_table(path).to_pylist():
+        for row in engine.read_table(path).to_pylist():
             if row["key"] not in candidates:
                 continue
             if "set" in row:
@@ -199,12 +198,11 @@ def _drop(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
 def _drop_rare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     frequent_path, labels_path, *dropped = task.inputs
     table = frequency.read_candidates(labels_path, *dropped)
     entities, row = frequency.labels_of(table)
-    known = frequency.among(entities, pq.read_table(frequent_path)["entity"].to_numpy())
+    known = frequency.among(entities, engine.read_table(frequent_path)["entity"].to_numpy())
     if settings["rare_entity_drops"] == "picture":
         with_rare = np.zeros(len(table), bool)
         with_rare[row[~known]] = True

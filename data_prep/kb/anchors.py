@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from data_prep import engine
 from data_prep.kb import names
 from data_prep.kb import rows as kb_rows
 from mofi_jax.common import errors
@@ -80,7 +81,8 @@ def sorted_names(
         # A file between: an error inside DuckDB would not come out as what it is.
         forms = os.path.join(anchors.scratch, "anchors.parquet")
         _write_forms(anchors.path, forms)
-        connection.execute(
+        engine.ask(
+            connection,
             "CREATE TEMP TABLE linked AS"
             ' SELECT form, e.entity, sum(links)::BIGINT AS links, min("case") AS "case"'
             " FROM read_parquet($forms) JOIN (SELECT qid, file_row_number::INT AS entity"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from data_prep import engine
 from data_prep.kb import names
 
 if typing.TYPE_CHECKING:
@@ -207,6 +208,5 @@ def _merged(found: Candidates) -> Candidates:
 
 def read_entities(path: epath.PathLike) -> pa.Table:
     """The entities of a built folder, see `kb_build`; an entity is a row number."""
-    import pyarrow.parquet as pq
 
-    return pq.read_table(os.fspath(epath.Path(path) / "entities.parquet"))
+    return engine.read_table(epath.Path(path) / "entities.parquet")

@@ -113,7 +113,7 @@ def _write_entities(
             note = kb_parts.read(path)
             for key, value in note["counts"].items():
                 counts[key] = counts.get(key, 0) + value
-            table = pq.read_table(f"{path}.entities.parquet")
+            table = engine.read_table(f"{path}.entities.parquet")
             fresh = np.ones(table.num_rows, bool)
             found = [(line, reason) for line, reason in note["rejects"]]
             if twice:
@@ -155,7 +155,8 @@ def _write_entities(
 def _ids_of_several_rows(parts: Sequence[str], connection) -> set[str]:
     if not parts:
         return set()
-    rows = connection.execute(
+    rows = engine.ask(
+        connection,
         "SELECT qid FROM read_parquet($parts) GROUP BY qid HAVING count(*) > 1",
         {"parts": [f"{path}.entities.parquet" for path in parts]},
     ).fetchall()
@@ -178,13 +179,12 @@ def _write_row_groups(writer, held: list[pa.Table], least: int) -> list[pa.Table
 def _numbered_names(parts: Sequence[str], entities: Sequence[np.ndarray]) -> pa.RecordBatchReader:
     """All names of all parts: form, entity, weight, case, joined."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     schema = kb_parts.names_schema().set(0, pa.field("entity", pa.int32()))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for path, numbers in zip(parts, entities, strict=True):
-            table = pq.read_table(f"{path}.names.parquet")
+            table = engine.read_table(f"{path}.names.parquet")
             entity = numbers[table["index"].to_numpy()]
             columns = [pa.array(entity), *(table[name] for name in schema.names[1:])]
             table = pa.table(columns, schema=schema).filter(pa.array(entity >= 0))

@@ -28,6 +28,7 @@ from spacy import kb as spacy_kb
 from spacy.tokens import Span
 from spacy.vocab import Vocab
 
+from data_prep import engine
 from data_prep.kb import lookup, names
 from mofi_jax.common import errors
 
@@ -138,10 +139,9 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
     @functools.cached_property
     def _entities(self):
         """Ids, as an Arrow array, and sitelinks of all entities."""
-        import pyarrow.parquet as pq
 
         path = os.path.join(self.folder, "entities.parquet")
-        table = pq.read_table(path, columns=["qid", "sitelinks"]).combine_chunks()
+        table = engine.read_table(path, columns=["qid", "sitelinks"]).combine_chunks()
         return table["qid"].combine_chunks(), table["sitelinks"].to_numpy()
 
     @functools.cached_property

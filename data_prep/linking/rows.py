@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_prep import engine
+
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
@@ -46,9 +48,8 @@ class Distinct(typing.NamedTuple):
 
 def read(path: str | os.PathLike[str]) -> Candidates:
     """Reads a shard of links/."""
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(os.fspath(path), columns=["key", "mentions", "candidates"])
+    table = engine.read_table(path, columns=["key", "mentions", "candidates"])
     found = _whole(table["candidates"])
     fields = found.flatten()  # honours offsets and nulls, as .values does not
     columns = (fields.field(name) for name in ("mention", "entity", "prior"))
@@ -89,9 +90,8 @@ def positions(keys: pa.Array, among: pa.Array) -> np.ndarray:
 
 def read_column(path: str | os.PathLike[str], name: str) -> pa.Array:
     """A column of a parquet file in one piece."""
-    import pyarrow.parquet as pq
 
-    return _whole(pq.read_table(os.fspath(path), columns=[name])[name])
+    return _whole(engine.read_table(path, columns=[name])[name])
 
 
 def lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

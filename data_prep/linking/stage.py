@@ -109,7 +109,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     import pyarrow.parquet as pq
 
     workdir = work.workdir
-    pairs = sorted(workdir.glob("pairs/*.parquet"))
+    pairs = engine.listed(workdir / "pairs")
     rows = sum(pq.read_metadata(path).num_rows for path in pairs)
 
     spills = min(_MOST_SPILLS, max(1, -(-rows // _ROWS_PER_SPILL)))
@@ -131,7 +131,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     }
     work.map_shards("captions", _link_captions, tasks, settings)
 
-    captions = sorted(workdir.glob("captions/*.parquet"))
+    captions = engine.listed(workdir / "captions")
     groups = engine.runs(len(pairs), _MOST_TASKS)
     parameters = {"shards_per_bucket": len(groups[0])}
     tasks = _tasks(captions, spills)
@@ -349,7 +349,6 @@ def load_spacy(model: str, noun_chunks: bool):
 
 def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     spills, pairs = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
     bucket = int(task.name)
@@ -359,7 +358,7 @@ def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[
     for path in pairs:
         shard = epath.Path(path).stem
         own = table.filter(pc.equal(table["shard"], int(shard)))
-        keys = pq.read_table(path, columns=["key"])["key"]
+        keys = engine.read_table(path, columns=["key"])["key"]
         # A caption in quarantine leaves its pairs without a row here.
         own = own.append_column("key", keys.take(own["row"]))
         own = own.select(["key", "mentions", "candidates"]).combine_chunks()

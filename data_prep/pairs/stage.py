@@ -203,7 +203,7 @@ def _write_parts(
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
         tasks.append(engine.Task(path.stem, (*inputs, os.fspath(path))))
-    for path in {*folder.glob("*.part")} - {epath.Path(task.inputs[-1]) for task in tasks}:
+    for path in {*engine.listed(folder, ".part")} - {epath.Path(task.inputs[-1]) for task in tasks}:
         path.unlink()
     return tasks
 
@@ -333,8 +333,8 @@ def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dic
     import pyarrow.parquet as pq
 
     total, shard, writer = 0, None, None
-    with engine.connect(outputs, threads=os.cpu_count() or 1) as connection:
-        query = connection.sql(_REPEATED, params={"files": list(task.inputs)})
+    with engine.connect(outputs) as connection:
+        query = engine.ask(connection, _REPEATED, {"files": list(task.inputs)})
         for batch in query.to_arrow_reader(1 << 16):
             table = pa.Table.from_batches([batch])
             ends = [*_changes(table["shard"].to_pylist()), len(table)]
@@ -365,10 +365,10 @@ def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> d
 
     indexed, rejects_path, manifest, *repeated = task.inputs
     counts = json.loads(epath.Path(manifest).read_text())["counts"]
-    rejects = [(row["key"], row["reason"]) for row in pq.read_table(rejects_path).to_pylist()]
+    rejects = [(row["key"], row["reason"]) for row in engine.read_table(rejects_path).to_pylist()]
     name = f"pairs/{task.name}.parquet"
     if repeated:
-        table, drop = pq.read_table(indexed), pq.read_table(repeated[0])
+        table, drop = engine.read_table(indexed), engine.read_table(repeated[0])
         keep = np.ones(len(table), bool)
         keep[drop["place"].to_numpy()] = False
         outputs.write_table(name, table.filter(keep))

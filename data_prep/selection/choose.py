@@ -52,7 +52,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       BadInput: a value of `labels` that is neither; see also `evidence.run`.
     """
     workdir = work.workdir
-    links = sorted(workdir.glob("links/*.parquet"))
+    links = engine.listed(workdir / "links")
     if config.labels == "text":
         tasks = [engine.Task(path.stem, (path,)) for path in links]
         settings = {"labels": "text"}
@@ -235,7 +235,6 @@ def read_evidence(
       The evidence, NaN for candidates of pictures that could not be scored; and, bool [n], which
       pictures were scored.
     """
-    import pyarrow.parquet as pq
 
     position = link_rows.positions(link_rows.read_column(scores, "key"), links.keys)
     entities = link_rows.read_column(scores, "entities")
@@ -249,7 +248,7 @@ def read_evidence(
     found[found] = code[place[found]] == wanted[found]
     place = place[found]
 
-    table = pq.read_table(coherence, columns=["entity", "coherence"])
+    table = engine.read_table(coherence, columns=["entity", "coherence"])
     known_entities, coherences = (table[name].to_numpy() for name in table.column_names)
     values = (
         _flat(link_rows.read_column(scores, "scores"))[place],

@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
       BadInput: no model named, or a folder that holds none.
     """
     workdir = work.workdir
-    links = sorted(workdir.glob("links/*.parquet"))
+    links = engine.listed(workdir / "links")
     if not config.clip:
         raise errors.BadInput(
             "config.clip is not set: name the folder of a trained run or of a Hugging Face CLIP "
@@ -206,14 +206,13 @@ def _score(
 ) -> dict[str, int]:
     """Embeds the pictures that have a candidate; cosines with the texts of their candidates."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     links_path, pairs_path, entities_path, texts_path, _ = task.inputs
     links = link_rows.read(links_path)
     known = link_rows.distinct(links)
     rows, picture = np.unique(known.row, return_inverse=True)
     keys = links.keys.take(pa.array(rows))
-    pairs = pq.read_table(pairs_path, columns=["key", "path", "offset", "length"])
+    pairs = engine.read_table(pairs_path, columns=["key", "path", "offset", "length"])
     pairs = pairs.take(pa.array(link_rows.positions(keys, pairs["key"])))
 
     embeddings, rejected = np.zeros((0, 0), np.float16), {}

@@ -43,7 +43,7 @@ def run(work: engine.Engine) -> None:
     candidate somewhere, mapped from disk, a float32 vector each.
     """
     workdir = work.workdir
-    links = sorted(workdir.glob("links/*.parquet"))
+    links = engine.listed(workdir / "links")
     scores = [workdir / "scores" / path.name for path in links]
     embeddings = [path.with_suffix(".npy") for path in scores]
     entities, texts = (workdir / "texts" / f"{n}.npy" for n in ("entities", "embeddings"))
@@ -161,7 +161,6 @@ def add_by(
 
 
 def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow.parquet as pq
 
     links_path, scores_path, embeddings_path, *rest = task.inputs
     entities, texts, moments, prototypes, support = (np.load(path, mmap_mode="r") for path in rest)
@@ -175,7 +174,7 @@ def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str
         picture_fit = deviations(x[row], prototypes[column] - own, covariance)
         text_fits.append(deviations(x[row], texts[column].astype(np.float32), covariance))
         picture_fits.append(picture_fit * others / (others + PROTOTYPE_DOUBT))
-    table = pq.read_table(scores_path, columns=["key", "entities"])
+    table = engine.read_table(scores_path, columns=["key", "entities"])
     starts = np.searchsorted(pairs.row, np.arange(len(table) + 1))
     for name, values in (("text_fits", text_fits), ("picture_fits", picture_fits)):
         rounded = np.round(np.concatenate(values), DECIMALS).astype(np.float32)
