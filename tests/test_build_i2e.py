@@ -208,16 +208,22 @@ def test_labels_by_clip_are_the_same_bytes_for_two_workers_and_after_a_kill(fold
 
     work = tmp_path / "killed"
     run = command(folder, work, *arguments, "--config.workers=2")
-    kill_when(run, work, "scores/00001.parquet")
+    kill_when(run, work, "embeddings/00001.parquet")
     subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
     assert digests(work) == digests(whole)
 
     # Another threshold: no picture is read again.
-    scored = engine.sha256(work / "scores/00000.json"), os.stat(work / "scores/00000.npy").st_mtime
+    scored = (
+        engine.sha256(work / "embeddings/00000.json"),
+        os.stat(work / "embeddings/00000.npy").st_mtime,
+    )
     config = make_config(folder, "labels=clip", clip=str(clip), max_labels=1, min_fit=0.5)
     stricter = build_i2e.build(config, str(work))["stages"]
     assert stricter["labels"]["labelled"] < stages["labels"]["labelled"]
-    again = engine.sha256(work / "scores/00000.json"), os.stat(work / "scores/00000.npy").st_mtime
+    again = (
+        engine.sha256(work / "embeddings/00000.json"),
+        os.stat(work / "embeddings/00000.npy").st_mtime,
+    )
     assert again == scored
 
 

@@ -218,17 +218,17 @@ def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
     ]
     write_pairs(workdir, shards)
     label_tables.write(workdir, [[(key, [1]) for key, _ in shard] for shard in shards])
-    (workdir / "texts").mkdir()
-    (workdir / "texts/model.json").write_text("{}")
-    (workdir / "scores").mkdir()
+    (workdir / "model").mkdir()
+    (workdir / "model/fingerprint.txt").write_text("")
+    (workdir / "embeddings").mkdir()
     for number, shard in enumerate(shards):
         pixels = [model.towers.decode(data) for _, data in shard]
         found = (
             model.towers.embed_images(model.params, np.stack(pixels)) if shard else np.zeros((0, 0))
         )
-        np.save(workdir / f"scores/{number:05d}.npy", found.astype(np.float16))
+        np.save(workdir / f"embeddings/{number:05d}.npy", found.astype(np.float16))
         table = pa.table({"key": pa.array([key for key, _ in shard], pa.string())})
-        pq.write_table(table, workdir / f"scores/{number:05d}.parquet")
+        pq.write_table(table, workdir / f"embeddings/{number:05d}.parquet")
 
     def run(**changes):
         config = text_config(eval_sets=sets, **changes)
@@ -243,9 +243,11 @@ def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
     assert 0 <= match["distance"] <= 1e-4
     # The blocked products find exactly what all cosines at once do.
     counts = run(max_cosine=0.9)
-    stored = np.concatenate([np.load(workdir / f"scores/{n:05d}.npy") for n in (0, 1)])
+    stored = np.concatenate([np.load(workdir / f"embeddings/{n:05d}.npy") for n in (0, 1)])
     keys = [
-        row["key"] for n in (0, 1) for row in label_tables.read(workdir, f"scores/{n:05d}.parquet")
+        row["key"]
+        for n in (0, 1)
+        for row in label_tables.read(workdir, f"embeddings/{n:05d}.parquet")
     ]
     expected = set()
     for name in ("landmarks", "other"):
@@ -343,8 +345,8 @@ def test_bad_sets_are_named(tmp_path, sets):
 def test_undecodable_pictures_embed_as_zeros(tmp_path, sets, monkeypatch):
     model = workdirs.Model()
     monkeypatch.setattr(embed, "load_model", lambda *_: model)
-    (tmp_path / "W/texts").mkdir(parents=True)
-    (tmp_path / "W/texts/model.json").write_text("{}")
+    (tmp_path / "W/model").mkdir(parents=True)
+    (tmp_path / "W/model/fingerprint.txt").write_text("")
     only_bad = tmp_path / "bad"
     only_bad.mkdir()
     (only_bad / "x.jpg").write_bytes(b"no")

@@ -36,11 +36,11 @@ def write(workdir, rows, embeddings=None):
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), workdir / "pairs/00000.parquet")
     label_tables.write(workdir, [[(row["key"], [1]) for row in rows]])
     if embeddings is not None:
-        (workdir / "scores").mkdir()
+        (workdir / "embeddings").mkdir()
         # The stage that embeds leaves out pairs without candidate.
         table = pa.table({"key": [row["key"] for row in rows][: len(embeddings)]})
-        pq.write_table(table, workdir / "scores/00000.parquet")
-        np.save(workdir / "scores/00000.npy", np.asarray(embeddings, np.float16))
+        pq.write_table(table, workdir / "embeddings/00000.parquet")
+        np.save(workdir / "embeddings/00000.npy", np.asarray(embeddings, np.float16))
 
 
 def run(workdir, config, workers=1):

@@ -1,14 +1,17 @@
 """Selection in a world of colours with known answers."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine
+from data_prep.engine import relational
 from data_prep.selection import choose, embed
 from mofi_jax.common import errors
-from tests import workdirs
+from tests import label_tables, workdirs
 
 
 @pytest.fixture
@@ -103,7 +106,8 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
     digests = []
     for workers in (1, 2):
         choose.run(workdirs.config(clip=clip), engine.Engine(workdir, workers))
-        stages = ("texts", "scores", "background", "fits", "coherence", "labels")
+        stages = ("texts", "embeddings", "moments", "prototypes", "scores", "fits", "coherence")
+        stages = (*stages, "labels")
         files = [path for stage in stages for path in sorted((workdir / stage).glob("[!.]*"))]
         files += sorted((workdir / "rejects").glob("labels-*"))
         digests.append({str(path.relative_to(workdir)): engine.sha256(path) for path in files})
@@ -119,9 +123,10 @@ def test_saved_evidence_matches_plain_numpy(world):
     shards = sorted((workdir / "scores").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
     fits = [r for path in shards for r in pq.read_table(workdir / "fits" / path.name).to_pylist()]
-    x = np.concatenate([np.load(p.with_suffix(".npy")) for p in shards]).astype(np.float64)
-    entities = np.load(workdir / "texts/entities.npy").tolist()
-    texts = np.load(workdir / "texts/embeddings.npy").astype(np.float64)
+    x = np.concatenate([np.load(workdir / f"embeddings/{p.stem}.npy") for p in shards])
+    x = x.astype(np.float64)
+    entities = pq.read_table(workdir / "candidates/entities.parquet")["entity"].to_pylist()
+    texts = np.load(workdir / "texts/00000.npy").astype(np.float64)
     prior = {}
     for path in shards:
         for link in pq.read_table(workdir / "links" / path.name).to_pylist():
@@ -142,6 +147,31 @@ def test_saved_evidence_matches_plain_numpy(world):
             along = x @ prototype
             expected = (along[i] - along.mean()) / along.std() * weights.sum() / (weights.sum() + 1)
             assert picture_fit == pytest.approx(expected, abs=2e-3)
+
+
+def test_blocks_and_runs_change_nothing(world, monkeypatch):
+    workdir, _, _, clip = world
+    found = []
+    for size, files in ((1 << 16, 4), (2, 1)):
+        monkeypatch.setattr(embed, "_TEXTS", size)
+        monkeypatch.setattr(relational, "_FILES_PER_RUN", files)
+        choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+        found.append([label_tables.read(workdir, f"{s}/*.parquet") for s in ("scores", "fits")])
+        found[-1].append(label_tables.read(workdir, "coherence/*.parquet"))
+    assert len(list((workdir / "texts").glob("*.npy"))) == 3
+    assert len(list((workdir / "moment_parts").glob("*.npy"))) == 3
+    assert found[0] == found[1]
+
+
+def test_a_new_template_or_batch_size_embeds_no_picture_again(world):
+    workdir, _, model, clip = world
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    seen, before = model.pictures, label_tables.read(workdir, "fits/*.parquet")
+    choose.run(workdirs.config(clip=clip, template="{name}"), engine.Engine(workdir))
+    assert label_tables.read(workdir, "fits/*.parquet") != before
+    texts = os.stat(workdir / "texts/00000.npy").st_mtime_ns
+    choose.run(workdirs.config(clip=clip, template="{name}", batch_size=3), engine.Engine(workdir))
+    assert (model.pictures, os.stat(workdir / "texts/00000.npy").st_mtime_ns) == (seen, texts)
 
 
 def test_labels_are_those_of_choose(world):

@@ -19,6 +19,7 @@ from data_prep.engine.relational import (
     listed,
     read_buckets,
     read_table,
+    run_tasks,
     runs,
 )
 from data_prep.engine.stages import Engine, total_counts
@@ -35,6 +36,7 @@ __all__ = [
     "listed",
     "read_buckets",
     "read_table",
+    "run_tasks",
     "runs",
     "sha256",
     "stage_seconds",

@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
 _FILES = re.compile(r"read_parquet\(\s*\$(\w+)")
 _PATTERN = re.compile(r"[\[*?]")
 _BATCH = 1 << 16  # rows
+_FILES_PER_RUN, _MOST_RUNS = 4, 256
 # Of what DuckDB would take for itself (four fifths of the machine's memory): Arrow needs some too.
 _MEMORY_SHARE = 0.75
 
@@ -161,6 +162,21 @@ def runs(count: int, most: int) -> list[range]:
     """
     size = max(1, -(-count // most))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def run_tasks(*tables: Sequence[str | os.PathLike[str]]) -> list[Task]:
+    """Tasks of runs of files, of each table (all of one length) the same, one after the other.
+
+    Runs depend on the number of files alone, so that what is summed up by run is always the same.
+    """
+    count = len(tables[0])
+    most = min(_MOST_RUNS, -(-count // _FILES_PER_RUN))
+    return [
+        Task(
+            f"{number:05d}", tuple(path for table in tables for path in table[run.start : run.stop])
+        )
+        for number, run in enumerate(runs(count, max(1, most)))
+    ]
 
 
 def scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:

@@ -3,7 +3,8 @@
 Three primitives, and nothing else moves data from stage to stage:
 
     map_shards   function(task: Task, outputs: Outputs, settings: dict) -> counts, for each shard
-    aggregate    SQL over parquet files, out of core (DuckDB)
+    aggregate    SQL over parquet files, out of core (DuckDB); where there are many rows, over what
+                 `partial` has made of runs of the files
     scatter      SQL whose rows say which bucket they go to; a later map_shards gathers the rows of
                  a run of buckets with `read_buckets`: how rows change shards in bounded memory
 
@@ -22,6 +23,7 @@ The work directory is on a file system where rename and flock work, and which al
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -214,6 +216,33 @@ class Engine:
         files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
         return relational.Scattered(tuple(map(os.fspath, files)), buckets)
 
+    def partial(
+        self,
+        stage: str,
+        sql: str,
+        tables: Mapping[str, Sequence[str | os.PathLike[str]]],
+        parameters: Mapping[str, typing.Any] | None = None,
+    ) -> tuple[str, ...]:
+        """The results of SQL over each of a few runs of files, for an `aggregate` to combine.
+
+        Args:
+          stage: name of the stage and of the folder of its files.
+          sql: rows; sums of whole numbers, so that their order changes nothing.
+          tables: what $NAME in the SQL stands for, as many files each.
+          parameters: further $NAMEs.
+
+        Returns:
+          A file of each run.
+        """
+        tasks = relational.run_tasks(*tables.values())
+        sql = f"SELECT *, 0 AS bucket FROM ({sql})"
+        return self.scatter(stage, sql, tasks, 1, parameters, tuple(tables)).files
+
+    def fingerprint(self, stage: str, files: Sequence[str | os.PathLike[str]]) -> epath.Path:
+        """Writes STAGE/fingerprint.txt, which says what the files hold and not where they lie."""
+        self.map_shards(stage, _fingerprint, [Task("files", tuple(map(os.fspath, files)))], {})
+        return self.workdir / stage / "fingerprint.txt"
+
     def _quarantine(self, job: Job, error: Exception) -> None:
         """Notes a shard that could not be made; what an earlier run wrote for it is removed."""
         import pyarrow.parquet as pq
@@ -255,6 +284,13 @@ def total_counts(found: Sequence[dict]) -> dict[str, int]:
         for key, value in manifest["counts"].items():
             totals[key] = totals.get(key, 0) + value
     return totals
+
+
+def _fingerprint(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
+    digests = sorted((os.path.basename(path), manifests.sha256(path)) for path in task.inputs)
+    fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    outputs.path(f"{outputs.stage}/fingerprint.txt").write_text(fingerprint + "\n")
+    return {"files": len(digests)}
 
 
 def _keys_of(task: Task) -> list[str]:

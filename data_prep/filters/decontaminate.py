@@ -1,4 +1,4 @@
-"""Pictures of evaluation sets among the pairs. pairs/, scores/ -> eval_matches/, eval_cosines/.
+"""Pictures of evaluation sets among the pairs. pairs/, embeddings/ -> eval_matches/, eval_cosines/.
 
 A picture of an evaluation set is found again in three layers:
 
@@ -45,7 +45,8 @@ def match_sets(
     Args:
       config: `filters.eval_sets` (name -> folder or tar of pictures), `filters.max_hamming`,
         `filters.max_cosine` (None: no such layer); `dataset`, `labels`, `clip`, `batch_size`.
-      work: the engine; its work directory holds pairs/ and, for the cosines, scores/.
+      work: the engine; its work directory holds pairs/ and, for the cosines,
+        embeddings/.
       shards: names of the shards to look at.
 
     Returns:
@@ -64,8 +65,8 @@ def match_sets(
     embeddings = [workdir / f"eval_embeddings/{part}.npy" for part in parts]
     tasks = []
     for shard in (manifest["shard"] for manifest in matched):
-        scores = workdir / f"scores/{shard}.parquet"
-        own = (scores, scores.with_suffix(".npy"), workdir / f"eval_matches/{shard}.parquet")
+        keys = workdir / f"embeddings/{shard}.parquet"
+        own = (keys, keys.with_suffix(".npy"), workdir / f"eval_matches/{shard}.parquet")
         tasks.append(engine.Task(shard, (*own, *hashes, *embeddings)))
     settings = {"max_cosine": filters.max_cosine}
     work.map_shards("eval_cosines", _compare, tasks, settings, accelerator=True)

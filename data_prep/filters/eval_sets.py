@@ -7,6 +7,7 @@ Knows nothing of pairs; `duplicates` looks for these pictures among them.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import os
@@ -66,7 +67,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
     Args:
       config: `filters.eval_sets`; for embeddings also `clip` and `batch_size`.
       work: the engine.
-      embed: whether pictures are embedded; needs texts/model.json of `evidence`.
+      embed: whether pictures are embedded; needs model/fingerprint.txt of `selection.embed`.
 
     Returns:
       The names of the shards of both stages.
@@ -89,10 +90,10 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
                 f"config.filters.eval_sets.{name} holds no pictures: name the tar that does."
             )
     if embed:
-        model = os.fspath(work.workdir / "texts/model.json")
+        model = os.fspath(work.workdir / "model/fingerprint.txt")
         tasks = [engine.Task(task.name, (model, *task.inputs)) for task in tasks]
-        settings = {"clip": config.clip, "batch_size": config.batch_size}
-        embedded = work.map_shards("eval_embeddings", _embed, tasks, settings, accelerator=True)
+        function = functools.partial(_embed, config.clip, config.batch_size)
+        embedded = work.map_shards("eval_embeddings", function, tasks, {}, accelerator=True)
         _need_all("eval_embeddings", tasks, embedded)
     return tuple(m["shard"] for m in written)
 
@@ -156,9 +157,11 @@ def _hash(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
     return {"pictures": len(names), "undecodable": hashes.count(None)}
 
 
-def _embed(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+def _embed(
+    folder: str, batch_size: int, task: engine.Task, outputs: engine.Outputs, settings: dict
+) -> dict[str, int]:
     """A row for every picture; of zeros, which is near nothing, where it cannot be decoded."""
-    model = selection_embed.load_model(settings["clip"], settings["batch_size"])
+    model = selection_embed.load_model(folder, batch_size)
     embedded: dict[int, np.ndarray] = {}
     count = 0
 
@@ -170,7 +173,7 @@ def _embed(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
 
     files = read(task.inputs[1:])
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        while batch := list(itertools.islice(files, settings["batch_size"])):
+        while batch := list(itertools.islice(files, batch_size)):
             pixels = enumerate(pool.map(decode, (data for _, data in batch)), count)
             whole = {row: picture for row, picture in pixels if picture is not None}
             count += len(batch)

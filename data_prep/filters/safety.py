@@ -1,4 +1,4 @@
-"""Safety: pairs that may not be published. pairs/, scores/ -> unsafe/.
+"""Safety: pairs that may not be published. pairs/, embeddings/ -> unsafe/.
 
     unsafe/   NNNNN.parquet  key, reason: the first that holds of
 
@@ -75,7 +75,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, shards: Sequence
         `bias`; its score is the sigmoid) or "module:function" from float32 [n, d] to scores [n] in
         0..1; `threshold`, the highest score that stays; `columns`, of an input column the highest
         number that stays, or the strings that go; `blocked_domains`, `blocked_hashes`, files.
-      work: the engine; its work directory holds pairs/ and, for a head, scores/.
+      work: the engine; its work directory holds pairs/ and, for a head, embeddings/.
       shards: names of the shards to look at.
 
     Raises:
@@ -89,8 +89,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, shards: Sequence
     files += [_file_of(safety.head)] if safety.head else []
     tasks = []
     for shard in shards:
-        scores = workdir / f"scores/{shard}.parquet"
-        embedded = (scores, scores.with_suffix(".npy")) if safety.head else ()
+        keys = workdir / f"embeddings/{shard}.parquet"
+        embedded = (keys, keys.with_suffix(".npy")) if safety.head else ()
         tasks.append(engine.Task(shard, (workdir / f"pairs/{shard}.parquet", *embedded, *files)))
     counts = engine.total_counts(work.map_shards("unsafe", _judge, tasks, settings))
     for name in safety.columns:

@@ -117,7 +117,8 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
       config: `filters`: see `duplicates.match_sets` and `safety.run`; `filters.duplicates`, "keep"
         or "exact": of equal pictures the one with the smallest key stays. `dataset`: "i2e", of the
         pairs with a label in labels/, or "i2t", of all.
-      work: the engine; its work directory holds pairs/ and, for i2e, labels/ and scores/.
+      work: the engine; its work directory holds pairs/ and, for i2e, labels/ and
+        embeddings/.
 
     Returns:
       The manifests, none where no such filter is on; counts `candidates`, `dropped`, each reason,

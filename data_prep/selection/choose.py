@@ -42,14 +42,14 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 
     Args:
       config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
-        also the fields of `Rule` and what `evidence.run` reads.
+        also the fields of `Rule` and what `embed.run` reads.
       work: the engine; its work directory holds pairs/, links/ and kb/.
 
     Returns:
       The manifests of labels/; counts `pairs`, `labelled` and each reason.
 
     Raises:
-      BadInput: a value of `labels` that is neither; see also `evidence.run`.
+      BadInput: a value of `labels` that is neither; see also `embed.run`.
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
@@ -59,9 +59,13 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         return work.map_shards("labels", _label_by_text, tasks, settings)
     if config.labels != "clip":
         raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
-    embed.run(config, work)
-    z_scores.run(work)
-    tasks = [engine.Task(path.stem, (path, *evidence_files(workdir, path.name))) for path in links]
+    names = [f"{shard}.parquet" for shard in z_scores.run(work, embed.run(config, work))]
+    tasks = [
+        engine.Task(
+            epath.Path(name).stem, (workdir / "links" / name, *evidence_files(workdir, name))
+        )
+        for name in names
+    ]
     settings = {"labels": "clip", **Rule.of(config)._asdict()}
     return work.map_shards("labels", _label_by_clip, tasks, settings)
 

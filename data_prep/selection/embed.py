@@ -1,23 +1,22 @@
-"""Evidence: pictures and the texts of the entities that captions may mean, through a CLIP model.
+"""Pictures and the texts of the entities that captions may mean, through a CLIP model.
 
-links/ -> scores/. These are the stages that run a model; what follows from their embeddings alone
-is in `fits`. One process for each machine owns the accelerator and all of its devices.
+links/ -> embeddings/, texts/. These are the stages that run a model; what follows from embeddings
+alone is in `z_scores`. One process for each machine owns the accelerator and all of its devices. A
+picture's embedding depends on picture and model, a text's on template and model: what else changes
+embeds nothing again.
 
-    model/    fingerprint.txt: of the files that embeddings depend on. A model folder may move.
-    candidates/  entities.parquet: every entity that is a candidate somewhere
-    texts/    entities.npy int32 [n], the same; embeddings.npy float16 [n, d], of their texts;
-              model.json, the fingerprint
-    scores/   NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4), of the pairs that have
-              a candidate, in the order of links/; NNNNN.npy image embeddings float16 [rows, d].
-              A picture that cannot be decoded any more has no row: the labels give the reason.
+    model/        fingerprint.txt: of the files that embeddings depend on. A model folder may move.
+    embeddings/   NNNNN.parquet key, of the pairs that have a candidate, in the order of links/;
+                  NNNNN.npy float16 [rows, d]. A picture that cannot be decoded any more has no
+                  row: the labels give the reason.
+    candidates/   entities.parquet: every entity that is a candidate somewhere, ascending
+    texts/        NNNNN.npy float16 [block, d], of the texts of a block of them
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
-import json
 import os
 import threading
 import typing
@@ -41,20 +40,23 @@ if typing.TYPE_CHECKING:
 # Cosines and fits are rounded before they meet a threshold: the last bits depend on the hardware.
 DECIMALS = 4
 
-CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float32 are 16 MB
-
-_TEXTS = 1 << 16  # texts in memory at a time
+# Texts in memory at a time and in a block, until there are too many blocks: each picture's file is
+# measured against all of them.
+_TEXTS, _MOST_BLOCKS = 1 << 16, 64
 _READ_BYTES = 32 << 20  # of picture files that are read at a time
 _GROUP = 16  # pictures that a thread decodes at a time: Grain's own cost is for each group
 
 
-def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
-    """Runs the stages model, texts and scores.
+def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
+    """Runs the stages model, embeddings, candidates and texts.
 
     Args:
       config: `clip` (folder of a model: a training run, or Hugging Face's CLIP), `template` of an
         entity's text, `batch_size` (pictures or texts per step of the model).
       work: the engine; its work directory holds pairs/, links/ and kb/.
+
+    Returns:
+      The names of the shards of which there are embeddings.
 
     Raises:
       BadInput: no model named, or a folder that holds none.
@@ -66,27 +68,28 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
             "config.clip is not set: name the folder of a trained run or of a Hugging Face CLIP "
             "model with --config.clip=FOLDER, or take config.labels=text."
         )
-    task = engine.Task("clip", tuple(model_files(config.clip)))
-    work.map_shards("model", _identify, [task], {}, here=True)
-
-    # The folder is no part of the settings: which model it is, the fingerprint says.
-    fingerprint = workdir / "model/fingerprint.txt"
-    entities = workdir / "candidates/entities.parquet"
-    work.aggregate("candidates", {"candidates/entities.parquet": _CANDIDATES}, {"links": links})
-    task = engine.Task("all", (workdir / "kb/entities.parquet", fingerprint, entities))
-    settings = {"batch_size": config.batch_size, "template": config.template}
-    function = functools.partial(_embed_texts, config.clip)
-    work.map_shards("texts", function, [task], settings, accelerator=True)
-
-    texts = tuple(
-        workdir / "texts" / name for name in ("entities.npy", "embeddings.npy", "model.json")
-    )
+    # Neither the folder nor the size of a batch is part of the settings: which model it is, the
+    # fingerprint says.
+    fingerprint = work.fingerprint("model", model_files(config.clip))
+    model = (config.clip, config.batch_size)
     tasks = [
-        engine.Task(path.stem, (path, workdir / "pairs" / path.name, *texts)) for path in links
+        engine.Task(path.stem, (path, workdir / "pairs" / path.name, fingerprint)) for path in links
     ]
-    function = functools.partial(_score, config.clip)
-    settings = {"batch_size": config.batch_size}
-    work.map_shards("scores", function, tasks, settings, accelerator=True)
+    function = functools.partial(_embed_pairs, *model)
+    embedded = work.map_shards("embeddings", function, tasks, {"version": 1}, accelerator=True)
+
+    parts = work.partial("candidate_parts", _CANDIDATES, {"files": links})
+    query = "SELECT DISTINCT entity FROM read_parquet($parts) ORDER BY entity"
+    entities = "candidates/entities.parquet"
+    found = work.aggregate("candidates", {entities: query}, {"parts": parts})
+    count = found["counts"]["candidates/entities"]
+    size = max(_TEXTS, -(-count // _MOST_BLOCKS))
+    inputs = (workdir / "kb/entities.parquet", fingerprint, workdir / entities)
+    tasks = [engine.Task(f"{block:05d}", inputs) for block in range(-(-count // size))]
+    settings = {"version": 2, "template": config.template, "size": size}
+    function = functools.partial(_embed_texts, *model)
+    work.map_shards("texts", function, tasks, settings, accelerator=True)
+    return [manifest["shard"] for manifest in embedded]
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -120,13 +123,6 @@ def model_files(folder: str) -> list[str]:
     return sorted(os.fspath(path) for path in files if path.exists())
 
 
-def _identify(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    digests = sorted((os.path.basename(path), engine.sha256(path)) for path in task.inputs)
-    fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    outputs.path("model/fingerprint.txt").write_text(fingerprint + "\n")
-    return {"files": len(digests)}
-
-
 @functools.lru_cache(maxsize=1)
 def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
@@ -149,32 +145,27 @@ def entity_text(template: str, name: str, description: str) -> str:
 
 _CANDIDATES = """
     SELECT DISTINCT entity FROM (
-        SELECT unnest(candidates).entity AS entity FROM read_parquet($links)
-    ) ORDER BY entity
+        SELECT unnest(candidates).entity AS entity FROM read_parquet($files)
+    )
 """
 
 
 def _embed_texts(
-    folder: str, task: engine.Task, outputs: engine.Outputs, settings: dict
+    folder: str, batch_size: int, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
-    """Embeds the texts of the candidates."""
-    kb, fingerprint, candidates_path = task.inputs
-    entities = link_rows.read_column(candidates_path, "entity").to_numpy()
-    _save(outputs, "texts/entities.npy", entities)
-    path, written, embeddings = outputs.path("texts/embeddings.npy"), 0, None
+    """Embeds the texts of a block of the candidates."""
+    kb, _, candidates = task.inputs
+    first = int(task.name) * settings["size"]
+    entities = link_rows.read_column(candidates, "entity").to_numpy()
+    entities = entities[first : first + settings["size"]]
+    model, embeddings, written = load_model(folder, batch_size), None, 0
     for texts in _texts(kb, entities, settings["template"]):
-        block = load_model(folder, settings["batch_size"]).embed_texts(texts)
+        block = model.embed_texts(texts)
         if embeddings is None:
-            shape = (len(entities), block.shape[1])
-            embeddings = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            embeddings = np.zeros((len(entities), block.shape[1]), np.float16)
         embeddings[written : written + len(texts)] = block
         written += len(texts)
-    if embeddings is None:
-        _save(outputs, "texts/embeddings.npy", np.zeros((0, 0), np.float16))
-    else:
-        embeddings.flush()
-    model = {"fingerprint": epath.Path(fingerprint).read_text().strip()}
-    outputs.path("texts/model.json").write_text(json.dumps(model) + "\n")
+    _save(outputs, f"texts/{task.name}.npy", embeddings)
     return {"entities": len(entities)}
 
 
@@ -201,29 +192,26 @@ def _texts(kb: str, entities: np.ndarray, template: str) -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------ the pictures
 
 
-def _score(
-    folder: str, task: engine.Task, outputs: engine.Outputs, settings: dict
+def _embed_pairs(
+    folder: str, batch_size: int, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
-    """Embeds the pictures that have a candidate; cosines with the texts of their candidates."""
+    """Embeds the pictures that have a candidate."""
     import pyarrow as pa
 
-    links_path, pairs_path, entities_path, texts_path, _ = task.inputs
+    links_path, pairs_path, _ = task.inputs
     links = link_rows.read(links_path)
-    known = link_rows.distinct(links)
-    rows, picture = np.unique(known.row, return_inverse=True)
-    keys = links.keys.take(pa.array(rows))
+    keys = links.keys.take(pa.array(np.unique(links.row)))
     pairs = engine.read_table(pairs_path, columns=["key", "path", "offset", "length"])
     pairs = pairs.take(pa.array(link_rows.positions(keys, pairs["key"])))
 
     embeddings, rejected = np.zeros((0, 0), np.float16), {}
     if len(pairs):
-        model = load_model(folder, settings["batch_size"])
-        batch_size = settings["batch_size"]
+        model = load_model(folder, batch_size)
         embeddings, rejected = _embed_pictures(model, outputs.workdir, pairs, batch_size)
     if rejected:
         row = min(rejected)
         logging.warning(
-            "scores, shard %s: %d pictures cannot be decoded any more, the first being %s (%s)",
+            "embeddings, shard %s: %d pictures cannot be decoded any more, the first being %s (%s)",
             task.name,
             len(rejected),
             keys[row].as_py(),
@@ -231,25 +219,10 @@ def _score(
         )
     whole = np.ones(len(keys), bool)
     whole[list(rejected)] = False
-    kept = whole[picture]
-    picture, entities = picture[kept], known.entity[kept]
-
-    texts = np.load(texts_path, mmap_mode="r")
-    columns = np.searchsorted(np.load(entities_path), entities)
-    cosines = _row_dots(embeddings, picture, texts, columns)
-    starts = np.searchsorted(picture, [*np.flatnonzero(whole), len(whole)])
-    table = {
-        "key": keys.filter(pa.array(whole)),
-        "entities": link_rows.lists(entities, starts),
-        "scores": link_rows.lists(np.round(cosines, DECIMALS).astype(np.float32), starts),
-    }
-    outputs.write_table(f"scores/{task.name}.parquet", pa.table(table))
-    _save(outputs, f"scores/{task.name}.npy", embeddings if whole.all() else embeddings[whole])
-    return {
-        "pictures": int(whole.sum()),
-        "candidates": len(entities),
-        "undecodable": len(rejected),
-    }
+    table = pa.table({"key": keys.filter(pa.array(whole))})
+    outputs.write_table(f"embeddings/{task.name}.parquet", table)
+    _save(outputs, f"embeddings/{task.name}.npy", embeddings if whole.all() else embeddings[whole])
+    return {"pictures": int(whole.sum()), "undecodable": len(rejected)}
 
 
 class _Pictures:
@@ -360,21 +333,6 @@ def _rebatch(
     joined = tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
     if joined and len(joined[0]):
         yield joined
-
-
-def _row_dots(
-    left: Float[np.ndarray, "n d"],
-    rows: np.ndarray,
-    right: Float[np.ndarray, "m d"],
-    columns: np.ndarray,
-) -> Float[np.ndarray, " p"]:
-    """float32 [p]: left[rows[i]] . right[columns[i]], a chunk of pairs at a time."""
-    parts = [np.zeros(0, np.float32)]
-    for start in range(0, len(rows), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        a, b = (x.astype(np.float32) for x in (left[rows[chunk]], right[columns[chunk]]))
-        parts.append(np.einsum("pd,pd->p", a, b))
-    return np.concatenate(parts)
 
 
 def _save(outputs: engine.Outputs, name: str, array: np.ndarray) -> None:

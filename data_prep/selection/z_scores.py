@@ -1,6 +1,7 @@
-"""Fits: how well pictures fit the entities that their captions may mean, beside other pictures.
+"""How far a picture stands out for the entities that its caption may mean, beside other pictures.
 
-scores/ -> fits/. Three things are measured, in standard deviations above the data set's pictures:
+embeddings/, texts/ -> scores/, fits/. Three things are measured, in standard deviations above the
+data set's pictures:
 
     text fit      how much closer the picture is to the entity's text than pictures in general are
     picture fit   the same with the mean of the OTHER pictures whose caption mentions the entity in
@@ -13,80 +14,136 @@ a weak CLIP model spreads the levels of entities further apart than right and wr
 Mean m and covariance C of all embeddings give mean and spread of the products with ANY direction u
 in closed form (m.u and sqrt(u'Cu)), so that no picture-by-entity matrix is ever made.
 
-    background/  moments.npy float64 [1 + d, d] (mean, covariance), prototypes.npy float32 [n, d],
-                 support.npy float32 [n]; n as in texts/
-    fits/        NNNNN.parquet key, entities, text_fits, picture_fits
-    coherence/   entities.parquet entity, support, coherence
+Of a text and of the sum P of an entity's pictures u'Cu is computed once. What is left of P without
+the picture x of weight a is P - ax, with (P - ax)'C(P - ax) = P'CP - 2a(Cx)'P + a^2 x'Cx: with Cx
+computed once for each picture, a candidate costs a few products of vectors.
+
+    moments/     moments.npy float64 [1 + d, 1 + d]: the sum of (x, 1)(x, 1)' over all pictures
+    prototypes/  NNNNN.npy float32 [block, d], the P of a block of the entities; NNNNN-measures.npy
+                 float64 [3, block]: sum of weights, and u'Cu of text and P
+    scores/      NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4), of the rows of
+                 embeddings/
+    fits/        NNNNN.parquet key, entities, text_fits, picture_fits, priors
+    coherence/   entities.parquet entity, support (sum of weights), coherence
+
+Sums are made of runs of shards (moment_parts/, prototype_parts/, coherence_parts/) and then of
+these, in an order that depends on the number of shards alone.
 """
 
 from __future__ import annotations
 
+import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 
 from data_prep import engine
 from data_prep.linking import rows as link_rows
-from data_prep.selection.embed import CHUNK, DECIMALS
+from data_prep.selection.embed import DECIMALS
 
 # Pictures' worth of doubt in a prototype: with n others, the picture fit counts n / (n + 1).
 PROTOTYPE_DOUBT = 1.0
 
+CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float64 are 32 MB
 
-def run(work: engine.Engine) -> None:
-    """Runs the stages background, fits and coherence on links/, texts/ and scores/ of `work`.
+# In whole numbers, so that their order changes nothing.
+_COHERENCE_PARTS = """
+    SELECT entity, sum(round(prior * 1e9)::BIGINT)::BIGINT AS support,
+           sum(round(prior::DOUBLE * fit * 1e9)::BIGINT)::BIGINT AS fit
+    FROM (
+        SELECT unnest(entities) AS entity, unnest(priors) AS prior, unnest(picture_fits) AS fit
+        FROM read_parquet($fits)
+    )
+    GROUP BY entity
+"""
+_COHERENCE = f"""
+    SELECT entity, CAST(sum(support) / 1e9 AS FLOAT) AS support,
+           CAST(round(sum(fit) / greatest(sum(support), 1000), {DECIMALS}) AS FLOAT) AS coherence
+    FROM read_parquet($parts) GROUP BY entity ORDER BY entity
+"""
 
-    No model is run and no picture is read. In memory are one shard and, of all entities that are a
-    candidate somewhere, mapped from disk, a float32 vector each.
+
+def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
+    """Runs the stages moments, prototypes, fits and coherence.
+
+    No model is run and no picture is read. In memory are a few thousand candidates at a time and a
+    number for each entity; vectors are mapped from disk.
+
+    Args:
+      work: the engine; its work directory holds links/, embeddings/, candidates/ and texts/.
+      shards: those of embeddings/.
+
+    Returns:
+      The names of the shards of fits/.
     """
     workdir = work.workdir
-    links = engine.listed(workdir / "links")
-    scores = [workdir / "scores" / path.name for path in links]
-    embeddings = [path.with_suffix(".npy") for path in scores]
-    entities, texts = (workdir / "texts" / f"{n}.npy" for n in ("entities", "embeddings"))
-    task = engine.Task("all", (entities, *links, *scores, *embeddings))
-    work.map_shards("background", _measure, [task], {"shards": len(links)}, here=True)
-
-    moments, prototypes, support = (
-        workdir / "background" / f"{name}.npy" for name in ("moments", "prototypes", "support")
+    links, keys, embeddings = (
+        [workdir / folder / f"{shard}{end}" for shard in shards]
+        for folder, end in (
+            ("links", ".parquet"),
+            ("embeddings", ".parquet"),
+            ("embeddings", ".npy"),
+        )
     )
-    tasks = [
-        engine.Task(path.stem, (path, *own, entities, texts, moments, prototypes, support))
-        for path, *own in zip(links, scores, embeddings, strict=True)
-    ]
-    work.map_shards("fits", _fit, tasks, {})
+    candidates = workdir / "candidates/entities.parquet"
+    texts = engine.listed(workdir / "texts", ".npy")
+    parts = work.map_shards("moment_parts", _sum_moments, engine.run_tasks(embeddings), {})
+    task = engine.Task("all", _paths(work, parts))
+    work.map_shards("moments", _add_moments, [task], {})
+    moments = workdir / "moments/moments.npy"
 
-    fits = [workdir / "fits" / path.name for path in links]
-    task = engine.Task("all", (entities, support, *links, *fits))
-    work.map_shards("coherence", _cohere, [task], {"shards": len(links)}, here=True)
+    tasks = [
+        engine.Task(task.name, (candidates, moments, *task.inputs))
+        for task in engine.run_tasks(links, keys, embeddings)
+    ]
+    parts = _paths(work, work.map_shards("prototype_parts", _sum_pictures, tasks, {}))
+    tasks = [engine.Task(path.stem, (path, moments, *parts)) for path in texts]
+    size = len(np.load(texts[0], mmap_mode="r")) if texts else 0
+    blocks = work.map_shards("prototypes", _add_pictures, tasks, {"size": size})
+
+    blocks = (*texts, *_paths(work, blocks))
+    tasks = [
+        engine.Task(shard, (*own, candidates, moments, *blocks))
+        for shard, *own in zip(shards, links, keys, embeddings, strict=True)
+    ]
+    fitted = [m["shard"] for m in work.map_shards("fits", _fit, tasks, {"version": 2})]
+
+    fits = {"fits": [workdir / f"fits/{shard}.parquet" for shard in fitted]}
+    parts = work.partial("coherence_parts", _COHERENCE_PARTS, fits)
+    work.aggregate("coherence", {"coherence/entities.parquet": _COHERENCE}, {"parts": parts})
+    return fitted
+
+
+def _paths(work: engine.Engine, manifests: Sequence[dict]) -> tuple[str, ...]:
+    """The outputs, by kind and then by shard."""
+    outputs = [[os.fspath(work.workdir / o["path"]) for o in m["outputs"]] for m in manifests]
+    return tuple(path for kind in zip(*outputs, strict=True) for path in kind)
 
 
 class _Pairs(typing.NamedTuple):
-    """Candidates by position: row of scores/, column of texts/entities.npy, and the prior."""
+    """Candidates by position: row of embeddings/, place among all candidates, and the prior."""
 
     row: np.ndarray  # int64 [p], ascending
     column: np.ndarray  # int64 [p]
     prior: np.ndarray  # float32 [p]
 
 
-def _pairs(links_path: str, scores_path: str, entities: np.ndarray) -> _Pairs:
-    """The candidates of a shard in the order of its scores/, which lack undecodable pictures."""
+def _pairs(links_path: str, keys_path: str, entities: np.ndarray) -> _Pairs:
+    """The candidates of a shard in the order of embeddings/, which lack undecodable pictures."""
     links = link_rows.read(links_path)
     known = link_rows.distinct(links)
-    position = link_rows.positions(links.keys, link_rows.read_column(scores_path, "key"))
+    position = link_rows.positions(links.keys, link_rows.read_column(keys_path, "key"))
     row = position[known.row]
-    scored = row >= 0
-    column = np.searchsorted(entities, known.entity[scored])
-    return _Pairs(row[scored], column, known.prior[scored])
+    known_row = row >= 0
+    column = np.searchsorted(entities, known.entity[known_row])
+    return _Pairs(row[known_row], column, known.prior[known_row])
 
 
-def _load_embeddings(path: str, width: int) -> Float[np.ndarray, "n d"]:
-    """float32 [rows, width], also of a shard without pictures."""
-    embeddings = np.load(path).astype(np.float32)
-    return embeddings.reshape(len(embeddings), width)
+def _entities(candidates_path: str) -> np.ndarray:
+    return link_rows.read_column(candidates_path, "entity").to_numpy()
 
 
 def _chunks(pairs: _Pairs) -> Iterator[_Pairs]:
@@ -94,43 +151,77 @@ def _chunks(pairs: _Pairs) -> Iterator[_Pairs]:
         yield _Pairs(*(values[start : start + CHUNK] for values in pairs))
 
 
+class _Blocks:
+    """The rows of a matrix in files, mapped, all but the last one of the same length."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._blocks = [np.load(path, mmap_mode="r") for path in paths]
+
+    def __getitem__(self, rows: Int[np.ndarray, " p"]) -> Float[np.ndarray, "p d"]:
+        block, place = np.divmod(rows, len(self._blocks[0]))
+        found = np.empty((len(rows), self._blocks[0].shape[1]), self._blocks[0].dtype)
+        for number in np.unique(block):
+            of = np.flatnonzero(block == number)
+            found[of] = self._blocks[number][place[of]]
+        return found
+
+
 # ----------------------------------------------------------------- what pictures are like at large
 
 
-def _measure(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Mean and covariance of all embeddings; per entity the sum of the pictures that mention it."""
-    entities = np.load(task.inputs[0])
-    shards = settings["shards"]
-    links, scores, embeddings = (
-        task.inputs[1 + i * shards : 1 + (i + 1) * shards] for i in range(3)
-    )
-    width = max((np.load(path, mmap_mode="r").shape[1] for path in embeddings), default=0)
-    count, total, squares = 0, np.zeros(width), np.zeros((width, width))
-    for path in embeddings:
-        x = _load_embeddings(path, width)
-        count += len(x)
+def _sum_moments(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    pictures, total = 0, np.zeros((1, 1))
+    for path in task.inputs:
+        x = np.load(path, mmap_mode="r")
+        pictures += len(x)
         for start in range(0, len(x), CHUNK):
-            chunk = x[start : start + CHUNK].astype(np.float64)
-            total += chunk.sum(0)
-            squares += chunk.T @ chunk
-    mean = total / max(count, 1)
-    covariance = squares / max(count, 1) - np.outer(mean, mean)
-    with open(outputs.path("background/moments.npy"), "wb") as file:
-        np.save(file, np.concatenate([mean[None], covariance]))
+            chunk = np.pad(x[start : start + CHUNK].astype(np.float64), ((0, 0), (0, 1)))
+            chunk[:, -1] = 1
+            total = total + chunk.T @ chunk
+    _save(outputs, f"moment_parts/{task.name}.npy", total)
+    return {"pictures": pictures}
 
-    shape = (len(entities), width)
-    prototypes = _zeros(outputs.path("background/prototypes.npy"), shape, np.float32)
-    support = _zeros(outputs.path("background/support.npy"), shape[:1], np.float32)
-    for links_path, scores_path, path in zip(links, scores, embeddings, strict=True):
-        pairs = _pairs(links_path, scores_path, entities)
-        x = _load_embeddings(path, width) - mean.astype(np.float32)
-        add_by(support, pairs.column, pairs.prior)
-        for chunk in _chunks(pairs):
-            add_by(prototypes, chunk.column, chunk.prior[:, None] * x[chunk.row])
-    for array in (prototypes, support):
-        if isinstance(array, np.memmap):
-            array.flush()
-    return {"pictures": count, "entities": len(entities)}
+
+def _add_moments(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    total = np.zeros((1, 1))
+    for path in task.inputs:
+        part = np.load(path)
+        # Shards without a picture have no width.
+        total = total + part if part.shape[0] > 1 else total
+    _save(outputs, "moments/moments.npy", total)
+    return {"pictures": int(total[-1, -1])}
+
+
+def _mean_and_covariance(
+    moments_path: str,
+) -> tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, "d d"]]:
+    moments = np.load(moments_path)
+    moments /= max(moments[-1, -1], 1)
+    mean = moments[-1, :-1]
+    return mean, moments[:-1, :-1] - np.outer(mean, mean)
+
+
+def _sum_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """Of each entity of a run of shards the sum of the pictures that mention it."""
+    candidates_path, moments_path, *shards = task.inputs
+    entities, count = _entities(candidates_path), len(shards) // 3
+    mean, _ = _mean_and_covariance(moments_path)
+    found = [_pairs(*shards[i : 2 * count : count], entities) for i in range(count)]
+    columns = np.unique(np.concatenate([pairs.column for pairs in found]))
+    _save(outputs, f"prototype_parts/{task.name}-columns.npy", columns)
+    path = outputs.path(f"prototype_parts/{task.name}-sums.npy")
+    sums = _zeros(path, (len(columns), len(mean)), np.float32)
+    weights = np.zeros(len(columns))
+    for pairs, path in zip(found, shards[2 * count :], strict=True):
+        x = np.load(path, mmap_mode="r")
+        for row, column, prior in _chunks(pairs):
+            place = np.searchsorted(columns, column)
+            add_by(sums, place, prior[:, None] * (x[row] - mean.astype(np.float32)))
+            add_by(weights, place, prior.astype(np.float64))
+    if isinstance(sums, np.memmap):
+        sums.flush()
+    _save(outputs, f"prototype_parts/{task.name}-weights.npy", weights)
+    return {"entities": len(columns)}
 
 
 def _zeros(path: epath.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -141,6 +232,30 @@ def _zeros(path: epath.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
             np.save(file, array)
         return array
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+def _add_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    """The sums of a block of the entities over all runs, and how far pictures spread along them."""
+    texts_path, moments_path, *parts = task.inputs
+    texts = np.load(texts_path)
+    _, covariance = _mean_and_covariance(moments_path)
+    first = int(task.name) * settings["size"]
+    prototypes, measures = np.zeros(texts.shape, np.float32), np.zeros((3, len(texts)))
+    runs = len(parts) // 3
+    for own in (parts[i::runs] for i in range(runs)):
+        columns, sums, weights = (np.load(path, mmap_mode="r") for path in own)
+        begin, end = np.searchsorted(columns, (first, first + len(texts)))
+        place = columns[begin:end] - first
+        measures[0, place] += weights[begin:end]
+        prototypes[place] += sums[begin:end]
+    for start in range(0, len(texts), CHUNK):
+        of = slice(start, start + CHUNK)
+        for measure, vectors in zip(measures[1:], (texts, prototypes), strict=True):
+            u = vectors[of].astype(np.float64)
+            measure[of] = np.einsum("pd,pd->p", u @ covariance, u)
+    _save(outputs, f"prototypes/{task.name}.npy", prototypes)
+    _save(outputs, f"prototypes/{task.name}-measures.npy", measures)
+    return {"entities": len(texts)}
 
 
 def add_by(
@@ -161,57 +276,66 @@ def add_by(
 
 
 def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-
-    links_path, scores_path, embeddings_path, *rest = task.inputs
-    entities, texts, moments, prototypes, support = (np.load(path, mmap_mode="r") for path in rest)
-    pairs = _pairs(links_path, scores_path, entities)
-    mean, covariance = moments[0].astype(np.float32), moments[1:].astype(np.float32)
-    x = _load_embeddings(embeddings_path, len(mean)) - mean
-    text_fits, picture_fits = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
-    for row, column, prior in _chunks(pairs):
-        own = prior[:, None] * x[row]
-        others = np.maximum(support[column] - prior, 0)
-        picture_fit = deviations(x[row], prototypes[column] - own, covariance)
-        text_fits.append(deviations(x[row], texts[column].astype(np.float32), covariance))
-        picture_fits.append(picture_fit * others / (others + PROTOTYPE_DOUBT))
-    table = engine.read_table(scores_path, columns=["key", "entities"])
-    starts = np.searchsorted(pairs.row, np.arange(len(table) + 1))
-    for name, values in (("text_fits", text_fits), ("picture_fits", picture_fits)):
-        rounded = np.round(np.concatenate(values), DECIMALS).astype(np.float32)
-        table = table.append_column(name, link_rows.lists(rounded, starts))
-    outputs.write_table(f"fits/{task.name}.parquet", table)
-    return {"pictures": len(table), "candidates": len(pairs.row)}
-
-
-def _cohere(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
 
-    entities, support = (np.load(path) for path in task.inputs[:2])
-    links, fits = task.inputs[2 : 2 + settings["shards"]], task.inputs[2 + settings["shards"] :]
-    total = np.zeros(len(entities))
-    for links_path, fits_path in zip(links, fits, strict=True):
-        pairs = _pairs(links_path, fits_path, entities)
-        fit = link_rows.read_column(fits_path, "picture_fits").flatten()
-        fit = fit.to_numpy(zero_copy_only=False).astype(np.float64)
-        add_by(total, pairs.column, pairs.prior * fit)
-    coherence = np.round(total / np.maximum(support, 1e-6), DECIMALS).astype(np.float32)
-    table = {"entity": entities, "support": support, "coherence": coherence}
-    outputs.write_table("coherence/entities.parquet", pa.table(table))
-    return {"entities": len(entities)}
+    links_path, keys_path, embeddings_path, candidates_path, moments_path, *blocks = task.inputs
+    count = len(blocks) // 3
+    texts, prototypes = (_Blocks(blocks[i * count : (i + 1) * count]) for i in range(2))
+    measures = [np.load(path) for path in blocks[2 * count :]]
+    support, text_spread, spread = np.concatenate(measures or [np.zeros((3, 0))], axis=1)
+    entities = _entities(candidates_path)
+    pairs = _pairs(links_path, keys_path, entities)
+    mean, covariance = _mean_and_covariance(moments_path)
+    embeddings = np.load(embeddings_path, mmap_mode="r")
+    columns = {name: [np.zeros(0, np.float32)] for name in ("scores", "text_fits", "picture_fits")}
+    for row, column, prior in _chunks(pairs):
+        pictures = embeddings[row[0] : row[-1] + 1].astype(np.float32)
+        row, prior = row - row[0], prior.astype(np.float64)
+        text = texts[column].astype(np.float32)
+        columns["scores"].append(_dots(pictures[row], text))
+
+        centred = pictures - mean
+        x = centred[row]
+        columns["text_fits"].append(deviations(_dots(x, text), text_spread[column]))
+
+        projected = centred @ covariance
+        prototype = prototypes[column].astype(np.float64)
+        along = _dots(x, prototype) - prior * _dots(centred, centred)[row]
+        across = prior * _dots(projected, centred)[row] - 2 * _dots(projected[row], prototype)
+        fit = deviations(along, spread[column] + prior * across)
+        others = np.maximum(support[column] - prior, 0)
+        columns["picture_fits"].append(fit * others / (others + PROTOTYPE_DOUBT))
+    keys = link_rows.read_column(keys_path, "key")
+    starts = np.searchsorted(pairs.row, np.arange(len(keys) + 1))
+    of = {"key": keys, "entities": link_rows.lists(entities[pairs.column], starts)}
+    for name, parts in columns.items():
+        rounded = np.round(np.concatenate(parts), DECIMALS).astype(np.float32)
+        columns[name] = link_rows.lists(rounded, starts)
+    scores = columns.pop("scores")
+    outputs.write_table(f"scores/{task.name}.parquet", pa.table({**of, "scores": scores}))
+    priors = link_rows.lists(pairs.prior, starts)
+    outputs.write_table(f"fits/{task.name}.parquet", pa.table({**of, **columns, "priors": priors}))
+    return {"pictures": len(keys), "candidates": len(pairs.row)}
+
+
+def _dots(
+    left: Float[np.ndarray, "p d"], right: Float[np.ndarray, "p d"]
+) -> Float[np.ndarray, " p"]:
+    return np.einsum("pd,pd->p", left, right)
 
 
 def deviations(
-    centred: Float[np.ndarray, "p d"],
-    directions: Float[np.ndarray, "p d"],
-    covariance: Float[np.ndarray, "d d"],
+    along: Float[np.ndarray, " p"], spread: Float[np.ndarray, " p"]
 ) -> Float[np.ndarray, " p"]:
-    """How far each picture lies along its direction, in standard deviations of all pictures.
+    """How far each picture lies along a direction, in standard deviations of all pictures.
 
     Args:
-      centred: embeddings minus the mean of all embeddings.
-      directions: of any length; a zero direction gives 0.
-      covariance: of all embeddings.
+      along: products of the direction, of any length, with the centred picture.
+      spread: u'Cu of the direction u and the covariance C; about 0 where there is none gives 0.
     """
-    along = np.einsum("pd,pd->p", centred, directions)
-    variance = np.einsum("pd,pd->p", directions @ covariance, directions)
-    return np.where(variance > 1e-12, along / np.sqrt(np.maximum(variance, 1e-12)), 0.0)
+    return np.where(spread > 1e-12, along / np.sqrt(np.maximum(spread, 1e-12)), 0.0)
+
+
+def _save(outputs: engine.Outputs, name: str, array: np.ndarray) -> None:
+    with open(outputs.path(name), "wb") as file:
+        np.save(file, array)
