@@ -27,21 +27,25 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       The one manifest; counts `entities`, `labels`.
     """
     labels = engine.listed(work.workdir / "labels_final")
-    tables = {"kb": [work.workdir / "kb/entities.parquet"], "labels": labels}
-    work.aggregate("label_counts", {"label_counts/entities.parquet": _COUNTS}, tables)
+    parts = work.partial("label_count_parts", _COUNTS, {"labels": labels})
+    tables = {"kb": [work.workdir / "kb/entities.parquet"], "parts": parts}
+    work.aggregate("label_counts", {"label_counts/entities.parquet": _TOTALS}, tables)
     task = engine.Task("entities", (work.workdir / "label_counts/entities.parquet",))
     return work.map_shards("vocabulary", _write, [task], {"version": 2}, here=True)
 
 
-# file_row_number is the row of the knowledge base, which is what labels hold.
 _COUNTS = """
+    SELECT entity, count(*) AS image_count
+    FROM (SELECT unnest(entities) AS entity FROM read_parquet($labels)) GROUP BY entity
+"""
+# file_row_number is the row of the knowledge base, which is what labels hold.
+_TOTALS = """
     SELECT kb.file_row_number AS kb_row, kb.qid, kb.label, coalesce(kb.description, '') AS text,
            counts.image_count
     FROM read_parquet($kb, file_row_number = true) AS kb
     JOIN (
-        SELECT entity, count(*) AS image_count
-        FROM (SELECT unnest(entities) AS entity FROM read_parquet($labels))
-        GROUP BY entity
+        SELECT entity, sum(image_count)::BIGINT AS image_count
+        FROM read_parquet($parts) GROUP BY entity
     ) AS counts ON counts.entity = kb.file_row_number
     ORDER BY counts.image_count DESC, kb.qid
 """

@@ -169,7 +169,7 @@ def run_tasks(*tables: Sequence[str | os.PathLike[str]]) -> list[Task]:
 
     Runs depend on the number of files alone, so that what is summed up by run is always the same.
     """
-    count = len(tables[0])
+    count = len(tables[0]) if tables else 0
     most = min(_MOST_RUNS, -(-count // _FILES_PER_RUN))
     return [
         Task(

@@ -2,7 +2,8 @@
 
     entity_counts/  entities.parquet  entity, image_count, before the cap
     capped/         NNNNN.parquet     key of the pictures over the cap
-    frequent/       entities.parquet  entity, image_count of the entities that are classes
+    frequent/       entities.parquet  entity, image_count of the entities that are classes;
+                    rare.parquet      of the others
 
 The cap evens out head and tail as MetaCLIP does (arXiv 2309.16671): a picture is kept with the
 probability max over its entities of min(1, cap / images of the entity), by a hash of seed and key,
@@ -16,15 +17,18 @@ Fewer than `min_images` pictures and an entity is no class. What then goes is
              count once, drop) may leave some of them with fewer, and "converge" repeats until all
              that are left have enough.
 
-What is kept in memory is a number for each entity. Shards are read one at a time, again in each
-round of "converge": pictures are never held, nor are sets of their keys.
+Labels are counted by runs of shards (STAGE_parts/), whose counts are then added up, again in each
+round of "converge" (frequent-2/ and so on). A picture lives while none of its entities is known to
+be rare, and only the living count: there are ever more rare entities, so that the rounds end. What
+is kept in memory is a number for each entity, and one shard.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -53,9 +57,7 @@ def cap(
     Returns:
       The manifests of capped/; counts `over_cap`.
     """
-    task = engine.Task("entities", tuple(path for files in shards for path in files))
-    settings = {"shards": len(shards)}
-    work.map_shards("entity_counts", _count, [task], settings, here=True)
+    _count_labels(work, "entity_counts", shards, {"entity_counts/entities.parquet": _TOTALS})
     counts = work.workdir / "entity_counts/entities.parquet"
     tasks = [engine.Task(files[0].stem, (counts, *files)) for files in shards]
     settings = {"max_images": max_images, "seed": seed}
@@ -79,16 +81,46 @@ def find_frequent(
       drops: what goes with a rare entity, "label" or "picture".
 
     Returns:
-      frequent/entities.parquet; counts `entities`, `rare_entities`, `rounds` of counting.
+      The file of the entities that are classes: entity, image_count.
     """
-    task = engine.Task("entities", tuple(path for files in shards for path in files))
-    settings = {
-        "shards": len(shards),
-        "min_images": min_images,
-        "rounds": 0 if feedback == "converge" and drops == "picture" else 1,
-    }
-    work.map_shards("frequent", _find_frequent, [task], settings, here=True)
-    return work.workdir / "frequent/entities.parquet"
+    rare: list[epath.Path] = []
+    stages: list[str] = []
+    while True:
+        stages.append(stage := f"frequent-{len(stages) + 1}" if stages else "frequent")
+        frequent, new = (f"{stage}/{name}.parquet" for name in ("entities", "rare"))
+        queries = {frequent: _FREQUENT.format(is_it=">="), new: _FREQUENT.format(is_it="<")}
+        counts = _count_labels(work, stage, shards, queries, {"least": min_images}, rare)
+        rare.append(work.workdir / new)
+        if feedback == "one_pass" or drops == "label" or not counts[f"{stage}/rare"]:
+            break
+    for stale in sorted(os.listdir(work.workdir)):  # of a run that took more rounds
+        if stale.startswith("frequent-") and stale.removesuffix("_parts") not in stages:
+            work.map_shards(stale, _count, [], {})
+    return work.workdir / frequent
+
+
+def _count_labels(
+    work: engine.Engine,
+    stage: str,
+    shards: Sequence[Sequence[epath.Path]],
+    queries: Mapping[str, str],
+    parameters: Mapping[str, int] | None = None,
+    rare: Sequence[epath.Path] = (),
+) -> dict[str, int]:
+    """Counts the labels of all pictures without a rare entity; `queries` are of the totals."""
+    runs = engine.run_tasks(*zip(*shards, strict=True))
+    tasks = [engine.Task(run.name, (*rare, *run.inputs)) for run in runs]
+    settings = {"tables": len(shards[0]), "rare": len(rare)}
+    parts = work.map_shards(f"{stage}_parts", _count, tasks, settings)
+    files = [work.workdir / output["path"] for part in parts for output in part["outputs"]]
+    return work.aggregate(stage, queries, {"parts": files}, parameters)["counts"]
+
+
+_TOTALS = """
+    SELECT entity, sum(image_count)::BIGINT AS image_count
+    FROM read_parquet($parts) GROUP BY entity ORDER BY entity
+"""
+_FREQUENT = f"SELECT * FROM ({_TOTALS}) WHERE image_count {{is_it}} $least ORDER BY entity"
 
 
 def read_candidates(
@@ -143,29 +175,29 @@ class Counts:
             self.images = grown
         self.images[distinct] += images
 
-    def table(self, at_least: int = 1) -> pa.Table:
+    def table(self) -> pa.Table:
         """entity int32, image_count int64, by entity."""
         import pyarrow as pa
 
-        entities = np.flatnonzero(self.images >= max(at_least, 1))
-        images = self.images[entities]
-        return pa.table({"entity": pa.array(entities.astype(np.int32)), "image_count": images})
-
-
-def _shards(task: engine.Task, settings: dict) -> Iterator[pa.Table]:
-    """The candidates of each shard, one shard at a time."""
-    each = len(task.inputs) // max(settings["shards"], 1)
-    for first in range(0, len(task.inputs), each or 1):
-        yield read_candidates(*task.inputs[first : first + each], columns=["entities"])
+        entities = np.flatnonzero(self.images)
+        counts = self.images[entities]
+        return pa.table({"entity": pa.array(entities.astype(np.int32)), "image_count": counts})
 
 
 def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    counts = Counts()
-    for table in _shards(task, settings):
-        counts.add(labels_of(table)[0])
-    table = counts.table()
-    outputs.write_table("entity_counts/entities.parquet", table)
-    return {"entities": len(table)}
+    """Of a run of shards; what has to be remembered of earlier rounds is the rare entities."""
+    rare, tables = task.inputs[: settings["rare"]], task.inputs[settings["rare"] :]
+    found = [engine.read_table(path, ["entity"])["entity"].to_numpy() for path in rare]
+    known = np.sort(np.concatenate([np.zeros(0, np.int32), *found]))
+    counts, shards = Counts(), len(tables) // settings["tables"]
+    for shard in range(shards):
+        table = read_candidates(*tables[shard::shards], columns=["entities"])
+        entities, row = labels_of(table)
+        dead = np.zeros(len(table), bool)
+        dead[row[among(entities, known)]] = True
+        counts.add(entities[~dead[row]])
+    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", counts.table())
+    return {"labels": int(counts.images.sum())}
 
 
 def _sample(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -195,34 +227,3 @@ def draw(seed: int, key: str) -> int:
     """A number in [0, 2^64) that depends on seed and key alone."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, key=str(seed).encode(), person=b"cap")
     return int.from_bytes(digest.digest(), "big")
-
-
-def _find_frequent(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """A picture lives while none of its entities is known to be rare, and only the living count.
-
-    So what has to be remembered from round to round is the rare entities, of which there are ever
-    more: the rounds end.
-    """
-    import pyarrow as pa
-
-    rare = np.zeros(0, np.int32)  # sorted
-    rounds, total = 0, 0
-    while True:
-        counts = Counts()
-        for table in _shards(task, settings):
-            entities, row = labels_of(table)
-            dead = np.zeros(len(table), bool)
-            dead[row[among(entities, rare)]] = True
-            counts.add(entities[~dead[row]])
-        rounds += 1
-        seen = counts.table()
-        total = total or len(seen)
-        images = seen["image_count"].to_numpy()
-        new = seen["entity"].to_numpy()[images < settings["min_images"]]
-        if rounds == settings["rounds"] or not len(new):
-            break
-        rare = np.union1d(rare, new)
-    frequent = seen.filter(pa.array(images >= settings["min_images"]))
-    outputs.write_table("frequent/entities.parquet", frequent)
-    counts = {"entities": len(frequent), "rare_entities": total - len(frequent)}
-    return counts | {"rounds": rounds}
