@@ -333,7 +333,7 @@ def test_bad_sets_are_named(tmp_path, sets):
     fails("cut.tar cannot be read as a tar", tmp_path / "cut.tar")
     # Leaving it out would let its pictures through.
     work = engine.Engine(workdir, failure_budget=1.0)
-    with pytest.raises(errors.BadInput, match=r"evaluation set x could not be read in full"):
+    with pytest.raises(errors.BadInput, match=r"cut.tar cannot be read as a tar"):
         filters_stage.run(text_config(eval_sets={"x": str(tmp_path / "cut.tar")}), work)
     (tmp_path / "no.tar").write_bytes(b"no tar at all")
     fails("no.tar cannot be read as a tar", tmp_path / "no.tar")

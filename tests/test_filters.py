@@ -219,7 +219,7 @@ def test_a_shard_that_a_filter_leaves_out_is_left_out_of_all(tmp_path):
     config.filters.safety.blocked_domains = str(tmp_path / "domains")
     work = engine.Engine(tmp_path, failure_budget=0.5)
     filters_stage.run(config, work)
-    assert work.quarantined == ["unsafe/00001"]
+    assert work.quarantined == {"unsafe/00001": 1}
     assert [r["key"] for r in label_tables.read(tmp_path, "labels_final/*.parquet")] == ["a", "c"]
 
 

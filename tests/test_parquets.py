@@ -112,7 +112,7 @@ def test_a_file_that_is_not_parquet_is_told_or_left_out(tmp_path):
     work = engine.Engine(tmp_path / "w", failure_budget=0.5)
     manifests = pairs_stage.run(make_config(tmp_path / "in"), work)
     assert engine.total_counts(manifests)["pairs"] == 2
-    assert work.quarantined == ["scanned/00001"]
+    assert work.quarantined == {"scanned/00001": 1}
 
 
 def test_damage_inside_is_told(tmp_path):

@@ -102,7 +102,7 @@ def test_bad_input_and_quarantine_cross_machines(tmp_path, executor):
         work.map_shards("shout", shout, tasks, SETTINGS)
     work = engine.Engine(tmp_path / "w", executor=executor, failure_budget=0.25)
     assert len(work.map_shards("shout", shout, tasks, SETTINGS)) == 3
-    assert work.quarantined == ["shout/00001"]
+    assert work.quarantined == {"shout/00001": 1}
 
 
 def test_an_accelerator_stage_runs_in_one_process_per_machine(tmp_path, executor):

@@ -63,7 +63,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         },
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
-    return work.map_shards("report", _write, [task], settings, here=True)
+    return work.map_shards("report", _write, [task], settings, keys=None)
 
 
 def without_folders(value):

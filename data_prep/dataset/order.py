@@ -9,14 +9,21 @@ the picture, of which it holds the pointer, so that picture bytes are moved once
     plan-DATASET/     NNNNN.parquet  rows of one output shard, in order
 """
 
+from __future__ import annotations
+
+import functools
 import itertools
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
 from data_prep import engine
 from mofi_jax.common import errors
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
 
 # See `engine.runs`.
 _ROWS_PER_BUCKET = 2_000
@@ -52,7 +59,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
       shard_examples: records of a shard, at most.
 
     Returns:
-      The plans, one for each output shard, in order.
+      The plans, one for each output shard, in order; of shards in quarantine there is no file.
 
     Raises:
       BadInput: there is no pair to write.
@@ -97,7 +104,8 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
         "shards": shards,
         "shards_per_task": len(groups[0]),
     }
-    work.map_shards(f"planned-{dataset}", _cut_into_shards, tasks, settings)
+    keys = functools.partial(_keys_of, settings)
+    work.map_shards(f"planned-{dataset}", _cut_into_shards, tasks, settings, keys=keys)
     return [work.workdir / plan_name(dataset, shard) for shard in range(shards)]
 
 
@@ -111,7 +119,20 @@ def _cut(files: Sequence[epath.Path], run: range) -> Sequence[epath.Path]:
 
 
 def _cut_into_shards(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """Writes the plans of a run of shards from the buckets that hold them."""
+    """Writes the plans of a run of shards."""
+    first_shard, places, table = _rows_of(task, settings)
+    for shard, (begin, end) in enumerate(itertools.pairwise(places), first_shard):
+        rows = table.slice(begin - places[0], end - begin).combine_chunks()
+        outputs.write_table(plan_name(settings["dataset"], shard), rows)
+    return {"records": places[-1] - places[0], "shards": len(places) - 1}
+
+
+def _keys_of(settings: dict, task: engine.Task) -> Iterator:
+    yield _rows_of(task, settings)[2]["key"]
+
+
+def _rows_of(task: engine.Task, settings: dict) -> tuple[int, list[int], pa.Table]:
+    """The first of a run of shards, their places in the whole order, and their rows in order."""
     bounds = np.concatenate([[0], np.cumsum(settings["bucket_rows"])])
     most, longer = divmod(int(bounds[-1]), settings["shards"])
     first_shard = int(task.name) * settings["shards_per_task"]
@@ -122,7 +143,5 @@ def _cut_into_shards(task: engine.Task, outputs: engine.Outputs, settings: dict)
     last = int(np.searchsorted(bounds, places[-1], side="left"))
     table = engine.read_buckets(task.inputs, first, last)
     table = table.sort_by([("hash", "ascending"), ("key", "ascending")]).drop_columns(["hash"])
-    for shard, (begin, end) in enumerate(itertools.pairwise(places), first_shard):
-        rows = table.slice(begin - bounds[first], end - begin).combine_chunks()
-        outputs.write_table(plan_name(settings["dataset"], shard), rows)
-    return {"records": places[-1] - places[0], "shards": len(places) - 1}
+    begin, end = places[0] - int(bounds[first]), places[-1] - int(bounds[first])
+    return first_shard, places, table.slice(begin, end - begin)

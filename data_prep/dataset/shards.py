@@ -57,12 +57,31 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     workdir = work.workdir
     plans = record_order.run(work, dataset, config.seed, config.shard_examples)
     vocabulary_files = (workdir / "vocabulary/ids.npy",) if dataset == "i2e" else ()
-    tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans]
+    tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans if path.exists()]
     settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
     settings |= {"dataset": dataset, "shards": len(plans)}
     written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings)
+    _fill_in(work, dataset, plans, written)
     _describe(config, work, dataset, plans, written)
     return written
+
+
+def _fill_in(
+    work: engine.Engine, dataset: str, plans: list[epath.Path], written: list[dict]
+) -> None:
+    """Leaves shards of this number in the folder: empty ones for those in quarantine."""
+    from array_record.python import array_record_module
+
+    folder = work.workdir / dataset / records.VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {records.shard_name(dataset, "train", n, len(plans)) for n in range(len(plans))}
+    made = {os.path.basename(output["path"]) for m in written for output in m["outputs"]}
+    for path in folder.iterdir():
+        if ".array_record-" in path.name and path.name not in names:
+            path.unlink()
+    for name in names - made:
+        path = os.fspath(folder / name)
+        array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS).close()
 
 
 # -------------------------------------------------------------------------------------- the records
@@ -155,20 +174,22 @@ def _describe(
 ) -> None:
     """Tokenizer, vocabulary and TFDS metadata."""
     entities = (work.workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
+    lengths = {manifest["shard"]: manifest["counts"]["records"] for manifest in written}
     settings = {
         "dataset": dataset,
         "vocab_size": config.vocab_size,
         "tokenizer_captions": TOKENIZER_CAPTIONS,
-        "shard_lengths": [manifest["counts"]["records"] for manifest in written],
+        "shard_lengths": [lengths.get(path.stem, 0) for path in plans],
         "num_bytes": engine.total_counts(written)["record_bytes"],
     }
-    task = engine.Task("all", (*plans, *entities))
-    work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, here=True)
+    task = engine.Task("all", (*(path for path in plans if path.stem in lengths), *entities))
+    work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, keys=None)
 
 
 def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    dataset, shards = settings["dataset"], len(settings["shard_lengths"])
-    plans, vocabulary_files = task.inputs[:shards], task.inputs[shards:]
+    dataset, lengths = settings["dataset"], settings["shard_lengths"]
+    shards = [shard for shard, length in enumerate(lengths) if length]
+    plans, vocabulary_files = task.inputs[: len(shards)], task.inputs[len(shards) :]
     folder = f"{dataset}/{records.VERSION}"
     texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
     dataset_files.train_bpe(
@@ -176,17 +197,17 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     )
     for path in vocabulary_files:
         shutil.copyfile(path, outputs.path(f"{folder}/{records.ENTITIES_FILE}"))
-    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans)
+    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), shards, plans)
     # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
     outputs.path(f"{folder}/features.json")
     dataset_files.write_metadata(
         outputs.path(f"{folder}/dataset_info.json").parent,
         name=dataset,
-        shard_lengths=settings["shard_lengths"],
+        shard_lengths=lengths,
         num_bytes=settings["num_bytes"],
         description=DESCRIPTIONS[dataset],
     )
-    return {"records": sum(settings["shard_lengths"]), "shards": shards}
+    return {"records": sum(lengths), "shards": len(shards)}
 
 
 def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int) -> Iterator[str]:
@@ -204,14 +225,14 @@ def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int
         yield from filter(None, entities.descriptions)
 
 
-def _write_keys(path: epath.Path, plans: Sequence[str]) -> None:
+def _write_keys(path: epath.Path, shards: Sequence[int], plans: Sequence[str]) -> None:
     """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
     with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
-        for shard, plan_path in enumerate(plans):
+        for shard, plan_path in zip(shards, plans, strict=True):
             keys = engine.read_table(plan_path, columns=["key"])["key"].combine_chunks()
             columns = [keys, np.full(len(keys), shard, np.int32), np.arange(len(keys))]
             writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

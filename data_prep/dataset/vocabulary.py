@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     tables = {"kb": [work.workdir / "kb/entities.parquet"], "parts": parts}
     work.aggregate("label_counts", {"label_counts/entities.parquet": _TOTALS}, tables)
     task = engine.Task("entities", (work.workdir / "label_counts/entities.parquet",))
-    return work.map_shards("vocabulary", _write, [task], {"version": 2}, here=True)
+    return work.map_shards("vocabulary", _write, [task], {"version": 2}, keys=None)
 
 
 _COUNTS = """

@@ -3,6 +3,7 @@
     stages        Engine: `map_shards`, and what is finished, in quarantine or stray
     jobs          one shard in whatever process: Task, Outputs, retries, what can go wrong
     executors     where jobs run: processes of this machine, a Ray cluster
+    quarantine    shards that could not be made, and the pairs that are lost with them
     manifests     what a finished shard was made from, and whether it still is
     relational    parquet and SQL; aggregate, scatter, gather: how rows change shards
     progress      what a person sees meanwhile
@@ -12,8 +13,10 @@ The doors are below; a stage needs no other.
 
 from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
 from data_prep.engine.manifests import sha256, stage_seconds, write_durably
+from data_prep.engine.quarantine import DUPLICATE_KEY
 from data_prep.engine.relational import (
     Scattered,
+    aligned,
     ask,
     connect,
     listed,
@@ -25,12 +28,14 @@ from data_prep.engine.relational import (
 from data_prep.engine.stages import Engine, total_counts
 
 __all__ = [
+    "DUPLICATE_KEY",
     "Engine",
     "Outputs",
     "Scattered",
     "ShardError",
     "StageFunction",
     "Task",
+    "aligned",
     "ask",
     "connect",
     "listed",

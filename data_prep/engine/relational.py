@@ -43,6 +43,13 @@ def listed(folder: str | os.PathLike[str], suffix: str = ".parquet") -> list[epa
     return [epath.Path(folder) / n for n in names if n.endswith(suffix) and n[0] != "."]
 
 
+def aligned(workdir: epath.Path, *stages: str) -> list[tuple[epath.Path, ...]]:
+    """Of each shard its tables in all of the stages; not of one that some stage left out."""
+    found = [(folder, listed(workdir / folder)) for folder in stages]
+    names = set.intersection(*({path.name for path in paths} for _, paths in found))
+    return [tuple(workdir / stage / name for stage in stages) for name in sorted(names)]
+
+
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
     """A parquet file, or some of its columns."""
     import pyarrow.parquet as pq

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import typing
@@ -33,8 +34,8 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 from etils import epath
 
-from data_prep.engine import executors, manifests, progress, relational
-from data_prep.engine.jobs import Job, StageFunction, Task, rejects_name, rejects_table
+from data_prep.engine import executors, manifests, progress, quarantine, relational
+from data_prep.engine.jobs import Job, StageFunction, Task
 
 
 class Engine:
@@ -42,7 +43,7 @@ class Engine:
 
     Attributes:
       workdir: the work directory, absolute.
-      quarantined: the shards that this run left out, as "STAGE/NAME".
+      quarantined: how many pairs were lost with each shard, "STAGE/NAME", that this run left out.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class Engine:
           failure_budget: the share of a stage's shards that may go into quarantine.
         """
         self.workdir = epath.Path(os.path.abspath(os.fspath(workdir)))
-        self.quarantined: list[str] = []
+        self.quarantined: dict[str, int] = {}
         self._executor = executor or executors.Local(workers)
-        self._here = executors.Local(1)
         self._failure_budget = failure_budget
         self._display = progress.Display()
+        self._rejects: list[str] = []  # files of this run, later stages of an earlier run excepted
 
     def __enter__(self) -> Engine:
         return self
@@ -85,9 +86,9 @@ class Engine:
         tasks: Sequence[Task],
         settings: Mapping[str, typing.Any],
         *,
-        here: bool = False,
+        keys: quarantine.Keys | None = quarantine.keys_of_inputs,
         accelerator: bool = False,
-        own_progress: bool = False,
+        here: bool = False,
     ) -> list[dict]:
         """Runs `function` on every task that is not finished yet.
 
@@ -98,9 +99,11 @@ class Engine:
             not among them are removed with their outputs, so that a reader may take all files it
             finds.
           settings: everything besides the inputs that the output depends on, as JSON values.
-          here: run in this process.
-          accelerator: run where the accelerator is: here, or in the actors of a Ray cluster.
-          own_progress: the function shows its progress itself, so that the display makes room.
+          keys: which pairs are lost with a task that goes into quarantine; those that have been
+            rejected before are not counted again. None: what the stage makes is about all pairs,
+            so that no task can be left out.
+          accelerator: run in the process that owns the accelerator of a machine.
+          here: run in this process; the function shows its progress itself.
 
         Returns:
           The manifests of the shards that are not in quarantine, in the order of the tasks: stage,
@@ -108,7 +111,8 @@ class Engine:
 
         Raises:
           BadInput: an input is missing, the disk is full, another run uses the work directory, or
-            the function found input that cannot be used and the failure budget is spent.
+            the function found input that cannot be used and the failure budget is spent. A budget
+            above 0 is at least one shard, and never all shards.
           ShardError: the function failed and the budget is spent; names stage and shard.
         """
         settings = json.loads(json.dumps(dict(settings), sort_keys=True))
@@ -120,8 +124,9 @@ class Engine:
         with manifests.locked(folder):
             shutil.rmtree(folder / ".tmp", ignore_errors=True)
             manifests.remove_strays(self.workdir, stage, set(names))
+            quarantine.forget_strays(self.workdir, stage, set(names))
             found: dict[str, dict] = {}
-            todo = []
+            todo, left_out = [], []
             for task in tasks:
                 seen = manifests.look_up(task.inputs)
                 manifest = manifests.finished(
@@ -134,19 +139,19 @@ class Engine:
                     found[task.name] = manifest
             if tasks and not todo:
                 logging.info("%s: all %d shards are done already", stage, len(tasks))
-            alone = here or (len(todo) == 1 and not accelerator)
-            executor = self._here if alone else self._executor
-            allowed = int(self._failure_budget * len(tasks))
-            if own_progress:
+            allowed = math.ceil(self._failure_budget * len(tasks))
+            allowed = min(allowed, len(tasks) - 1) if keys else 0
+            if here:
                 self._display.close()
                 showing = contextlib.nullcontext(lambda counts: None)
             else:
                 showing = self._display.stage(stage, len(tasks), len(found))
             with showing as advance:
-                for job, outcome in executor.run(todo, accelerator):
+                run = executors.Local().run if here else self._executor.run
+                for job, outcome in run(todo, accelerator):
                     if isinstance(outcome, dict):
                         found[job.task.name] = outcome
-                        self._release(stage, job.task.name)
+                        quarantine.release(self.workdir, outcome)
                         advance(outcome["counts"])
                         continue
                     if outcome.traceback:
@@ -154,9 +159,15 @@ class Engine:
                     if not outcome.of_shard or not allowed:
                         raise outcome.error
                     allowed -= 1
-                    self._quarantine(job, outcome.error)
+                    left_out.append((job, outcome.error))
             for manifest in found.values():
                 manifests.remember(self.workdir, manifest)
+                written = (self.workdir / output["path"] for output in manifest["outputs"])
+                self._rejects += [os.fspath(p) for p in written if p.parent.name == "rejects"]
+            # Now, as what the others rejected is known only now.
+            for job, error in left_out:
+                lost = quarantine.put(job, error, keys, self._rejects)
+                self.quarantined[f"{stage}/{job.task.name}"] = lost
         return [found[name] for name in names if name in found]
 
     def aggregate(
@@ -184,7 +195,7 @@ class Engine:
             "parameters": dict(parameters or {}),
         }
         task = Task("all", tuple(path for files in tables.values() for path in files))
-        [manifest] = self.map_shards(stage, relational.aggregate, [task], settings)
+        [manifest] = self.map_shards(stage, relational.aggregate, [task], settings, keys=None)
         return manifest
 
     def scatter(
@@ -195,6 +206,7 @@ class Engine:
         buckets: int,
         parameters: Mapping[str, typing.Any] | None = None,
         tables: Sequence[str] = ("files",),
+        keys: quarantine.Keys | None = quarantine.keys_of_inputs,
     ) -> relational.Scattered:
         """Sorts the rows of each task's files into buckets.
 
@@ -206,13 +218,14 @@ class Engine:
           buckets: how many.
           parameters: what further $NAMEs in the SQL stand for.
           tables: the $NAMEs of equal parts of a task's inputs, files for `read_parquet($NAME)`.
+          keys: see `map_shards`.
 
         Returns:
           What to gather from.
         """
         settings = {"sql": sql, "buckets": buckets, "parameters": dict(parameters or {})}
         settings["tables"] = list(tables)
-        written = self.map_shards(stage, relational.scatter, tasks, settings)
+        written = self.map_shards(stage, relational.scatter, tasks, settings, keys=keys)
         files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
         return relational.Scattered(tuple(map(os.fspath, files)), buckets)
 
@@ -236,45 +249,13 @@ class Engine:
         """
         tasks = relational.run_tasks(*tables.values())
         sql = f"SELECT *, 0 AS bucket FROM ({sql})"
-        return self.scatter(stage, sql, tasks, 1, parameters, tuple(tables)).files
+        return self.scatter(stage, sql, tasks, 1, parameters, tuple(tables), keys=None).files
 
     def fingerprint(self, stage: str, files: Sequence[str | os.PathLike[str]]) -> epath.Path:
         """Writes STAGE/fingerprint.txt, which says what the files hold and not where they lie."""
-        self.map_shards(stage, _fingerprint, [Task("files", tuple(map(os.fspath, files)))], {})
+        task = Task("files", tuple(map(os.fspath, files)))
+        self.map_shards(stage, _fingerprint, [task], {}, keys=None)
         return self.workdir / stage / "fingerprint.txt"
-
-    def _quarantine(self, job: Job, error: Exception) -> None:
-        """Notes a shard that could not be made; what an earlier run wrote for it is removed."""
-        import pyarrow.parquet as pq
-
-        name = f"{job.stage}/{job.task.name}"
-        logging.warning("%s is left out: %s", name, error)
-        self.quarantined.append(name)
-        manifests.remove(self.workdir, job.stage, job.task.name)
-        table = rejects_table(job.stage, [(key, "quarantined") for key in _keys_of(job.task)])
-        path = self.workdir / rejects_name(job.stage, job.task.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, os.fspath(path), compression="zstd")
-        note = {"stage": job.stage, "shard": job.task.name, "error": str(error)}
-        note["inputs"] = list(job.task.inputs)
-        note_path = self._quarantine_note(job.stage, job.task.name)
-        note_path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(note, indent=1, ensure_ascii=False) + "\n"
-        manifests.write_durably(note_path, text.encode())
-
-    def _release(self, stage: str, shard: str) -> None:
-        """Forgets that an earlier run had put a shard, now made, into quarantine."""
-        note = self._quarantine_note(stage, shard)
-        if not note.exists():
-            return
-        note.unlink()
-        manifest = manifests.read(self.workdir, stage, shard)
-        rejects = rejects_name(stage, shard)
-        if rejects not in [output["path"] for output in manifest["outputs"]]:
-            (self.workdir / rejects).unlink(missing_ok=True)
-
-    def _quarantine_note(self, stage: str, shard: str) -> epath.Path:
-        return self.workdir / "quarantine" / f"{stage}-{shard}.json"
 
 
 def total_counts(found: Sequence[dict]) -> dict[str, int]:
@@ -291,12 +272,3 @@ def _fingerprint(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]
     fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     outputs.path(f"{outputs.stage}/fingerprint.txt").write_text(fingerprint + "\n")
     return {"files": len(digests)}
-
-
-def _keys_of(task: Task) -> list[str]:
-    """The keys of a task's first input, or the input's name where it is no table of pairs."""
-
-    try:
-        return relational.read_table(task.inputs[0], ["key"])["key"].to_pylist()
-    except (OSError, ValueError, KeyError, IndexError):
-        return [os.path.basename(task.inputs[0]) if task.inputs else task.name]

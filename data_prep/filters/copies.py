@@ -41,7 +41,7 @@ def run(work: engine.Engine, shards: Sequence[str], labelled: bool, gone: Sequen
     folders = ["pairs", *(["labels"] if labelled else []), *gone]
     paths = [work.workdir / f"{folder}/{shard}.parquet" for folder in folders for shard in shards]
     settings = {"shards": list(shards), "labelled": labelled}
-    work.map_shards("copies", _find, [engine.Task("all", tuple(paths))], settings, here=True)
+    work.map_shards("copies", _find, [engine.Task("all", tuple(paths))], settings, keys=None)
 
 
 def _find(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

@@ -111,7 +111,7 @@ def _count_labels(
     runs = engine.run_tasks(*zip(*shards, strict=True))
     tasks = [engine.Task(run.name, (*rare, *run.inputs)) for run in runs]
     settings = {"tables": len(shards[0]), "rare": len(rare)}
-    parts = work.map_shards(f"{stage}_parts", _count, tasks, settings)
+    parts = work.map_shards(f"{stage}_parts", _count, tasks, settings, keys=None)
     files = [work.workdir / output["path"] for part in parts for output in part["outputs"]]
     return work.aggregate(stage, queries, {"parts": files}, parameters)["counts"]
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from data_prep import engine
 from data_prep.filters import copies, decontaminate, eval_sets, frequency, safety
@@ -91,23 +90,16 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     if config.max_images is None:
         _clear(work, "entity_counts", "capped")
     else:
-        shards = _shards(work, folders)
+        shards = engine.aligned(work.workdir, *folders)
         written += frequency.cap(work, shards, config.max_images, config.seed)
         folders.append("capped")
-    shards = _shards(work, folders)
+    shards = engine.aligned(work.workdir, *folders)
     frequent = frequency.find_frequent(
         work, shards, config.min_images, config.min_images_feedback, config.rare_entity_drops
     )
     tasks = [engine.Task(files[0].stem, (frequent, *files)) for files in shards]
     settings = {"rare_entity_drops": config.rare_entity_drops}
     return written + work.map_shards("labels_final", _drop_rare, tasks, settings)
-
-
-def _shards(work: engine.Engine, folders: Sequence[str]) -> list[tuple[epath.Path, ...]]:
-    """Of each shard its files in the folders; not of one that a stage had to leave out."""
-    paths = engine.listed(work.workdir / folders[0])
-    shards = [tuple(work.workdir / folder / path.name for folder in folders) for path in paths]
-    return [files for files in shards if all(file.exists() for file in files)]
 
 
 def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
@@ -128,7 +120,7 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
     filters = config.filters
     labelled = config.dataset == "i2e"
     first = "labels" if labelled else "pairs"
-    shards = [path.stem for (path,) in _shards(work, [first])]
+    shards = [path.stem for (path,) in engine.aligned(work.workdir, first)]
     stages = []
     if filters.eval_sets:
         stages += decontaminate.match_sets(config, work, shards)
@@ -136,7 +128,7 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         safety.run(config, work, shards)
         stages.append("unsafe")
     if filters.duplicates == "exact":
-        shards = [files[0].stem for files in _shards(work, [first, *stages])]
+        shards = [files[0].stem for files in engine.aligned(work.workdir, first, *stages)]
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
     made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
@@ -148,7 +140,9 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
     _clear(work, *off, *([] if stages else [dropped]))
     if not stages:
         return []
-    tasks = [engine.Task(files[0].stem, files) for files in _shards(work, [first, *stages])]
+    tasks = [
+        engine.Task(files[0].stem, files) for files in engine.aligned(work.workdir, first, *stages)
+    ]
     return work.map_shards(dropped, _drop, tasks, {"stages": stages, "labelled": labelled})
 
 

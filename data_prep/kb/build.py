@@ -134,7 +134,7 @@ def build(
     work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
-    (manifest,) = work.map_shards(stage, run, [task], settings, here=True, own_progress=True)
+    (manifest,) = work.map_shards(stage, run, [task], settings, keys=None, here=True)
     shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
     return manifest
 

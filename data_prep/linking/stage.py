@@ -129,13 +129,17 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         "boilerplate": list(config.boilerplate),
         **disambiguate.Rule.of(config)._asdict(),
     }
-    work.map_shards("captions", _link_captions, tasks, settings)
+    function = functools.partial(_keys_in_bucket, workdir)
+    work.map_shards("captions", _link_captions, tasks, settings, keys=function)
 
     captions = engine.listed(workdir / "captions")
     groups = engine.runs(len(pairs), _MOST_TASKS)
     parameters = {"shards_per_bucket": len(groups[0])}
     tasks = _tasks(captions, spills)
-    scattered = work.scatter("link_rows", _SCATTER_LINKS, tasks, len(groups), parameters)
+    function = functools.partial(_keys_of_captions, workdir)
+    scattered = work.scatter(
+        "link_rows", _SCATTER_LINKS, tasks, len(groups), parameters, keys=function
+    )
     tasks = [
         engine.Task(f"{number:05d}", (*scattered.files, *pairs[group.start : group.stop]))
         for number, group in enumerate(groups)
@@ -345,6 +349,30 @@ def load_spacy(model: str, noun_chunks: bool):
 
 
 # ----------------------------------------------------------------------------------- back to shards
+
+
+def _keys_in_bucket(workdir: epath.Path, task: engine.Task) -> Iterator:
+    """The keys of the pairs with a bucket's captions; see `engine.Engine.map_shards`."""
+    bucket = int(task.name)
+    table = engine.read_buckets(task.inputs[1:], bucket, bucket + 1)
+    return _keys_at(workdir, table["shard"].to_numpy(), table["row"].to_numpy())
+
+
+def _keys_of_captions(workdir: epath.Path, task: engine.Task) -> Iterator:
+    """The same of files of captions/."""
+    for path in task.inputs:
+        table = engine.read_table(path, ["shards", "rows"])
+        yield from _keys_at(
+            workdir,
+            *(table[name].combine_chunks().flatten().to_numpy() for name in ("shards", "rows")),
+        )
+
+
+def _keys_at(workdir: epath.Path, shards: np.ndarray, rows: np.ndarray) -> Iterator:
+    for path in engine.listed(workdir / "pairs"):
+        own = rows[shards == int(path.stem)]
+        if len(own):
+            yield engine.read_table(path, ["key"])["key"].take(own)
 
 
 def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

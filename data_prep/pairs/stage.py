@@ -32,7 +32,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 
 import ml_collections
@@ -40,7 +39,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
-from data_prep.pairs import pictures, samples
+from data_prep.pairs import pictures, samples, unique
 from data_prep.pairs.files import Found, find
 from data_prep.pairs.formats import parquets, tables, tars, tfds_sets
 from data_prep.pairs.samples import Rejected
@@ -76,17 +75,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
     settings = {"version": 2, **{name: config[name] for name in names}}
-    indexed = work.map_shards("indexed", _index, tasks, settings)
+    indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
-    repeated = _find_repeated(indexed, work)
-    tasks = []
-    for manifest in indexed:
-        name = manifest["shard"]
-        files = [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
-        if f"unique/{name}.parquet" in repeated:
-            files.append(f"unique/{name}.parquet")
-        tasks.append(engine.Task(name, tuple(os.fspath(work.workdir / file) for file in files)))
-    kept = work.map_shards("pairs", _keep_first, tasks, {"version": 2})
+    kept = unique.run(indexed, work)
     total = engine.total_counts(kept)
     if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
         logging.warning(
@@ -156,7 +147,7 @@ def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> It
 def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine.Task]:
     """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
     unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
-    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 2})
+    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 2}, keys=_unknown)
     at = {m["shard"]: os.fspath(work.workdir / m["outputs"][0]["path"]) for m in unpacked}
     paths = [at.get(file.unpacked) if file.unpacked else file.path for file in found]
     scan = [
@@ -164,7 +155,8 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         for number, (file, path) in enumerate(zip(found, paths, strict=True))
         if path and file.kind in ("parquet", "table")
     ]
-    scanned = work.map_shards("scanned", _scan, scan, {"version": 1, "rows": rows})
+    settings = {"version": 1, "rows": rows}
+    scanned = work.map_shards("scanned", _scan, scan, settings, keys=_unknown)
     plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
 
     parts: list[tuple[tuple[str, ...], dict]] = []
@@ -289,6 +281,25 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     return counts
 
 
+def _unknown(task: engine.Task) -> Iterator:
+    """Nobody has read the keys yet; see `engine.Engine.map_shards`."""
+    return iter(())
+
+
+def _keys_of_part(task: engine.Task) -> Iterator:
+    """The keys of a part as far as it can be read; no picture is decoded."""
+    import pyarrow as pa
+
+    *inputs, part_path = task.inputs
+    part = json.loads(epath.Path(part_path).read_text())
+    keys = []
+    try:
+        for sample in _READERS[part["kind"]].read(inputs, part, (), {}):
+            keys.append(samples.encodable(part["prefix"] + sample.key))
+    finally:
+        yield pa.chunked_array([keys], pa.string())
+
+
 def _warn(indexed: Sequence[dict]) -> None:
     for manifest in indexed:
         path, counts = manifest["inputs"][0]["path"], manifest["counts"]
@@ -297,89 +308,3 @@ def _warn(indexed: Sequence[dict]) -> None:
         if counts.get("pairs_missing"):
             missing = counts["pairs_missing"]
             logging.warning("%s holds %d pairs fewer than its _stats.json says", path, missing)
-
-
-# ------------------------------------------------------------------------------------ repeated keys
-
-# Grouped by hash first: eight bytes of each key are sorted out of core, and only the few keys whose
-# hash occurs twice are compared in full.
-_REPEATED = """
-    WITH hashes AS (
-        SELECT hash(key) AS h FROM read_parquet($files) GROUP BY h HAVING count(*) > 1
-    )
-    SELECT shard, place, key FROM (
-        SELECT filename AS shard, file_row_number AS place, key,
-               row_number() OVER (PARTITION BY key ORDER BY filename, file_row_number) AS occurrence
-        FROM read_parquet($files, filename=true, file_row_number=true)
-        WHERE hash(key) IN (SELECT h FROM hashes)
-    )
-    WHERE occurrence > 1 ORDER BY shard, place
-"""
-
-
-def _find_repeated(indexed: Sequence[dict], work: engine.Engine) -> set[str]:
-    """Writes unique/; returns the files that it consists of."""
-    files = tuple(os.fspath(work.workdir / f"indexed/{m['shard']}.parquet") for m in indexed)
-    if not files:
-        return set()
-    task = engine.Task("keys", files)
-    manifests = work.map_shards("unique", _repeated, [task], {"version": 2}, here=True)
-    return {output["path"] for manifest in manifests for output in manifest["outputs"]}
-
-
-def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """unique/NNNNN.parquet: the rows of a shard (`place`) whose key came before, in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    total, shard, writer = 0, None, None
-    with engine.connect(outputs) as connection:
-        query = engine.ask(connection, _REPEATED, {"files": list(task.inputs)})
-        for batch in query.to_arrow_reader(1 << 16):
-            table = pa.Table.from_batches([batch])
-            ends = [*_changes(table["shard"].to_pylist()), len(table)]
-            for start, end in itertools.pairwise([0, *ends]):
-                if start == end:
-                    continue
-                name = os.path.basename(table["shard"][start].as_py())
-                if name != shard:
-                    if writer is not None:
-                        writer.close()
-                    shard, path = name, os.fspath(outputs.path(f"unique/{name}"))
-                    writer = pq.ParquetWriter(path, table.drop_columns("shard").schema)
-                writer.write_table(table.slice(start, end - start).drop_columns("shard"))
-            total += len(table)
-    if writer is not None:
-        writer.close()
-    return {"duplicate_keys": total}
-
-
-def _changes(values: Sequence[str]) -> list[int]:
-    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
-
-
-def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """A shard of pairs/ without the rows that unique/ names."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    indexed, rejects_path, manifest, *repeated = task.inputs
-    counts = json.loads(epath.Path(manifest).read_text())["counts"]
-    rejects = [(row["key"], row["reason"]) for row in engine.read_table(rejects_path).to_pylist()]
-    name = f"pairs/{task.name}.parquet"
-    if repeated:
-        table, drop = engine.read_table(indexed), engine.read_table(repeated[0])
-        keep = np.ones(len(table), bool)
-        keep[drop["place"].to_numpy()] = False
-        outputs.write_table(name, table.filter(keep))
-        rejects += [(key, "duplicate_key") for key in drop["key"].to_pylist()]
-        pairs = int(keep.sum())
-    else:
-        pairs = pq.read_metadata(indexed).num_rows
-        try:
-            os.link(indexed, outputs.path(name))  # for a billion pairs a copy is 200 GB
-        except OSError:  # a file system without links
-            shutil.copyfile(indexed, outputs.path(name))
-    outputs.write_rejects(rejects)
-    duplicates = sum(reason == "duplicate_key" for _, reason in rejects)
-    return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates, **counts}

@@ -88,7 +88,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
     tasks = [engine.Task(f"{block:05d}", inputs) for block in range(-(-count // size))]
     settings = {"version": 2, "template": config.template, "size": size}
     function = functools.partial(_embed_texts, *model)
-    work.map_shards("texts", function, tasks, settings, accelerator=True)
+    work.map_shards("texts", function, tasks, settings, keys=None, accelerator=True)
     return [manifest["shard"] for manifest in embedded]
 
 

@@ -90,19 +90,21 @@ def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
     )
     candidates = workdir / "candidates/entities.parquet"
     texts = engine.listed(workdir / "texts", ".npy")
-    parts = work.map_shards("moment_parts", _sum_moments, engine.run_tasks(embeddings), {})
+    parts = work.map_shards(
+        "moment_parts", _sum_moments, engine.run_tasks(embeddings), {}, keys=None
+    )
     task = engine.Task("all", _paths(work, parts))
-    work.map_shards("moments", _add_moments, [task], {})
+    work.map_shards("moments", _add_moments, [task], {}, keys=None)
     moments = workdir / "moments/moments.npy"
 
     tasks = [
         engine.Task(task.name, (candidates, moments, *task.inputs))
         for task in engine.run_tasks(links, keys, embeddings)
     ]
-    parts = _paths(work, work.map_shards("prototype_parts", _sum_pictures, tasks, {}))
+    parts = _paths(work, work.map_shards("prototype_parts", _sum_pictures, tasks, {}, keys=None))
     tasks = [engine.Task(path.stem, (path, moments, *parts)) for path in texts]
     size = len(np.load(texts[0], mmap_mode="r")) if texts else 0
-    blocks = work.map_shards("prototypes", _add_pictures, tasks, {"size": size})
+    blocks = work.map_shards("prototypes", _add_pictures, tasks, {"size": size}, keys=None)
 
     blocks = (*texts, *_paths(work, blocks))
     tasks = [
