@@ -32,7 +32,7 @@ from configs import i2e
 from data_prep import engine
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
-from data_prep.linking import boilerplate, disambiguate
+from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
 
 
@@ -81,7 +81,7 @@ def linking_quality(report: figures.Report, texts_path: str, rows_path: str, qui
         texts = [row["text"] for row in gold]
         blank = boilerplate.Blanker(config.boilerplate)
         blanked = [blank(text) for text in texts]
-        spans = linking_stage.spacy_spans(blanked, config.spacy_model, config.noun_chunks)
+        spans = ner.spacy_spans(blanked, config.spacy_model, config.noun_chunks)
         rule = disambiguate.Rule.of(config)
         mentions, candidates = linking_stage.link(texts, blanked, spans, kb, rule)
         mentions, candidates = mentions.to_pylist(), candidates.to_pylist()
@@ -154,15 +154,15 @@ def linking_speed(report: figures.Report, quick: bool) -> None:
         kb = lookup.KnowledgeBase(folder / "kb")
         known = list(synthetic.names(entities * 3))
         captions = synthetic.captions(256 if quick else 2_048, known)
-        nlp = linking_stage.load_spacy(config.spacy_model, config.noun_chunks)
+        nlp = ner.load_spacy(config.spacy_model, config.noun_chunks)
 
         def bare() -> None:
             with nlp.memory_zone():
-                for _ in nlp.pipe(captions, batch_size=linking_stage.BATCH):
+                for _ in nlp.pipe(captions, batch_size=ner.BATCH):
                     pass
 
         def ours() -> None:
-            for _ in linking_stage.spacy_spans(captions, config.spacy_model, config.noun_chunks):
+            for _ in ner.spacy_spans(captions, config.spacy_model, config.noun_chunks):
                 pass
 
         pairs = 2 if quick else 5

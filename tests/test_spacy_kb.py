@@ -10,7 +10,7 @@ from spacy.training import Example
 
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, spacy_adapter
-from data_prep.linking import disambiguate
+from data_prep.linking import disambiguate, ner
 from data_prep.linking import stage as linking_stage
 from mofi_jax.common import errors
 
@@ -154,7 +154,7 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
 
     # As config.spacy_model of the linking stage, its choices raise what they chose.
     texts = [text for text, _ in TEXTS]
-    spans = list(linking_stage.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
+    spans = list(ner.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
     assert [[span.qid for span in found] for found in spans] == links
     kb = lookup.KnowledgeBase(folder)
     rule = disambiguate.Rule(10, 1.0, 0.0, linker_weight=1000.0)

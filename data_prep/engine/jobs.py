@@ -53,13 +53,22 @@ class Task:
 class Outputs:
     """Where a stage function writes: temporary names inside the work directory."""
 
-    def __init__(self, workdir: epath.Path, stage: str, shard: str, processes: int = 1):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        stage: str,
+        shard: str,
+        processes: int = 1,
+        before: Mapping | None = None,
+    ):
         """
         Args:
           workdir, stage, shard: whose outputs these are.
           processes: how many share this machine and its memory.
+          before: the manifest of this shard, if it was made before with the same settings.
         """
         self.processes = processes
+        self._before = before or {"inputs": [], "outputs": []}
         self.workdir = epath.Path(workdir)
         self.stage = stage
         self.shard = shard
@@ -84,6 +93,24 @@ class Outputs:
     def write_rejects(self, rows: Sequence[tuple[str, str]]) -> None:
         """Writes `rejects/STAGE-SHARD.parquet` from rows (key, reason), also from none."""
         self.write_table(rejects_name(self.stage, self.shard), rejects_table(self.stage, rows))
+
+    def kept(self, name: str, *inputs: str) -> epath.Path | None:
+        """The output `name` of an earlier run of this shard, to take over what is in it.
+
+        Args:
+          name: relative to the work directory.
+          inputs: those of the task that what is taken over depends on, beside the settings.
+
+        Returns:
+          None where the settings or one of `inputs` have changed, or the output has.
+        """
+        path = self.workdir / name
+        entries = [*self._before["inputs"], *self._before["outputs"]]
+        wanted = (*inputs, path)
+        same = path.exists() and all(
+            manifests.describe(self.workdir, file, file, self.stage) in entries for file in wanted
+        )
+        return path if same else None
 
     def discard(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -219,7 +246,8 @@ def _run(job: Job) -> dict:
     with _missing_inputs():
         inputs = [manifests.describe(workdir, path, path, job.where) for path in task.inputs]
     before = manifests.read(workdir, job.stage, task.name) or {}
-    outputs = Outputs(workdir, job.stage, task.name, job.processes)
+    same = before if before.get("settings") == job.settings else None
+    outputs = Outputs(workdir, job.stage, task.name, job.processes, same)
     try:
         counts = job.function(task, outputs, job.settings)
         described = [

@@ -12,11 +12,12 @@ NAME=VALUE for columns. So all SQL goes through `ask`, and all reading of tables
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -31,6 +32,7 @@ _FILES = re.compile(r"read_parquet\(\s*\$(\w+)")
 _PATTERN = re.compile(r"[\[*?]")
 _BATCH = 1 << 16  # rows
 _FILES_PER_RUN, _MOST_RUNS = 4, 256
+MOST_BUCKETS = 512
 # Of what DuckDB would take for itself (four fifths of the machine's memory): Arrow needs some too.
 _MEMORY_SHARE = 0.75
 
@@ -184,6 +186,36 @@ def run_tasks(*tables: Sequence[str | os.PathLike[str]]) -> list[Task]:
         )
         for number, run in enumerate(runs(count, max(1, most)))
     ]
+
+
+def bucket_of(column: str) -> str:
+    """SQL of the bucket, of $buckets, of a column of text: by the leading bits of its md5."""
+    return f"('0x' || left(md5({column}), 8))::UBIGINT * $buckets // 4294967296"
+
+
+def group_shards(
+    tables: Sequence[str | os.PathLike[str]], buckets: int
+) -> list[list[str | os.PathLike[str]]]:
+    """The tables of shards by the `bucket_of` their names."""
+    groups: list[list[str | os.PathLike[str]]] = [[] for _ in range(buckets)]
+    for path in tables:
+        digest = hashlib.md5(epath.Path(path).stem.encode()).hexdigest()
+        groups[int(digest[:8], 16) * buckets >> 32].append(path)
+    return groups
+
+
+def gather_shards(task: Task, settings: dict) -> Iterator[tuple[str, pa.Table]]:
+    """Of each shard of a task of `Engine.to_shards` its rows, without the columns shard and row."""
+    import pyarrow.compute as pc
+
+    spills, tables = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
+    bucket = int(task.name)
+    table = read_buckets(spills, bucket, bucket + 1)
+    table = table.sort_by([("shard", "ascending"), ("row", "ascending")])
+    for path in tables:
+        shard = epath.Path(path).stem
+        own = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard", "row"])
+        yield shard, own.combine_chunks()
 
 
 def scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:

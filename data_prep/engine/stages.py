@@ -229,6 +229,37 @@ class Engine:
         files = [self.workdir / output["path"] for m in written for output in m["outputs"]]
         return relational.Scattered(tuple(map(os.fspath, files)), buckets)
 
+    def to_shards(
+        self,
+        stage: str,
+        sql: str,
+        tasks: Sequence[Task],
+        shards: Sequence[str | os.PathLike[str]],
+        tables: Sequence[str] = ("files",),
+        keys: quarantine.Keys | None = quarantine.keys_of_inputs,
+    ) -> tuple[list[Task], dict]:
+        """Scatters rows with columns `shard`, the name of one, and `row`, their order in it.
+
+        Args:
+          stage: name of the stage.
+          sql: the rows.
+          tasks, tables, keys: see `scatter`.
+          shards: a table of each shard, whose file name is that of the shard.
+
+        Returns:
+          Tasks and settings for a stage whose function reads with `gather_shards`.
+        """
+        buckets = max(1, min(relational.MOST_BUCKETS, len(shards)))
+        sql = f"SELECT *, {relational.bucket_of('shard')} AS bucket FROM ({sql})"
+        found = self.scatter(stage, sql, tasks, buckets, {"buckets": buckets}, tables, keys)
+        groups = relational.group_shards(shards, buckets)
+        gathers = [
+            Task(f"{bucket:05d}", (*found.files, *map(os.fspath, group)))
+            for bucket, group in enumerate(groups)
+            if group
+        ]
+        return gathers, {"spills": len(found.files)}
+
     def partial(
         self,
         stage: str,

@@ -1,6 +1,7 @@
 """Captions -> mentions -> candidate entities. pairs/ -> links/. No picture is looked at here.
 
-stage          the stage, and spaCy's mentions
+stage          the stage: every caption once
+ner            the mentions that spaCy finds
 boilerplate    what captions of the web say about the page, the file or the shop
 disambiguate   which candidates of a mention the caption itself makes likely
 rows           links/ as flat arrays: what later stages compute on

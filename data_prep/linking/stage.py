@@ -17,20 +17,23 @@ picture.
 Web captions repeat, and spaCy is what takes the time, so every caption is read once, wherever it
 occurs. Stages:
 
-    caption_rows/  scattered by the caption: caption, shard, row
-    captions/      NNNNN.parquet  caption, its mentions and candidates, and the lists shard, row of
-                   where it occurs
-    link_rows/     scattered by the shard: shard, row, mentions, candidates
+    caption_rows/  scattered by the caption: caption, key, shard, row
+    spacy_model/   fingerprint.txt: of the pipeline's files
+    captions/      NNNNN.parquet  caption, lists of the keys, shards and rows where it occurs, its
+                   mentions and candidates. What an earlier run has read is taken from there.
+    link_rows/     scattered by the shard: shard, row, key, mentions, candidates
     gathered/      manifests of
     links/         NNNNN.parquet  a row for each of pairs/NNNNN.parquet, in its order
 """
 
+from __future__ import annotations
+
 import functools
-import importlib.util
+import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -38,30 +41,29 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.kb import lookup, names
-from data_prep.linking import boilerplate, disambiguate
+from data_prep.linking import boilerplate, disambiguate, ner
+from data_prep.linking import rows as link_rows
 from mofi_jax.common import errors
 
-BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
 _BLOCK = 4096  # captions that are linked at a time
 
-# See `engine.runs`. 512 tasks of a billion captions are 40 minutes on one core each.
-_CAPTIONS_PER_TASK = 1_000
-_ROWS_PER_SPILL = 20_000
-_MOST_TASKS = 512
-_MOST_SPILLS = 256
+# Texts are in the same bucket as long as their number is of the same order: only new ones are read
+# again. 512 buckets of a billion captions are 40 minutes on one core each.
+_BUCKETS = {1: 4_000, 8: 250_000, 64: 4_000_000, 512: float("inf")}
 
-_SCATTER_CAPTIONS = """
-    SELECT text, CAST(parse_filename(filename, true) AS INT) AS shard,
-           CAST(file_row_number AS INT) AS "row",
-           ('0x' || left(md5(text), 8))::UBIGINT * $buckets // 4294967296 AS bucket
+_SCATTER_CAPTIONS = f"""
+    SELECT text, key, parse_filename(filename, true) AS shard,
+           CAST(file_row_number AS INT) AS "row", {engine.bucket_of("text")} AS bucket
     FROM read_parquet($files, filename = true, file_row_number = true)
 """
 
-_SCATTER_LINKS = """
-    SELECT *, shard // $shards_per_bucket AS bucket FROM (
-        SELECT unnest(shards) AS shard, unnest("rows") AS "row", mentions, candidates
-        FROM read_parquet($files)
-    )
+_OCCURRENCES = """
+    SELECT unnest(shards) AS shard, unnest("rows") AS "row", unnest(keys) AS key,
+           mentions, candidates
+    FROM read_parquet($files)
 """
 
 
@@ -84,11 +86,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise errors.BadInput(
                 f"config.{name}={config[name]!r} cannot be used: give a number from 0 to {most}."
             )
-    if not os.path.isdir(config.spacy_model) and not importlib.util.find_spec(config.spacy_model):
-        raise errors.BadInput(
-            f"config.spacy_model={config.spacy_model!r} is no installed spaCy package and no folder"
-            " of a pipeline: pip install it, or name another."
-        )
+    ner.pipeline_files(config.spacy_model)
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
@@ -111,85 +109,96 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     workdir = work.workdir
     pairs = engine.listed(workdir / "pairs")
     rows = sum(pq.read_metadata(path).num_rows for path in pairs)
+    buckets = next(count for count, most in _BUCKETS.items() if rows <= most)
+    tasks = engine.run_tasks(pairs)
+    scattered = work.scatter(
+        "caption_rows", _SCATTER_CAPTIONS, tasks, buckets, {"buckets": buckets}
+    )
 
-    spills = min(_MOST_SPILLS, max(1, -(-rows // _ROWS_PER_SPILL)))
-    tasks = _tasks(pairs, spills)
-    buckets = min(_MOST_TASKS, max(1, -(-rows // _CAPTIONS_PER_TASK)))
-    parameters = {"buckets": buckets}
-    scattered = work.scatter("caption_rows", _SCATTER_CAPTIONS, tasks, buckets, parameters)
-
-    manifest = workdir / "kb/manifest.json"
-    tasks = [
-        engine.Task(f"{bucket:05d}", (manifest, *scattered.files)) for bucket in range(buckets)
-    ]
+    pipeline = work.fingerprint("spacy_model", ner.pipeline_files(config.spacy_model))
+    inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
+    tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 2,
-        "spacy_model": config.spacy_model,
+        "version": 3,
+        "spacy": importlib.metadata.version("spacy"),
         "noun_chunks": config.noun_chunks,
         "boilerplate": list(config.boilerplate),
         **disambiguate.Rule.of(config)._asdict(),
     }
-    function = functools.partial(_keys_in_bucket, workdir)
-    work.map_shards("captions", _link_captions, tasks, settings, keys=function)
+    function = functools.partial(_link_captions, config.spacy_model)
+    work.map_shards("captions", function, tasks, settings, keys=_keys_in_bucket)
 
-    captions = engine.listed(workdir / "captions")
-    groups = engine.runs(len(pairs), _MOST_TASKS)
-    parameters = {"shards_per_bucket": len(groups[0])}
-    tasks = _tasks(captions, spills)
-    function = functools.partial(_keys_of_captions, workdir)
-    scattered = work.scatter(
-        "link_rows", _SCATTER_LINKS, tasks, len(groups), parameters, keys=function
+    tasks = engine.run_tasks(engine.listed(workdir / "captions"))
+    tasks, settings = work.to_shards(
+        "link_rows", _OCCURRENCES, tasks, pairs, keys=_keys_of_captions
     )
-    tasks = [
-        engine.Task(f"{number:05d}", (*scattered.files, *pairs[group.start : group.stop]))
-        for number, group in enumerate(groups)
-    ]
-    settings = {"version": 1, "spills": len(scattered.files)}
-    return work.map_shards("gathered", _gather, tasks, settings)
-
-
-def _tasks(files: Sequence[epath.Path], most: int) -> list[engine.Task]:
-    """At most `most` tasks of a run of files each."""
-    return [
-        engine.Task(f"{number:05d}", tuple(files[run.start : run.stop]))
-        for number, run in enumerate(engine.runs(len(files), most))
-    ]
+    settings["version"] = 2
+    function = functools.partial(_keys_of_shards, settings["spills"])
+    return work.map_shards("gathered", _gather, tasks, settings, keys=function)
 
 
 # ----------------------------------------------------------------------------------------- captions
 
 
-def _link_captions(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+def _link_captions(
+    model: str, task: engine.Task, outputs: engine.Outputs, settings: dict
+) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    manifest, *spills = task.inputs
+    kb_manifest, pipeline, *spills = task.inputs
     bucket = int(task.name)
     table = engine.read_buckets(spills, bucket, bucket + 1)
-    table = table.sort_by([("text", "ascending"), ("shard", "ascending"), ("row", "ascending")])
-    table = table.group_by("text", use_threads=False).aggregate(
-        [("shard", "list"), ("row", "list")]
-    )
-    table = table.rename_columns({"shard_list": "shards", "row_list": "rows"})
-    kb = lookup.KnowledgeBase(os.path.dirname(manifest))
+    table = table.sort_by([(name, "ascending") for name in ("text", "shard", "row")])
+    places = {"key": "keys", "shard": "shards", "row": "rows"}
+    table = table.group_by("text", use_threads=False).aggregate([(n, "list") for n in places])
+    table = table.rename_columns({f"{name}_list": lists for name, lists in places.items()})
+    kb = lookup.KnowledgeBase(os.path.dirname(kb_manifest))
     rule = disambiguate.Rule.of(settings)
     blank = boilerplate.Blanker(settings["boilerplate"])
+    name = f"captions/{task.name}.parquet"
+    types = {"mentions": mentions_type(), "candidates": candidates_type()}
+    store = _Store(outputs.kept(name, kb_manifest, pipeline), types)
     counts = {"captions": len(table), "mentions": 0}
-    schema = table.schema
-    for name, kind in (("mentions", mentions_type()), ("candidates", candidates_type())):
-        schema = schema.append(pa.field(name, kind))
-    path = os.fspath(outputs.path(f"captions/{task.name}.parquet"))
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    schema = pa.schema([*table.schema, *types.items()])
+    with pq.ParquetWriter(os.fspath(outputs.path(name)), schema, compression="zstd") as writer:
         for start in range(0, len(table), _BLOCK):
-            block = table.slice(start, _BLOCK)
-            texts = block["text"].to_pylist()
+            block = table.slice(start, _BLOCK).combine_chunks()
+            place = store.find(block["text"])
+            texts = block["text"].filter(place < 0).to_pylist()
             blanked = [blank(text) for text in texts]
-            spans = spacy_spans(blanked, settings["spacy_model"], settings["noun_chunks"])
-            mentions, candidates = link(texts, blanked, spans, kb, rule)
-            counts["mentions"] += len(mentions.flatten())
-            columns = [*block.columns, mentions, candidates]
-            writer.write_table(pa.table(columns, schema=schema))
+            spans = ner.spacy_spans(blanked, model, settings["noun_chunks"]) if texts else []
+            found = store.fill_in(place, link(texts, blanked, spans, kb, rule))
+            counts["mentions"] += len(found[0].flatten())
+            writer.write_table(pa.table([*block.columns, *found], schema=schema))
     return counts
+
+
+class _Store:
+    """Captions that an earlier run has read, with the columns that it found."""
+
+    def __init__(self, path: epath.Path | None, types: Mapping[str, pa.DataType]):
+        import pyarrow as pa
+
+        schema = pa.schema([("text", pa.string()), *types.items()])
+        table = schema.empty_table()
+        if path is not None:
+            table = engine.read_table(path, schema.names).cast(schema)
+        self._texts, *self._columns = (column.combine_chunks() for column in table.columns)
+
+    def find(self, texts: pa.ChunkedArray) -> np.ndarray:
+        """int64 [n]: where each text stands, -1 for new ones."""
+        return link_rows.positions(texts.combine_chunks(), self._texts)
+
+    def fill_in(self, place: np.ndarray, new: Sequence[pa.Array]) -> list[pa.Array]:
+        """The columns of all texts: those of `new` for texts that `find` did not, in order."""
+        import pyarrow as pa
+
+        rows = np.where(place < 0, len(self._texts) - 1 + np.cumsum(place < 0), place)
+        return [
+            pa.concat_arrays([known, found]).take(pa.array(rows))
+            for known, found in zip(self._columns, new, strict=True)
+        ]
 
 
 def mentions_type():
@@ -208,19 +217,10 @@ def candidates_type():
     return pa.list_(pa.struct(fields))
 
 
-class Span(NamedTuple):
-    """Characters start:end of a text, how they were found, and what spaCy's linker says of them."""
-
-    start: int
-    end: int
-    kind: str
-    qid: str = ""
-
-
 def link(
     texts: Sequence[str],
     blanked: Sequence[str],
-    spans: Iterable[Sequence[Span]],
+    spans: Iterable[Sequence[ner.Span]],
     kb: lookup.KnowledgeBase,
     rule: disambiguate.Rule,
 ):
@@ -229,7 +229,7 @@ def link(
     Args:
       texts: n captions.
       blanked: the same without boilerplate.
-      spans: what `spacy_spans` found in each of `blanked`, or nothing.
+      spans: what `ner.spacy_spans` found in each of `blanked`, or nothing.
       kb: the knowledge base.
       rule: how candidates are weighed.
 
@@ -287,109 +287,33 @@ def _candidate_lists(bounds, text_of, candidates: lookup.Candidates):
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), rows)
 
 
-# -------------------------------------------------------------------------------------------- spaCy
-
-
-def spacy_spans(texts: Sequence[str], model: str, noun_chunks: bool) -> Iterator[list[Span]]:
-    """The spans of the named entities, then of the noun chunks, of each text.
-
-    Articles, possessives and punctuation at the edges are cut off.
-
-    Args:
-      texts: any number.
-      model: spaCy pipeline, a package's name or a folder.
-      noun_chunks: whether to parse for them, which takes a third more time.
-    """
-    nlp = load_spacy(model, noun_chunks)
-    for first in range(0, len(texts), BATCH):
-        # Without the zone the vocabulary grows with every new word for the life of the process.
-        with nlp.memory_zone():
-            for doc in nlp.pipe(texts[first : first + BATCH], batch_size=BATCH):
-                spans = [(span, "ner", span.kb_id_) for span in doc.ents]
-                if noun_chunks:
-                    spans += [(span, "noun_chunk", "") for span in doc.noun_chunks]
-                trimmed = ((_trim(span), kind, qid) for span, kind, qid in spans)
-                yield [Span(*ends, kind, qid) for ends, kind, qid in trimmed if ends is not None]
-
-
-# What begins a noun phrase without being part of a name.
-_DETERMINERS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the this that these those my your his her its our their some any each every no all"
-        " both another what which whose i you he she it we they me him us them",
-    )
-)
-
-
-def _trim(span) -> tuple[int, int] | None:
-    tokens = [token for token in span if not token.is_space]
-    while tokens and (tokens[0].lower_ in _DETERMINERS or not _is_word(tokens[0].text)):
-        tokens.pop(0)
-    while tokens and (tokens[-1].text in ("'s", "’s", "'", "’") or not _is_word(tokens[-1].text)):
-        tokens.pop()
-    return (tokens[0].idx, tokens[-1].idx + len(tokens[-1])) if tokens else None
-
-
-def _is_word(text: str) -> bool:
-    return any(character.isalnum() for character in text)
-
-
-@functools.lru_cache(maxsize=1)
-def load_spacy(model: str, noun_chunks: bool):
-    """The pipeline with just what finds named entities and, if asked, noun chunks."""
-    import spacy
-
-    from data_prep.kb import spacy_adapter  # noqa: F401  a pipeline's entity_linker finds it by its name
-
-    unused = ["lemmatizer", "textcat", "senter"]
-    if not noun_chunks:  # they need the parser and the parts of speech
-        unused += ["parser", "tagger", "attribute_ruler"]
-    return spacy.load(model, exclude=unused)
-
-
 # ----------------------------------------------------------------------------------- back to shards
 
 
-def _keys_in_bucket(workdir: epath.Path, task: engine.Task) -> Iterator:
+def _keys_in_bucket(task: engine.Task) -> Iterator:
     """The keys of the pairs with a bucket's captions; see `engine.Engine.map_shards`."""
     bucket = int(task.name)
-    table = engine.read_buckets(task.inputs[1:], bucket, bucket + 1)
-    return _keys_at(workdir, table["shard"].to_numpy(), table["row"].to_numpy())
+    yield engine.read_buckets(task.inputs[2:], bucket, bucket + 1)["key"]
 
 
-def _keys_of_captions(workdir: epath.Path, task: engine.Task) -> Iterator:
+def _keys_of_captions(task: engine.Task) -> Iterator:
     """The same of files of captions/."""
     for path in task.inputs:
-        table = engine.read_table(path, ["shards", "rows"])
-        yield from _keys_at(
-            workdir,
-            *(table[name].combine_chunks().flatten().to_numpy() for name in ("shards", "rows")),
-        )
+        yield engine.read_table(path, ["keys"])["keys"].combine_chunks().flatten()
 
 
-def _keys_at(workdir: epath.Path, shards: np.ndarray, rows: np.ndarray) -> Iterator:
-    for path in engine.listed(workdir / "pairs"):
-        own = rows[shards == int(path.stem)]
-        if len(own):
-            yield engine.read_table(path, ["key"])["key"].take(own)
+def _keys_of_shards(spills: int, task: engine.Task) -> Iterator:
+    """The same of the pairs that `_gather` gathers."""
+    for path in task.inputs[spills:]:
+        yield engine.read_table(path, ["key"])["key"]
 
 
 def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow.compute as pc
 
-    spills, pairs = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
-    bucket = int(task.name)
-    table = engine.read_buckets(spills, bucket, bucket + 1)
-    table = table.sort_by([("shard", "ascending"), ("row", "ascending")])
     counts = dict.fromkeys(("texts", "linked", "mentions", "candidates"), 0)
-    for path in pairs:
-        shard = epath.Path(path).stem
-        own = table.filter(pc.equal(table["shard"], int(shard)))
-        keys = engine.read_table(path, columns=["key"])["key"]
-        # A caption in quarantine leaves its pairs without a row here.
-        own = own.append_column("key", keys.take(own["row"]))
-        own = own.select(["key", "mentions", "candidates"]).combine_chunks()
+    # A caption in quarantine leaves its pairs without a row here.
+    for shard, own in engine.gather_shards(task, settings):
         outputs.write_table(f"links/{shard}.parquet", own)
         counts["texts"] += len(own)
         for name in ("mentions", "candidates"):
