@@ -48,6 +48,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.workers = 2
     # Of the shards of a stage, the share that may fail and is left out; see W/quarantine.
     config.failure_budget = 0.01
+    # Of the samples read, the share that may be rejects before the run ends with an error.
+    config.reject_budget = 0.5
     # Where the finished data set is copied to: gs://BUCKET/FOLDER, or a folder.
     config.publish = ml_collections.config_dict.placeholder(str)
 

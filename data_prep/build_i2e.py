@@ -9,6 +9,7 @@ command run again, after a kill too, does only what is missing and ends in the s
 W/result.json holds the counts of every stage, the sha256 of all shards and the seconds of this run.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -74,6 +75,7 @@ def build(
     ) as work:
         # ---------------------------------------------------------------------------------- pairs
         stages["pairs"] = engine.total_counts(pairs_stage.run(config, work))
+        _check_rejects(stages["pairs"], config.reject_budget, work)
 
         # ------------------------------------------------------------------------------- entities
         if config.dataset == "i2e":
@@ -97,6 +99,7 @@ def build(
             "dataset": config.dataset,
             "stages": stages,
             "quarantined": work.quarantined,
+            "lost_to_damage": lost_to_damage(stages["pairs"], work.quarantined),
             "shards_sha256": digest(written),
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -115,10 +118,39 @@ _FUNNEL = (
 )
 
 
+def lost_to_damage(pairs: Mapping[str, int], quarantined: Mapping[str, int]) -> int:
+    """How many pairs are known to be lost because a file or a shard is damaged.
+
+    Args:
+      pairs: counts of the stage pairs.
+      quarantined: pairs lost with each shard in quarantine.
+    """
+    return pairs.get("pairs_missing", 0) + sum(quarantined.values())
+
+
+def _check_rejects(counts: Mapping[str, int], budget: float, work: engine.Engine) -> None:
+    """Raises BadInput where more of the samples are rejects than can be meant."""
+    unusable = counts.get("rejected", 0) - counts.get("duplicate_keys", 0)
+    total = counts.get("pairs", 0) + unusable
+    if unusable <= budget * total and total:
+        return
+    reasons: collections.Counter[str] = collections.Counter()
+    for path in engine.listed(work.workdir / "rejects"):
+        reasons.update(engine.read_table(path, ["reason"])["reason"].to_pylist())
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    raise errors.BadInput(
+        f"{unusable} of {total} samples cannot be used ({told or 'the sources are empty'}): see"
+        f" {work.workdir / 'rejects'}, correct config.sources, or raise"
+        f" config.reject_budget={budget} if that is as it should be."
+    )
+
+
 def funnel(result: Mapping) -> str:
     """How many pairs are left after each step, as a table with bars."""
     stages = result["stages"]
-    read = stages["pairs"]["pairs"] + stages["pairs"]["rejected"]
+    early = ("unpacked", "scanned", "indexed", "pairs")
+    lost = sum(n for name, n in result["quarantined"].items() if name.split("/")[0] in early)
+    read = stages["pairs"]["pairs"] + stages["pairs"]["rejected"] + lost
     rows = [("pairs read", read)]
     rows += [(text, stages[stage][key]) for stage, key, text in _FUNNEL if stage in stages]
     shares = [count / max(read, 1) for _, count in rows]
@@ -129,8 +161,10 @@ def funnel(result: Mapping) -> str:
     if result["quarantined"]:
         lines.append(
             f"{len(result['quarantined'])} shards are in quarantine (see quarantine/): "
-            + ", ".join(result["quarantined"][:5])
+            + ", ".join([*result["quarantined"]][:5])
         )
+    if result["lost_to_damage"]:
+        lines.append(f"{result['lost_to_damage']:,} pairs are lost to damaged files and shards")
     return "\n".join(lines)
 
 
@@ -167,6 +201,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check(config.max_pixels <= most, config, "max_pixels", f"give at most {most}")
     budget = config.failure_budget
     _check(0 <= budget < 1, config, "failure_budget", "give a share from 0 to below 1")
+    _check(0 <= config.reject_budget <= 1, config, "reject_budget", "give a share from 0 to 1")
     _check(1 <= config.jpeg_quality <= 100, config, "jpeg_quality", "give 1 to 100")
     if config.publish:
         publish.check(config.publish)

@@ -22,6 +22,7 @@ from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
+from tests import inputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "data_prep/sample"
@@ -296,3 +297,31 @@ def test_every_key_of_the_configuration_is_read():
     text = "".join(path.read_text() for path in (ROOT / "data_prep").rglob("*.py"))
     for key in i2e_config.get_config("sample"):
         assert f"config.{key}" in text or f'"{key}"' in text or f"    {key}: " in text, key
+
+
+def test_a_run_that_rejects_nearly_everything_ends_with_an_error(tmp_path):
+    members = [("a.png", inputs.picture()), ("a.txt", b"a rose")]
+    members += [(f"{n}.{end}", b"no picture") for n in range(3) for end in ("jpg", "txt")]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/00000.tar").write_bytes(inputs.tar_bytes(members))
+    config = i2e_config.get_config(f"folder={tmp_path / 'in'},dataset=i2t")
+    config.update(workers=1, vocab_size=300)
+    said = r"^3 of 4 samples cannot be used \(3 not_a_picture\): see .*rejects, correct"
+    with pytest.raises(errors.BadInput, match=said):
+        build_i2e.build(config, str(tmp_path / "W"))
+    config.reject_budget = 0.75
+    result = build_i2e.build(config, str(tmp_path / "W"))
+    assert result["stages"]["shards"]["records"] == 1
+    assert result["lost_to_damage"] == 0
+
+
+def test_the_funnel_tells_what_was_lost_to_damage():
+    stages = {"pairs": {"pairs": 60, "rejected": 10, "pairs_missing": 5}, "shards": {"records": 50}}
+    quarantined = {"indexed/00001": 30, "labels/00002": 10}
+    lost = build_i2e.lost_to_damage(stages["pairs"], quarantined)
+    assert lost == 45
+    told = build_i2e.funnel(
+        {"stages": stages, "quarantined": quarantined, "lost_to_damage": lost}
+    ).splitlines()
+    assert told[0].split()[:3] == ["pairs", "read", "100"]  # 30 of them in a shard nobody can read
+    assert told[-1] == "45 pairs are lost to damaged files and shards"

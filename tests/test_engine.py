@@ -9,11 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 
 from data_prep import engine
-from data_prep.engine import manifests
+from data_prep.engine import executors, manifests
 from mofi_jax.common import errors
 
 SETTINGS = {"version": 1, "suffix": "!"}
@@ -148,6 +149,53 @@ def test_bad_input_passes_through_processes(tmp_path):
     tasks = make_tasks(tmp_path / "in", ["one", "bad"])
     with pytest.raises(errors.BadInput, match=r"word\.txt holds the word bad"):
         engine.Engine(tmp_path / "work", 2).map_shards("shout", shout, tasks, SETTINGS)
+
+
+def name_process(task, outputs, settings):
+    outputs.path(f"{outputs.stage}/{task.name}.txt").write_text(str(os.getpid()))
+    return {"rows": 1}
+
+
+def test_one_other_process_owns_the_accelerator_and_keeps_its_model(tmp_path):
+    tasks = [engine.Task(f"{number}", ()) for number in range(3)]
+    with engine.Engine(tmp_path, 2) as work:
+        for stage in ("model", "other", "model2"):
+            work.map_shards(stage, name_process, tasks, {}, accelerator=stage != "other")
+    owners = {p.read_text() for s in ("model", "model2") for p in (tmp_path / s).glob("*.txt")}
+    workers = {path.read_text() for path in (tmp_path / "other").glob("*.txt")}
+    assert len(owners) == 1
+    assert not owners & workers
+    assert str(os.getpid()) not in owners | workers
+
+
+def test_a_single_shard_leaves_the_driver_alone_too(tmp_path):
+    with engine.Engine(tmp_path, 2) as work:
+        work.map_shards("alone", name_process, [engine.Task("0", ())], {})
+    assert (tmp_path / "alone/0.txt").read_text() != str(os.getpid())
+
+
+def test_jobs_go_to_whoever_is_idle():
+    """Two senders, the second of which never ends before the first has done all it got."""
+    sent = []
+
+    class Cluster:
+        exceptions = types.SimpleNamespace(RayError=RuntimeError)
+
+        def wait(self, references, num_returns):
+            quick = [name for name in references if name[0] == "quick"]
+            return (quick or references)[:1], []
+
+        def get(self, reference):
+            return {"done": reference}
+
+    def sender(name):
+        return lambda job: sent.append((name, job)) or (name, job)
+
+    ray = object.__new__(executors.Ray)
+    ray._ray = Cluster()
+    done = list(ray._collect(range(10), [sender("quick"), sender("slow")], each=2))
+    assert sorted(job for job, _ in done) == list(range(10))
+    assert [name for name, _ in sent].count("slow") == 2
 
 
 def test_a_worker_that_dies_is_told(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import concurrent.futures.process
-import itertools
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
@@ -50,21 +50,23 @@ class Local:
 
     def __init__(self, workers: int = 1):
         self.workers = workers
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        # One process owns the accelerator, and keeps its model from stage to stage.
+        self._pools: dict[bool, concurrent.futures.ProcessPoolExecutor] = {}
 
     def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]:
-        if accelerator or self.workers <= 1:
+        if self.workers <= 1:
             for job in todo:
                 yield job, jobs.attempt(job)
             return
-        waiting = collections.deque(todo)
+        processes = 1 if accelerator else self.workers
+        waiting = collections.deque(dataclasses.replace(job, processes=processes) for job in todo)
         running: dict[concurrent.futures.Future, jobs.Job] = {}
         try:
             while waiting or running:
                 # No more than are worked on: these are the suspects when a process dies.
-                while waiting and len(running) < self.workers:
+                while waiting and len(running) < processes:
                     job = waiting.popleft()
-                    running[self._submit(job)] = job
+                    running[self._submit(job, accelerator, processes)] = job
                 done, _ = concurrent.futures.wait(
                     running, return_when=concurrent.futures.FIRST_COMPLETED
                 )
@@ -92,15 +94,17 @@ class Local:
                 concurrent.futures.wait(running)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._pool = None
+        for pool in self._pools.values():
+            pool.shutdown()
+        self._pools.clear()
 
-    def _submit(self, job: jobs.Job) -> concurrent.futures.Future:
-        if self._pool is None:
-            self._pool = _spawned(self.workers)
+    def _submit(
+        self, job: jobs.Job, accelerator: bool, processes: int
+    ) -> concurrent.futures.Future:
+        if accelerator not in self._pools:
+            self._pools[accelerator] = _spawned(processes)
         try:
-            return self._pool.submit(jobs.attempt, job)
+            return self._pools[accelerator].submit(jobs.attempt, job)
         except concurrent.futures.process.BrokenProcessPool as error:  # died while idle
             future: concurrent.futures.Future = concurrent.futures.Future()
             future.set_exception(error)
@@ -194,8 +198,9 @@ class Ray:
             yield from self._on_actors(todo)
             return
         self._release()  # an idle actor would hold a processor
+        todo = [dataclasses.replace(job, processes=os.cpu_count() or 1) for job in todo]
         limit = max(2, int(self._IN_FLIGHT_PER_CPU * self._ray.cluster_resources().get("CPU", 1)))
-        yield from self._collect(todo, itertools.repeat(self._attempt.remote), limit)
+        yield from self._collect(todo, [self._attempt.remote], limit)
 
     def close(self) -> None:
         self._release()
@@ -205,19 +210,23 @@ class Ray:
     def _on_actors(self, todo: Sequence[jobs.Job]) -> Iterator[Outcome]:
         if not self._actors:
             self._actors = [self._actor(node) for node in self._machines()]
-        sends = itertools.cycle([actor.attempt.remote for actor in self._actors])
-        yield from self._collect(todo, sends, limit=2 * len(self._actors))
+        yield from self._collect(todo, [actor.attempt.remote for actor in self._actors], each=2)
 
-    def _collect(self, todo: Sequence[jobs.Job], sends: Iterable, limit: int) -> Iterator[Outcome]:
+    def _collect(
+        self, todo: Sequence[jobs.Job], sends: Sequence[Callable], each: int
+    ) -> Iterator[Outcome]:
+        """Jobs go to whoever has fewest, at most `each`: nobody waits for the slowest."""
         waiting, running = collections.deque(todo), {}
-        sends = iter(sends)
+        held = [0] * len(sends)
         while waiting or running:
-            while waiting and len(running) < limit:
-                job = waiting.popleft()
-                running[next(sends)(job)] = job
+            while waiting and min(held) < each:
+                job, idlest = waiting.popleft(), held.index(min(held))
+                running[sends[idlest](job)] = job, idlest
+                held[idlest] += 1
             done, _ = self._ray.wait(list(running), num_returns=1)
             for reference in done:
-                job = running.pop(reference)
+                job, sender = running.pop(reference)
+                held[sender] -= 1
                 try:
                     outcome = self._ray.get(reference)
                 except self._ray.exceptions.RayError as error:

@@ -1,0 +1,145 @@
+"""Any one shard of any stage in quarantine: every key comes out once, and the next run mends it."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from configs import i2e as i2e_config
+from data_prep import build_i2e, engine
+from data_prep.engine import jobs, manifests
+from data_prep.linking import stage as linking_stage
+from data_prep.selection import embed
+from mofi_jax.data import records
+from tests import workdirs
+
+KB = [
+    *({"qid": f"Q{n}", "label": name, "sitelinks": 9} for n, name in enumerate(workdirs.COLOURS)),
+    {"qid": "Q9", "label": "background", "sitelinks": 9},
+]
+
+
+def config(folder, dataset):
+    config = i2e_config.get_config(f"folder={folder / 'tars'},kb={folder / 'kb.jsonl'}")
+    (folder / "blocked").write_text("0" * 64 + "\n")
+    config.update(
+        {"workers": 1, "clip": str(folder), "shard_examples": 20, "vocab_size": 300},
+        min_side=8,
+        min_images=1,
+        max_images=10_000,
+        failure_budget=0.01,
+        dataset=dataset,
+    )
+    config.filters.duplicates = "exact"
+    config.filters.safety.blocked_hashes = str(folder / "blocked")
+    config.filters.eval_sets.held_out = str(folder / "held_out")
+    return config
+
+
+def prepare(patch):
+    """A model that sees colours, and several buckets of captions."""
+    patch.setattr(embed, "load_model", lambda *_: workdirs.Model())
+    patch.setattr(linking_stage, "_CAPTIONS_PER_TASK", 10)
+    patch.setattr(linking_stage, "_ROWS_PER_SPILL", 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tars, a knowledge base and work directories of finished runs."""
+    folder = tmp_path_factory.mktemp("quarantine")
+    workdirs.write(folder)
+    shutil.rmtree(folder / "W")
+    (folder / "kb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in KB))
+    (folder / "held_out").mkdir()
+    picture = workdirs.picture(workdirs.Pair("9999", 1, 1), "png")
+    (folder / "held_out/1_a.png").write_bytes(picture)
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        for dataset in ("i2t", "i2e"):
+            build_i2e.build(config(folder, dataset), folder / dataset)
+    return folder
+
+
+def keys_of(workdir, dataset):
+    """Written keys, and rejected ones of this data set's stages."""
+    source = records.open_source(workdir, dataset)
+    rejected = []
+    for path in engine.listed(workdir / "rejects"):
+        rejected += engine.read_table(path)["key"].to_pylist()
+    return [example["key"] for example in map(source.__getitem__, range(len(source)))], rejected
+
+
+def digest(workdir, dataset):
+    found = {}
+    for path in sorted((workdir / dataset / records.VERSION).iterdir()):
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+# The others' results are about all pairs: no shard of them can be left out.
+STAGES = {
+    "i2t": ("indexed", "pairs", "unsafe", "eval_matches", "dropped-i2t"),
+    "i2e": ("caption_rows", "captions", "link_rows", "gathered", "embeddings", "fits", "labels"),
+}
+STAGES["i2t"] += tuple(f"{stage}-i2t" for stage in ("ordered", "planned", "shards"))
+STAGES["i2e"] += ("eval_cosines", "unsafe", "dropped-i2e", "capped", "labels_final")
+STAGES["i2e"] += tuple(f"{stage}-i2e" for stage in ("ordered", "planned", "shards"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "stage"), [(name, stage) for name, stages in STAGES.items() for stage in stages]
+)
+def test_one_shard_in_quarantine(folder, tmp_path, monkeypatch, dataset, stage):
+    workdir = tmp_path / "W"
+    shutil.copytree(folder / dataset, workdir)
+    shards = [path.stem for path in engine.listed(workdir / stage, ".json")]
+    assert len(shards) > 1
+    manifests.remove(workdir, stage, shards[0])
+    prepare(monkeypatch)
+    run = jobs._run
+
+    def fail(job):
+        if (job.stage, job.task.name) == (stage, shards[0]):
+            raise ValueError("a shard that cannot be made")
+        return run(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_run", fail)
+        result = build_i2e.build(config(folder, dataset), workdir)
+    assert list(result["quarantined"]) == [f"{stage}/{shards[0]}"]
+    written, rejected = keys_of(workdir, dataset)
+    assert sorted([*written, *rejected]) == [f"{number:04d}" for number in range(60)]
+    assert result["quarantined"][f"{stage}/{shards[0]}"] > 0
+
+    result = build_i2e.build(config(folder, dataset), workdir)
+    assert result["quarantined"] == {}
+    assert digest(workdir, dataset) == digest(folder / dataset, dataset)
+    assert sorted(keys_of(workdir, dataset)[1]) == sorted(keys_of(folder / dataset, dataset)[1])
+    assert not list((workdir / "quarantine").iterdir())
+
+
+def test_what_is_about_all_pairs_is_never_left_out(folder, tmp_path, monkeypatch):
+    """All stages that no test above names, and they end the run in one sentence, nothing lost."""
+    prepare(monkeypatch)
+    run = jobs._run
+    shutil.copytree(folder / "i2e", tmp_path / "W")
+    stages = {path.name for path in (tmp_path / "W").iterdir() if path.is_dir()}
+    stages -= {*STAGES["i2t"], *STAGES["i2e"], "kb"}
+    stages = [name for name in stages if engine.listed(tmp_path / "W" / name, ".json")]
+    assert len(stages) > 10
+    for stage in stages:
+        [shard, *_] = (path.stem for path in engine.listed(tmp_path / "W" / stage, ".json"))
+        manifests.remove(tmp_path / "W", stage, shard)
+
+        def fail(job, broken=(stage, shard)):
+            if (job.stage, job.task.name) == broken:
+                raise ValueError("a shard that cannot be made")
+            return run(job)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "_run", fail)
+            with pytest.raises(engine.ShardError, match=f"stage {stage}"):
+                build_i2e.build(config(folder, "i2e"), tmp_path / "W")
+    build_i2e.build(config(folder, "i2e"), tmp_path / "W")
+    assert digest(tmp_path / "W", "i2e") == digest(folder / "i2e", "i2e")
