@@ -59,7 +59,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.max_pixels = 64_000_000
     config.max_caption_chars = 1_000  # longer captions are cut at the end of a word
     config.keep_columns = ("punsafe", "NSFW", "similarity", "license")  # of the input, for filters
-    config.rows_per_shard = 10_000  # of tables, parquet and TFDS; a tar is a shard as it is
+    config.rows_per_shard = 100_000  # of pairs/ and the stages after it, about; a tar stays whole
 
     # Linking: all candidates of an ambiguous name, up to this many, go to the selection.
     config.max_candidates = 10

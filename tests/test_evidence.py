@@ -60,7 +60,7 @@ def test_pictures_come_by_number_in_any_order(world, monkeypatch):
     workdir, _, _, _ = world
     monkeypatch.setattr(embed, "_GROUP", 2)
     monkeypatch.setattr(embed, "_READ_BYTES", 3000)
-    pairs = pq.read_table(workdir / "pairs/00000.parquet").slice(0, 9)
+    pairs = pq.read_table(workdir / "pairs/colours-00000.parquet").slice(0, 9)
     pictures = embed._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
     forwards = [pictures[i] for i in range(len(pictures))]
     backwards = [pictures[i] for i in reversed(range(len(pictures)))]
@@ -81,10 +81,10 @@ def test_batches_keep_order_and_size(lengths, size):
 
 def test_a_picture_that_broke_since_is_left_out(world):
     workdir, _pairs, _, clip = world
-    rows = pq.read_table(workdir / "pairs/00001.parquet").to_pylist()
+    rows = pq.read_table(workdir / "pairs/colours-00001.parquet").to_pylist()
     linked = {
         row["key"]
-        for row in pq.read_table(workdir / "links/00001.parquet").to_pylist()
+        for row in pq.read_table(workdir / "links/colours-00001.parquet").to_pylist()
         if row["candidates"]
     }
     broken = [row for row in rows if row["key"] in linked][2:4]
@@ -97,31 +97,33 @@ def test_a_picture_that_broke_since_is_left_out(world):
     scored, keys = _embedded(workdir), {row["key"] for row in broken}
     assert not keys & set(scored)
     assert len(scored) == 53  # of 55 that name something
-    embeddings = np.load(workdir / "embeddings/00001.npy")
-    assert len(embeddings) == pq.read_metadata(workdir / "embeddings/00001.parquet").num_rows
+    embeddings = np.load(workdir / "embeddings/colours-00001.npy")
+    assert (
+        len(embeddings) == pq.read_metadata(workdir / "embeddings/colours-00001.parquet").num_rows
+    )
     assert np.all(np.linalg.norm(embeddings, axis=1) > 0.99)
     assert engine.total_counts(manifests)["picture_unreadable"] == 2
-    rejects = pq.read_table(workdir / "rejects/labels-00001.parquet").to_pylist()
+    rejects = pq.read_table(workdir / "rejects/labels-colours-00001.parquet").to_pylist()
     assert {r["key"] for r in rejects if r["reason"] == "picture_unreadable"} == keys
     # The others keep their labels.
-    labels = pq.read_table(workdir / "labels/00001.parquet").to_pylist()
+    labels = pq.read_table(workdir / "labels/colours-00001.parquet").to_pylist()
     assert sum(bool(row["entities"]) for row in labels) > 10
 
 
 def test_a_shard_of_which_no_picture_can_be_read(world):
     workdir, _, _, clip = world
-    for row in pq.read_table(workdir / "pairs/00000.parquet").to_pylist():
+    for row in pq.read_table(workdir / "pairs/colours-00000.parquet").to_pylist():
         with open(workdir / row["path"], "r+b") as file:
             file.seek(row["offset"])
             file.write(bytes(row["length"]))
     choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-    reasons = pq.read_table(workdir / "labels/00000.parquet")["reason"].to_pylist()
+    reasons = pq.read_table(workdir / "labels/colours-00000.parquet")["reason"].to_pylist()
     assert set(reasons) == {"picture_unreadable", "no_mention"}
 
 
 def test_a_picture_file_that_is_gone_is_told(world):
     workdir, _, _, clip = world
-    path = pq.read_table(workdir / "pairs/00002.parquet")["path"][0].as_py()
+    path = pq.read_table(workdir / "pairs/colours-00002.parquet")["path"][0].as_py()
     os.unlink(workdir / path)
     with pytest.raises(errors.BadInput, match=r"is gone since its pictures were listed: restore"):
         embed.run(workdirs.config(clip=clip), engine.Engine(workdir))

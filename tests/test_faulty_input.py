@@ -90,7 +90,7 @@ def test_every_sample_is_a_pair_or_a_reject_and_every_shard_made_or_in_quarantin
     assert rejects["t/broken"] == "truncated"
     assert rejects["t/z2"] == "tar_cut_short"
     assert rejects["x.parquet"] == "quarantined"
-    assert result["quarantined"] == {"scanned/00003": 1}
+    assert result["quarantined"] == {"scanned/p-x": 1}
     [note] = (work / "quarantine").glob("*.json")
     error = json.loads(note.read_text())["error"]
     assert "x.parquet cannot be read as parquet" in error

@@ -40,7 +40,7 @@ def test_pairs_and_their_pointers(tmp_path):
     assert [len(shard) for shard in tables_of(tmp_path / "w", "pairs/*")] == [12, 12, 1]
     row = pairs["train-00000-of-00001/00000013"]
     size = len(images[13]["bytes"])
-    assert row["path"] == "unpacked/00001.pictures"
+    assert row["path"] == "unpacked/s0-train-00000-of-00001-00001.pictures"
     assert (row["offset"], row["length"]) == (len(images[12]["bytes"]), size)
     assert (row["text"], row["url"], row["extras"]) == ("caption 13", "caption 13", '{"NSFW": 13}')
     order = [7, 24, 0, 13, 12, 7]
@@ -112,7 +112,7 @@ def test_a_file_that_is_not_parquet_is_told_or_left_out(tmp_path):
     work = engine.Engine(tmp_path / "w", failure_budget=0.5)
     manifests = pairs_stage.run(make_config(tmp_path / "in"), work)
     assert engine.total_counts(manifests)["pairs"] == 2
-    assert work.quarantined == {"scanned/00001": 1}
+    assert work.quarantined == {"scanned/s0-b": 1}
 
 
 def test_damage_inside_is_told(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
-from data_prep.engine import jobs, manifests
+from data_prep.engine import jobs, manifests, relational
 from data_prep.linking import stage as linking_stage
 from data_prep.selection import embed
 from mofi_jax.data import records
@@ -28,6 +28,7 @@ def config(folder, dataset):
         min_side=8,
         min_images=1,
         max_images=10_000,
+        rows_per_shard=10,
         failure_budget=0.01,
         dataset=dataset,
     )
@@ -40,8 +41,8 @@ def config(folder, dataset):
 def prepare(patch):
     """A model that sees colours, and several buckets of captions."""
     patch.setattr(embed, "load_model", lambda *_: workdirs.Model())
-    patch.setattr(linking_stage, "_CAPTIONS_PER_TASK", 10)
-    patch.setattr(linking_stage, "_ROWS_PER_SPILL", 20)
+    patch.setattr(linking_stage, "_BUCKETS", {6: float("inf")})
+    patch.setattr(relational, "_FILES_PER_RUN", 1)
 
 
 @pytest.fixture(scope="module")

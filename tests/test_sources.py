@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep import engine
 from data_prep.pairs import files as source_files
-from data_prep.pairs import samples
+from data_prep.pairs import samples, unique
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, run, tables_of, tar_bytes
@@ -107,15 +107,10 @@ def test_of_a_key_in_several_tars_the_first_is_kept_and_every_sample_counted_onc
     rows = [row for shard in tables_of(tmp_path / "w", "pairs/*") for row in shard]
     kept = [("a", "one"), ("b", "one"), ("c", "two"), ("d", "three")]
     assert [(row["key"], row["text"]) for row in rows] == kept
-    rejects = [
-        [(row["key"], row["reason"]) for row in shard]
-        for shard in tables_of(tmp_path / "w", "rejects/pairs-*")
-    ]
-    assert rejects == [
-        [("b", "duplicate_key")],
-        [("empty", "empty_caption"), ("a", "duplicate_key")],
-        [("a", "duplicate_key"), ("c", "duplicate_key")],
-    ]
+    shards = tables_of(tmp_path / "w", "rejects/pairs-*")
+    rejects = sorted((row["key"], row["reason"]) for shard in shards for row in shard)
+    repeated = [(key, "duplicate_key") for key in "aabc"]
+    assert rejects == [*repeated, ("empty", "empty_caption")]
     counts = engine.total_counts(manifests)
     assert (counts["pairs"], counts["rejected"], counts["duplicate_keys"]) == (4, 5, 4)
     assert counts["pairs"] + counts["rejected"] == 9
@@ -165,7 +160,7 @@ def test_a_damaged_tar_is_left_out_and_the_others_are_pairs(tmp_path):
             engine.total_counts(pairs_stage.run(make_config(tmp_path / "in"), work))["pairs"] == 2
         )
         assert list(read(tmp_path / "w")[0]) == ["a", "c"]
-    assert work.quarantined == {"indexed/00001": 1}
+    assert work.quarantined == {"indexed/s0-00001": 1}
 
 
 def test_captions_in_arabic_keep_every_letter_and_lose_what_cannot_be_seen(tmp_path):
@@ -266,3 +261,49 @@ def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
     found = pairs_stage.find([f"s={folder}/*.tar"])
     assert [os.path.basename(file.path) for file in found] == ["0.tar", "1.tar"]
     assert [file.path for file in pairs_stage.find([f"s={folder}/1.tar"])] == [f"{folder}/1.tar"]
+
+
+def test_one_more_file_changes_the_shards_of_its_own_run_only(tmp_path):
+    write_tars(tmp_path / "in", [[(f"{n:02d}{i}", "x") for i in range(3)] for n in range(10)])
+    config = make_config(tmp_path / "in", rows_per_shard=6)
+    pairs_stage.run(config, engine.Engine(tmp_path / "w"))
+
+    def made():
+        return {
+            (stage, path.name): os.stat(path).st_mtime_ns
+            for stage in ("indexed", "pairs")
+            for path in engine.listed(tmp_path / "w" / stage)
+            if not path.name.endswith("-rejects.parquet")
+        }
+
+    before = made()
+    assert 3 <= sum(stage == "pairs" for stage, _ in before) <= 8  # of about 6 rows
+    # Between others, so that all numbers behind it change.
+    members = [("new.png", picture()), ("new.txt", b"new")]
+    (tmp_path / "in/00004b.tar").write_bytes(tar_bytes(members))
+    pairs_stage.run(config, engine.Engine(tmp_path / "w"))
+    after = made()
+    changed = {place for place in {*before, *after} if before.get(place) != after.get(place)}
+    assert [name for stage, name in changed if stage == "indexed"] == ["s0-00004b.parquet"]
+    assert 1 <= len([name for stage, name in changed if stage == "pairs"]) <= 2
+    # A tar that is repaired, likewise.
+    (tmp_path / "in/00007.tar").write_bytes(
+        tar_bytes([("fixed.png", picture()), ("fixed.txt", b"x")])
+    )
+    pairs_stage.run(config, engine.Engine(tmp_path / "w"))
+    repaired = made()
+    changed = [place for place in repaired if repaired[place] != after.get(place)]
+    assert [name for stage, name in changed if stage == "indexed"] == ["s0-00007.parquet"]
+
+
+@hypothesis.given(
+    st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 30), min_size=1),
+    st.text("abc", min_size=1, max_size=4),
+)
+def test_runs_of_shards_hold_each_once_and_one_more_shard_moves_no_other(rows, new):
+    runs = unique.split_evenly(rows, 10)
+    assert [name for run in runs for name in run] == sorted(rows)
+    changed = unique.split_evenly({**rows, new: 1}, 10)
+    ends = {run[-1] for run in runs}
+    if all(sum(rows[name] for name in run) < 30 for run in runs):  # none ended by its size
+        assert {run[-1] for run in changed} - {new} >= ends - {new, max(rows)}

@@ -15,6 +15,7 @@ from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
 from data_prep.engine.manifests import sha256, stage_seconds, write_durably
 from data_prep.engine.quarantine import DUPLICATE_KEY
 from data_prep.engine.relational import (
+    MOST_BUCKETS,
     Scattered,
     aligned,
     ask,
@@ -31,6 +32,7 @@ from data_prep.engine.stages import Engine, total_counts
 
 __all__ = [
     "DUPLICATE_KEY",
+    "MOST_BUCKETS",
     "Engine",
     "Outputs",
     "Scattered",

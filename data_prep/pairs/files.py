@@ -2,6 +2,7 @@
 
 import collections
 import glob
+import hashlib
 import os
 import re
 import typing
@@ -14,6 +15,7 @@ from mofi_jax.common import errors
 # beside tars lie their own tables, beside parquet may lie the list it was made from.
 _KINDS = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.SUFFIXES}
 _PACKED = ".gz"
+_LONGEST = 100  # characters of a shard's name
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _WANTED = "img2dataset tars (.tar, .tar.gz), .parquet, or tables .csv .tsv .jsonl (also .gz)"
 
@@ -29,6 +31,8 @@ class Found(typing.NamedTuple):
       path: absolute.
       stem: what the keys of a table without keys begin with, after the prefix.
       unpacked: the name under which it is to be unpacked; None where it is not packed.
+      shard: what its shards are called: by where it lies in its source, not by its number, so that
+        one more file changes no other's.
       span: of an ArrayRecord shard the first record and the one after the last.
     """
 
@@ -38,6 +42,7 @@ class Found(typing.NamedTuple):
     path: str
     stem: str = ""
     unpacked: str | None = None
+    shard: str = ""
     span: tuple[int, int] = (0, 0)
 
 
@@ -75,9 +80,11 @@ def find(sources: Sequence[str]) -> list[Found]:
         if pattern.startswith(tfds_sets.PREFIX):
             for shard in tfds_sets.find(pattern):
                 span = (shard.start, shard.stop)
-                found.append(Found(name, prefix, "tfds", shard.path, span=span))
+                at = os.path.basename(shard.path)
+                found.append(Found(name, prefix, "tfds", shard.path, shard=at, span=span))
         else:
             found += _find_files(name, prefix, pattern)
+    found = _named(found)
     packed = collections.Counter(file.unpacked for file in found if file.unpacked)
     for name, count in packed.items():
         if count > 1:
@@ -85,6 +92,18 @@ def find(sources: Sequence[str]) -> list[Found]:
                 f"config.sources: two files would be unpacked to {name}: rename one of them."
             )
     return found
+
+
+def _named(found: list[Found]) -> list[Found]:
+    """Makes distinct names of shards, which are names of files, from sources and places in them."""
+    named = []
+    for file in found:
+        whole = f"{file.source}-{file.shard}"
+        name = re.sub("[^A-Za-z0-9_-]", "-", whole)
+        if name != whole or len(name) > _LONGEST:  # no longer told from every other
+            name = f"{name[:_LONGEST]}-{hashlib.md5(os.fsencode(whole)).hexdigest()[:8]}"
+        named.append(file._replace(shard=name))
+    return named
 
 
 def shorthand(folder: str) -> tuple[str, ...]:
@@ -143,13 +162,17 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
     # Where both `a.tar` and `a.tar.gz` are there, the former is the latter unpacked.
     chosen = by_kind[kind]
     paths = sorted(path for path in chosen if path.removesuffix(_PACKED) not in chosen - {path})
+    base = os.path.abspath(pattern)
+    while not os.path.isdir(base):  # the last folder that is no pattern
+        base = os.path.dirname(base)
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     found = []
     for path in paths:
         inside = os.path.relpath(path.removesuffix(_PACKED), root)
+        shard = os.path.relpath(path.removesuffix(_PACKED), base).rpartition(".")[0]
         unpacked = None
         if path.endswith(_PACKED):
             unpacked = (prefix + os.path.basename(inside)).replace("/", "-")
         stem = inside.rpartition(".")[0]
-        found.append(Found(name, prefix, kind, path, stem, unpacked))
+        found.append(Found(name, prefix, kind, path, stem, unpacked, shard))
     return found

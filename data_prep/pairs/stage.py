@@ -10,10 +10,9 @@ decoded in full and dropped again. Later stages fetch bytes by pointer (path, of
                its place
     scanned/   of each table its columns, and where each piece of `rows_per_shard` rows begins
     parts/     of each shard what is to be read, from a file or a piece of one
-    indexed/   NNNNN.parquet, the usable samples of each part; the others, with their reasons
-    unique/    of the shards that repeat a key: which rows
-    pairs/     NNNNN.parquet: key, text, source, path, offset, length, width, height, sha256, phash,
-               url, extras
+    indexed/   NAME.parquet, the usable samples of each part; the others, with their reasons
+    pairs/     NAME.parquet, without repeated keys (`pairs.unique`): key, text, source, path,
+               offset, length, width, height, sha256, phash, url, extras
 
 Every sample ends either in pairs/ or in rejects/ with a reason:
 
@@ -32,7 +31,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_collections
 from absl import logging
@@ -53,7 +52,7 @@ _FEW_REPEATED = 0.01  # a larger share of repeated keys has another cause than c
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
-    """Writes pairs/NNNNN.parquet, one for each tar and each piece of a table, in order of `find`.
+    """Writes pairs/NAME.parquet, shards of about `rows_per_shard` rows (see `pairs.unique`).
 
     Columns: key, text, source, path (relative ones lie in the work directory), offset, length
     (bytes), width, height (pixels), sha256 (of the picture's bytes), phash (bits of the perceptual
@@ -74,10 +73,10 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
-    settings = {"version": 2, **{name: config[name] for name in names}}
+    settings = {"version": 3, **{name: config[name] for name in names}}
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
-    kept = unique.run(indexed, work)
+    kept = unique.run(indexed, work, config.rows_per_shard)
     total = engine.total_counts(kept)
     if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
         logging.warning(
@@ -151,50 +150,50 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
     at = {m["shard"]: os.fspath(work.workdir / m["outputs"][0]["path"]) for m in unpacked}
     paths = [at.get(file.unpacked) if file.unpacked else file.path for file in found]
     scan = [
-        engine.Task(f"{number:05d}", (path,))
-        for number, (file, path) in enumerate(zip(found, paths, strict=True))
+        engine.Task(file.shard, (path,))
+        for file, path in zip(found, paths, strict=True)
         if path and file.kind in ("parquet", "table")
     ]
-    settings = {"version": 1, "rows": rows}
+    settings = {"version": 2, "rows": rows}
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=_unknown)
     plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
 
-    parts: list[tuple[tuple[str, ...], dict]] = []
-    for number, (file, path) in enumerate(zip(found, paths, strict=True)):
+    parts: dict[str, tuple[tuple[str, ...], dict]] = {}
+    for file, path in zip(found, paths, strict=True):
         if path is None:
             continue  # in quarantine
         part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
         if file.kind == "tar":
             inputs = (path, *tars.sidecars(file.path))
-            parts.append((inputs, {**part, "name": file.path}))
+            parts[file.shard] = (inputs, {**part, "name": file.path})
         elif file.kind == "tfds":
-            for start in range(*file.span, rows):
+            inputs = (path, *tfds_sets.described_in(path))
+            for number, start in enumerate(range(*file.span, rows)):
                 piece = [start, min(start + rows, file.span[1])]
-                parts.append(((path, *tfds_sets.described_in(path)), {**part, "range": piece}))
-        elif f"{number:05d}" in plans:
-            plan = json.loads(plans[f"{number:05d}"].read_text())
+                parts[f"{file.shard}-{number:05d}"] = (inputs, {**part, "range": piece})
+        elif file.shard in plans:
+            plan = json.loads(plans[file.shard].read_text())
             part |= {"stem": file.stem, "folder": os.path.dirname(file.path)}
-            for piece in plan.pop("ranges"):
-                parts.append(((path,), {**part, **plan, "range": piece}))
+            for number, piece in enumerate(plan.pop("ranges")):
+                parts[f"{file.shard}-{number:05d}"] = ((path,), {**part, **plan, "range": piece})
     return _write_parts(parts, work.workdir / "parts")
 
 
 def _write_parts(
-    parts: Sequence[tuple[tuple[str, ...], dict]], folder: epath.Path
+    parts: Mapping[str, tuple[tuple[str, ...], dict]], folder: epath.Path
 ) -> list[engine.Task]:
     """A part is an input of its shard: what changes for one leaves the others finished.
 
     They hold JSON, but in the work directory all files `*.json` below a stage are manifests.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    digits = max(5, len(str(len(parts))))  # file names sort as the shards do
     tasks = []
-    for number, (inputs, part) in enumerate(parts):
-        path = folder / f"{number:0{digits}d}.part"
+    for name, (inputs, part) in sorted(parts.items()):
+        path = folder / f"{name}.part"
         text = json.dumps(part, sort_keys=True, ensure_ascii=False) + "\n"
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-        tasks.append(engine.Task(path.stem, (*inputs, os.fspath(path))))
+        tasks.append(engine.Task(name, (*inputs, os.fspath(path))))
     for path in {*engine.listed(folder, ".part")} - {epath.Path(task.inputs[-1]) for task in tasks}:
         path.unlink()
     return tasks
@@ -235,7 +234,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     part = json.loads(epath.Path(part_path).read_text())
     keep = settings["keep_columns"]
     workdir = os.path.join(os.path.abspath(outputs.workdir), "")
-    counts: dict[str, int] = {"members": 0, "captions_cut": 0}
+    counts: dict[str, int] = {"usable": 0, "members": 0, "captions_cut": 0}
     schema = _schema()
     unpacked = samples.Unpacked(outputs, f"unpacked/{task.name}.pictures")
     batches, rows, rejects = [], [], []
@@ -256,6 +255,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         except Rejected as rejected:
             rejects.append((key, str(rejected)))
             continue
+        counts["usable"] += 1
         counts["captions_cut"] += was_cut
         if sample.path is None:
             pointer = unpacked.add(sample.picture)

@@ -1,133 +1,193 @@
-"""Of pairs with the same key the first one stays. indexed/ -> unique/, pairs/."""
+"""Of pairs with the same key the first one stays, by shard and place. indexed/ -> pairs/.
+
+key_rows/   scattered by the key: key, shard, place
+repeated/   NNNNN.parquet  the rows of a bucket whose key came before
+unique/     NAME.parquet   the same of each shard of indexed/ that has any
+pairs/      NAME.parquet   shards of about `rows_per_shard` rows, each of a run of indexed/'s
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from etils import epath
 
 from data_prep import engine
 
-# Grouped by hash first: eight bytes of each key are sorted out of core, and only the few keys whose
-# hash occurs twice are compared in full.
-_REPEATED = """
-    WITH hashes AS (
-        SELECT hash(key) AS h FROM read_parquet($files) GROUP BY h HAVING count(*) > 1
-    )
-    SELECT shard, place, key FROM (
-        SELECT filename AS shard, file_row_number AS place, key,
-               row_number() OVER (PARTITION BY key ORDER BY filename, file_row_number) AS occurrence
-        FROM read_parquet($files, filename=true, file_row_number=true)
-        WHERE hash(key) IN (SELECT h FROM hashes)
-    )
-    WHERE occurrence > 1 ORDER BY shard, place
+_MOST = 4  # times `rows_per_shard`: a run of shards ends here whatever their names
+
+_ROWS_PER_BUCKET = 100_000
+
+_KEYS = f"""
+    SELECT key, parse_filename(filename, true) AS shard, CAST(file_row_number AS INT) AS place,
+           {engine.bucket_of("key")} AS bucket
+    FROM read_parquet($files, filename = true, file_row_number = true)
 """
+_IN_ORDER = "SELECT * FROM read_parquet($files) ORDER BY shard, place"
 
 
-def run(indexed: Sequence[dict], work: engine.Engine) -> list[dict]:
+def run(indexed: Sequence[dict], work: engine.Engine, rows_per_shard: int) -> list[dict]:
     """Writes pairs/ without the pairs whose key came before, and the rejects of both stages.
 
     Args:
       indexed: the manifests of indexed/.
       work: the engine.
+      rows_per_shard: about as many rows has a shard of pairs/.
 
     Returns:
       The manifests; counts `pairs`, `rejected`, `duplicate_keys` and those of indexed/.
     """
-    repeated = _find_repeated(indexed, work)
+    rows = {manifest["shard"]: manifest["counts"]["usable"] for manifest in indexed}
+    repeated = _find_repeated(rows, work) if rows else set()
     tasks = []
-    for manifest in indexed:
-        name = manifest["shard"]
-        files = [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
-        if f"unique/{name}.parquet" in repeated:
-            files.append(f"unique/{name}.parquet")
-        tasks.append(engine.Task(name, tuple(os.fspath(work.workdir / file) for file in files)))
-    return work.map_shards("pairs", _keep_first, tasks, {"version": 2}, keys=_keys_of_pairs)
+    for run in split_evenly(rows, rows_per_shard):
+        files = []
+        for name in run:
+            files += [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
+        files += [f"unique/{name}.parquet" for name in run if name in repeated]
+        paths = tuple(os.fspath(work.workdir / file) for file in files)
+        tasks.append(engine.Task(run[0], paths))
+    return work.map_shards("pairs", _keep_first, tasks, {"version": 3}, keys=_keys_of_pairs)
 
 
-def _find_repeated(indexed: Sequence[dict], work: engine.Engine) -> set[str]:
-    """Writes unique/; returns the files that it consists of."""
-    files = tuple(os.fspath(work.workdir / f"indexed/{m['shard']}.parquet") for m in indexed)
-    if not files:
-        return set()
-    task = engine.Task("keys", files)
-    manifests = work.map_shards("unique", _repeated, [task], {"version": 2}, keys=None)
-    return {output["path"] for manifest in manifests for output in manifest["outputs"]}
+def split_evenly(rows: Mapping[str, int], size: int) -> list[list[str]]:
+    """Cuts shards, sorted by name, into runs of about `size` rows.
+
+    Whether a run ends with a shard depends on that shard's name and rows alone, so that one more
+    shard changes its own run and no other; only runs of `_MOST` times the size end anyway.
+
+    Args:
+      rows: of each shard.
+      size: rows of a run.
+    """
+    runs, run, total = [], [], 0
+    for name, count in sorted(rows.items()):
+        run.append(name)
+        total += count
+        draw = int(hashlib.md5(name.encode()).hexdigest()[:8], 16) / 2**32
+        if draw < count / size or total >= _MOST * size:
+            runs.append(run)
+            run, total = [], 0
+    return [*runs, run] if run else runs
+
+
+# ------------------------------------------------------------------------------------ repeated keys
+
+
+def _find_repeated(rows: Mapping[str, int], work: engine.Engine) -> set[str]:
+    """Writes unique/; returns the shards that it has a file of."""
+    files = [work.workdir / f"indexed/{name}.parquet" for name in sorted(rows)]
+    buckets = max(1, min(engine.MOST_BUCKETS, sum(rows.values()) // _ROWS_PER_BUCKET))
+    tasks = engine.run_tasks(files)
+    # Nothing is lost with a key that is not looked at, but that it is unique.
+    found = work.scatter("key_rows", _KEYS, tasks, buckets, {"buckets": buckets}, keys=None)
+    tasks = [engine.Task(f"{bucket:05d}", found.files) for bucket in range(buckets)]
+    written = work.map_shards("repeated", _repeated, tasks, {}, keys=None)
+    files = tuple(work.workdir / o["path"] for m in written for o in m["outputs"])
+    [manifest] = work.map_shards(
+        "unique", _by_shard, [engine.Task("all", files)], {"version": 3}, keys=None
+    )
+    return {epath.Path(output["path"]).stem for output in manifest["outputs"]}
 
 
 def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """unique/NNNNN.parquet: the rows of a shard (`place`) whose key came before, in order."""
+    bucket = int(task.name)
+    table = engine.read_buckets(task.inputs, bucket, bucket + 1)
+    table = table.sort_by([(name, "ascending") for name in ("key", "shard", "place")])
+    keys = table["key"].combine_chunks()
+    again = np.zeros(len(table), bool)
+    again[1:] = keys[1:].to_numpy(zero_copy_only=False) == keys[:-1].to_numpy(zero_copy_only=False)
+    outputs.write_table(f"repeated/{task.name}.parquet", table.filter(again))
+    return {"duplicate_keys": int(again.sum())}
+
+
+def _by_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     total, shard, writer = 0, None, None
     with engine.connect(outputs) as connection:
-        query = engine.ask(connection, _REPEATED, {"files": list(task.inputs)})
+        query = engine.ask(connection, _IN_ORDER, {"files": task.inputs})
         for batch in query.to_arrow_reader(1 << 16):
             table = pa.Table.from_batches([batch])
-            ends = [*_changes(table["shard"].to_pylist()), len(table)]
-            for start, end in itertools.pairwise([0, *ends]):
-                if start == end:
-                    continue
-                name = os.path.basename(table["shard"][start].as_py())
+            names = table["shard"].to_pylist()
+            for name, run in itertools.groupby(range(len(names)), key=names.__getitem__):
+                places = list(run)
                 if name != shard:
                     if writer is not None:
                         writer.close()
-                    shard, path = name, os.fspath(outputs.path(f"unique/{name}"))
+                    shard, path = name, os.fspath(outputs.path(f"unique/{name}.parquet"))
                     writer = pq.ParquetWriter(path, table.drop_columns("shard").schema)
-                writer.write_table(table.slice(start, end - start).drop_columns("shard"))
+                writer.write_table(table.slice(places[0], len(places)).drop_columns("shard"))
             total += len(table)
     if writer is not None:
         writer.close()
     return {"duplicate_keys": total}
 
 
-def _changes(values: Sequence[str]) -> list[int]:
-    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+# -------------------------------------------------------------------------------------------- pairs
+
+
+def _parts(task: engine.Task) -> Iterator[tuple[str, str, str, np.ndarray | None]]:
+    """Of each shard of indexed/: its table, its rejects, its manifest, and which rows stay."""
+    repeated = {epath.Path(p).stem: p for p in task.inputs if epath.Path(p).parent.name == "unique"}
+    indexed = task.inputs[: len(task.inputs) - len(repeated)]
+    for table, rejects, manifest in zip(*(indexed[i::3] for i in range(3)), strict=True):
+        keep, path = None, repeated.get(epath.Path(table).stem)
+        if path is not None:
+            import pyarrow.parquet as pq
+
+            keep = np.ones(pq.read_metadata(table).num_rows, bool)
+            keep[engine.read_table(path, ["place"])["place"].to_numpy()] = False
+        yield table, rejects, manifest, keep
 
 
 def _keys_of_pairs(task: engine.Task) -> Iterator:
-    """What a shard is without repeated keys; see `engine.Engine.map_shards`."""
-    import numpy as np
+    """Both kinds of samples, without repeated keys; see `engine.Engine.map_shards`."""
     import pyarrow.compute as pc
 
-    indexed, rejects, _, *repeated = task.inputs
-    keys = engine.read_table(indexed, ["key"])["key"]
-    for path in repeated:
-        keep = np.ones(len(keys), bool)
-        keep[engine.read_table(path, ["place"])["place"].to_numpy()] = False
-        keys = keys.filter(keep)
-    yield keys
-    table = engine.read_table(rejects)
-    yield table.filter(pc.not_equal(table["reason"], engine.DUPLICATE_KEY))["key"]
+    for path, rejects, _, keep in _parts(task):
+        keys = engine.read_table(path, ["key"])["key"]
+        yield keys if keep is None else keys.filter(keep)
+        table = engine.read_table(rejects)
+        yield table.filter(pc.not_equal(table["reason"], engine.DUPLICATE_KEY))["key"]
 
 
 def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """A shard of pairs/ without the rows that unique/ names."""
-    import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    indexed, rejects_path, manifest, *repeated = task.inputs
-    counts = json.loads(epath.Path(manifest).read_text())["counts"]
-    rejects = [(row["key"], row["reason"]) for row in engine.read_table(rejects_path).to_pylist()]
-    name = f"pairs/{task.name}.parquet"
-    if repeated:
-        table, drop = engine.read_table(indexed), engine.read_table(repeated[0])
-        keep = np.ones(len(table), bool)
-        keep[drop["place"].to_numpy()] = False
-        outputs.write_table(name, table.filter(keep))
-        rejects += [(key, engine.DUPLICATE_KEY) for key in drop["key"].to_pylist()]
-        pairs = int(keep.sum())
-    else:
-        pairs = pq.read_metadata(indexed).num_rows
+    parts, rejects, found = list(_parts(task)), [], []
+    for _, rejects_path, manifest, _ in parts:
+        found.append(json.loads(epath.Path(manifest).read_text()))
+        rows = engine.read_table(rejects_path).to_pylist()
+        rejects += [(row["key"], row["reason"]) for row in rows]
+    counts = engine.total_counts(found)
+    counts.pop("usable")
+    target = os.fspath(outputs.path(f"pairs/{task.name}.parquet"))
+    if len(parts) == 1 and parts[0][3] is None:
         try:
-            os.link(indexed, outputs.path(name))  # for a billion pairs a copy is 200 GB
+            os.link(parts[0][0], target)  # for a billion pairs a copy is 200 GB
         except OSError:  # a file system without links
-            shutil.copyfile(indexed, outputs.path(name))
+            shutil.copyfile(parts[0][0], target)
+    else:
+        with pq.ParquetWriter(target, pq.read_schema(parts[0][0]), compression="zstd") as writer:
+            for path, _, _, keep in parts:
+                table = engine.read_table(path)
+                if keep is not None:
+                    gone = table["key"].filter(pa.array(~keep)).to_pylist()
+                    rejects += [(key, engine.DUPLICATE_KEY) for key in gone]
+                    table = table.filter(keep)
+                if len(table):
+                    writer.write_table(table)
     outputs.write_rejects(rejects)
     duplicates = sum(reason == engine.DUPLICATE_KEY for _, reason in rejects)
+    pairs = pq.read_metadata(target).num_rows
     return {"pairs": pairs, "rejected": len(rejects), "duplicate_keys": duplicates, **counts}
