@@ -91,10 +91,14 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # More pictures than this and a sample of them is kept (MetaCLIP's balancing). None: all.
     config.max_images = ml_collections.config_dict.placeholder(int)
 
+    # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
+    config.removed = ()
     # Filters. Pictures of evaluation sets are not for training: NAME = a folder or a tar of them.
     config.filters = ml_collections.ConfigDict()
     config.filters.eval_sets = ml_collections.ConfigDict()
-    config.filters.max_hamming = 4  # of 64 bits of the perceptual hash; 0 to 6
+    config.filters.max_hamming = (
+        4  # of 64 bits of the perceptual hash, there and in `removed`; 0 to 6
+    )
     config.filters.max_cosine = 0.97  # at least this and it is the same picture; None: not compared
     config.filters.duplicates = "keep"  # exact: of equal pictures one, that with the smallest key
     safety = config.filters.safety = ml_collections.ConfigDict()

@@ -1,5 +1,6 @@
 """Removal from a published data set: what stays keeps its bytes, its order and its ids."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -12,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import remove_keys
 from data_prep.dataset import files as dataset_files
-from data_prep.dataset import versions
+from data_prep.dataset import remove, versions
+from data_prep.filters import removed
 from mofi_jax.common import errors
 from mofi_jax.data import metadata, records
 
@@ -86,7 +87,7 @@ def test_what_stays_keeps_bytes_order_and_ids(tmp_path, index):
 
     old = write_data_set(tmp_path, index)
     before, files = raw(old), snapshot(old)
-    result = remove_keys.remove(old, key_file(tmp_path, "ä b", "f", "c", "nobody", "", "c"))
+    result = remove.remove(old, key_file(tmp_path, "ä b", "f", "c", "nobody", "", "c"))
     new = old.parent / "1.0.1"
     assert snapshot(old) == files
     assert result == json.loads((new / "result.json").read_text())
@@ -111,7 +112,8 @@ def test_what_stays_keeps_bytes_order_and_ids(tmp_path, index):
     assert result["entities_without_images"] == 1
     assert (new / "LICENSE").read_text() == "free"
     assert (new / records.TOKENIZER_FILE).read_text() == '{"a": "tokenizer"}'
-    assert (new / "removed_keys.txt").read_text(encoding="utf-8") == "c\nf\nä b\n"
+    listed = (new / "removed_keys.txt").read_text(encoding="utf-8").splitlines()
+    assert listed == ["c", "f", f"sha256:{hashlib.sha256(JPEG).hexdigest()}", "ä b"]
     # Readers take the newest version, by name, through TFDS too.
     assert [e["key"] for e in records.open_source(tmp_path, "i2e")] == list(after)
     read = tfds.data_source("i2e", data_dir=tmp_path, split="train")
@@ -127,20 +129,20 @@ def test_what_stays_keeps_bytes_order_and_ids(tmp_path, index):
 
 def test_again_is_harmless_and_versions_build_on_one_another(tmp_path):
     old = write_data_set(tmp_path)
-    first = remove_keys.remove(old, key_file(tmp_path, "a", "d"))
+    first = remove.remove(old, key_file(tmp_path, "a", "d"))
     files = snapshot(old.parent / "1.0.1")
-    assert remove_keys.remove(old, key_file(tmp_path, "d", "a")) == first
+    assert remove.remove(old, key_file(tmp_path, "d", "a")) == first
     assert snapshot(old.parent / "1.0.1") == files
     # Other keys from the old version would bring back those that are gone.
     with pytest.raises(errors.BadInput, match=r"1\.0\.1 exists already.*newest version"):
-        remove_keys.remove(old, key_file(tmp_path, "e"))
+        remove.remove(old, key_file(tmp_path, "e"))
     # What is gone already is neither unknown nor a reason for a new version.
-    again = remove_keys.remove(old.parent / "1.0.1", key_file(tmp_path, "d", "a", "zz"))
+    again = remove.remove(old.parent / "1.0.1", key_file(tmp_path, "d", "a", "zz"))
     assert (again["removed"], again["already_removed"], again["unknown"]) == (0, 2, ["zz"])
     assert again["version"] == "1.0.1"
-    remove_keys.remove(old.parent / "1.0.1", key_file(tmp_path, "d", "h"))
+    remove.remove(old.parent / "1.0.1", key_file(tmp_path, "d", "h"))
     assert sorted(os.listdir(old.parent)) == ["1.0.0", "1.0.1", "1.0.2"]
-    assert (old.parent / "1.0.2/removed_keys.txt").read_text() == "a\nd\nh\n"
+    assert removed.read([old.parent / "1.0.2/removed_keys.txt"], "list").keys == {*"adh"}
     assert list(raw(old.parent / "1.0.2")) == ["ä b", "c", "e", "f", "g"]
 
 
@@ -152,7 +154,7 @@ def test_unlabelled_set_in_a_folder_elsewhere_that_cannot_be_linked(tmp_path, mo
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", no_link)
-    remove_keys.remove(old, key_file(tmp_path, "a"), tmp_path / "other/i2t/2.0.0")
+    remove.remove(old, key_file(tmp_path, "a"), tmp_path / "other/i2t/2.0.0")
     assert list(raw(tmp_path / "other/i2t/2.0.0")) == ["ä b", *"cdefgh"]
     assert len(records.open_source(tmp_path / "other", "i2t")) == 7
     assert not (old.parent / "1.0.1").exists()
@@ -163,26 +165,26 @@ def test_a_kill_leaves_no_half_version(tmp_path, moment):
     old = write_data_set(tmp_path)
     keys = key_file(tmp_path, "a", "f")
     die = {
-        "shard": "remove_keys._link",
-        "index": "remove_keys._write_index",
-        "vocabulary": "remove_keys._write_vocabulary",
+        "shard": "remove._link",
+        "index": "remove._write_index",
+        "vocabulary": "remove._write_vocabulary",
         "metadata": "dataset_files.write_metadata",
         "rename": "os.rename",
     }[moment]
     code = (
-        "import os\nfrom data_prep import remove_keys\n"
+        "import os\nfrom data_prep.dataset import remove\n"
         "from data_prep.dataset import files as dataset_files\n"
         f"{die} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        f"remove_keys.remove({str(old)!r}, {str(keys)!r})\n"
+        f"remove.remove({str(old)!r}, {str(keys)!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert killed.returncode == -9
     assert metadata.find_directory(tmp_path, "i2e") == old
     assert not (old.parent / "1.0.1").exists()
-    remove_keys.remove(old, keys)
+    remove.remove(old, keys)
     assert sorted(os.listdir(old.parent)) == ["1.0.0", "1.0.1"]
     uninterrupted = write_data_set(tmp_path / "other")
-    remove_keys.remove(uninterrupted, keys)
+    remove.remove(uninterrupted, keys)
     assert snapshot(old.parent / "1.0.1") == snapshot(uninterrupted.parent / "1.0.1")
 
 
@@ -193,8 +195,8 @@ def test_the_command(tmp_path):
     run = subprocess.run(
         [*command, f"--keys={keys}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "1 keys are not in the data set: who" in run.stderr
-    assert "version 1.0.1: 1 records removed, 1 shards written again, 7 records left" in run.stderr
+    assert "1 keys are not in the data set: 'who'" in run.stderr
+    assert "version 1.0.1: 1 records removed (0 of them copies), 1 shards written" in run.stderr
     bad = subprocess.run(
         [*command, "--keys=nowhere"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -208,7 +210,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path):
 
     def refused(match, dataset=old, keys=keys, out=None):
         with pytest.raises(errors.BadInput, match=match):
-            remove_keys.remove(dataset, keys, out)
+            remove.remove(dataset, keys, out)
         assert sorted(os.listdir(old.parent)) == ["1.0.0"]
 
     refused("no finished version", dataset=old.parent)

@@ -58,6 +58,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "min_images_feedback": "one_pass",
         "rare_entity_drops": "label",
         "max_images": None,
+        "removed": (),
         "filters": {
             "eval_sets": {},
             "max_hamming": 4,

@@ -26,7 +26,14 @@ _SHARDS_AT_ONCE = 32
 # The order in which pairs get lost; reasons and stages not named here come in the middle.
 _STAGES = ("pairs", "links", "scores", "fits", "labels", "", "labels_final")
 _REASONS = (
-    *("eval_duplicate", "blocked_hash", "blocked_domain", "unsafe_column", "unsafe_score"),
+    *(
+        "removed",
+        "eval_duplicate",
+        "blocked_hash",
+        "blocked_domain",
+        "unsafe_column",
+        "unsafe_score",
+    ),
     *("", "duplicate", "over_cap", "rare_entity", "quarantined"),
 )
 

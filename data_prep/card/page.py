@@ -23,6 +23,7 @@ _STEPS = {
 }
 # What pairs were removed for once they had a label, said as what is left.
 _LEFT = {
+    "removed": "not on the removal list",
     "duplicate": "first of its copies",
     "eval_duplicate": "not in an evaluation set",
     "unsafe_score": "scored as safe",

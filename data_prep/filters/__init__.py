@@ -1,6 +1,7 @@
 """What may not be published, what occurs twice, entities with too many or too few pictures.
 
 stage            the order of the filters; labels/ -> labels_final/
+removed          the removal list
 decontaminate    pictures of evaluation sets; eval_sets: which files those are
 copies           pictures that occur more than once, byte for byte
 safety           domains, hashes, columns and scores that are blocked

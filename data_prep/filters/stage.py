@@ -2,16 +2,17 @@
 
 In this order, each counting what those before have left:
 
-    dropped-DATASET/  NNNNN.parquet  key, reason. Pictures of evaluation sets (`duplicates`), unsafe
-                                     pairs (`safety`), copies of other pictures (`copies`). Of the
-                                     labelled pairs, or of all pairs where there are no labels.
+    dropped-DATASET/  NNNNN.parquet  key, reason. What is on the removal list (`removed`), pictures
+                                     of evaluation sets (`decontaminate`), unsafe pairs (`safety`),
+                                     copies of other pictures (`copies`). Of the labelled pairs, or
+                                     of all pairs where there are no labels.
     capped/           NNNNN.parquet  key: pictures over the cap of their entities (`frequency`)
     frequent/                        entities with enough pictures (`frequency`)
     labels_final/     NNNNN.parquet  columns of labels/, labelled rows that are left
 
 A stage whose filters are off does not run, and what an earlier run wrote for it is removed. Every
-pair that goes stands in rejects/ once, with the first reason of: eval_duplicate:SET, those of
-`safety`, duplicate, over_cap, rare_entity.
+pair that goes stands in rejects/ once, with the first reason of: removed, eval_duplicate:SET, those
+of `safety`, duplicate, over_cap, rare_entity.
 """
 
 import os
@@ -21,7 +22,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import engine
-from data_prep.filters import copies, decontaminate, eval_sets, frequency, safety
+from data_prep.filters import copies, decontaminate, eval_sets, frequency, removed, safety
 from mofi_jax.common import errors
 
 FEEDBACKS = ("one_pass", "converge")
@@ -36,6 +37,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       BadInput: naming the first key that cannot be used.
     """
     filters = config.filters
+    removed.read(config.removed, "config.removed")
     eval_sets.find(filters.eval_sets.to_dict())
     _need(0 <= filters.max_hamming <= 6, "filters.max_hamming", filters.max_hamming, "give 0 to 6")
     cosine = filters.max_cosine
@@ -106,11 +108,11 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
     """Writes dropped-DATASET/: pictures that go whatever their labels are.
 
     Args:
-      config: `filters`: see `duplicates.match_sets` and `safety.run`; `filters.duplicates`, "keep"
-        or "exact": of equal pictures the one with the smallest key stays. `dataset`: "i2e", of the
-        pairs with a label in labels/, or "i2t", of all.
-      work: the engine; its work directory holds pairs/ and, for i2e, labels/ and
-        embeddings/.
+      config: `removed`: see `removed`; `filters`: see `decontaminate.match_sets` and `safety.run`;
+        `filters.duplicates`, "keep" or "exact": of equal pictures the one with the smallest key
+        stays. `dataset`: "i2e", of the pairs with a label in labels/, or "i2t", of all.
+      work: the engine; its work directory holds pairs/ and, for i2e, labels/ and embeddings/;
+        perhaps removed/.
 
     Returns:
       The manifests, none where no such filter is on; counts `candidates`, `dropped`, each reason,
@@ -122,6 +124,9 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
     first = "labels" if labelled else "pairs"
     shards = [path.stem for (path,) in engine.aligned(work.workdir, first)]
     stages = []
+    if lists := removed.lists(work.workdir, config.removed):
+        removed.run(work, lists, filters.max_hamming, shards)
+        stages.append("takedowns")
     if filters.eval_sets:
         stages += decontaminate.match_sets(config, work, shards)
     if safety.is_on(filters.safety):
@@ -132,7 +137,7 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
     made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
-    made_for |= {"unsafe": [], "copies": []}
+    made_for |= {"takedowns": [], "unsafe": [], "copies": []}
     off = [
         folder for stage in made_for if stage not in stages for folder in (stage, *made_for[stage])
     ]
