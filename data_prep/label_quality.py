@@ -188,8 +188,8 @@ def _read_labels(shard: epath.Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _rule_of(root: epath.Path, shards: Sequence[epath.Path]) -> choose.Rule | None:
     """The rule by which the labels were chosen, None where it was not by picture."""
-    manifest = manifests.read(root, "labels", shards[0].stem) or {"settings": {}}
-    settings = manifest["settings"]
+    made = manifests.read(root, "labels")
+    settings = made[0]["settings"] if made else {}
     return choose.Rule.of(settings) if settings.get("labels") == "clip" else None
 
 

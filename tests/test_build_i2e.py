@@ -63,7 +63,7 @@ def digests(workdir):
     found = {}
     for path in sorted(workdir.rglob("*")):
         inside = path.relative_to(workdir)
-        told = path.suffix == ".json" and inside.parts[0] not in ("i2t", "i2e")
+        told = path.suffix in (".json", ".jsonl") and inside.parts[0] not in ("i2t", "i2e")
         told |= inside.parts[0] == "report"  # the data card shows how long the stages took
         if path.is_file() and not told and not path.name.startswith("."):
             found[str(inside)] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -215,14 +215,14 @@ def test_labels_by_clip_are_the_same_bytes_for_two_workers_and_after_a_kill(fold
 
     # Another threshold: no picture is read again.
     scored = (
-        engine.sha256(work / "embeddings/00000.json"),
+        engine.sha256(work / "embeddings/manifests.jsonl"),
         os.stat(work / "embeddings/00000.npy").st_mtime,
     )
     config = make_config(folder, "labels=clip", clip=str(clip), max_labels=1, min_fit=0.5)
     stricter = build_i2e.build(config, str(work))["stages"]
     assert stricter["labels"]["labelled"] < stages["labels"]["labelled"]
     again = (
-        engine.sha256(work / "embeddings/00000.json"),
+        engine.sha256(work / "embeddings/manifests.jsonl"),
         os.stat(work / "embeddings/00000.npy").st_mtime,
     )
     assert again == scored

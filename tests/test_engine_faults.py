@@ -140,8 +140,8 @@ def test_a_full_disk_is_told_at_once_and_finished_shards_stay(tmp_path):
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "takes no more data" in ran.stdout
     assert "make room" in ran.stdout
-    assert (tmp_path / "w/loud/00000.json").exists()
-    assert not list((tmp_path / "w/loud2").glob("*.json"))
+    assert [m["shard"] for m in engine.read_manifests(tmp_path / "w", "loud")] == ["00000"]
+    assert not engine.read_manifests(tmp_path / "w", "loud2")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
@@ -177,3 +177,35 @@ def test_seconds_of_stages(tmp_path):
     assert found["shout"]["seconds"] > 0.9
     work.map_shards("shout", shout, tasks, {})  # nothing to do: the times of the first run stay
     assert engine.stage_seconds(work.workdir) == found
+
+
+_OUTPUT = {"path": "shout/00000.txt", "bytes": 4, "sha256": "0" * 64}
+_MANIFEST = {"stage": "shout", "shard": "00000", "settings": {}, "inputs": [], "counts": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(json.dumps(value) for value in (5, [1], "text", {}, None)),
+        "[" * 100_000,
+        '{"stage": "shout", "shard": "00000", "outputs"',
+        *(
+            json.dumps({**_MANIFEST, "outputs": [{**_OUTPUT, "path": path}]})
+            for path in ("../victim", "/etc/passwd", "shout/../../victim", "./x", "", "..")
+        ),
+        json.dumps({**_MANIFEST, "outputs": [{**_OUTPUT, "bytes": "4"}]}),
+        json.dumps({**_MANIFEST, "outputs": [5]}),
+        json.dumps({**_MANIFEST, "outputs": [], "counts": {"rows": [1]}}),
+        json.dumps({**_MANIFEST, "outputs": [], "stage": "other"}),
+        json.dumps({"removed": [1]}),
+    ],
+)
+def test_what_is_no_manifest_is_passed_over_and_deletes_nothing(tmp_path, line):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "w/shout").mkdir(parents=True)
+    (tmp_path / "w/shout/manifests.jsonl").write_text(f"{line}\n")
+    (tmp_path / "w/shout/.times.json").write_text("[" * 100_000)
+    tasks, work = make_tasks(tmp_path / "in", ["one"]), engine.Engine(tmp_path / "w")
+    assert engine.total_counts(work.map_shards("shout", shout, tasks, {})) != {}
+    work.map_shards("shout", shout, [], {})
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -55,6 +55,7 @@ def test_the_folder_holds_what_it_promises(tmp_path):
         "cand_case.npy",
         "rejects.parquet",
         "manifest.json",
+        "manifests.jsonl",
     }
     assert json.loads((tmp_path / "kb/manifest.json").read_text()) == manifest
     offsets = np.load(tmp_path / "kb/alias_offsets.npy")

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
@@ -78,6 +79,11 @@ def digest(workdir, dataset):
     return found
 
 
+def forget(workdir, stage, shard):
+    with manifests.Ledger(epath.Path(workdir), stage) as ledger:
+        ledger.remove(shard)
+
+
 # The others' results are about all pairs: no shard of them can be left out.
 STAGES = {
     "i2t": ("indexed", "pairs", "unsafe", "eval_matches", "dropped-i2t"),
@@ -94,9 +100,9 @@ STAGES["i2e"] += tuple(f"{stage}-i2e" for stage in ("ordered", "planned", "shard
 def test_one_shard_in_quarantine(folder, tmp_path, monkeypatch, dataset, stage):
     workdir = tmp_path / "W"
     shutil.copytree(folder / dataset, workdir)
-    shards = [path.stem for path in engine.listed(workdir / stage, ".json")]
+    shards = [manifest["shard"] for manifest in engine.read_manifests(workdir, stage)]
     assert len(shards) > 1
-    manifests.remove(workdir, stage, shards[0])
+    forget(workdir, stage, shards[0])
     prepare(monkeypatch)
     run = jobs._run
 
@@ -127,11 +133,11 @@ def test_what_is_about_all_pairs_is_never_left_out(folder, tmp_path, monkeypatch
     shutil.copytree(folder / "i2e", tmp_path / "W")
     stages = {path.name for path in (tmp_path / "W").iterdir() if path.is_dir()}
     stages -= {*STAGES["i2t"], *STAGES["i2e"], "kb"}
-    stages = [name for name in stages if engine.listed(tmp_path / "W" / name, ".json")]
+    stages = [name for name in stages if engine.read_manifests(tmp_path / "W", name)]
     assert len(stages) > 10
     for stage in stages:
-        [shard, *_] = (path.stem for path in engine.listed(tmp_path / "W" / stage, ".json"))
-        manifests.remove(tmp_path / "W", stage, shard)
+        [shard, *_] = (m["shard"] for m in engine.read_manifests(tmp_path / "W", stage))
+        forget(tmp_path / "W", stage, shard)
 
         def fail(job, broken=(stage, shard)):
             if (job.stage, job.task.name) == broken:

@@ -50,7 +50,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     files["manifests"] = [
         path
         for stage in ("indexed", "pairs", "dropped-i2e", "shards-i2e")
-        for path in _json_files(workdir / stage)
+        if (path := workdir / stage / engine.MANIFESTS).exists()
     ]
     settings = {
         "version": 1,
@@ -81,17 +81,14 @@ def without_folders(value):
     return value
 
 
-def _json_files(folder: epath.Path) -> list[epath.Path]:
-    return engine.listed(folder, ".json")
-
-
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     files, rest = {}, list(task.inputs)
     for stage, count in settings["files"]:
         files[stage], rest = rest[:count], rest[count:]
     config = settings["config"]
     entities = records.read_entities(files["vocabulary"][0])
-    manifests = [json.loads(epath.Path(path).read_text()) for path in files["manifests"]]
+    stages = [os.path.basename(os.path.dirname(path)) for path in files["manifests"]]
+    manifests = [m for stage in stages for m in engine.read_manifests(outputs.workdir, stage)]
     counts = {
         stage: engine.total_counts([m for m in manifests if m["stage"] == stage])
         for stage in ("pairs", "dropped-i2e")
@@ -155,10 +152,8 @@ def _rates(workdir: epath.Path) -> list[dict]:
     for stage, spent in engine.stage_seconds(workdir).items():
         if stage == "report":
             continue
-        found = [json.loads(path.read_text()) for path in _json_files(workdir / stage)]
-        # A stage's folder may hold other files too, such as a model's description.
-        manifests = [manifest for manifest in found if manifest.get("stage") == stage]
-        unit, count = next(iter(engine.total_counts(manifests).items()), ("", 0))
+        counts = engine.total_counts(engine.read_manifests(workdir, stage))
+        unit, count = next(iter(counts.items()), ("", 0))
         rows.append({"stage": stage, **spent, "rows": count, "unit": unit})
     return rows
 

@@ -7,7 +7,6 @@ and comes back last, so that nobody sees half of a data set or a mixture of two.
 missing or has changed is copied.
 """
 
-import json
 import os
 import shutil
 
@@ -101,9 +100,9 @@ def check(publish: str) -> None:
 def _known_sums(workdir: epath.Path, dataset: str) -> dict[str, str]:
     """sha256 by file name, as the manifests of the stages that wrote the data set hold them."""
     sums = {}
-    folders = [workdir / f"{stage}-{dataset}" for stage in ("shards", "metadata")]
-    for path in (path for folder in folders for path in engine.listed(folder, ".json")):
-        for output in json.loads(path.read_text()).get("outputs", []):
+    stages = [f"{stage}-{dataset}" for stage in ("shards", "metadata")]
+    for manifest in (m for stage in stages for m in engine.read_manifests(workdir, stage)):
+        for output in manifest["outputs"]:
             if output["path"].startswith(f"{dataset}/{records.VERSION}/"):
                 sums[os.path.basename(output["path"])] = output["sha256"]
     return sums

@@ -12,7 +12,8 @@ The doors are below; a stage needs no other.
 """
 
 from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
-from data_prep.engine.manifests import sha256, stage_seconds, write_durably
+from data_prep.engine.manifests import MANIFESTS, sha256, stage_seconds, write_durably
+from data_prep.engine.manifests import read as read_manifests
 from data_prep.engine.quarantine import DUPLICATE_KEY
 from data_prep.engine.relational import (
     MOST_BUCKETS,
@@ -32,6 +33,7 @@ from data_prep.engine.stages import Engine, total_counts
 
 __all__ = [
     "DUPLICATE_KEY",
+    "MANIFESTS",
     "MOST_BUCKETS",
     "Engine",
     "Outputs",
@@ -46,6 +48,7 @@ __all__ = [
     "gather_shards",
     "listed",
     "read_buckets",
+    "read_manifests",
     "read_table",
     "run_tasks",
     "runs",

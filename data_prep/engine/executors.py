@@ -26,7 +26,7 @@ from absl import logging
 from data_prep.engine import jobs
 from mofi_jax.common import errors
 
-Outcome = tuple[jobs.Job, dict | jobs.Failure]
+Outcome = tuple[jobs.Job, jobs.Made | jobs.Failure]
 
 _KNOCK_SECONDS = 10.0
 
@@ -110,7 +110,7 @@ class Local:
             future.set_exception(error)
             return future
 
-    def _alone(self, job: jobs.Job) -> dict | jobs.Failure:
+    def _alone(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
         with _spawned(1) as pool:
             try:
                 return pool.submit(jobs.attempt, job).result()
@@ -271,7 +271,7 @@ def _knock(address: str | None) -> None:
 class _Accelerator:
     """An actor: its process keeps the model that its first job loads."""
 
-    def attempt(self, job: jobs.Job) -> dict | jobs.Failure:
+    def attempt(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
         return jobs.attempt(job)
 
 

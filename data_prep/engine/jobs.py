@@ -1,6 +1,6 @@
 """One shard of one stage, run in whatever process: outputs, retries, and what can go wrong.
 
-    temporary names -> fsync -> rename -> manifest `W/STAGE/NAME.json`, written last
+    temporary names -> fsync -> rename -> manifest, which the engine writes last
 
 so that a kill at any moment leaves either a finished shard or one that is done again, and two
 processes that run the same shard at once write the same bytes to the same names.
@@ -149,6 +149,8 @@ class Job:
     """A task with all that another process needs to run it.
 
     Attributes:
+      seen: what is known of the inputs' bytes.
+      before: the manifest of an earlier run, and `times` when its files were as it says.
       processes: how many run jobs side by side on a machine; no output depends on it.
     """
 
@@ -158,11 +160,20 @@ class Job:
     task: Task
     settings: dict
     seen: dict[str, manifests.Seen]
+    before: dict | None = None
+    times: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     processes: int = 1
 
     @property
     def where(self) -> str:
         return f"stage {self.stage}, shard {self.task.name}"
+
+
+class Made(typing.NamedTuple):
+    """A shard's manifest, and how long the shard took."""
+
+    manifest: dict
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +192,7 @@ class Failure:
     traceback: str = ""
 
 
-def attempt(job: Job) -> dict | Failure:
+def attempt(job: Job) -> Made | Failure:
     """Runs a job, again a few times where reading or writing failed.
 
     Returns:
@@ -233,19 +244,18 @@ def _disk_full(job: Job) -> errors.BadInput:
     )
 
 
-def _run(job: Job) -> dict:
-    """Hashes, runs the function, renames its outputs, writes the manifest."""
+def _run(job: Job) -> Made:
+    """Hashes, runs the function, renames its outputs."""
     started = time.monotonic()
     workdir, task = epath.Path(job.workdir), job.task
     manifests.learn(job.seen)
-    kept = manifests.finished(
-        workdir, job.stage, task.name, task.inputs, job.settings, hash_changed=True
-    )
-    if kept is not None:
-        return kept
+    if manifests.unchanged(
+        workdir, job.before, task.inputs, job.settings, job.times, hash_changed=True
+    ):
+        return Made(job.before, 0.0)
     with _missing_inputs():
         inputs = [manifests.describe(workdir, path, path, job.where) for path in task.inputs]
-    before = manifests.read(workdir, job.stage, task.name) or {}
+    before = job.before or {}
     same = before if before.get("settings") == job.settings else None
     outputs = Outputs(workdir, job.stage, task.name, job.processes, same)
     try:
@@ -269,8 +279,7 @@ def _run(job: Job) -> dict:
     for old in before.get("outputs", []):
         if old["path"] not in outputs.names:
             (workdir / old["path"]).unlink(missing_ok=True)
-    manifests.write(workdir, manifest, time.monotonic() - started)
-    return manifest
+    return Made(manifest, time.monotonic() - started)
 
 
 @contextlib.contextmanager

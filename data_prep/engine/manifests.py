@@ -1,10 +1,14 @@
 """Manifests: what a finished shard was made from, and whether it still is.
 
-A manifest `W/STAGE/NAME.json` holds the sha256 of all inputs and outputs, the settings and the
-counts. Beside it lies `.NAME.stat.json` with sizes, modification times and the seconds that the
-shard took: while sizes and times are unchanged nothing is hashed again, so that a finished stage
-run again costs a few stat calls. A shard whose files were touched or copied is hashed and, where
-the bytes are the same, kept.
+`W/STAGE/manifests.jsonl` has a line for each finished shard: the sha256 of all inputs and outputs,
+the settings and the counts. The process that hands out the work adds to it as shards are made, and
+leaves it sorted. Beside it lies `.times.json` with sizes, modification times and the seconds that
+each shard took: while sizes and times are unchanged nothing is hashed again, so that a finished
+stage run again costs a few stat calls. A shard whose files were touched or copied is hashed and,
+where the bytes are the same, kept.
+
+A work directory may come from a stranger: what is no manifest is passed over, and so is one whose
+outputs lie elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import fcntl
 import hashlib
 import json
 import os
+import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
@@ -24,7 +30,8 @@ from mofi_jax.common import errors
 # A file as last seen: size in bytes, modification time in ns, sha256 in hex.
 Seen = tuple[int, int, str]
 
-_NOTE = ".stat.json"
+MANIFESTS = "manifests.jsonl"
+_TIMES = ".times.json"
 
 # Hashes known to this process, by absolute path. Outputs of one stage are inputs of the next: with
 # this no file is hashed twice in one run.
@@ -112,68 +119,170 @@ def describe(
     return {"path": _record_path(workdir, name), "bytes": size, "sha256": digest}
 
 
-def read(workdir: epath.Path, stage: str, shard: str) -> dict | None:
-    """The manifest of a shard, None where there is none."""
-    return read_json(workdir / stage / f"{shard}.json")
+def read(workdir: str | os.PathLike[str], stage: str) -> list[dict]:
+    """The manifests of a stage, by shard; none where it never ran."""
+    path = epath.Path(workdir) / stage / MANIFESTS
+    found: dict[str, dict] = {}
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                manifest = _parse(line)
+                if _is_manifest(manifest, stage):
+                    found[manifest["shard"]] = manifest
+                elif isinstance(manifest, dict) and isinstance(manifest.get("removed"), str):
+                    found.pop(manifest["removed"], None)
+                else:  # the end of a line that a kill cut short, or nothing of ours
+                    logging.warning("%s: a line is no manifest of %s", path, stage)
+    return [found[shard] for shard in sorted(found)]
 
 
-def write(workdir: epath.Path, manifest: dict, seconds: float) -> None:
-    """Writes a manifest, which is what makes its shard finished, and notes how long it took."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_durably(workdir / manifest["stage"] / f"{manifest['shard']}.json", text.encode())
-    remember(workdir, manifest, round(seconds, 3))
+def _parse(text: str) -> typing.Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def finished(
+def _is_manifest(found: typing.Any, stage: str) -> bool:
+    def is_entry(entry: typing.Any) -> bool:
+        types = {"path": str, "bytes": int, "sha256": str}
+        return isinstance(entry, dict) and all(
+            isinstance(entry.get(name), kind) for name, kind in types.items()
+        )
+
+    def is_inside(path: str) -> bool:
+        return os.path.normpath(path) == path and path.split(os.sep)[0] not in ("", "..", ".")
+
+    types = {"shard": str, "settings": dict, "inputs": list, "outputs": list, "counts": dict}
+    return (
+        isinstance(found, dict)
+        and found.get("stage") == stage
+        and all(isinstance(found.get(name), kind) for name, kind in types.items())
+        and all(map(is_entry, (*found["inputs"], *found["outputs"])))
+        and all(is_inside(entry["path"]) for entry in found["outputs"])
+        and all(type(count) is int for count in found["counts"].values())
+    )
+
+
+def unchanged(
     workdir: epath.Path,
-    stage: str,
-    shard: str,
+    manifest: dict | None,
     inputs: Sequence[str],
     settings: dict,
+    times: Mapping[str, Sequence[int]],
     hash_changed: bool,
-) -> dict | None:
-    """The manifest of a shard whose inputs, settings and outputs are unchanged, or None.
+) -> bool:
+    """Whether a manifest's inputs, settings and outputs are what they were.
 
-    With `hash_changed` a file of the same size but another time is read to find out; without, the
-    shard counts as unfinished, so that workers do the reading.
+    Args:
+      workdir: the work directory.
+      manifest: None: there is none.
+      inputs, settings: those of now.
+      times: size and modification time of files by name, for which the manifest's hashes hold.
+      hash_changed: read a file of the same size but another time to find out; else it counts as
+        changed, so that workers do the reading.
     """
-    manifest = read(workdir, stage, shard)
-    if manifest is None or manifest.get("settings") != settings:
-        return None
+    if manifest is None or manifest["settings"] != settings:
+        return False
     if [entry["path"] for entry in manifest["inputs"]] != [
         _record_path(workdir, path) for path in inputs
     ]:
-        return None
-    stats = _note(workdir, stage, shard).get("files", {})
+        return False
     for entry in (*manifest["inputs"], *manifest["outputs"]):
         path = os.path.abspath(workdir / entry["path"])
         status = _stat(path)
         if status is None or status[0] != entry["bytes"]:
-            return None
-        if stats.get(entry["path"]) == list(status):
+            return False
+        if times.get(entry["path"]) == list(status):
             _known[path] = (*status, entry["sha256"])
         known = _known.get(path)
         if (known is None or known[:2] != status) and not hash_changed:
-            return None
+            return False
         if _hash(path) != entry["sha256"]:
-            return None
-    return manifest
+            return False
+    return True
 
 
-def remember(workdir: epath.Path, manifest: dict, seconds: float | None = None) -> None:
-    """Notes sizes and times beside a manifest whose hashes were just verified."""
-    stage, shard = manifest["stage"], manifest["shard"]
-    stats = {}
-    for entry in (*manifest["inputs"], *manifest["outputs"]):
-        path = os.path.abspath(workdir / entry["path"])
-        status = _stat(path)
-        if status is not None:
-            stats[entry["path"]] = status
-            _known[path] = (*status, entry["sha256"])
-    before = _note(workdir, stage, shard)
-    note = {"files": stats, "seconds": before.get("seconds", 0.0) if seconds is None else seconds}
-    if json.loads(json.dumps(note)) != before:
-        _note_path(workdir, stage, shard).write_text(json.dumps(note, sort_keys=True))
+class Ledger:
+    """The manifests of a stage, for the one process that holds its folder (`locked`)."""
+
+    def __init__(self, workdir: epath.Path, stage: str):
+        self._workdir, self._folder = workdir, workdir / stage
+        self._stage = stage
+        self._manifests = {manifest["shard"]: manifest for manifest in read(workdir, stage)}
+        self._notes = _read_notes(self._folder)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Leaves both files sorted, the same whatever order the shards were made in."""
+        for shard in {*self._notes} - {*self._manifests}:
+            del self._notes[shard]
+        lines = [_line(self._manifests[shard]) for shard in sorted(self._manifests)]
+        path, text = self._folder / MANIFESTS, "".join(lines)
+        if not path.exists() or path.read_text() != text:
+            write_durably(path, text.encode())
+        notes = json.dumps(self._notes, sort_keys=True)
+        if self._notes != _read_notes(self._folder):
+            (self._folder / _TIMES).write_text(notes)
+
+    def get(self, shard: str) -> dict | None:
+        return self._manifests.get(shard)
+
+    def times(self, shard: str) -> dict[str, list[int]]:
+        """Size and modification time, by name, of a shard's files when its hashes were known."""
+        return self._notes.get(shard, {}).get("files", {})
+
+    def add(self, manifest: dict, seconds: float) -> None:
+        """Writes a manifest, which is what makes its shard finished, and how long it took."""
+        self._manifests[manifest["shard"]] = manifest
+        self._append(manifest)
+        self._notes[manifest["shard"]] = {"seconds": round(seconds, 3), "made": time.time()}
+
+    def remember(self, shard: str) -> None:
+        """Notes sizes and times of files whose hashes were just verified."""
+        manifest, stats = self._manifests[shard], {}
+        for entry in (*manifest["inputs"], *manifest["outputs"]):
+            path = os.path.abspath(self._workdir / entry["path"])
+            status = _stat(path)
+            if status is not None:
+                stats[entry["path"]] = list(status)
+                _known[path] = (*status, entry["sha256"])
+        self._notes.setdefault(shard, {})["files"] = stats
+
+    def remove(self, shard: str) -> None:
+        """Removes a shard: its manifest, then all its outputs."""
+        manifest = self._manifests.pop(shard, None)
+        if manifest is not None:
+            # First: without a manifest the outputs are nobody's.
+            self._append({"removed": shard})
+            for entry in manifest["outputs"]:
+                (self._workdir / entry["path"]).unlink(missing_ok=True)
+
+    def remove_others(self, names: set[str]) -> None:
+        """Removes the shards that are not among `names`, with their outputs."""
+        for shard in sorted({*self._manifests} - names):
+            logging.info("%s: removing shard %s, which has no input any more", self._stage, shard)
+            self.remove(shard)
+
+    def _append(self, entry: dict) -> None:
+        with open(self._folder / MANIFESTS, "a", encoding="utf-8") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _read_notes(folder: epath.Path) -> dict[str, dict]:
+    """Of each shard {"files": {name: [bytes, ns]}, "seconds", "made": when}."""
+    notes = read_json(folder / _TIMES)
+    if not isinstance(notes, dict) or not all(isinstance(n, dict) for n in notes.values()):
+        return {}
+    return notes
 
 
 def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
@@ -181,67 +290,22 @@ def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
 
     The times are of the run in which each shard was made; they belong to no fingerprint.
     """
-    found: dict[str, dict] = {}
-    order: dict[str, float] = {}
-    root = os.path.abspath(workdir)
-    stages = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
-    for path in (p for s in stages for p in _notes(epath.Path(root, s))):
-        stage = path.parent.name
-        shard = path.name.removeprefix(".").removesuffix(_NOTE)
-        if read(path.parent.parent, stage, shard) is None:
-            continue
-        total = found.setdefault(stage, {"seconds": 0.0, "shards": 0})
-        total["seconds"] += (read_json(path) or {}).get("seconds", 0.0)
-        total["shards"] += 1
-        made = os.path.getmtime(path.parent / f"{shard}.json")
-        order[stage] = min(made, order.get(stage, made))
-    return {
-        stage: {**found[stage], "seconds": round(found[stage]["seconds"], 3)}
-        for stage in sorted(found, key=order.__getitem__)
-    }
-
-
-def remove_strays(workdir: epath.Path, stage: str, names: set[str]) -> None:
-    """Removes the shards of a stage that are not among `names`, with their outputs."""
-    for name in sorted(os.listdir(workdir / stage)):
-        path = workdir / stage / name
-        if path.suffix != ".json" or name.startswith(".") or path.stem in names:
-            continue
-        manifest = read_json(path)
-        if manifest is None or manifest.get("stage") != stage:
-            continue
-        logging.info("%s: removing shard %s, which has no input any more", stage, path.stem)
-        remove(workdir, stage, path.stem)
-
-
-def remove(workdir: epath.Path, stage: str, shard: str) -> None:
-    """Removes a shard: its manifest, then all its outputs."""
-    manifest = read(workdir, stage, shard)
-    # First: without a manifest the outputs are nobody's.
-    (workdir / stage / f"{shard}.json").unlink(missing_ok=True)
-    _note_path(workdir, stage, shard).unlink(missing_ok=True)
-    for entry in (manifest or {}).get("outputs", []):
-        (workdir / entry["path"]).unlink(missing_ok=True)
+    found: list[tuple[float, str, dict]] = []
+    for stage in sorted(os.listdir(workdir)):
+        notes = _read_notes(epath.Path(workdir) / stage)
+        if notes:
+            seconds = sum(note.get("seconds", 0.0) for note in notes.values())
+            made = min(note.get("made", 0.0) for note in notes.values())
+            found.append((made, stage, {"seconds": round(seconds, 3), "shards": len(notes)}))
+    return {stage: spent for _, stage, spent in sorted(found, key=lambda entry: entry[:2])}
 
 
 def read_json(path: epath.Path) -> dict | None:
     """The content of a JSON file, None where there is none or it was cut short by a kill."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-
-
-def _notes(folder: epath.Path) -> list[epath.Path]:
-    return [folder / n for n in sorted(os.listdir(folder)) if n[0] == "." and n.endswith(_NOTE)]
-
-
-def _note_path(workdir: epath.Path, stage: str, shard: str) -> epath.Path:
-    return workdir / stage / f".{shard}{_NOTE}"
-
-
-def _note(workdir: epath.Path, stage: str, shard: str) -> dict:
-    return read_json(_note_path(workdir, stage, shard)) or {}
 
 
 def _stat(path: str | os.PathLike[str]) -> tuple[int, int] | None:

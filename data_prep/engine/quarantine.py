@@ -44,7 +44,7 @@ def keys_of_inputs(task: Task) -> Iterator[pa.ChunkedArray]:
 
 
 def put(job: Job, error: Exception, keys: Keys, rejects: list[str]) -> int:
-    """Puts a shard into quarantine; what an earlier run wrote for it is removed.
+    """Puts a shard into quarantine.
 
     Args:
       job: what failed.
@@ -58,7 +58,6 @@ def put(job: Job, error: Exception, keys: Keys, rejects: list[str]) -> int:
     import pyarrow.parquet as pq
 
     stage, shard, workdir = job.stage, job.task.name, epath.Path(job.workdir)
-    manifests.remove(workdir, stage, shard)
     path = workdir / rejects_name(stage, shard)
     lost = _lost(job.task, keys, [other for other in rejects if other != os.fspath(path)])
     path.parent.mkdir(parents=True, exist_ok=True)

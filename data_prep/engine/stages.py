@@ -23,6 +23,7 @@ The work directory is on a file system where rename and flock work, and which al
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from absl import logging
 from etils import epath
 
 from data_prep.engine import executors, manifests, progress, quarantine, relational
-from data_prep.engine.jobs import Job, StageFunction, Task
+from data_prep.engine.jobs import Job, Made, StageFunction, Task
 
 
 class Engine:
@@ -93,7 +94,7 @@ class Engine:
         """Runs `function` on every task that is not finished yet.
 
         Args:
-          stage: name of the stage; manifests are written to `workdir/STAGE/`.
+          stage: name of the stage; its manifests are in `workdir/STAGE/manifests.jsonl`.
           function: see the docstring of this module.
           tasks: the shards, with distinct names. Shards that an earlier run finished and that are
             not among them are removed with their outputs, so that a reader may take all files it
@@ -121,22 +122,22 @@ class Engine:
             raise ValueError(f"stage {stage}: two tasks of one name in {names}")
         folder = self.workdir / stage
         folder.mkdir(parents=True, exist_ok=True)
-        with manifests.locked(folder):
+        with manifests.locked(folder), manifests.Ledger(self.workdir, stage) as ledger:
             shutil.rmtree(folder / ".tmp", ignore_errors=True)
-            manifests.remove_strays(self.workdir, stage, set(names))
+            ledger.remove_others(set(names))
             quarantine.forget_strays(self.workdir, stage, set(names))
             found: dict[str, dict] = {}
             todo, left_out = [], []
             for task in tasks:
                 seen = manifests.look_up(task.inputs)
-                manifest = manifests.finished(
-                    self.workdir, stage, task.name, task.inputs, settings, hash_changed=False
-                )
-                if manifest is None:
-                    workdir = os.fspath(self.workdir)
-                    todo.append(Job(workdir, stage, function, task, settings, seen))
-                else:
-                    found[task.name] = manifest
+                before, times = ledger.get(task.name), ledger.times(task.name)
+                if manifests.unchanged(
+                    self.workdir, before, task.inputs, settings, times, hash_changed=False
+                ):
+                    found[task.name] = before
+                    continue
+                job = Job(os.fspath(self.workdir), stage, function, task, settings, seen)
+                todo.append(dataclasses.replace(job, before=before, times=times))
             if tasks and not todo:
                 logging.info("%s: all %d shards are done already", stage, len(tasks))
             allowed = math.ceil(self._failure_budget * len(tasks))
@@ -149,10 +150,12 @@ class Engine:
             with showing as advance:
                 run = executors.Local().run if here else self._executor.run
                 for job, outcome in run(todo, accelerator):
-                    if isinstance(outcome, dict):
-                        found[job.task.name] = outcome
-                        quarantine.release(self.workdir, outcome)
-                        advance(outcome["counts"])
+                    if isinstance(outcome, Made):
+                        found[job.task.name] = outcome.manifest
+                        if outcome.manifest != ledger.get(job.task.name):
+                            ledger.add(outcome.manifest, outcome.seconds)
+                        quarantine.release(self.workdir, outcome.manifest)
+                        advance(outcome.manifest["counts"])
                         continue
                     if outcome.traceback:
                         logging.error("%s\n%s", job.where, outcome.traceback)
@@ -161,11 +164,12 @@ class Engine:
                     allowed -= 1
                     left_out.append((job, outcome.error))
             for manifest in found.values():
-                manifests.remember(self.workdir, manifest)
+                ledger.remember(manifest["shard"])
                 written = (self.workdir / output["path"] for output in manifest["outputs"])
                 self._rejects += [os.fspath(p) for p in written if p.parent.name == "rejects"]
             # Now, as what the others rejected is known only now.
             for job, error in left_out:
+                ledger.remove(job.task.name)
                 lost = quarantine.put(job, error, keys, self._rejects)
                 self.quarantined[f"{stage}/{job.task.name}"] = lost
         return [found[name] for name in names if name in found]

@@ -38,6 +38,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -135,6 +136,10 @@ def build(
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
     (manifest,) = work.map_shards(stage, run, [task], settings, keys=None, here=True)
+    # What makes the folder a knowledge base to others, who know nothing of stages.
+    path, text = epath.Path(out) / "manifest.json", json.dumps(manifest, indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        engine.write_durably(path, text.encode())
     shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
     return manifest
 

@@ -182,10 +182,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
 def _write_parts(
     parts: Mapping[str, tuple[tuple[str, ...], dict]], folder: epath.Path
 ) -> list[engine.Task]:
-    """A part is an input of its shard: what changes for one leaves the others finished.
-
-    They hold JSON, but in the work directory all files `*.json` below a stage are manifests.
-    """
+    """A part is an input of its shard: what changes for one leaves the others finished."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = []
     for name, (inputs, part) in sorted(parts.items()):
@@ -277,7 +274,8 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         "key": pa.array([key for key, _ in rejects], pa.string()),
         "reason": pa.array([reason for _, reason in rejects], pa.string()),
     }
-    outputs.write_table(f"indexed/{task.name}-rejects.parquet", pa.table(columns))
+    table = pa.table(columns).replace_schema_metadata({unique.COUNTS: json.dumps(counts)})
+    outputs.write_table(f"indexed/{task.name}-rejects.parquet", table)
     return counts
 
 

@@ -22,6 +22,7 @@ from data_prep import engine
 
 _MOST = 4  # times `rows_per_shard`: a run of shards ends here whatever their names
 
+COUNTS = b"counts"  # of a shard of indexed/, in the metadata of its rejects
 _ROWS_PER_BUCKET = 100_000
 
 _KEYS = f"""
@@ -49,7 +50,7 @@ def run(indexed: Sequence[dict], work: engine.Engine, rows_per_shard: int) -> li
     for run in split_evenly(rows, rows_per_shard):
         files = []
         for name in run:
-            files += [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet", ".json")]
+            files += [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet")]
         files += [f"unique/{name}.parquet" for name in run if name in repeated]
         paths = tuple(os.fspath(work.workdir / file) for file in files)
         tasks.append(engine.Task(run[0], paths))
@@ -134,25 +135,25 @@ def _by_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dic
 # -------------------------------------------------------------------------------------------- pairs
 
 
-def _parts(task: engine.Task) -> Iterator[tuple[str, str, str, np.ndarray | None]]:
-    """Of each shard of indexed/: its table, its rejects, its manifest, and which rows stay."""
+def _parts(task: engine.Task) -> Iterator[tuple[str, str, np.ndarray | None]]:
+    """Of each shard of indexed/: its table, its rejects, and which rows stay."""
     repeated = {epath.Path(p).stem: p for p in task.inputs if epath.Path(p).parent.name == "unique"}
     indexed = task.inputs[: len(task.inputs) - len(repeated)]
-    for table, rejects, manifest in zip(*(indexed[i::3] for i in range(3)), strict=True):
+    for table, rejects in zip(indexed[::2], indexed[1::2], strict=True):
         keep, path = None, repeated.get(epath.Path(table).stem)
         if path is not None:
             import pyarrow.parquet as pq
 
             keep = np.ones(pq.read_metadata(table).num_rows, bool)
             keep[engine.read_table(path, ["place"])["place"].to_numpy()] = False
-        yield table, rejects, manifest, keep
+        yield table, rejects, keep
 
 
 def _keys_of_pairs(task: engine.Task) -> Iterator:
     """Both kinds of samples, without repeated keys; see `engine.Engine.map_shards`."""
     import pyarrow.compute as pc
 
-    for path, rejects, _, keep in _parts(task):
+    for path, rejects, keep in _parts(task):
         keys = engine.read_table(path, ["key"])["key"]
         yield keys if keep is None else keys.filter(keep)
         table = engine.read_table(rejects)
@@ -165,21 +166,21 @@ def _keep_first(task: engine.Task, outputs: engine.Outputs, settings: dict) -> d
     import pyarrow.parquet as pq
 
     parts, rejects, found = list(_parts(task)), [], []
-    for _, rejects_path, manifest, _ in parts:
-        found.append(json.loads(epath.Path(manifest).read_text()))
-        rows = engine.read_table(rejects_path).to_pylist()
-        rejects += [(row["key"], row["reason"]) for row in rows]
+    for _, path, _ in parts:
+        table = engine.read_table(path)
+        found.append({"counts": json.loads(table.schema.metadata[COUNTS])})
+        rejects += [(row["key"], row["reason"]) for row in table.to_pylist()]
     counts = engine.total_counts(found)
     counts.pop("usable")
     target = os.fspath(outputs.path(f"pairs/{task.name}.parquet"))
-    if len(parts) == 1 and parts[0][3] is None:
+    if len(parts) == 1 and parts[0][2] is None:
         try:
             os.link(parts[0][0], target)  # for a billion pairs a copy is 200 GB
         except OSError:  # a file system without links
             shutil.copyfile(parts[0][0], target)
     else:
         with pq.ParquetWriter(target, pq.read_schema(parts[0][0]), compression="zstd") as writer:
-            for path, _, _, keep in parts:
+            for path, _, keep in parts:
                 table = engine.read_table(path)
                 if keep is not None:
                     gone = table["key"].filter(pa.array(~keep)).to_pylist()
