@@ -60,8 +60,7 @@ def digests(workdir, pattern="**/*"):
         str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(workdir.glob(pattern))
         if path.is_file()
-        and path.name not in ("calls.txt", ".lock")
-        and ".stat" not in path.suffixes
+        and path.name not in ("calls.txt", ".lock", ".times.json")
     }
 
 
