@@ -59,8 +59,7 @@ def digests(workdir, pattern="**/*"):
     return {
         str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(workdir.glob(pattern))
-        if path.is_file()
-        and path.name not in ("calls.txt", ".lock", ".times.json")
+        if path.is_file() and path.name not in ("calls.txt", ".lock", ".times.json")
     }
 
 

@@ -84,6 +84,27 @@ def test_i2t_holds_all_valid_pairs_in_hash_order(tmp_path):
     assert not (workdir / "i2t/1.0.0/entities.parquet").exists()
 
 
+def test_a_picture_that_broke_since_costs_its_record_alone(tmp_path):
+    workdir, pairs = workdirs.write(tmp_path)
+    row = engine.read_table(workdir / "pairs/colours-00001.parquet").to_pylist()[3]
+    with open(row["path"], "r+b") as file:
+        file.seek(row["offset"])
+        file.write(bytes(row["length"]))
+    manifests = shards.run(workdirs.config(), engine.Engine(workdir), "i2t")
+    source = records.open_source(workdir, "i2t")
+    written = [example["key"] for example in map(source.__getitem__, range(len(source)))]
+    assert sorted([*written, row["key"]]) == sorted(pair.key for pair in pairs)
+    assert engine.total_counts(manifests)["records"] == len(source) == len(pairs) - 1
+    rejects = [
+        r for p in engine.listed(workdir / "rejects") for r in engine.read_table(p).to_pylist()
+    ]
+    assert rejects == [{"key": row["key"], "stage": "shards-i2t", "reason": "picture_unreadable"}]
+    keys = engine.read_table(workdir / "i2t/1.0.0/keys.parquet")
+    assert keys["key"].to_pylist() == written
+    lengths = np.bincount(keys["shard"].to_numpy())
+    assert keys["index"].to_pylist() == [i for length in lengths for i in range(length)]
+
+
 def test_small_jpegs_are_kept_and_others_become_small_jpegs(tmp_path):
     workdir, pairs = workdirs.write(tmp_path)
     shards.run(workdirs.config(), engine.Engine(workdir), "i2t")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import cv2
 import ml_collections
@@ -49,7 +49,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
       dataset: "i2t", all valid pairs without labels, or "i2e", the labelled ones.
 
     Returns:
-      The manifests of the shards; counts `records`, `record_bytes`, `reencoded`.
+      The manifests of the shards; counts `records`, `record_bytes`, `reencoded`. A picture that
+      cannot be decoded any more is a reject, picture_unreadable.
 
     Raises:
       BadInput: there is no pair to write.
@@ -99,12 +100,18 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
     table = engine.read_table(plan_path)
     rows, ids = table.to_pylist(), _entity_ids(table["entities"], *vocabulary_files)
     # Read in the order of the tars, write in the order of the plan: a shard is held in memory.
-    pictures = {}
+    pictures, rejects = {}, []
     pointers = ([row[name] for row in rows] for name in ("path", "offset", "length"))
     for i, found in pairs_stage.read_pictures(outputs.workdir, *pointers):
-        pictures[i] = to_jpeg(found, settings["max_side"], settings["jpeg_quality"])
+        try:
+            pictures[i] = to_jpeg(found, settings["max_side"], settings["jpeg_quality"])
+        except ops.UndecodableImage:
+            rejects.append((rows[i]["key"], "picture_unreadable"))
+            continue
         counts["reencoded"] += pictures[i][0] is not found
     for i, row in enumerate(rows):
+        if i not in pictures:
+            continue
         image, width, height = pictures.pop(i)
         record = records.serialize(
             {
@@ -122,6 +129,8 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
         counts["records"] += 1
         counts["record_bytes"] += len(record)
     writer.close()
+    if rejects:
+        outputs.write_rejects(sorted(rejects))
     return counts
 
 
@@ -179,17 +188,22 @@ def _describe(
         "dataset": dataset,
         "vocab_size": config.vocab_size,
         "tokenizer_captions": TOKENIZER_CAPTIONS,
-        "shard_lengths": [lengths.get(path.stem, 0) for path in plans],
+        "shard_lengths": [lengths.get(path.stem) for path in plans],  # None: in quarantine
         "num_bytes": engine.total_counts(written)["record_bytes"],
     }
-    task = engine.Task("all", (*(path for path in plans if path.stem in lengths), *entities))
+    rejects = {m["shard"]: o for m in written for o in m["outputs"] if "rejects/" in o["path"]}
+    settings["rejects"] = sorted(rejects)
+    files = [path for path in plans if path.stem in lengths]
+    files += [work.workdir / rejects[shard]["path"] for shard in sorted(rejects)]
+    task = engine.Task("all", (*files, *entities))
     work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, keys=None)
 
 
 def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     dataset, lengths = settings["dataset"], settings["shard_lengths"]
-    shards = [shard for shard, length in enumerate(lengths) if length]
-    plans, vocabulary_files = task.inputs[: len(shards)], task.inputs[len(shards) :]
+    plans, rest = _cut(task.inputs, sum(length is not None for length in lengths))
+    rejects, vocabulary_files = _cut(rest, len(settings["rejects"]))
+    rejects = dict(zip(settings["rejects"], rejects, strict=True))
     folder = f"{dataset}/{records.VERSION}"
     texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
     dataset_files.train_bpe(
@@ -197,17 +211,21 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     )
     for path in vocabulary_files:
         shutil.copyfile(path, outputs.path(f"{folder}/{records.ENTITIES_FILE}"))
-    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), shards, plans)
+    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans, rejects)
     # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
     outputs.path(f"{folder}/features.json")
     dataset_files.write_metadata(
         outputs.path(f"{folder}/dataset_info.json").parent,
         name=dataset,
-        shard_lengths=lengths,
+        shard_lengths=[length or 0 for length in lengths],
         num_bytes=settings["num_bytes"],
         description=DESCRIPTIONS[dataset],
     )
-    return {"records": sum(lengths), "shards": len(shards)}
+    return {"records": sum(filter(None, lengths)), "shards": len(plans)}
+
+
+def _cut(files: Sequence[str], count: int) -> tuple[Sequence[str], Sequence[str]]:
+    return files[:count], files[count:]
 
 
 def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int) -> Iterator[str]:
@@ -225,14 +243,18 @@ def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int
         yield from filter(None, entities.descriptions)
 
 
-def _write_keys(path: epath.Path, shards: Sequence[int], plans: Sequence[str]) -> None:
+def _write_keys(path: epath.Path, plans: Sequence[str], rejects: Mapping[str, str]) -> None:
     """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
     with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
-        for shard, plan_path in zip(shards, plans, strict=True):
-            keys = engine.read_table(plan_path, columns=["key"])["key"].combine_chunks()
-            columns = [keys, np.full(len(keys), shard, np.int32), np.arange(len(keys))]
+        for plan in map(epath.Path, plans):
+            keys = engine.read_table(plan, ["key"])["key"].combine_chunks()
+            if plan.stem in rejects:
+                gone = engine.read_table(rejects[plan.stem], ["key"])["key"]
+                keys = keys.filter(pc.invert(pc.is_in(keys, gone)))
+            columns = [keys, np.full(len(keys), int(plan.stem), np.int32), np.arange(len(keys))]
             writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))
