@@ -1,4 +1,4 @@
-"""The display over all stages: a table on a terminal, lines in a log, room for others."""
+"""What a person sees of a stage: a bar on a terminal, lines in a log, room for others."""
 
 import io
 import logging
@@ -51,7 +51,7 @@ def test_a_terminal_shows_every_stage_with_its_shards(tmp_path, take_terminal):
 def test_a_stage_with_its_own_progress_is_not_shown(tmp_path, take_terminal):
     terminal = take_terminal()
     with engine.Engine(tmp_path) as work:
-        work.map_shards("count", count, TASKS, {}, own_progress=True)
+        work.map_shards("count", count, TASKS, {}, here=True)
     assert "count" not in terminal.getvalue()
 
 

@@ -66,7 +66,6 @@ class Engine:
         self.quarantined: dict[str, int] = {}
         self._executor = executor or executors.Local(workers)
         self._failure_budget = failure_budget
-        self._display = progress.Display()
         self._rejects: list[str] = []  # files of this run, later stages of an earlier run excepted
 
     def __enter__(self) -> Engine:
@@ -76,8 +75,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Ends worker processes and the progress display; the next stage would start new ones."""
-        self._display.close()
+        """Ends worker processes; the next stage would start new ones."""
         self._executor.close()
 
     def map_shards(
@@ -142,12 +140,8 @@ class Engine:
                 logging.info("%s: all %d shards are done already", stage, len(tasks))
             allowed = math.ceil(self._failure_budget * len(tasks))
             allowed = min(allowed, len(tasks) - 1) if keys else 0
-            if here:
-                self._display.close()
-                showing = contextlib.nullcontext(lambda counts: None)
-            else:
-                showing = self._display.stage(stage, len(tasks), len(found))
-            with showing as advance:
+            silent = contextlib.nullcontext(lambda counts: None)
+            with silent if here else progress.show(stage, len(tasks), len(found)) as advance:
                 run = executors.Local().run if here else self._executor.run
                 for job, outcome in run(todo, accelerator):
                     if isinstance(outcome, Made):
