@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import ops
+from mofi_jax.data import decoding, ops
 
 
 def gradient(height=20, width=30):
@@ -145,11 +145,11 @@ def test_pictures_that_declare_too_many_pixels_are_not_decoded(kind, size, monke
 
 def test_the_fast_decoder_takes_only_jpegs_whose_size_is_plain(monkeypatch):
     data = saved(Image.fromarray(gradient()), "JPEG", quality=95, exif=Image.Exif())
-    assert ops._declared_pixels(data) == 600
+    assert decoding._jpeg_header(data)[0] == 600
     # A marker without length, after which a length would be read out of what follows.
     hidden = data[:2] + b"\xff\xd0" + data[2:]
-    assert ops._declared_pixels(hidden) is None
-    assert ops._declared_pixels(data[:20]) is None
+    assert decoding._jpeg_header(hidden) is None
+    assert decoding._jpeg_header(data[:20]) is None
     monkeypatch.setattr(cv2, "imdecode", None)
     assert ops.apply("decode", hidden).shape == (20, 30, 3)
 

@@ -36,8 +36,6 @@ DESCRIPTIONS = {
 # A byte-pair vocabulary of tens of thousands does not change any more beyond this many captions.
 TOKENIZER_CAPTIONS = 1_000_000
 
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> list[dict]:
     """Writes the data set `dataset` in `workdir`/`dataset`/1.0.0.
@@ -157,7 +155,7 @@ def to_jpeg(data: bytes, max_side: int, quality: int) -> tuple[bytes, int, int]:
     """
     if data[:2] == b"\xff\xd8":
         with ops.open_picture(data) as header:
-            upright = header.getexif().get(ORIENTATION, 1) == 1
+            upright = ops.orientation(header.info.get("exif")) == 1
             plain = header.format == "JPEG" and header.mode == "RGB" and upright
             if plain and min(header.size) <= max_side:
                 return data, *header.size
