@@ -35,6 +35,8 @@ def test_a_pair_and_its_pointer(tmp_path):
         "duplicate_keys": 0,
         "captions_cut": 0,
         "tars_cut_short": 0,
+        "tars_damaged": 0,
+        "tars_unreadable": 0,
         "pairs_missing": 0,
         "not_downloaded": 0,
     }
@@ -151,18 +153,6 @@ def test_several_sources_are_mixed_under_their_names(tmp_path):
     assert rejects == {}
 
 
-def test_a_damaged_tar_is_left_out_and_the_others_are_pairs(tmp_path):
-    write_tars(tmp_path / "in", [[("a", "x")], [("b", "x")], [("c", "x")]])
-    (tmp_path / "in/00001.tar").write_bytes(b"<html>404 not found</html>" * 100)
-    work = engine.Engine(tmp_path / "w", failure_budget=1.0)
-    for _ in range(2):
-        assert (
-            engine.total_counts(pairs_stage.run(make_config(tmp_path / "in"), work))["pairs"] == 2
-        )
-        assert list(read(tmp_path / "w")[0]) == ["a", "c"]
-    assert work.quarantined == {"indexed/s0-00001": 1}
-
-
 def test_captions_in_arabic_keep_every_letter_and_lose_what_cannot_be_seen(tmp_path):
     text = "\u062a\u0641\u0651\u0627\u062d\u0629 \u062d\u0645\u0631\u0627\u0621"
     marked = f"\u200f\u202b{text}\u202c\n"
@@ -253,16 +243,6 @@ def test_two_workers_write_the_same_bytes(tmp_path):
     assert digests[0] == digests[1]
 
 
-def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
-    folder = tmp_path / "in [x]"
-    folder.mkdir()
-    for name in ("0.tar", "1.tar"):
-        (folder / name).touch()
-    found = pairs_stage.find([f"s={folder}/*.tar"])
-    assert [os.path.basename(file.path) for file in found] == ["0.tar", "1.tar"]
-    assert [file.path for file in pairs_stage.find([f"s={folder}/1.tar"])] == [f"{folder}/1.tar"]
-
-
 def test_one_more_file_changes_the_shards_of_its_own_run_only(tmp_path):
     write_tars(tmp_path / "in", [[(f"{n:02d}{i}", "x") for i in range(3)] for n in range(10)])
     config = make_config(tmp_path / "in", rows_per_shard=6)
@@ -307,3 +287,34 @@ def test_runs_of_shards_hold_each_once_and_one_more_shard_moves_no_other(rows, n
     ends = {run[-1] for run in runs}
     if all(sum(rows[name] for name in run) < 30 for run in runs):  # none ended by its size
         assert {run[-1] for run in changed} - {new} >= ends - {new, max(rows)}
+
+
+@pytest.mark.parametrize("name", ["in [x]", "a*b", "w?", "s=1,t=2", "a+b", "**"])
+def test_names_that_look_like_patterns_are_names(tmp_path, name):
+    folder = tmp_path / name
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "in x").mkdir()  # what "in [x]" would mean as a pattern
+    for path in ("0.tar", "1.tar", "sub/2.tar", "._0.tar", "../in x/3.tar"):
+        (folder / path).touch()
+
+    def found(pattern):
+        return [os.path.relpath(f.path, folder) for f in pairs_stage.find([f"s={pattern}"])]
+
+    assert found(f"{folder}/*.tar") == ["0.tar", "1.tar"]
+    assert found(folder) == ["0.tar", "1.tar"]
+    assert found(f"{folder}/1.tar") == ["1.tar"]
+    assert found(f"{folder}/**/*.tar") == ["0.tar", "1.tar", "sub/2.tar"]
+
+
+def test_tgz_is_another_word_for_tar_gz(tmp_path):
+    (tmp_path / "0.tgz").write_bytes(
+        gzip.compress(tar_bytes([("a.png", picture()), ("a.txt", b"x")]))
+    )
+    pairs_stage.run(make_config(tmp_path), engine.Engine(tmp_path / "w"))
+    assert read(tmp_path / "w")[0]["a"]["path"] == "unpacked/0.tar"
+
+
+def test_a_file_name_that_is_not_utf_8_is_told(tmp_path):
+    (tmp_path / "caf\udce9.tar").touch()
+    with pytest.raises(errors.BadInput, match=r"caf\\udce9\.tar is not UTF-8: rename it"):
+        pairs_stage.find([f"s={tmp_path}"])

@@ -16,6 +16,8 @@ from data_prep.pairs.formats import tars
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, run, tar_bytes
 
+PAIR = (("png", picture()), ("txt", b"words"))
+
 
 def test_the_caption_of_json_is_taken_where_there_is_no_txt(tmp_path):
     data = picture()
@@ -72,19 +74,21 @@ def test_gzipped_tars_are_unpacked_once_into_the_work_directory(tmp_path):
     assert [found.path[-9:] for found in pairs_stage.find([f"s={folder}"])] == ["00007.tar"]
 
 
-def test_a_file_that_is_no_tar_is_told(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"<html>404 not found</html>" * 100)
-    with pytest.raises(errors.BadInput, match=r"a\.tar is no tar .*: remove it or fetch"):
-        pairs_stage.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
-    (tmp_path / "b.tar.gz").write_bytes(b"<html>404 not found</html>")
-    with pytest.raises(errors.BadInput, match=r"b\.tar\.gz is damaged .*: fetch it again"):
-        pairs_stage.run(make_config(tmp_path / "b.tar.gz"), engine.Engine(tmp_path / "w"))
-
-
-def test_a_gzipped_file_that_holds_no_tar_is_told_by_its_own_name(tmp_path):
-    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"words " * 200))
-    with pytest.raises(errors.BadInput, match=r"/c\.tar\.gz is no tar"):
-        pairs_stage.run(make_config(tmp_path / "c.tar.gz"), engine.Engine(tmp_path / "w"))
+def test_a_file_that_is_no_tar_costs_itself_alone(tmp_path, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(tar_bytes([("a.png", picture()), ("a.txt", b"x")]))
+    (folder / "1.tar").write_bytes(b"<html>404 not found</html>" * 100)
+    (folder / "2.tar.gz").write_bytes(b"<html>404 not found</html>")
+    (folder / "3.tar.gz").write_bytes(gzip.compress(b"words " * 200))
+    (folder / "4.tar").touch()
+    manifests = pairs_stage.run(make_config(folder), engine.Engine(tmp_path / "w"))
+    pairs, rejects = read(tmp_path / "w")
+    assert list(pairs) == ["a"]
+    assert rejects == dict.fromkeys(("1.tar", "2.tar.gz", "3.tar.gz", "4.tar"), "not_a_tar")
+    counts = engine.total_counts(manifests)
+    assert (counts["tars_unreadable"], counts["tars_cut_short"]) == (4, 0)
+    assert "1.tar is no tar (rejected as not_a_tar): remove it or fetch it again" in caplog.text
 
 
 def test_several_gzip_streams_are_one_tar(tmp_path):
@@ -96,13 +100,64 @@ def test_several_gzip_streams_are_one_tar(tmp_path):
     assert manifest["counts"]["tars_cut_short"] == 0
 
 
-def test_a_tar_damaged_in_the_middle_is_told(tmp_path):
-    data = bytearray(tar_bytes([("a.png", picture()), ("a.txt", b"x"), ("b.txt", b"y")]))
-    at = data.index(b"a.txt")
+def test_damage_in_the_middle_costs_what_it_covers(tmp_path, caplog):
+    members = [(f"{key}.{kind}", data) for key in "abc" for kind, data in PAIR]
+    data = bytearray(tar_bytes(members))
+    at = data.index(b"b.png")
     data[at : at + 200] = b"\x01" * 200
-    (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(errors.BadInput, match=rf"a\.tar is damaged at byte {at}: fetch it"):
-        pairs_stage.run(make_config(tmp_path / "a.tar"), engine.Engine(tmp_path / "w"))
+    (tmp_path / "0.tar").write_bytes(data)
+    (manifest,) = pairs_stage.run(make_config(tmp_path / "0.tar"), engine.Engine(tmp_path / "w"))
+    pairs, rejects = read(tmp_path / "w")
+    assert list(pairs) == ["a", "c"]
+    assert rejects == {f"0.tar@{at}": "tar_damaged", "b": "no_picture"}
+    assert manifest["counts"]["tars_damaged"] == 1
+    assert manifest["counts"]["tars_cut_short"] == 0
+    assert "0.tar is damaged: used but for what is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(("damage", "left"), [("checksum", 3), ("middle", 1)])
+def test_a_damaged_gzip_gives_what_comes_before_the_damage(tmp_path, caplog, damage, left):
+    folder = img2dataset(tmp_path / "in", table=False)
+    whole = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").unlink()
+    if damage == "checksum":
+        packed = gzip.compress(whole)[:-8] + b"\xff" * 8
+    else:
+        packed = gzip.compress(whole[: whole.index(b"000000002.jpg") + 700]) + b"no gzip" * 99
+    (folder / "00000.tgz").write_bytes(packed)
+    pairs, rejects, counts = run_folder(folder, tmp_path / "w")
+    assert len(pairs) == left
+    assert set(rejects.values()) <= {"tar_cut_short"}
+    assert (counts["tars_cut_short"], counts["pairs_missing"]) == (1, 3 - left)
+    assert "00000.tgz is damaged (Error -3 while decompressing" in caplog.text
+    assert "00000.tar is cut short: used up to the cut" in caplog.text
+
+
+def test_a_gzip_bomb_is_unpacked_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "_ALWAYS_FINE", 1 << 16)
+    whole = tar_bytes([("a.png", picture()), ("a.txt", b"x"), ("b.txt", bytes(40 << 20))])
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(whole))
+    (manifest,) = pairs_stage.run(make_config(tmp_path / "0.tar.gz"), engine.Engine(tmp_path / "w"))
+    assert manifest["counts"]["tars_cut_short"] == 1
+    assert read(tmp_path / "w")[1] == {"b": "tar_cut_short"}
+    assert (tmp_path / "w/unpacked/0.tar").stat().st_size < 25 << 20
+
+
+def test_texts_of_megabytes_are_not_read(tmp_path):
+    long = bytes((1 << 20) + 1)
+    members = [("a.png", picture()), ("a.txt", long), ("b.png", picture()), ("b.json", long)]
+    deep = b"[" * 500_000
+    pairs, rejects, _ = run(tmp_path, [*members, ("c.png", picture()), ("c.json", deep)])
+    assert pairs == {}
+    assert rejects == {"a": "too_many_bytes", "b": "too_many_bytes", "c": "broken_json"}
+
+
+def test_what_macos_leaves_beside_files_is_no_pair(tmp_path):
+    names = ("x/a", "x/._a", "__MACOSX/x/a", "x/.hidden")
+    members = [(f"{key}.{kind}", data) for key in names for kind, data in PAIR]
+    pairs, rejects, _ = run(tmp_path, members)
+    assert list(pairs) == ["x/a", "x/.hidden"]
+    assert rejects == {}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -133,9 +188,9 @@ def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(memb
     with tempfile.NamedTemporaryFile() as file:
         file.write(whole)
         file.flush()
-        found, cut, complete = tars.list_members(file.name)
+        found, damaged, complete = tars.list_members(file.name)
         assert complete
-        assert cut is None
+        assert not damaged
         assert [whole[m.offset : m.offset + m.length] for m in found] == [c for _, c in members]
         ends = [member.offset + member.length for member in found]
 
@@ -144,9 +199,12 @@ def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(memb
         # Anywhere after the first member's data.
         at = data.draw(st.integers(ends[0], len(whole)))
         file.truncate(at)
-        kept, cut, _ = tars.list_members(file.name)
-        assert kept == [member for member, end in zip(found, ends, strict=True) if end <= at]
-        assert cut is None or cut == found[len(kept)]
+        kept, damaged, _ = tars.list_members(file.name)
+        assert not damaged
+        cut = [member for member in kept if member.reason]
+        whole = [member for member, end in zip(found, ends, strict=True) if end <= at]
+        assert kept[: len(kept) - len(cut)] == whole
+        assert cut in ([], [m._replace(reason="tar_cut_short") for m in found[len(whole) :][:1]])
 
 
 def img2dataset(folder, *, table=True, stats=True, successes=3):
@@ -232,26 +290,77 @@ def test_a_changed_sidecar_is_read_again(tmp_path):
     assert pairs["000000002"]["url"] is None
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "words"),
-    [
-        ("00000.parquet", b"PAR1 no more", r"00000\.parquet cannot be read .*: fetch it again"),
-        ("00000_stats.json", b"{", "is not img2dataset's statistics: remove it"),
-        ("00000_stats.json", b"[]", "is not img2dataset's statistics: remove it"),
-    ],
-)
-def test_sidecars_that_cannot_be_read_are_told(tmp_path, name, data, words):
+def test_a_table_that_cannot_be_read_is_told(tmp_path):
     folder = img2dataset(tmp_path / "in")
-    (folder / name).write_bytes(data)
-    with pytest.raises(errors.BadInput, match=words):
+    (folder / "00000.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(errors.BadInput, match=r"00000\.parquet cannot be read .*: fetch it again"):
         run_folder(folder, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"{", b"[1]", b"[" * 100_000, b'{"successes": 1e400}', b'{"successes": NaN}'),
+        *(b'{"successes": -5}', b'{"successes": 3, "failed_to_resize": "x"}', b"\xff\xfe{"),
+        b'{"successes": ' + b"9" * 4000 + b"}",
+    ],
+    ids=lambda data: data[:20].decode("latin-1"),
+)
+def test_statistics_that_make_no_sense_are_ignored(tmp_path, caplog, data):
+    folder = img2dataset(tmp_path / "in", table=False)
+    (folder / "00000_stats.json").write_bytes(data)
+    pairs, _, counts = run_folder(folder, tmp_path / "w")
+    assert (len(pairs), counts["pairs_missing"], counts["not_downloaded"]) == (3, 0, 0)
+    assert "00000_stats.json is not img2dataset's statistics: ignored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64()])
+def test_keys_that_were_read_as_numbers_are_found_by_their_number(tmp_path, kind):
+    folder = img2dataset(tmp_path / "in", stats=False)
+    keys = pa.array([0, 2, None], kind)
+    pq.write_table(
+        pa.table({"key": keys, "url": ["zero", "two", "none"]}), folder / "00000.parquet"
+    )
+    pairs, _, _ = run_folder(folder, tmp_path / "w")
+    assert [row["url"] for row in pairs.values()] == ["zero", "two", None]
+
+
+def test_bad_cells_of_the_table_cost_themselves(tmp_path):
+    folder = img2dataset(tmp_path / "in", stats=False)
+    raw = pa.array([b"000000000", b"a\xff", b"000000002", b"000000004"])
+    offsets, values = raw.buffers()[1:]
+    table = {
+        "key": pa.StringArray.from_buffers(4, offsets, values),
+        "url": pa.array([{"x": 1}, None, {"x": 2}, None]),
+        "punsafe": pa.array([2**62, 1, 1, 2**62], pa.timestamp("us")),
+        "NSFW": pa.array([["a", "b"], [], ["c"], None]),
+        "status": ["success", "failed_to_resize", "success", "success"],
+    }
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+    pairs, rejects, counts = run_folder(folder, tmp_path / "w")
+    assert [row["url"] for row in pairs.values()] == [None] * 3
+    assert pairs["000000000"]["extras"] == '{"NSFW": ["a", "b"]}'
+    assert pairs["000000004"]["extras"] is None
+    assert rejects == {}
+    assert counts["not_downloaded_failed_to_resize"] == 1
+
+
+def test_statuses_that_nobody_knows_are_one(tmp_path):
+    folder = img2dataset(tmp_path / "in", stats=False)
+    status = [*(f"\x1b[3{i}m\n" for i in range(50)), None, "failed_to_download"]
+    table = {"key": [f"{i}" for i in range(len(status))], "status": status}
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+    _, _, counts = run_folder(folder, tmp_path / "w")
+    told = {name: count for name, count in counts.items() if name.startswith("not_downloaded_")}
+    assert told == {"not_downloaded_failed_to_download": 1, "not_downloaded_other": 51}
 
 
 def test_a_table_that_is_no_sidecar_is_told(tmp_path):
     folder = img2dataset(tmp_path / "in")
-    pq.write_table(pa.table({"id": [1]}), folder / "00000.parquet")
-    with pytest.raises(errors.BadInput, match="has no column `key`"):
-        run_folder(folder, tmp_path / "w")
+    for table in ({"id": [1]}, {"key": [["a"]]}):
+        pq.write_table(pa.table(table), folder / "00000.parquet")
+        with pytest.raises(errors.BadInput, match="has no column `key` of strings or whole"):
+            run_folder(folder, tmp_path / "w")
 
 
 def test_names_in_another_encoding_are_spelt_out(tmp_path):

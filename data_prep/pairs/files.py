@@ -8,16 +8,16 @@ import re
 import typing
 from collections.abc import Sequence
 
+from data_prep.pairs import samples
 from data_prep.pairs.formats import tables, tfds_sets
 from mofi_jax.common import errors
 
 # Formats by the end of the name. Where a pattern finds several kinds, the first of them is read:
 # beside tars lie their own tables, beside parquet may lie the list it was made from.
 _KINDS = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.SUFFIXES}
-_PACKED = ".gz"
 _LONGEST = 100  # characters of a shard's name
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_WANTED = "img2dataset tars (.tar, .tar.gz), .parquet, or tables .csv .tsv .jsonl (also .gz)"
+_WANTED = "img2dataset tars (.tar, .tar.gz, .tgz), .parquet, or tables .csv .tsv .jsonl (also .gz)"
 
 
 class Found(typing.NamedTuple):
@@ -130,10 +130,15 @@ def _call(pattern: str) -> str:
 
 
 def _kind(path: str) -> str | None:
-    plain = path.removesuffix(_PACKED)
-    if path.endswith(".parquet" + _PACKED):
-        return None  # parquet is packed inside
+    if path.endswith(".parquet.gz") or os.path.basename(path).startswith("._"):
+        return None  # parquet is packed inside; what macOS says of the file NAME is in ._NAME
+    plain = _plain(path)
     return next((kind for kind, ends in _KINDS.items() if plain.endswith(ends)), None)
+
+
+def _plain(path: str) -> str:
+    """The name that a packed file has when it is unpacked; of any other its own."""
+    return re.sub(r"\.tgz$", ".tar", path).removesuffix(".gz")
 
 
 def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
@@ -142,10 +147,12 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
     elif os.path.exists(pattern):
         listed = [pattern]
     else:
-        folder, last = os.path.split(pattern)
-        if os.path.isdir(folder):  # a name, whatever characters are in it
-            folder = glob.escape(folder)
-        listed = glob.glob(os.path.join(folder, last), recursive=True)
+        folder, rest = pattern, ""
+        while folder and not os.path.isdir(folder):
+            folder, last = os.path.split(folder)
+            rest = os.path.join(last, rest) if rest else last
+        # What exists is a name, whatever characters are in it; only the rest is a pattern.
+        listed = glob.glob(os.path.join(glob.escape(folder), rest), recursive=True)
     by_kind: dict[str, set[str]] = {kind: set() for kind in _KINDS}
     for path in listed:
         kind = _kind(path)
@@ -161,17 +168,21 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
         )
     # Where both `a.tar` and `a.tar.gz` are there, the former is the latter unpacked.
     chosen = by_kind[kind]
-    paths = sorted(path for path in chosen if path.removesuffix(_PACKED) not in chosen - {path})
+    paths = sorted(path for path in chosen if _plain(path) not in chosen - {path})
     base = os.path.abspath(pattern)
     while not os.path.isdir(base):  # the last folder that is no pattern
         base = os.path.dirname(base)
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     found = []
     for path in paths:
-        inside = os.path.relpath(path.removesuffix(_PACKED), root)
-        shard = os.path.relpath(path.removesuffix(_PACKED), base).rpartition(".")[0]
+        if samples.encodable(path) != path:
+            raise errors.BadInput(
+                f"config.sources: the name of {samples.encodable(path)} is not UTF-8: rename it."
+            )
+        inside = os.path.relpath(_plain(path), root)
+        shard = os.path.relpath(_plain(path), base).rpartition(".")[0]
         unpacked = None
-        if path.endswith(_PACKED):
+        if path != _plain(path):
             unpacked = (prefix + os.path.basename(inside)).replace("/", "-")
         stem = inside.rpartition(".")[0]
         found.append(Found(name, prefix, kind, path, stem, unpacked, shard))

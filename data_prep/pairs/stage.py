@@ -22,9 +22,13 @@ Every sample ends either in pairs/ or in rejects/ with a reason:
     picture_missing picture_outside picture_is_a_url    a table names no file beside it
     empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels too_many_bytes
     tar_cut_short                               the member at which a tar that was cut short ends
+    tar_damaged                                 what cannot be read in a tar, by FILE@BYTE
+    not_a_tar                                   a file that only bears the name
+    not_a_file                                  links, devices and sparse files in a tar
 
-A tar that was cut short, as an interrupted download is, gives all pairs before the cut, a warning
-and the count `tars_cut_short`: thousands of good shards should not wait for one.
+A tar that was cut short, as an interrupted download is, gives all pairs before the cut, one damaged
+in the middle those around it, with a warning and the counts `tars_cut_short` and `tars_damaged`
+(`tars_unreadable` where no part is a tar): thousands of good shards should not wait for one.
 """
 
 import hashlib
@@ -66,7 +70,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Returns:
       The manifests; counts `pairs` and `rejected` (every sample is one or the other; of the latter
       `duplicate_keys`), `members` (files of a tar, rows of a table), `captions_cut` and, of tars,
-      `tars_cut_short`, `pairs_missing` and `not_downloaded` (see `data_prep.pairs.formats.tars`).
+      `tars_cut_short`, `tars_damaged`, `tars_unreadable`, `pairs_missing` and `not_downloaded` (see
+      `data_prep.pairs.formats.tars`).
 
     Raises:
       BadInput: nothing to read, or files that cannot be read and no failure budget for them.
@@ -146,7 +151,8 @@ def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> It
 def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine.Task]:
     """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
     unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
-    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 2}, keys=_unknown)
+    unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 3}, keys=_unknown)
+    cut_short = {m["shard"] for m in unpacked if m["counts"]["cut_short"]}
     at = {m["shard"]: os.fspath(work.workdir / m["outputs"][0]["path"]) for m in unpacked}
     paths = [at.get(file.unpacked) if file.unpacked else file.path for file in found]
     scan = [
@@ -165,7 +171,8 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
         if file.kind == "tar":
             inputs = (path, *tars.sidecars(file.path))
-            parts[file.shard] = (inputs, {**part, "name": file.path})
+            part |= {"name": file.path, "cut_short": file.unpacked in cut_short}
+            parts[file.shard] = (inputs, part)
         elif file.kind == "tfds":
             inputs = (path, *tfds_sets.described_in(path))
             for number, start in enumerate(range(*file.span, rows)):
@@ -299,10 +306,16 @@ def _keys_of_part(task: engine.Task) -> Iterator:
 
 
 def _warn(indexed: Sequence[dict]) -> None:
+    damage = {
+        "tars_cut_short": "is cut short: used up to the cut",
+        "tars_damaged": "is damaged: used but for what is damaged (rejected as tar_damaged)",
+        "tars_unreadable": "is no tar (rejected as not_a_tar): remove it or fetch it again",
+    }
     for manifest in indexed:
         path, counts = manifest["inputs"][0]["path"], manifest["counts"]
-        if counts.get("tars_cut_short"):
-            logging.warning("%s is cut short: used up to the cut", path)
+        for name, words in damage.items():
+            if counts.get(name):
+                logging.warning("%s %s", path, words)
         if counts.get("pairs_missing"):
             missing = counts["pairs_missing"]
             logging.warning("%s holds %d pairs fewer than its _stats.json says", path, missing)

@@ -4,32 +4,33 @@ A sample is what shares a name up to the last dot: a picture (.jpg .jpeg .png .w
 (`.txt`, or else "caption" in `.json`) and what else `.json` says. Where a kind occurs twice under
 one name, the second is a sample of its own, with the reason `duplicate_key`. Beside `00000.tar` may
 lie `00000.parquet`, which then says more than the `.json` members, also of what could not be
-downloaded, and `00000_stats.json`, which says how many pairs the tar should hold.
+downloaded, and `00000_stats.json`, which says how many pairs the tar should hold. Names are keys:
+nothing is ever written under them. What macOS puts beside files (`._NAME`, `__MACOSX/`) is ignored.
+
+Damage costs what it covers: a tar that was cut short gives what lies before the cut, one damaged in
+the middle also what lies behind, and a file that is no tar is one reject.
 """
 
 import collections
 import json
 import os
-import tarfile
 import typing
 import zlib
 from collections.abc import Iterator, Sequence
 
+from absl import logging
+
 from data_prep import engine
 from data_prep.pairs import pictures, samples
+from data_prep.pairs.formats.tar_headers import Listing, Member, list_members
 from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
-_BLOCK = tarfile.BLOCKSIZE
-
-
-class Member(typing.NamedTuple):
-    """A file inside a tar: its name, and where its bytes lie."""
-
-    name: str
-    offset: int
-    length: int
+_MAX_TEXT = 1 << 20  # bytes of a caption or its .json, a thousand times what people write
+# Pictures can hardly be packed any further. What grows more than this was made to fill the disk.
+_MAX_RATIO, _ALWAYS_FINE = 100, 64 << 20
+_STATUSES = ("failed_to_download", "failed_to_resize")
 
 
 def stem(path: str) -> str:
@@ -44,23 +45,53 @@ def sidecars(path: str) -> tuple[str, ...]:
 
 
 def unpack(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """A stage: `unpacked/NAME` from one .gz; one that is cut short gives all that can be had."""
+    """A stage: `unpacked/NAME` from one .gz; of a damaged tar all that can be had.
+
+    Raises:
+      BadInput: a table that is damaged or too large.
+    """
+    path, why, cut = task.inputs[0], "", False
+    most = _MAX_RATIO * os.path.getsize(path) + _ALWAYS_FINE
+    with open(path, "rb") as source, open(outputs.path(f"unpacked/{task.name}"), "wb") as target:
+        try:
+            for data in _inflate(source):
+                target.write(data)
+                if target.tell() > most:
+                    why = f"it holds more than {_MAX_RATIO} times its size"
+                    break
+        except EOFError:
+            cut = True
+        except zlib.error as error:
+            why = str(error)
+    if why and not task.name.endswith(".tar"):
+        raise errors.BadInput(f"sources: {path} is damaged ({why}): fetch it again or remove it.")
+    if why:
+        logging.warning("%s is damaged (%s): used up to there", path, why)
+    return {"files": 1, "cut_short": int(cut or bool(why))}
+
+
+def _inflate(source: typing.BinaryIO) -> Iterator[bytes]:
+    """What gzip streams in a row hold, up to the last byte before a damage or cut.
+
+    Raises:
+      EOFError: the last stream is cut short.
+      zlib.error: there is something else at this place.
+    """
     # Not gzip.open: at a cut it loses what it has read since its last answer.
     unpacker = zlib.decompressobj(wbits=31)
-    target_path = outputs.path(f"unpacked/{task.name}")
-    with open(task.inputs[0], "rb") as source, open(target_path, "wb") as target:
-        try:
-            while chunk := source.read(1 << 20):
-                while chunk:
-                    if unpacker.eof:  # several gzip streams in a row are one file
-                        unpacker = zlib.decompressobj(wbits=31)
-                    target.write(unpacker.decompress(chunk))
-                    chunk = unpacker.unused_data.lstrip(b"\0")
-        except zlib.error as error:
-            raise errors.BadInput(
-                f"sources: {task.inputs[0]} is damaged ({error}): fetch it again or remove it."
-            ) from error
-    return {"files": 1, "cut_short": int(not unpacker.eof)}
+    while chunk := source.read(1 << 14):  # little, as zeros grow a thousandfold
+        while chunk:
+            if unpacker.eof:
+                unpacker = zlib.decompressobj(wbits=31)
+            before = unpacker.copy()
+            try:
+                yield unpacker.decompress(chunk)
+            except zlib.error:  # it has thrown away what came before: once more, in single bytes
+                for byte in chunk:
+                    yield before.decompress(bytes([byte]))
+            chunk = unpacker.unused_data.lstrip(b"\0")
+    if not unpacker.eof:
+        raise EOFError
 
 
 def read(
@@ -70,32 +101,41 @@ def read(
 
     Args:
       inputs: the tar, then its sidecars.
-      part: `name`, what to call the tar in complaints.
+      part: `name`, what to call the tar; `cut_short`, whether it was unpacked only in part.
       keep: the columns that sidecars are asked for.
-      counts: gets `members`, `tars_cut_short`, `pairs_missing` (promised by the statistics) and
-        `not_downloaded`, also by status.
+      counts: gets `members`, `tars_cut_short`, `tars_damaged`, `tars_unreadable`, `pairs_missing`
+        (promised by the statistics) and `not_downloaded`, also by status.
 
     Raises:
-      BadInput: no tar, a tar damaged in the middle, or an unreadable sidecar.
+      BadInput: an unreadable table beside the tar.
     """
-    path = inputs[0]
-    members, cut, complete = list_members(path, part["name"])
-    parquet = next((name for name in inputs[1:] if name.endswith(".parquet")), None)
-    stats = next((name for name in inputs[1:] if name.endswith("_stats.json")), None)
-    known, failures = _read_parquet(parquet, keep) if parquet else (None, {})
-    promised = None
+    path, name = inputs[0], os.path.basename(part["name"])
+    listing = list_members(path)
+    parquet = next((path for path in inputs[1:] if path.endswith(".parquet")), None)
+    stats = next((path for path in inputs[1:] if path.endswith("_stats.json")), None)
+    describe, failures = _read_parquet(parquet, keep) if parquet else (None, {})
+    promised = 0
     if stats:
         promised, failed = _read_stats(stats)
         failures = failures if parquet else failed
+    members, damaged, complete = listing or Listing([], [], True)
     groups = _group(members)
     whole = sum("picture" in parts and len(parts) > 1 for _, parts in groups)
     counts |= {
         "members": len(members),
-        "tars_cut_short": int(not complete),
-        "pairs_missing": max(0, (promised or 0) - whole),
+        "tars_cut_short": int(
+            listing is not None and (not complete or part.get("cut_short", False))
+        ),
+        "tars_damaged": int(bool(damaged)),
+        "tars_unreadable": int(listing is None),
+        "pairs_missing": max(0, promised - whole),
         "not_downloaded": sum(failures.values()),
     }
     counts |= {f"not_downloaded_{status}": n for status, n in sorted(failures.items())}
+    if listing is None:
+        yield Sample(name, reason="not_a_tar")
+    for offset in damaged:
+        yield Sample(f"{name}@{offset}", reason="tar_damaged")
     with open(path, "rb") as file:
 
         def content(member: Member) -> bytes:
@@ -104,16 +144,11 @@ def read(
 
         seen = set()
         for key, parts in groups:
-            if cut is not None and key == _split(cut.name)[0]:
-                continue  # told below
             if key in seen:
                 yield Sample(key, reason="duplicate_key")
                 continue
             seen.add(key)
-            row = known.get(key, {}) if known is not None else None
-            yield _sample(key, parts, content, path, row)
-    if cut is not None:
-        yield Sample(_split(cut.name)[0], reason="tar_cut_short")
+            yield _sample(key, parts, content, path, describe(key) if describe else None)
 
 
 def _sample(
@@ -124,6 +159,12 @@ def _sample(
     row: dict | None,
 ) -> Sample:
     """`row` is what the sidecar says; without sidecar (None) the .json member is read for it."""
+    for kind, member in parts.items():
+        reason = member.reason
+        if member.length > (pictures.MAX_BYTES if kind == "picture" else _MAX_TEXT):
+            reason = reason or "too_many_bytes"
+        if reason:
+            return Sample(key, reason=reason)
     fields, broken = {}, None
     if "json" in parts and (row is None or "txt" not in parts):
         fields, broken = _fields(content(parts["json"]))
@@ -140,8 +181,6 @@ def _sample(
     if text is None or "picture" not in parts:
         return Sample(key, reason="no_text" if text is None else "no_picture")
     picture = parts["picture"]
-    if picture.length > pictures.MAX_BYTES:
-        return Sample(key, reason="too_many_bytes")
     return Sample(
         key,
         text,
@@ -179,7 +218,7 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
     for member in members:
         key, suffix = _split(member.name)
         kind = "picture" if suffix in PICTURE_SUFFIXES else suffix
-        if suffix == "":
+        if suffix == "" or "__MACOSX" in key.split("/") or os.path.basename(key).startswith("._"):
             continue
         of_key = by_key.setdefault(key, [])
         if kind not in ("picture", "txt", "json"):
@@ -197,8 +236,10 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
 # ----------------------------------------------------------------------------------------- sidecars
 
 
-def _read_parquet(path: str, keep: Sequence[str]) -> tuple[dict[str, dict], dict[str, int]]:
-    """What img2dataset's table says of each key; how many downloads failed, by status."""
+def _read_parquet(
+    path: str, keep: Sequence[str]
+) -> tuple[typing.Callable[[str], dict], dict[str, int]]:
+    """What img2dataset's table says of a key; how many downloads failed, by status."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,20 +247,26 @@ def _read_parquet(path: str, keep: Sequence[str]) -> tuple[dict[str, dict], dict
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if "key" not in columns:
+            kind = file.schema_arrow.types[columns.index("key")] if "key" in columns else pa.null()
+            # Where pandas has read keys as numbers, their zeros are gone.
+            numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            strings = ("string", "large_string", "dictionary<values=string")
+            if not numbers and not str(kind).startswith(strings):
                 raise errors.BadInput(
-                    f"sources: {path} has no column `key`, which joins it to the tar beside it:"
-                    " move it away if it does not belong to the tar."
+                    f"sources: {path} has no column `key` of strings or whole numbers, which joins"
+                    " it to the tar beside it: move it away if it does not belong to the tar."
                 )
             url = samples.pick(columns, samples.URL_COLUMNS)
             wanted = {"key", "status", url, *keep} & set(columns)
             for batch in file.iter_batches(columns=sorted(wanted)):
-                for row in batch.to_pylist():
-                    status = row.pop("status", "success")
-                    if status == "success":
-                        known[str(row.pop("key"))] = row
-                    else:
-                        failures[str(status)] += 1
+                cells = [[_cell(scalar) for scalar in column] for column in batch.columns]
+                for values in zip(*cells, strict=True):
+                    row = dict(zip(batch.schema.names, values, strict=True))
+                    key, status = row.pop("key"), row.pop("status", "success")
+                    if status != "success":
+                        failures[status if status in _STATUSES else "other"] += 1
+                    elif key is not None and not (numbers and key % 1):
+                        known[str(int(key)) if numbers else key] = row
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or the network: the file may be sound
@@ -228,68 +275,33 @@ def _read_parquet(path: str, keep: Sequence[str]) -> tuple[dict[str, dict], dict
             f"sources: {path} cannot be read ({reason}): fetch it again, or remove it to read the"
             " tar beside it without."
         ) from error
-    return known, dict(failures)
+
+    def describe(key: str) -> dict:
+        return known.get((key.lstrip("0") or "0") if numbers else key, {})
+
+    return describe, dict(failures)
 
 
-def _read_stats(path: str) -> tuple[int | None, dict[str, int]]:
-    """How many pairs img2dataset says it wrote; how many downloads failed, by status."""
+def _cell(scalar) -> typing.Any:
+    """A value as Python's; None where it is none, as text that is not UTF-8 or the year 200,000."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _read_stats(path: str) -> tuple[int, dict[str, int]]:
+    """How many pairs img2dataset says it wrote; how many downloads failed, by status.
+
+    0 and nothing, with a warning, where it says nothing that makes sense.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            stats = json.load(file)
-        failures = {
-            name: int(stats[name])
-            for name in ("failed_to_download", "failed_to_resize")
-            if stats.get(name)
-        }
-        return int(stats["successes"]), failures
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.BadInput(
-            f"sources: {path} is not img2dataset's statistics: remove it or fetch it again."
-        ) from error
-
-
-# --------------------------------------------------------------------------------------- the format
-
-
-def list_members(
-    path: str | os.PathLike[str], name: str | None = None
-) -> tuple[list[Member], Member | None, bool]:
-    """Lists the files of an uncompressed tar, called `name` in complaints.
-
-    Returns:
-      The whole files, the file that is cut off at the end or None, and whether the tar is complete
-      (ends in the zero block that tar writes last).
-
-    Raises:
-      BadInput: the file is no tar, or damaged in the middle.
-    """
-    name = name or os.fspath(path)
-    size = os.path.getsize(path)
-    members = []
-    complete = False
-    with open(path, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  closing would close `file`
-            for info in tar:
-                if info.isreg():
-                    members.append(Member(info.name, info.offset_data, info.size))
-            end = tar.offset
-        except (tarfile.ReadError, EOFError) as error:
-            if not members:
-                raise errors.BadInput(
-                    f"sources: {name} is no tar ({error}): remove it or fetch it again."
-                ) from error
-            # Past the end: the bytes of the last member are missing. Before it: damaged.
-            end = size if file.tell() >= size else file.tell()
-        file.seek(end)
-        rest = file.read(_BLOCK)
-    if rest and not rest.strip(b"\0"):
-        complete = True
-    elif len(rest) == _BLOCK:
-        # tarfile stops without a word at a header it cannot read.
-        raise errors.BadInput(
-            f"sources: {name} is damaged at byte {end}: fetch it again or remove it."
-        )
-    whole = [member for member in members if member.offset + member.length <= size]
-    cut = next((member for member in members if member.offset + member.length > size), None)
-    return whole, cut, complete and cut is None
+            stats = json.loads(file.read(_MAX_TEXT))
+        counts = {name: int(stats.get(name) or 0) for name in ("successes", *_STATUSES)}
+        if not all(0 <= count < 1 << 40 for count in counts.values()):
+            raise ValueError(counts)
+    except (ValueError, OverflowError, RecursionError, TypeError, AttributeError):
+        logging.warning("%s is not img2dataset's statistics: ignored", path)
+        return 0, {}
+    return counts.pop("successes"), {name: count for name, count in counts.items() if count}
