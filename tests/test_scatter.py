@@ -150,3 +150,34 @@ def test_processes_share_the_memory_of_a_machine(tmp_path):
         sizes.append(float(amount) * {"GiB": 1024, "MiB": 1}[unit])
         assert threads == 1
     assert sizes[0] / sizes[1] == pytest.approx(8, rel=0.05)
+
+
+def write_repeated(task, outputs, settings):
+    for shard, table in engine.gather_shards(task, settings):
+        outputs.write_table(f"repeated/{shard}.parquet", table)
+    return {}
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.lists(st.lists(st.integers(0, 9), max_size=9), min_size=1, max_size=7))
+def test_repeated_values_come_back_to_their_shards(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("repeated")
+    tasks = write_shards(folder / "in", shards)
+    sql = """
+        SELECT value::VARCHAR AS value, parse_filename(filename, true) AS shard,
+               file_row_number AS "row", concat(shard, '-', "row") AS key
+        FROM read_parquet($files, filename = true, file_row_number = true)
+    """
+    work = engine.Engine(folder / "w")
+    files = {"files": [task.inputs[0] for task in tasks]}
+    tasks, settings = work.repeated("value", sql, files, ["shard", "row"])
+    work.map_shards("repeated", write_repeated, tasks, settings)
+    first: dict[int, str] = {}
+    for path, values in zip(files["files"], shards, strict=True):
+        name = os.path.basename(path)
+        expected = [
+            {"row": row, "key": f"{name[:-8]}-{row}", "first": first[value]}
+            for row, value in enumerate(values)
+            if first.setdefault(value, f"{name[:-8]}-{row}") != f"{name[:-8]}-{row}"
+        ]
+        assert pq.read_table(work.workdir / "repeated" / name).to_pylist() == expected

@@ -205,7 +205,7 @@ def group_shards(
 
 
 def gather_shards(task: Task, settings: dict) -> Iterator[tuple[str, pa.Table]]:
-    """Of each shard of a task of `Engine.to_shards` its rows, without the columns shard and row."""
+    """Of each shard of a task of `Engine.to_shards` its name and its rows, by their `row`."""
     import pyarrow.compute as pc
 
     spills, tables = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
@@ -214,8 +214,25 @@ def gather_shards(task: Task, settings: dict) -> Iterator[tuple[str, pa.Table]]:
     table = table.sort_by([("shard", "ascending"), ("row", "ascending")])
     for path in tables:
         shard = epath.Path(path).stem
-        own = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard", "row"])
+        own = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard"])
         yield shard, own.combine_chunks()
+
+
+def find_repeated(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
+    """A stage function; see `Engine.repeated`."""
+    import pyarrow.compute as pc
+
+    bucket = int(task.name)
+    table = read_buckets(task.inputs, bucket, bucket + 1)
+    table = table.sort_by([(name, "ascending") for name in ("value", *settings["order"])])
+    values = table["value"].combine_chunks()
+    repeated = np.zeros(len(table), bool)
+    repeated[1:] = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(table))))
+    found = table.select(["shard", "row", "key"]).append_column("first", table["key"].take(first))
+    found = found.filter(repeated)
+    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", found)
+    return {"rows": len(found)}
 
 
 def scatter(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:

@@ -258,6 +258,42 @@ class Engine:
         ]
         return gathers, {"spills": len(found.files)}
 
+    def repeated(
+        self,
+        stage: str,
+        sql: str,
+        tables: Mapping[str, Sequence[str | os.PathLike[str]]],
+        order: Sequence[str],
+    ) -> tuple[list[Task], dict]:
+        """Finds the rows whose value another row has that comes before them.
+
+        Args:
+          stage: the stages are STAGE_rows (scattered by value), STAGE_found and STAGE_shards.
+          sql: rows value (text), key, shard, row (see `to_shards`).
+          tables: what $NAME in the SQL stands for, a file of each shard each.
+          order: the columns by which rows of one value come before one another.
+
+        Returns:
+          Tasks and settings for a stage whose function reads with `gather_shards`: row, key, first
+          (the key of the very first row of that value).
+        """
+        shards = next(iter(tables.values()))
+        tasks = relational.run_tasks(*tables.values())
+        buckets = max(1, min(relational.MOST_BUCKETS, len(tasks)))
+        sql = f"SELECT *, {relational.bucket_of('value')} AS bucket FROM ({sql})"
+        parameters = {"buckets": buckets}
+        scattered = self.scatter(
+            f"{stage}_rows", sql, tasks, buckets, parameters, tuple(tables), keys=None
+        )
+        tasks = [Task(f"{bucket:05d}", scattered.files) for bucket in range(buckets)]
+        settings = {"order": list(order)}
+        found = self.map_shards(
+            f"{stage}_found", relational.find_repeated, tasks, settings, keys=None
+        )
+        tasks = relational.run_tasks([self.workdir / m["outputs"][0]["path"] for m in found])
+        sql = "SELECT * FROM read_parquet($files)"
+        return self.to_shards(f"{stage}_shards", sql, tasks, shards, keys=None)
+
     def partial(
         self,
         stage: str,

@@ -137,7 +137,8 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
     made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
-    made_for |= {"takedowns": [], "unsafe": [], "copies": []}
+    made_for |= {"takedowns": [], "unsafe": []}
+    made_for["copies"] = ["copy_rows", "copy_found", "copy_shards"]
     off = [
         folder for stage in made_for if stage not in stages for folder in (stage, *made_for[stage])
     ]

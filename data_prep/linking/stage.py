@@ -314,7 +314,7 @@ def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[
     counts = dict.fromkeys(("texts", "linked", "mentions", "candidates"), 0)
     # A caption in quarantine leaves its pairs without a row here.
     for shard, own in engine.gather_shards(task, settings):
-        outputs.write_table(f"links/{shard}.parquet", own)
+        outputs.write_table(f"links/{shard}.parquet", own.drop_columns(["row"]))
         counts["texts"] += len(own)
         for name in ("mentions", "candidates"):
             lengths = pc.list_value_length(own[name])

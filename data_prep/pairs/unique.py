@@ -1,15 +1,12 @@
 """Of pairs with the same key the first one stays, by shard and place. indexed/ -> pairs/.
 
-key_rows/   scattered by the key: key, shard, place
-repeated/   NNNNN.parquet  the rows of a bucket whose key came before
-unique/     NAME.parquet   the same of each shard of indexed/ that has any
+unique/     NAME.parquet   the rows of each shard of indexed/ whose key came before, if any
 pairs/      NAME.parquet   shards of about `rows_per_shard` rows, each of a run of indexed/'s
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -23,14 +20,11 @@ from data_prep import engine
 _MOST = 4  # times `rows_per_shard`: a run of shards ends here whatever their names
 
 COUNTS = b"counts"  # of a shard of indexed/, in the metadata of its rejects
-_ROWS_PER_BUCKET = 100_000
 
-_KEYS = f"""
-    SELECT key, parse_filename(filename, true) AS shard, CAST(file_row_number AS INT) AS place,
-           {engine.bucket_of("key")} AS bucket
+_KEYS = """
+    SELECT key AS value, key, parse_filename(filename, true) AS shard, file_row_number AS "row"
     FROM read_parquet($files, filename = true, file_row_number = true)
 """
-_IN_ORDER = "SELECT * FROM read_parquet($files) ORDER BY shard, place"
 
 
 def run(indexed: Sequence[dict], work: engine.Engine, rows_per_shard: int) -> list[dict]:
@@ -84,51 +78,19 @@ def split_evenly(rows: Mapping[str, int], size: int) -> list[list[str]]:
 def _find_repeated(rows: Mapping[str, int], work: engine.Engine) -> set[str]:
     """Writes unique/; returns the shards that it has a file of."""
     files = [work.workdir / f"indexed/{name}.parquet" for name in sorted(rows)]
-    buckets = max(1, min(engine.MOST_BUCKETS, sum(rows.values()) // _ROWS_PER_BUCKET))
-    tasks = engine.run_tasks(files)
+    tasks, settings = work.repeated("key", _KEYS, {"files": files}, ["shard", "row"])
+    settings["version"] = 4
     # Nothing is lost with a key that is not looked at, but that it is unique.
-    found = work.scatter("key_rows", _KEYS, tasks, buckets, {"buckets": buckets}, keys=None)
-    tasks = [engine.Task(f"{bucket:05d}", found.files) for bucket in range(buckets)]
-    written = work.map_shards("repeated", _repeated, tasks, {}, keys=None)
-    files = tuple(work.workdir / o["path"] for m in written for o in m["outputs"])
-    [manifest] = work.map_shards(
-        "unique", _by_shard, [engine.Task("all", files)], {"version": 3}, keys=None
-    )
-    return {epath.Path(output["path"]).stem for output in manifest["outputs"]}
+    written = work.map_shards("unique", _write_repeated, tasks, settings, keys=None)
+    return {epath.Path(o["path"]).stem for manifest in written for o in manifest["outputs"]}
 
 
-def _repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    bucket = int(task.name)
-    table = engine.read_buckets(task.inputs, bucket, bucket + 1)
-    table = table.sort_by([(name, "ascending") for name in ("key", "shard", "place")])
-    keys = table["key"].combine_chunks()
-    again = np.zeros(len(table), bool)
-    again[1:] = keys[1:].to_numpy(zero_copy_only=False) == keys[:-1].to_numpy(zero_copy_only=False)
-    outputs.write_table(f"repeated/{task.name}.parquet", table.filter(again))
-    return {"duplicate_keys": int(again.sum())}
-
-
-def _by_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    total, shard, writer = 0, None, None
-    with engine.connect(outputs) as connection:
-        query = engine.ask(connection, _IN_ORDER, {"files": task.inputs})
-        for batch in query.to_arrow_reader(1 << 16):
-            table = pa.Table.from_batches([batch])
-            names = table["shard"].to_pylist()
-            for name, run in itertools.groupby(range(len(names)), key=names.__getitem__):
-                places = list(run)
-                if name != shard:
-                    if writer is not None:
-                        writer.close()
-                    shard, path = name, os.fspath(outputs.path(f"unique/{name}.parquet"))
-                    writer = pq.ParquetWriter(path, table.drop_columns("shard").schema)
-                writer.write_table(table.slice(places[0], len(places)).drop_columns("shard"))
+def _write_repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    total = 0
+    for shard, table in engine.gather_shards(task, settings):
+        if len(table):
+            outputs.write_table(f"unique/{shard}.parquet", table)
             total += len(table)
-    if writer is not None:
-        writer.close()
     return {"duplicate_keys": total}
 
 
@@ -145,7 +107,7 @@ def _parts(task: engine.Task) -> Iterator[tuple[str, str, np.ndarray | None]]:
             import pyarrow.parquet as pq
 
             keep = np.ones(pq.read_metadata(table).num_rows, bool)
-            keep[engine.read_table(path, ["place"])["place"].to_numpy()] = False
+            keep[engine.read_table(path, ["row"])["row"].to_numpy()] = False
         yield table, rejects, keep
 
 
