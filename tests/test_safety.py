@@ -1,6 +1,5 @@
 """Safety rules: heads, columns, domains and hashes, each with its reason."""
 
-import json
 import sys
 
 import ml_collections
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import engine
+from data_prep.engine import manifests
 from data_prep.filters import safety
 from data_prep.filters import stage as filters_stage
 from mofi_jax.common import errors
@@ -45,11 +45,11 @@ def write(workdir, rows, embeddings=None):
 
 def run(workdir, config, workers=1):
     """(reasons by key, counts)"""
-    manifests = filters_stage.run(config, engine.Engine(workdir, workers))
+    written = filters_stage.run(config, engine.Engine(workdir, workers))
     rejects = label_tables.read(workdir, "rejects/dropped-i2e*")
     kept = {row["key"] for row in label_tables.read(workdir, "labels_final/*.parquet")}
     assert not kept & {row["key"] for row in rejects}
-    return {row["key"]: row["reason"] for row in rejects}, engine.total_counts(manifests)
+    return {row["key"]: row["reason"] for row in rejects}, engine.total_counts(written)
 
 
 def test_all_rules_at_once_each_with_its_reason(tmp_path):
@@ -97,8 +97,8 @@ def test_all_rules_at_once_each_with_its_reason(tmp_path):
     }
     assert counts["blocked_domain"] == 5
     assert counts["dropped"] == 10
-    [manifest] = (tmp_path / "W/unsafe").glob("0*.json")
-    counts = json.loads(manifest.read_text())["counts"]
+    [manifest] = manifests.read(tmp_path / "W", "unsafe")
+    counts = manifest["counts"]
     assert counts["without_host"] == 7
     assert counts["without_column:punsafe"] == 10
     again, _ = run(tmp_path / "W", config, workers=2)
@@ -165,7 +165,9 @@ def test_any_url_has_a_host_or_none(url):
         ("https://[::1/", ""),
         ("data:image/png;base64,AAAA", "data"),
         ("", ""),
+        *(("https://" + host, "") for host in ("a." * 50_000, "é" * 50_000, "%2E" * 50_000 + "a")),
     ],
+    ids=lambda text: text[:40],
 )
 def test_hosts(url, host):
     assert safety.host_of(url) == host

@@ -86,6 +86,53 @@ def test_cut_captions_end_at_words(text, limit):
     assert not any(ord(character) < 32 for character in text)
 
 
+def test_captions_are_what_html_means(tmp_path):
+    captions = {
+        "amp": ("Marks &amp; Spencer", "Marks & Spencer"),
+        "twice": ("AT&amp;amp;T tower", "AT&T tower"),
+        "quote": ("the &quot;red&nbsp;ball&quot; of the caf&#233;", 'the "red ball" of the café'),
+        "plain": ("Marks & Spencer, AT&T", "Marks & Spencer, AT&T"),
+        "hyphen": ("light\u00adhouse &shy;red\u200bball", "lighthouse redball"),
+        "digits": ("&#" + "9" * 5_000 + ";", "&#" + "9" * 998),
+    }
+    members = [(f"{key}.png", picture()) for key in captions]
+    members += [(f"{key}.txt", text.encode()) for key, (text, _) in captions.items()]
+    pairs, rejects, _ = run(tmp_path, members)
+    assert {key: row["text"] for key, row in pairs.items()} == {
+        k: c for k, (_, c) in captions.items()
+    }
+    assert rejects == {}
+
+
+@hypothesis.given(st.text())
+@hypothesis.example("new\nline\r\u2028\x85")
+@hypothesis.example(" \ufeffblank ")
+@hypothesis.example("\x1b[31mred\x1b]0;t\x07")
+@hypothesis.example("caf\udce9")
+def test_a_key_is_one_visible_line_and_survives_a_file(text):
+    key = samples.spell_key(text)
+    assert key.encode().decode("utf-8-sig").splitlines() == ([key] if key else [])
+    assert key.strip() == key
+    assert samples.spell_key(key) == key
+    if text.isprintable() and text.strip() == text:
+        assert key == text
+
+
+def test_keys_are_spelt_out(tmp_path):
+    names = ("new\nline", " blank", "\x1b[31mred")
+    pairs, _, _ = run(
+        tmp_path,
+        [(f"{n}.{kind}", d) for n in names for kind, d in (("png", picture()), ("txt", b"x"))],
+    )
+    assert list(pairs) == [r"new\nline", r"\x20blank", r"\x1b[31mred"]
+
+
+def test_values_that_are_no_json_are_left_out():
+    values = {"a": [1, float("nan")], "b": float("inf"), "c": 1, "d": {"x": "é"}, "e": b"", "f": ""}
+    assert samples.extras_json(values, "fedcba") == '{"c": 1, "d": {"x": "é"}}'
+    assert samples.extras_json({"a": float("nan")}, ["a"]) is None
+
+
 def write_tars(folder, shards):
     """Each shard is a list of (key, text); the picture's side tells its shard."""
     folder.mkdir()

@@ -33,6 +33,7 @@ from mofi_jax.common import errors
 HEAD_FILES = (".npz", ".safetensors")
 
 _AUTHORITY = re.compile(r"(?:(?:[A-Za-z][A-Za-z0-9+.-]*:)?//)?([^/?#\\]*)")
+_MAX_HOST = 253  # characters; DNS knows no longer name, and IDNA takes the square of them
 
 Head = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, " n"]]
 
@@ -83,7 +84,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, shards: Sequence
     """
     safety, workdir = config.filters.safety, work.workdir
     settings = {name: safety[name] for name in ("blocked_domains", "blocked_hashes")}
-    settings |= {"columns": safety.columns.to_dict(), "head": safety.head}
+    settings |= {"version": 2, "columns": safety.columns.to_dict(), "head": safety.head}
     settings |= {"threshold": safety.threshold} if safety.head else {}
     files = [safety[name] for name in ("blocked_domains", "blocked_hashes") if safety[name]]
     files += [_file_of(safety.head)] if safety.head else []
@@ -221,6 +222,8 @@ def is_blocked(host: str, domains: frozenset[str]) -> bool:
 
 def _ascii(host: str) -> str:
     host = host.strip().rstrip(".")
+    if len(host) > _MAX_HOST:
+        return ""
     if not host.isascii():
         try:
             host = host.encode("idna").decode()

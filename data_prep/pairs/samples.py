@@ -5,8 +5,9 @@ lie, the caption as it was written, and what else the source says about it. `dat
 checks samples and makes pairs of them.
 """
 
+import contextlib
+import html
 import json
-import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +19,13 @@ TEXT_COLUMNS = ("text", "caption", "alt_text", "alttext", "alt", "title", "sente
 KEY_COLUMNS = ("key", "__key__", "uid")
 URL_COLUMNS = ("url", "image_url")
 
-# Directional marks, embeddings, overrides and isolates, and stray byte order marks: invisible, no
-# part of any word, and in the way of every comparison. Joiners (U+200C, U+200D) are spelling.
-_INVISIBLE = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+# Directional marks, embeddings, overrides and isolates, soft hyphens, spaces of no width and stray
+# byte order marks: invisible, no part of any word, and in the way of every comparison. Joiners
+# (U+200C, U+200D) are spelling.
+_MARKS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
+_INVISIBLE = re.compile(f"[\u00ad\u200b\u2060{_MARKS}]")
+# What a line of a text file cannot hold, or would not show; blanks at its ends get lost.
+_NOT_IN_KEYS = re.compile(rf"[\x00-\x1f\x7f-\x9f\u2028\u2029{_MARKS}\ud800-\udfff]|^\s|\s\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -62,15 +67,27 @@ def pick(names: Iterable[str], wanted: Sequence[str]) -> str | None:
 
 def extras_json(values: Mapping[str, typing.Any], keep: Sequence[str]) -> str | None:
     """The columns `keep` as a JSON object with sorted keys; None where none of them has a value."""
-    kept = {}
-    for name in keep:
+    kept = []
+    for name in sorted(set(keep)):
         value = values.get(name)
-        missing = value is None or value == "" or isinstance(value, bytes)
-        if not missing and not (isinstance(value, float) and not math.isfinite(value)):
-            kept[name] = value
-    if not kept:
-        return None
-    return encodable(json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str))
+        if value is None or value == "" or isinstance(value, bytes):
+            continue
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # NaN, also inside a list
+            options = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False}
+            kept.append(f"{json.dumps(name)}: {json.dumps(value, default=str, **options)}")
+    return encodable("{" + ", ".join(kept) + "}") if kept else None
+
+
+def spell_key(key: str) -> str:
+    """A key as one visible line: a line break is `\\n`, a blank at an end `\\x20`, and so on.
+
+    Lists of keys are files with a key in each line, and keys are shown on terminals.
+    """
+
+    def spell(found: re.Match) -> str:
+        return found[0].encode("unicode_escape").decode().replace(" ", r"\x20")
+
+    return _NOT_IN_KEYS.sub(spell, key)
 
 
 def encodable(name: str) -> str:
@@ -95,10 +112,18 @@ def caption(text: str | bytes | None, limit: int) -> tuple[str, bool]:
     # JSON may spell half a surrogate pair, which no UTF-8 file can hold.
     if _SURROGATE.search(text):
         raise Rejected("caption_not_utf8")
-    text = clean_caption(text)
+    text = clean_caption(_unescape(text))
     if not text:
         raise Rejected("empty_caption")
     return cut_caption(text, limit), len(text) > limit
+
+
+def _unescape(text: str) -> str:
+    """HTML's `&amp;` and the like as what they mean; twice, as they are often escaped twice."""
+    try:
+        return html.unescape(html.unescape(text))
+    except ValueError:  # a number of thousands of digits
+        return text
 
 
 def clean_caption(text: str) -> str:

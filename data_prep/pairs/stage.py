@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
-    settings = {"version": 3, **{name: config[name] for name in names}}
+    settings = {"version": 4, **{name: config[name] for name in names}}
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
@@ -250,7 +250,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         rows.clear()
 
     for sample in _READERS[part["kind"]].read(inputs, part, keep, counts):
-        key = samples.encodable(part["prefix"] + sample.key)
+        key = samples.spell_key(part["prefix"] + sample.key)
         try:
             if sample.reason:
                 raise Rejected(sample.reason)
@@ -300,7 +300,7 @@ def _keys_of_part(task: engine.Task) -> Iterator:
     keys = []
     try:
         for sample in _READERS[part["kind"]].read(inputs, part, (), {}):
-            keys.append(samples.encodable(part["prefix"] + sample.key))
+            keys.append(samples.spell_key(part["prefix"] + sample.key))
     finally:
         yield pa.chunked_array([keys], pa.string())
 
