@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from data_prep.card.numbers import Files, ask
+from data_prep.card.numbers import Files, ask, collect
 from data_prep.dataset import shards
 from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose
@@ -23,6 +23,8 @@ from mofi_jax.data import records
 if typing.TYPE_CHECKING:
     import duckdb
 
+# Stages that tell of all pairs, labelled or not, which may be shown to nobody.
+JUDGES = ("takedowns", "unsafe", "eval_matches", "eval_cosines")
 # Pictures of the gallery, by what happened to them.
 GALLERY = {"changed": 16, "agreed": 12, "rejected": 12}
 TOP_ENTITIES = RARE_ENTITIES = 12
@@ -89,20 +91,32 @@ def _hash(text: str) -> str:
 def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> list[dict]:
     """Pictures that are published and that the selection rejected, grouped as in `GALLERY`.
 
-    What later filters removed is not shown: it may be unsafe, or not to be kept.
+    What later filters removed is not shown: it may be unsafe, or not to be kept. Nor are rejected
+    pictures that a filter would have removed, or of which one could not tell.
 
     Returns:
       {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
       description, prior, by_text, chosen; with evidence also score and fit}]}.
     """
+    judges = [stage for stage in JUDGES if files.get(stage)]
+    unblocked = " ".join(f"ANTI JOIN read_parquet(${stage}) USING (key)" for stage in judges)
+    collect(
+        connection,
+        "rejected",
+        f"""
+        SELECT key FROM (SELECT key, reason FROM read_parquet($labels)) {unblocked}
+        WHERE reason IN ('below_min_score', 'below_min_fit') ORDER BY md5(key) LIMIT {_CANDIDATES}
+        """,
+        files,
+        ("labels", *judges),
+    )
     # More than are shown: which group a labelled picture belongs to is known only afterwards.
     rows = ask(
         connection,
         f"""
         SELECT arg_min(key, md5(key), {_CANDIDATES}) FROM (
             SELECT key, false AS rejected FROM read_parquet($labels_final)
-            UNION ALL SELECT key, true FROM read_parquet($labels)
-            WHERE reason IN ('below_min_score', 'below_min_fit')
+            UNION ALL SELECT key, true FROM rejected
         ) GROUP BY rejected
         """,
         **files,

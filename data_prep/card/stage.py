@@ -42,6 +42,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     if config.labels == "clip":
         for stage in ("scores", "fits", "coherence"):
             files[stage] = engine.listed(workdir / f"{stage}")
+    for stage in card_pictures.JUDGES:
+        files[stage] = engine.listed(workdir / stage)
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [
         workdir / "vocabulary/entities.parquet",
@@ -53,7 +55,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         if (path := workdir / stage / engine.MANIFESTS).exists()
     ]
     settings = {
-        "version": 1,
+        "version": 2,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         # The number of workers changes nothing, so the page does not show it.
         "config": {
