@@ -3,7 +3,6 @@
 import cv2
 import ml_collections
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,8 +136,8 @@ def test_lists_of_the_configuration_for_raw_pairs(world, tmp_path, named):
 def test_a_hash_names_the_records_of_a_work_directory(world, tmp_path):
     workdir, config = world
     build(workdir, config)
-    table = pq.read_table(workdir / "pairs/00000.parquet").to_pylist()
-    digest = next(row["sha256"] for row in table if row["key"] == "0000")
+    rows = label_tables.read(workdir, "pairs/*.parquet")
+    digest = next(row["sha256"] for row in rows if row["key"] == "0000")
     result = remove.remove(workdir / "i2e/1.0.0", key_file(tmp_path, f"sha256:{digest}"))
     assert (result["removed"], result["unknown"]) == (2, [])
     (tmp_path / "other").mkdir()
