@@ -37,7 +37,9 @@ def test_a_copy_opens_by_name_and_is_not_made_twice(work, tmp_path):
     target = tmp_path / "out/i2e" / records.VERSION
     assert contents(target) == contents(source)
     size = sum(len(data) for data in contents(source).values())
-    assert counts == {"files": len(contents(source)), "copied": counts["files"], "bytes": size}
+    assert counts == {"files": len(contents(source)), "copied": counts["files"], "bytes": size} | {
+        "deleted": 0
+    }
     assert len(records.open_source(tmp_path / "out", "i2e")) == 48
     checked = subprocess.run(["sha256sum", "-c", publish.SUMS_FILE], cwd=target, check=False)
     assert checked.returncode == 0
@@ -61,6 +63,7 @@ def test_a_copy_that_was_stopped_is_no_data_set_and_goes_on_where_it_was(
     work, tmp_path, monkeypatch
 ):
     copied, copy = [], publish._copy
+    monkeypatch.setattr(publish, "_STREAMS", 1)
 
     def copy_two(source, target):
         if len(copied) == 2:
@@ -78,6 +81,27 @@ def test_a_copy_that_was_stopped_is_no_data_set_and_goes_on_where_it_was(
     counts = run(work, tmp_path / "out")
     assert counts["copied"] == counts["files"] - 2
     assert len(records.open_source(tmp_path / "out", "i2e")) == 48
+    assert not list((work.workdir / "publish-i2e").iterdir())
+
+
+def test_a_version_is_mirrored_and_its_checksums_are_written_once(work, tmp_path, monkeypatch):
+    run(work, tmp_path / "out")
+    source, target = (
+        folder / "i2e" / records.VERSION for folder in (work.workdir, tmp_path / "out")
+    )
+    (target / "i2e-train.array_record-00009-of-00010").write_bytes(b"a removed picture")
+    (source / records.TOKENIZER_FILE).write_text("{}")
+    written, sums_text = [], publish._sums_text
+    monkeypatch.setattr(
+        publish, "_sums_text", lambda sums: written.append(len(sums)) or sums_text(sums)
+    )
+    counts = run(work, tmp_path / "out")
+    assert (counts["copied"], counts["deleted"]) == (2, 1)
+    assert contents(target) == contents(source)
+    files = len(contents(source))
+    assert written == [files - 2, 1, files]  # the journal, the file that arrived, and all of them
+    checked = subprocess.run(["sha256sum", "-c", publish.SUMS_FILE], cwd=target, check=False)
+    assert checked.returncode == 0
 
 
 def test_checksums_come_from_the_manifests_where_a_stage_wrote_the_file(work, tmp_path):

@@ -3,10 +3,16 @@
 ArrayRecord writes local files only, so a data set is made in the work directory and copied. A
 reader takes a folder for a data set once it holds dataset_info.json: that file is taken away first
 and comes back last, so that nobody sees half of a data set or a mixture of two. `SHA256SUMS`, which
-`sha256sum -c` understands, tells what has arrived: run again, after a kill too, only what is
-missing or has changed is copied.
+`sha256sum -c` understands, comes just before it. What has arrived meanwhile is noted in the work
+directory (W/publish-DATASET/): run again, after a kill too, only what is missing or has changed is
+copied, and what the data set does not hold any more is deleted there.
+
+What is published is the version that `build_i2e` writes, which lacks all that is on the removal
+list. Versions beside it there are left alone.
 """
 
+import concurrent.futures
+import hashlib
 import os
 import shutil
 
@@ -21,6 +27,7 @@ from mofi_jax.data import records
 INFO_FILE = "dataset_info.json"
 SUMS_FILE = "SHA256SUMS"
 _BLOCK = 16 << 20  # bytes; object stores upload in parts of this order
+_STREAMS = 8  # files at a time: a single one does not fill the line to an object store
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) -> dict[str, int]:
@@ -32,7 +39,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
       dataset: "i2e" or "i2t".
 
     Returns:
-      Counts `files`, `copied`, `bytes` (copied).
+      Counts `files`, `copied`, `bytes` (copied), `deleted`.
 
     Raises:
       BadInput: the data set is not finished, the destination cannot be used, or the library for
@@ -51,24 +58,76 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
             " folder, or none."
         )
     sums = _known_sums(work.workdir, dataset)
-    files = sorted(path for path in source.iterdir() if path.name != INFO_FILE)
-    files.append(source / INFO_FILE)
-    wanted = {path.name: sums.get(path.name) or engine.sha256(path) for path in files}
-    arrived = _read_sums(target / SUMS_FILE)
-    missing = [path for path in files if not _is_there(path, target, wanted, arrived)]
-    if missing:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / INFO_FILE).unlink(missing_ok=True)
-        if files[-1] not in missing:
-            missing.append(files[-1])
-    for path in missing:
-        _copy(path, target / path.name)
-        arrived = {**arrived, path.name: wanted[path.name]}
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(arrived.items())]
-        (target / SUMS_FILE).write_text("".join(lines))
-    copied = sum(path.stat().length for path in missing)
-    logging.info("Published %s: %d of %d files were copied", target, len(missing), len(files))
-    return {"files": len(files), "copied": len(missing), "bytes": copied}
+    sizes = {path.name: path.stat().length for path in source.iterdir()}
+    wanted = {name: sums.get(name) or engine.sha256(source / name) for name in sorted(sizes)}
+    # While there is a journal, a copy is on its way, and nothing else tells what has arrived.
+    place = hashlib.sha256(os.fspath(target).encode()).hexdigest()[:16]
+    journal = work.workdir / f"publish-{dataset}" / f"{place}.sums"
+    arrived = _read_sums(journal if journal.exists() else target / SUMS_FILE)
+    with concurrent.futures.ThreadPoolExecutor(_STREAMS) as pool:
+        there = _sizes(target, pool)
+        kept = {
+            name: digest
+            for name, digest in wanted.items()
+            if arrived.get(name) == digest and there.get(name) == sizes[name]
+        }
+        strays = sorted(there.keys() - wanted.keys() - {SUMS_FILE})
+        missing = [name for name in wanted if name not in kept]
+        if missing or strays or SUMS_FILE not in there:
+            kept.pop(INFO_FILE, None)
+            missing = [name for name in wanted if name not in kept]
+            journal.parent.mkdir(exist_ok=True)
+            engine.write_durably(journal, _sums_text(kept).encode())
+            target.mkdir(parents=True, exist_ok=True)
+            for name in (INFO_FILE, SUMS_FILE):
+                (target / name).unlink(missing_ok=True)
+            _copy_all(source, target, {name: wanted[name] for name in missing}, journal, pool)
+            for name in strays:
+                (target / name).unlink(missing_ok=True)
+            (target / SUMS_FILE).write_text(_sums_text(wanted))
+            _copy(source / INFO_FILE, target / INFO_FILE)
+            journal.unlink(missing_ok=True)
+    copied = sum(sizes[name] for name in missing)
+    logging.info("Published %s: %d of %d files were copied", target, len(missing), len(sizes))
+    return {
+        "files": len(sizes),
+        "copied": len(missing),
+        "bytes": copied,
+        "deleted": len(strays),
+    }
+
+
+def _sizes(folder: epath.Path, pool: concurrent.futures.ThreadPoolExecutor) -> dict[str, int]:
+    """Bytes of each file of a folder, by name; of none where there is no folder."""
+    if not folder.exists():
+        return {}
+    paths = list(folder.iterdir())
+    found = zip(paths, pool.map(lambda path: path.stat(), paths), strict=True)
+    return {path.name: status.length for path, status in found if not status.is_directory}
+
+
+def _copy_all(
+    source: epath.Path,
+    target: epath.Path,
+    wanted: dict[str, str],
+    journal: epath.Path,
+    pool: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    """Copies all but the metadata, several files at a time; each that has arrived is noted."""
+    names = [name for name in wanted if name != INFO_FILE]
+    started = {pool.submit(_copy, source / name, target / name): name for name in names}
+    try:
+        with open(journal, "a", encoding="utf-8") as file:
+            for done in concurrent.futures.as_completed(started):
+                done.result()
+                file.write(_sums_text({started[done]: wanted[started[done]]}))
+                file.flush()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def check(publish: str) -> None:
@@ -113,15 +172,6 @@ def _read_sums(path: epath.Path) -> dict[str, str]:
         return {}
     lines = (line.split("  ", 1) for line in path.read_text().splitlines())
     return {words[1]: words[0] for words in lines if len(words) == 2}
-
-
-def _is_there(
-    path: epath.Path, target: epath.Path, wanted: dict[str, str], arrived: dict[str, str]
-) -> bool:
-    there = target / path.name
-    if arrived.get(path.name) != wanted[path.name] or not there.exists():
-        return False
-    return there.stat().length == path.stat().length
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -131,7 +131,7 @@ class _Wanted(NamedTuple):
         """Writes W/removed/, and takes away the data card, until the next build."""
         if self.workdir:
             removed.add(self.workdir, self.known)
-            manifests.remove(self.workdir, "report", "card")
+            manifests.Ledger(self.workdir, "report").remove("card")
 
 
 def _resolve(
