@@ -1,5 +1,6 @@
 """The engine when things go wrong: retries, quarantine, the failure budget, a full disk."""
 
+import errno
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine
-from data_prep.engine import jobs
+from data_prep.engine import jobs, manifests
 from mofi_jax.common import errors
 
 
@@ -177,6 +178,17 @@ def test_seconds_of_stages(tmp_path):
     assert found["shout"]["seconds"] > 0.9
     work.map_shards("shout", shout, tasks, {})  # nothing to do: the times of the first run stay
     assert engine.stage_seconds(work.workdir) == found
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_written_is_told_too(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tasks, work = make_tasks(tmp_path / "in", ["one"]), engine.Engine(tmp_path / "w")
+    monkeypatch.setattr(manifests.Ledger, "_append", full)
+    monkeypatch.setattr(manifests.Ledger, "_tidy", full)
+    with pytest.raises(errors.BadInput, match=r"^stage shout: .* takes no more data: make room"):
+        work.map_shards("shout", shout, tasks, {})
 
 
 _OUTPUT = {"path": "shout/00000.txt", "bytes": 4, "sha256": "0" * 64}

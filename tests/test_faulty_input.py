@@ -137,7 +137,7 @@ def test_a_full_disk_stops_the_command_and_the_same_command_goes_on(faulty):
     told = done.stderr.strip().splitlines()[-1]
     assert "takes no more data" in told
     assert "make room" in told
-    finished = {p: os.stat(p).st_mtime_ns for p in (faulty / "W").glob("*/0*.json")}
+    finished = {p: os.stat(p).st_mtime_ns for p in (faulty / "W").glob("pairs/*.parquet")}
     assert finished
 
     line = [sys.executable, "-m", "data_prep.build_i2e", *flags]

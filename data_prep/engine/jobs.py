@@ -208,13 +208,13 @@ def attempt(job: Job) -> Made | Failure:
         except errors.BadInput as error:
             return Failure(errors.BadInput(str(error)), of_shard=True)
         except OSError as error:
-            if _is_full(error):
-                return Failure(_disk_full(job), of_shard=False)
+            if is_full(error):
+                return Failure(disk_full(job.where, job.workdir), of_shard=False)
             if error.errno in _PERMANENT or not left:
                 return _told(job, error)
         except Exception as error:  # noqa: BLE001  a stage function may raise anything
-            if _is_full(error):
-                return Failure(_disk_full(job), of_shard=False)
+            if is_full(error):
+                return Failure(disk_full(job.where, job.workdir), of_shard=False)
             return _told(job, error)
         time.sleep(pause)
         pause *= 2
@@ -230,16 +230,17 @@ def _told(job: Job, error: Exception) -> Failure:
     return Failure(told, of_shard=True, traceback=traceback.format_exc())
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether the disk takes no more; libraries in C++ tell it in words of their own exceptions."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(os.strerror(code) in str(error) for code in _FULL)
 
 
-def _disk_full(job: Job) -> errors.BadInput:
+def disk_full(where: str, workdir: str) -> errors.BadInput:
+    """What to raise where the disk takes no more."""
     return errors.BadInput(
-        f"{job.where}: {job.workdir} takes no more data: make room, or use a --workdir on a larger"
+        f"{where}: {workdir} takes no more data: make room, or use a --workdir on a larger"
         " disk, and run the same command again; finished shards are kept."
     )
 

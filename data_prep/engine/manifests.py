@@ -215,7 +215,14 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        try:
+            self._tidy()
+        except OSError:
+            if kind is None:  # else there is an earlier reason to tell
+                raise
+
+    def _tidy(self) -> None:
         """Leaves both files sorted, the same whatever order the shards were made in."""
         for shard in {*self._notes} - {*self._manifests}:
             del self._notes[shard]

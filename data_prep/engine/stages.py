@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 from etils import epath
 
-from data_prep.engine import executors, manifests, progress, quarantine, relational
+from data_prep.engine import executors, jobs, manifests, progress, quarantine, relational
 from data_prep.engine.jobs import Job, Made, StageFunction, Task
 
 
@@ -114,6 +114,18 @@ class Engine:
             above 0 is at least one shard, and never all shards.
           ShardError: the function failed and the budget is spent; names stage and shard.
         """
+        try:
+            return self._map_shards(
+                stage, function, tasks, settings, keys=keys, accelerator=accelerator, here=here
+            )
+        except OSError as error:
+            if not jobs.is_full(error):
+                raise
+            raise jobs.disk_full(f"stage {stage}", os.fspath(self.workdir)) from error
+
+    def _map_shards(
+        self, stage, function, tasks, settings, *, keys, accelerator, here
+    ) -> list[dict]:
         settings = json.loads(json.dumps(dict(settings), sort_keys=True))
         names = [task.name for task in tasks]
         if len(set(names)) != len(names):
