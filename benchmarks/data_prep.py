@@ -69,7 +69,7 @@ def linking_quality(report: figures.Report, texts_path: str, rows_path: str, qui
     """Gold entities among the candidates; mentions found."""
     gold = read_gold(texts_path)[: 500 if quick else None]
     with tempfile.TemporaryDirectory() as folder:
-        kb_build.build(rows_path, f"{folder}/kb")
+        kb_build.build(rows_path, f"{folder}/kb", make_config().kb)
         kb = lookup.KnowledgeBase(f"{folder}/kb")
         entities = lookup.read_entities(f"{folder}/kb").to_pylist()
         row_of = {row["qid"]: number for number, row in enumerate(entities)}
@@ -150,7 +150,8 @@ def linking_speed(report: figures.Report, quick: bool) -> None:
     entities = 20_000
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        kb_build.build(synthetic.write_rows(folder / "rows.jsonl", entities, 2), folder / "kb")
+        rows = synthetic.write_rows(folder / "rows.jsonl", entities, 2)
+        kb_build.build(rows, folder / "kb", config.kb)
         kb = lookup.KnowledgeBase(folder / "kb")
         known = list(synthetic.names(entities * 3))
         captions = synthetic.captions(256 if quick else 2_048, known)
@@ -247,7 +248,7 @@ def two_workers(report: figures.Report, quick: bool) -> None:
         for workers in (1, 2):
             workdir = folder / f"w{workers}"
             synthetic.write_pairs(workdir, captions, shard_rows=1_000)
-            kb_build.build(rows, workdir / "kb")
+            kb_build.build(rows, workdir / "kb", make_config().kb)
             engines[workers] = engine.Engine(workdir, workers)
         turn = [0]
 

@@ -36,7 +36,7 @@ def size(report: figures.Report, quick: bool) -> None:
         folder = pathlib.Path(folder)
         rows = synthetic.write_rows(folder / "rows.jsonl", entities, 2)
         start = time.perf_counter()
-        manifest = kb_build.build(rows, folder / "kb")
+        manifest = kb_build.build(rows, folder / "kb", kb_config.get_config())
         seconds = time.perf_counter() - start
         aliases = manifest["counts"]["aliases"]
         each = (folder / "kb/aliases.marisa").stat().st_size / aliases

@@ -81,8 +81,9 @@ def measure(report: figures.Report, quick: bool) -> None:
         folder = pathlib.Path(folder)
         work_folder = folder / "W"
         synthetic.write_pairs(work_folder, draw.choices(captions, k=pairs), shard_rows=100_000)
-        kb_build.build(synthetic.write_rows(folder / "rows.jsonl", 20_000, 2), work_folder / "kb")
         config = i2e.get_config("sample,labels=text")
+        rows = synthetic.write_rows(folder / "rows.jsonl", 20_000, 2)
+        kb_build.build(rows, work_folder / "kb", config.kb)
         config.update(min_images=5, max_images=5_000)
         given = sum(len(names) for _, _, names in os.walk(work_folder))
         before, started = psutil.Process().cpu_times(), time.monotonic()

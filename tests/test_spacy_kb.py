@@ -13,6 +13,7 @@ from data_prep.kb import lookup, spacy_adapter
 from data_prep.linking import disambiguate, ner
 from data_prep.linking import stage as linking_stage
 from mofi_jax.common import errors
+from tests import inputs
 
 ROWS = [
     {"id": "Q1", "label": "Paris", "sitelinks": 300},
@@ -29,7 +30,7 @@ TEXTS = [
 
 def build(folder, vectors=True):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    kb_build.build(folder / "rows.jsonl", folder / "kb")
+    kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
     if vectors:
         np.save(folder / "kb/entity_vectors.npy", np.eye(3, 8, dtype=np.float16) * 3)
     return folder / "kb"

@@ -1,6 +1,7 @@
 """Wikidata's dump: the traps of its format, dropping by rule, compressions, damage, resume."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -10,16 +11,13 @@ import subprocess
 import sys
 import time
 
-import hypothesis
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import strategies as st
 
 from configs import kb as kb_config
 from data_prep.kb import build as kb_build
 from data_prep.kb import dump as kb_dump
 from data_prep.kb import lookup, wikidata
-from data_prep.kb import rows as kb_rows
 from mofi_jax.common import errors
 
 
@@ -129,7 +127,8 @@ def entities():
         yield item(f"Q1{number}", {"en": reason}, claims=[statement(P31, qid)], links=EN), reason
     yield item("P31", {"en": "instance of"}, kind="property", links=EN), "property"
     yield item("L1", {"en": "a word"}, kind="lexeme", links=EN), "no_item"
-    yield item("Q20", {"de": "Tee", "en-gb": "tea", "mul": "Tea"}, links=EN), "no_label"
+    yield item("Q19", {"de": "Tee", "mul": "Tea"}, aliases={"mul": ["Chai"]}, links=EN), None
+    yield item("Q20", {"de": "Tee", "en-gb": "tea"}, links=EN), "no_label"
     yield item("Q21", {"en": "  "}, links=EN), "no_label"
     yield item("Q22", {}, links=EN) | {"labels": []}, "no_label"
     yield item("Q23", {"en": "nothing links here"}), "unlinked"
@@ -192,13 +191,15 @@ def test_every_trap_of_the_format(tmp_path):
     assert (found["Q3"]["sitelinks"], found["Q3"]["title"], found["Q3"]["image"]) == (1, None, None)
     assert found["Q4"]["types"] == []
     assert found["Q5"]["types"] == ["Q6"]
+    assert (found["Q19"]["label"], found["Q19"]["aliases"]) == ("Tea", ["Chai"])
     assert found["Q8"]["label"] == 'quotes " and \\ and "en": {}'
 
 
 def test_rules_of_the_configuration(tmp_path):
     lines = [line(entity) for entity, _ in entities()]
     (tmp_path / "dump.json").write_bytes(dump(lines))
-    everything = kb_config.get_config("languages=de+en+mul")
+    everything = kb_config.get_config("languages=de+en")
+    assert everything.languages == ("de", "en", "mul")
     everything.update({"need_link_or_image": False, "workers": 1, "alpha": 0.0})
     everything.drop_types.disambiguation = ""
     kb_build.build(tmp_path / "dump.json", tmp_path / "kb", everything)
@@ -208,33 +209,17 @@ def test_rules_of_the_configuration(tmp_path):
     assert found["Q1"]["label"] == "Tee"
     assert found["Q1"]["aliases"] == ["Tea", "Tee mit Milch", "cup of tea", "tea"]
     assert found["Q1"]["description"] == "Getränk"
-    assert found["Q20"]["aliases"] == ["Tea"]
+    assert found["Q19"]["aliases"] == ["Tea", "Chai"]
     base = lookup.KnowledgeBase(tmp_path / "kb")
     rows = list(found)
     priors = {rows[entity]: prior for entity, prior in base.candidates("tea", 10)}
-    assert priors == pytest.approx({"Q1": 0.5, "Q20": 0.5})  # alpha 0: sitelinks do not count
+    assert priors == pytest.approx({"Q1": 0.5, "Q19": 0.5})  # alpha 0: sitelinks do not count
 
 
 @pytest.mark.parametrize("languages", ["", "en+", "+"])
 def test_languages_are_codes(languages):
     with pytest.raises(errors.BadInput, match="has an empty code: write for example"):
         kb_config.get_config(f"languages={languages}")
-
-
-@hypothesis.given(st.binary(max_size=60), st.integers(0, 1500))
-def test_a_damaged_line_is_rejected_or_dropped_never_a_crash(noise, place):
-    rules = kb_rows.Rules.from_settings(kb_config.get_config())
-    whole = line(next(entities())[0])
-    reasons = set()
-    for damaged in (noise, whole[:place] + noise + whole[place:], whole[:place]):
-        try:
-            row = wikidata.parse(damaged, rules)
-        except (ValueError, kb_rows.Dropped) as error:
-            reasons.add(str(error))
-        else:
-            assert row.qid.startswith("Q")
-    assert reasons <= {"broken_json", "wrong_type", "no_id", "no_label", "unlinked", "no_item"}
-    assert wikidata.parse(whole, rules).label == "Tea"
 
 
 # ------------------------------------------------------------------------------- files and pipes
@@ -286,6 +271,57 @@ def test_a_dump_that_is_cut_or_damaged_is_told(tmp_path, suffix):
         with pytest.raises(errors.BadInput, match="is damaged after line 0"):
             kb_build.build(path, tmp_path / "kb", config())
     assert not (tmp_path / "kb/manifest.json").exists()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("brackets", [True, False])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_ends_of_lines_and_brackets_make_no_difference(tmp_path, end, brackets, mark):
+    lines = [line(entity) for entity, _ in entities()]
+    data = dump(lines) if brackets else b"\n".join(lines)
+    (tmp_path / "dump.json").write_bytes(mark + data.replace(b"\n", end))
+    manifest = kb_build.build(tmp_path / "dump.json", tmp_path / "kb", config())
+    assert list(read(tmp_path / "kb")) == KEPT
+    assert manifest["counts"]["rejected"] == 0
+
+
+def test_names_are_one_line_without_controls(tmp_path):
+    odd = "\u202ea\x00b\x1b[31m\u2028c\u200d\ufeff"
+    entity = item(
+        "Q1", {"en": odd}, aliases={"en": [odd + "2"]}, descriptions={"en": odd}, links=EN
+    )
+    (tmp_path / "dump.json").write_bytes(dump([line(entity)]))
+    kb_build.build(tmp_path / "dump.json", tmp_path / "kb", config())
+    row = read(tmp_path / "kb")["Q1"]
+    assert row["label"] == row["description"] == "a b [31m c\u200d"
+    assert row["aliases"] == ["a b [31m c\u200d2"]
+
+
+def test_a_line_that_is_too_long_costs_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(kb_dump, "MAX_LINE", 2000)
+    monkeypatch.setattr(kb_dump, "_BLOCK", 700)
+    monkeypatch.setattr(kb_dump, "_MAX_CHUNK", 3000)
+    lines = [line(item(f"Q{i}", {"en": f"tea {i}"}, links=EN)) for i in range(1, 12)]
+    lines[4] = lines[4][:-1] + b',"x":"' + b" " * 1_000_000 + b'"}'
+    (tmp_path / "dump.json").write_bytes(dump(lines))
+    sizes = [len(chunk.data) for chunk in kb_dump.chunks(str(tmp_path / "dump.json"), 100, 1)]
+    assert len(sizes) > 1
+    assert max(sizes) <= 3000 + 2000
+    kb_build.build(tmp_path / "dump.json", tmp_path / "kb", config(chunk_lines=100))
+    assert rejects(tmp_path / "kb") == [("line 6", "line_too_long")]
+    assert list(read(tmp_path / "kb")) == [f"Q{i}" for i in range(1, 12) if i != 5]
+
+
+def test_too_many_rejects_are_an_error_and_publish_nothing(tmp_path):
+    good = line(item("Q1", {"en": "tea"}, links=EN))
+    (tmp_path / "dump.json").write_bytes(dump([good, b"{", b"5", b"{"]))
+    expected = r"3 of 4 lines of .*dump\.json cannot be used \(2 broken_json, the first in line 3\)"
+    with pytest.raises(errors.BadInput, match=expected):
+        kb_build.build(tmp_path / "dump.json", tmp_path / "kb", config())
+    assert not (tmp_path / "kb/manifest.json").exists()
+    assert not (tmp_path / "kb/entities.parquet").exists()
+    kb_build.build(tmp_path / "dump.json", tmp_path / "kb", config(reject_budget=0.75))
+    assert list(read(tmp_path / "kb")) == ["Q1"]
 
 
 # ---------------------------------------------------------------------------------------- resume

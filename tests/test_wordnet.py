@@ -6,6 +6,7 @@ from data_prep.kb import build as kb_build
 from data_prep.kb import dump as kb_dump
 from data_prep.kb import lookup, wordnet
 from mofi_jax.common import errors
+from tests import inputs
 
 LICENCE = """  1 This software and database is being provided to you, the LICENSEE, by
   2 Princeton University under the following license.
@@ -62,7 +63,7 @@ def test_synsets_become_rows(tmp_path):
 def test_a_folder_is_built_and_prepared_like_a_file(tmp_path):
     source = write(tmp_path / "dict")
     assert kb_dump.format_of(str(source)) == kb_dump.WORDNET
-    manifest = kb_build.build(source, tmp_path / "kb")
+    manifest = kb_build.build(source, tmp_path / "kb", inputs.kb_rules())
     assert manifest["counts"]["entities"] == 5
     assert [entry["path"].rpartition("/")[2] for entry in manifest["inputs"]] == list(wordnet.FILES)
     base = lookup.KnowledgeBase(tmp_path / "kb")

@@ -35,10 +35,12 @@ parsed again.
 
 from __future__ import annotations
 
+import codecs
 import concurrent.futures
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -64,7 +66,7 @@ _PARTS = ".parts"
 
 
 def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
-    """Puts `config.knowledge_base` at W/kb: built by `config.workers` processes, or a link.
+    """Puts `config.knowledge_base` at W/kb: built by the rules of `config.kb`, or a link.
 
     Raises:
       BadInput: neither something that can be built from nor a finished folder.
@@ -74,9 +76,7 @@ def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
     if os.path.islink(kb) and os.readlink(kb) != source:
         os.unlink(kb)
     if not kb_dump.is_finished(source):
-        rules = _default_config()
-        rules.workers = config.workers
-        build(source, kb, rules, work)
+        build(source, kb, config.kb, work)
     elif source != kb and not os.path.islink(kb):
         if os.path.exists(kb):
             raise errors.BadInput(
@@ -90,7 +90,7 @@ def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
 def build(
     source: epath.PathLike,
     out: epath.PathLike,
-    config: ml_collections.ConfigDict | None = None,
+    config: ml_collections.ConfigDict,
     work: engine.Engine | None = None,
 ) -> dict:
     """Builds the folder `out` from `source`; a finished one of the same source is left alone.
@@ -98,7 +98,7 @@ def build(
     Args:
       source: a path or "-" for standard input; see `data_prep.kb.dump`.
       out: the folder.
-      config: as configs/kb.py makes it, whose defaults are taken for None.
+      config: as configs/kb.py makes it.
       work: the engine of the folder that holds `out`; None makes one.
 
     Returns:
@@ -107,9 +107,8 @@ def build(
 
     Raises:
       BadInput: no such source, an unknown suffix, damage, a key of the configuration that cannot be
-        used, or not one usable entity.
+        used, more unusable lines than `config.reject_budget`, or not one usable entity.
     """
-    config = _default_config() if config is None else config
     validate(config)
     out = os.path.abspath(os.fspath(out))
     source = os.fspath(source)
@@ -131,6 +130,7 @@ def build(
         workers=config.workers,
         chunk_lines=config.chunk_lines,
         memory_gb=config.memory_gb,
+        reject_budget=config.reject_budget,
     )
     work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
@@ -147,7 +147,7 @@ def build(
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     """All that the base depends on besides its source, whose format is `form`."""
     return {
-        "version": 2,
+        "version": 3,
         "format": form,
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,
@@ -160,29 +160,22 @@ def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     }
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises BadInput that names the first key that cannot be used."""
-    least = {"workers": 1, "chunk_lines": 1, "memory_gb": 0.1, "alpha": 0, "anchor_min_links": 1}
+def validate(config: ml_collections.ConfigDict, name: str = "config") -> None:
+    """Raises BadInput that names the first key that cannot be used, as one of `name`."""
+
+    def check(holds: bool, key: str, remedy: str) -> None:
+        if not holds:
+            raise errors.BadInput(f"{name}.{key}={config[key]} cannot be used: {remedy}.")
+
+    least = {"workers": 1, "chunk_lines": 1, "memory_gb": 0.1, "anchor_min_links": 1}
     for key, value in least.items():
-        if config[key] < value:
-            raise errors.BadInput(
-                f"config.{key}={config[key]} cannot be used: give at least {value}."
-            )
+        check(config[key] >= value, key, f"give at least {value}")
+    check(0 <= config.alpha <= 4, "alpha", "give 0 to 4")
     for key in ("alias_factor", "anchor_smoothing"):
-        if config[key] <= 0:
-            raise errors.BadInput(
-                f"config.{key}={config[key]} cannot be used: give a number above 0, so that no"
-                " candidate has a prior of 0."
-            )
+        remedy = "give a number above 0, so that no candidate has a prior of 0"
+        check(0 < config[key] < math.inf, key, remedy)
+    check(0 <= config.reject_budget <= 1, "reject_budget", "give a share from 0 to 1")
     kb_anchors.check(config.anchors)
-
-
-def _default_config() -> ml_collections.ConfigDict:
-    from configs import kb  # here: a stage gets its configuration from its main
-
-    config = kb.get_config()
-    config.workers = 1  # a caller without a configuration may be a script that cannot be spawned
-    return config
 
 
 # ---------------------------------------------------------------------------------------- the stage
@@ -198,6 +191,7 @@ def _build(
     workers: int,
     chunk_lines: int,
     memory_gb: float,
+    reject_budget: float,
 ) -> dict[str, int]:
     folder = os.path.join(outputs.workdir, outputs.stage, _PARTS)
     os.makedirs(folder, exist_ok=True)
@@ -210,6 +204,7 @@ def _build(
         kb_merge.Resources(os.path.join(folder, "merge"), workers, memory_gb),
         anchors=anchors,
         source=source,
+        reject_budget=reject_budget,
     )
 
 
@@ -279,6 +274,8 @@ class Parser(NamedTuple):
         part = kb_parts.Part()
         for number, line in _lines(chunk, dump):
             try:
+                if len(line) > kb_dump.MAX_LINE:
+                    raise ValueError("line_too_long")
                 row = parse(line, rules)
             except ValueError as error:
                 part.reject(number, str(error))
@@ -296,11 +293,17 @@ def _lines(chunk: kb_dump.Chunk, dump: bool) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank; those of a dump without its brackets and commas."""
     # A line of 10 kB is copied once: cutting first and stripping then takes as long as parsing it.
     data, start, number = chunk.data, 0, chunk.first_line
+    if number == 1 and data.startswith(codecs.BOM_UTF8):
+        start = len(codecs.BOM_UTF8)
+    closing = b" \t\r," if dump else b"\r"
     while start < len(data):
         end = data.find(b"\n", start)
         end = len(data) if end < 0 else end
-        comma = dump and end > start and data[end - 1] == ord(",")
-        line = data[start : end - comma].strip()
+        stop = end
+        short = end - start <= kb_dump.MAX_LINE  # a long line stays as long as it is
+        while short and stop > start and data[stop - 1] in closing:
+            stop -= 1
+        line = data[start:stop].strip() if short else data[start:stop]
         if line and not (dump and line in (b"[", b"]")):
             yield number, line
         start, number = end + 1, number + 1

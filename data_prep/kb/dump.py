@@ -8,6 +8,7 @@ a folder                   WordNet's dict with data.noun and index.noun
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import os
@@ -31,6 +32,8 @@ _SUFFIXES = {
     ".jsonl.gz": ROWS,
 }
 _BLOCK = 4 << 20  # bytes
+MAX_LINE = 16 << 20  # bytes; Wikidata itself takes entities of 3 MB
+_MAX_CHUNK = 64 << 20  # bytes, or one line more
 _REMEDY = (
     "name a .jsonl or .jsonl.gz file, a Wikidata dump (.json, .json.gz, .json.bz2), WordNet's dict"
     " folder, or a folder made by data_prep.build_kb"
@@ -94,11 +97,12 @@ def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
 
     Args:
       source: see the docstring of this file.
-      chunk_lines: lines of a chunk; the last one is shorter.
+      chunk_lines: lines of a chunk; of the last one and of long lines there are fewer.
       threads: of the decompression.
 
     Raises:
-      BadInput: the source is damaged or, for a dump, ends before its closing bracket.
+      BadInput: the source is damaged or, for a dump, ends before its closing bracket; one without
+        an opening bracket needs none.
     """
     if format_of(source) == WORDNET:
         import orjson
@@ -106,26 +110,36 @@ def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
         blocks = (orjson.dumps(row) + b"\n" for row in wordnet.rows(source))
         yield from _cut(blocks, chunk_lines)
         return
-    line = 1
-    last = first = b""
+    yield from _cut(_checked(_blocks(source, threads), source), chunk_lines)
+
+
+def _checked(blocks: Iterator[bytes], source: str) -> Iterator[bytes]:
+    """The blocks, each line cut behind MAX_LINE bytes, which shows that it was too long."""
+    lines = length = 0  # whole lines, and bytes of the one that is not
+    first = last = b""
     try:
-        for chunk in _cut(_blocks(source, threads), chunk_lines):
-            yield chunk
-            line = chunk.first_line + chunk.data.count(b"\n")
-            first = first or chunk.data[:64].strip()[:1]
-            last = chunk.data[-64:].strip()[-1:] or last
+        for block in blocks:
+            first = first or block[:64].removeprefix(codecs.BOM_UTF8).strip()[:1]
+            last = block[-64:].strip()[-1:] or last
+            count, end = block.count(b"\n"), block.find(b"\n")
+            end = len(block) if end < 0 else end
+            room = max(MAX_LINE + 1 - length, 0)
+            if end > room:
+                yield block[:room]
+                block = block[end:]
+            yield block
+            lines += count
+            length = len(block) - block.rfind(b"\n") - 1 if count else length + end
     except (EOFError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error) as error:
-        if isinstance(error, errors.BadInput):
-            raise
         raise errors.BadInput(
-            f"knowledge_base: {source} is damaged after line {line - 1}"
+            f"knowledge_base: {source} is damaged after line {lines}"
             f" ({' '.join(str(error).split())}): fetch it again."
         ) from error
-    # What grep or jq passes on may have no brackets.
-    filtered = source == STDIN and first == b"{"
-    if format_of(source) == WIKIDATA and last != b"]" and not filtered:
+    # One entity a line, as grep or jq pass them on, has no brackets.
+    whole = (b"}", b",") if first == b"{" else (b"]",)
+    if format_of(source) == WIKIDATA and last not in whole:
         raise errors.BadInput(
-            f"knowledge_base: {source} ends after line {line - 1} without the closing bracket of a"
+            f"knowledge_base: {source} ends after line {lines} without the closing bracket of a"
             " dump, so that some of it is missing: fetch it again."
         )
 
@@ -133,18 +147,19 @@ def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
 def _cut(blocks: Iterator[bytes], chunk_lines: int) -> Iterator[Chunk]:
     number, first_line = 0, 1
     held: list[bytes] = []
-    lines = 0
+    lines = size = 0
     for block in blocks:
-        start = 0
-        count = block.count(b"\n")
-        while lines + count >= chunk_lines:
-            end = _after_line(block, start, chunk_lines - lines)
+        start, count = 0, block.count(b"\n")
+        while lines + count >= chunk_lines or (count and size + len(block) >= _MAX_CHUNK):
+            taken = min(count, chunk_lines - lines)
+            end = _after_line(block, start, taken)
             yield Chunk(number, first_line, b"".join([*held, block[start:end]]))
-            count -= chunk_lines - lines
-            number, first_line = number + 1, first_line + chunk_lines
-            held, lines, start = [], 0, end
+            number, first_line = number + 1, first_line + lines + taken
+            count -= taken
+            held, lines, size, start = [], 0, 0, end
         held.append(block[start:])
         lines += count
+        size += len(held[-1])
     rest = b"".join(held)
     if rest:
         yield Chunk(number, first_line, rest)

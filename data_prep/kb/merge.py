@@ -7,6 +7,7 @@ the results go to files.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import shutil
@@ -52,6 +53,7 @@ def merge(
     *,
     anchors: str | None,
     source: str,
+    reject_budget: float,
 ) -> dict[str, int]:
     """Writes the folder of the stage from all parts in order; see `data_prep.kb.build.build`."""
     import duckdb
@@ -63,7 +65,8 @@ def merge(
         connection.execute(f"SET threads = {resources.threads}")
         connection.execute(f"SET memory_limit = '{resources.memory_gb} GB'")
         connection.execute("SET temp_directory = $path", {"path": resources.scratch})
-        counts, entities = _write_entities(parts, outputs, connection, source)
+        counts, entities = _write_entities(parts, outputs, connection)
+        _check_rejects(parts, counts, reject_budget, source)
         names = _numbered_names(parts, entities)
         if anchors:
             path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
@@ -84,7 +87,7 @@ def merge(
 
 
 def _write_entities(
-    parts: Sequence[str], outputs: engine.Outputs, connection, source: str
+    parts: Sequence[str], outputs: engine.Outputs, connection
 ) -> tuple[dict[str, int], list[np.ndarray]]:
     """Writes entities.parquet and rejects.parquet.
 
@@ -134,11 +137,6 @@ def _write_entities(
             held = _write_row_groups(writer, held, _ROW_GROUP)
         _write_row_groups(writer, held, 1)
     counts["rejected"] = len(rejects)
-    if not counts["entities"]:
-        raise errors.BadInput(
-            f"knowledge_base: {source} has no usable row in {len(rejects)}: give one JSON object a"
-            ' line with "id" and "label", or a dump of Wikidata in the chosen languages.'
-        )
     outputs.write_table(
         f"{folder}/rejects.parquet",
         pa.table(
@@ -150,6 +148,33 @@ def _write_entities(
         ),
     )
     return counts, numbers
+
+
+def _check_rejects(
+    parts: Sequence[str], counts: dict[str, int], budget: float, source: str
+) -> None:
+    """Raises BadInput where there is no entity, or more lines cannot be used than can be meant."""
+    rejects = [reject for path in parts for reject in kb_parts.read(path)["rejects"]]
+    dropped = sum(count for key, count in counts.items() if key.startswith("dropped_"))
+    total = counts["entities"] + counts["rejected"] + dropped
+    if counts["entities"] and len(rejects) <= budget * total:
+        return
+    remedy = 'one JSON object a line with "id" and "label", or a dump of Wikidata in the languages'
+    if not rejects:
+        raise errors.BadInput(
+            f"knowledge_base: {source} has no usable row in {total}: give {remedy} chosen."
+        )
+    [(reason, most)] = collections.Counter(reason for _, reason in rejects).most_common(1)
+    example = next(line for line, why in rejects if why == reason)
+    told = f"{most} {reason}, the first in line {example}"
+    if not counts["entities"]:
+        raise errors.BadInput(
+            f"knowledge_base: {source} has no usable row in {total} ({told}): give {remedy} chosen."
+        )
+    raise errors.BadInput(
+        f"knowledge_base: {len(rejects)} of {total} lines of {source} cannot be used ({told}): give"
+        f" {remedy} chosen, or raise config.reject_budget={budget} if that is as it should be."
+    )
 
 
 def _ids_of_several_rows(parts: Sequence[str], connection) -> set[str]:

@@ -16,6 +16,11 @@ from typing import NamedTuple
 from data_prep.kb import names
 
 _ASCII_WORDS = re.compile(r"[a-z0-9]+")
+# Directional marks and overrides, stray byte order marks; joiners (U+200C, U+200D) are spelling.
+_INVISIBLE = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ID = re.compile(r"\S{1,200}")
+_MOST_RANK = 2**31  # so that a prior of float32 is never 0
 _BRACKET = re.compile(r"(.*\S)\s*\([^()]*\)\s*", re.DOTALL)  # "John Smith (actor)"
 
 
@@ -36,6 +41,19 @@ class Row(NamedTuple):
     image: str | None
     title: str | None
     names: list[tuple[str, float]]  # spellings and their weights, a spelling perhaps twice
+
+
+def clean(text: str) -> str:
+    """A name or description in one line: control characters to spaces, bidi marks dropped.
+
+    Raises:
+      TypeError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(text)
+    if not text.isprintable():
+        text = _CONTROL.sub(" ", _INVISIBLE.sub("", text))
+    return text.strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +172,11 @@ def parse(line: bytes, rules: Rules) -> Row:
         raise ValueError("no_object")
     qid = row.get("qid") or row.get("id")
     label = row.get("label")
-    if not isinstance(qid, str):
+    if not isinstance(qid, str) or not _ID.fullmatch(qid) or not qid.isprintable():
         raise ValueError("no_id")
-    if not isinstance(label, str) or not label.strip():
+    label = clean(label) if isinstance(label, str) else ""
+    if not label:
         raise ValueError("no_label")
-    label = label.strip()
     aliases, hypernyms = row.get("aliases") or [], row.get("hypernyms") or []
     types, ranks = row.get("types") or [], row.get("sense_rank") or []
     description, sitelinks = row.get("description") or "", row.get("sitelinks") or 0
@@ -168,11 +186,14 @@ def parse(line: bytes, rules: Rules) -> Row:
             raise ValueError("wrong_type")
     if not isinstance(ranks, list) or not _all_numbers([sitelinks, *ranks]):
         raise ValueError("wrong_type")
-    if ranks and (len(ranks) != 1 + len(aliases) or min(ranks) < 1):
+    if ranks and (
+        len(ranks) != 1 + len(aliases) or not all(1 <= rank <= _MOST_RANK for rank in ranks)
+    ):
         raise ValueError("wrong_sense_rank")
     if sitelinks < 0 or sitelinks >= 2**31 or sitelinks != int(sitelinks):
         raise ValueError("wrong_sitelinks")
     sitelinks = int(sitelinks)
+    aliases, description = [clean(alias) for alias in aliases], clean(description)
     if ranks:
         weighed = [(s, 1.0 / rank) for s, rank in zip([label, *aliases], ranks, strict=True)]
     else:

@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
     import simdjson
 
 _CLAIMS = frozenset(("P18", "P31", "P279"))
-_QID = re.compile(r"Q[1-9][0-9]*")
+_QID = re.compile(r"Q[1-9][0-9]{0,17}")
 
 
 @functools.cache
@@ -46,7 +46,10 @@ def parse(line: bytes, rules: kb_rows.Rules) -> kb_rows.Row:
     # The parser is used again once nothing refers to what it parsed, `item` below included.
     try:
         item = _parser().parse(line)
-    except ValueError:
+    except (ValueError, RuntimeError) as error:
+        # RuntimeError: numbers beyond 64 bits and too deep nesting, and what would be our fault.
+        if isinstance(error, RuntimeError) and "_ERROR: " not in str(error):
+            raise
         raise ValueError("broken_json") from None
     try:
         return _row(item, rules)
@@ -55,8 +58,9 @@ def parse(line: bytes, rules: kb_rows.Rules) -> kb_rows.Row:
 
 
 def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
-    if item["type"] != "item":
-        raise kb_rows.Dropped("property" if item["type"] == "property" else "no_item")
+    kind = kb_rows.clean(item["type"])
+    if kind != "item":
+        raise kb_rows.Dropped("property" if kind == "property" else "no_item")
     qid = item["id"]
     if not _QID.fullmatch(qid):
         raise ValueError("no_id")
@@ -77,7 +81,7 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
 
     aliases = _map(item, "aliases")
     for code in rules.languages:
-        spellings += [alias["value"].strip() for alias in aliases.get(code) or ()]
+        spellings += [kb_rows.clean(alias["value"]) for alias in aliases.get(code) or ()]
     label, *others = dict.fromkeys(spellings)
     descriptions = _texts(item, "descriptions", rules.languages)
     return kb_rows.Row(
@@ -88,8 +92,8 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
         [_id(value) for value in _values(claims.get("P279"))],
         types,
         len(links),
-        image[0] if image else None,
-        links["enwiki"]["title"] if "enwiki" in links.keys() else None,  # noqa: SIM118
+        kb_rows.clean(image[0]) if image else None,
+        kb_rows.clean(links["enwiki"]["title"]) if "enwiki" in links.keys() else None,  # noqa: SIM118
         rules.weigh(label, others, len(links)),
     )
 
@@ -108,7 +112,7 @@ def _texts(item: simdjson.Object, key: str, languages: Sequence[str]) -> list[st
     """The texts of a map "language -> text" in those of the chosen languages that it has."""
     texts = _map(item, key)
     found = [texts.get(code) for code in languages]
-    return [text["value"].strip() for text in found if text is not None]
+    return [kb_rows.clean(text["value"]) for text in found if text is not None]
 
 
 def _values(statements: simdjson.Array | None) -> list:
@@ -125,4 +129,7 @@ def _values(statements: simdjson.Array | None) -> list:
 def _id(value: simdjson.Object) -> str:
     # Dumps before 2017 have the number alone.
     found = value.get("id")
-    return found if found is not None else f"Q{value['numeric-id']}"
+    found = found if found is not None else f"Q{value['numeric-id']}"
+    if not _QID.fullmatch(found):
+        raise TypeError(found)
+    return found
