@@ -85,6 +85,23 @@ def test_another_file_format_is_told(tmp_path):
         pairs_stage.find([f"s=tfds:i2t@{tmp_path}"])
 
 
+@pytest.mark.parametrize("name", ["../{SPLIT}", "{SPLIT:999999999}", "{SPLIT.x}", "{0}", "/etc/x"])
+@pytest.mark.parametrize("place", ["filepathTemplate", "name", "split"])
+def test_shards_are_named_by_words_that_stay_in_the_folder(tmp_path, name, place):
+    def change(version):
+        path = version / "dataset_info.json"
+        content = json.loads(path.read_text())
+        (content if place == "name" else content["splits"][0])[place.replace("split", "name")] = (
+            name
+        )
+        path.write_text(json.dumps(content))
+
+    changed_copy(tmp_path, change)
+    split = name if place == "split" else "train"
+    with pytest.raises(errors.BadInput, match=r"info\.json cannot be read .*cannot be named by"):
+        pairs_stage.find([f"s=tfds:i2t:{split}@{tmp_path}"])
+
+
 def test_features_that_are_not_known_are_told(tmp_path):
     def change(version):
         path = version / "features.json"

@@ -14,6 +14,11 @@ from mofi_jax.common.errors import BadInput
 
 INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"
+# What shards may be called: TFDS puts these into `str.format`, which knows widths of gigabytes too,
+# and puts what comes out behind the folder, out of which `../` would lead.
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_FIELDS = r"\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\}"
+_TEMPLATE = re.compile(rf"([\w.@=+-]|{_FIELDS}){{0,99}}")
 
 
 def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
@@ -55,6 +60,12 @@ def shard_parts(directory: epath.Path, split: str) -> Sequence[Any]:
     try:
         info = dataset_info.read_proto_from_builder_dir(directory)
         file_format = info.file_format
+        names = [info.name, *(split.name for split in info.splits)]
+        odd = [name for name in names if not _NAME.fullmatch(name)]
+        templates = [split.filepath_template for split in info.splits]
+        odd += [template for template in templates if not _TEMPLATE.fullmatch(template)]
+        if odd:
+            raise ValueError(f"shards cannot be named by {odd[0][:100]!r}")
         splits = dataset_info.get_split_dict_from_proto(info, directory, "array_record")
     except Exception as error:
         raise BadInput(
