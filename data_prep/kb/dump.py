@@ -32,7 +32,7 @@ _SUFFIXES = {
     ".jsonl.gz": ROWS,
 }
 _BLOCK = 4 << 20  # bytes
-MAX_LINE = 16 << 20  # bytes; Wikidata itself takes entities of 3 MB
+MAX_LINE = 8 << 20  # bytes; Wikidata itself takes entities of 3 MB
 _MAX_CHUNK = 64 << 20  # bytes, or one line more
 _REMEDY = (
     "name a .jsonl or .jsonl.gz file, a Wikidata dump (.json, .json.gz, .json.bz2), WordNet's dict"
