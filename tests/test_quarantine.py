@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
+from data_prep.dataset import order as record_order
 from data_prep.engine import jobs, manifests, relational
 from data_prep.linking import stage as linking_stage
 from data_prep.selection import embed
@@ -44,6 +45,7 @@ def prepare(patch):
     patch.setattr(embed, "load_model", lambda *_: workdirs.Model())
     patch.setattr(linking_stage, "_BUCKETS", {6: float("inf")})
     patch.setattr(relational, "_FILES_PER_RUN", 1)
+    patch.setattr(record_order, "_ROWS_PER_PLAN", 30)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ the picture, of which it holds the pointer, so that picture bytes are moved once
 
     ordered-DATASET/  scattered by the leading bits of the hash
     planned-DATASET/  manifests of
-    plan-DATASET/     NNNNN.parquet  rows of one output shard, in order
+    plan-DATASET/     NNNNN.parquet  rows of a run of output shards, in order; a row group each
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import typing
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +27,8 @@ if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 # See `engine.runs`.
-_ROWS_PER_BUCKET = 2_000
+_ROWS_PER_BUCKET = 20_000
+_ROWS_PER_PLAN = 100_000  # a file for each output shard would be most of a work directory's files
 _MOST_BUCKETS = 512
 _MOST_SPILLS = 256
 
@@ -48,7 +50,26 @@ _ROWS = {
 _NOT_DROPPED = " WHERE key NOT IN (SELECT key FROM read_parquet($dropped))"
 
 
-def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> list[epath.Path]:
+class Plan(typing.NamedTuple):
+    """Where the rows of an output shard are: a file that holds those of a run of shards."""
+
+    shard: int
+    path: epath.Path  # there is none of shards in quarantine
+    row_group: int
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        return read(self.path, self.row_group, columns)
+
+
+def read(path: str | epath.Path, row_group: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of an output shard, in order."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(os.fspath(path)) as file:
+        return file.read_row_group(row_group, columns=columns)
+
+
+def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> list[Plan]:
     """Writes plan-DATASET/: shards of equal size, up to one record.
 
     Args:
@@ -59,7 +80,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
       shard_examples: records of a shard, at most.
 
     Returns:
-      The plans, one for each output shard, in order; of shards in quarantine there is no file.
+      The plans, one for each output shard, in order.
 
     Raises:
       BadInput: there is no pair to write.
@@ -95,10 +116,11 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
             f"see the reasons in {work.workdir / 'rejects'}."
         )
     shards = -(-total // shard_examples)
-    groups = engine.runs(shards, _MOST_BUCKETS)
+    # A row group for each output shard.
+    groups = engine.runs(shards, max(1, min(shards, -(-total // _ROWS_PER_PLAN))))
     tasks = [engine.Task(f"{number:05d}", scattered.files) for number in range(len(groups))]
     settings = {
-        "version": 1,
+        "version": 2,
         "dataset": dataset,
         "bucket_rows": bucket_rows.tolist(),
         "shards": shards,
@@ -106,12 +128,11 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
     }
     keys = functools.partial(_keys_of, settings)
     work.map_shards(f"planned-{dataset}", _cut_into_shards, tasks, settings, keys=keys)
-    return [work.workdir / plan_name(dataset, shard) for shard in range(shards)]
-
-
-def plan_name(dataset: str, shard: int) -> str:
-    """The file of a shard's plan, relative to the work directory."""
-    return f"plan-{dataset}/{shard:05d}.parquet"
+    return [
+        Plan(shard, work.workdir / f"plan-{dataset}/{number:05d}.parquet", shard - group.start)
+        for number, group in enumerate(groups)
+        for shard in group
+    ]
 
 
 def _cut(files: Sequence[epath.Path], run: range) -> Sequence[epath.Path]:
@@ -120,19 +141,23 @@ def _cut(files: Sequence[epath.Path], run: range) -> Sequence[epath.Path]:
 
 def _cut_into_shards(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Writes the plans of a run of shards."""
-    first_shard, places, table = _rows_of(task, settings)
-    for shard, (begin, end) in enumerate(itertools.pairwise(places), first_shard):
-        rows = table.slice(begin - places[0], end - begin).combine_chunks()
-        outputs.write_table(plan_name(settings["dataset"], shard), rows)
+    import pyarrow.parquet as pq
+
+    places, table = _rows_of(task, settings)
+    path = os.fspath(outputs.path(f"plan-{settings['dataset']}/{task.name}.parquet"))
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for begin, end in itertools.pairwise(places):
+            rows = table.slice(begin - places[0], end - begin)
+            writer.write_table(rows, row_group_size=max(1, len(rows)))
     return {"records": places[-1] - places[0], "shards": len(places) - 1}
 
 
 def _keys_of(settings: dict, task: engine.Task) -> Iterator:
-    yield _rows_of(task, settings)[2]["key"]
+    yield _rows_of(task, settings)[1]["key"]
 
 
-def _rows_of(task: engine.Task, settings: dict) -> tuple[int, list[int], pa.Table]:
-    """The first of a run of shards, their places in the whole order, and their rows in order."""
+def _rows_of(task: engine.Task, settings: dict) -> tuple[list[int], pa.Table]:
+    """The places of a run of shards in the whole order, and their rows in order."""
     bounds = np.concatenate([[0], np.cumsum(settings["bucket_rows"])])
     most, longer = divmod(int(bounds[-1]), settings["shards"])
     first_shard = int(task.name) * settings["shards_per_task"]
@@ -144,4 +169,4 @@ def _rows_of(task: engine.Task, settings: dict) -> tuple[int, list[int], pa.Tabl
     table = engine.read_buckets(task.inputs, first, last)
     table = table.sort_by([("hash", "ascending"), ("key", "ascending")]).drop_columns(["hash"])
     begin, end = places[0] - int(bounds[first]), places[-1] - int(bounds[first])
-    return first_shard, places, table.slice(begin, end - begin)
+    return places, table.slice(begin, end - begin).combine_chunks()

@@ -7,6 +7,7 @@ DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.p
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import typing
@@ -56,17 +57,36 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     workdir = work.workdir
     plans = record_order.run(work, dataset, config.seed, config.shard_examples)
     vocabulary_files = (workdir / "vocabulary/ids.npy",) if dataset == "i2e" else ()
-    tasks = [engine.Task(path.stem, (path, *vocabulary_files)) for path in plans if path.exists()]
+    tasks = [
+        engine.Task(f"{plan.shard:05d}", (plan.path, *vocabulary_files))
+        for plan in plans
+        if plan.path.exists()
+    ]
     settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
-    settings |= {"dataset": dataset, "shards": len(plans)}
-    written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings)
+    settings |= {"dataset": dataset, "shards": len(plans), "shards_per_plan": _per_plan(plans)}
+    keys = functools.partial(_keys_of_shard, _per_plan(plans))
+    written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings, keys=keys)
     _fill_in(work, dataset, plans, written)
     _describe(config, work, dataset, plans, written)
     return written
 
 
+def _per_plan(plans: Sequence[record_order.Plan]) -> int:
+    """How many output shards a file of plan-DATASET/ holds, but for the last one."""
+    return 1 + max(plan.row_group for plan in plans)
+
+
+def _keys_of_shard(shards_per_plan: int, task: engine.Task) -> Iterator[pa.ChunkedArray]:
+    """The keys of an output shard; see `engine.Engine.map_shards`."""
+    row_group = int(task.name) % shards_per_plan
+    yield record_order.read(task.inputs[0], row_group, ["key"])["key"]
+
+
 def _fill_in(
-    work: engine.Engine, dataset: str, plans: list[epath.Path], written: list[dict]
+    work: engine.Engine,
+    dataset: str,
+    plans: Sequence[record_order.Plan],
+    written: list[dict],
 ) -> None:
     """Leaves shards of this number in the folder: empty ones for those in quarantine."""
     from array_record.python import array_record_module
@@ -95,7 +115,7 @@ def _write_shard(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
     path = outputs.path(f"{dataset}/{records.VERSION}/{name}")
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), records.WRITER_OPTIONS)
     counts = {"records": 0, "record_bytes": 0, "reencoded": 0}
-    table = engine.read_table(plan_path)
+    table = record_order.read(plan_path, int(task.name) % settings["shards_per_plan"])
     rows, ids = table.to_pylist(), _entity_ids(table["entities"], *vocabulary_files)
     # Read in the order of the tars, write in the order of the plan: a shard is held in memory.
     pictures, rejects = {}, []
@@ -176,22 +196,24 @@ def _describe(
     config: ml_collections.ConfigDict,
     work: engine.Engine,
     dataset: str,
-    plans: list[epath.Path],
+    plans: Sequence[record_order.Plan],
     written: list[dict],
 ) -> None:
     """Tokenizer, vocabulary and TFDS metadata."""
     entities = (work.workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
-    lengths = {manifest["shard"]: manifest["counts"]["records"] for manifest in written}
+    lengths = {int(m["shard"]): m["counts"]["records"] for m in written}
     settings = {
         "dataset": dataset,
         "vocab_size": config.vocab_size,
         "tokenizer_captions": TOKENIZER_CAPTIONS,
-        "shard_lengths": [lengths.get(path.stem) for path in plans],  # None: in quarantine
+        "shard_lengths": [lengths.get(plan.shard) for plan in plans],  # None: in quarantine
+        "shards_per_plan": _per_plan(plans),
         "num_bytes": engine.total_counts(written)["record_bytes"],
     }
-    rejects = {m["shard"]: o for m in written for o in m["outputs"] if "rejects/" in o["path"]}
+    rejects = {int(m["shard"]): o for m in written for o in m["outputs"] if "rejects/" in o["path"]}
     settings["rejects"] = sorted(rejects)
-    files = [path for path in plans if path.stem in lengths]
+    files = list(dict.fromkeys(plan.path for plan in plans if plan.shard in lengths))
+    settings["plans"] = len(files)
     files += [work.workdir / rejects[shard]["path"] for shard in sorted(rejects)]
     task = engine.Task("all", (*files, *entities))
     work.map_shards(f"metadata-{dataset}", _write_metadata, [task], settings, keys=None)
@@ -199,8 +221,14 @@ def _describe(
 
 def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     dataset, lengths = settings["dataset"], settings["shard_lengths"]
-    plans, rest = _cut(task.inputs, sum(length is not None for length in lengths))
+    files, rest = _cut(task.inputs, settings["plans"])
     rejects, vocabulary_files = _cut(rest, len(settings["rejects"]))
+    files, each = {int(epath.Path(file).stem): file for file in files}, settings["shards_per_plan"]
+    plans = [
+        record_order.Plan(shard, epath.Path(files[shard // each]), shard % each)
+        for shard, length in enumerate(lengths)
+        if length is not None
+    ]
     rejects = dict(zip(settings["rejects"], rejects, strict=True))
     folder = f"{dataset}/{records.VERSION}"
     texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
@@ -226,11 +254,12 @@ def _cut(files: Sequence[str], count: int) -> tuple[Sequence[str], Sequence[str]
     return files[:count], files[count:]
 
 
-def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int) -> Iterator[str]:
+def _texts(
+    plans: Sequence[record_order.Plan], vocabulary_files: Sequence[str], limit: int
+) -> Iterator[str]:
     """What the tokenizer learns from: captions in shuffled order, and all the entities' words."""
-
-    for path in plans:
-        captions = engine.read_table(path, columns=["text"])["text"].to_pylist()
+    for plan in plans:
+        captions = plan.read(["text"])["text"].to_pylist()
         yield from captions[:limit]
         limit -= min(limit, len(captions))
         if not limit:
@@ -241,7 +270,9 @@ def _texts(plans: tuple[str, ...], vocabulary_files: tuple[str, ...], limit: int
         yield from filter(None, entities.descriptions)
 
 
-def _write_keys(path: epath.Path, plans: Sequence[str], rejects: Mapping[str, str]) -> None:
+def _write_keys(
+    path: epath.Path, plans: Sequence[record_order.Plan], rejects: Mapping[int, str]
+) -> None:
     """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -249,10 +280,10 @@ def _write_keys(path: epath.Path, plans: Sequence[str], rejects: Mapping[str, st
 
     schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
     with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
-        for plan in map(epath.Path, plans):
-            keys = engine.read_table(plan, ["key"])["key"].combine_chunks()
-            if plan.stem in rejects:
-                gone = engine.read_table(rejects[plan.stem], ["key"])["key"]
+        for plan in plans:
+            keys = plan.read(["key"])["key"].combine_chunks()
+            if plan.shard in rejects:
+                gone = engine.read_table(rejects[plan.shard], ["key"])["key"]
                 keys = keys.filter(pc.invert(pc.is_in(keys, gone)))
-            columns = [keys, np.full(len(keys), int(plan.stem), np.int32), np.arange(len(keys))]
+            columns = [keys, np.full(len(keys), plan.shard, np.int32), np.arange(len(keys))]
             writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

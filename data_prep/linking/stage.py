@@ -52,7 +52,7 @@ _BLOCK = 4096  # captions that are linked at a time
 
 # Texts are in the same bucket as long as their number is of the same order: only new ones are read
 # again. 512 buckets of a billion captions are 40 minutes on one core each.
-_BUCKETS = {1: 4_000, 8: 250_000, 64: 4_000_000, 512: float("inf")}
+_BUCKETS = {1: 4_000, 8: 2_000_000, 64: 30_000_000, 512: float("inf")}
 
 _SCATTER_CAPTIONS = f"""
     SELECT text, key, parse_filename(filename, true) AS shard,
