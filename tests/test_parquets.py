@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import engine
 from data_prep.pairs import stage as pairs_stage
+from data_prep.pairs.formats import parquets
 from mofi_jax.common import errors
 from tests.inputs import make_config, picture, read, tables_of
 
@@ -84,13 +85,80 @@ def test_columns_are_known_by_name_and_type(tmp_path, columns):
         ({"image": ["a.jpg"], "text": ["x"]}, r"no column of pictures .*image \(string\), text"),
         ({"a": structs(1), "b": structs(1), "text": ["x"]}, "no column of pictures"),
         ({"image": structs(1), "label": [3]}, r"no column of captions .*label \(int64\)"),
-        ({"image": structs(1), "text": [["x", "y"]]}, "no column of captions"),
+        ({"image": structs(1), "text": [[["x", "y"]]]}, "no column of captions"),
+        ({"image": [b"x"], "text": ["x" * 3_000_000]}, r"3,000,\d+ bytes in 1 rows of .*'text'"),
+        ({"image": [b"x" * 3_000_000], "text": ["x"]}, r"3,000,\d+ bytes in 1 rows of .*'image'"),
+        ({"image": structs(1), "image.bytes": [b"x"], "text": ["x"]}, "2 columns of the name 'im"),
     ],
 )
-def test_columns_that_are_not_known_are_told(tmp_path, columns, words):
-    write(tmp_path / "in/x.parquet", columns)
+def test_columns_that_are_not_known_or_not_credible_are_told(tmp_path, monkeypatch, columns, words):
+    monkeypatch.setattr(parquets, "_LARGE", 1 << 20)
+    write(tmp_path / "in/x.parquet", columns, compression="zstd")
     with pytest.raises(errors.BadInput, match=words):
         run(tmp_path / "in", tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pa.array(["a", "b"]).dictionary_encode(),
+        pa.array(["a", "b"], pa.string_view()),
+        pa.array([b"a", b"b"]),
+        pa.array([b"a", b"b"], pa.binary_view()),
+        pa.array([["a"], [None, "", "b"]]),
+        pa.array([["a", "c"], ["b", "c"]], pa.large_list(pa.large_string())),
+        pa.array([[b"a"], [b"b"]], pa.list_(pa.binary(), 1)),
+    ],
+    ids=lambda texts: str(texts.type),
+)
+def test_captions_in_every_type(tmp_path, texts):
+    write(tmp_path / "in/x.parquet", {"image": structs(2), "text": texts, "key": [7, 2**40]})
+    pairs, _, _ = run(tmp_path / "in", tmp_path / "w")
+    assert {key: row["text"] for key, row in pairs.items()} == {"7": "a", str(2**40): "b"}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_pictures_in_every_type(tmp_path, kind):
+    images = [row["bytes"] for row in structs(3)]
+    plain = pa.array(images, kind)
+    inside = pa.StructArray.from_arrays([plain, pa.array(["x"] * 3)], ["bytes", "path"])
+    texts = ["a", "b", "c"]
+    packed = pa.array(images).dictionary_encode()
+    for name, column in (("plain", plain), ("inside", inside), ("packed", packed)):
+        write(tmp_path / f"in/{name}.parquet", {"image": column, "text": texts})
+    pairs, _, _ = run(tmp_path / "in", tmp_path / "w")
+    columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
+    found = dict(pairs_stage.read_pictures(tmp_path / "w", *columns))
+    assert [found[i] for i in range(9)] == images * 3
+
+
+def test_values_that_cannot_be_read_cost_themselves_alone(tmp_path):
+    offsets = pa.array([0, 3, 8, 13], pa.int32()).buffers()[1]
+    buffers = [None, offsets, pa.py_buffer(b"\xff\xfe!a cata dog")]
+    broken = pa.Array.from_buffers(pa.string(), 3, buffers)  # no UTF-8 in the first row
+    far = pa.array([2**62, 1, None], pa.timestamp("us"))
+    deep = pa.array([1, 2, 3])
+    for _ in range(90):
+        deep = pa.StructArray.from_arrays([deep], ["x"])
+    write(
+        tmp_path / "in/a.parquet",
+        {"image": structs(3), "text": broken, "key": far, "url": broken, "NSFW": deep},
+    )
+    numbers = [[float("nan")], [0.5], None]
+    texts = ["x" * (1 << 20) + "x", "y", "z"]
+    write(
+        tmp_path / "in/b.parquet",
+        {"image": structs(3), "text": texts, "key": broken, "NSFW": numbers, "other": broken},
+    )
+    pairs, rejects, _ = run(tmp_path / "in", tmp_path / "w")
+    assert rejects == {"a/00000000": "caption_not_utf8", "b/00000000": "too_many_bytes"}
+    nested = '{"NSFW": ' + '{"x": ' * 90 + "%s" + "}" * 91
+    assert {key: (row["text"], row["url"], row["extras"]) for key, row in pairs.items()} == {
+        "1970-01-01 00:00:00.000001": ("a cat", "a cat", nested % 2),
+        "a/00000002": ("a dog", "a dog", nested % 3),
+        "a cat": ("y", None, '{"NSFW": [0.5]}'),
+        "a dog": ("z", None, None),
+    }
 
 
 def test_rows_that_cannot_be_used_are_told(tmp_path):

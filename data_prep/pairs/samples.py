@@ -18,6 +18,7 @@ from data_prep import engine
 TEXT_COLUMNS = ("text", "caption", "alt_text", "alttext", "alt", "title", "sentence", "prompt")
 KEY_COLUMNS = ("key", "__key__", "uid")
 URL_COLUMNS = ("url", "image_url")
+MAX_TEXT = 1 << 20  # bytes of a caption or its .json, a thousand times what people write
 
 # Directional marks, embeddings, overrides and isolates, soft hyphens, spaces of no width and stray
 # byte order marks: invisible, no part of any word, and in the way of every comparison. Joiners
@@ -63,6 +64,14 @@ def pick(names: Iterable[str], wanted: Sequence[str]) -> str | None:
     """The first of the `wanted` that is among `names` in any letter case, as written there."""
     found = {name.lower(): name for name in reversed(list(names))}
     return next((found[name] for name in wanted if name in found), None)
+
+
+def cell(column, row: int) -> typing.Any:
+    """A value of an Arrow array as Python's; None where it is none, as the year 200,000."""
+    try:
+        return column[row].as_py()
+    except (ValueError, OverflowError, RecursionError):
+        return None
 
 
 def extras_json(values: Mapping[str, typing.Any], keep: Sequence[str]) -> str | None:

@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
-    settings = {"version": 4, **{name: config[name] for name in names}}
+    settings = {"version": 5, **{name: config[name] for name in names}}
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
@@ -160,7 +160,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         for file, path in zip(found, paths, strict=True)
         if path and file.kind in ("parquet", "table")
     ]
-    settings = {"version": 2, "rows": rows}
+    settings = {"version": 3, "rows": rows}
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=_unknown)
     plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
 

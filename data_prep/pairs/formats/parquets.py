@@ -1,11 +1,14 @@
 """Hugging Face-style parquet: the pictures' bytes and their captions in columns of one file.
 
 The picture is a column `struct<bytes, path>`, as the library `datasets` writes it, or of plain
-bytes. Row groups are the smallest piece that parquet reads, so that one is never split between two
-shards; within it rows are streamed. For the same reason pictures cannot be fetched from here one by
-one: the samples come without a pointer, and `sources` unpacks their pictures.
+bytes; a caption a string or its bytes, or the first that is not empty in a list of such; either in
+any of Arrow's encodings. Row groups are the smallest piece that parquet reads, so that one is never
+split between two shards; within it rows are streamed. For the same reason pictures cannot be
+fetched from here one by one: the samples come without a pointer, and `sources` unpacks their
+pictures.
 """
 
+import collections
 import contextlib
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +18,8 @@ from mofi_jax.common import errors
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
 _BATCH = 32  # rows; pictures of a few megabytes each should not fill the memory
+_LARGE = 256 << 20  # bytes of a column in a row group, below which nothing is suspected
+_MOST_PACKED = 10  # times smaller than it was; pictures are packed already
 
 
 def scan(path: str, rows: int) -> dict:
@@ -25,12 +30,13 @@ def scan(path: str, rows: int) -> dict:
       first row group and the row group after its last.
 
     Raises:
-      BadInput: unreadable, or without the columns needed.
+      BadInput: unreadable, without the columns needed, or larger unpacked than such files are.
     """
     with _open(path) as file:
         schema, groups = file.schema_arrow, file.metadata.num_row_groups
         lengths = [file.metadata.row_group(i).num_rows for i in range(groups)]
-    found = _detect(path, schema)
+        _check_sizes(path, file.metadata)
+        found = _detect(path, schema)
     ranges, first, group, row = [], 0, 0, 0
     for i, length in enumerate(lengths):
         row += length
@@ -64,20 +70,26 @@ def read(
         )
         number = first
         for batch in batches:
-            blobs = _blobs(batch, part["image"])
-            others = batch.select(sorted(wanted)).to_pylist()
-            for blob, row in zip(blobs, others, strict=True):
+            blobs = _cast(_leaf(batch, part["image"]))
+            texts = _cast(batch.column(part["text"]))
+            others = [(name, batch.column(name)) for name in sorted(wanted)]
+            for i, (blob, text) in enumerate(zip(blobs, texts, strict=True)):
                 counts["members"] += 1
+                row = {name: samples.cell(column, i) for name, column in others}
                 key, url = row.get(key_column), row.get(url_column)
+                key = key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key
                 key = str(key) if key not in (None, "") else f"{part['stem']}/{number:08d}"
+                text = _words(text)
                 if not blob.is_valid:
                     yield Sample(key, reason="picture_missing")
-                elif blob.as_buffer().size > pictures.MAX_BYTES:
+                elif (
+                    blob.as_buffer().size > pictures.MAX_BYTES
+                    or len(text or b"") > samples.MAX_TEXT
+                ):
                     yield Sample(key, reason="too_many_bytes")
                 else:
                     data = blob.as_py()
                     url = url if isinstance(url, str) and url else None
-                    text = row[part["text"]]
                     yield Sample(key, text, data, None, 0, len(data), url, row)
                 number += 1
 
@@ -85,25 +97,31 @@ def read(
 def _detect(path: str, schema) -> dict[str, str]:
     import pyarrow as pa
 
-    binary = (pa.types.is_binary, pa.types.is_large_binary)
-    string = (pa.types.is_string, pa.types.is_large_string)
+    kinds = pa.types
+    binary = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view)
+    string = (kinds.is_string, kinds.is_large_string, kinds.is_string_view)
+    lists = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
 
     def holds(kind: pa.DataType, tests) -> bool:
+        kind = kind.value_type if kinds.is_dictionary(kind) else kind
         return any(test(kind) for test in tests)
 
-    leaves = {}
+    leaves, strings, others = {}, [], []
     for field in schema:
-        if pa.types.is_struct(field.type):
-            inner = field.type.get_field_index("bytes")
-            if inner >= 0 and holds(field.type.field(inner).type, binary):
+        inner = field.type.value_type if holds(field.type, lists) else field.type
+        if holds(inner, (*string, *binary)):
+            (strings if holds(field.type, string) else others).append(field.name)
+        if kinds.is_struct(field.type):
+            at = field.type.get_field_index("bytes")
+            if at >= 0 and holds(field.type.field(at).type, binary):
                 leaves[field.name] = f"{field.name}.bytes"
         elif holds(field.type, binary):
             leaves[field.name] = field.name
-    texts = [field.name for field in schema if holds(field.type, string)]
+    text = samples.pick(strings, samples.TEXT_COLUMNS) or samples.pick(others, samples.TEXT_COLUMNS)
+    leaves.pop(text, None)
     picture = samples.pick(leaves, PICTURE_COLUMNS)
     if picture is None and len(leaves) == 1:
         [picture] = leaves  # under whatever name, there is no other that it could be
-    text = samples.pick(texts, samples.TEXT_COLUMNS)
     if picture is None or text is None:
         listed = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:30])
         what, wanted = (
@@ -118,13 +136,50 @@ def _detect(path: str, schema) -> dict[str, str]:
     return {"image": leaves[picture], "text": text}
 
 
-def _blobs(batch, column: str):
+def _check_sizes(path: str, footer) -> None:
+    """Raises BadInput where columns share a name, or where a cell may fill the memory."""
+    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise errors.BadInput(
+                f"sources: {path} has {count} columns of the name {name!r}: rename all but one."
+            )
+    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
+        for column in (group.column(i) for i in range(footer.num_columns)):
+            size = column.total_uncompressed_size
+            packed = size > max(_LARGE, _MOST_PACKED * column.total_compressed_size)
+            if packed or size > max(_LARGE, pictures.MAX_BYTES * group.num_rows):
+                raise errors.BadInput(
+                    f"sources: {path} has {size:,} bytes in {group.num_rows:,} rows of the column"
+                    f" {column.path_in_schema!r}, which no pictures or captions have: drop the"
+                    " column, or write the file again."
+                )
+
+
+def _leaf(batch, column: str):
     """The array of bytes in a column, or in the struct of which it is a part."""
     import pyarrow.compute as pc
 
     if column in batch.schema.names:
         return batch.column(column)
     return pc.struct_field(batch.column(column.removesuffix(".bytes")), "bytes")
+
+
+def _cast(column):
+    """An array of strings, bytes or lists of such, however encoded, as large_binary or lists."""
+    import pyarrow as pa
+
+    kind = pa.large_binary()
+    if pa.types.is_nested(column.type):
+        kind = pa.large_list(kind)
+    return column.cast(kind)
+
+
+def _words(scalar) -> bytes | None:
+    value = scalar.as_py()  # bytes, which nobody has taken for UTF-8 yet
+    if isinstance(value, list):
+        return next((text for text in value if text and text.strip()), None)
+    return value
 
 
 def _open(path: str):
@@ -142,7 +197,7 @@ def _told(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or the network: the file may be sound
         reason = str(error).partition("\n")[0].rstrip(".")

@@ -27,7 +27,6 @@ from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
-_MAX_TEXT = 1 << 20  # bytes of a caption or its .json, a thousand times what people write
 # Pictures can hardly be packed any further. What grows more than this was made to fill the disk.
 _MAX_RATIO, _ALWAYS_FINE = 100, 64 << 20
 _STATUSES = ("failed_to_download", "failed_to_resize")
@@ -161,7 +160,7 @@ def _sample(
     """`row` is what the sidecar says; without sidecar (None) the .json member is read for it."""
     for kind, member in parts.items():
         reason = member.reason
-        if member.length > (pictures.MAX_BYTES if kind == "picture" else _MAX_TEXT):
+        if member.length > (pictures.MAX_BYTES if kind == "picture" else samples.MAX_TEXT):
             reason = reason or "too_many_bytes"
         if reason:
             return Sample(key, reason=reason)
@@ -259,9 +258,9 @@ def _read_parquet(
             url = samples.pick(columns, samples.URL_COLUMNS)
             wanted = {"key", "status", url, *keep} & set(columns)
             for batch in file.iter_batches(columns=sorted(wanted)):
-                cells = [[_cell(scalar) for scalar in column] for column in batch.columns]
-                for values in zip(*cells, strict=True):
-                    row = dict(zip(batch.schema.names, values, strict=True))
+                names = batch.schema.names
+                for i in range(len(batch)):
+                    row = {name: samples.cell(batch.column(name), i) for name in names}
                     key, status = row.pop("key"), row.pop("status", "success")
                     if status != "success":
                         failures[status if status in _STATUSES else "other"] += 1
@@ -282,14 +281,6 @@ def _read_parquet(
     return describe, dict(failures)
 
 
-def _cell(scalar) -> typing.Any:
-    """A value as Python's; None where it is none, as text that is not UTF-8 or the year 200,000."""
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError):
-        return None
-
-
 def _read_stats(path: str) -> tuple[int, dict[str, int]]:
     """How many pairs img2dataset says it wrote; how many downloads failed, by status.
 
@@ -297,7 +288,7 @@ def _read_stats(path: str) -> tuple[int, dict[str, int]]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            stats = json.loads(file.read(_MAX_TEXT))
+            stats = json.loads(file.read(samples.MAX_TEXT))
         counts = {name: int(stats.get(name) or 0) for name in ("successes", *_STATUSES)}
         if not all(0 <= count < 1 << 40 for count in counts.values()):
             raise ValueError(counts)
