@@ -11,14 +11,18 @@ import threading
 
 import gcsfs
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from etils import epath
 
 from configs import eval as eval_config
+from data_prep import engine
+from data_prep.dataset import publish
 from mofi_jax import curves, evaluate, export, telemetry, train
 from mofi_jax.common import checksums, files
 from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
+from mofi_jax.data import records
 from mofi_jax.distributed import meshes
 from mofi_jax.doctor import __main__ as doctor
 from mofi_jax.doctor import machine
@@ -64,6 +68,26 @@ def test_files_in_a_bucket(folder, served):
     assert checksums.damage(folder) is None
     files.write_text(folder / "sub/b.txt", "u")
     assert checksums.damage(folder) == "sub/b.txt is not what was saved"
+
+
+def test_a_data_set_is_published_to_a_bucket(folder, served, tmp_path):
+    datasets.write(tmp_path)
+    config, work = ml_collections.ConfigDict({"publish": str(folder)}), engine.Engine(tmp_path)
+    source = tmp_path / "i2e" / records.VERSION
+    names = sorted(path.name for path in source.iterdir())
+    assert publish.run(config, work, "i2e")["copied"] == len(names) > 4
+    assert publish.run(config, work, "i2e")["copied"] == 0
+    objects, _ = served
+    target = f"{os.fspath(folder).partition(buckets.BUCKET)[2][1:]}/i2e/{records.VERSION}"
+    held = {name: data for name, (_, data) in objects.held.items() if name.startswith(target)}
+    for name in names:
+        assert held[f"{target}/{name}"] == (source / name).read_bytes()
+    assert sorted(held) == sorted(f"{target}/{name}" for name in [*names, publish.SUMS_FILE])
+    # What the data set does not hold any more is deleted there.
+    gone = next(name for name in names if ".array_record-" in name)
+    (source / gone).unlink()
+    assert publish.run(config, work, "i2e")["deleted"] == 1
+    assert f"{target}/{gone}" not in objects.held
 
 
 def test_a_place_that_cannot_be_is_one_sentence(served, monkeypatch):

@@ -4,10 +4,8 @@ import hashlib
 import shutil
 import subprocess
 
-import fsspec
 import ml_collections
 import pytest
-from fsspec.implementations import memory
 
 from data_prep import engine
 from data_prep.dataset import publish
@@ -121,28 +119,6 @@ def _write_tokenizer(task, outputs, settings):
     path = outputs.path(f"i2e/{records.VERSION}/{records.TOKENIZER_FILE}")
     path.write_text(settings["data"])
     return {}
-
-
-class Bucket(memory.MemoryFileSystem):
-    """An object store in memory, in the place of Google's."""
-
-    protocol = ("gs", "gcs")
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-
-def test_a_bucket(work, monkeypatch):
-    monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: Bucket())
-    source = work.workdir / "i2e" / records.VERSION
-    files = len(contents(source))
-    assert files > 4
-    assert run(work, "gs://bucket/data")["copied"] == files
-    assert run(work, "gs://bucket/data")["copied"] == 0
-    for name, data in contents(source).items():
-        assert Bucket().cat(f"gs://bucket/data/i2e/{records.VERSION}/{name}") == data
 
 
 def test_places_that_cannot_be_used_are_told(work, tmp_path):
