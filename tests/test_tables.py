@@ -81,9 +81,19 @@ def test_rows_that_cannot_be_used_are_told(folder, tmp_path):
     (tmp_path / "secret.png").write_bytes(picture())
     (folder / "empty.png").touch()
     os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
     names = {
         "photos/../photos/0.png": None,
-        str(tmp_path / "secret.png"): None,  # absolute: whoever wrote it meant it
+        str(folder / "photos/1.png"): None,
+        "photos\\2.png": None,  # as Windows writes it
+        str(tmp_path / "secret.png"): "picture_outside",
+        "link.png": "picture_outside",
+        "linked/secret.png": "picture_outside",
+        "..\\secret.png": "picture_outside",
+        "/dev/zero": "picture_outside",
+        "loop.png": "picture_missing",
         "../secret.png": "picture_outside",
         "photos/../../secret.png": "picture_outside",
         "photos/9.png": "picture_missing",
@@ -105,13 +115,13 @@ def test_rows_that_cannot_be_used_are_told(folder, tmp_path):
     lines += ['{"image": "photos/0.png", "caption": ["a", "b"]}']
     (folder / "t.jsonl").write_text("\n".join(lines))
     pairs, rejects, counts = run(folder, tmp_path / "w")
-    assert list(pairs) == ["0", "1"]
+    assert list(pairs) == ["0", "1", "2"]
     expected = {str(i): reason for i, reason in enumerate(names.values()) if reason}
     rows = range(len(names), len(names) + 3)
     expected |= {f"t/{row:08d}": reason for row, reason in zip(rows, more, strict=True)}
-    expected |= {"t/00000018": "broken_json", "t/00000019": "no_text"}
+    expected |= {"t/00000025": "broken_json", "t/00000026": "no_text"}
     assert rejects == expected
-    assert counts["pairs"] + counts["rejected"] == counts["members"] == 20
+    assert counts["pairs"] + counts["rejected"] == counts["members"] == 27
 
 
 def test_rows_of_a_csv_with_too_many_or_too_few_cells_and_other_encodings(folder, tmp_path):
@@ -144,14 +154,65 @@ def test_rows_of_a_csv_with_too_many_or_too_few_cells_and_other_encodings(folder
         ("t.csv", b"image,words\n1,x\n", "no column of the caption .*found: image, words"),
         ("t.csv", b"", r"columns found: none\): rename it to one of file_name"),
         ("t.jsonl", b"\n\n", "columns found: none"),
-        ("t.jsonl", b"a" * (1 << 20) + b"b", "a line of more than 1,048,576 bytes at byte 0"),
-        ("t.csv", b'image,text\nx,"' + b"a,\n" * 90_000, "a quote that is not closed"),
+        ("t.jsonl", b"a" * (1 << 20) + b"b", "begins with a line of more than 1,048,576 bytes"),
+        ("t.jsonl", b' [{"image": "x"}]', "is a JSON array: write one object a line"),
+        ("t.csv", "image,text\n".encode("utf-16"), "is no UTF-8 but UTF-16 .*: save it as UTF-8"),
+        ("t.csv", "image,text\n".encode("utf-16-le"), "is no UTF-8 but UTF-16"),
+        ("t.csv", b"image,text,text\n", "2 columns of the name 'text'"),
+        (
+            "t.csv",
+            b"\x1b[31mred\x1b]0;\x07,b\n",
+            r"columns found: \\x1b\[31mred\\x1b\]0;\\x07, b\)",
+        ),
+        ("t.csv", b'"image,text\n', "columns found: none"),
     ],
 )
 def test_tables_that_cannot_be_read_are_told(folder, tmp_path, name, data, words):
     (folder / name).write_bytes(data)
     with pytest.raises(errors.BadInput, match=words):
         run(folder, tmp_path / "w")
+
+
+def test_pictures_beside_what_a_table_leads_to(folder, tmp_path):
+    """As in the caches of the Hugging Face hub: names are links to contents in one folder."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (folder / "0123").write_text("image,text\n0.png,a kite\n")
+    (folder / "4567").write_bytes(picture())
+    (snapshot / "t.csv").symlink_to(folder / "0123")
+    (snapshot / "0.png").symlink_to(folder / "4567")
+    pairs, _, _ = run(snapshot, tmp_path / "w")
+    assert [row["text"] for row in pairs.values()] == ["a kite"]
+
+
+@pytest.mark.parametrize("rows_per_shard", [2, 1_000])
+def test_a_row_that_is_broken_or_too_long_costs_itself(folder, tmp_path, rows_per_shard):
+    rows = [
+        b'photos/0.png,"left open',
+        b"photos/0.png,one",
+        b'photos/1.png,"a "quoted" word"',
+        b"photos/1.png," + b"x" * 200_000,
+        b"photos/1.png," + b"x" * (3 << 20),
+        b"photos/1.png,old\rlines",
+        b"photos/1.png,nul\0",
+        b'photos/1.png,"two\nlines"',
+        b'photos/1.png,"' + b"\n" * 150 + b'"',
+        b"photos/2.png,last",
+        b'photos/2.png,"left open at the end',
+    ]
+    (folder / "t.csv").write_bytes(b"\n".join([b"image,text", *rows]))
+    pairs, rejects, _ = run(folder, tmp_path / "w", rows_per_shard=rows_per_shard)
+    assert {key: row["text"] for key, row in pairs.items()} == {
+        "t/00000001": "one",
+        "t/00000003": "x" * 1_000,
+        "t/00000006": "nul",
+        "t/00000007": "two lines",
+        "t/00000010": "last",
+    }
+    broken = dict.fromkeys([0, 2, 5, 8, 9, 11], "broken_row")
+    assert rejects == {
+        f"t/{i:08d}": reason for i, reason in {**broken, 4: "too_many_bytes"}.items()
+    }
 
 
 def test_a_table_in_pieces_is_the_table_in_one(folder, tmp_path):
@@ -211,6 +272,6 @@ def test_whatever_csv_writes_is_read_back_in_pieces(rows, size, crlf):
         with open(path, "rb") as file:
             for first, start, stop in plan["ranges"]:
                 assert first == len(found)
-                found += list(tables._rows(str(path), file, plan, start, stop))
+                found += list(tables._rows(file, plan, start, stop))
     # What lies between two quotes may have several lines, but only of one kind.
     assert [(r.cells["image"], r.cells["text"]) for r in found] == rows

@@ -19,7 +19,7 @@ Every sample ends either in pairs/ or in rejects/ with a reason:
     no_picture no_text broken_json broken_row   the sample is not whole
     duplicate_key                               another of that key came before it
     empty_caption caption_not_utf8              the caption cannot be read
-    picture_missing picture_outside picture_is_a_url    a table names no file beside it
+    picture_missing picture_outside picture_is_a_url    a table names no file in its folder
     empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels too_many_bytes
     tar_cut_short                               the member at which a tar that was cut short ends
     tar_damaged                                 what cannot be read in a tar, by FILE@BYTE
@@ -180,7 +180,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
                 parts[f"{file.shard}-{number:05d}"] = (inputs, {**part, "range": piece})
         elif file.shard in plans:
             plan = json.loads(plans[file.shard].read_text())
-            part |= {"stem": file.stem, "folder": os.path.dirname(file.path)}
+            part |= {"stem": file.stem, "table": file.path}
             for number, piece in enumerate(plan.pop("ranges")):
                 parts[f"{file.shard}-{number:05d}"] = ((path,), {**part, **plan, "range": piece})
     return _write_parts(parts, work.workdir / "parts")

@@ -123,7 +123,8 @@ def _detect(path: str, schema) -> dict[str, str]:
     if picture is None and len(leaves) == 1:
         [picture] = leaves  # under whatever name, there is no other that it could be
     if picture is None or text is None:
-        listed = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:30])
+        shown = (samples.spell_key(f"{field.name} ({field.type})") for field in list(schema)[:30])
+        listed = ", ".join(words[:200] for words in shown)
         what, wanted = (
             ("pictures (bytes, or a struct with bytes)", PICTURE_COLUMNS)
             if picture is None

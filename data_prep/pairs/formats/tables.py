@@ -2,19 +2,20 @@
 
 A CSV has a header; `.tsv` is CSV with tabs and without quotes, as captions on the web hold quotes
 of their own; a `.csv` may be separated by commas, tabs or semicolons. A column names the picture's
-file, relative to the folder of the table. Such a name may not lead out of that folder (`../`): a
-table from elsewhere shall not pick files it was not given. An absolute path is taken as it is.
+file, from the folder of the table on. Neither `../` nor an absolute path nor a link may lead out of
+that folder: a table from elsewhere shall not pick files it was not given. Where the table itself is
+a link, as in the caches of the Hugging Face hub, pictures may also lie beside what it leads to.
 
 The pictures are no inputs in the sense of `data_prep.engine`: a table says the same after one of
 its pictures is replaced, so that pairs made before keep what they say of the old one.
 """
 
+import codecs
 import csv
 import itertools
 import json
 import os
 import re
-import stat
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -27,8 +28,9 @@ PATH_COLUMNS = (
     *("file_name", "filename", "filepath", "file_path", "image_path", "img_path", "image_file"),
     *("image", "img", "picture", "path", "file"),
 )
-# A longer line is no line of a table: a picture, say, that was given the wrong name.
-_MAX_LINE = 1 << 20
+_MAX_LINE = samples.MAX_TEXT
+# A quote that is left open would swallow all rows up to the next one.
+_MAX_LINES_OF_ROW = 100
 _SNIFFED_LINES = 100  # of JSON, among which all columns occur
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d+)?([eE][-+]?\d{1,2})?")
 
@@ -56,7 +58,7 @@ def scan(path: str, rows: int) -> dict:
         plan, start = _columns(path, file)
         begins = [(0, start)]
         number, end = 0, start
-        for row in _rows(path, file, plan, start, None):
+        for row in _rows(file, plan, start, None):
             number, end = number + 1, row.end
             if number % rows == 0:
                 begins.append((number, end))
@@ -74,30 +76,33 @@ def read(
 
     Args:
       inputs: the table.
-      part: what `scan` returned, with `range` instead of `ranges`, and `folder`, from which paths
-        start, and `stem`, with which the keys begin where no column holds them.
+      part: what `scan` returned, with `range` instead of `ranges`, and `table`, from whose folder
+        paths start, and `stem`, with which the keys begin where no column holds them.
       keep: not needed: rows are read whole.
       counts: `members` is counted up.
     """
     first, start, stop = part["range"]
+    folder = os.path.dirname(part["table"])
+    beside = (os.path.realpath(folder), os.path.dirname(os.path.realpath(part["table"])))
+    roots = tuple(os.path.join(root, "") for root in beside)
     with open(inputs[0], "rb") as file:
-        for number, row in enumerate(_rows(inputs[0], file, part, start, stop), first):
+        for number, row in enumerate(_rows(file, part, start, stop), first):
             counts["members"] += 1
             key = row.cells.get(samples.pick(row.cells, samples.KEY_COLUMNS))
             key = str(key) if key not in (None, "") else f"{part['stem']}/{number:08d}"
             try:
-                yield _sample(key, row, part)
+                yield _sample(key, row, part, folder, roots)
             except Rejected as rejected:
                 yield Sample(key, reason=str(rejected))
 
 
-def _sample(key: str, row: Row, part: dict) -> Sample:
+def _sample(key: str, row: Row, part: dict, folder: str, roots: tuple[str, ...]) -> Sample:
     if row.reason:
         raise Rejected(row.reason)
     text = row.cells.get(part["text"])
     if text is not None and not isinstance(text, str):
         raise Rejected("no_text")
-    path, length = _locate(row.cells.get(part["image"]), part["folder"])
+    path, length = _locate(row.cells.get(part["image"]), folder, roots)
     with open(path, "rb") as file:
         data = file.read()
     url = row.cells.get(samples.pick(row.cells, samples.URL_COLUMNS))
@@ -106,7 +111,7 @@ def _sample(key: str, row: Row, part: dict) -> Sample:
     return Sample(key, text, data, path, 0, length, url, extras)
 
 
-def _locate(name: typing.Any, folder: str) -> tuple[str, int]:
+def _locate(name: typing.Any, folder: str, roots: tuple[str, ...]) -> tuple[str, int]:
     """The path of a picture that is there, and its size in bytes.
 
     Raises:
@@ -117,20 +122,22 @@ def _locate(name: typing.Any, folder: str) -> tuple[str, int]:
         raise Rejected("no_picture")
     if "://" in name:
         raise Rejected("picture_is_a_url")
-    path = os.path.normpath(os.path.join(folder, name))
-    if not os.path.isabs(name) and not path.startswith(os.path.join(folder, "")):
-        raise Rejected("picture_outside")
     try:
-        status = os.stat(path)
-        readable = stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK)
+        path = os.path.normpath(os.path.join(folder, name))
+        if "\\" in name and not os.path.exists(path):  # written on Windows
+            path = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
+        real = os.path.realpath(path)
         path.encode()  # a name in another encoding could not be written down
     except (OSError, ValueError):
-        readable = False
-    if not readable:
+        raise Rejected("picture_missing") from None
+    if not real.startswith(roots):
+        raise Rejected("picture_outside")
+    if not (os.path.isfile(real) and os.access(real, os.R_OK)):
         raise Rejected("picture_missing")
-    if status.st_size > pictures.MAX_BYTES:
+    size = os.path.getsize(real)
+    if size > pictures.MAX_BYTES:
         raise Rejected("too_many_bytes")
-    return path, status.st_size
+    return path, size
 
 
 def _value(value: typing.Any) -> typing.Any:
@@ -145,24 +152,47 @@ def _value(value: typing.Any) -> typing.Any:
 
 def _columns(path: str, file: typing.BinaryIO) -> tuple[dict, int]:
     """What `scan` says of the columns, and the byte at which the rows begin."""
+    line = file.readline(_MAX_LINE)
+    file.seek(0)
+    _check_first(path, line)
     if path.endswith(".jsonl"):
         found: dict[str, None] = {}
-        for number, row in enumerate(_rows(path, file, {"delimiter": ""}, 0, None)):
+        for number, row in enumerate(_rows(file, {"delimiter": ""}, 0, None)):
             found |= dict.fromkeys(row.cells)
             if number == _SNIFFED_LINES:
                 break
         return {"delimiter": "", **_detect(path, list(found))}, 0
-    line = file.readline(_MAX_LINE)
     delimiters = "\t" if path.endswith(".tsv") else ",\t;"
-    try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        text = ""
+    text = line.decode("utf-8-sig", "backslashreplace").rstrip("\r\n")
     quotes = not path.endswith(".tsv")
-    headers = [(next(_cells([text], mark, quotes), []), mark) for mark in delimiters]
-    header, mark = max(headers, key=lambda pair: len(pair[0]))
+    header, mark = max(
+        ((_header(text, mark, quotes), mark) for mark in delimiters), key=lambda pair: len(pair[0])
+    )
     plan = {"delimiter": mark, "quotes": quotes, "header": header, **_detect(path, header)}
     return plan, len(line)
+
+
+def _check_first(path: str, line: bytes) -> None:
+    """Raises BadInput where the first line tells that a file is no such table."""
+    problem = None
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+        problem = "is no UTF-8 but UTF-16 or no text at all: save it as UTF-8"
+    elif len(line) == _MAX_LINE and not line.endswith(b"\n"):
+        problem = (
+            f"begins with a line of more than {_MAX_LINE:,} bytes: it is no table of captions, or"
+            " its lines have no ends"
+        )
+    elif path.endswith(".jsonl") and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        problem = "is a JSON array: write one object a line, as jq -c '.[]' does"
+    if problem:
+        raise errors.BadInput(f"sources: {path} {problem}.")
+
+
+def _header(line: str, delimiter: str, quotes: bool) -> list[str]:
+    try:
+        return next(_cells([line], delimiter, quotes), [])
+    except csv.Error:
+        return []
 
 
 def _detect(path: str, names: Sequence[str]) -> dict[str, str]:
@@ -178,61 +208,80 @@ def _detect(path: str, names: Sequence[str]) -> dict[str, str]:
     words = {"image": ("picture", PATH_COLUMNS), "text": ("caption", samples.TEXT_COLUMNS)}
     for kind, (what, wanted) in words.items():
         if found[kind] is None:
-            listed = ", ".join(names[:30]) or "none"
+            listed = ", ".join(samples.spell_key(name)[:100] for name in names[:30]) or "none"
             raise errors.BadInput(
                 f"sources: {path} has no column of the {what} that is known by its name (columns"
                 f" found: {listed}): rename it to one of {', '.join(wanted)}."
             )
+        if (count := names.count(found[kind])) > 1:
+            raise errors.BadInput(
+                f"sources: {path} has {count} columns of the name {found[kind]!r}: rename all but"
+                " one."
+            )
     return found
 
 
-def _rows(
-    path: str, file: typing.BinaryIO, plan: dict, start: int, stop: int | None
-) -> Iterator[Row]:
+def _rows(file: typing.BinaryIO, plan: dict, start: int, stop: int | None) -> Iterator[Row]:
     """The rows between two bytes; empty lines are none."""
-    file.seek(start)
-    lines = _Lines(path, file, start, stop)
-    if plan["delimiter"]:
-        header = plan["header"]
+    lines = _Lines(file, start, stop)
+    header, mark = plan.get("header"), plan["delimiter"]
+    rows = _cells(lines, mark, plan["quotes"]) if mark else map(_object, lines)
+    while True:
+        lines.begin_row()
         try:
-            for cells in _cells(lines, plan["delimiter"], plan["quotes"]):
-                if not cells:
-                    continue
-                broken = None if len(cells) == len(header) else "broken_row"
-                yield Row({} if broken else dict(zip(header, cells, strict=True)), broken, lines.at)
-        except csv.Error as error:
-            raise errors.BadInput(
-                f"sources: {path} cannot be read before byte {lines.at} ({error}): look for a quote"
-                " that is not closed, or write the table as .jsonl."
-            ) from error
-        return
-    for line in lines:
-        if not line.strip():
+            cells = next(rows)
+        except StopIteration:
+            return
+        except (csv.Error, Rejected) as problem:
+            lines.back_to_second()
+            yield Row({}, str(problem) if isinstance(problem, Rejected) else "broken_row", lines.at)
             continue
-        try:
-            cells = json.loads(line)
-        except (ValueError, RecursionError):
-            cells = None
-        if isinstance(cells, dict):
+        if header and cells and len(cells) != len(header):
+            yield Row({}, "broken_row", lines.at)
+        elif header and cells:
+            yield Row(dict(zip(header, cells, strict=True)), None, lines.at)
+        elif not header and cells is not None:
             yield Row(cells, None, lines.at)
-        else:
-            yield Row({}, "broken_json", lines.at)
+
+
+def _object(line: str) -> dict | None:
+    """A row of JSON; None for an empty line."""
+    if not line.strip():
+        return None
+    try:
+        cells = json.loads(line)
+    except (ValueError, RecursionError):
+        cells = None
+    if not isinstance(cells, dict):
+        raise Rejected("broken_json")
+    return cells
 
 
 def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[list[str]]:
+    csv.field_size_limit(_MAX_LINE)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    # Strict: `"24 inch` is a quote left open, which the next quote must not close.
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
 
 
 class _Lines:
     """The lines of a file as text, and in `at` the byte after the last one handed out.
 
-    Bytes that are no UTF-8 become lone surrogates, by which their row is told apart later.
+    Bytes that are no UTF-8 become lone surrogates, by which their row is told apart later. A line
+    that is too long, and one more than a row may have, are Rejected in place of the row.
     """
 
-    def __init__(self, path: str, file: typing.BinaryIO, start: int, stop: int | None):
-        self._path, self._file, self._stop = path, file, stop
-        self.at = start
+    def __init__(self, file: typing.BinaryIO, start: int, stop: int | None):
+        self._file, self._stop = file, stop
+        self._ends: list[int] = []  # of the lines of this row
+        self.at = file.seek(start)
+
+    def begin_row(self) -> None:
+        self._ends = []
+
+    def back_to_second(self) -> None:
+        """To where the row's second line begins: only the first is known to be broken."""
+        self.at = self._file.seek(self._ends[0])
 
     def __iter__(self) -> "_Lines":
         return self
@@ -240,14 +289,16 @@ class _Lines:
     def __next__(self) -> str:
         if self._stop is not None and self.at >= self._stop:
             raise StopIteration
-        line = self._file.readline(_MAX_LINE)
+        line = chunk = self._file.readline(_MAX_LINE)
         if not line:
             raise StopIteration
-        if len(line) == _MAX_LINE and not line.endswith(b"\n"):
-            raise errors.BadInput(
-                f"sources: {self._path} has a line of more than {_MAX_LINE:,} bytes at byte"
-                f" {self.at}: it is no table of captions, or its lines have no ends."
-            )
-        text = line.decode("utf-8-sig" if self.at == 0 else "utf-8", "surrogateescape")
-        self.at += len(line)
-        return text
+        start = self.at
+        while chunk and not chunk.endswith(b"\n"):
+            chunk = self._file.readline(_MAX_LINE)
+        self.at = self._file.tell()
+        self._ends.append(self.at)
+        if self.at > start + len(line):
+            raise Rejected("too_many_bytes")
+        if len(self._ends) > _MAX_LINES_OF_ROW:
+            raise Rejected("broken_row")
+        return line.decode("utf-8-sig" if start == 0 else "utf-8", "surrogateescape")
