@@ -293,11 +293,13 @@ class _Lines:
         if not line:
             raise StopIteration
         start = self.at
-        while chunk and not chunk.endswith(b"\n"):
+        self.at += len(line)
+        is_whole = len(line) < _MAX_LINE or line.endswith(b"\n")
+        while not is_whole and chunk and not chunk.endswith(b"\n"):
             chunk = self._file.readline(_MAX_LINE)
-        self.at = self._file.tell()
+            self.at += len(chunk)
         self._ends.append(self.at)
-        if self.at > start + len(line):
+        if not is_whole:
             raise Rejected("too_many_bytes")
         if len(self._ends) > _MAX_LINES_OF_ROW:
             raise Rejected("broken_row")
