@@ -86,8 +86,8 @@ def test_columns_are_known_by_name_and_type(tmp_path, columns):
         ({"a": structs(1), "b": structs(1), "text": ["x"]}, "no column of pictures"),
         ({"image": structs(1), "label": [3]}, r"no column of captions .*label \(int64\)"),
         ({"image": structs(1), "text": [[["x", "y"]]]}, "no column of captions"),
-        ({"image": [b"x"], "text": ["x" * 3_000_000]}, r"3,000,\d+ bytes in 1 rows of .*'text'"),
-        ({"image": [b"x" * 3_000_000], "text": ["x"]}, r"3,000,\d+ bytes in 1 rows of .*'image'"),
+        ({"image": [b"x"], "text": ["x" * 3_000_000]}, r"3,000,\d+ bytes in 1 rows"),
+        ({"image": [b"x" * 3_000_000], "text": ["x"]}, r"3,000,\d+ bytes in 1 rows"),
         ({"image": structs(1), "image.bytes": [b"x"], "text": ["x"]}, "2 columns of the name 'im"),
     ],
 )
