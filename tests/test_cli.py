@@ -112,3 +112,11 @@ def test_what_cannot_be_written_ends_at_once(monkeypatch, capsys):
         cli.complain(errors.StorageFailed("W cannot be written"))
     assert codes == [2]
     assert capsys.readouterr().err == "error: W cannot be written\n"
+
+
+def test_a_complaint_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.complain("the file \x1b[31m\x9bx\u202e\udce9.tar\nis\tno tar")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == r"error: the file \x1b[31m\x9bx\u202e\udce9.tar is no tar" + "\n"

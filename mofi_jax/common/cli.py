@@ -151,9 +151,15 @@ def _key(error: BaseException) -> str:
     return " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
 
 
+# Control characters, embeddings and overrides of direction, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def complain(error: BaseException | str) -> None:
-    """Prints one line on stderr and exits with code 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Prints one line on stderr and exits with code 2; what it quotes cannot steer a terminal."""
+    told = " ".join(str(error).split())
+    told = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), told)
+    print(f"error: {told}", file=sys.stderr, flush=True)
     if isinstance(error, StorageFailed):
         os._exit(error.exit_code)
     sys.exit(2)
