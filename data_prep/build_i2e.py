@@ -81,7 +81,9 @@ def build(
         if config.dataset == "i2e":
             kb_build.prepare(config, work)
             stages["links"] = engine.total_counts(linking_stage.run(config, work))
+            _check_whole("links", stages["pairs"]["pairs"], stages["links"]["texts"], work)
             stages["labels"] = engine.total_counts(choose.run(config, work))
+            _check_whole("labels", stages["pairs"]["pairs"], stages["labels"]["pairs"], work)
             stages["labels_final"] = engine.total_counts(filters_stage.run(config, work))
             stages["vocabulary"] = engine.total_counts(vocabulary.run(config, work))
         else:
@@ -145,11 +147,25 @@ def _check_rejects(counts: Mapping[str, int], budget: float, work: engine.Engine
     )
 
 
+# Stages whose quarantine is of samples that are no pairs yet.
+_BEFORE_PAIRS = ("unpacked", "scanned", "indexed", "pairs")
+
+
+def _check_whole(stage: str, pairs: int, found: int, work: engine.Engine) -> None:
+    """Raises ShardError where pairs are neither in a stage nor in quarantine."""
+    late = [n for name, n in work.quarantined.items() if name.split("/")[0] not in _BEFORE_PAIRS]
+    if found + sum(late) != pairs:
+        raise engine.ShardError(
+            f"{stage}/ holds {found} of {pairs} pairs, and {sum(late)} are in quarantine: remove"
+            f" {work.workdir / stage} and run the same command again."
+        )
+
+
 def funnel(result: Mapping) -> str:
     """How many pairs are left after each step, as a table with bars."""
     stages = result["stages"]
-    early = ("unpacked", "scanned", "indexed", "pairs")
-    lost = sum(n for name, n in result["quarantined"].items() if name.split("/")[0] in early)
+    quarantined = result["quarantined"].items()
+    lost = sum(n for name, n in quarantined if name.split("/")[0] in _BEFORE_PAIRS)
     read = stages["pairs"]["pairs"] + stages["pairs"]["rejected"] + lost
     rows = [("pairs read", read)]
     rows += [(text, stages[stage][key]) for stage, key, text in _FUNNEL if stage in stages]

@@ -325,3 +325,11 @@ def test_the_funnel_tells_what_was_lost_to_damage():
     ).splitlines()
     assert told[0].split()[:3] == ["pairs", "read", "100"]  # 30 of them in a shard nobody can read
     assert told[-1] == "45 pairs are lost to damaged files and shards"
+
+
+def test_pairs_that_are_nowhere_end_the_run(tmp_path):
+    with engine.Engine(tmp_path) as work:
+        work.quarantined = {"indexed/a": 7, "captions/00001": 10}
+        build_i2e._check_whole("links", 100, 90, work)
+        with pytest.raises(engine.ShardError, match="links/ holds 80 of 100 pairs, and 10 are in"):
+            build_i2e._check_whole("links", 100, 80, work)

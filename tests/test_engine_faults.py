@@ -221,3 +221,62 @@ def test_what_is_no_manifest_is_passed_over_and_deletes_nothing(tmp_path, line):
     assert engine.total_counts(work.map_shards("shout", shout, tasks, {})) != {}
     work.map_shards("shout", shout, [], {})
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+def spread(task, outputs, settings):
+    for name in settings["names"][task.name]:
+        outputs.path(f"spread/{name}.txt").write_text(f"{name} {settings['round']}")
+    return {"files": 1}
+
+
+@pytest.mark.parametrize("order", [("0", "1", "2"), ("2", "1", "0")])
+def test_an_output_that_another_shard_takes_over_stays(tmp_path, order):
+    work = engine.Engine(tmp_path)
+    rounds = (
+        {"0": "c", "1": "d", "2": "ab"},
+        {"0": "d", "1": "a", "2": "bc"},
+        {"0": "abc", "1": "d"},
+    )
+    for number, names in enumerate(rounds):
+        tasks = [engine.Task(name, ()) for name in order if name in names]
+        work.map_shards("spread", spread, tasks, {"names": names, "round": number})
+        files = {path.name: path.read_text() for path in engine.listed(tmp_path / "spread", ".txt")}
+        assert files == {f"{name}.txt": f"{name} {number}" for name in "abcd"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["rename", "removal"])
+def test_after_a_kill_no_file_is_there_that_no_manifest_names(tmp_path, monkeypatch, moment):
+    settings = {"names": {"0": "ab", "1": "c"}, "round": 0}
+    tasks = [engine.Task(name, ()) for name in ("0", "1")]
+    work = engine.Engine(tmp_path)
+    if moment == "removal":
+        work.map_shards("spread", spread, tasks, settings)
+    left = [2]
+
+    def die(original):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
+        patch.setattr(manifests.Ledger, "_tidy", lambda self: None)
+        if moment == "rename":
+            patch.setattr(os, "replace", die(os.replace))
+            work.map_shards("spread", spread, tasks, settings)
+        else:
+            paths = type(work.workdir)
+            patch.setattr(paths, "unlink", die(paths.unlink))
+            work.map_shards("spread", spread, tasks[1:], settings)
+    # The next run has other shards: what the first one left is not among their files.
+    work.map_shards("spread", spread, tasks[1:], settings)
+    assert [path.name for path in engine.listed(tmp_path / "spread", ".txt")] == ["c.txt"]
+    work.map_shards("spread", spread, tasks, settings)
+    assert len(engine.listed(tmp_path / "spread", ".txt")) == 3

@@ -130,7 +130,8 @@ class _Wanted(NamedTuple):
     def note(self) -> None:
         """Writes W/removed/, and takes away the data card, until the next build."""
         if self.workdir:
-            removed.add(self.workdir, self.known)
+            # The keys too: copies that were farther away than the next build looks.
+            removed.add(self.workdir, self.known | removed.Removed(self.keys))
             manifests.Ledger(self.workdir, "report").remove("card")
 
 

@@ -1,6 +1,8 @@
 """One shard of one stage, run in whatever process: outputs, retries, and what can go wrong.
 
-    temporary names -> fsync -> rename -> manifest, which the engine writes last
+    here    temporary names -> fsync
+    engine  manifest -> rename
+
 
 so that a kill at any moment leaves either a finished shard or one that is done again, and two
 processes that run the same shard at once write the same bytes to the same names.
@@ -170,10 +172,14 @@ class Job:
 
 
 class Made(typing.NamedTuple):
-    """A shard's manifest, and how long the shard took."""
+    """A shard's manifest, how long it took, and the folder where its outputs wait for their names.
+
+    There is no folder where an earlier run's outputs are still right.
+    """
 
     manifest: dict
     seconds: float
+    folder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +252,7 @@ def disk_full(where: str, workdir: str) -> errors.BadInput:
 
 
 def _run(job: Job) -> Made:
-    """Hashes, runs the function, renames its outputs."""
+    """Hashes, runs the function, brings its outputs to the disk."""
     started = time.monotonic()
     workdir, task = epath.Path(job.workdir), job.task
     manifests.learn(job.seen)
@@ -266,9 +272,10 @@ def _run(job: Job) -> Made:
             for name in outputs.names
         ]
         for name in outputs.names:
-            manifests.publish(outputs.temporary(name), workdir / name)
-    finally:
+            manifests.sync(outputs.temporary(name))
+    except BaseException:
         outputs.discard()
+        raise
     manifest = {
         "stage": job.stage,
         "shard": task.name,
@@ -277,10 +284,7 @@ def _run(job: Job) -> Made:
         "outputs": described,
         "counts": {key: int(value) for key, value in counts.items()},
     }
-    for old in before.get("outputs", []):
-        if old["path"] not in outputs.names:
-            (workdir / old["path"]).unlink(missing_ok=True)
-    return Made(manifest, time.monotonic() - started)
+    return Made(manifest, time.monotonic() - started, os.fspath(outputs.temporary("")))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import json
 import os
 import time
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from absl import logging
 from etils import epath
@@ -55,13 +55,10 @@ def write_durably(path: epath.Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def publish(temporary: epath.Path, final: epath.Path) -> None:
-    """Gives a finished file its name, durably."""
-    with open(temporary, "rb") as file:
+def sync(path: epath.Path) -> None:
+    """Brings a file's bytes to the disk."""
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, final)
-    _sync_folder(final.parent)
 
 
 def _sync_folder(folder: epath.Path) -> None:
@@ -210,6 +207,11 @@ class Ledger:
         self._workdir, self._folder = workdir, workdir / stage
         self._stage = stage
         self._manifests = {manifest["shard"]: manifest for manifest in read(workdir, stage)}
+        self._owner = {
+            entry["path"]: shard
+            for shard, manifest in self._manifests.items()
+            for entry in manifest["outputs"]
+        }
         self._notes = _read_notes(self._folder)
 
     def __enter__(self) -> Ledger:
@@ -241,11 +243,28 @@ class Ledger:
         """Size and modification time, by name, of a shard's files when its hashes were known."""
         return self._notes.get(shard, {}).get("files", {})
 
-    def add(self, manifest: dict, seconds: float) -> None:
-        """Writes a manifest, which is what makes its shard finished, and how long it took."""
-        self._manifests[manifest["shard"]] = manifest
+    def add(self, manifest: dict, seconds: float, folder: str | os.PathLike[str]) -> None:
+        """Writes a shard's manifest and gives its outputs, which lie in `folder`, their names.
+
+        In this order: after a kill between the two the outputs are not what the manifest says, and
+        the shard is made again; the other way round files would be there that no manifest names.
+        """
+        shard = manifest["shard"]
+        paths = {entry["path"] for entry in manifest["outputs"]}
+        # What had one of these names is made again too: it cannot own the name any more.
+        for other in {self._owner[path] for path in paths & {*self._owner}} - {shard}:
+            self.remove(other)
+        self._unlink(shard, keep=paths)
+        self._manifests[shard] = manifest
+        self._owner |= dict.fromkeys(paths, shard)
         self._append(manifest)
-        self._notes[manifest["shard"]] = {"seconds": round(seconds, 3), "made": time.time()}
+        for path in manifest["outputs"]:
+            final = self._workdir / path["path"]
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(os.path.join(folder, path["path"]), final)
+        for parent in {os.path.dirname(path) for path in paths}:
+            _sync_folder(self._workdir / parent)
+        self._notes[shard] = {"seconds": round(seconds, 3), "made": time.time()}
 
     def remember(self, shard: str) -> None:
         """Notes sizes and times of files whose hashes were just verified."""
@@ -259,13 +278,18 @@ class Ledger:
         self._notes.setdefault(shard, {})["files"] = stats
 
     def remove(self, shard: str) -> None:
-        """Removes a shard: its manifest, then all its outputs."""
-        manifest = self._manifests.pop(shard, None)
-        if manifest is not None:
-            # First: without a manifest the outputs are nobody's.
+        """Removes a shard: all its outputs, then its manifest, or nobody would know of them."""
+        if shard in self._manifests:
+            self._unlink(shard)
+            del self._manifests[shard]
             self._append({"removed": shard})
-            for entry in manifest["outputs"]:
-                (self._workdir / entry["path"]).unlink(missing_ok=True)
+
+    def _unlink(self, shard: str, keep: Collection[str] = ()) -> None:
+        for entry in self._manifests.get(shard, {}).get("outputs", []):
+            path = entry["path"]
+            if path not in keep and self._owner.get(path) == shard:
+                (self._workdir / path).unlink(missing_ok=True)
+                del self._owner[path]
 
     def remove_others(self, names: set[str]) -> None:
         """Removes the shards that are not among `names`, with their outputs."""

@@ -158,8 +158,9 @@ class Engine:
                 for job, outcome in run(todo, accelerator):
                     if isinstance(outcome, Made):
                         found[job.task.name] = outcome.manifest
-                        if outcome.manifest != ledger.get(job.task.name):
-                            ledger.add(outcome.manifest, outcome.seconds)
+                        if outcome.folder:
+                            ledger.add(*outcome)
+                            shutil.rmtree(outcome.folder, ignore_errors=True)
                         quarantine.release(self.workdir, outcome.manifest)
                         advance(outcome.manifest["counts"])
                         continue
