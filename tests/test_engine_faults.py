@@ -280,3 +280,18 @@ def test_after_a_kill_no_file_is_there_that_no_manifest_names(tmp_path, monkeypa
     assert [path.name for path in engine.listed(tmp_path / "spread", ".txt")] == ["c.txt"]
     work.map_shards("spread", spread, tasks, settings)
     assert len(engine.listed(tmp_path / "spread", ".txt")) == 3
+
+
+def test_a_manifest_that_a_kill_cut_in_the_middle_of_a_letter_costs_itself(tmp_path):
+    tasks = make_tasks(tmp_path / "ü", ["one", "two"])
+    engine.Engine(tmp_path / "w").map_shards("shout", shout, tasks[:1], {})
+    path = tmp_path / "w/shout/manifests.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: whole.index("ü".encode()) + 1])
+    (tmp_path / "w/shout/.times.json").write_text('{"00000": {"files": 5}, "x": [], "y": 1}')
+    (tmp_path / "w/quarantine").mkdir()
+    (tmp_path / "w/quarantine/shout-x.json").write_text("[1]")
+    made = engine.Engine(tmp_path / "w").map_shards("shout", shout, tasks, {})
+    assert engine.read_manifests(tmp_path / "w", "shout") == made
+    assert path.read_bytes().startswith(whole)
+    assert engine.stage_seconds(tmp_path / "w")["shout"]["shards"] == 2

@@ -356,14 +356,6 @@ def _publish(temporary: epath.Path, target: epath.Path) -> None:
     """Gives the complete folder its name, durably."""
     (temporary / ".lock").unlink()
     for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+        manifests.sync(path)
     os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(path: epath.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    manifests.sync(target.parent)

@@ -1,4 +1,4 @@
-"""The last stage of the data: ArrayRecord shards in the order of `plan`: i2t/, i2e/.
+"""The last stage of the data: ArrayRecord shards in the order of `order`: i2t/, i2e/.
 
 DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.parquet (which
                 record of which shard a key is) and, for i2e, entities.parquet (see

@@ -3,7 +3,6 @@
     here    temporary names -> fsync
     engine  manifest -> rename
 
-
 so that a kill at any moment leaves either a finished shard or one that is done again, and two
 processes that run the same shard at once write the same bytes to the same names.
 """

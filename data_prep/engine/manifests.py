@@ -52,17 +52,12 @@ def write_durably(path: epath.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def sync(path: epath.Path) -> None:
-    """Brings a file's bytes to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: epath.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Brings a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -215,6 +210,7 @@ class Ledger:
         self._notes = _read_notes(self._folder)
 
     def __enter__(self) -> Ledger:
+        self._tidy()  # a line that a kill cut short would take the next one with it
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -229,9 +225,9 @@ class Ledger:
         for shard in {*self._notes} - {*self._manifests}:
             del self._notes[shard]
         lines = [_line(self._manifests[shard]) for shard in sorted(self._manifests)]
-        path, text = self._folder / MANIFESTS, "".join(lines)
-        if not path.exists() or path.read_text() != text:
-            write_durably(path, text.encode())
+        path, data = self._folder / MANIFESTS, "".join(lines).encode()
+        if not path.exists() or path.read_bytes() != data:
+            write_durably(path, data)
         notes = json.dumps(self._notes, sort_keys=True)
         if self._notes != _read_notes(self._folder):
             (self._folder / _TIMES).write_text(notes)
@@ -263,7 +259,7 @@ class Ledger:
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(os.path.join(folder, path["path"]), final)
         for parent in {os.path.dirname(path) for path in paths}:
-            _sync_folder(self._workdir / parent)
+            sync(self._workdir / parent)
         self._notes[shard] = {"seconds": round(seconds, 3), "made": time.time()}
 
     def remember(self, shard: str) -> None:
@@ -310,10 +306,13 @@ def _line(entry: dict) -> str:
 
 def _read_notes(folder: epath.Path) -> dict[str, dict]:
     """Of each shard {"files": {name: [bytes, ns]}, "seconds", "made": when}."""
-    notes = read_json(folder / _TIMES)
-    if not isinstance(notes, dict) or not all(isinstance(n, dict) for n in notes.values()):
-        return {}
-    return notes
+    types = {"files": dict, "seconds": int | float, "made": int | float}
+    return {
+        shard: note
+        for shard, note in (read_json(folder / _TIMES) or {}).items()
+        if isinstance(note, dict)
+        and all(name in types and isinstance(value, types[name]) for name, value in note.items())
+    }
 
 
 def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
@@ -334,9 +333,10 @@ def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
 def read_json(path: epath.Path) -> dict | None:
     """The content of a JSON file, None where there is none or it was cut short by a kill."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _stat(path: str | os.PathLike[str]) -> tuple[int, int] | None:

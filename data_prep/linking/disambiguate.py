@@ -1,6 +1,6 @@
 """Meanings: which candidates of a mention the caption itself makes likely. No picture, no spaCy.
 
-The prior of an entity given a name (`knowledge_base`) is weighed by
+The prior of an entity given a name (`kb.lookup`) is weighed by
 
     case      "apple" in a caption that otherwise uses capitals is hardly Apple; "it" is hardly IT.
     company   optionally: a candidate of the same kind as candidates of the other mentions is the

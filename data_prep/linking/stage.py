@@ -10,9 +10,9 @@ or everyday things):
 
 A span found twice is one mention, of the first kind in this order. Boilerplate of the web is not
 looked at (`boilerplate`). All candidates of an ambiguous name are kept with their priors, the
-unlikely ones by the caption's case pushed back (`meanings`): the picture decides later. A mention
-without candidates is kept too; it tells what the knowledge base lacks. This stage never sees a
-picture.
+unlikely ones by the caption's case pushed back (`disambiguate`): the picture decides later. A
+mention without candidates is kept too; it tells what the knowledge base lacks. This stage never
+sees a picture.
 
 Web captions repeat, and spaCy is what takes the time, so every caption is read once, wherever it
 occurs. Stages:
@@ -98,7 +98,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 
     Args:
       config: `spacy_model`, `noun_chunks`, `boilerplate` (regular expressions), and the fields of
-        `meanings.Rule`.
+        `disambiguate.Rule`.
       work: the engine; its work directory holds pairs/ and kb/.
 
     Returns:

@@ -2,7 +2,7 @@
 
 A candidate's fit is (text fit + w * picture fit) / (1 + w) + c * coherence (w = prototype_weight,
 c = coherence_weight): how far the picture stands out among all pictures for the entity's text, and
-for its other pictures, and whether it is something that pictures show at all (see `fits`). Of
+for its other pictures, and whether it is something that pictures show at all (see `z_scores`). Of
 each mention the candidate with the highest fit + prior_weight * log(prior) stays: the prior decides
 between senses of a word, never between words. Of those with cosine >= min_score and fit >= min_fit
 the best is a label, and so are others within max_gap of it, up to max_labels.
