@@ -1,6 +1,6 @@
 """Lines of a dump and rows of strangers: each is an entity or one reject, whatever it holds.
 
-MOFI_FUZZ_EXAMPLES=100000 makes the search longer than the suite has time for.
+FUZZ_EXAMPLES=100000 makes the search longer than the suite has time for.
 """
 
 import json
@@ -18,7 +18,7 @@ from data_prep.kb import rows as kb_rows
 from tests import inputs
 from tests.test_wikidata import EN, dump, item, line, statement
 
-EXAMPLES = int(os.environ.get("MOFI_FUZZ_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 RULES = kb_rows.Rules.from_settings(inputs.kb_rules(need_link_or_image=False))
 
 

@@ -147,3 +147,26 @@ def test_a_place_that_cannot_be_reached_is_told(monkeypatch):
     monkeypatch.setattr(publish.epath.Path("gs://bucket").__class__, "exists", unreachable)
     with pytest.raises(errors.BadInput, match=r"reached \(401 Unauthorized\): check the address"):
         publish.check("gs://bucket")
+
+
+def test_a_line_that_breaks_while_copying_is_one_sentence(work, tmp_path, monkeypatch):
+    def broken(source, target):
+        raise ConnectionError("the other side hung up.\nlong story")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "_copy", broken)
+        said = r"copying stopped \(the other side hung up\): run the same command again"
+        with pytest.raises(errors.BadInput, match=said):
+            run(work, tmp_path / "out")
+    assert run(work, tmp_path / "out")["copied"] > 4
+
+
+def test_other_versions_there_are_named_where_something_was_removed(work, tmp_path, caplog):
+    run(work, tmp_path / "out")
+    (tmp_path / "out/i2e/0.9.0").mkdir()
+    run(work, tmp_path / "out")
+    assert "another version" not in caplog.text
+    (work.workdir / "removed").mkdir()
+    (work.workdir / "removed/removed.txt").write_text("a\n")
+    run(work, tmp_path / "out")
+    assert f"{tmp_path / 'out/i2e/0.9.0'} is another version" in caplog.text

@@ -328,9 +328,9 @@ def test_one_more_file_changes_the_shards_of_its_own_run_only(tmp_path):
     st.text("abc", min_size=1, max_size=4),
 )
 def test_runs_of_shards_hold_each_once_and_one_more_shard_moves_no_other(rows, new):
-    runs = unique.split_evenly(rows, 10)
+    runs = unique.runs_of(rows, 10)
     assert [name for run in runs for name in run] == sorted(rows)
-    changed = unique.split_evenly({**rows, new: 1}, 10)
+    changed = unique.runs_of({**rows, new: 1}, 10)
     ends = {run[-1] for run in runs}
     if all(sum(rows[name] for name in run) < 30 for run in runs):  # none ended by its size
         assert {run[-1] for run in changed} - {new} >= ends - {new, max(rows)}

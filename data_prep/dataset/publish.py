@@ -8,19 +8,23 @@ directory (W/publish-DATASET/): run again, after a kill too, only what is missin
 copied, and what the data set does not hold any more is deleted there.
 
 What is published is the version that `build_i2e` writes, which lacks all that is on the removal
-list. Versions beside it there are left alone.
+list. Versions beside it there are left alone, and named in a warning where there is such a list.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
+import re
 import shutil
+from collections.abc import Iterator, Sequence
 
 import ml_collections
 from absl import logging
 from etils import epath
 
 from data_prep import engine
+from data_prep.filters import removed
 from mofi_jax.common import errors, files
 from mofi_jax.data import records
 
@@ -64,7 +68,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     place = hashlib.sha256(os.fspath(target).encode()).hexdigest()[:16]
     journal = work.workdir / f"publish-{dataset}" / f"{place}.sums"
     arrived = _read_sums(journal if journal.exists() else target / SUMS_FILE)
-    with concurrent.futures.ThreadPoolExecutor(_STREAMS) as pool:
+    with _failures_told(config.publish), concurrent.futures.ThreadPoolExecutor(_STREAMS) as pool:
         there = _sizes(target, pool)
         kept = {
             name: digest
@@ -87,6 +91,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
             (target / SUMS_FILE).write_text(_sums_text(wanted))
             _copy(source / INFO_FILE, target / INFO_FILE)
             journal.unlink(missing_ok=True)
+        _warn_of_others(target, removed.lists(work.workdir, config.get("removed", ())))
     copied = sum(sizes[name] for name in missing)
     logging.info("Published %s: %d of %d files were copied", target, len(missing), len(sizes))
     return {
@@ -95,6 +100,37 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
         "bytes": copied,
         "deleted": len(strays),
     }
+
+
+@contextlib.contextmanager
+def _failures_told(publish: str) -> Iterator[None]:
+    """Whatever a cloud's library raises, in one sentence."""
+    try:
+        yield
+    except errors.BadInput:
+        raise
+    except Exception as error:  # each of them has exceptions of its own
+        raise errors.BadInput(
+            f"config.publish={publish!r}: copying stopped ({_reason(error)}): run the same command"
+            " again, and it goes on where it was."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _warn_of_others(target: epath.Path, lists: Sequence[str]) -> None:
+    """Names other versions beside `target`, which may hold what is on a removal list."""
+    if not lists:
+        return
+    others = [path for path in target.parent.iterdir() if re.fullmatch(r"[\d.]+", path.name)]
+    for path in sorted(path for path in others if path.name != target.name):
+        logging.warning(
+            "%s is another version, made without today's removal lists: delete it once nobody reads"
+            " it any more",
+            path,
+        )
 
 
 def _sizes(folder: epath.Path, pool: concurrent.futures.ThreadPoolExecutor) -> dict[str, int]:
@@ -149,10 +185,9 @@ def check(publish: str) -> None:
             f" {package}."
         ) from error
     except Exception as error:  # each cloud's library raises exceptions of its own
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise errors.BadInput(
-            f"config.publish={publish!r} cannot be reached ({reason}): check the address and the"
-            " credentials of this machine."
+            f"config.publish={publish!r} cannot be reached ({_reason(error)}): check the address"
+            " and the credentials of this machine."
         ) from error
 
 

@@ -198,7 +198,7 @@ class Ray:
             yield from self._on_actors(todo)
             return
         self._release()  # an idle actor would hold a processor
-        todo = [dataclasses.replace(job, processes=os.cpu_count() or 1) for job in todo]
+        todo = [dataclasses.replace(job, processes=0) for job in todo]
         limit = max(2, int(self._IN_FLIGHT_PER_CPU * self._ray.cluster_resources().get("CPU", 1)))
         yield from self._collect(todo, [self._attempt.remote], limit)
 

@@ -152,7 +152,8 @@ class Job:
     Attributes:
       seen: what is known of the inputs' bytes.
       before: the manifest of an earlier run, and `times` when its files were as it says.
-      processes: how many run jobs side by side on a machine; no output depends on it.
+      processes: how many run jobs side by side on a machine, 0 for as many as it has processors; no
+        output depends on it.
     """
 
     workdir: str
@@ -213,13 +214,13 @@ def attempt(job: Job) -> Made | Failure:
         except errors.BadInput as error:
             return Failure(errors.BadInput(str(error)), of_shard=True)
         except OSError as error:
-            if is_full(error):
-                return Failure(disk_full(job.where, job.workdir), of_shard=False)
+            if _is_full(error):
+                return Failure(_disk_full(job.where, job.workdir), of_shard=False)
             if error.errno in _PERMANENT or not left:
                 return _told(job, error)
         except Exception as error:  # noqa: BLE001  a stage function may raise anything
-            if is_full(error):
-                return Failure(disk_full(job.where, job.workdir), of_shard=False)
+            if _is_full(error):
+                return Failure(_disk_full(job.where, job.workdir), of_shard=False)
             return _told(job, error)
         time.sleep(pause)
         pause *= 2
@@ -235,15 +236,25 @@ def _told(job: Job, error: Exception) -> Failure:
     return Failure(told, of_shard=True, traceback=traceback.format_exc())
 
 
-def is_full(error: Exception) -> bool:
+def _is_full(error: Exception) -> bool:
     """Whether the disk takes no more; libraries in C++ tell it in words of their own exceptions."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(os.strerror(code) in str(error) for code in _FULL)
 
 
-def disk_full(where: str, workdir: str) -> errors.BadInput:
-    """What to raise where the disk takes no more."""
+@contextlib.contextmanager
+def full_disk_told(where: str, workdir: epath.Path) -> Iterator[None]:
+    """Raises BadInput in place of what says that the disk takes no more."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        raise _disk_full(where, os.fspath(workdir)) from error
+
+
+def _disk_full(where: str, workdir: str) -> errors.BadInput:
     return errors.BadInput(
         f"{where}: {workdir} takes no more data: make room, or use a --workdir on a larger"
         " disk, and run the same command again; finished shards are kept."
@@ -263,7 +274,7 @@ def _run(job: Job) -> Made:
         inputs = [manifests.describe(workdir, path, path, job.where) for path in task.inputs]
     before = job.before or {}
     same = before if before.get("settings") == job.settings else None
-    outputs = Outputs(workdir, job.stage, task.name, job.processes, same)
+    outputs = Outputs(workdir, job.stage, task.name, job.processes or os.cpu_count() or 1, same)
     try:
         counts = job.function(task, outputs, job.settings)
         described = [

@@ -114,25 +114,16 @@ class Engine:
             above 0 is at least one shard, and never all shards.
           ShardError: the function failed and the budget is spent; names stage and shard.
         """
-        try:
-            return self._map_shards(
-                stage, function, tasks, settings, keys=keys, accelerator=accelerator, here=here
-            )
-        except OSError as error:
-            if not jobs.is_full(error):
-                raise
-            raise jobs.disk_full(f"stage {stage}", os.fspath(self.workdir)) from error
-
-    def _map_shards(
-        self, stage, function, tasks, settings, *, keys, accelerator, here
-    ) -> list[dict]:
         settings = json.loads(json.dumps(dict(settings), sort_keys=True))
         names = [task.name for task in tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"stage {stage}: two tasks of one name in {names}")
         folder = self.workdir / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        with manifests.locked(folder), manifests.Ledger(self.workdir, stage) as ledger:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jobs.full_disk_told(f"stage {stage}", self.workdir))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(manifests.locked(folder))
+            ledger = stack.enter_context(manifests.Ledger(self.workdir, stage))
             shutil.rmtree(folder / ".tmp", ignore_errors=True)
             ledger.remove_others(set(names))
             quarantine.forget_strays(self.workdir, stage, set(names))

@@ -41,17 +41,16 @@ def run(indexed: Sequence[dict], work: engine.Engine, rows_per_shard: int) -> li
     rows = {manifest["shard"]: manifest["counts"]["usable"] for manifest in indexed}
     repeated = _find_repeated(rows, work) if rows else set()
     tasks = []
-    for run in split_evenly(rows, rows_per_shard):
+    for names in runs_of(rows, rows_per_shard):
         files = []
-        for name in run:
+        for name in names:
             files += [f"indexed/{name}{end}" for end in (".parquet", "-rejects.parquet")]
-        files += [f"unique/{name}.parquet" for name in run if name in repeated]
-        paths = tuple(os.fspath(work.workdir / file) for file in files)
-        tasks.append(engine.Task(run[0], paths))
+        files += [f"unique/{name}.parquet" for name in names if name in repeated]
+        tasks.append(engine.Task(names[0], tuple(work.workdir / file for file in files)))
     return work.map_shards("pairs", _keep_first, tasks, {"version": 3}, keys=_keys_of_pairs)
 
 
-def split_evenly(rows: Mapping[str, int], size: int) -> list[list[str]]:
+def runs_of(rows: Mapping[str, int], size: int) -> list[list[str]]:
     """Cuts shards, sorted by name, into runs of about `size` rows.
 
     Whether a run ends with a shard depends on that shard's name and rows alone, so that one more
@@ -99,13 +98,13 @@ def _write_repeated(task: engine.Task, outputs: engine.Outputs, settings: dict) 
 
 def _parts(task: engine.Task) -> Iterator[tuple[str, str, np.ndarray | None]]:
     """Of each shard of indexed/: its table, its rejects, and which rows stay."""
+    import pyarrow.parquet as pq
+
     repeated = {epath.Path(p).stem: p for p in task.inputs if epath.Path(p).parent.name == "unique"}
     indexed = task.inputs[: len(task.inputs) - len(repeated)]
     for table, rejects in zip(indexed[::2], indexed[1::2], strict=True):
         keep, path = None, repeated.get(epath.Path(table).stem)
         if path is not None:
-            import pyarrow.parquet as pq
-
             keep = np.ones(pq.read_metadata(table).num_rows, bool)
             keep[engine.read_table(path, ["row"])["row"].to_numpy()] = False
         yield table, rejects, keep
