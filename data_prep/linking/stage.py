@@ -128,7 +128,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     function = functools.partial(_link_captions, config.spacy_model)
     work.map_shards("captions", function, tasks, settings, keys=_keys_in_bucket)
 
-    tasks = engine.run_tasks(engine.listed(workdir / "captions"))
+    # A file each: lists of mentions and candidates are what memory goes for.
+    tasks = [engine.Task(path.stem, (path,)) for path in engine.listed(workdir / "captions")]
     tasks, settings = work.to_shards(
         "link_rows", _OCCURRENCES, tasks, pairs, keys=_keys_of_captions
     )
