@@ -78,12 +78,12 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.clip = ml_collections.config_dict.placeholder(str)  # run folder or Hugging Face folder
     config.template = "{name}, {description}"
     config.batch_size = 256  # pictures or texts per call of the model
-    config.prototype_weight = 2.0  # of the fit to the entity's other pictures, beside that to text
+    config.prototype_weight = 2.0  # of the entity's other pictures, beside its text
     config.coherence_weight = 1.0  # of how alike the pictures are that mention the entity
     config.prior_weight = 0.5  # of log p(entity | name) where a name is ambiguous
-    config.min_fit = 0.0  # standard deviations above the data set's pictures
+    config.min_z_score = 0.0  # standard deviations above the data set's pictures
     config.min_score = -1.0  # cosine; levels differ between models (about 0.2 for OpenAI's B/16)
-    config.max_gap = 0.2  # in fit: how far behind the best one a further label may be
+    config.max_gap = 0.2  # of z-scores: how far behind the best one a further label may be
     config.max_labels = 3  # per picture; "close to 1" on average in the paper's data
 
     # Fewer pictures than this and an entity is no class. 5 is the recalled value of the paper; the

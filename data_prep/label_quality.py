@@ -4,9 +4,9 @@
 
 prints tables, writes W/label_quality.json and draws W/label_quality.png. Measured are:
 
-    text_only   the entity with the highest prior of each mention (`selection.best_priors`)
+    text_only   the entity with the highest prior of each mention (`choose.choose_by_text`)
     selected    labels/, what the picture chose
-    sweep       what other thresholds would choose, from the evidence that is kept: min_fit, and
+    sweep       what other thresholds would choose, from the evidence that is kept: min_z_score and
                 min_score, each alone, at values that leave 100 %, 95 %, ... of the pictures a label
 
     precision   share of chosen (picture, entity) pairs that are the picture's entity
@@ -34,7 +34,7 @@ from data_prep.selection import choose
 from mofi_jax.common import cli, errors, files
 
 SETS = ("text_only", "selected")
-SWEPT = {"min_fit": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
+SWEPT = {"min_z_score": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
 _SHARES = np.linspace(0, 0.95, 20)  # of the pictures that a threshold leaves without label
 
 
@@ -81,7 +81,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
 
     Returns:
       What label_quality.json holds: text_only and selected {precision, recall and the counts of
-      `Quality`}, ceiling (a recall), and sweep: for each of min_fit and min_score a list of the
+      `Quality`}, ceiling (a recall), and sweep: for each of min_z_score and min_score a list of the
       same by ascending `value`, with `configured` true for the one in force. No sweep where labels
       were chosen by text.
 
@@ -107,7 +107,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
         links = link_rows.read(root / "links" / shard.name)
         judge = _Judge(links.keys.to_pylist(), known, numbers)
         chosen = {
-            ("text_only",): choose.best_priors(links)[:2],
+            ("text_only",): choose.choose_by_text(links)[:2],
             ("selected",): _read_labels(shard),
             ("ceiling",): link_rows.distinct(links)[:2],
         }
@@ -117,7 +117,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
             for name in values:
                 for value in values[name]:
                     changed = rule._replace(**{name: value})
-                    chosen[name, value] = choose.choose_all(links, evidence, changed)[:2]
+                    chosen[name, value] = choose.choose(links, evidence, changed)[:2]
         for name, pairs in chosen.items():
             counts[name] = counts.get(name, 0) + judge.count(*pairs)
 
@@ -205,9 +205,9 @@ def _values(
         links = link_rows.read(root / "links" / shard.name)
         paths = choose.evidence_files(root, shard.name)
         evidence, _ = choose.read_evidence(links, *map(os.fspath, paths))
-        free = rule._replace(min_fit=-np.inf, min_score=-np.inf)
-        best = choose.choose_all(links, evidence, free)
-        reached["min_fit"].append(best.fit[link_rows.starts_run(best.row)])
+        free = rule._replace(min_z_score=-np.inf, min_score=-np.inf)
+        best = choose.choose(links, evidence, free)
+        reached["min_z_score"].append(best.z_score[link_rows.starts_run(best.row)])
         order = np.lexsort((-evidence.score, links.row))
         top = order[link_rows.starts_run(links.row[order])]
         reached["min_score"].append(evidence.score[top])
@@ -228,7 +228,7 @@ def _draw(result: Mapping, path: epath.Path) -> None:
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for name, colour in (("min_fit", "#0b7285"), ("min_score", "#c77700")):
+    for name, colour in (("min_z_score", "#0b7285"), ("min_score", "#c77700")):
         points = [p for p in result["sweep"][name] if p["precision"] is not None]
         axes.plot(
             [p["recall"] or 0 for p in points],

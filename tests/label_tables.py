@@ -8,7 +8,7 @@ _SCHEMA = pa.schema(
         ("key", pa.string()),
         ("entities", pa.list_(pa.int32())),
         ("scores", pa.list_(pa.float32())),
-        ("fits", pa.list_(pa.float32())),
+        ("z_scores", pa.list_(pa.float32())),
         ("reason", pa.string()),
     ]
 )
@@ -23,8 +23,8 @@ def write(workdir, shards):
                 "key": key,
                 "entities": entities,
                 "scores": [0.1 * entity for entity in entities],
-                "fits": [float(entity) for entity in entities],
-                "reason": None if entities else "below_min_fit",
+                "z_scores": [float(entity) for entity in entities],
+                "reason": None if entities else "below_min_z_score",
             }
             for key, entities in rows
         ]

@@ -35,7 +35,7 @@ def test_rare_entities_go_and_so_do_pictures_left_without_label(tmp_path, worker
         "f": [4, 1],
         "g": [3],
     }
-    assert kept["g"]["fits"] == [3.0]
+    assert kept["g"]["z_scores"] == [3.0]
     assert kept["g"]["scores"] == pytest.approx([0.3])
     assert [m["counts"]["labelled"] for m in manifests] == [3, 3]
 

@@ -182,7 +182,7 @@ def test_other_thresholds_are_measured(swept):
             assert now[count] == result["selected"][count]
         pictures = [row["pictures"] for row in rows]
         assert pictures == sorted(pictures, reverse=True), name
-    lowest = result["sweep"]["min_fit"][0]
+    lowest = result["sweep"]["min_z_score"][0]
     assert lowest["pictures"] == result["text_only"]["pictures"]
     assert lowest["precision"] < 1
     text = label_quality.table(result)
@@ -195,9 +195,9 @@ def test_other_thresholds_are_measured(swept):
 
 def test_the_sweep_is_what_the_stage_would_do(swept):
     config, workdir, truth, result = swept
-    rows = result["sweep"]["min_fit"]
+    rows = result["sweep"]["min_z_score"]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        changed = workdirs.config(clip=config.clip, min_fit=row["value"])
+        changed = workdirs.config(clip=config.clip, min_z_score=row["value"])
         choose.run(changed, engine.Engine(workdir))
         selected = label_quality.measure_workdir(str(workdir), truth)["selected"]
         assert selected == {name: row[name] for name in selected}

@@ -89,7 +89,15 @@ def forget(workdir, stage, shard):
 # The others' results are about all pairs: no shard of them can be left out.
 STAGES = {
     "i2t": ("indexed", "pairs", "unsafe", "eval_matches", "dropped-i2t"),
-    "i2e": ("caption_rows", "captions", "link_rows", "gathered", "embeddings", "fits", "labels"),
+    "i2e": (
+        "caption_rows",
+        "captions",
+        "link_rows",
+        "gathered",
+        "embeddings",
+        "z_scores",
+        "labels",
+    ),
 }
 STAGES["i2t"] += tuple(f"{stage}-i2t" for stage in ("ordered", "planned", "shards"))
 STAGES["i2e"] += ("eval_cosines", "unsafe", "dropped-i2e", "capped", "labels_final")

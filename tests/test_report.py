@@ -55,7 +55,7 @@ def test_numbers_add_up(card):
     assert numbers["name"] == "colours"
     assert sum(s["records"] for s in numbers["lineage"]["shards"]) == funnel["final"]
     if config.labels == "clip":
-        chosen = sum(b["chosen"] for b in numbers["fits"]["bins"])
+        chosen = sum(b["chosen"] for b in numbers["z_scores"]["bins"])
         assert chosen == funnel["labelled"] == sum(p.named == p.colour for p in pairs)
         assert chosen == sum(b["chosen"] for b in numbers["scores"]["bins"])
         for points in numbers["sensitivity"].values():
@@ -63,7 +63,7 @@ def test_numbers_add_up(card):
             assert configured["pictures"] == funnel["labelled"]
             assert configured["entities"] == funnel["entities"]
     else:
-        assert numbers["fits"] is numbers["scores"] is numbers["sensitivity"] is None
+        assert numbers["z_scores"] is numbers["scores"] is numbers["sensitivity"] is None
 
 
 def test_gallery_shows_what_happened(card):
@@ -79,7 +79,7 @@ def test_gallery_shows_what_happened(card):
         if config.labels == "clip":
             assert chosen == ([workdirs.NAMES[pair.colour]] if pair.named == pair.colour else [])
             assert (picture["group"] == "rejected") == (not chosen)
-            assert all({"score", "fit"} <= c.keys() for c in picture["candidates"])
+            assert all({"score", "z_score"} <= c.keys() for c in picture["candidates"])
         assert any(c["by_text"] for c in picture["candidates"])
 
 
@@ -219,7 +219,7 @@ def example(text: str = "thing", **changes) -> dict:
             "head": [{"part": 0.01, "entities": 1, "share": 1.0}],
         },
         "picture_sizes": {"median": 0, "bins": []},
-        "fits": None,
+        "z_scores": None,
         "scores": None,
         "sensitivity": None,
         "entity_types": {

@@ -1,15 +1,13 @@
 """The data card's numbers of labels on small tables with known answers."""
 
 import collections
-import math
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from data_prep.card import labels as card_labels
-from data_prep.card import numbers as card_numbers
-from tests import card_tables
+from tests import card_tables, decision
 
 
 @pytest.fixture
@@ -38,35 +36,12 @@ CONFIG = {
     "prototype_weight": 2.0,
     "coherence_weight": 0.5,
     "prior_weight": 0.5,
-    "min_fit": 0.1,
+    "min_z_score": 0.1,
     "min_score": 0.05,
     "max_gap": 0.8,
     "max_labels": 2,
     "min_images": 3,
 }
-
-
-def _decide(candidates, evidence, config):
-    """The rule as the docstring of `selection` words it, for one picture."""
-    fits = {
-        entity: round(
-            (text + config["prototype_weight"] * picture) / (1 + config["prototype_weight"])
-            + config["coherence_weight"] * coherence,
-            4,
-        )
-        for entity, (_, text, picture, coherence) in evidence.items()
-    }
-    found = set()
-    for mention in {mention for mention, _, _ in candidates}:
-        own = [
-            (fits[entity] + config["prior_weight"] * math.log(prior), -entity)
-            for of, entity, prior in candidates
-            if of == mention and evidence[entity][0] >= config["min_score"]
-        ]
-        if own and fits[-max(own)[1]] >= config["min_fit"]:
-            found.add(-max(own)[1])
-    ranked = sorted(found, key=lambda entity: (-fits[entity], entity))[: config["max_labels"]]
-    return [e for e in ranked if -fits[e] <= -fits[ranked[0]] + config["max_gap"]]
 
 
 @pytest.fixture
@@ -92,35 +67,23 @@ def evident(tables, rng=7):
         rows = [row for row in rows if row[1]]
         lists = [[values[:, i].tolist() for _, _, _, values in rows] for i in range(3)]
         keys, known = [row[0] for row in rows], [row[2] for row in rows]
-        tables.write(
-            "scores",
-            {"key": keys, "entities": known, "scores": lists[0]},
-            {"entities": card_tables.INTS, "scores": card_tables.FLOATS},
-            name,
-        )
-        tables.write(
-            "fits",
-            {"key": keys, "entities": known, "text_fits": lists[1], "picture_fits": lists[2]},
-            {
-                "entities": card_tables.INTS,
-                "text_fits": card_tables.FLOATS,
-                "picture_fits": card_tables.FLOATS,
-            },
-            name,
-        )
+        names = ("scores", "text_z_scores", "picture_z_scores")
+        columns = {"key": keys, "entities": known, **dict(zip(names, lists, strict=True))}
+        types = {"entities": card_tables.INTS, **dict.fromkeys(names, card_tables.FLOATS)}
+        tables.write("z_scores", columns, types, name)
         pictures += rows
 
     def choose(**changes):
         config = CONFIG | changes
         return {
-            key: _decide(
+            key: decision.choose(
                 candidates,
                 {
                     entity: (*row.tolist(), float(coherence[entity]))
                     for entity, row in zip(known, values, strict=True)
                 },
                 config,
-            )
+            )[0]
             for key, candidates, known, values in pictures
         }
 
@@ -132,10 +95,10 @@ def evident(tables, rng=7):
 
 def test_other_thresholds_label_what_the_selection_would(evident):
     tables, choose = evident
-    scores = card_labels.histograms(tables.connection, tables.files, CONFIG)["scores"]
+    scores = card_labels.histograms(tables.files, CONFIG)["scores"]
     swept = card_labels.sensitivity(tables.connection, tables.files, CONFIG, scores)
     assert {name: sum(p["configured"] for p in points) for name, points in swept.items()} == {
-        "min_fit": 1,
+        "min_z_score": 1,
         "min_score": 1,
     }
     for name, points in swept.items():
@@ -149,24 +112,22 @@ def test_other_thresholds_label_what_the_selection_would(evident):
         assert len({p["pictures"] for p in points}) > 3
 
 
-@pytest.mark.parametrize("at_once", [1, 32])
-def test_histograms_count_every_candidate_once(evident, monkeypatch, at_once):
-    monkeypatch.setattr(card_numbers, "_SHARDS_AT_ONCE", at_once)
+def test_histograms_count_every_candidate_once(evident):
     tables, choose = evident
-    found = card_labels.histograms(tables.connection, tables.files, CONFIG)
+    found = card_labels.histograms(tables.files, CONFIG)
     scores = tables.connection.execute(
         "SELECT round(unnest(scores), 4) FROM read_parquet($files)",
-        {"files": tables.files["scores"]},
+        {"files": tables.files["z_scores"]},
     ).fetchall()
     expected = collections.Counter(int(np.floor(round(s / 0.02, 6))) for (s,) in scores)
     bins = {round(b["from"] / 0.02): b["chosen"] + b["others"] for b in found["scores"]["bins"]}
     assert bins == expected
-    for name, threshold in (("fits", 0.1), ("scores", 0.05)):
+    for name, threshold in (("z_scores", 0.1), ("scores", 0.05)):
         chosen = sum(b["chosen"] for b in found[name]["bins"])
         assert chosen == sum(map(len, choose().values()))
         assert found[name]["threshold"] == threshold
     # No chosen candidate lies below the threshold's bin.
-    assert all(b["chosen"] == 0 for b in found["fits"]["bins"] if b["from"] < 0)
+    assert all(b["chosen"] == 0 for b in found["z_scores"]["bins"] if b["from"] < 0)
 
 
 # ------------------------------------------------------------------------------------------- types

@@ -29,7 +29,7 @@ def lossy(tables):
         tables.write("pairs", {"key": list(own), "source": sources}, name=name)
         candidate = {"i": [(0, 1, 1.0)], "j": []}
         tables.links([(key, candidate.get(key, [(0, 0, 1.0)])) for key in own], name)
-        reasons = {"i": "below_min_fit", "j": "no_mention"}
+        reasons = {"i": "below_min_z_score", "j": "no_mention"}
         rows = [(key, [] if key in reasons else [0], reasons.get(key)) for key in own]
         tables.labels("labels", rows, name)
         tables.labels("labels_final", [(key, [0], None) for key in own if key in "ab"], name)
@@ -38,7 +38,7 @@ def lossy(tables):
             ("y", "pairs", "truncated"),
             ("z", "pairs", "truncated"),
             ("x", "pairs", "no_text"),
-            ("i", "labels", "below_min_fit"),
+            ("i", "labels", "below_min_z_score"),
             ("j", "labels", "no_mention"),
             ("c", "dropped-i2e", "eval_duplicate:pets"),
             ("d", "dropped-i2e", "eval_duplicate:birds"),
@@ -78,7 +78,7 @@ def test_rejects_stand_in_the_order_of_the_stages(lossy):
     assert [(row["stage"], row["reason"], row["count"]) for row in rows] == [
         ("pairs", "truncated", 2),
         ("pairs", "no_text", 1),
-        ("labels", "below_min_fit", 1),
+        ("labels", "below_min_z_score", 1),
         ("labels", "no_mention", 1),
         ("dropped-i2e", "eval_duplicate:birds", 1),
         ("dropped-i2e", "eval_duplicate:pets", 1),
@@ -213,7 +213,7 @@ def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
     keys = [f"{i:02d}" for i in range(40)]
     tables.write("pairs", {"key": keys, "text": ["x"] * 40})
     tables.links([(key, [(0, 0, 1.0)]) for key in keys])
-    reasons = dict.fromkeys(keys[20:], "below_min_fit")
+    reasons = dict.fromkeys(keys[20:], "below_min_z_score")
     rows = [(key, [] if key in reasons else [0], reasons.get(key)) for key in keys]
     tables.labels("labels", rows)
     tables.labels("labels_final", [(key, [0], None) for key in keys[:10]])

@@ -11,7 +11,7 @@ from data_prep import engine
 from data_prep.engine import executors, relational
 from data_prep.selection import choose, embed
 from mofi_jax.common import errors
-from tests import label_tables, workdirs
+from tests import decision, label_tables, workdirs
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_clip_labels_are_the_colours_that_pictures_show(world):
         elif pair.named != pair.colour:
             assert pair.named not in row["entities"], pair
         assert (row["reason"] is None) == bool(row["entities"])
-        assert len(row["entities"]) == len(row["scores"]) == len(row["fits"])
+        assert len(row["entities"]) == len(row["scores"]) == len(row["z_scores"])
     counts = engine.total_counts(manifests)
     assert counts["pairs"] == len(pairs) == model.pictures + counts["no_mention"]
     rejects = [
@@ -82,7 +82,7 @@ def test_new_thresholds_touch_neither_model_nor_pictures(world, tmp_path):
     for tar in (tmp_path / "tars").iterdir():
         tar.unlink()
     seen, labelled = model.pictures, sum(bool(r["entities"]) for r in _labels(workdir).values())
-    choose.run(workdirs.config(clip=clip, min_fit=1.8), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip, min_z_score=1.8), engine.Engine(workdir))
     assert model.pictures == seen
     assert sum(bool(r["entities"]) for r in _labels(workdir).values()) < labelled
     choose.run(workdirs.config(clip=clip, min_score=1.1), engine.Engine(workdir))
@@ -114,7 +114,7 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
     for workers in (1, 2):
         with engine.Engine(workdir, executor=ModelHere(workers)) as work:
             choose.run(workdirs.config(clip=clip), work)
-        stages = ("texts", "embeddings", "moments", "prototypes", "scores", "fits", "coherence")
+        stages = ("texts", "embeddings", "moments", "prototypes", "z_scores", "coherence")
         stages = (*stages, "labels")
         files = [path for stage in stages for path in sorted((workdir / stage).glob("[!.]*"))]
         files += sorted((workdir / "rejects").glob("labels-*"))
@@ -128,9 +128,8 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
 def test_saved_evidence_matches_plain_numpy(world):
     workdir, _pairs, _model, clip = world
     choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-    shards = sorted((workdir / "scores").glob("*.parquet"))
+    shards = sorted((workdir / "z_scores").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
-    fits = [r for path in shards for r in pq.read_table(workdir / "fits" / path.name).to_pylist()]
     x = np.concatenate([np.load(workdir / f"embeddings/{p.stem}.npy") for p in shards])
     x = x.astype(np.float64)
     entities = pq.read_table(workdir / "candidates/entities.parquet")["entity"].to_pylist()
@@ -141,20 +140,22 @@ def test_saved_evidence_matches_plain_numpy(world):
             for c in link["candidates"]:
                 prior[link["key"], c["entity"]] = c["prior"]
     products = x @ texts.T  # every picture with every entity: what the stage never computes
-    for i, (row, fit) in enumerate(zip(rows, fits, strict=True)):
-        assert row["key"] == fit["key"]
-        for entity, score, text_fit, picture_fit in zip(
-            row["entities"], row["scores"], fit["text_fits"], fit["picture_fits"], strict=True
+    names = ("entities", "scores", "text_z_scores", "picture_z_scores")
+    for i, row in enumerate(rows):
+        for entity, score, text_z_score, picture_z_score in zip(
+            *(row[n] for n in names), strict=True
         ):
             column = products[:, entities.index(entity)]
             assert score == pytest.approx(column[i], abs=1e-3)
-            assert text_fit == pytest.approx((column[i] - column.mean()) / column.std(), abs=2e-3)
+            assert text_z_score == pytest.approx(
+                (column[i] - column.mean()) / column.std(), abs=2e-3
+            )
             others = [j for j in range(len(rows)) if j != i and (rows[j]["key"], entity) in prior]
             weights = np.array([prior[rows[j]["key"], entity] for j in others])
             prototype = weights @ (x[others] - x.mean(0))
             along = x @ prototype
             expected = (along[i] - along.mean()) / along.std() * weights.sum() / (weights.sum() + 1)
-            assert picture_fit == pytest.approx(expected, abs=2e-3)
+            assert picture_z_score == pytest.approx(expected, abs=2e-3)
 
 
 def test_blocks_and_runs_change_nothing(world, monkeypatch):
@@ -164,7 +165,7 @@ def test_blocks_and_runs_change_nothing(world, monkeypatch):
         monkeypatch.setattr(embed, "_TEXTS", size)
         monkeypatch.setattr(relational, "_FILES_PER_RUN", files)
         choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-        found.append([label_tables.read(workdir, f"{s}/*.parquet") for s in ("scores", "fits")])
+        found.append([label_tables.read(workdir, "z_scores/*.parquet")])
         found[-1].append(label_tables.read(workdir, "coherence/*.parquet"))
     assert len(list((workdir / "texts").glob("*.npy"))) == 3
     assert len(list((workdir / "moment_parts").glob("*.npy"))) == 3
@@ -174,44 +175,42 @@ def test_blocks_and_runs_change_nothing(world, monkeypatch):
 def test_a_new_template_or_batch_size_embeds_no_picture_again(world):
     workdir, _, model, clip = world
     choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-    seen, before = model.pictures, label_tables.read(workdir, "fits/*.parquet")
+    seen, before = model.pictures, label_tables.read(workdir, "z_scores/*.parquet")
     choose.run(workdirs.config(clip=clip, template="{name}"), engine.Engine(workdir))
-    assert label_tables.read(workdir, "fits/*.parquet") != before
+    assert label_tables.read(workdir, "z_scores/*.parquet") != before
     texts = os.stat(workdir / "texts/00000.npy").st_mtime_ns
     choose.run(workdirs.config(clip=clip, template="{name}", batch_size=3), engine.Engine(workdir))
     assert (model.pictures, os.stat(workdir / "texts/00000.npy").st_mtime_ns) == (seen, texts)
 
 
 def test_labels_are_those_of_choose(world):
-    """Every label, score, fit and reason as the decision on one picture at a time gives them."""
+    """Every label, number and reason as the decision on one picture at a time gives them."""
     workdir, _, _, clip = world
     config = workdirs.config(clip=clip, min_score=0.6)
     choose.run(config, engine.Engine(workdir))
-    rule = choose.Rule.of(config)
     rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
     coherence = {row["entity"]: row["coherence"] for row in rows}
     labels, reasons = _labels(workdir), set()
     for path in sorted((workdir / "links").glob("*.parquet")):
         known = {}
-        scores, fits_of = (
-            pq.read_table(workdir / stage / path.name).to_pylist() for stage in ("scores", "fits")
-        )
-        for score, fit in zip(scores, fits_of, strict=True):
-            values = (score["scores"], fit["text_fits"], fit["picture_fits"])
-            known[score["key"]] = {
-                entity: choose.Evidence(*numbers, coherence[entity])
-                for entity, *numbers in zip(score["entities"], *values, strict=True)
+        for row in pq.read_table(workdir / "z_scores" / path.name).to_pylist():
+            values = (row["scores"], row["text_z_scores"], row["picture_z_scores"])
+            known[row["key"]] = {
+                entity: (*numbers, coherence[entity])
+                for entity, *numbers in zip(row["entities"], *values, strict=True)
             }
         for link in pq.read_table(path).to_pylist():
             own = known.get(link["key"], {})
-            entities, reason = choose.choose(link["candidates"], own, rule)
+            candidates = [(c["mention"], c["entity"], c["prior"]) for c in link["candidates"]]
+            entities, reason = decision.choose(candidates, own, config)
             row = labels[link["key"]]
             assert row["entities"] == entities
-            assert row["scores"] == [own[entity].score for entity in entities]
-            assert row["fits"] == pytest.approx([own[e].fit(rule) for e in entities], abs=1e-6)
+            assert row["scores"] == [own[entity][0] for entity in entities]
+            z_scores = decision.z_scores(own, config)
+            assert row["z_scores"] == pytest.approx([z_scores[e] for e in entities], abs=1e-6)
             assert row["reason"] == (reason if link["mentions"] else "no_mention")
             reasons.add(row["reason"])
-    assert reasons == {None, "no_mention", "below_min_score", "below_min_fit"}
+    assert reasons == {None, "no_mention", "below_min_score", "below_min_z_score"}
 
 
 def test_coherence_tells_what_pictures_show(world):

@@ -7,93 +7,21 @@ from hypothesis import strategies as st
 
 from data_prep.linking import rows as link_rows
 from data_prep.selection import choose, embed, z_scores
+from tests import decision
 
 _RULE = choose.Rule(
     prototype_weight=1.0,
     coherence_weight=1.0,
     prior_weight=1.0,
-    min_fit=0.0,
+    min_z_score=0.0,
     min_score=0.1,
     max_gap=0.5,
     max_labels=2,
 )
 
 
-def _evidence(fit, score=0.5):
-    return choose.Evidence(score=score, text_fit=fit, picture_fit=fit, coherence=0.0)
-
-
-def _candidate(mention, entity, prior=1.0):
-    return {"mention": mention, "entity": entity, "prior": prior}
-
-
-def test_choice_between_senses_weighs_the_prior_and_between_mentions_does_not():
-    own = [_candidate(0, 1, 0.9), _candidate(0, 2, 0.1), _candidate(1, 3, 0.2)]
-    # Two standard deviations do not outweigh log 9; three do.
-    known = {1: _evidence(1.0), 2: _evidence(3.0), 3: _evidence(1.2)}
-    assert choose.choose(own, known, _RULE) == ([3, 1], None)
-    known[2] = _evidence(4.0)
-    assert choose.choose(own, known, _RULE) == ([2], None)
-
-
-def test_choice_limits():
-    own = [_candidate(i, i) for i in range(4)]
-    known = {0: _evidence(2.0), 1: _evidence(1.8), 2: _evidence(1.6), 3: _evidence(0.4)}
-    assert choose.choose(own, known, _RULE)[0] == [0, 1]
-    assert choose.choose(own, known, _RULE._replace(max_labels=9))[0] == [0, 1, 2]
-    assert choose.choose(own, known, _RULE._replace(max_gap=0.0))[0] == [0]
-    high = _RULE._replace(min_fit=2.1)
-    assert choose.choose(own, known, high) == ([], "below_min_fit")
-    unlike = {entity: _evidence(3.0, score=0.05) for entity in range(4)}
-    assert choose.choose(own, unlike, _RULE) == ([], "below_min_score")
-    assert choose.choose([], {}, _RULE) == ([], "no_candidate")
-
-
-def test_equal_senses_are_decided_by_prior_and_then_by_row():
-    known = {5: _evidence(1.0), 6: _evidence(1.0)}
-    likely = [_candidate(0, 5, 0.4), _candidate(0, 6, 0.6)]
-    assert choose.choose(likely, known, _RULE)[0] == [6]
-    equal = [_candidate(0, 6, 0.5), _candidate(0, 5, 0.5)]
-    assert choose.choose(equal, known, _RULE)[0] == [5]
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 3),
-            st.integers(0, 6),
-            st.floats(0.01, 1.0),
-            st.floats(-3, 3),
-            st.floats(-1, 1),
-        ),
-        max_size=12,
-    ),
-    st.randoms(),
-)
-def test_choice_keeps_its_promises(rows, random):
-    own = [_candidate(mention, entity, prior) for mention, entity, prior, _, _ in rows]
-    known = {entity: _evidence(fit, score) for _, entity, _, fit, score in rows}
-    entities, reason = choose.choose(own, known, _RULE)
-    assert (reason is None) == bool(entities)
-    assert len(entities) == len(set(entities)) <= _RULE.max_labels
-    fits = [known[entity].fit(_RULE) for entity in entities]
-    assert fits == sorted(fits, reverse=True)
-    assert all(fit >= max(_RULE.min_fit, fits[0] - _RULE.max_gap) for fit in fits)
-    assert all(known[entity].score >= _RULE.min_score for entity in entities)
-    random.shuffle(own)
-    assert choose.choose(own, known, _RULE) == (entities, reason)
-
-
-_CANDIDATES = st.tuples(
-    st.integers(0, 3),  # mention
-    st.integers(0, 6),  # entity
-    st.sampled_from([0.01, 0.25, 0.5, 1.0]),  # prior, often equal
-)
-_KNOWN = st.tuples(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 1.25]), st.floats(-1, 1))
-
-
 def _shard(rows):
-    """`candidates.Candidates` of lists of (mention, entity, prior)."""
+    """`rows.Candidates` of lists of (mention, entity, prior)."""
     flat = [(row, *candidate) for row, own in enumerate(rows) for candidate in own]
     row, mention, entity, prior = np.array(flat, np.float64).reshape(-1, 4).T
     return link_rows.Candidates(
@@ -110,6 +38,49 @@ def _by_row(chosen, rows):
     return [chosen.entity[chosen.row == row].tolist() for row in range(rows)]
 
 
+def _choose(own, z_scores, rule=_RULE, score=0.5):
+    """The labels of one picture, of candidates with the given z-scores by entity."""
+    links = _shard([own])
+    z_score = np.array([z_scores[entity] for _, entity, _ in own], np.float64)
+    known = choose.Evidence(np.full(len(own), score), z_score, z_score, np.zeros(len(own)))
+    return _by_row(choose.choose(links, known, rule), 1)[0]
+
+
+def test_choice_between_senses_weighs_the_prior_and_between_mentions_does_not():
+    own = [(0, 1, 0.9), (0, 2, 0.1), (1, 3, 0.2)]
+    # Two standard deviations do not outweigh log 9; three do.
+    assert _choose(own, {1: 1.0, 2: 3.0, 3: 1.2}) == [3, 1]
+    assert _choose(own, {1: 1.0, 2: 4.0, 3: 1.2}) == [2]
+
+
+def test_choice_limits():
+    own = [(i, i, 1.0) for i in range(4)]
+    known = {0: 2.0, 1: 1.8, 2: 1.6, 3: 0.4}
+    assert _choose(own, known) == [0, 1]
+    assert _choose(own, known, _RULE._replace(max_labels=9)) == [0, 1, 2]
+    assert _choose(own, known, _RULE._replace(max_gap=0.0)) == [0]
+    assert _choose(own, known, _RULE._replace(min_z_score=2.1)) == []
+    assert _choose(own, known, score=0.05) == []
+    assert _choose([], {}) == []
+
+
+def test_equal_senses_are_decided_by_prior_and_then_by_row():
+    known = {5: 1.0, 6: 1.0}
+    assert _choose([(0, 5, 0.4), (0, 6, 0.6)], known) == [6]
+    assert _choose([(0, 6, 0.5), (0, 5, 0.5)], known) == [5]
+
+
+_CANDIDATES = st.tuples(
+    st.integers(0, 3),  # mention
+    st.integers(0, 6),  # entity
+    st.sampled_from([0.01, 0.25, 0.5, 1.0]),  # prior, often equal
+)
+_KNOWN = st.tuples(
+    st.floats(-1, 1, width=32),  # cosine
+    *[st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 1.25])] * 3,
+)
+
+
 @given(
     st.lists(
         st.tuples(st.lists(_CANDIDATES, max_size=8), st.lists(_KNOWN, min_size=7, max_size=7)),
@@ -118,50 +89,38 @@ def _by_row(chosen, rows):
     st.sampled_from([-0.75, 0.5]),
     st.sampled_from([0.0, 0.5]),
 )
-def test_a_shard_is_decided_as_its_pictures_are(pictures, min_fit, max_gap):
-    rule = _RULE._replace(min_fit=min_fit, max_gap=max_gap)
+def test_a_shard_is_decided_as_its_pictures_are(pictures, min_z_score, max_gap):
+    rule = _RULE._replace(min_z_score=min_z_score, max_gap=max_gap)
     links = _shard([own for own, _ in pictures])
-    fits_of, scores = np.array(
-        [
-            pictures[row][1][entity]
-            for row, entity in zip(links.row, links.entity, strict=True)
-        ]
-    ).reshape(-1, 2).T  # fmt: skip
-    evidence_of = choose.Evidence(scores, fits_of, fits_of, np.zeros(len(scores)))
-    found = choose.choose_all(links, evidence_of, rule)
+    places = zip(links.row, links.entity, strict=True)
+    known = np.array([pictures[row][1][entity] for row, entity in places]).reshape(-1, 4)
+    found = choose.choose(links, choose.Evidence(*known.T), rule)
+    likeliest = choose.choose_by_text(links)
     expected, by_text = [], []
-    for own, known in pictures:
-        own = [_candidate(mention, entity, prior) for mention, entity, prior in own]
-        known = {entity: _evidence(*numbers) for entity, numbers in enumerate(known)}
-        expected.append(choose.choose(own, known, rule)[0])
-        by_text.append(choose.best_prior_entities([{}] * 4, own))
+    for own, numbers in pictures:
+        own = [(mention, entity, float(np.float32(prior))) for mention, entity, prior in own]
+        known = dict(enumerate(numbers))
+        expected.append(decision.choose(own, known, rule._asdict())[0])
+        by_text.append(decision.choose_by_text(own))
     assert _by_row(found, len(pictures)) == expected
-    likeliest = choose.best_priors(links)
     assert _by_row(likeliest, len(pictures)) == by_text
     for row, entity, prior in zip(likeliest.row, likeliest.entity, likeliest.score, strict=True):
-        own = pictures[row][0]
-        assert prior == np.float32(max(p for _, e, p in own if e == entity))
+        assert prior == np.float32(max(p for _, e, p in pictures[row][0] if e == entity))
 
 
 def test_unscored_pictures_get_nothing():
     links = _shard([[(0, 1, 1.0)], [(0, 1, 1.0), (0, 2, 0.5)]])
     unknown = np.array([np.nan, 0.5, np.nan])
-    found = choose.choose_all(links, choose.Evidence(*[unknown] * 4), _RULE)
+    found = choose.choose(links, choose.Evidence(*[unknown] * 4), _RULE)
     assert _by_row(found, 2) == [[], [1]]
 
 
-def test_best_prior_entities():
-    mentions = [{}, {}, {}]
-    own = [
-        _candidate(0, 7, 0.2),
-        _candidate(0, 8, 0.8),
-        _candidate(2, 9, 0.5),
-        _candidate(2, 4, 0.5),
-    ]
-    assert choose.best_prior_entities(mentions, own) == [8, 4]
-    assert choose.best_prior_entities(mentions, []) == []
-    twice = [_candidate(0, 3), _candidate(1, 3)]
-    assert choose.best_prior_entities(mentions, twice) == [3]
+def test_by_text_an_entity_of_two_mentions_stands_once():
+    own = [(0, 7, 0.2), (0, 8, 0.8), (2, 9, 0.5), (2, 4, 0.5)]
+    links = _shard([own, [], [(0, 3, 0.25), (1, 3, 1.0)]])
+    chosen = choose.choose_by_text(links)
+    assert _by_row(chosen, 3) == [[8, 4], [], [3]]
+    assert chosen.z_score[-1] == 1.0
 
 
 def test_entity_text_without_description_is_the_name():

@@ -50,7 +50,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "prototype_weight": 1.0,
         "coherence_weight": 0.5,
         "prior_weight": 0.5,
-        "min_fit": 1.35,  # halfway between the right and the wrong colours
+        "min_z_score": 1.35,  # halfway between the right and the wrong colours
         "min_score": -1.0,
         "max_gap": 0.2,
         "max_labels": 2,

@@ -41,9 +41,15 @@ def distributions(report: Mapping) -> str:
             "Labels per picture",
         ),
     ]
-    if report["fits"]:
+    if report["z_scores"]:
         panels += [
-            _histogram(report["fits"], "Fit of candidates", "standard deviations", "min_fit", 0.25),
+            _histogram(
+                report["z_scores"],
+                "z-scores of candidates",
+                "standard deviations",
+                "min_z_score",
+                0.25,
+            ),
             _histogram(report["scores"], "Cosine of candidates", "", "min_score", 0.02),
         ]
     if sizes["bins"]:

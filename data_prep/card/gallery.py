@@ -11,7 +11,10 @@ _GROUPS = {
     "agreed": ("Picture and text agree", "Text alone would have chosen the same entities."),
     "rejected": ("Rejected", "No candidate fits the picture well enough."),
 }
-_REASONS = {"below_min_fit": "fit below the threshold", "below_min_score": "cosine below the floor"}
+_REASONS = {
+    "below_min_z_score": "z-score below the threshold",
+    "below_min_score": "cosine below the floor",
+}
 _SHOWN_CANDIDATES = 6
 
 
@@ -70,17 +73,17 @@ def _card(picture: Mapping, thumbnails: Mapping[str, str]) -> str:
 
 
 def _candidates(picture: Mapping) -> str:
-    with_fit = any("fit" in candidate for candidate in picture["candidates"])
-    head = ("prior", "cosine", "fit") if with_fit else ("prior",)
+    with_z_score = any("z_score" in candidate for candidate in picture["candidates"])
+    head = ("prior", "cosine", "z-score") if with_z_score else ("prior",)
     # Best first; what was chosen is always among those that are shown.
     ranked = sorted(
-        picture["candidates"], key=lambda c: (not c["chosen"], -c.get("fit", 0), -c["prior"])
+        picture["candidates"], key=lambda c: (not c["chosen"], -c.get("z_score", 0), -c["prior"])
     )
     rows = []
     for candidate in ranked[:_SHOWN_CANDIDATES]:
         numbers = [f"{candidate['prior']:.2f}"]
-        if with_fit:
-            numbers += [f"{candidate['score']:.2f}", f"{candidate['fit']:+.2f}"]
+        if with_z_score:
+            numbers += [f"{candidate['score']:.2f}", f"{candidate['z_score']:+.2f}"]
         tag = ' <span class="tag">text</span>' if candidate["by_text"] else ""
         tick = "✓ " if candidate["chosen"] else ""
         description = escape(short(candidate["description"].partition(";")[0], 46))

@@ -1,27 +1,27 @@
 """The numbers of the data card that are about labels: histograms, thresholds, entity types.
 
-As in `report_numbers`: tables of pairs are joined a few shards at a time, entities are grouped out
-of core.
+As in `numbers`: pairs are looked at a shard at a time, entities are grouped out of core. What would
+be labelled, `selection.choose` says.
 """
 
 from __future__ import annotations
 
+import collections
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep import engine
 from data_prep.card import numbers as card_numbers
-from data_prep.card.numbers import Files, ask, batches, collect
-from data_prep.selection import embed
+from data_prep.card.numbers import Files, ask, batches
+from data_prep.linking import rows as link_rows
+from data_prep.selection import choose
 
 if typing.TYPE_CHECKING:
     import duckdb
-    import pyarrow as pa
 
-FIT_BIN, SCORE_BIN = 0.25, 0.02
-_FIT_STEPS = 8  # of a bin each, to either side of the configured threshold
+Z_SCORE_BIN, SCORE_BIN = 0.25, 0.02
+_Z_SCORE_STEPS = 8  # of a bin each, to either side of the configured threshold
 _SCORE_STEPS = 10  # at most
 _SHOWN_TYPES = 15
 
@@ -72,175 +72,118 @@ def images_per_entity(counts: np.ndarray) -> dict:
 
 # -------------------------------------------------------------------------------------- thresholds
 
-# Candidates with the numbers of the decision, as `selection.Evidence` has them.
-_KNOWN = f"""
-    WITH known AS (
-        SELECT key, entity, score::DOUBLE AS score,
-               round((text_fit::DOUBLE + $prototype_weight * picture_fit) / (1 + $prototype_weight)
-                     + $coherence_weight * coherence, {embed.DECIMALS}) AS fit
-        FROM (
-            SELECT key, unnest(s.entities) AS entity, unnest(scores) AS score,
-                   unnest(text_fits) AS text_fit, unnest(picture_fits) AS picture_fit
-            FROM read_parquet($scores) AS s JOIN read_parquet($fits) USING (key)
-        ) JOIN read_parquet($coherence) USING (entity)
-    )
-"""
+
+def _evident(files: Files) -> Iterator[tuple[link_rows.Candidates, choose.Evidence]]:
+    """The candidates of each shard and what is known of them."""
+    for shard in batches(files, ("links", "z_scores"), 1):
+        links = link_rows.read(*shard["links"])
+        yield links, choose.read_evidence(links, *shard["z_scores"], *files["coherence"])[0]
 
 
-def histograms(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> dict:
-    """Candidates by fit and by cosine, those that became labels apart from the others.
+def histograms(files: Files, config: dict) -> dict:
+    """Candidates by z-score and by cosine, those that became labels apart from the others.
 
     Returns:
-      fits and scores: each with its threshold and bins {from, chosen, others}.
+      z_scores and scores: each with its threshold and bins {from, chosen, others}.
     """
-    collect(
-        connection,
-        "candidate_bins",
-        f"""
-        {_KNOWN}, chosen AS (SELECT key, unnest(entities) AS entity FROM read_parquet($labels))
-        SELECT floor(round(fit / {FIT_BIN}, 6))::INT AS fit_bin,
-               floor(round(score / {SCORE_BIN}, 6))::INT AS score_bin,
-               chosen.key IS NOT NULL AS chosen, count(*) AS n
-        FROM known LEFT JOIN chosen USING (key, entity) GROUP BY ALL
-        """,
-        files,
-        ("scores", "fits", "labels"),
-        coherence=files["coherence"],
-        **_weights(config),
-    )
-    found = {}
-    for name, column, width, threshold in (
-        ("fits", "fit_bin", FIT_BIN, "min_fit"),
-        ("scores", "score_bin", SCORE_BIN, "min_score"),
-    ):
-        rows = ask(
-            connection,
-            f"SELECT {column}, coalesce(sum(n) FILTER (chosen), 0)::BIGINT,"
-            " coalesce(sum(n) FILTER (NOT chosen), 0)::BIGINT"
-            " FROM candidate_bins GROUP BY 1 ORDER BY 1",
-        )
-        found[name] = {
+    rule = choose.Rule.of(config)
+    kinds = {
+        "z_scores": (Z_SCORE_BIN, "min_z_score", collections.Counter()),
+        "scores": (SCORE_BIN, "min_score", collections.Counter()),
+    }
+    for links, known in _evident(files):
+        chosen = choose.choose(links, known, rule)
+        width = int(links.entity.max(initial=0)) + 1
+        codes, first = np.unique(links.row * width + links.entity, return_index=True)
+        labelled = np.isin(codes, chosen.row * width + chosen.entity)
+        for (size, _, bins), values in zip(
+            kinds.values(), (known.z_score(rule), known.score), strict=True
+        ):
+            there = ~np.isnan(values[first])
+            place = np.floor(np.round(values[first[there]] / size, 6)).astype(int)
+            found, counts = np.unique(2 * place + labelled[there], return_counts=True)
+            bins.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    return {
+        name: {
             "threshold": config[threshold],
             "bins": [
-                {"from": round(b * width, 4), "chosen": chosen, "others": others}
-                for b, chosen, others in rows
+                {"from": round(b * size, 4), "chosen": bins[2 * b + 1], "others": bins[2 * b]}
+                for b in sorted({code // 2 for code in bins})
             ],
         }
-    return found
+        for name, (size, threshold, bins) in kinds.items()
+    }
 
 
 def sensitivity(
     connection: duckdb.DuckDBPyConnection, files: Files, config: dict, scores: dict
 ) -> dict[str, list[dict]]:
-    """What other thresholds would label: the rule of `selection` for many of them at once.
+    """What other thresholds would label.
 
-    `min_fit` is tried in steps of a bin around the configured value, `min_score` over the cosines
-    that occur, the other one staying as configured. Only kept evidence is read.
+    `min_z_score` is tried in steps of a bin around the configured value, `min_score` over the
+    cosines that occur, the other one staying as configured. Only kept evidence is read.
 
     Args:
-      connection: where to ask.
-      files: links, scores, fits and coherence are read.
-      config: the fields of `selection.Rule` and `min_images`.
+      connection: where to count.
+      files: links, z_scores and coherence are read.
+      config: the fields of `choose.Rule` and `min_images`.
       scores: the histogram of cosines.
 
     Returns:
-      min_fit and min_score: points {value, pictures, entities, configured}, by value; pictures
+      min_z_score and min_score: points {value, pictures, entities, configured}, by value; pictures
       before any later filter, and entities that have at least min_images of these.
     """
-    steps = range(-_FIT_STEPS, _FIT_STEPS + 1)
-    fits = [round(float(config["min_fit"]) + FIT_BIN * step, 10) for step in steps]
+    steps = range(-_Z_SCORE_STEPS, _Z_SCORE_STEPS + 1)
+    z_scores = [round(float(config["min_z_score"]) + Z_SCORE_BIN * step, 10) for step in steps]
     floors = _floors(scores["bins"], config["min_score"])
     ask(
         connection,
         "CREATE OR REPLACE TEMP TABLE swept (floor DOUBLE, entity INTEGER, reached BIGINT,"
         " labelled BOOLEAN, labels BIGINT, pictures BIGINT)",
     )
-    for shard in batches(files, ("links", "scores", "fits"), 1):
-        found = engine.ask(
-            connection,
-            f"""
-            {_KNOWN}, candidate AS (
-                SELECT row, key, unnest(candidates, max_depth := 2)
-                FROM (
-                    SELECT file_row_number AS row, key, candidates
-                    FROM read_parquet($links, file_row_number = true)
-                )
-            )
-            SELECT row, mention, entity, score, fit, fit + $prior_weight * ln(prior) AS strength
-            FROM candidate JOIN known USING (key, entity)
-            """,
-            {
-                **shard,
-                "coherence": files["coherence"],
-                "prior_weight": config["prior_weight"],
-                **_weights(config),
-            },
-        ).fetchnumpy()
-        found = {name: np.asarray(column) for name, column in found.items()}
-        order = np.lexsort((found["entity"], -found["strength"], found["mention"], found["row"]))
-        found = {name: column[order] for name, column in found.items()}
+    rule = choose.Rule.of(config)._replace(min_z_score=-np.inf)
+    for links, known in _evident(files):
         for floor in floors:
-            connection.register("found_labels", _would_label(found, floor, fits, config))
-            connection.execute("INSERT INTO swept SELECT * FROM found_labels")
-            connection.unregister("found_labels")
+            chosen = choose.choose(links, known, rule._replace(min_score=floor))
+            _add(connection, "swept", _count(chosen, floor, z_scores, config["min_z_score"]))
     return {
-        "min_fit": _sweep(connection, "floor = $own AND reached > place", fits, "min_fit", config),
+        "min_z_score": _sweep(
+            connection, "floor = $own AND reached > place", z_scores, "min_z_score", config
+        ),
         "min_score": _sweep(
             connection, "floor = $values[place + 1] AND labelled", floors, "min_score", config
         ),
     }
 
 
-def _would_label(
-    found: dict[str, np.ndarray], floor: float, fits: list[float], config: dict
-) -> pa.Table:
-    """Labels of a shard for one min_score and all values of min_fit, counted by entity.
-
-    Fits of labels do not depend on min_fit, which only cuts them off: so one number, how many of
-    the ascending values `fits` a label reaches, stands for them all.
-    """
+def _add(connection: duckdb.DuckDBPyConnection, table: str, columns: dict) -> None:
     import pyarrow as pa
 
-    likely = np.flatnonzero(found["score"] >= floor)
-    row, mention = found["row"][likely], found["mention"][likely]
-    strongest = likely[_starts(row, mention)]
-    row, entity, fit = (found[name][strongest] for name in ("row", "entity", "fit"))
-    order = np.lexsort((entity, -fit, row))
-    # An entity of two mentions has one fit: it follows itself.
-    order = order[_starts(row[order], entity[order])]
-    row, entity, fit = row[order], entity[order], fit[order]
-    first = np.flatnonzero(_starts(row))
-    best = np.repeat(first, np.diff(first, append=len(row)))
-    place = np.arange(len(row)) - best
-    kept = (place < config["max_labels"]) & (-fit <= -fit[best] + config["max_gap"])
-    entity, fit, place = entity[kept], fit[kept], place[kept]
+    connection.register("added_rows", pa.table(columns))
+    connection.execute(f"INSERT INTO {table} SELECT * FROM added_rows")
+    connection.unregister("added_rows")
+
+
+def _count(chosen: choose.Chosen, floor: float, z_scores: list[float], least: float) -> dict:
+    """Labels of a shard for one min_score and all values of min_z_score, counted by entity.
+
+    What is chosen does not depend on min_z_score, which only cuts it off: so one number, how many
+    of the ascending values `z_scores` a label reaches, stands for them all.
+    """
     # Entity, reached and labelled in one number: unique along an axis is ten times slower.
-    reached, steps = np.searchsorted(fits, fit, side="right"), len(fits) + 1
-    code = 2 * (entity.astype(np.int64) * steps + reached) + (fit >= config["min_fit"])
+    reached = np.searchsorted(z_scores, chosen.z_score, side="right")
+    steps = len(z_scores) + 1
+    code = 2 * (chosen.entity.astype(np.int64) * steps + reached) + (chosen.z_score >= least)
     kinds, kind = np.unique(code, return_inverse=True)
-    return pa.table(
-        {
-            "floor": np.full(len(kinds), floor),
-            "entity": (kinds // 2 // steps).astype(np.int32),
-            "reached": kinds // 2 % steps,
-            "labelled": pa.array(kinds % 2 == 1),
-            "labels": np.bincount(kind, minlength=len(kinds)),
-            "pictures": np.bincount(kind[place == 0], minlength=len(kinds)),
-        }
-    )
-
-
-def _starts(*columns: np.ndarray) -> np.ndarray:
-    """bool [n]: where equal rows of sorted columns begin."""
-    new = np.zeros(len(columns[0]), bool)
-    new[:1] = True
-    for column in columns:
-        new[1:] |= column[1:] != column[:-1]
-    return new
-
-
-def _weights(config: dict) -> dict[str, float]:
-    return {name: float(config[name]) for name in ("prototype_weight", "coherence_weight")}
+    best = link_rows.starts_run(chosen.row)
+    return {
+        "floor": np.full(len(kinds), floor),
+        "entity": (kinds // 2 // steps).astype(np.int32),
+        "reached": kinds // 2 % steps,
+        "labelled": kinds % 2 == 1,
+        "labels": np.bincount(kind, minlength=len(kinds)),
+        "pictures": np.bincount(kind[best], minlength=len(kinds)),
+    }
 
 
 def _floors(bins: Sequence[dict], configured: float) -> list[float]:
@@ -308,24 +251,11 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     # The first that is not empty: a thing that is an instance of nothing may be a kind of another.
     choice = " ".join(f"WHEN len({types}) > 0 THEN {types}" for types in lists)
     types = f"CASE {choice} ELSE []::VARCHAR[] END" if lists else "[]::VARCHAR[]"
-    collect(
-        connection,
-        "text_labels",
-        """
-        SELECT entity, count(*) AS n FROM (
-            SELECT DISTINCT key, entity FROM (
-                SELECT key, entity FROM (
-                    SELECT key, unnest(candidates, max_depth := 2) FROM read_parquet($links)
-                )
-                QUALIFY row_number() OVER (
-                    PARTITION BY key, mention ORDER BY prior DESC, entity
-                ) = 1
-            )
-        ) GROUP BY entity
-        """,
-        files,
-        ("links",),
-    )
+    ask(connection, "CREATE OR REPLACE TEMP TABLE text_labels (entity INTEGER, n BIGINT)")
+    for path in files["links"]:
+        by_text = choose.choose_by_text(link_rows.read(path)).entity
+        counted = zip(("entity", "n"), np.unique(by_text, return_counts=True), strict=True)
+        _add(connection, "text_labels", dict(counted))
     ask(
         connection,
         f"""

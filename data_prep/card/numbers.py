@@ -24,7 +24,7 @@ Files = Mapping[str, Sequence[str]]
 _SHARDS_AT_ONCE = 32
 
 # The order in which pairs get lost; reasons and stages not named here come in the middle.
-_STAGES = ("pairs", "links", "scores", "fits", "labels", "", "labels_final")
+_STAGES = ("pairs", "links", "z_scores", "labels", "", "labels_final")
 _REASONS = (
     *(
         "removed",

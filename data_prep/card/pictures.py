@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from data_prep import engine
 from data_prep.card.numbers import Files, ask, collect
 from data_prep.dataset import shards
+from data_prep.linking import rows as link_rows
 from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose
 from mofi_jax.data import records
@@ -96,7 +98,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
 
     Returns:
       {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
-      description, prior, by_text, chosen; with evidence also score and fit}]}.
+      description, prior, by_text, chosen; with evidence also score and z_score}]}.
     """
     judges = [stage for stage in JUDGES if files.get(stage)]
     unblocked = " ".join(f"ANTI JOIN read_parquet(${stage}) USING (key)" for stage in judges)
@@ -105,7 +107,8 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         "rejected",
         f"""
         SELECT key FROM (SELECT key, reason FROM read_parquet($labels)) {unblocked}
-        WHERE reason IN ('below_min_score', 'below_min_fit') ORDER BY md5(key) LIMIT {_CANDIDATES}
+        WHERE reason IN ('below_min_score', 'below_min_z_score')
+        ORDER BY md5(key) LIMIT {_CANDIDATES}
         """,
         files,
         ("labels", *judges),
@@ -126,12 +129,17 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         key: (entities, reason)
         for key, entities, reason in _of_keys(connection, files["labels"], keys, "entities, reason")
     }
-    links = {
-        key: (mentions, candidates)
-        for key, mentions, candidates in _of_keys(
-            connection, files["links"], keys, "mentions, candidates"
-        )
-    }
+    linked = engine.ask(
+        connection,
+        "SELECT key, mentions, candidates FROM read_parquet($files)"
+        " WHERE key IN (SELECT unnest($keys))",
+        {"files": files["links"], "keys": keys},
+    ).to_arrow_table()
+    by_text: dict[str, set[int]] = {key: set() for key in keys}
+    likeliest = choose.choose_by_text(link_rows.flatten(linked))
+    for row, entity in zip(likeliest.row.tolist(), likeliest.entity.tolist(), strict=True):
+        by_text[linked["key"][row].as_py()].add(entity)
+    links = {row["key"]: (row["mentions"], row["candidates"]) for row in linked.to_pylist()}
     texts = dict(_of_keys(connection, files["pairs"], keys, "text"))
     evidence = _evidence(connection, files, keys) if config["labels"] == "clip" else {}
     entities = sorted({c["entity"] for _, candidates in links.values() for c in candidates})
@@ -140,8 +148,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
     for key in keys:
         chosen, reason = labels[key]
         mentions, candidates = links[key]
-        by_text = choose.best_prior_entities(mentions, candidates)
-        group = "rejected" if reason else "agreed" if set(chosen) == set(by_text) else "changed"
+        group = "rejected" if reason else "agreed" if set(chosen) == by_text[key] else "changed"
         if not left[group]:
             continue
         left[group] -= 1
@@ -154,13 +161,13 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
                 "name": names[entity][0],
                 "description": names[entity][1],
                 "prior": round(candidate["prior"], 3),
-                "by_text": entity in by_text,
+                "by_text": entity in by_text[key],
                 "chosen": entity in chosen,
             }
             if (key, entity) in evidence:
                 known = evidence[key, entity]
                 row["score"] = known.score
-                row["fit"] = float(known.fit(choose.Rule.of(config)))
+                row["z_score"] = float(known.z_score(choose.Rule.of(config)))
             rows.append(row)
         found.append(
             {
@@ -204,26 +211,21 @@ def _of_keys(
 def _evidence(
     connection: duckdb.DuckDBPyConnection, files: Files, keys: list[str]
 ) -> dict[tuple, choose.Evidence]:
-    scores = _of_keys(connection, files["scores"], keys, "entities, scores")
-    fits = {
-        key: (text_fits, picture_fits)
-        for key, text_fits, picture_fits in _of_keys(
-            connection, files["fits"], keys, "text_fits, picture_fits"
-        )
-    }
+    columns = "entities, scores, text_z_scores, picture_z_scores"
+    rows = _of_keys(connection, files["z_scores"], keys, columns)
     coherence = dict(
         ask(
             connection,
             "SELECT entity, coherence FROM read_parquet($coherence)"
             " WHERE entity IN (SELECT unnest($entities))",
-            entities=sorted({entity for _, entities, _ in scores for entity in entities}),
+            entities=sorted({entity for _, entities, *_ in rows for entity in entities}),
             **files,
         )
     )
     return {
         (key, entity): choose.Evidence(round(score, 4), *values, coherence[entity])
-        for key, entities, cosines in scores
-        for entity, score, *values in zip(entities, cosines, *fits[key], strict=True)
+        for key, *lists in rows
+        for entity, score, *values in zip(*lists, strict=True)
     }
 
 

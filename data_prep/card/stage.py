@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
     files = {stage: engine.listed(workdir / f"{stage}") for stage in stages}
     if config.labels == "clip":
-        for stage in ("scores", "fits", "coherence"):
+        for stage in ("z_scores", "coherence"):
             files[stage] = engine.listed(workdir / f"{stage}")
     for stage in card_pictures.JUDGES:
         files[stage] = engine.listed(workdir / stage)
@@ -109,7 +109,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "labels_per_picture": card_labels.labels_per_picture(*about),
             "images_per_entity": card_labels.images_per_entity(entities.counts),
             "picture_sizes": card_numbers.picture_sizes(*about),
-            "fits": None,
+            "z_scores": None,
             "scores": None,
             "sensitivity": None,
             "entity_types": card_labels.entity_types(*about),
@@ -122,7 +122,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "lineage": _lineage(manifests),
         }
         if config["labels"] == "clip":
-            report |= card_labels.histograms(*about, config)
+            report |= card_labels.histograms(about[1], config)
             report["sensitivity"] = card_labels.sensitivity(*about, config, report["scores"])
         keys = [picture["key"] for picture in report["gallery"]]
         for entity in (*report["top_entities"], *report["rare_entities"]):

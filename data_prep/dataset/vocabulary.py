@@ -76,7 +76,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     if not len(rows):
         raise errors.BadInput(
             f"No entity is left in {outputs.workdir / 'labels_final'}: lower config.min_images or "
-            "config.min_fit, or check that the knowledge base fits the captions."
+            "config.min_z_score, or check that the knowledge base fits the captions."
         )
     qids, labels, texts = (rows[name].to_pylist() for name in ("qid", "label", "text"))
     entities = records.Entities(qids, labels, texts, rows["image_count"].to_numpy())

@@ -48,8 +48,11 @@ class Distinct(typing.NamedTuple):
 
 def read(path: str | os.PathLike[str]) -> Candidates:
     """Reads a shard of links/."""
+    return flatten(engine.read_table(path, columns=["key", "mentions", "candidates"]))
 
-    table = engine.read_table(path, columns=["key", "mentions", "candidates"])
+
+def flatten(table: pa.Table) -> Candidates:
+    """Rows of links/."""
     found = _whole(table["candidates"])
     fields = found.flatten()  # honours offsets and nulls, as .values does not
     columns = (fields.field(name) for name in ("mention", "entity", "prior"))
@@ -90,7 +93,6 @@ def positions(keys: pa.Array, among: pa.Array) -> np.ndarray:
 
 def read_column(path: str | os.PathLike[str], name: str) -> pa.Array:
     """A column of a parquet file in one piece."""
-
     return _whole(engine.read_table(path, columns=[name])[name])
 
 

@@ -1,24 +1,23 @@
 """Selection: of all entities a caption may mean, those that the picture shows. links/ -> labels/
 
-A candidate's fit is (text fit + w * picture fit) / (1 + w) + c * coherence (w = prototype_weight,
-c = coherence_weight): how far the picture stands out among all pictures for the entity's text, and
-for its other pictures, and whether it is something that pictures show at all (see `z_scores`). Of
-each mention the candidate with the highest fit + prior_weight * log(prior) stays: the prior decides
-between senses of a word, never between words. Of those with cosine >= min_score and fit >= min_fit
-the best is a label, and so are others within max_gap of it, up to max_labels.
+A candidate's z-score is (text + w * picture) / (1 + w) + c * coherence (w = prototype_weight, c =
+coherence_weight): how far the picture stands out among all pictures for the entity's text, and for
+its other pictures, and whether it is something that pictures show at all (see `z_scores`). Of each
+mention the candidate with the highest z-score + prior_weight * log(prior) stays: the prior decides
+between senses of a word, never between words. Of those with cosine >= min_score and z-score >=
+min_z_score the best is a label, and so are others within max_gap of it, up to max_labels.
 
 No ground truth is read, neither here nor for the thresholds; new thresholds cost seconds, because
-cosines and fits are kept.
+cosines and z-scores are kept.
 
     labels/  NNNNN.parquet  key, entities (rows of the knowledge base, best first), scores (cosine;
-                            the prior for labels="text"), fits, reason (null when labelled)
+                            the prior for labels="text"), z_scores, reason (null when labelled)
 """
 
 from __future__ import annotations
 
-import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import ml_collections
@@ -38,7 +37,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Chooses the labels of every pair: labels/NNNNN.parquet, and rejects with a reason.
 
     Reasons: no_mention, no_candidate, and for labels="clip" picture_unreadable (since pairs/ was
-    written), below_min_score, below_min_fit.
+    written), below_min_score, below_min_z_score.
 
     Args:
       config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
@@ -55,7 +54,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     links = engine.listed(workdir / "links")
     if config.labels == "text":
         tasks = [engine.Task(path.stem, (path,)) for path in links]
-        settings = {"labels": "text"}
+        settings = {"version": 2, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     if config.labels != "clip":
         raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
@@ -79,7 +78,7 @@ class Rule(NamedTuple):
     prototype_weight: float
     coherence_weight: float
     prior_weight: float
-    min_fit: float
+    min_z_score: float
     min_score: float
     max_gap: float
     max_labels: int
@@ -93,15 +92,15 @@ class Evidence(NamedTuple):
     """What is known of candidate entities of pictures: numbers, or arrays float64 [c] of them."""
 
     score: float | np.ndarray  # cosine between picture and text; NaN: nothing is known
-    text_fit: float | np.ndarray
-    picture_fit: float | np.ndarray
+    text_z_score: float | np.ndarray
+    picture_z_score: float | np.ndarray
     coherence: float | np.ndarray
 
-    def fit(self, rule: Rule) -> float | np.ndarray:
+    def z_score(self, rule: Rule) -> float | np.ndarray:
         """One number each, in standard deviations."""
-        fit = self.text_fit + rule.prototype_weight * self.picture_fit
-        fit = fit / (1 + rule.prototype_weight) + rule.coherence_weight * self.coherence
-        return np.round(fit, embed.DECIMALS)
+        found = self.text_z_score + rule.prototype_weight * self.picture_z_score
+        found = found / (1 + rule.prototype_weight) + rule.coherence_weight * self.coherence
+        return np.round(found, embed.DECIMALS)
 
 
 class Chosen(NamedTuple):
@@ -110,98 +109,43 @@ class Chosen(NamedTuple):
     row: np.ndarray  # int64 [m], ascending
     entity: np.ndarray  # int32 [m]
     score: np.ndarray  # float64 [m]
-    fit: np.ndarray  # float64 [m]
+    z_score: np.ndarray  # float64 [m]
 
 
-def choose(
-    candidates: Sequence[Mapping], known: Mapping[int, Evidence], rule: Rule
-) -> tuple[list[int], str | None]:
-    """Decides on the labels of one picture.
+def choose(links: link_rows.Candidates, known: Evidence, rule: Rule) -> Chosen:
+    """Decides on the labels of all pictures of a shard: this is the decision, wherever it is made.
 
-    This says what the decision is; `choose_all` decides the same for a whole shard.
-
-    Args:
-      candidates: {"mention": int, "entity": int, "prior": float} each, as in links/.
-      known: the evidence of each candidate's entity.
-      rule: weights and thresholds.
-
-    Returns:
-      (entities, best first; None), or ([], the reason).
-    """
-    if not candidates:
-        return [], "no_candidate"
-    likely = [c for c in candidates if known[c["entity"]].score >= rule.min_score]
-    if not likely:
-        return [], "below_min_score"
-    best: dict[int, tuple] = {}  # by mention
-    for candidate in likely:
-        entity = candidate["entity"]
-        fit = known[entity].fit(rule)
-        strength = fit + rule.prior_weight * math.log(candidate["prior"])
-        # Equal strengths (two senses of one text): the smaller row, for determinism.
-        entry = (strength, -entity, fit)
-        best[candidate["mention"]] = max(entry, best.get(candidate["mention"], entry))
-    ranked = sorted({(-fit, -negated) for _, negated, fit in best.values() if fit >= rule.min_fit})
-    if not ranked:
-        return [], "below_min_fit"
-    floor = ranked[0][0] + rule.max_gap
-    return [entity for unfit, entity in ranked[: rule.max_labels] if unfit <= floor], None
-
-
-def choose_all(links: link_rows.Candidates, known: Evidence, rule: Rule) -> Chosen:
-    """`choose` for all pictures of a shard.
+    min_z_score changes nothing but where the labels of a picture end, the best being first.
 
     Args:
       links: the candidates.
       known: the evidence of each.
       rule: weights and thresholds.
     """
-    fit = known.fit(rule)
-    strength = fit + rule.prior_weight * np.log(links.prior.astype(np.float64))
+    z_score = known.z_score(rule)
+    strength = z_score + rule.prior_weight * np.log(links.prior.astype(np.float64))
     likely = np.flatnonzero(known.score >= rule.min_score)  # NaN is not
-    # Of each mention the strongest; see `choose`.
-    row, mention, entity = (x[likely] for x in (links.row, links.mention, links.entity))
-    order = np.lexsort((entity, -strength[likely], mention, row))
-    strongest = likely[order[link_rows.starts_run(row[order], mention[order])]]
-    # Those that fit, each once, from the best down.
-    good = strongest[fit[strongest] >= rule.min_fit]
-    good = good[np.lexsort((links.entity[good], -fit[good], links.row[good]))]
+    strongest = _strongest(links, strength, likely)
+    # Those that stand out, each once, from the best down.
+    good = strongest[z_score[strongest] >= rule.min_z_score]
+    good = good[np.lexsort((links.entity[good], -z_score[good], links.row[good]))]
     good = good[link_rows.starts_run(links.row[good], links.entity[good])]
     row = links.row[good]
     first = np.flatnonzero(link_rows.starts_run(row))
     best = np.repeat(first, np.diff(first, append=len(row)))
-    unfit, place = -fit[good], np.arange(len(row)) - best
-    kept = good[(place < rule.max_labels) & (unfit <= unfit[best] + rule.max_gap)]
-    return Chosen(links.row[kept], links.entity[kept], known.score[kept], fit[kept])
+    below, place = -z_score[good], np.arange(len(row)) - best
+    kept = good[(place < rule.max_labels) & (below <= below[best] + rule.max_gap)]
+    return Chosen(links.row[kept], links.entity[kept], known.score[kept], z_score[kept])
 
 
-def best_prior_entities(mentions: Sequence[Mapping], candidates: Sequence[Mapping]) -> list[int]:
-    """Linking by text alone: the entity with the highest prior of each mention.
-
-    Args:
-      mentions: the mentions of a caption, as in links/.
-      candidates: {"mention": int, "entity": int, "prior": float} each.
+def choose_by_text(links: link_rows.Candidates) -> Chosen:
+    """The likeliest entity of each mention, without a look at the picture.
 
     Returns:
-      Distinct entities (rows of the knowledge base) in the order of their mentions.
+      Distinct entities in the order of their mentions; score and z_score are the highest prior that
+      any mention gives the entity.
     """
-    chosen: dict[int, None] = {}
-    for mention in range(len(mentions)):
-        own = [c for c in candidates if c["mention"] == mention]
-        if own:
-            chosen[min(own, key=lambda c: (-c["prior"], c["entity"]))["entity"]] = None
-    return list(chosen)
-
-
-def best_priors(links: link_rows.Candidates) -> Chosen:
-    """`best_prior_entities` of all pairs of a shard.
-
-    Returns:
-      Entities in the order of their mentions; score and fit are the highest prior that any mention
-      gives the entity.
-    """
-    order = np.lexsort((links.entity, -links.prior, links.mention, links.row))
-    likeliest = order[link_rows.starts_run(links.row[order], links.mention[order])]
+    likeliest = _strongest(links, links.prior, np.arange(len(links.row)))
     # Stable: of equal entities the one of the first mention comes first.
     by_entity = likeliest[np.lexsort((links.entity[likeliest], links.row[likeliest]))]
     once = by_entity[link_rows.starts_run(links.row[by_entity], links.entity[by_entity])]
@@ -214,34 +158,39 @@ def best_priors(links: link_rows.Candidates) -> Chosen:
     return Chosen(links.row[kept], links.entity[kept], prior, prior)
 
 
+def _strongest(links: link_rows.Candidates, strength: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Of each mention the strongest of the candidates `among`, of equal ones the smaller row."""
+    keys = (links.entity, -strength, links.mention, links.row)
+    order = among[np.lexsort([key[among] for key in keys])]
+    return order[link_rows.starts_run(links.row[order], links.mention[order])]
+
+
 # ------------------------------------------------------------------------------------- the evidence
 
 
-def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, ...]:
+def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, epath.Path]:
     """What `read_evidence` takes for the shard whose parquet files are called `name`."""
-    return (
-        workdir / "scores" / name,
-        workdir / "fits" / name,
-        workdir / "coherence/entities.parquet",
-    )
+    return workdir / "z_scores" / name, workdir / "coherence/entities.parquet"
 
 
 def read_evidence(
-    links: link_rows.Candidates, scores: str, fits: str, coherence: str
+    links: link_rows.Candidates, z_scores: str, coherence: str
 ) -> tuple[Evidence, np.ndarray]:
     """What is known of each candidate of a shard.
 
     Args:
       links: the shard's candidates.
-      scores, fits, coherence: files of the stages of these names.
+      z_scores, coherence: files of the stages of these names.
 
     Returns:
       The evidence, NaN for candidates of pictures that could not be scored; and, bool [n], which
       pictures were scored.
     """
-
-    position = link_rows.positions(link_rows.read_column(scores, "key"), links.keys)
-    entities = link_rows.read_column(scores, "entities")
+    names = ("scores", "text_z_scores", "picture_z_scores")
+    keys, entities, *known = (
+        link_rows.read_column(z_scores, name) for name in ("key", "entities", *names)
+    )
+    position = link_rows.positions(keys, links.keys)
     row = np.repeat(position, link_rows.lengths(entities))
     entity = _flat(entities)
     # A pair of row and entity as one number, ascending: so it is searched.
@@ -250,19 +199,13 @@ def read_evidence(
     place = np.searchsorted(code, wanted)
     found = place < len(code)
     found[found] = code[place[found]] == wanted[found]
-    place = place[found]
 
     table = engine.read_table(coherence, columns=["entity", "coherence"])
     known_entities, coherences = (table[name].to_numpy() for name in table.column_names)
-    values = (
-        _flat(link_rows.read_column(scores, "scores"))[place],
-        _flat(link_rows.read_column(fits, "text_fits"))[place],
-        _flat(link_rows.read_column(fits, "picture_fits"))[place],
-        coherences[np.searchsorted(known_entities, links.entity[found])],
-    )
-    columns = np.full((len(values), len(wanted)), np.nan)
-    for column, value in zip(columns, values, strict=True):
-        column[found] = value
+    columns = np.full((len(Evidence._fields), len(wanted)), np.nan)
+    for column, values in zip(columns, known, strict=False):
+        column[found] = _flat(values)[place[found]]
+    columns[-1, found] = coherences[np.searchsorted(known_entities, links.entity[found])]
     scored = np.zeros(len(links.keys), bool)
     scored[position] = True
     return Evidence(*columns), scored
@@ -278,7 +221,7 @@ def _flat(column: pa.ListArray) -> np.ndarray:
 def _label_by_text(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     links = link_rows.read(task.inputs[0])
     reasons = np.full(len(links.keys), "no_candidate", object)
-    return _write_labels(task, outputs, links, best_priors(links), reasons)
+    return _write_labels(task, outputs, links, choose_by_text(links), reasons)
 
 
 def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -288,9 +231,9 @@ def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -
     known, scored = read_evidence(links, *evidence_paths)
     likely = np.zeros(len(links.keys), bool)
     likely[links.row[known.score >= rule.min_score]] = True
-    reasons = np.where(likely, "below_min_fit", "below_min_score").astype(object)
+    reasons = np.where(likely, "below_min_z_score", "below_min_score").astype(object)
     reasons[~scored] = "picture_unreadable"
-    return _write_labels(task, outputs, links, choose_all(links, known, rule), reasons)
+    return _write_labels(task, outputs, links, choose(links, known, rule), reasons)
 
 
 def _write_labels(
@@ -311,7 +254,7 @@ def _write_labels(
         "key": links.keys,
         "entities": link_rows.lists(chosen.entity, starts),
         "scores": link_rows.lists(chosen.score.astype(np.float32), starts),
-        "fits": link_rows.lists(chosen.fit.astype(np.float32), starts),
+        "z_scores": link_rows.lists(chosen.z_score.astype(np.float32), starts),
         "reason": pa.array(reason, pa.string()),
     }
     outputs.write_table(f"labels/{task.name}.parquet", pa.table(table))

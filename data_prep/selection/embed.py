@@ -37,7 +37,7 @@ from mofi_jax.data import ops
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
-# Cosines and fits are rounded before they meet a threshold: the last bits depend on the hardware.
+# Cosines and z-scores are rounded before they meet a threshold: their last bits depend on hardware.
 DECIMALS = 4
 
 # Texts in memory at a time and in a block, until there are too many blocks: each picture's file is

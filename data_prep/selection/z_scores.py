@@ -1,13 +1,14 @@
 """How far a picture stands out for the entities that its caption may mean, beside other pictures.
 
-embeddings/, texts/ -> scores/, fits/. Three things are measured, in standard deviations above the
-data set's pictures:
+embeddings/, texts/ -> z_scores/. Three things are measured, in standard deviations above the data
+set's pictures:
 
-    text fit      how much closer the picture is to the entity's text than pictures in general are
-    picture fit   the same with the mean of the OTHER pictures whose caption mentions the entity in
-                  place of the text, shrunk towards 0 where there are few of them
-    coherence     of an entity: the mean picture fit of all pictures whose caption mentions it. High
-                  for what pictures show (a tram), near 0 for what captions merely say (time, free)
+    text z-score     how much closer the picture is to the entity's text than pictures in general
+    picture z-score  the same with the mean of the OTHER pictures whose caption mentions the entity
+                     in place of the text, shrunk towards 0 where there are few of them
+    coherence        of an entity: the mean picture z-score of all pictures whose caption mentions
+                     it. High for what pictures show (a tram), near 0 for what captions merely say
+                     (time, free)
 
 Cosines alone are no common scale: an entity named in every caption is close to every picture, and
 a weak CLIP model spreads the levels of entities further apart than right and wrong pictures of one.
@@ -21,9 +22,8 @@ computed once for each picture, a candidate costs a few products of vectors.
     moments/     moments.npy float64 [1 + d, 1 + d]: the sum of (x, 1)(x, 1)' over all pictures
     prototypes/  NNNNN.npy float32 [block, d], the P of a block of the entities; NNNNN-measures.npy
                  float64 [3, block]: sum of weights, and u'Cu of text and P
-    scores/      NNNNN.parquet key, entities, scores (cosine, rounded to 1e-4), of the rows of
-                 embeddings/
-    fits/        NNNNN.parquet key, entities, text_fits, picture_fits, priors
+    z_scores/    NNNNN.parquet key, entities, scores (cosines), text_z_scores, picture_z_scores (all
+                 rounded to 1e-4), priors; of the rows of embeddings/
     coherence/   entities.parquet entity, support (sum of weights), coherence
 
 Sums are made of runs of shards (moment_parts/, prototype_parts/, coherence_parts/) and then of
@@ -44,7 +44,7 @@ from data_prep import engine
 from data_prep.linking import rows as link_rows
 from data_prep.selection.embed import DECIMALS
 
-# Pictures' worth of doubt in a prototype: with n others, the picture fit counts n / (n + 1).
+# Pictures' worth of doubt in a prototype: with n others, the z-score counts n / (n + 1).
 PROTOTYPE_DOUBT = 1.0
 
 CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float64 are 32 MB
@@ -52,22 +52,25 @@ CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float64 are 32 MB
 # In whole numbers, so that their order changes nothing.
 _COHERENCE_PARTS = """
     SELECT entity, sum(round(prior * 1e9)::BIGINT)::BIGINT AS support,
-           sum(round(prior::DOUBLE * fit * 1e9)::BIGINT)::BIGINT AS fit
+           sum(round(prior::DOUBLE * z_score * 1e9)::BIGINT)::BIGINT AS z_score
     FROM (
-        SELECT unnest(entities) AS entity, unnest(priors) AS prior, unnest(picture_fits) AS fit
-        FROM read_parquet($fits)
+        SELECT unnest(entities) AS entity, unnest(priors) AS prior,
+               unnest(picture_z_scores) AS z_score
+        FROM read_parquet($z_scores)
     )
     GROUP BY entity
 """
 _COHERENCE = f"""
     SELECT entity, CAST(sum(support) / 1e9 AS FLOAT) AS support,
-           CAST(round(sum(fit) / greatest(sum(support), 1000), {DECIMALS}) AS FLOAT) AS coherence
+           CAST(
+               round(sum(z_score) / greatest(sum(support), 1000), {DECIMALS}) AS FLOAT
+           ) AS coherence
     FROM read_parquet($parts) GROUP BY entity ORDER BY entity
 """
 
 
 def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
-    """Runs the stages moments, prototypes, fits and coherence.
+    """Runs the stages moments, prototypes, z_scores and coherence.
 
     No model is run and no picture is read. In memory are a few thousand candidates at a time and a
     number for each entity; vectors are mapped from disk.
@@ -77,7 +80,7 @@ def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
       shards: those of embeddings/.
 
     Returns:
-      The names of the shards of fits/.
+      The names of the shards of z_scores/.
     """
     workdir = work.workdir
     links, keys, embeddings = (
@@ -111,12 +114,12 @@ def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
         engine.Task(shard, (*own, candidates, moments, *blocks))
         for shard, *own in zip(shards, links, keys, embeddings, strict=True)
     ]
-    fitted = [m["shard"] for m in work.map_shards("fits", _fit, tasks, {"version": 2})]
+    measured = [m["shard"] for m in work.map_shards("z_scores", _measure, tasks, {"version": 2})]
 
-    fits = {"fits": [workdir / f"fits/{shard}.parquet" for shard in fitted]}
-    parts = work.partial("coherence_parts", _COHERENCE_PARTS, fits)
+    tables = {"z_scores": [workdir / f"z_scores/{shard}.parquet" for shard in measured]}
+    parts = work.partial("coherence_parts", _COHERENCE_PARTS, tables)
     work.aggregate("coherence", {"coherence/entities.parquet": _COHERENCE}, {"parts": parts})
-    return fitted
+    return measured
 
 
 def _paths(work: engine.Engine, manifests: Sequence[dict]) -> tuple[str, ...]:
@@ -274,10 +277,10 @@ def add_by(
     total[ordered[first]] += np.add.reduceat(values[order], first, axis=0)
 
 
-# ----------------------------------------------------------------------------------------- the fits
+# ------------------------------------------------------------------------------------- the z-scores
 
 
-def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+def _measure(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     import pyarrow as pa
 
     links_path, keys_path, embeddings_path, candidates_path, moments_path, *blocks = task.inputs
@@ -289,7 +292,8 @@ def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str
     pairs = _pairs(links_path, keys_path, entities)
     mean, covariance = _mean_and_covariance(moments_path)
     embeddings = np.load(embeddings_path, mmap_mode="r")
-    columns = {name: [np.zeros(0, np.float32)] for name in ("scores", "text_fits", "picture_fits")}
+    names = ("scores", "text_z_scores", "picture_z_scores")
+    columns = {name: [np.zeros(0, np.float32)] for name in names}
     for row, column, prior in _chunks(pairs):
         pictures = embeddings[row[0] : row[-1] + 1].astype(np.float32)
         row, prior = row - row[0], prior.astype(np.float64)
@@ -298,25 +302,23 @@ def _fit(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str
 
         centred = pictures - mean
         x = centred[row]
-        columns["text_fits"].append(deviations(_dots(x, text), text_spread[column]))
+        columns["text_z_scores"].append(deviations(_dots(x, text), text_spread[column]))
 
         projected = centred @ covariance
         prototype = prototypes[column].astype(np.float64)
         along = _dots(x, prototype) - prior * _dots(centred, centred)[row]
         across = prior * _dots(projected, centred)[row] - 2 * _dots(projected[row], prototype)
-        fit = deviations(along, spread[column] + prior * across)
+        z_score = deviations(along, spread[column] + prior * across)
         others = np.maximum(support[column] - prior, 0)
-        columns["picture_fits"].append(fit * others / (others + PROTOTYPE_DOUBT))
+        columns["picture_z_scores"].append(z_score * others / (others + PROTOTYPE_DOUBT))
     keys = link_rows.read_column(keys_path, "key")
     starts = np.searchsorted(pairs.row, np.arange(len(keys) + 1))
-    of = {"key": keys, "entities": link_rows.lists(entities[pairs.column], starts)}
+    table = {"key": keys, "entities": link_rows.lists(entities[pairs.column], starts)}
     for name, parts in columns.items():
         rounded = np.round(np.concatenate(parts), DECIMALS).astype(np.float32)
-        columns[name] = link_rows.lists(rounded, starts)
-    scores = columns.pop("scores")
-    outputs.write_table(f"scores/{task.name}.parquet", pa.table({**of, "scores": scores}))
-    priors = link_rows.lists(pairs.prior, starts)
-    outputs.write_table(f"fits/{task.name}.parquet", pa.table({**of, **columns, "priors": priors}))
+        table[name] = link_rows.lists(rounded, starts)
+    table["priors"] = link_rows.lists(pairs.prior, starts)
+    outputs.write_table(f"z_scores/{task.name}.parquet", pa.table(table))
     return {"pictures": len(keys), "candidates": len(pairs.row)}
 
 
