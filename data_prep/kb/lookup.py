@@ -169,12 +169,11 @@ class KnowledgeBase:
 
 
 def _end_of_plural(joined: str, at: int, ends: dict[int, int]) -> int:
-    """The word of which a name ending at `at` is the regular singular; or -1."""
-    for length in (1, 2):
-        if at + length in ends:
-            word = joined[joined.rfind(" ", 0, at) + 1 : at + length]
-            if word[:-length] in names.singulars(word):
-                return ends[at + length]
+    """The word of which a name ending at `at` is the beginning and the singular; or -1."""
+    begin, end = joined.rfind(" ", 0, at) + 1, joined.find(" ", at)
+    end = len(joined) if end < 0 else end
+    if end - at <= 3 and joined[begin:at] in names.singulars(joined[begin:end]):  # "child" + "ren"
+        return ends.get(end, -1)
     return -1
 
 

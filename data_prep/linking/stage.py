@@ -119,8 +119,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 3,
+        "version": 4,
         "spacy": importlib.metadata.version("spacy"),
+        "nouns": importlib.metadata.version(names.NOUNS),
         "noun_chunks": config.noun_chunks,
         "boilerplate": list(config.boilerplate),
         **disambiguate.Rule.of(config)._asdict(),
