@@ -24,6 +24,7 @@ from data_prep import engine
 from data_prep.card import stage as card_stage
 from data_prep.dataset import publish, shards, vocabulary
 from data_prep.engine import executors
+from data_prep.engine import slurm as slurm_jobs
 from data_prep.filters import stage as filters_stage
 from data_prep.kb import build as kb_build
 from data_prep.linking import stage as linking_stage
@@ -34,15 +35,33 @@ from mofi_jax.data import ops
 
 
 def main(
-    config: ml_collections.ConfigDict, workdir: str, engine: str = "local", ray_address: str = ""
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    engine: str = "local",
+    ray_address: str = "",
+    slurm: str = "",
+    slurm_accelerator: str = "",
 ) -> None:
-    """The command: `build`, and its funnel for people to read."""
-    if engine not in ("local", "ray"):
-        raise errors.BadInput(f"--engine={engine} is unknown: choose local or ray.")
-    if ray_address and engine != "ray":
-        raise errors.BadInput("--ray_address is for --engine=ray: give both, or neither.")
-    on_ray = functools.partial(executors.Ray, ray_address or None)
-    result = build(config, workdir, on_ray if engine == "ray" else None)
+    """The command: `build`, and its funnel for people to read.
+
+    Args:
+      engine: where the work is done: local (config.workers processes), ray or slurm.
+      ray_address: of a running Ray cluster; without it Ray is started on this machine.
+      slurm: what to ask SLURM for, as partition=cpu,time=240,array_parallelism=64 (minutes).
+      slurm_accelerator: the same on top for the CLIP stage, as partition=gpu,gpus_per_node=1.
+    """
+    start = {
+        "local": None,
+        "ray": functools.partial(executors.Ray, ray_address or None),
+        "slurm": functools.partial(slurm_jobs.Slurm, f"{workdir}/slurm", slurm, slurm_accelerator),
+    }
+    if engine not in start:
+        raise errors.BadInput(f"--engine={engine} is unknown: choose {', '.join(start)}.")
+    flags = {"ray_address": ray_address, "slurm": slurm, "slurm_accelerator": slurm_accelerator}
+    for flag, value in flags.items():
+        if value and not flag.startswith(engine):
+            raise errors.BadInput(f"--{flag} is for --engine={flag.split('_')[0]}: give both.")
+    result = build(config, workdir, start[engine])
     for stage, counts in result["stages"].items():
         logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
     print(funnel(result))

@@ -114,6 +114,25 @@ def test_an_accelerator_stage_runs_in_one_process_per_machine(tmp_path, executor
     assert str(os.getpid()) not in processes
 
 
+def test_a_task_asks_for_what_its_stage_needs_and_never_for_more_than_there_is(
+    tmp_path, executor, monkeypatch
+):
+    asked = []
+    options = executor._attempt.options
+    monkeypatch.setattr(
+        executor._attempt, "options", lambda **names: asked.append(names) or options(**names)
+    )
+    tasks = make_tasks(tmp_path / "in", ["one", "two"])
+    work = engine.Engine(tmp_path / "w", executor=executor)
+    work.map_shards("shout", shout, tasks[:1], SETTINGS, memory=1)
+    work.map_shards("shout", shout, tasks, SETTINGS, cpus=64, memory=1 << 20)
+    machine = max(node["Resources"]["memory"] for node in executor._alive())
+    assert asked == [
+        {"num_cpus": 1, "memory": 1 << 30},
+        {"num_cpus": 1, "memory": int(machine)},
+    ]
+
+
 @pytest.mark.slow
 def test_a_machine_that_dies_in_mid_job_changes_no_byte(tmp_path, cluster, executor):
     tasks = make_tasks(tmp_path / "in", [f"word {i}" for i in range(12)])

@@ -3,6 +3,7 @@
     stages        Engine: `map_shards`, and what is finished, in quarantine or stray
     jobs          one shard in whatever process: Task, Outputs, retries, what can go wrong
     executors     where jobs run: processes of this machine, a Ray cluster
+    slurm         or array jobs of a SLURM cluster
     quarantine    shards that could not be made, and the pairs that are lost with them
     manifests     what a finished shard was made from, and whether it still is
     relational    parquet and SQL; aggregate, scatter, gather: how rows change shards

@@ -147,6 +147,12 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="watch-parent").start()
 
 
+def import_paths() -> str:
+    """A PYTHONPATH with which others import what this process imports, wherever it was started."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    return os.pathsep.join(dict.fromkeys([str(root), *filter(None, sys.path)]))
+
+
 class Ray:
     """Tasks on a Ray cluster, and one actor per machine for the stages with an accelerator.
 
@@ -172,15 +178,12 @@ class Ray:
             ) from error
         self._ray = ray
         self._joined = not ray.is_initialized()
-        # Workers import what this process imports, wherever it was started from.
-        paths = [str(pathlib.Path(__file__).resolve().parents[1]), *filter(None, sys.path)]
-        environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         if self._joined:
             try:
                 _knock(address)
                 ray.init(
                     address=address or "local",
-                    runtime_env={"env_vars": environment},
+                    runtime_env={"env_vars": {"PYTHONPATH": import_paths()}},
                     log_to_driver=False,
                     include_dashboard=False if not address else None,
                     logging_level="warning",
@@ -190,7 +193,7 @@ class Ray:
                     f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}): start"
                     " one with `ray start --head`, or leave --ray_address out."
                 ) from error
-        self._attempt = ray.remote(num_cpus=1, max_retries=3)(jobs.attempt)
+        self._attempt = ray.remote(max_retries=3)(jobs.attempt)
         self._actors: list = []
 
     def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]:
@@ -200,7 +203,16 @@ class Ray:
         self._release()  # an idle actor would hold a processor
         todo = [dataclasses.replace(job, processes=0) for job in todo]
         limit = max(2, int(self._IN_FLIGHT_PER_CPU * self._ray.cluster_resources().get("CPU", 1)))
-        yield from self._collect(todo, [self._attempt.remote], limit)
+        # A task that asks for more than any machine has would wait for ever.
+        machines = [node["Resources"] for node in self._alive()]
+        cpus = max(int(machine["CPU"]) for machine in machines)
+        memory = max(int(machine.get("memory", 0)) for machine in machines)
+
+        def send(job: jobs.Job):
+            asked = {"num_cpus": min(job.cpus, cpus), "memory": min(job.memory << 30, memory)}
+            return self._attempt.options(**asked).remote(job)
+
+        yield from self._collect(todo, [send], limit)
 
     def close(self) -> None:
         self._release()
@@ -236,9 +248,12 @@ class Ray:
 
     def _machines(self) -> list[dict]:
         """The machines that own accelerators; all machines where none has any."""
-        alive = [node for node in self._ray.nodes() if node["Alive"]]
-        alive = [node for node in alive if node["Resources"].get("CPU", 0) >= 1]
+        alive = self._alive()
         return [node for node in alive if _accelerators(node)] or alive
+
+    def _alive(self) -> list[dict]:
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        return [node for node in alive if node["Resources"].get("CPU", 0) >= 1]
 
     def _actor(self, node: dict):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

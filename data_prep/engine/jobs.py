@@ -154,6 +154,7 @@ class Job:
       before: the manifest of an earlier run, and `times` when its files were as it says.
       processes: how many run jobs side by side on a machine, 0 for as many as it has processors; no
         output depends on it.
+      cpus, memory: what it needs of a machine, memory in GiB.
     """
 
     workdir: str
@@ -165,6 +166,8 @@ class Job:
     before: dict | None = None
     times: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     processes: int = 1
+    cpus: int = 1
+    memory: int = 2
 
     @property
     def where(self) -> str:

@@ -87,6 +87,8 @@ class Engine:
         *,
         keys: quarantine.Keys | None = quarantine.keys_of_inputs,
         accelerator: bool = False,
+        cpus: int = 1,
+        memory: int = 2,
         here: bool = False,
     ) -> list[dict]:
         """Runs `function` on every task that is not finished yet.
@@ -102,6 +104,7 @@ class Engine:
             rejected before are not counted again. None: what the stage makes is about all pairs,
             so that no task can be left out.
           accelerator: run in the process that owns the accelerator of a machine.
+          cpus, memory: what a shard needs of a cluster's machine, memory in GiB.
           here: run in this process; the function shows its progress itself.
 
         Returns:
@@ -138,7 +141,8 @@ class Engine:
                     found[task.name] = before
                     continue
                 job = Job(os.fspath(self.workdir), stage, function, task, settings, seen)
-                todo.append(dataclasses.replace(job, before=before, times=times))
+                job = dataclasses.replace(job, before=before, times=times, cpus=cpus, memory=memory)
+                todo.append(job)
             if tasks and not todo:
                 logging.info("%s: all %d shards are done already", stage, len(tasks))
             allowed = math.ceil(self._failure_budget * len(tasks))
