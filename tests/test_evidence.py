@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -47,7 +48,7 @@ def test_small_pieces_and_blocks_give_the_same_bytes(world, monkeypatch):
     workdir, _, model, clip = world
     embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
     expected = _digests(workdir, "texts", "embeddings")
-    assert len(expected) == 7
+    assert len(expected) == 8
     shutil.rmtree(workdir / "texts")
     shutil.rmtree(workdir / "embeddings")
     monkeypatch.setattr(embed, "_READ_BYTES", 3000)  # a picture is 1 to 14 kB
@@ -127,6 +128,80 @@ def test_a_picture_file_that_is_gone_is_told(world):
     os.unlink(workdir / path)
     with pytest.raises(errors.BadInput, match=r"is gone since its pictures were listed: restore"):
         embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
+
+
+def _change(folder, stage, change):
+    """Rewrites the tables of a stage with other rows."""
+    for path in sorted((folder / stage).glob("*.parquet")):
+        table = pq.read_table(path)
+        rows = change(table.to_pylist())
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def test_other_candidates_embed_only_pictures_that_had_none(world, tmp_path):
+    workdir, _, model, clip = world
+
+    def without(every):
+        def change(rows):
+            return [
+                row | {"candidates": []} if int(row["key"]) % every == 0 else row for row in rows
+            ]
+
+        return change
+
+    config, work = workdirs.config(clip=clip), engine.Engine(workdir)
+    shutil.copytree(workdir / "links", tmp_path / "links")
+    _change(workdir, "links", without(every=3))
+    embed.run(config, work)
+    had, seen = set(_embedded(workdir)), model.pictures
+    assert seen == len(had)
+    shutil.rmtree(workdir / "links")
+    shutil.copytree(tmp_path / "links", workdir / "links")
+    _change(workdir, "links", without(every=4))
+    embed.run(config, work)
+    has, expected = set(_embedded(workdir)), _digests(workdir, "embeddings")
+    assert model.pictures - seen == len(has - had) > 5
+    assert had - has
+    # Of one shard nothing is new, and its captions have changed.
+    _change(workdir, "pairs", lambda rows: [row | {"text": "else"} for row in rows])
+    seen = model.pictures
+    embed.run(config, work)
+    assert (model.pictures, _digests(workdir, "embeddings")) == (seen, expected)
+    shutil.rmtree(workdir / "embeddings")
+    embed.run(config, work)
+    assert _digests(workdir, "embeddings") == expected
+    # Another model says other things of them all.
+    seen = model.pictures
+    pathlib.Path(clip, "model.json").write_text("{ }")
+    embed.run(config, work)
+    assert model.pictures - seen == len(has)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_entities_that_are_new_have_their_texts_embedded_alone(world, monkeypatch, blocks):
+    workdir, _, model, clip = world
+    monkeypatch.setattr(embed, "_BUCKETS", blocks)
+    monkeypatch.setattr(embed, "_TEXTS", 1)
+    config, work = workdirs.config(clip=clip), engine.Engine(workdir)
+    embed.run(config, work)
+    assert (model.texts, model.pictures) == (6, 55)
+    # The new one comes first: all others are another row than before.
+    new = {"qid": "Q0", "label": "grey", "description": "the colour grey"}
+    _change(workdir, "kb", lambda rows: [new, *rows])
+
+    def shifted(rows):
+        for row in rows:
+            for candidate in row["candidates"]:
+                candidate["entity"] = (candidate["entity"] + 1) % 5
+        return rows
+
+    _change(workdir, "links", shifted)
+    embed.run(config, work)
+    assert (model.texts, model.pictures) == (7, 55)
+    expected = _digests(workdir, "texts")
+    shutil.rmtree(workdir / "texts")
+    embed.run(config, work)
+    assert _digests(workdir, "texts") == expected
 
 
 def test_a_moved_model_is_the_same_model(world, tmp_path):

@@ -163,6 +163,7 @@ def test_blocks_and_runs_change_nothing(world, monkeypatch):
     found = []
     for size, files in ((1 << 16, 4), (2, 1)):
         monkeypatch.setattr(embed, "_TEXTS", size)
+        monkeypatch.setattr(embed, "_BUCKETS", 3)
         monkeypatch.setattr(relational, "_FILES_PER_RUN", files)
         choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
         found.append([label_tables.read(workdir, "z_scores/*.parquet")])

@@ -183,7 +183,7 @@ class Model:
                 self._embed_images(params, images) for images in batches
             ),
         )
-        self.pictures = 0
+        self.pictures = self.texts = 0
 
     def _decode(self, data: bytes) -> np.ndarray:
         return cv2.resize(ops.decode_rgb(data), (8, 8), interpolation=cv2.INTER_AREA)
@@ -194,6 +194,7 @@ class Model:
         return self._cone(images.mean((1, 2)).astype(np.float32), params["offset"])
 
     def embed_texts(self, texts) -> np.ndarray:
+        self.texts += len(texts)
         colours = {f"{name}, the colour {name}": rgb for name, rgb in COLOURS.items()}
         colours["red, a state"] = (0, 255, 255)
         grey = np.array([128, 128, 128])

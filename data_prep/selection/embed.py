@@ -2,15 +2,16 @@
 
 links/ -> embeddings/, texts/. These are the stages that run a model; what follows from embeddings
 alone is in `z_scores`. One process for each machine owns the accelerator and all of its devices. A
-picture's embedding depends on picture and model, a text's on template and model: what else changes
-embeds nothing again.
+picture's embedding depends on its bytes and the model, a text's on its words and the model: what
+else changes, other candidates or a knowledge base that has grown, embeds only what is new.
 
     model/        fingerprint.txt: of the files that embeddings depend on. A model folder may move.
-    embeddings/   NNNNN.parquet key, of the pairs that have a candidate, in the order of links/;
-                  NNNNN.npy float16 [rows, d]. A picture that cannot be decoded any more has no
-                  row: the labels give the reason.
-    candidates/   entities.parquet: every entity that is a candidate somewhere, ascending
-    texts/        NNNNN.npy float16 [block, d], of the texts of a block of them
+    embeddings/   NNNNN.parquet key and sha256, of the pairs that have a candidate, in the order of
+                  links/; NNNNN.npy float16 [rows, d]. A picture that cannot be decoded any more has
+                  no row: the labels give the reason.
+    candidates/   entities.parquet: every entity that is a candidate somewhere, label, description,
+                  bucket (by these); by bucket and entity
+    texts/        NNNNN.parquet text, NNNNN.npy float16 [block, d], of a run of the buckets
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import functools
 import os
 import threading
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import ml_collections
 import numpy as np
@@ -40,9 +41,9 @@ if typing.TYPE_CHECKING:
 # Cosines and z-scores are rounded before they meet a threshold: their last bits depend on hardware.
 DECIMALS = 4
 
-# Texts in memory at a time and in a block, until there are too many blocks: each picture's file is
-# measured against all of them.
-_TEXTS, _MOST_BLOCKS = 1 << 16, 64
+# Texts that are embedded at a time; of more there are several blocks. A text stays in its block
+# wherever its entity stands, so that the block knows whether it is new.
+_TEXTS, _BUCKETS = 1 << 16, 64
 _READ_BYTES = 32 << 20  # of picture files that are read at a time
 _GROUP = 16  # pictures that a thread decodes at a time: Grain's own cost is for each group
 
@@ -76,17 +77,19 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
         engine.Task(path.stem, (path, workdir / "pairs" / path.name, fingerprint)) for path in links
     ]
     function = functools.partial(_embed_pairs, *model)
-    embedded = work.map_shards("embeddings", function, tasks, {"version": 1}, accelerator=True)
+    embedded = work.map_shards("embeddings", function, tasks, {"version": 2}, accelerator=True)
 
-    parts = work.partial("candidate_parts", _CANDIDATES, {"files": links})
-    query = "SELECT DISTINCT entity FROM read_parquet($parts) ORDER BY entity"
     entities = "candidates/entities.parquet"
-    found = work.aggregate("candidates", {entities: query}, {"parts": parts})
+    tables = {"kb": [workdir / "kb/entities.parquet"]}
+    tables["parts"] = work.partial("candidate_parts", _CANDIDATES, {"files": links})
+    found = work.aggregate("candidates", {entities: _NAMED}, tables, {"buckets": _BUCKETS})
     count = found["counts"]["candidates/entities"]
-    size = max(_TEXTS, -(-count // _MOST_BLOCKS))
-    inputs = (workdir / "kb/entities.parquet", fingerprint, workdir / entities)
-    tasks = [engine.Task(f"{block:05d}", inputs) for block in range(-(-count // size))]
-    settings = {"version": 2, "template": config.template, "size": size}
+    each = _BUCKETS if count <= _TEXTS else 1
+    tasks = [
+        engine.Task(f"{block:05d}", (workdir / entities, fingerprint))
+        for block in range(_BUCKETS // each if count else 0)
+    ]
+    settings = {"version": 3, "template": config.template, "buckets": each}
     function = functools.partial(_embed_texts, *model)
     work.map_shards("texts", function, tasks, settings, keys=None, accelerator=True)
     return [manifest["shard"] for manifest in embedded]
@@ -150,43 +153,73 @@ _CANDIDATES = """
 """
 
 
+# file_row_number is the row of the knowledge base, which is what candidates hold.
+_NAMED = f"""
+    SELECT entity, label, description,
+           CAST({engine.bucket_of("concat(label, chr(10), description)")} AS INT) AS bucket
+    FROM read_parquet($kb, file_row_number = true) AS kb
+    JOIN (SELECT DISTINCT entity FROM read_parquet($parts)) ON entity = kb.file_row_number
+    ORDER BY bucket, entity
+"""
+_IN_BUCKETS = """
+    SELECT label, coalesce(description, '') AS description
+    FROM read_parquet($candidates) WHERE bucket >= $first AND bucket < $last
+"""
+
+
 def _embed_texts(
     folder: str, batch_size: int, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
     """Embeds the texts of a block of the candidates."""
-    kb, _, candidates = task.inputs
-    first = int(task.name) * settings["size"]
-    entities = link_rows.read_column(candidates, "entity").to_numpy()
-    entities = entities[first : first + settings["size"]]
-    model, embeddings, written = load_model(folder, batch_size), None, 0
-    for texts in _texts(kb, entities, settings["template"]):
-        block = model.embed_texts(texts)
-        if embeddings is None:
-            embeddings = np.zeros((len(entities), block.shape[1]), np.float16)
-        embeddings[written : written + len(texts)] = block
-        written += len(texts)
-    _save(outputs, f"texts/{task.name}.npy", embeddings)
-    return {"entities": len(entities)}
-
-
-def _texts(kb: str, entities: np.ndarray, template: str) -> Iterator[list[str]]:
-    """The texts of the given rows (ascending) of the knowledge base, _TEXTS at a time."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    texts: list[str] = []
-    first = 0
-    with pq.ParquetFile(kb) as file:
-        for batch in file.iter_batches(_TEXTS, columns=["label", "description"]):
-            start, stop = np.searchsorted(entities, (first, first + len(batch)))
-            rows = batch.take(pa.array(entities[start:stop] - first)).to_pylist()
-            texts += [entity_text(template, r["label"], r["description"] or "") for r in rows]
-            first += len(batch)
-            while len(texts) >= _TEXTS:
-                yield texts[:_TEXTS]
-                del texts[:_TEXTS]
-    if texts:
-        yield texts
+    candidates, fingerprint = task.inputs
+    first = int(task.name) * settings["buckets"]
+    found = {"candidates": candidates, "first": first, "last": first + settings["buckets"]}
+    with engine.connect(outputs) as connection:
+        rows = engine.ask(connection, _IN_BUCKETS, found).fetchall()
+    texts = [entity_text(settings["template"], *row) for row in rows]
+
+    def embed(new: np.ndarray) -> np.ndarray:
+        model = load_model(folder, batch_size)
+        parts = np.split(new, range(_TEXTS, len(new), _TEXTS))
+        vectors = (model.embed_texts([texts[row] for row in part]) for part in parts)
+        return np.concatenate([part.astype(np.float16) for part in vectors])
+
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    name = f"texts/{task.name}"
+    embeddings = _embed_new(outputs, name, table["text"], fingerprint, embed)
+    outputs.write_table(f"{name}.parquet", table)
+    _save(outputs, f"{name}.npy", embeddings)
+    return {"entities": len(texts)}
+
+
+def _embed_new(
+    outputs: engine.Outputs,
+    name: str,
+    what: pa.ChunkedArray,
+    fingerprint: str,
+    embed: Callable[[np.ndarray], np.ndarray],
+) -> Float[np.ndarray, "n d"]:
+    """Embeddings of what an earlier run did not embed, and those of the others taken over.
+
+    Args:
+      outputs, name: NAME.npy holds the embeddings, NAME.parquet of what they are.
+      what: its last column, [n].
+      fingerprint: the file that says which model it is.
+      embed: float16 [m, d] of the rows int64 [m].
+    """
+    kept = [outputs.kept(f"{name}.{end}", fingerprint) for end in ("npy", "parquet")]
+    place, old = np.full(len(what), -1), np.zeros((0, 0), np.float16)
+    if all(kept):
+        old, known = np.load(kept[0]), engine.read_table(kept[1]).columns[-1]
+        place = link_rows.positions(what, known)
+    new = place < 0
+    fresh = embed(np.flatnonzero(new)) if new.any() else old[:0]
+    # Without a row, or where nothing could be decoded, they have no width.
+    width = max(old.shape[1], fresh.shape[1])
+    old, fresh = (x if x.shape[1] else np.zeros((len(x), width), x.dtype) for x in (old, fresh))
+    return np.concatenate([old, fresh])[np.where(new, len(old) - 1 + np.cumsum(new), place)]
 
 
 # ------------------------------------------------------------------------------------ the pictures
@@ -198,16 +231,21 @@ def _embed_pairs(
     """Embeds the pictures that have a candidate."""
     import pyarrow as pa
 
-    links_path, pairs_path, _ = task.inputs
+    links_path, pairs_path, fingerprint = task.inputs
     links = link_rows.read(links_path)
     keys = links.keys.take(pa.array(np.unique(links.row)))
-    pairs = engine.read_table(pairs_path, columns=["key", "path", "offset", "length"])
+    pairs = engine.read_table(pairs_path, columns=["key", "sha256", "path", "offset", "length"])
     pairs = pairs.take(pa.array(link_rows.positions(keys, pairs["key"])))
+    rejected: dict[int, str] = {}
 
-    embeddings, rejected = np.zeros((0, 0), np.float16), {}
-    if len(pairs):
+    def embed(new: np.ndarray) -> np.ndarray:
         model = load_model(folder, batch_size)
-        embeddings, rejected = _embed_pictures(model, outputs.workdir, pairs, batch_size)
+        found, reasons = _embed_pictures(model, outputs.workdir, pairs.take(new), batch_size)
+        rejected.update((int(new[row]), reason) for row, reason in reasons.items())
+        return found
+
+    name = f"embeddings/{task.name}"
+    embeddings = _embed_new(outputs, name, pairs["sha256"], fingerprint, embed)
     if rejected:
         row = min(rejected)
         logging.warning(
@@ -219,9 +257,8 @@ def _embed_pairs(
         )
     whole = np.ones(len(keys), bool)
     whole[list(rejected)] = False
-    table = pa.table({"key": keys.filter(pa.array(whole))})
-    outputs.write_table(f"embeddings/{task.name}.parquet", table)
-    _save(outputs, f"embeddings/{task.name}.npy", embeddings if whole.all() else embeddings[whole])
+    outputs.write_table(f"{name}.parquet", pairs.select(["key", "sha256"]).filter(pa.array(whole)))
+    _save(outputs, f"{name}.npy", embeddings if whole.all() else embeddings[whole])
     return {"pictures": int(whole.sum()), "undecodable": len(rejected)}
 
 

@@ -106,8 +106,9 @@ def run(work: engine.Engine, shards: Sequence[str]) -> list[str]:
     ]
     parts = _paths(work, work.map_shards("prototype_parts", _sum_pictures, tasks, {}, keys=None))
     tasks = [engine.Task(path.stem, (path, moments, *parts)) for path in texts]
-    size = len(np.load(texts[0], mmap_mode="r")) if texts else 0
-    blocks = work.map_shards("prototypes", _add_pictures, tasks, {"size": size}, keys=None)
+    lengths = [len(np.load(path, mmap_mode="r")) for path in texts]
+    settings = {"version": 2, "starts": np.cumsum([0, *lengths]).tolist()}
+    blocks = work.map_shards("prototypes", _add_pictures, tasks, settings, keys=None)
 
     blocks = (*texts, *_paths(work, blocks))
     tasks = [
@@ -143,7 +144,8 @@ def _pairs(links_path: str, keys_path: str, entities: np.ndarray) -> _Pairs:
     position = link_rows.positions(links.keys, link_rows.read_column(keys_path, "key"))
     row = position[known.row]
     known_row = row >= 0
-    column = np.searchsorted(entities, known.entity[known_row])
+    order = np.argsort(entities)
+    column = order[np.searchsorted(entities, known.entity[known_row], sorter=order)]
     return _Pairs(row[known_row], column, known.prior[known_row])
 
 
@@ -157,17 +159,19 @@ def _chunks(pairs: _Pairs) -> Iterator[_Pairs]:
 
 
 class _Blocks:
-    """The rows of a matrix in files, mapped, all but the last one of the same length."""
+    """The rows of a matrix in files, mapped."""
 
     def __init__(self, paths: Sequence[str]):
         self._blocks = [np.load(path, mmap_mode="r") for path in paths]
+        self._starts = np.cumsum([0, *map(len, self._blocks)])
 
     def __getitem__(self, rows: Int[np.ndarray, " p"]) -> Float[np.ndarray, "p d"]:
-        block, place = np.divmod(rows, len(self._blocks[0]))
-        found = np.empty((len(rows), self._blocks[0].shape[1]), self._blocks[0].dtype)
+        width = max(block.shape[1] for block in self._blocks)  # one without rows has none
+        found = np.empty((len(rows), width), self._blocks[0].dtype)
+        block = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(block):
             of = np.flatnonzero(block == number)
-            found[of] = self._blocks[number][place[of]]
+            found[of] = self._blocks[number][rows[of] - self._starts[number]]
         return found
 
 
@@ -244,7 +248,7 @@ def _add_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) ->
     texts_path, moments_path, *parts = task.inputs
     texts = np.load(texts_path)
     _, covariance = _mean_and_covariance(moments_path)
-    first = int(task.name) * settings["size"]
+    first = settings["starts"][int(task.name)]
     prototypes, measures = np.zeros(texts.shape, np.float32), np.zeros((3, len(texts)))
     runs = len(parts) // 3
     for own in (parts[i::runs] for i in range(runs)):
