@@ -14,6 +14,7 @@ import pytest
 
 from configs import kb
 from data_prep import build_kb, engine
+from data_prep.engine import executors
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
 from data_prep.kb import merge as kb_merge
@@ -365,6 +366,23 @@ def test_values_that_cannot_be_used_are_told(tmp_path, key, value):
     with pytest.raises(errors.BadInput, match=f"config.{key}={value} cannot be used: give"):
         build(tmp_path, PLACES, **{key: value})
     assert not (tmp_path / "kb").exists()
+
+
+class Recorder(executors.Local):
+    """Runs jobs here and remembers of which stages they were."""
+
+    stages = ()
+
+    def run(self, todo, accelerator):
+        self.stages = (*self.stages, *(job.stage for job in todo))
+        return super().run(todo, accelerator)
+
+
+def test_a_base_is_built_where_the_other_stages_run(tmp_path):
+    recorder, source = Recorder(), write(tmp_path / "rows.jsonl", ROWS)
+    with engine.Engine(tmp_path, executor=recorder) as work:
+        kb_build.build(source, tmp_path / "kb", inputs.kb_rules(), work)
+    assert recorder.stages == ("kb",)
 
 
 def test_neither_workers_nor_chunks_nor_memory_nor_batches_change_the_bytes(tmp_path, monkeypatch):

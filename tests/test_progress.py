@@ -7,6 +7,8 @@ import pytest
 
 from data_prep import engine
 from data_prep.engine import progress
+from data_prep.kb import build as kb_build
+from tests import inputs
 
 
 class Terminal(io.StringIO):
@@ -48,11 +50,15 @@ def test_a_terminal_shows_every_stage_with_its_shards(tmp_path, take_terminal):
     assert "rows/s" in shown
 
 
-def test_a_stage_with_its_own_progress_is_not_shown(tmp_path, take_terminal):
+def test_a_knowledge_base_shows_how_much_of_its_source_is_read(tmp_path, take_terminal):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"id": "Q1", "label": "rose"}\n')
     terminal = take_terminal()
-    with engine.Engine(tmp_path) as work:
-        work.map_shards("count", count, TASKS, {}, here=True)
-    assert "count" not in terminal.getvalue()
+    kb_build.build(source, tmp_path / "kb", inputs.kb_rules())
+    shown = terminal.getvalue()
+    assert "kb: read" in shown
+    assert "30.0/30.0" in shown
+    assert "1/1" in shown
 
 
 def test_a_log_has_a_line_for_each_stage_and_for_each_minute(tmp_path, monkeypatch, caplog):

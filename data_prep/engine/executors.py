@@ -102,7 +102,7 @@ class Local:
         self, job: jobs.Job, accelerator: bool, processes: int
     ) -> concurrent.futures.Future:
         if accelerator not in self._pools:
-            self._pools[accelerator] = _spawned(processes)
+            self._pools[accelerator] = spawned(processes)
         try:
             return self._pools[accelerator].submit(jobs.attempt, job)
         except concurrent.futures.process.BrokenProcessPool as error:  # died while idle
@@ -111,7 +111,7 @@ class Local:
             return future
 
     def _alone(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
-        with _spawned(1) as pool:
+        with spawned(1) as pool:
             try:
                 return pool.submit(jobs.attempt, job).result()
             except concurrent.futures.process.BrokenProcessPool:
@@ -124,7 +124,8 @@ class Local:
                 )
 
 
-def _spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+def spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """A pool whose processes end with this one, however it ends."""
     return concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),

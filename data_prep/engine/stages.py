@@ -89,7 +89,6 @@ class Engine:
         accelerator: bool = False,
         cpus: int = 1,
         memory: int = 2,
-        here: bool = False,
     ) -> list[dict]:
         """Runs `function` on every task that is not finished yet.
 
@@ -105,7 +104,6 @@ class Engine:
             so that no task can be left out.
           accelerator: run in the process that owns the accelerator of a machine.
           cpus, memory: what a shard needs of a cluster's machine, memory in GiB.
-          here: run in this process; the function shows its progress itself.
 
         Returns:
           The manifests of the shards that are not in quarantine, in the order of the tasks: stage,
@@ -147,10 +145,8 @@ class Engine:
                 logging.info("%s: all %d shards are done already", stage, len(tasks))
             allowed = math.ceil(self._failure_budget * len(tasks))
             allowed = min(allowed, len(tasks) - 1) if keys else 0
-            silent = contextlib.nullcontext(lambda counts: None)
-            with silent if here else progress.show(stage, len(tasks), len(found)) as advance:
-                run = executors.Local().run if here else self._executor.run
-                for job, outcome in run(todo, accelerator):
+            with progress.show(stage, len(tasks), len(found)) as advance:
+                for job, outcome in self._executor.run(todo, accelerator):
                     if isinstance(outcome, Made):
                         found[job.task.name] = outcome.manifest
                         if outcome.folder:

@@ -41,7 +41,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import zlib
@@ -52,6 +51,7 @@ import ml_collections
 from etils import epath
 
 from data_prep import engine
+from data_prep.engine import executors
 from data_prep.kb import anchors as kb_anchors
 from data_prep.kb import dump as kb_dump
 from data_prep.kb import lookup, wikidata
@@ -135,7 +135,10 @@ def build(
     work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
-    (manifest,) = work.map_shards(stage, run, [task], settings, keys=None, here=True)
+    memory = math.ceil(config.memory_gb) + 2  # GiB
+    (manifest,) = work.map_shards(
+        stage, run, [task], settings, keys=None, cpus=config.workers, memory=memory
+    )
     # What makes the folder a knowledge base to others, who know nothing of stages.
     path, text = epath.Path(out) / "manifest.json", json.dumps(manifest, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
@@ -215,9 +218,7 @@ def _parse_all(chunks: Iterator[kb_dump.Chunk], parser: Parser, workers: int) ->
     if workers == 1 or len(first) < 2:
         return [parser(chunk) for chunk in chunks]
     names = []
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn")
-    )
+    pool = executors.spawned(workers)
     try:
         running: set[concurrent.futures.Future] = set()
         for chunk in chunks:

@@ -177,7 +177,10 @@ def _blocks(source: str, threads: int) -> Iterator[bytes]:
     size = None if source == STDIN else os.path.getsize(source)
     with (
         _open(source, threads) as (read, position),
-        tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="kb: read", disable=None) as bar,
+        # Below the bar of the stage, which another process may show.
+        tqdm.tqdm(
+            total=size, unit="B", unit_scale=True, desc="kb: read", position=1, disable=None
+        ) as bar,
     ):
         while block := read(_BLOCK):
             bar.update(position() - bar.n)
