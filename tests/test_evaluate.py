@@ -97,9 +97,11 @@ def test_unusable_picture_sets(folder, tmp_path):
     with pytest.raises(BadInput, match="holds no pictures"):
         picture_sets.read_set(tmp_path / "empty")
     copy = shutil.copytree(folder, tmp_path / "named")
-    (copy / "cat.jpg").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"cat.jpg in .* is not named .*1 such"):
-        picture_sets.read_set(copy)
+    for name in ("cat.jpg", "17841400008460056123456_n.jpg", "\u0663_x.jpg", "\u00b2_x.jpg"):
+        (copy / name).write_bytes(b"")
+        with pytest.raises(BadInput, match=rf"{name} in .* is not named .*1 such"):
+            picture_sets.read_set(copy)
+        (copy / name).unlink()
     whole = folder.with_suffix(".tar").read_bytes()
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 3])
     with tarfile.open(tmp_path / "zipped.tar.gz", "w:gz") as tar:
@@ -141,9 +143,10 @@ def test_class_tables(tmp_path):
     assert picture_sets.read_classes(published)[9] == picture_sets.Class("", "Löderups kyrka")
     with pytest.raises(BadInput, match="no class table at"):
         picture_sets.read_classes(tmp_path / "nowhere.jsonl")
-    for line in ("not json", '{"class": 1}', '{"class": "x", "label": "y"}', "[1]"):
+    wrong = ("not json", '{"class": 1}', '{"class": "x", "label": "y"}', "[1]", "[" * 100_000)
+    for line in (*wrong, '{"class": 1e400, "label": "y"}'):
         broken = tmp_path / "broken.jsonl"
-        broken.write_text('{"class": 0, "label": "a"}\n' + line)
+        broken.write_text('{"class": 0, "label": "a\u2028b"}\n' + line, "utf-8")
         with pytest.raises(BadInput, match="Entry 2 of the class table"):
             picture_sets.read_classes(broken)
 

@@ -1,12 +1,7 @@
-"""Lines of a dump and rows of strangers: each is an entity or one reject, whatever it holds.
-
-FUZZ_EXAMPLES=100000 makes the search longer than the suite has time for.
-"""
+"""Lines of a dump and rows of strangers: each is an entity or one reject, whatever it holds."""
 
 import json
-import os
 
-import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +11,9 @@ from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, parts, wikidata
 from data_prep.kb import rows as kb_rows
 from tests import inputs
+from tests.fuzzing import altered, fuzz
 from tests.test_wikidata import EN, dump, item, line, statement
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 RULES = kb_rows.Rules.from_settings(inputs.kb_rules(need_link_or_image=False))
 
 
@@ -126,34 +121,6 @@ FULL_ROW = ROW | {
     "image": "a.jpg",
     "title": "Cat",
 }
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats()
-    | st.text(st.characters(exclude_categories=()), max_size=8),
-    lambda some: (
-        st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=4), some, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-def places(value, path=()):
-    """The paths of all values inside a JSON value."""
-    yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
-
-
-def replaced(value, path, new):
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = replaced(value[path[0]], path[1:], new)
-    return copy
-
 
 REASONS = {
     *("broken_json", "wrong_type", "no_id", "no_label", "no_item", "property"),
@@ -178,18 +145,15 @@ def check(parse, text):
 @pytest.mark.parametrize(
     ("parse", "whole"), [(wikidata.parse, WHOLE), (kb_rows.parse, FULL_ROW)], ids=["dump", "rows"]
 )
-@hypothesis.settings(max_examples=EXAMPLES, deadline=5000)
-@hypothesis.given(data=st.data())
+@fuzz(400, data=st.data())
 def test_any_value_at_any_place_is_an_entity_or_a_reject(parse, whole, data):
-    path = data.draw(st.sampled_from(list(places(whole))))
-    check(parse, json.dumps(replaced(whole, path, data.draw(VALUES))).encode())
+    check(parse, json.dumps(data.draw(altered(whole))).encode())
 
 
 @pytest.mark.parametrize(
     ("parse", "whole"), [(wikidata.parse, WHOLE), (kb_rows.parse, FULL_ROW)], ids=["dump", "rows"]
 )
-@hypothesis.settings(max_examples=EXAMPLES, deadline=5000)
-@hypothesis.given(noise=st.binary(max_size=60), place=st.integers(0, 1500))
+@fuzz(400, noise=st.binary(max_size=60), place=st.integers(0, 1500))
 def test_a_damaged_line_is_an_entity_or_a_reject(parse, whole, noise, place):
     text = line(whole)
     for damaged in (noise, text[:place] + noise + text[place:], text[:place]):

@@ -1,7 +1,4 @@
-"""Tars with anything done to them, captions and keys of any kind: told or read, never a traceback.
-
-FUZZ_EXAMPLES=100000 runs longer.
-"""
+"""Tars with anything done to them, captions of any kind: told or read, never a traceback."""
 
 import gzip
 import io
@@ -11,21 +8,17 @@ import tarfile
 import tempfile
 import tracemalloc
 
-import hypothesis
+import pytest
 from etils import epath
 from hypothesis import strategies as st
 
 from data_prep import engine
 from data_prep.pairs import samples
 from data_prep.pairs.formats import tars
+from tests import fuzzing
+from tests.fuzzing import fuzz, json_values
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 MOST = 32 << 20  # bytes of Python objects; the inputs have a few thousand
-fuzz = hypothesis.settings(
-    max_examples=EXAMPLES,
-    deadline=5_000,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
-)
 
 
 def sound_tar(kind):
@@ -87,8 +80,7 @@ def read(data, suffix=".tar"):
     return found, counts, listing
 
 
-@hypothesis.given(mutated_tars(), st.sampled_from([".tar", ".tar.gz"]), st.data())
-@fuzz
+@fuzz(300, data=mutated_tars(), suffix=st.sampled_from([".tar", ".tar.gz"]), more=st.data())
 def test_every_name_in_a_tar_is_a_pair_or_a_reject(data, suffix, more):
     if suffix == ".tar.gz":
         packed = bytearray(gzip.compress(data, mtime=0))
@@ -113,8 +105,7 @@ def test_every_name_in_a_tar_is_a_pair_or_a_reject(data, suffix, more):
         assert len(samples.spell_key(sample.key).splitlines()) <= 1
 
 
-@hypothesis.given(st.text() | st.binary() | st.from_regex(r"(&#?x?[0-9a-z]{1,6};?|[^a])*"))
-@fuzz
+@fuzz(300, text=st.text() | st.binary() | st.from_regex(r"(&#?x?[0-9a-z]{1,6};?|[^a])*"))
 def test_a_caption_is_one_line_or_a_reason(text):
     try:
         line, _ = samples.caption(text, 100)
@@ -126,17 +117,20 @@ def test_a_caption_is_one_line_or_a_reason(text):
     assert len(line) <= 100
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@hypothesis.given(st.dictionaries(st.sampled_from("abc"), json_values))
-@fuzz
+@fuzz(300, values=st.dictionaries(st.sampled_from("abc"), json_values))
 def test_what_is_kept_beside_a_pair_is_json(values):
     text = samples.extras_json(values, ("a", "b", "c"))
     if text is not None:
         text.encode()
         assert set(json.loads(text, parse_constant=int)) <= set(values)
+
+
+def test_an_example_that_takes_more_memory_fails(monkeypatch):
+    monkeypatch.setattr(fuzzing, "BYTES", 8 << 20)
+
+    @fuzz(1, size=st.just(64 << 20))
+    def test(size):
+        assert len(b"x" * size) == size
+
+    with pytest.raises(AssertionError, match="MB for one example"):
+        test()

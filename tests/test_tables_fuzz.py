@@ -1,28 +1,20 @@
-"""Tables and parquet with anything done to them: samples or one sentence, no traceback.
-
-FUZZ_EXAMPLES=100000 runs longer.
-"""
+"""Tables and parquet with anything done to them: samples or one sentence, no traceback."""
 
 import io
 import json
 import os
 import tempfile
 
-import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import strategies as st
 
 from data_prep.pairs import samples
 from data_prep.pairs.formats import parquets, tables
 from mofi_jax.common import errors
+from tests.fuzzing import fuzz, mutated
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
-fuzz = hypothesis.settings(
-    max_examples=EXAMPLES,
-    deadline=5_000,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
-)
 ROWS = [
     {"file_name": "0.png", "text": 'one, "two"', "key": "a", "NSFW": "0.5", "url": "http://h"},
     {"file_name": "./0.png", "text": "caf\u00e9", "key": "", "NSFW": "", "url": ""},
@@ -77,31 +69,10 @@ TOKENS += [
 ]
 
 
-@st.composite
-def mutated(draw):
-    """The end of a name and a file with bytes changed, cut out, repeated or put in."""
-    kind = draw(st.sampled_from(sorted(SOUND)))
-    data = bytearray(draw(st.sampled_from(SOUND[kind])))
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, len(data)))
-        match draw(st.sampled_from(["token", "flip", "cut", "insert", "repeat"])):
-            case "token":
-                data[at:at] = draw(st.sampled_from(TOKENS))
-            case "flip":
-                data[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
-            case "cut":
-                del data[at : at + draw(st.integers(1, 50))]
-            case "insert":
-                data[at:at] = draw(st.binary(max_size=20))
-            case "repeat":
-                data[at:at] = data[at : at + 100] * draw(st.integers(1, 5))
-    return kind, bytes(data)
-
-
-@hypothesis.given(mutated(), st.integers(1, 4))
-@fuzz
-def test_every_row_is_a_sample_or_a_reject(file, rows):
-    kind, data = file
+@pytest.mark.parametrize("kind", SOUND)
+@fuzz(100, more=st.data(), rows=st.integers(1, 4))
+def test_every_row_is_a_sample_or_a_reject(kind, more, rows):
+    data = more.draw(mutated(SOUND[kind], TOKENS))
     reader = parquets if kind == "parquet" else tables
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"t.{kind}")

@@ -16,7 +16,8 @@ from jaxtyping import Int
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 
-_PICTURE = re.compile(r"(\d+)_.+\.(jpe?g|png|webp)", re.IGNORECASE)
+# A class number is one that fits int64, in ASCII digits.
+_PICTURE = re.compile(r"([0-9]{1,18})_.+\.(jpe?g|png|webp)", re.IGNORECASE)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _THREADS = 8
 
@@ -136,10 +137,17 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
         if path.suffix == ".json":
             rows = ({"class": number, "label": label} for number, label in json.loads(text).items())
         else:
-            rows = (json.loads(line) for line in text.splitlines() if line.strip())
+            rows = (json.loads(line) for line in text.split("\n") if line.strip())
         for row in rows:
             classes[int(row["class"])] = Class(str(row.get("id", "")), str(row["label"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise BadInput(
             f"Entry {len(classes) + 1} of the class table {path} cannot be read ({error!r}): write "
             'lines such as {"class": 0, "label": "airplane", "id": "Q197"}.'
