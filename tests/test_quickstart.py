@@ -110,3 +110,30 @@ def test_stages_are_the_public_commands():
             for f in flags
         )
     assert json.dumps([s.command for s in driver.STAGES])
+
+
+def test_the_page_holds_all_figures_and_escapes_what_it_shows(tmp_path):
+    (tmp_path / "evaluation/multitask").mkdir(parents=True)
+    for name in report.SETS:
+        (tmp_path / f"evaluation/multitask/gallery_retrieval_{name}.png").write_bytes(b"picture")
+    (tmp_path / "multitask").mkdir()
+    steps = [{"step": 0, "loss_entity": 3.0}, {"step": 10, "loss_entity": 1.0}]
+    steps += [{"step": 10, "retrieval_seen/map": 0.5}]
+    lines = "".join(json.dumps(step) + "\n" for step in steps)
+    (tmp_path / "multitask/metrics.jsonl").write_text(lines)
+    stage = {"seconds": 61.0, "peak_rss_mb": 2345, "command": ["mofi_jax.train", "--a=<b>"]}
+    text = report.page(
+        {
+            **result(row(0.58, 0.36), {"precision": 0.6, "recall": 0.72}),
+            **{"scores": {"entity_seen/top5": 0.9}, "seconds": 90, "peak_rss_mb": 2345},
+            **{"stages": {"train": stage}, "shortfalls": ["1 < 2"]},
+        },
+        tmp_path,
+    )
+    for part in ("0.360", "0.580", "90%", "1.5 min", "2\u2009345 MB", "0.720", "61 s"):
+        assert part in text
+    for part in ("1 &lt; 2", "--a=&lt;b&gt;", "contrastive, raw alt-text", "step 10"):
+        assert part in text
+    assert text.count('src="data:image/png;base64,cGljdHVyZQ=="') == 2
+    assert "44.0,14.0 464.0,190.0" in " ".join(text.split())
+    assert "supervised, chosen labels" not in text

@@ -1,9 +1,9 @@
 """The data card: what went in, what came out, and why. All stages -> report/.
 
     report/report.json   every number of the page
-    report/index.html    the page (`report_page`), self-contained
+    report/index.html    the page (`page`), self-contained
 
-Numbers are counted in `report_numbers` and `report_labels`, pictures chosen in `report_pictures`.
+Numbers are counted in `numbers` and `labels`, pictures chosen in `pictures`.
 For the same inputs both files are the same every time, but for the seconds that the stages took.
 """
 
