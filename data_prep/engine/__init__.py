@@ -12,7 +12,7 @@
 The doors are below; a stage needs no other.
 """
 
-from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task
+from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task, kept, rejects_table
 from data_prep.engine.manifests import MANIFESTS, sha256, stage_seconds, write_durably
 from data_prep.engine.manifests import read as read_manifests
 from data_prep.engine.quarantine import DUPLICATE_KEY
@@ -47,10 +47,12 @@ __all__ = [
     "bucket_of",
     "connect",
     "gather_shards",
+    "kept",
     "listed",
     "read_buckets",
     "read_manifests",
     "read_table",
+    "rejects_table",
     "run_tasks",
     "runs",
     "sha256",

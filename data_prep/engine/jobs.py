@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import shutil
 import time
@@ -139,6 +140,21 @@ def rejects_table(stage: str, rows: Sequence[tuple[str, str]]) -> pa.Table:
 
 
 StageFunction = Callable[[Task, Outputs, dict], Mapping[str, int]]
+
+
+def kept(read: Callable) -> Callable:
+    """Makes read(files, ...) keep its last result in this process, until a file changes."""
+
+    @functools.lru_cache(maxsize=1)
+    def once(changed: tuple[int, ...], *arguments):
+        return read(*arguments)
+
+    @functools.wraps(read)
+    def wrapped(files: Sequence[str], *arguments):
+        changed = tuple(os.stat(file).st_mtime_ns for file in files)
+        return once(changed, tuple(files), *arguments)
+
+    return wrapped
 
 
 class ShardError(RuntimeError):

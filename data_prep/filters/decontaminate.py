@@ -17,7 +17,6 @@ The sets themselves are hashed and embedded by `eval_sets`.
 
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import ml_collections
@@ -164,10 +163,8 @@ class _Evaluation:
         self.index = HashIndex(hashes[distinct], max_hamming)
 
 
-@functools.lru_cache(maxsize=1)
-def _evaluation(paths: tuple[str, ...], seen: tuple, max_hamming: int) -> _Evaluation:
-    """Built once per process; `seen` tells apart files that were written again."""
-    del seen
+@engine.kept
+def _evaluation(paths: Sequence[str], max_hamming: int) -> _Evaluation:
     return _Evaluation(paths, max_hamming)
 
 
@@ -178,7 +175,7 @@ def _digests(column) -> np.ndarray:
 
 def _match(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     pairs_path, *paths = task.inputs
-    known = _evaluation(tuple(paths), _seen(paths), settings["max_hamming"])
+    known = _evaluation(paths, settings["max_hamming"])
     pairs = read_tables([pairs_path], ["key", "sha256", "phash"])
     best = _Nearest(len(known.sets))
     for row, position in equal_ranges(_digests(pairs["sha256"]), known.digests):
@@ -240,7 +237,7 @@ def _write_matches(task, outputs, best: _Nearest, keys, sets, names) -> dict[str
 def _compare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """What eval_matches/ knows of a key and a set already is left out."""
     scores, embeddings_path, matches_path, *paths = task.inputs
-    hashes, embedded = tuple(paths[: len(paths) // 2]), tuple(paths[len(paths) // 2 :])
+    hashes = paths[: len(paths) // 2]
     keys = read_tables([scores], ["key"])["key"]
     names = read_tables(hashes, ["set", "name"])
     sets, set_of = np.unique(names["set"].to_numpy(), return_inverse=True)
@@ -248,7 +245,7 @@ def _compare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict
     known = {(match["key"], match["set"]) for match in matches}
     best = _Nearest(len(sets))
     pictures_ = np.load(embeddings_path)
-    blocks = _eval_blocks(hashes, embedded, _seen((*hashes, *embedded))) if len(keys) else []
+    blocks = _eval_blocks(paths) if len(keys) else []
     listed = keys.to_pylist()
     for start in range(0, len(pictures_), _BLOCK):
         block = _padded(pictures_[start : start + _BLOCK], _BLOCK)
@@ -266,15 +263,19 @@ def _compare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict
     return _write_matches(task, outputs, best, keys, sets, names["name"])
 
 
-@functools.lru_cache(maxsize=1)
-def _eval_blocks(hashes: tuple[str, ...], embedded: tuple[str, ...], seen: tuple) -> list:
-    """(position of its first row, block on the device); of one set each, once per process."""
+@engine.kept
+def _eval_blocks(paths: Sequence[str]) -> list:
+    """(position of its first row, block on the device); of one set each.
+
+    Args:
+      paths: all of eval_hashes/, then as many of eval_embeddings/.
+    """
     import jax
     import pyarrow.parquet as pq
 
-    del seen
     blocks, position = [], 0
-    for hash_path, path in zip(hashes, embedded, strict=True):
+    half = len(paths) // 2
+    for hash_path, path in zip(paths[:half], paths[half:], strict=True):
         rows = np.load(path, mmap_mode="r")
         # Of no width where no picture could be decoded.
         for start in range(0, len(rows) if rows.shape[1] else 0, _EVAL_BLOCK):
@@ -319,7 +320,3 @@ def read_tables(paths: Sequence[str | epath.Path], columns: Sequence[str]):
 
     tables = [engine.read_table(path, columns=list(columns)) for path in paths]
     return pa.concat_tables(tables).combine_chunks()
-
-
-def _seen(paths: Sequence[str]) -> tuple:
-    return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))

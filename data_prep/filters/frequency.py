@@ -20,7 +20,7 @@ Fewer than `min_images` pictures and an entity is no class. What then goes is
 Labels are counted by runs of shards (STAGE_parts/), whose counts are then added up, again in each
 round of "converge" (frequent-2/ and so on). A picture lives while none of its entities is known to
 be rare, and only the living count: there are ever more rare entities, so that the rounds end. What
-is kept in memory is a number for each entity, and one shard.
+is kept in memory is the labels of a run, and the rare entities.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Int32, Int64
 
 from data_prep import engine
 
@@ -120,6 +120,7 @@ _TOTALS = """
     SELECT entity, sum(image_count)::BIGINT AS image_count
     FROM read_parquet($parts) GROUP BY entity ORDER BY entity
 """
+_NONE = np.zeros(0, np.int32)  # entities
 _FREQUENT = f"SELECT * FROM ({_TOTALS}) WHERE image_count {{is_it}} $least ORDER BY entity"
 
 
@@ -148,56 +149,26 @@ def labels_of(table: pa.Table) -> tuple[Int32[np.ndarray, " l"], Int64[np.ndarra
     return entities, np.repeat(np.arange(len(table)), lengths)
 
 
-def among(
-    entities: Int32[np.ndarray, " l"], known: Int32[np.ndarray, " k"]
-) -> Bool[np.ndarray, " l"]:
-    """Which entities are among the known ones, which are sorted."""
-    if not len(known):
-        return np.zeros(len(entities), bool)
-    position = np.minimum(np.searchsorted(known, entities), len(known) - 1)
-    return known[position] == entities
-
-
 # ------------------------------------------------------------------------------------------- counts
-
-
-class Counts:
-    """Images per entity, int64, growing with the largest entity seen."""
-
-    def __init__(self):
-        self.images = np.zeros(0, np.int64)
-
-    def add(self, entities: Int32[np.ndarray, " l"]) -> None:
-        distinct, images = np.unique(entities, return_counts=True)
-        if len(distinct) and distinct[-1] >= len(self.images):
-            grown = np.zeros(max(distinct[-1] + 1, 2 * len(self.images)), np.int64)
-            grown[: len(self.images)] = self.images
-            self.images = grown
-        self.images[distinct] += images
-
-    def table(self) -> pa.Table:
-        """entity int32, image_count int64, by entity."""
-        import pyarrow as pa
-
-        entities = np.flatnonzero(self.images)
-        counts = self.images[entities]
-        return pa.table({"entity": pa.array(entities.astype(np.int32)), "image_count": counts})
 
 
 def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Of a run of shards; what has to be remembered of earlier rounds is the rare entities."""
+    import pyarrow as pa
+
     rare, tables = task.inputs[: settings["rare"]], task.inputs[settings["rare"] :]
-    found = [engine.read_table(path, ["entity"])["entity"].to_numpy() for path in rare]
-    known = np.sort(np.concatenate([np.zeros(0, np.int32), *found]))
-    counts, shards = Counts(), len(tables) // settings["tables"]
+    known = np.concatenate([_NONE, *(engine.read_table(path)["entity"] for path in rare)])
+    living, shards = [_NONE], len(tables) // settings["tables"]
     for shard in range(shards):
         table = read_candidates(*tables[shard::shards], columns=["entities"])
         entities, row = labels_of(table)
         dead = np.zeros(len(table), bool)
-        dead[row[among(entities, known)]] = True
-        counts.add(entities[~dead[row]])
-    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", counts.table())
-    return {"labels": int(counts.images.sum())}
+        dead[row[np.isin(entities, known)]] = True
+        living.append(entities[~dead[row]])
+    entity, images = np.unique(np.concatenate(living), return_counts=True)
+    table = pa.table({"entity": entity, "image_count": images})
+    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table)
+    return {"labels": int(images.sum())}
 
 
 def _sample(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:

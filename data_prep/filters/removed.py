@@ -15,7 +15,6 @@ background and its entities' prototypes, of which nothing can be read back.
     takedowns/   NNNNN.parquet  key, reason ("removed"), of all pairs, labelled or not
 """
 
-import functools
 import json
 import os
 import re
@@ -172,20 +171,15 @@ def run(work: engine.Engine, files: Sequence[str], max_hamming: int, shards: Seq
 
 
 def _find(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow as pa
-
     pairs_path, *files = task.inputs
-    changed = tuple(os.stat(file).st_mtime_ns for file in files)
-    finder = _finder(tuple(files), changed, settings["max_hamming"])
+    finder = _finder(files, settings["max_hamming"])
     pairs = decontaminate.read_tables([pairs_path], ["key", "sha256", "phash"])
-    keys = pairs["key"].filter(pa.array(finder.find(pairs))).cast(pa.string())
-    table = {"key": keys, "reason": pa.array(["removed"] * len(keys), pa.string())}
-    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", pa.table(table))
+    keys = pairs["key"].filter(finder.find(pairs)).to_pylist()
+    table = engine.rejects_table(outputs.stage, [(key, "removed") for key in keys])
+    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table.drop_columns("stage"))
     return {"pairs": len(pairs), "removed": len(keys)}
 
 
-@functools.lru_cache(maxsize=1)
-def _finder(files: tuple[str, ...], changed: tuple[int, ...], max_hamming: int) -> Finder:
-    """Built once per process unless a list changed."""
-    del changed
+@engine.kept
+def _finder(files: Sequence[str], max_hamming: int) -> Finder:
     return Finder(read(files, "config.removed"), max_hamming)

@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import urllib.parse
@@ -104,8 +103,6 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, shards: Sequence
 
 
 def _judge(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    import pyarrow as pa
-
     columns = ["key", *(["sha256"] if settings["blocked_hashes"] else [])]
     columns += ["url"] if settings["blocked_domains"] else []
     columns += ["extras"] if settings["columns"] else []
@@ -113,12 +110,12 @@ def _judge(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     keys, found = pairs["key"], {}
     counts = {"pairs": len(keys)}
     if settings["blocked_hashes"]:
-        hashes = _cached(read_hashes, settings["blocked_hashes"])
+        hashes = _hashes([settings["blocked_hashes"]])
         for key, digest in zip(keys, pairs["sha256"], strict=True):
             if digest in hashes:
                 found.setdefault(key, "blocked_hash")
     if settings["blocked_domains"]:
-        domains = _cached(read_domains, settings["blocked_domains"])
+        domains = _domains([settings["blocked_domains"]])
         counts["without_host"] = 0
         for key, url in zip(keys, pairs["url"], strict=True):
             host = host_of(url or "")
@@ -137,18 +134,27 @@ def _judge(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         embedded = engine.read_table(task.inputs[1], columns=["key"])["key"].to_pylist()
         embeddings = np.load(task.inputs[2])
         if len(embedded):
-            scores = _cached_head(settings["head"])(embeddings.astype(np.float32))
+            scores = load_head(settings["head"])(embeddings.astype(np.float32))
             # Rounded as all scores are before they meet a threshold.
             unsafe = np.round(scores, embed.DECIMALS) > settings["threshold"]
             for row in np.flatnonzero(unsafe):
                 found.setdefault(embedded[row], "unsafe_score")
     rows = [(key, found[key]) for key in keys if key in found]
-    table = {"key": [key for key, _ in rows], "reason": [reason for _, reason in rows]}
-    schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
-    outputs.write_table(f"unsafe/{task.name}.parquet", pa.table(table, schema=schema))
+    table = engine.rejects_table(outputs.stage, rows).drop_columns("stage")
+    outputs.write_table(f"unsafe/{task.name}.parquet", table)
     for _, reason in rows:
         counts[reason] = counts.get(reason, 0) + 1
     return counts
+
+
+@engine.kept
+def _domains(files: Sequence[str]) -> frozenset[str]:
+    return read_domains(*files)
+
+
+@engine.kept
+def _hashes(files: Sequence[str]) -> frozenset[str]:
+    return read_hashes(*files)
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -353,24 +359,3 @@ def _file_of(head: str) -> str:
     if head.endswith(HEAD_FILES):
         return head
     return importlib.util.find_spec(head.partition(":")[0]).origin or sys.executable
-
-
-def _cached(read: Callable[[str], frozenset[str]], path: str) -> frozenset[str]:
-    """The list at `path`, read once per process unless it changed."""
-    return _read_once(read, path, os.stat(path).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)
-def _read_once(read: Callable[[str], frozenset[str]], path: str, changed: int) -> frozenset[str]:
-    del changed
-    return read(path)
-
-
-def _cached_head(name: str) -> Head:
-    return _load_once(name, os.stat(_file_of(name)).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_once(name: str, changed: int) -> Head:
-    del changed
-    return load_head(name)

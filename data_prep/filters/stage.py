@@ -161,8 +161,6 @@ def _clear(work: engine.Engine, *stages: str) -> None:
 
 def _drop(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Gathers what the stages found; of several reasons the first counts."""
-    import pyarrow as pa
-
     candidates_path, *paths = task.inputs
     if settings["labelled"]:
         table = frequency.read_candidates(candidates_path, columns=["key"])
@@ -189,9 +187,8 @@ def _drop(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
     counts["dropped"] = len(rows)
     for _, reason in rows:
         count(reason)
-    schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
-    table = {"key": [key for key, _ in rows], "reason": [reason for _, reason in rows]}
-    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", pa.table(table, schema=schema))
+    table = engine.rejects_table(outputs.stage, rows).drop_columns("stage")
+    outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table)
     outputs.write_rejects(rows)
     return counts
 
@@ -203,7 +200,7 @@ def _drop_rare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> di
     frequent_path, labels_path, *dropped = task.inputs
     table = frequency.read_candidates(labels_path, *dropped)
     entities, row = frequency.labels_of(table)
-    known = frequency.among(entities, engine.read_table(frequent_path)["entity"].to_numpy())
+    known = np.isin(entities, engine.read_table(frequent_path)["entity"])
     if settings["rare_entity_drops"] == "picture":
         with_rare = np.zeros(len(table), bool)
         with_rare[row[~known]] = True

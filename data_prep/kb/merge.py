@@ -137,16 +137,8 @@ def _write_entities(
             held = _write_row_groups(writer, held, _ROW_GROUP)
         _write_row_groups(writer, held, 1)
     counts["rejected"] = len(rejects)
-    outputs.write_table(
-        f"{folder}/rejects.parquet",
-        pa.table(
-            {
-                "key": pa.array([f"line {line}" for line, _ in rejects], pa.string()),
-                "stage": pa.array([folder] * len(rejects), pa.string()),
-                "reason": pa.array([reason for _, reason in rejects], pa.string()),
-            }
-        ),
-    )
+    rows = [(f"line {line}", reason) for line, reason in rejects]
+    outputs.write_table(f"{folder}/rejects.parquet", engine.rejects_table(folder, rows))
     return counts, numbers
 
 
