@@ -34,13 +34,13 @@ class Anchors(NamedTuple):
     """A table of anchors.
 
     Attributes:
-      path: .parquet, .tsv or .tsv.gz.
+      path: .parquet, .tsv or .tsv.gz; None: there is no table.
       entities: entities.parquet; an entity is its row number.
       min_links: so many make a name.
       scratch: a folder for the table with normal forms.
     """
 
-    path: str
+    path: str | None
     entities: str
     min_links: int
     scratch: str
@@ -59,14 +59,14 @@ def check(path: str | None) -> None:
 
 
 def sorted_names(
-    connection: duckdb.DuckDBPyConnection, own: pa.RecordBatchReader, anchors: Anchors | None
+    connection: duckdb.DuckDBPyConnection, own: pa.RecordBatchReader, anchors: Anchors
 ) -> pa.RecordBatchReader:
     """All names, sorted by form and then entity; sorted on disk where memory is short.
 
     Args:
       connection: with limits of memory and threads.
       own: form, entity, weight, case, joined; no form twice for an entity.
-      anchors: the table, or None.
+      anchors: the table, perhaps none.
 
     Returns:
       The columns of `own`, and links, int64; one row for each form and entity.
@@ -75,7 +75,7 @@ def sorted_names(
       BadInput: the table is damaged or has other columns.
     """
     connection.register("own", own)
-    if anchors is None:
+    if not anchors.path:
         query = "SELECT *, 0::BIGINT AS links FROM own"
     else:
         # A file between: an error inside DuckDB would not come out as what it is.

@@ -123,15 +123,7 @@ def build(
     anchors = os.path.abspath(config.anchors) if config.anchors else None
     inputs = (*kb_dump.files(source), *([anchors] if anchors else []))
     settings = settings_of(config, kb_dump.format_of(source))
-    run = functools.partial(
-        _build,
-        source=source,
-        anchors=anchors,
-        workers=config.workers,
-        chunk_lines=config.chunk_lines,
-        memory_gb=config.memory_gb,
-        reject_budget=config.reject_budget,
-    )
+    run = functools.partial(_build, source, config.to_dict() | {"anchors": anchors})
     work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
@@ -185,44 +177,27 @@ def validate(config: ml_collections.ConfigDict, name: str = "config") -> None:
 
 
 def _build(
-    task: engine.Task,
-    outputs: engine.Outputs,
-    settings: dict,
-    *,
-    source: str,
-    anchors: str | None,
-    workers: int,
-    chunk_lines: int,
-    memory_gb: float,
-    reject_budget: float,
+    source: str, config: dict, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
     folder = os.path.join(outputs.workdir, outputs.stage, _PARTS)
     os.makedirs(folder, exist_ok=True)
-    chunks = kb_dump.chunks(source, chunk_lines, workers)
-    parts = _parse_all(chunks, Parser(folder, settings), workers)
-    return kb_merge.merge(
-        [os.path.join(folder, part) for part in parts],
-        outputs,
-        settings,
-        kb_merge.Resources(os.path.join(folder, "merge"), workers, memory_gb),
-        anchors=anchors,
-        source=source,
-        reject_budget=reject_budget,
-    )
+    chunks = kb_dump.chunks(source, config["chunk_lines"], config["workers"])
+    parts = _parse_all(chunks, Parser(folder, settings), config["workers"])
+    return kb_merge.merge(parts, outputs, settings, source, config)
 
 
 def _parse_all(chunks: Iterator[kb_dump.Chunk], parser: Parser, workers: int) -> list[str]:
-    """The names of the parts of all chunks, parsed where they are not there yet."""
+    """The paths of the parts of all chunks, parsed where they are not there yet."""
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
     if workers == 1 or len(first) < 2:
         return [parser(chunk) for chunk in chunks]
-    names = []
+    parts = []
     pool = executors.spawned(workers)
     try:
         running: set[concurrent.futures.Future] = set()
         for chunk in chunks:
-            names.append(parser.name(chunk))
+            parts.append(parser.path(chunk))
             if parser.is_done(chunk):
                 continue
             running.add(pool.submit(parser, chunk))
@@ -236,7 +211,14 @@ def _parse_all(chunks: Iterator[kb_dump.Chunk], parser: Parser, workers: int) ->
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    return names
+    return parts
+
+
+# Of the settings, those that a part depends on.
+_PARSED_BY = (
+    *("version", "format", "languages", "need_link_or_image", "drop_types"),
+    *("alpha", "alias_factor"),
+)
 
 
 class Parser(NamedTuple):
@@ -246,26 +228,24 @@ class Parser(NamedTuple):
     settings: dict
 
     def __call__(self, chunk: kb_dump.Chunk) -> str:
-        """Parses the chunk unless its part is there; returns the name of the part."""
+        """Parses the chunk unless its part is there; returns the path of the part."""
         if not self.is_done(chunk):
             self._parse(chunk)
-        return self.name(chunk)
+        return self.path(chunk)
 
-    def name(self, chunk: kb_dump.Chunk) -> str:
-        return f"{chunk.number:07d}"
+    def path(self, chunk: kb_dump.Chunk) -> str:
+        return os.path.join(self.folder, f"{chunk.number:07d}")
 
     def is_done(self, chunk: kb_dump.Chunk) -> bool:
-        found = kb_parts.read(os.path.join(self.folder, self.name(chunk)))
+        found = kb_parts.read(self.path(chunk))
         return found is not None and found["made_of"] == self._made_of(chunk)
 
     def _made_of(self, chunk: kb_dump.Chunk) -> dict:
-        checksum = zlib.crc32(chunk.data)
-        settings = {key: self.settings[key] for key in ("version", "format", *_PARSED_BY)}
         return {
             "first_line": chunk.first_line,
             "bytes": len(chunk.data),
-            "crc32": checksum,
-            "settings": settings,
+            "crc32": zlib.crc32(chunk.data),
+            "settings": {key: self.settings[key] for key in _PARSED_BY},
         }
 
     def _parse(self, chunk: kb_dump.Chunk) -> None:
@@ -284,10 +264,7 @@ class Parser(NamedTuple):
                 part.count(f"dropped_{error}")
             else:
                 part.add(number, row, rules.alias_factor)
-        part.write(os.path.join(self.folder, self.name(chunk)), self._made_of(chunk))
-
-
-_PARSED_BY = ("languages", "need_link_or_image", "drop_types", "alpha", "alias_factor")
+        part.write(self.path(chunk), self._made_of(chunk))
 
 
 def _lines(chunk: kb_dump.Chunk, dump: bool) -> Iterator[tuple[int, bytes]]:

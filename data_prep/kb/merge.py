@@ -8,11 +8,10 @@ the results go to files.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import os
 import shutil
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from data_prep import engine
 from data_prep.kb import anchors as kb_anchors
@@ -27,21 +26,6 @@ _ROW_GROUP = 65_536  # entities
 _BATCH = 500_000  # names, with their candidates, that are ranked at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """What the merge may use; never part of its result.
-
-    Attributes:
-      scratch: folder for what is sorted on disk; made and removed.
-      threads: of DuckDB.
-      memory_gb: of DuckDB.
-    """
-
-    scratch: str
-    threads: int
-    memory_gb: float
-
-
 # -------------------------------------------------------------------------------------------- merge
 
 
@@ -49,38 +33,29 @@ def merge(
     parts: Sequence[str],
     outputs: engine.Outputs,
     settings: dict,
-    resources: Resources,
-    *,
-    anchors: str | None,
     source: str,
-    reject_budget: float,
+    config: Mapping,
 ) -> dict[str, int]:
     """Writes the folder of the stage from all parts in order; see `data_prep.kb.build.build`."""
     import duckdb
 
-    shutil.rmtree(resources.scratch, ignore_errors=True)
-    os.makedirs(resources.scratch)
-    folder = outputs.stage
-    with duckdb.connect() as connection:
-        connection.execute(f"SET threads = {resources.threads}")
-        connection.execute(f"SET memory_limit = '{resources.memory_gb} GB'")
-        connection.execute("SET temp_directory = $path", {"path": resources.scratch})
+    folder, scratch = outputs.stage, os.fspath(outputs.temporary("merge"))
+    os.makedirs(scratch)
+    limits = {"threads": config["workers"], "memory_limit": f"{config['memory_gb']} GB"}
+    with duckdb.connect(config={**limits, "temp_directory": scratch}) as connection:
         counts, entities = _write_entities(parts, outputs, connection)
-        _check_rejects(parts, counts, reject_budget, source)
+        _check_rejects(parts, counts, config["reject_budget"], source)
         names = _numbered_names(parts, entities)
-        if anchors:
-            path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
-            anchors = kb_anchors.Anchors(
-                anchors, path, settings["anchor_min_links"], resources.scratch
-            )
+        path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
+        anchors = kb_anchors.Anchors(config["anchors"], path, config["anchor_min_links"], scratch)
         rows = kb_anchors.sorted_names(connection, names, anchors)
-        ranked = _Ranked(resources.scratch)
+        ranked = _Ranked(scratch)
         for batch in _whole_names(rows):
             ranked.add(*_rank(batch, settings["max_stored"], settings["anchor_smoothing"]))
         ranked.close()
         counts["linked_names"] = ranked.linked
     counts["aliases"], counts["candidates"] = ranked.write(outputs)
-    shutil.rmtree(resources.scratch)
+    shutil.rmtree(scratch)
     order = ("entities", "aliases", "candidates", "rejected", "empty_names", "linked_names")
     dropped = sorted(key for key in counts if key not in order)
     return {key: counts[key] for key in (*order, *dropped)}

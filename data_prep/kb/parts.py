@@ -8,10 +8,13 @@ The metadata of the latter hold under "part" what the part was made of, its coun
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import typing
 
+from etils import epath
+
+from data_prep import engine
 from data_prep.kb import rows as kb_rows
 
 if typing.TYPE_CHECKING:
@@ -43,7 +46,6 @@ class Part:
 
     def write(self, path: str, made_of: dict) -> None:
         """Writes PATH.names.parquet and then PATH.entities.parquet, which makes it a whole part."""
-
         note = {"made_of": made_of, "counts": self._counts, "rejects": self._rejects}
         _write(_table(self._names, names_schema()), f"{path}.names.parquet")
         schema = part_schema().with_metadata({"part": json.dumps(note)})
@@ -72,12 +74,9 @@ def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
 def _write(table: pa.Table, path: str) -> None:
     import pyarrow.parquet as pq
 
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    engine.write_durably(epath.Path(path), file.getvalue())
 
 
 def entities_schema() -> pa.Schema:
