@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 
@@ -166,6 +167,21 @@ def test_one_other_process_owns_the_accelerator_and_keeps_its_model(tmp_path):
     assert str(os.getpid()) not in owners | workers
 
 
+_TOGETHER = threading.Barrier(2)
+
+
+def wait_for_another(task, outputs, settings):
+    _TOGETHER.wait(60)
+    return name_process(task, outputs, settings)
+
+
+def test_the_owner_of_the_accelerator_works_on_two_shards_at_once(tmp_path):
+    tasks = [engine.Task(f"{number}", ()) for number in range(4)]
+    with engine.Engine(tmp_path, 2) as work:
+        work.map_shards("model", wait_for_another, tasks, {}, accelerator=True)
+    assert len({path.read_text() for path in (tmp_path / "model").glob("*.txt")}) == 1
+
+
 def test_a_single_shard_leaves_the_driver_alone_too(tmp_path):
     with engine.Engine(tmp_path, 2) as work:
         work.map_shards("alone", name_process, [engine.Task("0", ())], {})
@@ -196,12 +212,15 @@ def test_jobs_go_to_whoever_is_idle():
     assert [name for name, _ in sent].count("slow") == 2
 
 
-def test_a_worker_that_dies_is_told(tmp_path):
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_worker_that_dies_is_told(tmp_path, accelerator):
     tasks = make_tasks(tmp_path / "in", ["die", "die"])
     with pytest.raises(
         engine.ShardError, match=r"shout, shard 0000\d: its worker process died twice"
     ):
-        engine.Engine(tmp_path / "work", 2).map_shards("shout", shout, tasks, SETTINGS)
+        engine.Engine(tmp_path / "work", 2).map_shards(
+            "shout", shout, tasks, SETTINGS, accelerator=accelerator
+        )
 
 
 def test_a_missing_input_is_told(tmp_path):

@@ -1,8 +1,10 @@
 """The stages that run CLIP: what they read, what is left out, and what does not change them."""
 
+import concurrent.futures
 import os
 import pathlib
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep import engine
 from data_prep.dataset import files as dataset_files
+from data_prep.engine import jobs
 from data_prep.selection import choose, embed
 from mofi_jax import inference
 from mofi_jax.common import errors
@@ -78,6 +81,37 @@ def test_batches_keep_order_and_size(lengths, size):
     assert all((pixels == 10 * part).all() for part, pixels in found)
     assert [len(part) for part, _ in found[:-1]] == [size] * (len(found) - 1)
     assert all(0 < len(part) <= size for part, _ in found)
+
+
+class _Threads:
+    """Runs two jobs at once in this process."""
+
+    def run(self, todo, accelerator):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            yield from zip(todo, pool.map(jobs.attempt, todo), strict=True)
+
+
+def test_while_a_shard_goes_through_the_model_the_next_one_is_decoded(world):
+    workdir, _, model, clip = world
+    decode, stream = model.towers.decode, model.towers.embed_image_batches
+    decoded, ahead, busy = [], threading.Event(), threading.Lock()
+
+    def note(data):
+        decoded.append(data)
+        if len(decoded) > 20:  # more than a shard has
+            ahead.set()
+        return decode(data)
+
+    def wait(params, batches):
+        assert busy.acquire(blocking=False), "a shard at a time"
+        for vectors in stream(params, batches):
+            assert ahead.wait(60)
+            yield vectors
+        busy.release()
+
+    model.towers.decode, model.towers.embed_image_batches = note, wait
+    embed.run(workdirs.config(clip=clip), engine.Engine(workdir, executor=_Threads()))
+    assert model.pictures == len(decoded) == 55
 
 
 def test_a_picture_that_broke_since_is_left_out(world):

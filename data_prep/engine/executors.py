@@ -2,7 +2,8 @@
 
 An executor takes the jobs of one stage and yields their outcomes in any order. Outcomes do not
 depend on it: a job is a pure function of its inputs and settings, and safe to run twice. A job that
-needs the accelerator runs in the one process of a machine that owns it.
+needs the accelerator runs in the one process of a machine that owns it, beside another one: what a
+shard reads, decodes and writes need not hold up the device.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import concurrent.futures.process
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.managers
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +32,7 @@ from mofi_jax.common import errors
 Outcome = tuple[jobs.Job, jobs.Made | jobs.Failure]
 
 _KNOCK_SECONDS = 10.0
+_AT_ONCE = 2  # jobs in a process that owns an accelerator
 
 
 class Executor(typing.Protocol):
@@ -51,14 +55,14 @@ class Local:
     def __init__(self, workers: int = 1):
         self.workers = workers
         # One process owns the accelerator, and keeps its model from stage to stage.
-        self._pools: dict[bool, concurrent.futures.ProcessPoolExecutor] = {}
+        self._pools: dict[bool, concurrent.futures.Executor] = {}
 
     def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[Outcome]:
         if self.workers <= 1:
             for job in todo:
                 yield job, jobs.attempt(job)
             return
-        processes = 1 if accelerator else self.workers
+        processes = _AT_ONCE if accelerator else self.workers
         waiting = collections.deque(dataclasses.replace(job, processes=processes) for job in todo)
         running: dict[concurrent.futures.Future, jobs.Job] = {}
         try:
@@ -102,7 +106,7 @@ class Local:
         self, job: jobs.Job, accelerator: bool, processes: int
     ) -> concurrent.futures.Future:
         if accelerator not in self._pools:
-            self._pools[accelerator] = spawned(processes)
+            self._pools[accelerator] = _Owner() if accelerator else spawned(processes)
         try:
             return self._pools[accelerator].submit(jobs.attempt, job)
         except concurrent.futures.process.BrokenProcessPool as error:  # died while idle
@@ -131,6 +135,38 @@ def spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_die_with_parent,
     )
+
+
+class _Owner(concurrent.futures.ThreadPoolExecutor):
+    """The process that owns the accelerator, which works on a few jobs at once in its threads."""
+
+    def __init__(self):
+        super().__init__(_AT_ONCE)
+        self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
+        self._manager.start(_begin)
+        self._accelerator = self._manager.accelerator()
+
+    def submit(self, attempt: Callable, job: jobs.Job) -> concurrent.futures.Future:
+        return super().submit(self._ask, job)
+
+    def _ask(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
+        try:
+            return self._accelerator.attempt(job)
+        except (EOFError, OSError) as error:
+            raise concurrent.futures.process.BrokenProcessPool(str(error)) from error
+
+    def shutdown(self, *arguments, **names) -> None:
+        self._manager.shutdown()
+        super().shutdown(*arguments, **names)
+
+
+class _Manager(multiprocessing.managers.BaseManager):
+    pass
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a manager would pass it over
+    _die_with_parent()
 
 
 def _die_with_parent() -> None:
@@ -223,7 +259,8 @@ class Ray:
     def _on_actors(self, todo: Sequence[jobs.Job]) -> Iterator[Outcome]:
         if not self._actors:
             self._actors = [self._actor(node) for node in self._machines()]
-        yield from self._collect(todo, [actor.attempt.remote for actor in self._actors], each=2)
+        todo = [dataclasses.replace(job, processes=_AT_ONCE) for job in todo]
+        yield from self._collect(todo, [actor.attempt.remote for actor in self._actors], _AT_ONCE)
 
     def _collect(
         self, todo: Sequence[jobs.Job], sends: Sequence[Callable], each: int
@@ -260,6 +297,7 @@ class Ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
+        options["max_concurrency"] = _AT_ONCE
         # All of them: one process per machine, whose step is data-parallel over its devices.
         for name, count in _accelerators(node).items():
             if name == "GPU":
@@ -285,10 +323,13 @@ def _knock(address: str | None) -> None:
 
 
 class _Accelerator:
-    """An actor: its process keeps the model that its first job loads."""
+    """Its process keeps the model that its first job loads."""
 
     def attempt(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
         return jobs.attempt(job)
+
+
+_Manager.register("accelerator", _Accelerator)
 
 
 def _accelerators(node: dict) -> dict[str, float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import os
 import threading
 import typing
@@ -46,6 +47,10 @@ DECIMALS = 4
 _TEXTS, _BUCKETS = 1 << 16, 64
 _READ_BYTES = 32 << 20  # of picture files that are read at a time
 _GROUP = 16  # pictures that a thread decodes at a time: Grain's own cost is for each group
+
+# A process works on several shards at once: one of them has the devices, the next has its first
+# pictures decoded by then.
+_LOADING, _DEVICES = threading.Lock(), threading.Lock()
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
@@ -126,9 +131,14 @@ def model_files(folder: str) -> list[str]:
     return sorted(os.fspath(path) for path in files if path.exists())
 
 
-@functools.lru_cache(maxsize=1)
 def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
+    with _LOADING:
+        return _load_model(folder, batch_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_model(folder: str, batch_size: int):
     from mofi_jax import inference
     from mofi_jax.distributed import meshes
 
@@ -340,19 +350,22 @@ def _embed_pictures(
         .map(decode)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     )
+    groups = iter(groups)
+    first = list(itertools.islice(groups, 1))  # from now on the threads are ahead
     rows: list[np.ndarray] = []
 
     def batches() -> Iterator[np.ndarray]:
-        for numbers, pixels in _rebatch(groups, batch_size):
+        for numbers, pixels in _rebatch(itertools.chain(first, groups), batch_size):
             rows.append(numbers)
             yield pixels
 
     embeddings = np.zeros((len(pairs), 0), np.float16)
-    results = model.towers.embed_image_batches(model.params, batches())
-    for number, vectors in enumerate(results):
-        if not number:
-            embeddings = np.zeros((len(pairs), vectors.shape[1]), np.float16)
-        embeddings[rows[number]] = vectors
+    with _DEVICES:
+        results = model.towers.embed_image_batches(model.params, batches())
+        for number, vectors in enumerate(results):
+            if not number:
+                embeddings = np.zeros((len(pairs), vectors.shape[1]), np.float16)
+            embeddings[rows[number]] = vectors
     return embeddings, rejected
 
 
