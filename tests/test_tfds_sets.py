@@ -4,13 +4,14 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from data_prep import engine
 from data_prep.pairs import stage as pairs_stage
 from data_prep.pairs.formats import tfds_sets
 from mofi_jax.common import errors
-from mofi_jax.data import records
+from mofi_jax.data import ops, records
 from tests import datasets
 from tests.inputs import make_config, read, tables_of
 
@@ -20,6 +21,16 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     datasets.write(folder, name="i2t", examples=24, shards=1)
     return folder
+
+
+def example(fields):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    made = tf_example_pb2.Example()
+    lists = {bytes: "bytes_list", np.int64: "int64_list", np.float32: "float_list"}
+    for name, value in fields.items():
+        getattr(made.features.feature[name], lists[type(value)]).value.append(value)
+    return made.SerializeToString()
 
 
 def run(pattern, workdir, **changes):
@@ -121,6 +132,48 @@ def test_a_damaged_shard_is_told(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(errors.BadInput, match="is damaged or shorter than its dataset_info"):
         run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+
+
+@pytest.mark.parametrize("length", ["5", "1000000000000", "8000000000000000000"])
+def test_a_shard_that_should_hold_more_is_told(tmp_path, length):
+    version = datasets.write(tmp_path, name="i2t", examples=4, shards=1)
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = [length]
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(errors.BadInput, match="is damaged or shorter than its dataset_info"):
+        run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+
+
+def test_a_damaged_record_costs_itself(tmp_path):
+    """Be it the file that is damaged there, or what was written."""
+    version = datasets.write(tmp_path, name="i2t", examples=40, shards=1)
+    [shard] = (path for path in version.iterdir() if tfds_sets.is_shard(str(path)))
+    kept = [record["key"] for record in records.open_source(tmp_path, "i2t")]
+    reader = records.open_shard(shard)
+    written = reader.read(0, 40)
+    written[3] = b"\xff" + written[3]
+    datasets.write_shard(shard, written)
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"000005")] ^= 1
+    shard.write_bytes(data)
+    pairs, rejects, counts = run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+    assert list(pairs) == [key for key in kept if key not in ("000003", "000005")]
+    assert rejects == {f"{shard.name}/{i:08d}": "broken_record" for i in (3, 5)}
+    assert counts["members"] == 40
+
+
+def test_features_may_hold_values_of_any_kind(tmp_path):
+    version = datasets.write(tmp_path, name="i2t", examples=2, shards=1)
+    [shard] = (path for path in version.iterdir() if tfds_sets.is_shard(str(path)))
+    odd = [
+        {"key": np.int64(7), "url": np.float32(1), "text": b"a cat"},
+        {"key": b"caf\xe9", "text": np.int64(5)},
+    ]
+    picture = ops.encode_jpeg(datasets.drawing(0, 0), 95)
+    datasets.write_shard(shard, [example(fields | {"image": picture}) for fields in odd])
+    pairs, rejects, _ = run(f"tfds:i2t@{tmp_path}", tmp_path / "w")
+    assert {key: (row["text"], row["url"]) for key, row in pairs.items()} == {"7": ("a cat", None)}
+    assert rejects == {r"caf\xe9": "no_text"}
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -16,7 +16,7 @@ decoded in full and dropped again. Later stages fetch bytes by pointer (path, of
 
 Every sample ends either in pairs/ or in rejects/ with a reason:
 
-    no_picture no_text broken_json broken_row   the sample is not whole
+    no_picture no_text broken_json broken_row broken_record     the sample is not whole
     duplicate_key                               another of that key came before it
     empty_caption caption_not_utf8              the caption cannot be read
     picture_missing picture_outside picture_is_a_url    a table names no file in its folder
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
-    settings = {"version": 5, **{name: config[name] for name in names}}
+    settings = {"version": 6, **{name: config[name] for name in names}}
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)

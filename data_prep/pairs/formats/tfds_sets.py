@@ -48,10 +48,14 @@ def find(pattern: str) -> list[Shard]:
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     directory = metadata.find_directory(os.path.abspath(os.path.expanduser(data_dir)), name)
     _features(os.fspath(directory))
-    return [
-        Shard(os.fspath(part.filename), part.skip, part.skip + part.take)
-        for part in metadata.shard_parts(directory, split or "train")
-    ]
+    shards = []
+    for part in metadata.shard_parts(directory, split or "train"):
+        path, start, stop = os.fspath(part.filename), part.skip, part.skip + part.take
+        # Metadata may claim 10^18 records. No record takes less than a byte, so that a shard which
+        # would hold fewer is told when the first of them is read.
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        shards.append(Shard(path, start, min(stop, max(start + 1, size))))
+    return shards
 
 
 def described_in(shard: str) -> tuple[str, ...]:
@@ -80,12 +84,15 @@ def read(
     picture, text = _features(os.path.dirname(path))
     for number, fields in zip(range(start, stop), _examples(path, range(start, stop)), strict=True):
         counts["members"] += 1
+        key = f"{os.path.basename(path)}/{number:08d}"
+        if fields is None:
+            yield Sample(key, reason="broken_record")
+            continue
         row = {name: _value(fields[name]) for name in fields if name != picture}
-        key, url = (
-            row.get(samples.pick(row, columns))
-            for columns in (samples.KEY_COLUMNS, samples.URL_COLUMNS)
-        )
-        key = _words(key) or f"{os.path.basename(path)}/{number:08d}"
+        own = _words(row.get(samples.pick(row, samples.KEY_COLUMNS)))
+        key = key if own in (None, "") else str(own)
+        url = _words(row.get(samples.pick(row, samples.URL_COLUMNS)))
+        words = row.get(text)
         found = fields[picture].bytes_list.value if picture in fields else []
         extras = {name: _words(row.get(name)) for name in keep}
         if not found:
@@ -93,15 +100,18 @@ def read(
         elif len(found[0]) > pictures.MAX_BYTES:
             yield Sample(key, reason="too_many_bytes")
         else:
-            url = _words(url) or None
-            yield Sample(key, row.get(text), found[0], path, number, len(found[0]), url, extras)
+            words = words if isinstance(words, bytes) else None
+            url = url if isinstance(url, str) and url else None
+            yield Sample(key, words, found[0], path, number, len(found[0]), url, extras)
 
 
 def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes]:
     """The pictures of records of a shard."""
     picture, _ = _features(os.path.dirname(path))
     for fields in _examples(path, rows):
-        yield next(iter(fields[picture].bytes_list.value), b"") if picture in fields else b""
+        yield (
+            next(iter(fields[picture].bytes_list.value), b"") if picture in (fields or ()) else b""
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,9 +150,20 @@ def _feature_classes(directory: str) -> dict[str, str]:
         ) from error
 
 
-def _examples(path: str, rows: Sequence[int]) -> Iterator[typing.Mapping]:
+def _examples(path: str, rows: Sequence[int]) -> Iterator[typing.Mapping | None]:
+    """The features of records of a shard; None for a damaged one."""
     from array_record.python import array_record_module
+    from google.protobuf import message
     from tensorflow_datasets.proto import tf_example_pb2
+
+    def examples(some: list[int]) -> list[typing.Mapping | None]:
+        try:
+            found = reader.read(some)
+            return [tf_example_pb2.Example.FromString(one).features.feature for one in found]
+        except (RuntimeError, message.DecodeError) as error:
+            if isinstance(error, RuntimeError) and "Corrupted" not in str(error):
+                raise  # the disk or the network: the file may be sound
+            return [None] if len(some) == 1 else [examples([row])[0] for row in some]
 
     reader = array_record_module.ArrayRecordReader(path)
     try:
@@ -153,8 +174,7 @@ def _examples(path: str, rows: Sequence[int]) -> Iterator[typing.Mapping]:
                 " again."
             )
         for at in range(0, len(rows), _BATCH):
-            for record in reader.read(list(rows[at : at + _BATCH])):
-                yield tf_example_pb2.Example.FromString(record).features.feature
+            yield from examples(list(rows[at : at + _BATCH]))
     finally:
         if reader.ok():
             reader.close()
@@ -168,4 +188,4 @@ def _value(field) -> typing.Any:
 
 
 def _words(value: typing.Any) -> typing.Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
