@@ -63,14 +63,18 @@ class Slurm:
         asked["slurm_cpus_per_task"] = max((job.cpus for job in todo), default=1)
         self._executor.update_parameters(**asked | self._options[accelerator])
         count = min(len(todo), self._MOST_RUNS)
-        died = []
-        for run, outcomes in self._submitted([todo[n::count] for n in range(count)]):
-            if isinstance(outcomes, str) and len(run) > 1:
-                died += run
-            else:
-                yield from zip(run, _told(run, outcomes), strict=True)
-        for run, outcomes in self._submitted([[job] for job in died]):
-            yield from zip(run, _told(run, outcomes), strict=True)
+        runs = [todo[n::count] for n in range(count)]
+        while runs:
+            again = []
+            for run, outcomes in self._submitted(runs):
+                if not isinstance(outcomes, str):
+                    yield from zip(run, outcomes, strict=True)
+                elif len(run) > 1:
+                    again += [[job] for job in run]
+                else:
+                    told = jobs.ShardError(f"{run[0].where}: SLURM: {outcomes}")
+                    yield run[0], jobs.Failure(told, of_shard=True)
+            runs = again
 
     def close(self) -> None:
         """Nothing is kept from stage to stage."""
@@ -96,17 +100,6 @@ class Slurm:
 def attempts(run: Sequence[jobs.Job]) -> list[jobs.Made | jobs.Failure]:
     """What an element of an array does."""
     return [jobs.attempt(job) for job in run]
-
-
-def _told(
-    run: Sequence[jobs.Job], outcomes: Sequence[jobs.Made | jobs.Failure] | str
-) -> Sequence[jobs.Made | jobs.Failure]:
-    if not isinstance(outcomes, str):
-        return outcomes
-    return [
-        jobs.Failure(jobs.ShardError(f"{job.where}: SLURM: {outcomes}"), of_shard=True)
-        for job in run
-    ]
 
 
 def _parsed(text: str) -> dict[str, str | int]:
