@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import figures, million_pairs, synthetic
+from benchmarks import costs, figures, million_pairs, synthetic
 from benchmarks import knowledge_base as kb_figures
 from configs import i2e
 from data_prep import engine
@@ -270,26 +270,35 @@ PARTS = {
     "linking": linking_speed,
     "overhead": engine_overhead,
     "workers": two_workers,
-    "million": million_pairs.measure,
+    "ray": million_pairs.measure_on_ray,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, about a minute")
-    parser.add_argument("--only", nargs="+", choices=["quality", *PARTS], help="parts to run")
+    choices = ["quality", *PARTS, "million"]
+    parser.add_argument("--only", nargs="+", choices=choices, help="parts to run")
+    parser.add_argument("--cores", type=int, default=512, help="of the cost model")
+    parser.add_argument("--accelerators", type=int, default=64, help="of the cost model")
+    parser.add_argument(
+        "--pictures_per_second", type=float, default=1000, help="that one of them embeds"
+    )
     parser.add_argument("--entity_linking", help="texts with gold mentions, .jsonl or .jsonl.gz")
     parser.add_argument("--entities", help="their knowledge base, .jsonl or .jsonl.gz")
     flags = parser.parse_args()
     if bool(flags.entity_linking) != bool(flags.entities):
         parser.error("--entity_linking and --entities go together")
     report = figures.Report()
-    chosen = flags.only or ["quality", *PARTS]
+    chosen = flags.only or choices
     if flags.entity_linking and "quality" in chosen:
         linking_quality(report, flags.entity_linking, flags.entities, flags.quick)
     for name, part in PARTS.items():
         if name in chosen:
             part(report, flags.quick)
+    if "million" in chosen:
+        given = costs.Given(flags.cores, flags.accelerators, flags.pictures_per_second)
+        million_pairs.measure(report, flags.quick, given)
     return report.finish()
 
 

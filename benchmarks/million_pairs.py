@@ -7,23 +7,23 @@ import tempfile
 import threading
 import time
 
+import ml_collections
 import numpy as np
 import psutil
 import pyarrow as pa
 
-from benchmarks import figures, synthetic
+from benchmarks import costs, figures, synthetic
 from configs import i2e
 from data_prep import engine
 from data_prep.dataset import order as record_order
 from data_prep.dataset import shards, vocabulary
+from data_prep.engine import executors
 from data_prep.filters import stage as filters_stage
 from data_prep.kb import build as kb_build
 from data_prep.linking import stage as linking_stage
 from data_prep.selection import choose
 
 _WORKERS = 2
-_CORES = 512  # of the cost model
-_BILLION = 10**9
 
 # The stages that move rows, by the rate that is asked of them, in rows a second of one worker.
 _ASKED = {
@@ -32,32 +32,50 @@ _ASKED = {
 }
 
 
-class Memory:
-    """Resident memory of this process and its workers, sampled ten times a second."""
+class Watch:
+    """Memory and CPU time of this process and its workers, sampled ten times a second.
 
-    def __init__(self) -> None:
+    Attributes:
+      samples: time and MiB of all together.
+      own: CPU seconds of this process; `cpu` those of each worker.
+    """
+
+    def __init__(self, workers: str) -> None:
+        """Names of processes that work for this one begin with `workers`."""
         self.samples: list[tuple[float, float]] = []
+        self.cpu: dict[int, float] = {}
+        self._workers = workers
+        self._before: dict[int, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "Watch":
+        self._before = self._sample()[1]
         self._thread.start()
         return self
 
     def __exit__(self, *error) -> None:
         self._stop.set()
         self._thread.join()
+        self.own = self.cpu.pop(os.getpid())
 
     def _watch(self) -> None:
-        process = psutil.Process()
         while not self._stop.wait(0.1):
-            total = 0
-            for each in (process, *process.children(recursive=True)):
-                try:
+            rss, cpu = self._sample()
+            self.samples.append((time.monotonic(), rss))
+            self.cpu |= {pid: spent - self._before.get(pid, 0.0) for pid, spent in cpu.items()}
+
+    def _sample(self) -> tuple[float, dict[int, float]]:
+        process, total, cpu = psutil.Process(), 0, {}
+        for each in (process, *process.children(recursive=True)):
+            try:
+                if each == process or each.name().startswith(self._workers):
                     total += each.memory_info().rss
-                except psutil.NoSuchProcess:  # has just ended
-                    continue
-            self.samples.append((time.monotonic(), total / 2**20))
+                    times = each.cpu_times()
+                    cpu[each.pid] = times.user + times.system
+            except psutil.NoSuchProcess:  # has just ended
+                continue
+        return total / 2**20, cpu
 
     def growth(self) -> float:
         """The peak of the second half of the time over the peak of the first, minus 1."""
@@ -72,66 +90,85 @@ class Memory:
         return max(rss for _, rss in self.samples)
 
 
-def measure(report: figures.Report, quick: bool) -> None:
+def measure(report: figures.Report, quick: bool, given: costs.Given) -> None:
     """The stages without pictures over synthetic pairs, and what a billion would take."""
     pairs, unique = (50_000, 2_000) if quick else (1_000_000, 60_000)
-    draw = random.Random(5)
-    captions = synthetic.captions(unique, list(synthetic.names(60_000)))
+    scale, cpu = f"{pairs:,} pairs", figures.CPU
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        work_folder = folder / "W"
-        synthetic.write_pairs(work_folder, draw.choices(captions, k=pairs), shard_rows=100_000)
-        config = i2e.get_config("sample,labels=text")
-        rows = synthetic.write_rows(folder / "rows.jsonl", 20_000, 2)
-        kb_build.build(rows, work_folder / "kb", config.kb)
-        config.update(min_images=5, max_images=5_000)
-        given = sum(len(names) for _, _, names in os.walk(work_folder))
-        before, started = psutil.Process().cpu_times(), time.monotonic()
+        work_folder, config = _prepare(folder, pairs, unique)
+        given_files = _count_files(work_folder)
+        started = time.monotonic()
         with engine.Engine(work_folder, _WORKERS) as work:
-            with Memory() as linked:
+            with Watch("python") as linked:
                 linking_stage.run(config, work)
-            with Memory() as rest:
-                choose.run(config, work)
-                filters_stage.run(config, work)
-                vocabulary.run(config, work)
-                record_order.run(work, "i2e", seed=0, shard_examples=10_000)
+            with Watch("python") as rest:
+                _after_linking(config, work)
         elapsed = time.monotonic() - started
-        after = psutil.Process().cpu_times()
-        files = sum(len(names) for _, _, names in os.walk(work_folder)) - given
+        files = _count_files(work_folder) - given_files
         seconds = engine.stage_seconds(work_folder)
-    scale = f"{pairs:,} pairs"
-    cpu = figures.CPU
+        seconds.pop("kb", None)  # is of no number of pairs
     asked = None if quick else "<= 1500"
     report.add(f"{scale}, {_WORKERS} workers: all stages", elapsed, "s", cpu, asked)
-    own = after.user + after.system - before.user - before.system
-    workers = after.children_user + after.children_system
-    workers -= before.children_user + before.children_system
-    asked = None if quick else "<= 0.1"
-    share = own / (own + workers)
-    report.add(f"{scale}: the driver's share of the CPU time", share, "of all", cpu, asked)
+    _add_share(report, f"{scale}, {_WORKERS} workers", quick, linked, rest)
     report.add(f"{scale}: files written", files, "files", cpu, "<= 200")
-    for name, memory, bound in (("linking", linked, asked), ("the other stages", rest, None)):
+    for name, memory, bound in (("linking", linked, "<= 0.1"), ("the other stages", rest, None)):
         bar = f"{scale}: memory in the second half of {name} over the first"
-        report.add(bar, memory.growth(), "growth", cpu, bound)
+        report.add(bar, memory.growth(), "growth", cpu, None if quick else bound)
     report.add(f"{scale}: peak memory", max(linked.peak(), rest.peak()), "MiB", cpu)
-    seconds.pop("kb", None)
     for stage, found in seconds.items():
         rate = pairs / max(found["seconds"], 1e-3)
         bounds = [f">= {least}" for least, stages in _ASKED.items() if stage in stages]
         asked = None if quick else next(iter(bounds), None)
         report.add(f"{scale}: stage {stage}", rate, "rows/s", cpu, asked)
-    _show_costs({stage: found["seconds"] / pairs * 1e6 for stage, found in seconds.items()})
     _measure_entity_ids(report)
+    rows = {stage: found["seconds"] / pairs * 1e6 for stage, found in seconds.items()}
+    # On the web nearly every caption is another one.
+    rows["captions"] *= pairs / unique
+    costs.show(report, quick, rows, given)
 
 
-def _show_costs(costs: dict[str, float]) -> None:
-    """Prints worker-seconds per million pairs, and hours and share of a billion."""
-    total = sum(costs.values())
-    print(f"\n{'stage':<24}{'s / 10^6':>10}{f'h / 10^9 on {_CORES} cores':>26}{'share':>8}")
-    for stage, cost in [*costs.items(), ("all", total)]:
-        hours = cost * _BILLION / 1e6 / 3600 / _CORES
-        print(f"{stage:<24}{cost:>10.2f}{hours:>26.3f}{cost / total:>8.1%}")
-    print(flush=True)
+def measure_on_ray(report: figures.Report, quick: bool) -> None:
+    """The driver's share where a Ray cluster does the work."""
+    pairs, unique = (50_000, 2_000) if quick else (1_000_000, 60_000)
+    with tempfile.TemporaryDirectory() as folder:
+        work_folder, config = _prepare(pathlib.Path(folder), pairs, unique)
+        work = engine.Engine(work_folder, executor=executors.Ray())
+        with work, Watch("ray::") as watch:
+            linking_stage.run(config, work)
+            _after_linking(config, work)
+    _add_share(report, f"{pairs:,} pairs, Ray", quick, watch)
+
+
+def _prepare(
+    folder: pathlib.Path, pairs: int, unique: int
+) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
+    draw, work_folder = random.Random(5), folder / "W"
+    captions = synthetic.captions(unique, list(synthetic.names(60_000)))
+    synthetic.write_pairs(work_folder, draw.choices(captions, k=pairs), shard_rows=100_000)
+    config = i2e.get_config("sample,labels=text")
+    rows = synthetic.write_rows(folder / "rows.jsonl", 20_000, 2)
+    kb_build.build(rows, work_folder / "kb", config.kb)
+    config.update(min_images=5, max_images=5_000)
+    return work_folder, config
+
+
+def _after_linking(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
+    choose.run(config, work)
+    filters_stage.run(config, work)
+    vocabulary.run(config, work)
+    record_order.run(work, "i2e", seed=0, shard_examples=10_000)
+
+
+def _count_files(folder: pathlib.Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def _add_share(report: figures.Report, scale: str, quick: bool, *watches: Watch) -> None:
+    own = sum(watch.own for watch in watches)
+    share = own / (own + sum(sum(watch.cpu.values()) for watch in watches))
+    asked = None if quick else "<= 0.1"
+    report.add(f"{scale}: the driver's share of the CPU time", share, "of all", figures.CPU, asked)
 
 
 def _measure_entity_ids(report: figures.Report) -> None:
