@@ -251,6 +251,25 @@ def test_sources_in_short(tmp_path):
     assert source_files.shorthand(str(odd)) == (f"a_b_c={odd}",)
 
 
+def test_marks_of_the_short_form_may_be_in_paths(tmp_path):
+    one, other = tmp_path / "c++", tmp_path / "me@work+home"
+    for folder in (one, other, tmp_path / "plain"):
+        folder.mkdir()
+        (folder / "0.tar").touch()
+    for folder, pattern in ((one, f"{one}/*.tar"), (other, f"{other}/*.tar"), (other, f"{other}")):
+        name = folder.name.replace("+", "_").replace("@", "_")
+        assert source_files.shorthand(pattern) == (f"{name}={pattern}",)
+        assert source_files.shorthand(f"{tmp_path}/plain+mine@{pattern}+{one}") == (
+            f"plain={tmp_path}/plain",
+            f"mine={pattern}",
+            f"c__={one}",
+        )
+    assert source_files.shorthand(f"tfds:i2t@{one}+{other}") == (
+        f"i2t=tfds:i2t@{one}",
+        f"me_work_home={other}",
+    )
+
+
 def test_nothing_to_read_is_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"missing\.tar does not exist: name a folder"):
         pairs_stage.run(make_config(tmp_path / "missing.tar"), engine.Engine(tmp_path / "w"))

@@ -112,16 +112,18 @@ def test_rows_that_cannot_be_used_are_told(folder, tmp_path):
     more = {"broken_json": '{"image": "', "no_text": '{"image": "photos/0.png"}'}
     more["empty_caption"] = '{"image": "photos/0.png", "caption": " "}'
     lines += [*more.values(), "", "[1, 2]"]
-    lines += ['{"image": "photos/0.png", "caption": ["a", "b"]}']
+    lines += ['{"image": "photos/0.png", "caption": [" ", "a", "b"]}']
+    lines += ['{"image": "photos/0.png", "caption": [" ", 5]}']
     (folder / "t.jsonl").write_text("\n".join(lines))
     pairs, rejects, counts = run(folder, tmp_path / "w")
-    assert list(pairs) == ["0", "1", "2"]
+    assert list(pairs) == ["0", "1", "2", "t/00000026"]
+    assert pairs["t/00000026"]["text"] == "a"
     expected = {str(i): reason for i, reason in enumerate(names.values()) if reason}
     rows = range(len(names), len(names) + 3)
     expected |= {f"t/{row:08d}": reason for row, reason in zip(rows, more, strict=True)}
-    expected |= {"t/00000025": "broken_json", "t/00000026": "no_text"}
+    expected |= {"t/00000025": "broken_json", "t/00000027": "no_text"}
     assert rejects == expected
-    assert counts["pairs"] + counts["rejected"] == counts["members"] == 27
+    assert counts["pairs"] + counts["rejected"] == counts["members"] == 28
 
 
 def test_rows_of_a_csv_with_too_many_or_too_few_cells_and_other_encodings(folder, tmp_path):

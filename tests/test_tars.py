@@ -24,7 +24,8 @@ def test_the_caption_of_json_is_taken_where_there_is_no_txt(tmp_path):
     pairs, rejects, _ = run(
         tmp_path,
         [
-            *[(f"{key}.png", data) for key in "abcdef"],
+            *[(f"{key}.png", data) for key in "abcdefg"],
+            ("g.json", b'{"caption": ["", "first", "second"]}'),
             ("a.json", json.dumps({"caption": "from json"}).encode()),
             ("b.json", json.dumps({"caption": "from json"}).encode()),
             ("b.txt", b"from txt"),
@@ -34,7 +35,8 @@ def test_the_caption_of_json_is_taken_where_there_is_no_txt(tmp_path):
             ("f.json", b"[1, 2]"),
         ],
     )
-    assert {key: row["text"] for key, row in pairs.items()} == {"a": "from json", "b": "from txt"}
+    texts = {key: row["text"] for key, row in pairs.items()}
+    assert texts == {"a": "from json", "b": "from txt", "g": "first"}
     assert rejects == {
         "c": "no_text",
         "d": "broken_json",

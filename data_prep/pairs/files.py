@@ -111,13 +111,29 @@ def shorthand(folder: str) -> tuple[str, ...]:
 
     A source without a name is called by the last part of its path that is no pattern.
     """
-    found = []
-    for entry in [folder] if os.path.exists(folder) else folder.split("+"):
-        name, at, pattern = entry.partition("@")
-        if not at or not _NAME.fullmatch(name) or os.path.exists(entry):
-            name, pattern = _call(entry), entry
-        found.append(f"{name}={pattern}")
+    found, words = [], folder.split("+")
+    while words:
+        # Names of files may hold these marks too: the longest that is there is one source.
+        ends = range(len(words), 0, -1)
+        sources = [_source("+".join(words[:end])) for end in ends]
+        there = (i for i, (_, pattern) in enumerate(sources) if _matches(pattern))
+        at = next(there, len(words) - 1)
+        found.append("=".join(sources[at]))
+        words = words[ends[at] :]
     return tuple(found)
+
+
+def _source(entry: str) -> tuple[str, str]:
+    name, at, pattern = entry.partition("@")
+    if at and _NAME.fullmatch(name) and not _matches(entry):
+        return name, pattern
+    return _call(entry), entry
+
+
+def _matches(pattern: str) -> bool:
+    if pattern.startswith(tfds_sets.PREFIX):
+        pattern = pattern.partition("@")[2]
+    return os.path.exists(pattern) or next(glob.iglob(pattern), None) is not None
 
 
 def _call(pattern: str) -> str:

@@ -74,6 +74,14 @@ def cell(column, row: int) -> typing.Any:
         return None
 
 
+def first_text(value: typing.Any) -> typing.Any:
+    """Of a list of captions the first that says something; anything else as it is."""
+    if isinstance(value, list):
+        some = (text for text in value if isinstance(text, str | bytes) and text.strip())
+        return next(some, None)
+    return value
+
+
 def extras_json(values: Mapping[str, typing.Any], keep: Sequence[str]) -> str | None:
     """The columns `keep` as a JSON object with sorted keys; None where none of them has a value."""
     kept = []

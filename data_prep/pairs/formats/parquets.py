@@ -80,7 +80,7 @@ def read(
                 key, url = row.get(key_column), row.get(url_column)
                 key = key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key
                 key = str(key) if key not in (None, "") else f"{part['stem']}/{number:08d}"
-                text = _words(text)
+                text = samples.first_text(text.as_py())  # bytes, not taken for UTF-8 yet
                 if not blob.is_valid:
                     yield Sample(key, reason="picture_missing")
                 elif (
@@ -175,13 +175,6 @@ def _cast(column):
     if pa.types.is_nested(column.type):
         kind = pa.large_list(kind)
     return column.cast(kind)
-
-
-def _words(scalar) -> bytes | None:
-    value = scalar.as_py()  # bytes, which nobody has taken for UTF-8 yet
-    if isinstance(value, list):
-        return next((text for text in value if text and text.strip()), None)
-    return value
 
 
 def _open(path: str):

@@ -1,7 +1,8 @@
 """Tables of captions beside a folder of pictures: CSV, TSV and JSON Lines, one row for each pair.
 
 A CSV has a header; `.tsv` is CSV with tabs and without quotes, as captions on the web hold quotes
-of their own; a `.csv` may be separated by commas, tabs or semicolons. A column names the picture's
+of their own; a `.csv` may be separated by commas, tabs or semicolons. Of a list of captions the
+first that says something is taken. A column names the picture's
 file, from the folder of the table on. Neither `../` nor an absolute path nor a link may lead out of
 that folder: a table from elsewhere shall not pick files it was not given. Where the table itself is
 a link, as in the caches of the Hugging Face hub, pictures may also lie beside what it leads to.
@@ -99,7 +100,7 @@ def read(
 def _sample(key: str, row: Row, part: dict, folder: str, roots: tuple[str, ...]) -> Sample:
     if row.reason:
         raise Rejected(row.reason)
-    text = row.cells.get(part["text"])
+    text = samples.first_text(row.cells.get(part["text"]))
     if text is not None and not isinstance(text, str):
         raise Rejected("no_text")
     path, length = _locate(row.cells.get(part["image"]), folder, roots)

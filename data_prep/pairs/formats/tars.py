@@ -174,7 +174,7 @@ def _sample(
     elif broken:
         return Sample(key, reason=broken)
     else:
-        text = fields.get("caption")
+        text = samples.first_text(fields.get("caption"))
         if text is not None and not isinstance(text, str):
             return Sample(key, reason="broken_json")
     if text is None or "picture" not in parts:
