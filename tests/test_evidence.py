@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data_prep import engine
 from data_prep.dataset import files as dataset_files
 from data_prep.engine import jobs
+from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose, embed
 from mofi_jax import inference
 from mofi_jax.common import errors
@@ -54,23 +55,10 @@ def test_small_pieces_and_blocks_give_the_same_bytes(world, monkeypatch):
     assert len(expected) == 8
     shutil.rmtree(workdir / "texts")
     shutil.rmtree(workdir / "embeddings")
-    monkeypatch.setattr(embed, "_READ_BYTES", 3000)  # a picture is 1 to 14 kB
+    monkeypatch.setattr(pairs_stage, "_PIECE_BYTES", 3000)  # a picture is 1 to 14 kB
     embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
     assert _digests(workdir, "texts", "embeddings") == expected
     assert model.pictures == 2 * len(_embedded(workdir))
-
-
-def test_pictures_come_by_number_in_any_order(world, monkeypatch):
-    workdir, _, _, _ = world
-    monkeypatch.setattr(embed, "_GROUP", 2)
-    monkeypatch.setattr(embed, "_READ_BYTES", 3000)
-    pairs = pq.read_table(workdir / "pairs/colours-00000.parquet").slice(0, 9)
-    pictures = embed._Pictures(workdir, pairs.take(np.random.default_rng(0).permutation(9)))
-    forwards = [pictures[i] for i in range(len(pictures))]
-    backwards = [pictures[i] for i in reversed(range(len(pictures)))]
-    assert forwards == backwards[::-1]
-    assert [len(group) for group in forwards] == [2, 2, 2, 2, 1]
-    assert sorted(row for group in forwards for row, _ in group) == list(range(9))
 
 
 @given(st.lists(st.integers(0, 5), max_size=9), st.integers(1, 7))

@@ -42,7 +42,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
-from data_prep.pairs import pictures, samples, unique
+from data_prep.pairs import ahead, pictures, samples, unique
 from data_prep.pairs.files import Found, find
 from data_prep.pairs.formats import parquets, tables, tars, tfds_sets
 from data_prep.pairs.samples import Rejected
@@ -52,6 +52,7 @@ __all__ = ["find", "read_pictures", "run"]
 
 _READERS = {"tar": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
 _BATCH = 10_000  # rows that are held as Python objects
+_PIECE_BYTES, _THREADS = 8 << 20, 8  # of pictures that are read at a time, and by how many threads
 _FEW_REPEATED = 0.01  # a larger share of repeated keys has another cause than chance
 
 
@@ -98,7 +99,8 @@ def read_pictures(
     """Reads pictures by pointer, in the order in which they lie on disk.
 
     A pointer is, by the name of the file: a record of an ArrayRecord shard (`offset` is its
-    number), or bytes anywhere (`offset` is the first).
+    number), or bytes anywhere (`offset` is the first). Threads read ahead, some megabytes at a
+    time: what opening a file and finding a place in it take, the reader does not wait for.
 
     Args:
       workdir: where relative paths start.
@@ -110,10 +112,17 @@ def read_pictures(
     Raises:
       BadInput: a file is gone or not what it was.
     """
-    order = sorted(range(len(paths)), key=lambda row: (paths[row], offsets[row]))
-    for name, group in itertools.groupby(order, key=lambda row: paths[row]):
-        rows = list(group)
-        path = os.path.join(os.fspath(workdir), name)
+    pieces: list[list[int]] = []
+    size = 0
+    for row in sorted(range(len(paths)), key=lambda row: (paths[row], offsets[row])):
+        size += lengths[row]
+        if not pieces or paths[pieces[-1][-1]] != paths[row] or size > _PIECE_BYTES:
+            pieces.append([])
+            size = lengths[row]
+        pieces[-1].append(row)
+
+    def read(rows: list[int]) -> list[tuple[int, bytes]]:
+        path = os.path.join(os.fspath(workdir), paths[rows[0]])
         if not os.path.exists(path):
             raise errors.BadInput(
                 f"The file {path} is gone since its pictures were listed: restore it, or run again"
@@ -124,18 +133,16 @@ def read_pictures(
             found = tfds_sets.read_rows(path, places)
         else:
             found = _read_bytes(path, places, [lengths[row] for row in rows])
-        # Not strict: a file that has become shorter ends early, which the count tells.
-        read = 0
-        for row, data in zip(rows, found, strict=False):
-            if len(data) != lengths[row]:
-                break
-            read += 1
-            yield row, data
-        if read < len(rows):
+        # Not strict: a file that has become shorter ends early.
+        whole = [(r, data) for r, data in zip(rows, found, strict=False) if len(data) == lengths[r]]
+        if len(whole) < len(rows):
             raise errors.BadInput(
                 f"The file {path} is not as long as when its pictures were listed: restore it, or"
                 " run again in another --workdir."
             )
+        return whole
+
+    yield from itertools.chain.from_iterable(ahead.results(read, pieces, _THREADS, _THREADS))
 
 
 def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:

@@ -16,7 +16,6 @@ else changes, other candidates or a knowledge base that has grown, embeds only w
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import os
@@ -32,6 +31,7 @@ from jaxtyping import Float
 
 from data_prep import engine
 from data_prep.linking import rows as link_rows
+from data_prep.pairs import ahead
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
 from mofi_jax.data import ops
@@ -45,8 +45,7 @@ DECIMALS = 4
 # Texts that are embedded at a time; of more there are several blocks. A text stays in its block
 # wherever its entity stands, so that the block knows whether it is new.
 _TEXTS, _BUCKETS = 1 << 16, 64
-_READ_BYTES = 32 << 20  # of picture files that are read at a time
-_GROUP = 16  # pictures that a thread decodes at a time: Grain's own cost is for each group
+_GROUP = 16  # pictures that a thread decodes at a time: handing them over costs for each group
 
 # A process works on several shards at once: one of them has the devices, the next has its first
 # pictures decoded by then.
@@ -272,53 +271,6 @@ def _embed_pairs(
     return {"pictures": int(whole.sum()), "undecodable": len(rejected)}
 
 
-class _Pictures:
-    """Random access to the bytes of pictures: groups of (row, bytes), in the order of the disk.
-
-    Pictures are read tens of megabytes at a time, because single ones of a parquet cannot be, by
-    whichever thread first needs one of them. Threads go through the groups side by side, so the
-    latest three pieces are enough.
-    """
-
-    def __init__(self, workdir: epath.Path, pairs: pa.Table):
-        self._workdir = workdir
-        columns = [pairs[name].to_pylist() for name in ("path", "offset", "length")]
-        self._order = sorted(range(len(pairs)), key=lambda r: (columns[0][r], columns[1][r]))
-        self._pointers = [[column[row] for row in self._order] for column in columns]
-        size = np.cumsum(self._pointers[2])
-        steps = np.arange(_READ_BYTES, size[-1] if len(size) else 0, _READ_BYTES)
-        # Of the pieces the first pictures; one that is larger than a piece makes two equal ones.
-        self._starts = sorted({0, *(int(start) for start in np.searchsorted(size, steps))})
-        self._pieces: dict[int, list[bytes]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return -(-len(self._order) // _GROUP)
-
-    def __getitem__(self, group: int) -> list[tuple[int, bytes]]:
-        numbers = range(group * _GROUP, min((group + 1) * _GROUP, len(self._order)))
-        return [(self._order[number], self._bytes(number)) for number in numbers]
-
-    def _bytes(self, number: int) -> bytes:
-        piece = bisect.bisect_right(self._starts, number) - 1
-        found = self._pieces.get(piece)
-        if found is None:
-            with self._lock:
-                found = self._pieces.get(piece) or self._read(piece)
-        return found[number - self._starts[piece]]
-
-    def _read(self, piece: int) -> list[bytes]:
-        start, *rest = self._starts[piece : piece + 2]
-        pointers = [column[start : rest[0] if rest else None] for column in self._pointers]
-        found = [b""] * len(pointers[0])
-        for place, data in pairs_stage.read_pictures(self._workdir, *pointers):
-            found[place] = data
-        for old in sorted(self._pieces)[:-2]:
-            del self._pieces[old]
-        self._pieces[piece] = found
-        return found
-
-
 def _embed_pictures(
     model, workdir: epath.Path, pairs: pa.Table, batch_size: int
 ) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
@@ -326,9 +278,6 @@ def _embed_pictures(
 
     Threads read and decode about two batches ahead of the devices; no more pixels are in memory.
     """
-    import grain
-    from absl import flags
-
     rejected: dict[int, str] = {}
 
     def decode(group: list[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -339,18 +288,14 @@ def _embed_pictures(
                 rows.append(row)
             except ops.UndecodableImage as error:
                 rejected[row] = str(error)
-        return (np.array(rows), np.stack(pixels)) if rows else None  # Grain leaves None out
+        return (np.array(rows), np.stack(pixels)) if rows else None
 
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for a flag of its own
+    columns = (pairs[name].to_pylist() for name in ("path", "offset", "length"))
+    pictures = pairs_stage.read_pictures(workdir, *columns)
+    in_groups = iter(lambda: list(itertools.islice(pictures, _GROUP)), [])
     threads = os.cpu_count() or 1
-    ahead = max(threads, -(-2 * batch_size // _GROUP))
-    groups = (
-        grain.MapDataset.source(_Pictures(workdir, pairs))
-        .map(decode)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-    )
-    groups = iter(groups)
+    most = max(threads, -(-2 * batch_size // _GROUP))
+    groups = filter(None, ahead.results(decode, in_groups, threads, most))
     first = list(itertools.islice(groups, 1))  # from now on the threads are ahead
     rows: list[np.ndarray] = []
 
