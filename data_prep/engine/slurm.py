@@ -16,7 +16,8 @@ class Slurm:
 
     The work directory and the inputs lie on a file system that all machines see under the same
     path, and so does this project. A run whose machine dies or whose time is up is made again,
-    each of its shards in an element of its own; one that ends so once more is a failure.
+    each of its shards in an element of its own; one that ends so once more is a failure. That is
+    noticed where the cluster keeps accounts (sacct).
     """
 
     # Elements of an array: clusters allow 1,001 where nobody has changed it.
