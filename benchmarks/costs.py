@@ -7,16 +7,11 @@ import tarfile
 import tempfile
 
 import cv2
-import jax
 import numpy as np
 
 from benchmarks import figures, synthetic
 from configs import i2e
 from data_prep import build_i2e, engine
-from data_prep.dataset import files as dataset_files
-from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.interop import huggingface
-from mofi_jax.model import mofi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +88,7 @@ def _picture_seconds(pairs: int) -> dict[str, float]:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         rows = synthetic.write_rows(folder / "rows.jsonl", 100, 2)
-        _write_clip(folder / "clip", captions)
+        synthetic.write_clip(folder / "clip", captions[:100], 224, 112)
         config = i2e.get_config(f"folder={folder / 'in'},kb={rows}")
         config.update(
             clip=str(folder / "clip"),
@@ -125,26 +120,3 @@ def _photos(count: int):
         patch = draw.integers(0, 255, (6, 8, 3)).astype(np.uint8)
         picture[::2] = picture[::2] // 2 + cv2.resize(patch, (640, 240)) // 2
         yield cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-
-
-def _write_clip(folder: pathlib.Path, captions: list[str]) -> None:
-    """A CLIP model of a few thousand random parameters, as a Hugging Face folder."""
-    dataset_files.train_bpe(captions[:100], 300, folder.with_suffix(".json"))
-    tokenizer = tokenizer_lib.Tokenizer(folder.with_suffix(".json"), 16)
-    tower = mofi.TowerConfig(16, 1, 2)
-    config = mofi.MofiConfig(
-        image_size=224,
-        patch_size=112,
-        image=tower,
-        text=tower,
-        vocab_size=tokenizer.vocab_size,
-        context_length=tokenizer.context_length,
-        eos_id=tokenizer.eos_id,
-        embed_dim=8,
-        dtype="float32",
-    )
-    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: draw.normal(0, 0.4, x.shape).astype(np.float32), shapes)
-    preprocess = "decode|resize_short(224)|center_crop(224)"
-    huggingface.write(folder, huggingface.Clip(config, params, tokenizer, None, preprocess))

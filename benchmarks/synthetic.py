@@ -1,13 +1,19 @@
-"""Invented names, captions, knowledge bases and dump lines, the same every time."""
+"""Invented names, captions, knowledge bases, dump lines and a model, the same every time."""
 
 import json
 import pathlib
 import random
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_prep.dataset import files as dataset_files
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.interop import huggingface
+from mofi_jax.model import mofi
 
 _SYLLABLES = [
     c + v + e for c in "bcdfghjklmnprstvwz" for v in "aeiou" for e in ("", "n", "r", "ck")
@@ -137,3 +143,26 @@ def write_pairs(workdir: pathlib.Path, captions: list[str], shard_rows: int) -> 
         }
         pq.write_table(pa.table(table), workdir / f"pairs/{shard:05d}.parquet")
     return shard + 1
+
+
+def write_clip(folder: pathlib.Path, texts: list[str], size: int = 16, patch: int = 8) -> None:
+    """A CLIP model of a few thousand random parameters, as a Hugging Face folder."""
+    dataset_files.train_bpe(texts, 280, folder.with_suffix(".json"))
+    tokenizer = tokenizer_lib.Tokenizer(folder.with_suffix(".json"), 12)
+    tower = mofi.TowerConfig(16, 1, 2)
+    config = mofi.MofiConfig(
+        image_size=size,
+        patch_size=patch,
+        image=tower,
+        text=tower,
+        vocab_size=tokenizer.vocab_size,
+        context_length=tokenizer.context_length,
+        eos_id=tokenizer.eos_id,
+        embed_dim=8,
+        dtype="float32",
+    )
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: draw.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    preprocess = f"decode|resize_short({size})|center_crop({size})"
+    huggingface.write(folder, huggingface.Clip(config, params, tokenizer, None, preprocess))

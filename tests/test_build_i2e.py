@@ -11,17 +11,12 @@ import sys
 import tarfile
 import time
 
-import jax
-import numpy as np
 import pytest
 
+from benchmarks import synthetic
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
-from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
-from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.interop import huggingface
-from mofi_jax.model import mofi
 from tests import inputs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -174,24 +169,7 @@ def clip(tmp_path_factory):
     """A CLIP model of a few thousand random parameters, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("clip")
     words = ["a drawing of a red rose", "an icon of a black cat", "clip art", "emoji", "sticker"]
-    dataset_files.train_bpe(words, 300, folder / "bpe.json")
-    tokenizer = tokenizer_lib.Tokenizer(folder / "bpe.json", 12)
-    config = mofi.MofiConfig(
-        image_size=16,
-        patch_size=8,
-        image=mofi.TowerConfig(16, 1, 2),
-        text=mofi.TowerConfig(16, 1, 2),
-        vocab_size=tokenizer.vocab_size,
-        context_length=tokenizer.context_length,
-        eos_id=tokenizer.eos_id,
-        embed_dim=8,
-        dtype="float32",
-    )
-    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
-    preprocess = "decode|resize_short(16)|center_crop(16)"
-    huggingface.write(folder / "hf", huggingface.Clip(config, params, tokenizer, None, preprocess))
+    synthetic.write_clip(folder / "hf", words)
     return folder / "hf"
 
 

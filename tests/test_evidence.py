@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import threading
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,16 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import synthetic
 from data_prep import engine
-from data_prep.dataset import files as dataset_files
 from data_prep.engine import jobs
 from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose, embed
 from mofi_jax import inference
 from mofi_jax.common import errors
-from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.interop import huggingface
-from mofi_jax.model import mofi
 from tests import workdirs
 
 
@@ -264,27 +260,8 @@ def test_of_other_folders_all_weights_and_settings_count(tmp_path):
 def clip_folder(tmp_path_factory):
     """A random CLIP model in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("clip")
-    path = folder / "trained.json"
-    dataset_files.train_bpe(["red, the colour red", "green thing on background"], 280, path)
-    tokenizer = tokenizer_lib.Tokenizer(path, 8)
-    config = mofi.MofiConfig(
-        image_size=16,
-        patch_size=8,
-        image=mofi.TowerConfig(16, 1, 2),
-        text=mofi.TowerConfig(16, 1, 2),
-        vocab_size=tokenizer.vocab_size,
-        context_length=tokenizer.context_length,
-        eos_id=tokenizer.eos_id,
-        embed_dim=8,
-        dtype="float32",
-    )
-    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
-    preprocess = "decode|resize_short(16)|center_crop(16)"
-    huggingface.write(
-        folder / "model", huggingface.Clip(config, params, tokenizer, None, preprocess)
-    )
+    texts = ["red, the colour red", "green thing on background"]
+    synthetic.write_clip(folder / "model", texts)
     return str(folder / "model")
 
 

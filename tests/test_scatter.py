@@ -98,7 +98,7 @@ def test_a_bucket_out_of_range_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("count", "most"), [(0, 3), (1, 3), (3, 3), (10, 3), (7, 100)])
 def test_runs_cover_everything_once_and_are_few(count, most):
-    found = engine.runs(count, most)
+    found = engine.split_evenly(count, most)
     assert [number for run in found for number in run] == list(range(count))
     assert len(found) <= most
     assert len({len(run) for run in found[:-1]}) <= 1

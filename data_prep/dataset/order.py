@@ -26,7 +26,7 @@ from mofi_jax.common import errors
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
-# See `engine.runs`.
+# See `engine.split_evenly`.
 _ROWS_PER_BUCKET = 20_000
 _ROWS_PER_PLAN = 100_000  # a file for each output shard would be most of a work directory's files
 _MOST_BUCKETS = 512
@@ -101,7 +101,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
 
     tasks = [
         engine.Task(f"{number:05d}", tuple(path for table in tables for path in _cut(table, run)))
-        for number, run in enumerate(engine.runs(len(whole), _MOST_SPILLS))
+        for number, run in enumerate(engine.split_evenly(len(whole), _MOST_SPILLS))
     ]
     buckets = max(1, min(_MOST_BUCKETS, -(-most // _ROWS_PER_BUCKET)))
     parameters = {"buckets": buckets, "seed": str(seed)}
@@ -117,7 +117,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
         )
     shards = -(-total // shard_examples)
     # A row group for each output shard.
-    groups = engine.runs(shards, max(1, min(shards, -(-total // _ROWS_PER_PLAN))))
+    groups = engine.split_evenly(shards, max(1, min(shards, -(-total // _ROWS_PER_PLAN))))
     tasks = [engine.Task(f"{number:05d}", scattered.files) for number in range(len(groups))]
     settings = {
         "version": 2,

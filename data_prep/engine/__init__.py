@@ -28,7 +28,7 @@ from data_prep.engine.relational import (
     read_buckets,
     read_table,
     run_tasks,
-    runs,
+    split_evenly,
 )
 from data_prep.engine.stages import Engine, total_counts
 
@@ -54,8 +54,8 @@ __all__ = [
     "read_table",
     "rejects_table",
     "run_tasks",
-    "runs",
     "sha256",
+    "split_evenly",
     "stage_seconds",
     "total_counts",
     "write_durably",

@@ -163,7 +163,7 @@ def read_buckets(files: Sequence[str], first: int, last: int) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def runs(count: int, most: int) -> list[range]:
+def split_evenly(count: int, most: int) -> list[range]:
     """Cuts range(count) into at most `most` runs of equal length, up to the last one's.
 
     Scatter tasks and gather tasks are few, because each of the latter opens a file of each of the
@@ -184,7 +184,7 @@ def run_tasks(*tables: Sequence[str | os.PathLike[str]]) -> list[Task]:
         Task(
             f"{number:05d}", tuple(path for table in tables for path in table[run.start : run.stop])
         )
-        for number, run in enumerate(runs(count, max(1, most)))
+        for number, run in enumerate(split_evenly(count, max(1, most)))
     ]
 
 
