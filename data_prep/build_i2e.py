@@ -166,13 +166,11 @@ def _check_rejects(counts: Mapping[str, int], budget: float, work: engine.Engine
     )
 
 
-# Stages whose quarantine is of samples that are no pairs yet.
-_BEFORE_PAIRS = ("unpacked", "scanned", "indexed", "pairs")
-
-
 def _check_whole(stage: str, pairs: int, found: int, work: engine.Engine) -> None:
     """Raises ShardError where pairs are neither in a stage nor in quarantine."""
-    late = [n for name, n in work.quarantined.items() if name.split("/")[0] not in _BEFORE_PAIRS]
+    late = [
+        n for name, n in work.quarantined.items() if name.split("/")[0] not in pairs_stage.STAGES
+    ]
     if found + sum(late) != pairs:
         raise engine.ShardError(
             f"{stage}/ holds {found} of {pairs} pairs, and {sum(late)} are in quarantine: remove"
@@ -184,7 +182,7 @@ def funnel(result: Mapping) -> str:
     """How many pairs are left after each step, as a table with bars."""
     stages = result["stages"]
     quarantined = result["quarantined"].items()
-    lost = sum(n for name, n in quarantined if name.split("/")[0] in _BEFORE_PAIRS)
+    lost = sum(n for name, n in quarantined if name.split("/")[0] in pairs_stage.STAGES)
     read = stages["pairs"]["pairs"] + stages["pairs"]["rejected"] + lost
     rows = [("pairs read", read)]
     rows += [(text, stages[stage][key]) for stage, key, text in _FUNNEL if stage in stages]

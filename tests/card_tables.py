@@ -17,7 +17,7 @@ class Tables:
 
     def __init__(self, folder):
         self.folder, self.connection = folder, duckdb.connect()
-        self.files = collections.defaultdict(list)
+        self.files = collections.defaultdict(list, unwritten=[])
 
     def write(self, stage, columns, types=(), name="00000"):
         (self.folder / stage).mkdir(exist_ok=True)

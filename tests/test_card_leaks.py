@@ -97,6 +97,13 @@ def test_no_picture_and_no_word_of_what_is_blocked(world):
         assert f"word{key}" not in told
     assert shown
     assert all(thumbnails[key] in page for key in shown)
+    # A filter that has judged nothing, as all its shards are in quarantine, is not off.
+    for path in engine.listed(workdir / "unsafe"):
+        path.unlink()
+    card_stage.run(config, work)
+    numbers = json.loads((workdir / "report/report.json").read_text())
+    assert numbers["gallery"]
+    assert "rejected" not in [picture["group"] for picture in numbers["gallery"]]
 
 
 def test_what_a_filter_could_not_judge_is_not_shown(tmp_path):

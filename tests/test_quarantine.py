@@ -1,5 +1,6 @@
 """Any one shard of any stage in quarantine: every key comes out once, and the next run mends it."""
 
+import collections
 import hashlib
 import json
 import shutil
@@ -74,6 +75,42 @@ def keys_of(workdir, dataset):
     return [example["key"] for example in map(source.__getitem__, range(len(source)))], rejected
 
 
+def adds_up(result, workdir, dataset):
+    """Every pair that was read is written or a reject, step by step, in the funnel and the card."""
+    rejects = collections.Counter()
+    for path in engine.listed(workdir / "rejects"):
+        rejects.update(engine.read_table(path)["reason"].to_pylist())
+    lost = rejects["quarantined"]
+    assert result["lost_to_damage"] == lost
+    *told, last = build_i2e.funnel(result).splitlines()
+    assert (last == f"{lost:,} pairs are lost to damaged files and shards") == bool(lost)
+    steps = [int(found) for line in told if (found := line[24:38].strip()).isdigit()]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == steps[-1] + rejects.total()
+    if dataset == "i2t":
+        return
+    card = json.loads((workdir / "report/report.json").read_text())
+    funnel, written = card["funnel"], steps[-1]
+    names = ("read", "valid", "with_mention", "with_candidate", "labelled")
+    assert [funnel[name] for name in names if name != "with_mention"] == steps[:4]
+    left = [funnel[name] for name in names] + [row["left"] for row in funnel["removed"]]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] == written == funnel["final"]
+    assert None not in [row["reason"] for row in funnel["removed"]]
+    assert sum(row["count"] for row in card["rejects"]) == rejects.total()
+    assert card["sources"] == [
+        {"source": card["name"], **{name: funnel[name] for name in (*names[1:], "final")}}
+    ]
+    counts = collections.Counter()
+    for example in records.open_source(workdir, dataset):
+        counts.update(example["entity_ids"].tolist())
+    entities = records.read_entities(workdir / dataset / records.VERSION / records.ENTITIES_FILE)
+    assert entities.counts.tolist() == [counts[i] for i in range(len(entities))]
+    assert sum(int(n) * count for n, count in card["labels_per_picture"].items()) == counts.total()
+    assert sum(b["labels"] for b in card["images_per_entity"]["bins"]) == counts.total()
+    assert card["entity_types"]["labels"] == counts.total()
+
+
 def digest(workdir, dataset):
     found = {}
     for path in sorted((workdir / dataset / records.VERSION).iterdir()):
@@ -128,6 +165,7 @@ def test_one_shard_in_quarantine(folder, tmp_path, monkeypatch, dataset, stage):
     written, rejected = keys_of(workdir, dataset)
     assert sorted([*written, *rejected]) == [f"{number:04d}" for number in range(60)]
     assert result["quarantined"][f"{stage}/{shards[0]}"] > 0
+    adds_up(result, workdir, dataset)
 
     result = build_i2e.build(config(folder, dataset), workdir)
     assert result["quarantined"] == {}

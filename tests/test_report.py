@@ -209,7 +209,7 @@ def example(text: str = "thing", **changes) -> dict:
     return {
         "name": text,
         "config": {"sources": [f"{text}=x"], "labels": "text", "template": text},
-        "funnel": {**dict.fromkeys(steps, 1), "not_downloaded": 0, "removed": []},
+        "funnel": {**dict.fromkeys(steps, 1), "not_downloaded": 0, "missing": 0, "removed": []},
         "sources": [source, source],
         "failed_downloads": {text: 1},
         "rejects": [{"stage": text, "reason": text, "count": 1}],
@@ -258,7 +258,7 @@ def test_captions_and_names_cannot_break_the_page():
 def test_funnel_names_what_was_removed():
     funnel = {
         **example()["funnel"],
-        **{"not_downloaded": 50, "read": 150, "labelled": 100, "final": 60},
+        **{"not_downloaded": 49, "missing": 1, "read": 150, "labelled": 100, "final": 60},
         "removed": [
             {"reason": "eval_duplicate", "count": 10, "left": 90},
             {"reason": "of_no_use", "count": 20, "left": 70},
@@ -266,8 +266,10 @@ def test_funnel_names_what_was_removed():
         ],
     }
     page = _Page()
-    page.feed(card_page.render(example(funnel=funnel), {}))
+    rejects = [{"stage": "fits", "reason": "quarantined", "count": 1}]
+    page.feed(card_page.render(example(funnel=funnel, rejects=rejects), {}))
     start = page.text.index("pairs asked for")
+    assert page.text[start - 1].endswith("2 pairs are lost to damaged files and shards.")
     steps = page.text[start : page.text.index("By source")]
     assert steps[:3] == ["pairs asked for", "200", "100.0 %"]
     for words, left, share in (

@@ -51,17 +51,16 @@ def lossy(tables):
 
 
 def test_funnel_counts_each_kind_of_loss(lossy):
-    funnel = card_numbers.funnel(lossy.connection, lossy.files, 4, 1)
+    sources = card_numbers.by_source(lossy.connection, lossy.files)
+    funnel = card_numbers.funnel(lossy.connection, lossy.files, sources, 2)
     removed = funnel.pop("removed")
     assert funnel == {
-        "not_downloaded": 4,
         "read": 13,
         "valid": 10,
         "with_mention": 9,
         "with_candidate": 9,
         "labelled": 8,
         "final": 2,
-        "entities": 1,
     }
     # "h" was labelled, is not among the final ones and has no reject: said, not hidden.
     assert [(row["reason"], row["count"], row["left"]) for row in removed] == [
@@ -99,36 +98,26 @@ def test_funnel_by_source(lossy, monkeypatch, at_once):
     ]
 
 
-def test_without_a_column_of_sources_there_is_no_table_of_them(tables):
-    tables.write("pairs", {"key": ["a"]})
-    assert card_numbers.by_source(tables.connection, tables.files) == []
+def test_a_pair_whose_shard_is_missing_later_counts_as_far_as_it_came(lossy):
+    lossy.files["labels"].pop()
+    lossy.files["unwritten"] += ["b", "c"]
+    rows = card_numbers.by_source(lossy.connection, lossy.files)
+    assert [(row["valid"], row["with_mention"], row["labelled"], row["final"]) for row in rows] == [
+        (7, 7, 5, 1),
+        (3, 2, 0, 0),
+    ]
 
 
-BOTH = (
-    "SELECT key FROM read_parquet($labels) AS a JOIN read_parquet($labels_final) AS b USING (key)"
-)
-
-
-def test_a_shard_in_quarantine_is_passed_over(tables):
+@pytest.mark.parametrize("places", [("00001",), ()])
+def test_a_shard_in_quarantine_is_passed_over(tables, places):
     for name in ("00000", "00001"):
         tables.labels("labels", [(name, [3], None)], name)
-    tables.labels("labels_final", [("00001", [3], None)], "00001")
-    card_numbers.collect(
-        tables.connection,
-        "found",
-        BOTH,
-        tables.files,
-        ("labels", "labels_final"),
-    )
-    assert tables.connection.execute("SELECT * FROM found").fetchall() == [("00001",)]
-
-
-def test_of_no_shard_at_all_there_is_an_empty_table(tables):
-    tables.labels("labels", [("a", [1], None)], "00000")
-    tables.labels("labels_final", [("b", [1], None)], "00001")
+    for name in places:
+        tables.labels("labels_final", [(name, [3], None)], name)
+    sql = "SELECT key FROM read_parquet($labels) JOIN read_parquet($labels_final) AS f USING (key)"
     stages = ("labels", "labels_final")
-    card_numbers.collect(tables.connection, "found", BOTH, tables.files, stages)
-    assert tables.connection.execute("SELECT count(*) FROM found").fetchall() == [(0,)]
+    found = card_numbers.collect(tables.connection, sql, tables.files, stages)
+    assert [key for [key] in found] == [*places]
 
 
 # ---------------------------------------------------------------------- pictures and their captions
@@ -195,18 +184,26 @@ def test_captions_are_sampled_by_key_whatever_their_shard(tables):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(monkeypatch):
-    monkeypatch.setattr(card_pictures, "RARE_ENTITIES", 3)
-    counts = np.array([9, 8, 5, 3, 2, 2, 2, 2], np.int64)
-    qids = [f"Q{i}" for i in range(8)]
-    entities = records.Entities(qids, qids, [""] * 8, counts)
-    rare = card_pictures._rare(entities, 2)
-    assert len(rare) == 3
-    assert {int(counts[i]) for i in rare} == {2}
-    assert sorted(card_pictures._rare(entities, 6)) == [6, 7]
-    assert card_pictures._rare(entities, 8) == []
-    monkeypatch.setattr(card_pictures, "RARE_ENTITIES", 5)
-    assert [int(counts[i]) for i in card_pictures._rare(entities, 2)] == [2, 2, 2, 2, 3]
+def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(tables, monkeypatch):
+    np.save(tables.folder / "kb_rows.npy", np.arange(9))
+    tables.files["vocabulary"] = ["", str(tables.folder / "kb_rows.npy")]
+    tables.labels("labels_final", [("a", [1], None), ("b", [1, 4], None), ("c", [8], None)])
+    counts = np.array([9, 8, 0, 5, 3, 2, 2, 2, 2], np.int64)
+    qids = [f"Q{i}" for i in range(9)]
+    entities = records.Entities(qids, qids, [""] * 9, counts)
+
+    def strips(top, rare):
+        monkeypatch.setattr(card_pictures, "TOP_ENTITIES", top)
+        monkeypatch.setattr(card_pictures, "RARE_ENTITIES", rare)
+        found = card_pictures.entity_strips(tables.connection, tables.files, entities)
+        return [[strip["images"] for strip in found[name]] for name in ("top", "rare")]
+
+    assert strips(2, 3) == [[9, 8], [2, 2, 2]]
+    assert strips(2, 5) == [[9, 8], [2, 2, 2, 2, 3]]
+    assert strips(6, 3) == [[9, 8, 5, 3, 2, 2], [2, 2]]
+    assert strips(8, 3) == [[9, 8, 5, 3, 2, 2, 2, 2], []]
+    found = card_pictures.entity_strips(tables.connection, tables.files, entities)
+    assert [strip["keys"] for strip in found["top"]][1:4] == [["a", "b"], [], ["b"]]
 
 
 def test_the_gallery_shows_nothing_that_a_filter_removed(tables):

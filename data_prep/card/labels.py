@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_prep.card import numbers as card_numbers
-from data_prep.card.numbers import Files, ask, batches
+from data_prep.card.numbers import FINAL, Files, ask, batches
 from data_prep.linking import rows as link_rows
 from data_prep.selection import choose
 
@@ -30,7 +30,7 @@ def labels_per_picture(connection: duckdb.DuckDBPyConnection, files: Files) -> d
     """Final pictures by their number of labels."""
     rows = ask(
         connection,
-        "SELECT len(entities), count(*) FROM read_parquet($labels_final) GROUP BY 1 ORDER BY 1",
+        f"SELECT len(entities), count(*) FROM {FINAL} GROUP BY 1 ORDER BY 1",
         **files,
     )
     return {str(labels): count for labels, count in rows}
@@ -40,13 +40,14 @@ def images_per_entity(counts: np.ndarray) -> dict:
     """Entities by their number of pictures.
 
     Args:
-      counts: int64 [e], pictures of each entity, all at least 1.
+      counts: int64 [e], pictures of each entity; those without are passed over.
 
     Returns:
       bins that double (1, 2-3, 4-7, ...): {from, to, entities, labels, share}, of which share is
       the part of all labels held by the entities of this bin and of those with more pictures;
       head: {entities, share}, the part of all labels held by the largest 1 % and 10 % of entities.
     """
+    counts = counts[counts > 0]
     exponents = np.floor(np.log2(counts)).astype(int)
     total, held, bins = int(counts.sum()), 0, []
     for b in range(exponents.max(), exponents.min() - 1, -1):
@@ -75,7 +76,7 @@ def images_per_entity(counts: np.ndarray) -> dict:
 
 def _evident(files: Files) -> Iterator[tuple[link_rows.Candidates, choose.Evidence]]:
     """The candidates of each shard and what is known of them."""
-    for shard in batches(files, ("links", "z_scores"), 1):
+    for shard in batches(files, ("links", "z_scores", "labels"), 1):
         links = link_rows.read(*shard["links"])
         yield links, choose.read_evidence(links, *shard["z_scores"], *files["coherence"])[0]
 
@@ -266,7 +267,7 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
             FROM (SELECT entity, sum(n) AS before FROM text_labels GROUP BY entity)
             FULL JOIN (
                 SELECT entity, count(*) AS n
-                FROM (SELECT unnest(entities) AS entity FROM read_parquet($labels_final))
+                FROM (SELECT unnest(entities) AS entity FROM {FINAL})
                 GROUP BY entity
             ) USING (entity)
         ) AS counted ON counted.entity = kb.file_row_number

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from data_prep import engine
+from data_prep.pairs import stage as pairs_stage
 
 if typing.TYPE_CHECKING:
     import duckdb
@@ -22,6 +23,10 @@ if typing.TYPE_CHECKING:
 Files = Mapping[str, Sequence[str]]
 
 _SHARDS_AT_ONCE = 32
+
+# What is in the shards: key, entities, scores.
+FINAL = "(FROM read_parquet($labels_final) WHERE key NOT IN (SELECT unnest($unwritten)))"
+_WRITING = ("ordered-i2e", "planned-i2e", "shards-i2e")
 
 # The order in which pairs get lost; reasons and stages not named here come in the middle.
 _STAGES = ("pairs", "links", "z_scores", "labels", "", "labels_final")
@@ -34,7 +39,7 @@ _REASONS = (
         "unsafe_column",
         "unsafe_score",
     ),
-    *("", "duplicate", "over_cap", "rare_entity", "quarantined"),
+    *("", "duplicate", "over_cap", "rare_entity", "picture_unreadable", "quarantined"),
 )
 
 _SCRIPTS = (
@@ -53,32 +58,22 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, **parameters) -> list[t
 
 def collect(
     connection: duckdb.DuckDBPyConnection,
-    table: str,
     sql: str,
     files: Files,
     stages: Sequence[str],
     **parameters,
-) -> None:
-    """Fills the temporary table `table` with the rows of `sql`, a few shards at a time.
+) -> Iterator[tuple]:
+    """The rows of a query, a few shards at a time.
 
     Args:
-      connection: where the table is made.
-      table: its name.
+      connection: where to ask.
       sql: a query in which $STAGE stands for files of that stage, of the same shards in each.
       files: all files by stage.
       stages: the stages that the query reads.
       **parameters: further $NAMEs.
     """
-    # Made of no row first: there is a table also where no shard has got through all the stages.
-    first = {stage: files[stage][:1] for stage in stages}
-    ask(
-        connection,
-        f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM ({sql}) LIMIT 0",
-        **first,
-        **parameters,
-    )
     for batch in batches(files, stages, _SHARDS_AT_ONCE):
-        ask(connection, f"INSERT INTO {table} {sql}", **batch, **parameters)
+        yield from ask(connection, sql, **batch, **parameters)
 
 
 def batches(files: Files, stages: Sequence[str], at_once: int) -> Iterator[dict[str, list[str]]]:
@@ -98,81 +93,74 @@ def batches(files: Files, stages: Sequence[str], at_once: int) -> Iterator[dict[
 
 def columns_of(connection: duckdb.DuckDBPyConnection, files: Sequence[str]) -> set[str]:
     """The column names of parquet files of one schema."""
-    return {
-        row[0]
-        for row in ask(
-            connection, "DESCRIBE SELECT * FROM read_parquet($files)", files=list(files[:1])
-        )
-    }
+    described = "DESCRIBE SELECT * FROM read_parquet($files)"
+    return {row[0] for row in ask(connection, described, files=list(files[:1]))}
+
+
+def unwritten(connection: duckdb.DuckDBPyConnection, rejects: Sequence[str]) -> list[str]:
+    """The keys in labels_final/ of pairs that no shard holds, which only damage leaves out."""
+    sql = f"SELECT key FROM read_parquet($rejects) WHERE stage IN {_WRITING} ORDER BY key"
+    return [key for [key] in ask(connection, sql, rejects=rejects)]
 
 
 # ------------------------------------------------------------------------------------- the funnel
 
 
+def by_source(connection: duckdb.DuckDBPyConnection, files: Files) -> list[dict]:
+    """The funnel of each source: source, valid, with_mention, with_candidate, labelled, final."""
+    steps = {
+        "valid": ("pairs", "(SELECT key FROM read_parquet($pairs))"),
+        "with_mention": ("links", "(FROM read_parquet($links) WHERE len(mentions) > 0)"),
+        "with_candidate": ("links", "(FROM read_parquet($links) WHERE len(candidates) > 0)"),
+        "labelled": ("labels", "(FROM read_parquet($labels) AS l WHERE l.reason IS NULL)"),
+        "final": ("labels_final", FINAL),
+    }
+    found: dict[str, dict[str, int]] = {}
+    for name, (stage, keys) in steps.items():
+        sql = f"SELECT source, count(*) FROM read_parquet($pairs) SEMI JOIN {keys} USING (key)"
+        sql, more = f"{sql} GROUP BY source", {"unwritten": files["unwritten"]}
+        for source, count in collect(connection, sql, files, ("pairs", stage), **more):
+            found.setdefault(source, dict.fromkeys(steps, 0))[name] += count
+    return [{"source": source, **found[source]} for source in sorted(found)]
+
+
 def funnel(
-    connection: duckdb.DuckDBPyConnection, files: Files, not_downloaded: int, num_entities: int
+    connection: duckdb.DuckDBPyConnection, files: Files, sources: Sequence[dict], final: int
 ) -> dict:
     """How many pairs are left after each step, in order.
 
+    Args:
+      connection: where to ask.
+      files: labels and rejects are read.
+      sources: of `by_source`.
+      final: how many pairs the shards hold.
+
     Returns:
-      not_downloaded (pairs that never had a picture, not among those read), read, valid,
-      with_mention, with_candidate, labelled; removed: what labelled pairs were lost to afterwards,
-      in order, as {reason, count, left}, of which the reason None stands for pairs that no reject
-      accounts for; final; entities.
+      read, valid, with_mention, with_candidate, labelled; removed: what labelled pairs were lost to
+      afterwards, in order, as {reason, count, left}, of which the reason None stands for pairs that
+      no reject accounts for; final.
     """
-    [(pairs,)] = ask(connection, "SELECT count(*) FROM read_parquet($pairs)", **files)
-    [(invalid,)] = ask(
-        connection, "SELECT count(*) FROM read_parquet($rejects) WHERE stage = 'pairs'", **files
-    )
-    [(mention, candidate)] = ask(
+    names = ("valid", "with_mention", "with_candidate", "labelled")
+    steps = {name: sum(source[name] for source in sources) for name in names}
+    before = f"SELECT count(*) FROM read_parquet($rejects) WHERE stage IN {pairs_stage.STAGES}"
+    [(invalid,)] = ask(connection, before, **files)
+    losses = ask(
         connection,
-        "SELECT count(*) FILTER (len(mentions) > 0), count(*) FILTER (len(candidates) > 0)"
-        " FROM read_parquet($links)",
+        f"""
+        SELECT split_part(reason, ':', 1) AS kind, count(*) FROM read_parquet($rejects)
+        SEMI JOIN (SELECT key FROM read_parquet($labels) AS l WHERE l.reason IS NULL) USING (key)
+        WHERE stage NOT IN {pairs_stage.STAGES} GROUP BY kind
+        """,
         **files,
     )
-    [(labelled,)] = ask(
-        connection, "SELECT count(*) FROM read_parquet($labels) WHERE reason IS NULL", **files
-    )
-    [(final,)] = ask(connection, "SELECT count(*) FROM read_parquet($labels_final)", **files)
-    removed, left = [], labelled
-    for reason, count in _removed(connection, files):
+    losses.sort(key=lambda row: _rank(_REASONS, row[0]))
+    if unexplained := steps["labelled"] - final - sum(count for _, count in losses):
+        losses.append((None, unexplained))
+    removed, left = [], steps["labelled"]
+    for reason, count in losses:
         left -= count
         removed.append({"reason": reason, "count": count, "left": left})
-    return {
-        "not_downloaded": not_downloaded,
-        "read": pairs + invalid,
-        "valid": pairs,
-        "with_mention": mention,
-        "with_candidate": candidate,
-        "labelled": labelled,
-        "removed": removed,
-        "final": final,
-        "entities": num_entities,
-    }
-
-
-def _removed(connection: duckdb.DuckDBPyConnection, files: Files) -> list[tuple[str | None, int]]:
-    """Why labelled pairs are not among the final ones: kind of reason and pairs."""
-    ask(
-        connection,
-        """
-        CREATE OR REPLACE TEMP TABLE lost AS
-        SELECT key FROM read_parquet($labels) WHERE reason IS NULL
-        EXCEPT SELECT key FROM read_parquet($labels_final)
-        """,
-        **files,
-    )
-    rows = ask(
-        connection,
-        """
-        SELECT kind, count(*) FROM lost LEFT JOIN (
-            SELECT key, min(split_part(reason, ':', 1)) AS kind FROM read_parquet($rejects)
-            WHERE stage NOT IN ('pairs', 'labels') GROUP BY key
-        ) USING (key) GROUP BY kind
-        """,
-        **files,
-    )
-    return sorted(rows, key=lambda row: (row[0] is None, *_rank(_REASONS, row[0] or "")))
+    return {"read": steps["valid"] + invalid, **steps, "removed": removed, "final": final}
 
 
 def _rank(order: Sequence[str], name: str) -> tuple[int, str]:
@@ -188,33 +176,6 @@ def rejects(connection: duckdb.DuckDBPyConnection, files: Files) -> list[dict]:
     )
     rows.sort(key=lambda row: (*_rank(_STAGES, row[0]), -row[2], row[1]))
     return [{"stage": stage, "reason": reason, "count": n} for stage, reason, n in rows]
-
-
-def by_source(connection: duckdb.DuckDBPyConnection, files: Files) -> list[dict]:
-    """The funnel of each source: source, valid, with_mention, with_candidate, labelled, final."""
-    if "source" not in columns_of(connection, files["pairs"]):
-        return []
-    collect(
-        connection,
-        "sources",
-        """
-        SELECT source, count(*) AS valid, count(*) FILTER (len(mentions) > 0) AS with_mention,
-               count(*) FILTER (len(candidates) > 0) AS with_candidate,
-               count(*) FILTER (labels.key IS NOT NULL AND labels.reason IS NULL) AS labelled,
-               count(final.key) AS final
-        FROM read_parquet($pairs) AS pairs
-        LEFT JOIN read_parquet($links) AS links USING (key)
-        LEFT JOIN read_parquet($labels) AS labels USING (key)
-        LEFT JOIN read_parquet($labels_final) AS final USING (key)
-        GROUP BY source
-        """,
-        files,
-        ("pairs", "links", "labels", "labels_final"),
-    )
-    names = ("valid", "with_mention", "with_candidate", "labelled", "final")
-    sums = ", ".join(f"sum({name})::BIGINT" for name in names)
-    rows = ask(connection, f"SELECT source, {sums} FROM sources GROUP BY source ORDER BY source")
-    return [dict(zip(("source", *names), row, strict=True)) for row in rows]
 
 
 # ------------------------------------------------------------------------------ pictures, captions

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
-from data_prep.card.numbers import Files, ask, collect
+from data_prep.card.numbers import FINAL, Files, ask, collect
 from data_prep.dataset import shards
 from data_prep.linking import rows as link_rows
 from data_prep.pairs import stage as pairs_stage
@@ -44,14 +44,18 @@ def entity_strips(
       For both: {qid, name, description, images, keys}, keys of some of its pictures. Whatever is
       among the top is not repeated among the rare.
     """
-    top = list(range(min(TOP_ENTITIES, len(entities))))
-    rare = _rare(entities, len(top))
+    counts = entities.counts
+    by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    top, rest = by_count[:TOP_ENTITIES], by_count[TOP_ENTITIES:]
+    # All that have as few pictures as the last one chosen compete, by the hash of their qid.
+    rest = rest[counts[rest] <= counts[rest[-RARE_ENTITIES:]].max(initial=0)]
+    rare = sorted(rest, key=lambda i: (counts[i], _hash(entities.qids[i]), i))[:RARE_ENTITIES]
     kb_rows = np.load(files["vocabulary"][1])
     rows = ask(
         connection,
         f"""
         SELECT entity, arg_min(key, md5(key), {PICTURES_PER_ENTITY}) FROM (
-            SELECT unnest(entities) AS entity, key FROM read_parquet($labels_final)
+            SELECT unnest(entities) AS entity, key FROM {FINAL}
         ) WHERE entity IN (SELECT unnest($shown)) GROUP BY entity
         """,
         shown=[int(kb_rows[i]) for i in [*top, *rare]],
@@ -64,26 +68,11 @@ def entity_strips(
             "qid": entities.qids[i],
             "name": entities.names[i],
             "description": entities.descriptions[i],
-            "images": int(entities.counts[i]),
+            "images": int(counts[i]),
             "keys": keys.get(int(kb_rows[i]), []),
         }
 
     return {"top": [strip(i) for i in top], "rare": [strip(i) for i in rare]}
-
-
-def _rare(entities: records.Entities, first: int) -> list[int]:
-    """Ids from `first` on with fewest pictures, of equally many by the hash of their qid."""
-    rest = np.arange(first, len(entities))
-    if not len(rest):
-        return []
-    # Ids are by descending count: all that have as few pictures as the last one chosen compete.
-    limit = entities.counts[rest[-min(RARE_ENTITIES, len(rest))]]
-    rest = rest[entities.counts[rest] <= limit]
-
-    def order(i: int) -> tuple:
-        return int(entities.counts[i]), _hash(entities.qids[i]), i
-
-    return sorted((int(i) for i in rest), key=order)[:RARE_ENTITIES]
 
 
 def _hash(text: str) -> str:
@@ -100,11 +89,10 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
       {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
       description, prior, by_text, chosen; with evidence also score and z_score}]}.
     """
-    judges = [stage for stage in JUDGES if files.get(stage)]
+    judges = [stage for stage in JUDGES if stage in files]
     unblocked = " ".join(f"ANTI JOIN read_parquet(${stage}) USING (key)" for stage in judges)
-    collect(
+    rejected = collect(
         connection,
-        "rejected",
         f"""
         SELECT key FROM (SELECT key, reason FROM read_parquet($labels)) {unblocked}
         WHERE reason IN ('below_min_score', 'below_min_z_score')
@@ -113,18 +101,12 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         files,
         ("labels", *judges),
     )
-    # More than are shown: which group a labelled picture belongs to is known only afterwards.
-    rows = ask(
-        connection,
-        f"""
-        SELECT arg_min(key, md5(key), {_CANDIDATES}) FROM (
-            SELECT key, false AS rejected FROM read_parquet($labels_final)
-            UNION ALL SELECT key, true FROM rejected
-        ) GROUP BY rejected
-        """,
-        **files,
+    final = ask(
+        connection, f"SELECT key FROM {FINAL} ORDER BY md5(key) LIMIT {_CANDIDATES}", **files
     )
-    keys = sorted((key for [found] in rows for key in found), key=_hash)
+    # More than are shown: which group a labelled picture belongs to is known only afterwards.
+    keys = sorted((key for [key] in rejected), key=_hash)[:_CANDIDATES]
+    keys = sorted([*keys, *(key for [key] in final)], key=_hash)
     labels = {
         key: (entities, reason)
         for key, entities, reason in _of_keys(connection, files["labels"], keys, "entities, reason")

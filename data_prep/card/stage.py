@@ -7,11 +7,13 @@ Numbers are counted in `numbers` and `labels`, pictures chosen in `pictures`.
 For the same inputs both files are the same every time, but for the seconds that the stages took.
 """
 
+import itertools
 import json
 import os
 import re
 
 import ml_collections
+import numpy as np
 from etils import epath
 
 from data_prep import engine
@@ -42,11 +44,16 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     if config.labels == "clip":
         for stage in ("z_scores", "coherence"):
             files[stage] = engine.listed(workdir / f"{stage}")
-    for stage in card_pictures.JUDGES:
+    # What the other data set leaves out is none of this one's.
+    other = re.compile("(dropped|ordered|planned|shards)-i2t-")
+    files["rejects"] = [path for path in files["rejects"] if not other.match(path.name)]
+    # Which filters are on, also of one whose shards are all in quarantine.
+    filters = [m["settings"]["stages"] for m in engine.read_manifests(workdir, "dropped-i2e")]
+    for stage in {*card_pictures.JUDGES} & {*itertools.chain(*filters)}:
         files[stage] = engine.listed(workdir / stage)
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [
-        workdir / "vocabulary/entities.parquet",
+        workdir / "i2e" / records.VERSION / records.ENTITIES_FILE,
         workdir / "vocabulary/kb_rows.npy",
     ]
     files["manifests"] = [
@@ -55,7 +62,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         if (path := workdir / stage / engine.MANIFESTS).exists()
     ]
     settings = {
-        "version": 2,
+        "version": 3,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         # The number of workers changes nothing, so the page does not show it.
         "config": {
@@ -93,17 +100,24 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     manifests = [m for stage in stages for m in engine.read_manifests(outputs.workdir, stage)]
     counts = {
         stage: engine.total_counts([m for m in manifests if m["stage"] == stage])
-        for stage in ("pairs", "dropped-i2e")
+        for stage in ("pairs", "dropped-i2e", "shards-i2e")
     }
     downloads = _failed_downloads(counts["pairs"])
     with engine.connect(outputs) as connection:
         about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
+        about[1]["unwritten"] = card_numbers.unwritten(connection, files["rejects"])
         strips = card_pictures.entity_strips(*about, entities)
+        sources = card_numbers.by_source(*about)
         report = {
             "name": ", ".join(source.partition("=")[0] for source in config["sources"]),
             "config": config,
-            "funnel": card_numbers.funnel(*about, downloads["total"], len(entities)),
-            "sources": card_numbers.by_source(*about),
+            "funnel": {
+                "not_downloaded": downloads["total"],
+                "missing": counts["pairs"].get("pairs_missing", 0),
+                **card_numbers.funnel(*about, sources, counts["shards-i2e"]["records"]),
+                "entities": int(np.count_nonzero(entities.counts)),
+            },
+            "sources": sources,
             "failed_downloads": downloads["by_status"],
             "rejects": card_numbers.rejects(*about),
             "labels_per_picture": card_labels.labels_per_picture(*about),

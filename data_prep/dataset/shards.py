@@ -7,9 +7,9 @@ DATASET/1.0.0/  shards, dataset_info.json, features.json, tokenizer.json, keys.p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-import shutil
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -200,9 +200,11 @@ def _describe(
     written: list[dict],
 ) -> None:
     """Tokenizer, vocabulary and TFDS metadata."""
-    entities = (work.workdir / "vocabulary/entities.parquet",) if dataset == "i2e" else ()
+    names = ("entities.parquet", "kb_rows.npy") if dataset == "i2e" else ()
+    entities = [work.workdir / "vocabulary" / name for name in names]
     lengths = {int(m["shard"]): m["counts"]["records"] for m in written}
     settings = {
+        "version": 2,
         "dataset": dataset,
         "vocab_size": config.vocab_size,
         "tokenizer_captions": TOKENIZER_CAPTIONS,
@@ -231,13 +233,19 @@ def _write_metadata(task: engine.Task, outputs: engine.Outputs, settings: dict) 
     ]
     rejects = dict(zip(settings["rejects"], rejects, strict=True))
     folder = f"{dataset}/{records.VERSION}"
-    texts = _texts(plans, vocabulary_files, settings["tokenizer_captions"])
+    texts = _texts(plans, vocabulary_files[:1], settings["tokenizer_captions"])
     dataset_files.train_bpe(
         texts, settings["vocab_size"], outputs.path(f"{folder}/{records.TOKENIZER_FILE}")
     )
-    for path in vocabulary_files:
-        shutil.copyfile(path, outputs.path(f"{folder}/{records.ENTITIES_FILE}"))
-    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans, rejects)
+    kb_rows = np.load(vocabulary_files[1]) if vocabulary_files else np.zeros(0, np.int32)
+    labels = np.zeros(kb_rows.max(initial=-1) + 1, np.int64)
+    _write_keys(outputs.path(f"{folder}/{records.KEYS_FILE}"), plans, rejects, labels)
+    if vocabulary_files:
+        entities = records.read_entities(vocabulary_files[0])
+        # Of the records alone: damage may have kept others out. Ids stay as the records have them.
+        counted = dataclasses.replace(entities, counts=labels[kb_rows])
+        path = outputs.path(f"{folder}/{records.ENTITIES_FILE}")
+        records.write_entities(path, counted, old=entities)
     # The engine publishes in this order: dataset_info.json, which readers look for, comes last.
     outputs.path(f"{folder}/features.json")
     dataset_files.write_metadata(
@@ -271,9 +279,15 @@ def _texts(
 
 
 def _write_keys(
-    path: epath.Path, plans: Sequence[record_order.Plan], rejects: Mapping[int, str]
+    path: epath.Path,
+    plans: Sequence[record_order.Plan],
+    rejects: Mapping[int, str],
+    labels: np.ndarray,
 ) -> None:
-    """Writes where each record is: key, shard int32, index int32; a shard is a row group."""
+    """Writes where each record is: key, shard int32, index int32; a shard is a row group.
+
+    Adds to `labels` int64 how many records each row of the knowledge base is a label of.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -281,9 +295,12 @@ def _write_keys(
     schema = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("index", pa.int32())])
     with pq.ParquetWriter(os.fspath(path), schema, compression="zstd") as writer:
         for plan in plans:
-            keys = plan.read(["key"])["key"].combine_chunks()
+            table = plan.read(["key", "entities"])
             if plan.shard in rejects:
                 gone = engine.read_table(rejects[plan.shard], ["key"])["key"]
-                keys = keys.filter(pc.invert(pc.is_in(keys, gone)))
+                table = table.filter(pc.invert(pc.is_in(table["key"], gone)))
+            keys = table["key"].combine_chunks()
+            rows, counts = np.unique(pc.list_flatten(table["entities"]), return_counts=True)
+            labels[rows] += counts
             columns = [keys, np.full(len(keys), plan.shard, np.int32), np.arange(len(keys))]
             writer.write_table(pa.table([*map(pa.array, columns)], names=schema.names).cast(schema))

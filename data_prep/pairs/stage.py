@@ -50,6 +50,9 @@ from mofi_jax.common import errors
 
 __all__ = ["find", "read_pictures", "run"]
 
+# What these leave out are samples that are no pairs yet.
+STAGES = ("unpacked", "scanned", "indexed", "pairs")
+
 _READERS = {"tar": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
 _BATCH = 10_000  # rows that are held as Python objects
 _PIECE_BYTES, _THREADS = 8 << 20, 8  # of pictures that are read at a time, and by how many threads
