@@ -10,7 +10,7 @@ own pairs and knowledge base:
     python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,kb=KB --workdir W \\
         --config.clip=RUN
 
-PAIRS is a folder or a glob pattern of img2dataset tars (`.tar` or `.tar.gz`), of parquet with
+PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders), of parquet with
 pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
 several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
 `.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Arguments: sample |

@@ -125,7 +125,7 @@ def forget(workdir, stage, shard):
 
 # The others' results are about all pairs: no shard of them can be left out.
 STAGES = {
-    "i2t": ("indexed", "pairs", "unsafe", "eval_matches", "dropped-i2t"),
+    "i2t": ("scanned", "indexed", "pairs", "unsafe", "eval_matches", "dropped-i2t"),
     "i2e": (
         "caption_rows",
         "captions",

@@ -1,7 +1,9 @@
 """Tars of any shape and state, and what lies beside them."""
 
 import gzip
+import io
 import json
+import tarfile
 import tempfile
 
 import hypothesis
@@ -209,7 +211,7 @@ def test_members_are_found_where_they_lie_and_a_cut_loses_only_what_follows(memb
         assert cut in ([], [m._replace(reason="tar_cut_short") for m in found[len(whole) :][:1]])
 
 
-def img2dataset(folder, *, table=True, stats=True, successes=3):
+def img2dataset(folder, *, table=True, stats=True, successes=3, files=False):
     """A shard as img2dataset leaves it: three pairs, two downloads that failed."""
     folder.mkdir(exist_ok=True)
     rows = []
@@ -233,7 +235,12 @@ def img2dataset(folder, *, table=True, stats=True, successes=3):
                 (f"{row['key']}.txt", row["caption"].encode()),
                 (f"{row['key']}.json", json.dumps(row).encode()),
             ]
-    (folder / "00000.tar").write_bytes(tar_bytes(members))
+    if files:
+        (folder / "00000").mkdir()
+        for name, content in members:
+            (folder / "00000" / name).write_bytes(content)
+    else:
+        (folder / "00000.tar").write_bytes(tar_bytes(members))
     if table:
         pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
     if stats:
@@ -244,8 +251,8 @@ def img2dataset(folder, *, table=True, stats=True, successes=3):
 
 
 def run_folder(folder, workdir):
-    (manifest,) = pairs_stage.run(make_config(folder), engine.Engine(workdir))
-    return *read(workdir), manifest["counts"]
+    manifests = pairs_stage.run(make_config(folder), engine.Engine(workdir))
+    return *read(workdir), engine.total_counts(manifests)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -266,6 +273,73 @@ def test_what_is_said_beside_the_tar_or_in_it(tmp_path, table, packed):
     assert counts["not_downloaded_failed_to_download"] == 1
     assert counts["not_downloaded_failed_to_resize"] == 1
     assert counts["pairs_missing"] == 0
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_folders_of_files_are_what_tars_of_them_would_be(tmp_path, table):
+    packed = run_folder(img2dataset(tmp_path / "tars", table=table), tmp_path / "w")
+    folder = img2dataset(tmp_path / "files", table=table, files=True)
+    pairs, rejects, counts = run_folder(folder, tmp_path / "w2")
+    for pair, row in zip(packed[0].values(), pairs.values(), strict=True):
+        assert row == pair | {"path": f"{folder}/00000/{row['key']}.jpg", "offset": 0}
+    assert (rejects, counts) == packed[1:]
+    columns = [[row[name] for row in pairs.values()] for name in ("path", "offset", "length")]
+    found = dict(pairs_stage.read_pictures(tmp_path / "w2", *columns))
+    assert found == {i: picture(w, kind="jpeg") for i, w in enumerate((40, 42, 44))}
+    assert run_folder(folder / "00000", tmp_path / "w3")[1:] == (rejects, counts)
+
+
+def test_what_lies_in_a_folder_of_files_is_seen(tmp_path):
+    folder = img2dataset(tmp_path / "in", files=True)
+    run_folder(folder, tmp_path / "w")
+    (tmp_path / "secret.jpg").write_bytes(picture())
+    (folder / "00000/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "00000/link.txt").write_text("words")
+    (folder / "00000/alone.txt").write_text("words")
+    # This one's download was killed: nothing describes it yet.
+    (folder / "00001").mkdir()
+    (folder / "00001/new.jpg").write_bytes(picture())
+    (folder / "00001/new.txt").write_text("words")
+    pairs, rejects, counts = run_folder(folder, tmp_path / "w")
+    assert list(pairs) == ["000000000", "000000002", "000000004", "new"]
+    assert rejects == {"link": "not_a_file", "alone": "no_picture"}
+    assert counts["not_downloaded"] == 2
+
+
+def test_a_large_tar_in_pieces_is_the_tar_in_one(tmp_path, monkeypatch):
+    """Also where what belongs together lies apart, and with damage, links, sidecars and repeats."""
+    folder = img2dataset(tmp_path / "in")
+    keys = [f"{number:03d}" for number in range(23)]
+    members = [(f"{key}.png", picture(32 + i)) for i, key in enumerate(keys)]
+    members += [(f"{key}.txt", b"words") for key in keys[:-1]]
+    members += [("000.txt", b"again"), ("b\udce9.png", picture()), ("x.cls", b"1")]
+    with tarfile.open(folder / "00000.tar", "a") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo("link.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "003.png"
+        tar.addfile(info)
+        damaged = tar.getmember("009.txt").offset
+    with open(folder / "00000.tar", "r+b") as file:
+        file.seek(damaged)
+        file.write(b"x" * 512)
+    whole = run_folder(folder, tmp_path / "w")
+    assert len(whole[1]) > 5
+    monkeypatch.setattr(tars, "_BYTES_OF_PAIR", 1)
+    in_pieces = run_folder(folder, tmp_path / "w2")
+    assert len(list((tmp_path / "w2/indexed").glob("s0-00000-0000?.parquet"))) == 3
+    assert in_pieces == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar", bytes(1024)])
+def test_a_large_file_that_holds_nothing_is_told_once(tmp_path, monkeypatch, content):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/00000.tar").write_bytes(content)
+    whole = run_folder(tmp_path / "in", tmp_path / "w")
+    monkeypatch.setattr(tars, "_BYTES_OF_PAIR", -1)
+    assert run_folder(tmp_path / "in", tmp_path / "w2") == whole
 
 
 def test_without_sidecars_nothing_is_known_of_downloads(tmp_path):

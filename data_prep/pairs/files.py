@@ -9,15 +9,17 @@ import typing
 from collections.abc import Sequence
 
 from data_prep.pairs import samples
-from data_prep.pairs.formats import tables, tfds_sets
+from data_prep.pairs.formats import tables, tars, tfds_sets
 from mofi_jax.common import errors
 
 # Formats by the end of the name. Where a pattern finds several kinds, the first of them is read:
-# beside tars lie their own tables, beside parquet may lie the list it was made from.
-_KINDS = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.SUFFIXES}
+# beside tars and folders lie their own tables, beside parquet may lie the list it was made from.
+_KINDS = {"tar": (".tar",), "folder": (), "parquet": (".parquet",), "table": tables.SUFFIXES}
 _LONGEST = 100  # characters of a shard's name
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_WANTED = "img2dataset tars (.tar, .tar.gz, .tgz), .parquet, or tables .csv .tsv .jsonl (also .gz)"
+_WANTED = (
+    "what img2dataset writes (.tar, .tar.gz, .tgz, folders), .parquet, .csv, .tsv, .jsonl (.gz)"
+)
 
 
 class Found(typing.NamedTuple):
@@ -27,7 +29,7 @@ class Found(typing.NamedTuple):
       source: the name of its source.
       prefix: what its keys begin with: "" for the only source, else "NAME/", so that two sets that
         number their pairs alike do not clash.
-      kind: "tar", "parquet", "table" or "tfds".
+      kind: "tar", "folder" (of img2dataset's format `files`), "parquet", "table" or "tfds".
       path: absolute.
       stem: what the keys of a table without keys begin with, after the prefix.
       unpacked: the name under which it is to be unpacked; None where it is not packed.
@@ -148,6 +150,8 @@ def _call(pattern: str) -> str:
 def _kind(path: str) -> str | None:
     if path.endswith(".parquet.gz") or os.path.basename(path).startswith("._"):
         return None  # parquet is packed inside; what macOS says of the file NAME is in ._NAME
+    if not os.path.isfile(path):
+        return "folder" if tars.is_folder(path) else None
     plain = _plain(path)
     return next((kind for kind, ends in _KINDS.items() if plain.endswith(ends)), None)
 
@@ -158,7 +162,7 @@ def _plain(path: str) -> str:
 
 
 def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
-    if os.path.isdir(pattern):
+    if os.path.isdir(pattern) and not tars.is_folder(pattern):
         listed = [os.path.join(pattern, entry) for entry in os.listdir(pattern)]
     elif os.path.exists(pattern):
         listed = [pattern]
@@ -172,7 +176,7 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
     by_kind: dict[str, set[str]] = {kind: set() for kind in _KINDS}
     for path in listed:
         kind = _kind(path)
-        if kind and os.path.isfile(path):
+        if kind:
             by_kind[kind].add(os.path.abspath(path))
     kind = next((kind for kind, paths in by_kind.items() if paths), None)
     if kind is None:
@@ -184,9 +188,12 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
         )
     # Where both `a.tar` and `a.tar.gz` are there, the former is the latter unpacked.
     chosen = by_kind[kind]
+    if kind == "folder":  # what a download that was killed has not described yet is one as well
+        numbered = (path for path in listed if os.path.basename(path).isdigit())
+        chosen |= {os.path.abspath(path) for path in numbered if os.path.isdir(path)}
     paths = sorted(path for path in chosen if _plain(path) not in chosen - {path})
     base = os.path.abspath(pattern)
-    while not os.path.isdir(base):  # the last folder that is no pattern
+    while not os.path.isdir(base) or base in chosen:  # the last folder that is no pattern
         base = os.path.dirname(base)
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     found = []
@@ -196,7 +203,8 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
                 f"config.sources: the name of {samples.encodable(path)} is not UTF-8: rename it."
             )
         inside = os.path.relpath(_plain(path), root)
-        shard = os.path.relpath(_plain(path), base).rpartition(".")[0]
+        shard = os.path.relpath(_plain(path), base)
+        shard = shard if kind == "folder" else shard.rpartition(".")[0]
         unpacked = None
         if path != _plain(path):
             unpacked = (prefix + os.path.basename(inside)).replace("/", "-")

@@ -1,14 +1,15 @@
 """Sources: image-text pairs in whatever form -> pairs/ (key, text, pointer to the picture's bytes).
 
 `config.sources` names them, "NAME=PATTERN" each: a folder, a glob pattern or a file of img2dataset
-tars, of parquet with pictures in it, or of tables beside pictures; or a data set of TFDS (see
-`data_prep.pairs.formats`). Everything is read once: each sample's place is noted, each picture is
-decoded in full and dropped again. Later stages fetch bytes by pointer (path, offset, length; see
+tars or folders, of parquet with pictures in it, or of tables beside pictures; or a data set of TFDS
+(see `data_prep.pairs.formats`). Everything is read once: each sample's place is noted, each picture
+is decoded in full and dropped again. Later stages fetch bytes by pointer (path, offset, length; see
 `read_pictures`).
 
     unpacked/  what was packed (.gz, and the pictures in parquet), in which nothing can be found by
                its place
-    scanned/   of each table its columns, and where each piece of `rows_per_shard` rows begins
+    scanned/   of each table its columns, of each large tar its samples, and where each piece of
+               `rows_per_shard` of them begins
     parts/     of each shard what is to be read, from a file or a piece of one
     indexed/   NAME.parquet, the usable samples of each part; the others, with their reasons
     pairs/     NAME.parquet, without repeated keys (`pairs.unique`): key, text, source, path,
@@ -24,13 +25,14 @@ Every sample ends either in pairs/ or in rejects/ with a reason:
     tar_cut_short                               the member at which a tar that was cut short ends
     tar_damaged                                 what cannot be read in a tar, by FILE@BYTE
     not_a_tar                                   a file that only bears the name
-    not_a_file                                  links, devices and sparse files in a tar
+    not_a_file                                  links, devices and sparse files in a tar or folder
 
 A tar that was cut short, as an interrupted download is, gives all pairs before the cut, one damaged
 in the middle those around it, with a warning and the counts `tars_cut_short` and `tars_damaged`
 (`tars_unreadable` where no part is a tar): thousands of good shards should not wait for one.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -53,7 +55,7 @@ __all__ = ["find", "read_pictures", "run"]
 # What these leave out are samples that are no pairs yet.
 STAGES = ("unpacked", "scanned", "indexed", "pairs")
 
-_READERS = {"tar": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
+_READERS = {"tar": tars, "folder": tars, "parquet": parquets, "table": tables, "tfds": tfds_sets}
 _BATCH = 10_000  # rows that are held as Python objects
 _PIECE_BYTES, _THREADS = 8 << 20, 8  # of pictures that are read at a time, and by how many threads
 _FEW_REPEATED = 0.01  # a larger share of repeated keys has another cause than chance
@@ -168,31 +170,40 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
     scan = [
         engine.Task(file.shard, (path,))
         for file, path in zip(found, paths, strict=True)
-        if path and file.kind in ("parquet", "table")
+        if path and (file.kind in ("parquet", "table") or tars.is_large(path, rows))
     ]
-    settings = {"version": 3, "rows": rows}
-    scanned = work.map_shards("scanned", _scan, scan, settings, keys=_unknown)
-    plans = {m["shard"]: work.workdir / m["outputs"][0]["path"] for m in scanned}
+    settings = {"version": 4, "rows": rows}
+    keys = functools.partial(_keys_of_tar, {file.shard: file for file in found})
+    scanned = work.map_shards("scanned", _scan, scan, settings, keys=keys)
+    plans = {m["shard"]: [work.workdir / o["path"] for o in m["outputs"]] for m in scanned}
 
     parts: dict[str, tuple[tuple[str, ...], dict]] = {}
     for file, path in zip(found, paths, strict=True):
         if path is None:
             continue  # in quarantine
         part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
-        if file.kind == "tar":
-            inputs = (path, *tars.sidecars(file.path))
+        inputs = (path,)
+        if file.kind in ("tar", "folder"):
             part |= {"name": file.path, "cut_short": file.unpacked in cut_short}
-            parts[file.shard] = (inputs, part)
+            inputs = (*inputs, *tars.sidecars(file.path))
+        else:
+            part |= {"stem": file.stem, "table": file.path}
+        if file.kind == "folder":
+            parts[file.shard] = (inputs[1:], part | {"listed": tars.listed(path)})
         elif file.kind == "tfds":
             inputs = (path, *tfds_sets.described_in(path))
             for number, start in enumerate(range(*file.span, rows)):
                 piece = [start, min(start + rows, file.span[1])]
                 parts[f"{file.shard}-{number:05d}"] = (inputs, {**part, "range": piece})
         elif file.shard in plans:
-            plan = json.loads(plans[file.shard].read_text())
-            part |= {"stem": file.stem, "table": file.path}
+            *members, plan_path = sorted(plans[file.shard])
+            plan = json.loads(plan_path.read_text())
+            inputs = (path, *map(os.fspath, members), *inputs[1:])
             for number, piece in enumerate(plan.pop("ranges")):
-                parts[f"{file.shard}-{number:05d}"] = ((path,), {**part, **plan, "range": piece})
+                parts[f"{file.shard}-{number:05d}"] = (inputs, {**part, **plan, "range": piece})
+                plan.pop("head", None)  # told once, with the first piece
+        elif file.kind == "tar" and not tars.is_large(path, rows):
+            parts[file.shard] = (inputs, part)
     return _write_parts(parts, work.workdir / "parts")
 
 
@@ -215,8 +226,11 @@ def _write_parts(
 
 def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     path = task.inputs[0]
-    reader = parquets if path.endswith(".parquet") else tables
-    plan = reader.scan(path, settings["rows"])
+    if path.endswith(".tar"):
+        plan = tars.scan(path, settings["rows"], outputs.path(f"scanned/{task.name}.members"))
+    else:
+        reader = parquets if path.endswith(".parquet") else tables
+        plan = reader.scan(path, settings["rows"])
     text = json.dumps(plan, ensure_ascii=False) + "\n"
     outputs.path(f"scanned/{task.name}.plan").write_text(text)
     if not plan["ranges"]:
@@ -301,12 +315,22 @@ def _unknown(task: engine.Task) -> Iterator:
     return iter(())
 
 
+def _keys_of_tar(found: Mapping[str, Found], task: engine.Task) -> Iterator:
+    """The keys of a tar that is not in pieces yet; of other files nobody knows them."""
+    file = found[task.name]
+    if file.kind == "tar":
+        yield from _read_keys(task.inputs, {**file._asdict(), "name": file.path})
+
+
 def _keys_of_part(task: engine.Task) -> Iterator:
+    *inputs, part_path = task.inputs
+    yield from _read_keys(inputs, json.loads(epath.Path(part_path).read_text()))
+
+
+def _read_keys(inputs: Sequence[str], part: dict) -> Iterator:
     """The keys of a part as far as it can be read; no picture is decoded."""
     import pyarrow as pa
 
-    *inputs, part_path = task.inputs
-    part = json.loads(epath.Path(part_path).read_text())
     keys = []
     try:
         for sample in _READERS[part["kind"]].read(inputs, part, (), {}):

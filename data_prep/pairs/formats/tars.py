@@ -1,4 +1,4 @@
-"""Tars in img2dataset's layout: members, sidecars, unpacking. One tar is one shard.
+"""Tars in img2dataset's layout, and folders: members, sidecars, unpacking.
 
 A sample is what shares a name up to the last dot: a picture (.jpg .jpeg .png .webp .gif), a caption
 (`.txt`, or else "caption" in `.json`) and what else `.json` says. Where a kind occurs twice under
@@ -7,16 +7,20 @@ lie `00000.parquet`, which then says more than the `.json` members, also of what
 downloaded, and `00000_stats.json`, which says how many pairs the tar should hold. Names are keys:
 nothing is ever written under them. What macOS puts beside files (`._NAME`, `__MACOSX/`) is ignored.
 
+Of a large tar `scan` lists the samples once, so that each piece of it is a shard of its own. A
+folder that img2dataset wrote (its format `files`) is read as the tar that it would have made.
+
 Damage costs what it covers: a tar that was cut short gives what lies before the cut, one damaged in
 the middle also what lies behind, and a file that is no tar is one reject.
 """
 
 import collections
+import hashlib
 import json
 import os
 import typing
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import logging
 
@@ -29,6 +33,8 @@ from mofi_jax.common import errors
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 # Pictures can hardly be packed any further. What grows more than this was made to fill the disk.
 _MAX_RATIO, _ALWAYS_FINE = 100, 64 << 20
+# Fewer than pairs have on average: a tar of fewer bytes is one shard, and nobody lists it before.
+_BYTES_OF_PAIR = 8_000
 _STATUSES = ("failed_to_download", "failed_to_resize")
 
 
@@ -37,9 +43,25 @@ def stem(path: str) -> str:
     return os.path.basename(path).removesuffix(".gz").rpartition(".")[0]
 
 
+def is_folder(path: str) -> bool:
+    """Whether a path is a shard of img2dataset's format `files`."""
+    return os.path.isdir(path) and os.path.isfile(f"{os.path.abspath(path)}_stats.json")
+
+
+def is_large(path: str, rows: int) -> bool:
+    """Whether a tar may hold many more than so many pairs; only its size is looked at."""
+    return path.endswith(".tar") and os.path.getsize(path) > rows * _BYTES_OF_PAIR
+
+
+def listed(path: str) -> str:
+    """A hash of the names in a folder. What a file of a name holds is taken for granted."""
+    names = b"\0".join(sorted(os.listdir(os.fsencode(path))))
+    return hashlib.md5(names).hexdigest()
+
+
 def sidecars(path: str) -> tuple[str, ...]:
-    """The parquet and the statistics that lie beside a tar."""
-    base = os.path.join(os.path.dirname(path), stem(path))
+    """The parquet and the statistics that lie beside a tar or folder."""
+    base = path if os.path.isdir(path) else os.path.join(os.path.dirname(path), stem(path))
     return tuple(name for name in (f"{base}.parquet", f"{base}_stats.json") if os.path.exists(name))
 
 
@@ -93,67 +115,125 @@ def _inflate(source: typing.BinaryIO) -> Iterator[bytes]:
         raise EOFError
 
 
+def scan(path: str, rows: int, target: os.PathLike[str]) -> dict:
+    """Looks through the headers of a tar once; its samples are the lines of the file `target`.
+
+    Returns:
+      `head`, what is known of the tar as a whole, and `ranges`: of each piece of `rows` samples
+      its first byte in `target` and the byte after its last.
+    """
+    head, groups = _look(path)
+    ranges = []
+    with open(target, "w", encoding="ascii") as file:
+        for at in range(0, len(groups), rows) or (0,):
+            start = file.tell()
+            file.writelines(json.dumps(group) + "\n" for group in groups[at : at + rows])
+            ranges.append([start, file.tell()])
+    return {"head": head, "ranges": ranges}
+
+
 def read(
     inputs: Sequence[str], part: dict, keep: Sequence[str], counts: dict[str, int]
 ) -> Iterator[Sample]:
-    """The samples of a tar in the order of their names' first appearance.
+    """The samples of a tar or folder in the order of their names' first appearance.
 
     Args:
-      inputs: the tar, then its sidecars.
-      part: `name`, what to call the tar; `cut_short`, whether it was unpacked only in part.
+      inputs: the tar, then what `scan` wrote if anything, then the sidecars; of a folder the
+        sidecars alone.
+      part: `name`, what to call it, of a folder its path; `cut_short`, whether it was unpacked only
+        in part; of a piece what `scan` returned, with `range` instead of `ranges`.
       keep: the columns that sidecars are asked for.
       counts: gets `members`, `tars_cut_short`, `tars_damaged`, `tars_unreadable`, `pairs_missing`
-        (promised by the statistics) and `not_downloaded`, also by status.
+        (promised by the statistics) and `not_downloaded`, also by status; of a tar in pieces all of
+        them with the first.
 
     Raises:
       BadInput: an unreadable table beside the tar.
     """
-    path, name = inputs[0], os.path.basename(part["name"])
-    listing = list_members(path)
-    parquet = next((path for path in inputs[1:] if path.endswith(".parquet")), None)
-    stats = next((path for path in inputs[1:] if path.endswith("_stats.json")), None)
-    describe, failures = _read_parquet(parquet, keep) if parquet else (None, {})
-    promised = 0
-    if stats:
-        promised, failed = _read_stats(stats)
+    path = part["name"] if os.path.isdir(part["name"]) else inputs[0]
+    start, stop = part.get("range", (0, None))
+    head, groups = (
+        _look(path) if stop is None else (part.get("head"), _lines(inputs[1], start, stop))
+    )
+    parquet = next((path for path in inputs if path.endswith(".parquet")), None)
+    stats = next((path for path in inputs if path.endswith("_stats.json")), None)
+    keys = {key for key, _ in groups}
+    describe, failures = _read_parquet(parquet, keep, keys) if parquet else (None, {})
+    if start == 0:
+        promised, failed = _read_stats(stats) if stats else (0, {})
         failures = failures if parquet else failed
+        counts |= {
+            "members": head["members"],
+            "tars_cut_short": int(head["is_tar"] and (head["cut"] or part.get("cut_short", False))),
+            "tars_damaged": int(bool(head["damaged"])),
+            "tars_unreadable": int(not head["is_tar"]),
+            "pairs_missing": max(0, promised - head["whole"]),
+            "not_downloaded": sum(failures.values()),
+        }
+        counts |= {f"not_downloaded_{status}": n for status, n in sorted(failures.items())}
+        name = os.path.basename(part["name"])
+        if not head["is_tar"]:
+            yield Sample(name, reason="not_a_tar")
+        for offset in head["damaged"]:
+            yield Sample(f"{name}@{offset}", reason="tar_damaged")
+    for key, parts in groups:
+        if parts is None:
+            yield Sample(key, reason="duplicate_key")
+        else:
+            yield _sample(key, parts, path, describe(key) if describe else None)
+
+
+def _look(path: str) -> tuple[dict, list[tuple[str, dict[str, Member] | None]]]:
+    """What is known of a tar or folder as a whole; its samples, None for one of a key once more."""
+    listing = _list_folder(path) if os.path.isdir(path) else list_members(path)
     members, damaged, complete = listing or Listing([], [], True)
     groups = _group(members)
-    whole = sum("picture" in parts and len(parts) > 1 for _, parts in groups)
-    counts |= {
+    head = {
         "members": len(members),
-        "tars_cut_short": int(
-            listing is not None and (not complete or part.get("cut_short", False))
-        ),
-        "tars_damaged": int(bool(damaged)),
-        "tars_unreadable": int(listing is None),
-        "pairs_missing": max(0, promised - whole),
-        "not_downloaded": sum(failures.values()),
+        "whole": sum("picture" in parts and len(parts) > 1 for _, parts in groups),
+        "damaged": damaged,
+        "cut": not complete,
+        "is_tar": listing is not None,
     }
-    counts |= {f"not_downloaded_{status}": n for status, n in sorted(failures.items())}
-    if listing is None:
-        yield Sample(name, reason="not_a_tar")
-    for offset in damaged:
-        yield Sample(f"{name}@{offset}", reason="tar_damaged")
+    seen: set[str] = set()
+    # A set's `add` returns None, which is false.
+    return head, [(key, None if key in seen or seen.add(key) else parts) for key, parts in groups]
+
+
+def _list_folder(path: str) -> Listing:
+    members = []
+    for name in sorted(os.listdir(path)):
+        at = os.path.join(path, name)
+        is_file = os.path.isfile(at) and not os.path.islink(at) and samples.encodable(at) == at
+        length = os.path.getsize(at) if is_file else 0
+        members.append(Member(name, 0, length, None if is_file else "not_a_file"))
+    return Listing(members, [], True)
+
+
+def _lines(path: str, start: int, stop: int) -> list[tuple[str, dict[str, Member] | None]]:
+    """Samples as `scan` wrote them down."""
     with open(path, "rb") as file:
+        file.seek(start)
+        lines = map(json.loads, file.read(stop - start).splitlines())
+        return [
+            (key, parts and {kind: Member(*member) for kind, member in parts.items()})
+            for key, parts in lines
+        ]
 
-        def content(member: Member) -> bytes:
-            file.seek(member.offset)
-            return file.read(member.length)
 
-        seen = set()
-        for key, parts in groups:
-            if key in seen:
-                yield Sample(key, reason="duplicate_key")
-                continue
-            seen.add(key)
-            yield _sample(key, parts, content, path, describe(key) if describe else None)
+def _place(path: str, member: Member) -> str:
+    return os.path.join(path, member.name) if os.path.isdir(path) else path
+
+
+def _content(path: str, member: Member) -> bytes:
+    with open(_place(path, member), "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.length)
 
 
 def _sample(
     key: str,
     parts: dict[str, Member],
-    content: typing.Callable[[Member], bytes],
     path: str,
     row: dict | None,
 ) -> Sample:
@@ -166,11 +246,11 @@ def _sample(
             return Sample(key, reason=reason)
     fields, broken = {}, None
     if "json" in parts and (row is None or "txt" not in parts):
-        fields, broken = _fields(content(parts["json"]))
+        fields, broken = _fields(_content(path, parts["json"]))
     row = fields if row is None else row
     url = row.get(samples.pick(row, samples.URL_COLUMNS))
     if "txt" in parts:
-        text = content(parts["txt"])
+        text = _content(path, parts["txt"])
     elif broken:
         return Sample(key, reason=broken)
     else:
@@ -183,8 +263,8 @@ def _sample(
     return Sample(
         key,
         text,
-        content(picture),
-        path,
+        _content(path, picture),
+        _place(path, picture),
         picture.offset,
         picture.length,
         url if isinstance(url, str) else None,
@@ -236,9 +316,9 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
 
 
 def _read_parquet(
-    path: str, keep: Sequence[str]
+    path: str, keep: Sequence[str], keys: Iterable[str]
 ) -> tuple[typing.Callable[[str], dict], dict[str, int]]:
-    """What img2dataset's table says of a key; how many downloads failed, by status."""
+    """What img2dataset's table says of one of the keys; how many downloads failed, by status."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -255,6 +335,11 @@ def _read_parquet(
                     f"sources: {path} has no column `key` of strings or whole numbers, which joins"
                     " it to the tar beside it: move it away if it does not belong to the tar."
                 )
+
+            def spelt(key: str) -> str:
+                return (key.lstrip("0") or "0") if numbers else key
+
+            asked = set(map(spelt, keys))
             url = samples.pick(columns, samples.URL_COLUMNS)
             wanted = {"key", "status", url, *keep} & set(columns)
             for batch in file.iter_batches(columns=sorted(wanted)):
@@ -265,7 +350,9 @@ def _read_parquet(
                     if status != "success":
                         failures[status if status in _STATUSES else "other"] += 1
                     elif key is not None and not (numbers and key % 1):
-                        known[str(int(key)) if numbers else key] = row
+                        key = str(int(key)) if numbers else key
+                        if key in asked:
+                            known[key] = row
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or the network: the file may be sound
@@ -274,11 +361,7 @@ def _read_parquet(
             f"sources: {path} cannot be read ({reason}): fetch it again, or remove it to read the"
             " tar beside it without."
         ) from error
-
-    def describe(key: str) -> dict:
-        return known.get((key.lstrip("0") or "0") if numbers else key, {})
-
-    return describe, dict(failures)
+    return lambda key: known.get(spelt(key), {}), dict(failures)
 
 
 def _read_stats(path: str) -> tuple[int, dict[str, int]]:
