@@ -177,7 +177,7 @@ def test_a_shard_that_is_added_has_only_its_new_texts_read(tmp_path, read_texts)
     grown, whole = (work_folder(tmp_path / name, shards) for name in ("grown", "whole"))
     linking_stage.run(make_config(), engine.Engine(grown))
     assert sorted(read_texts) == ["a rose", "alarm clock", "nothing"]
-    before = _digests(grown)
+    before, [scattered] = _digests(grown), engine.read_manifests(grown, "link_rows")
     for folder in (grown, whole):
         _add(folder, "0000-added", ["Barack Obama", "a rose", "clip art"])
         read_texts.clear()
@@ -187,6 +187,8 @@ def test_a_shard_that_is_added_has_only_its_new_texts_read(tmp_path, read_texts)
     assert len(read_texts) == 5
     assert _digests(grown) == _digests(whole)
     assert before.items() <= _digests(grown).items()
+    [again] = engine.read_manifests(grown, "link_rows")
+    assert again["settings"] == scattered["settings"], "of many captions most are as they were"
     captions = "captions/00000.parquet"
     assert engine.sha256(grown / captions) == engine.sha256(whole / captions)
     keys = pq.read_table(grown / "links/0000-added.parquet")["key"].to_pylist()

@@ -282,6 +282,8 @@ def _disk_full(where: str, workdir: str) -> errors.BadInput:
 
 def _run(job: Job) -> Made:
     """Hashes, runs the function, brings its outputs to the disk."""
+    import pyarrow as pa
+
     started = time.monotonic()
     workdir, task = epath.Path(job.workdir), job.task
     manifests.learn(job.seen)
@@ -305,6 +307,7 @@ def _run(job: Job) -> Made:
     except BaseException:
         outputs.discard()
         raise
+    pa.default_memory_pool().release_unused()  # it would keep a stage's peak for the next one
     manifest = {
         "stage": job.stage,
         "shard": task.name,

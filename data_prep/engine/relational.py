@@ -211,11 +211,10 @@ def gather_shards(task: Task, settings: dict) -> Iterator[tuple[str, pa.Table]]:
     spills, tables = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
     bucket = int(task.name)
     table = read_buckets(spills, bucket, bucket + 1)
-    table = table.sort_by([("shard", "ascending"), ("row", "ascending")])
     for path in tables:
         shard = epath.Path(path).stem
         own = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard"])
-        yield shard, own.combine_chunks()
+        yield shard, own.sort_by("row").combine_chunks()
 
 
 def find_repeated(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:

@@ -251,7 +251,8 @@ class Engine:
         Returns:
           Tasks and settings for a stage whose function reads with `gather_shards`.
         """
-        buckets = max(1, min(relational.MOST_BUCKETS, len(shards)))
+        # Few shards in a bucket, which is what a gatherer holds; the same while some are added.
+        buckets = min(relational.MOST_BUCKETS, 1 << (2 * len(shards)).bit_length())
         sql = f"SELECT *, {relational.bucket_of('shard')} AS bucket FROM ({sql})"
         found = self.scatter(stage, sql, tasks, buckets, {"buckets": buckets}, tables, keys)
         groups = relational.group_shards(shards, buckets)
