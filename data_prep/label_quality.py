@@ -112,8 +112,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
             ("ceiling",): link_rows.distinct(links)[:2],
         }
         if rule:
-            paths = choose.evidence_files(root, shard.name)
-            evidence, _ = choose.read_evidence(links, *map(os.fspath, paths))
+            evidence, _ = choose.read_evidence(links, *choose.evidence_files(root, shard.name))
             for name in values:
                 for value in values[name]:
                     changed = rule._replace(**{name: value})
@@ -203,8 +202,7 @@ def _values(
     reached: dict[str, list[np.ndarray]] = {name: [] for name in SWEPT}
     for shard in shards:
         links = link_rows.read(root / "links" / shard.name)
-        paths = choose.evidence_files(root, shard.name)
-        evidence, _ = choose.read_evidence(links, *map(os.fspath, paths))
+        evidence, _ = choose.read_evidence(links, *choose.evidence_files(root, shard.name))
         free = rule._replace(min_z_score=-np.inf, min_score=-np.inf)
         best = choose.choose(links, evidence, free)
         reached["min_z_score"].append(best.z_score[link_rows.starts_run(best.row)])

@@ -182,6 +182,18 @@ def test_the_owner_of_the_accelerator_works_on_two_shards_at_once(tmp_path):
     assert len({path.read_text() for path in (tmp_path / "model").glob("*.txt")}) == 1
 
 
+def hang_or_fail(task, outputs, settings):
+    if task.name == "hangs":
+        threading.Event().wait(600)
+    raise errors.BadInput("It fails.")
+
+
+def test_what_ends_a_run_does_not_wait_for_the_accelerator(tmp_path):
+    tasks = [engine.Task(name, ()) for name in ("hangs", "fails")]
+    with engine.Engine(tmp_path, 2) as work, pytest.raises(errors.BadInput, match="It fails"):
+        work.map_shards("model", hang_or_fail, tasks, {}, accelerator=True)
+
+
 def test_a_single_shard_leaves_the_driver_alone_too(tmp_path):
     with engine.Engine(tmp_path, 2) as work:
         work.map_shards("alone", name_process, [engine.Task("0", ())], {})

@@ -21,10 +21,10 @@ _RULE = choose.Rule(
 
 
 def _shard(rows):
-    """`rows.Candidates` of lists of (mention, entity, prior)."""
+    """`LinkRows` of lists of (mention, entity, prior)."""
     flat = [(row, *candidate) for row, own in enumerate(rows) for candidate in own]
     row, mention, entity, prior = np.array(flat, np.float64).reshape(-1, 4).T
-    return link_rows.Candidates(
+    return link_rows.LinkRows(
         pa.array([str(row) for row in range(len(rows))]),
         np.full(len(rows), 4),
         row.astype(np.int64),

@@ -74,7 +74,7 @@ def images_per_entity(counts: np.ndarray) -> dict:
 # -------------------------------------------------------------------------------------- thresholds
 
 
-def _evident(files: Files) -> Iterator[tuple[link_rows.Candidates, choose.Evidence]]:
+def _evident(files: Files) -> Iterator[tuple[link_rows.LinkRows, choose.Evidence]]:
     """The candidates of each shard and what is known of them."""
     for shard in batches(files, ("links", "z_scores", "labels"), 1):
         links = link_rows.read(*shard["links"])

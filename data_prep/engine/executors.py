@@ -17,7 +17,6 @@ import multiprocessing.connection
 import multiprocessing.managers
 import os
 import pathlib
-import signal
 import socket
 import sys
 import threading
@@ -94,6 +93,8 @@ class Local:
         finally:
             for future in running:
                 future.cancel()
+            if running and accelerator:
+                self.close()  # a manager's process pays no heed to Ctrl-C
             if running:
                 concurrent.futures.wait(running)
 
@@ -143,7 +144,7 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
     def __init__(self):
         super().__init__(_AT_ONCE)
         self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
-        self._manager.start(_begin)
+        self._manager.start(_die_with_parent)
         self._accelerator = self._manager.accelerator()
 
     def submit(self, attempt: Callable, job: jobs.Job) -> concurrent.futures.Future:
@@ -162,11 +163,6 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
 
 class _Manager(multiprocessing.managers.BaseManager):
     pass
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a manager would pass it over
-    _die_with_parent()
 
 
 def _die_with_parent() -> None:

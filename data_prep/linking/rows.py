@@ -18,7 +18,7 @@ if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Candidates(typing.NamedTuple):
+class LinkRows(typing.NamedTuple):
     """A shard of links/.
 
     Attributes:
@@ -46,18 +46,18 @@ class Distinct(typing.NamedTuple):
     prior: np.ndarray  # float32 [p]
 
 
-def read(path: str | os.PathLike[str]) -> Candidates:
+def read(path: str | os.PathLike[str]) -> LinkRows:
     """Reads a shard of links/."""
     return flatten(engine.read_table(path, columns=["key", "mentions", "candidates"]))
 
 
-def flatten(table: pa.Table) -> Candidates:
+def flatten(table: pa.Table) -> LinkRows:
     """Rows of links/."""
     found = _whole(table["candidates"])
     fields = found.flatten()  # honours offsets and nulls, as .values does not
     columns = (fields.field(name) for name in ("mention", "entity", "prior"))
     mention, entity, prior = (column.to_numpy(zero_copy_only=False) for column in columns)
-    return Candidates(
+    return LinkRows(
         _whole(table["key"]),
         lengths(table["mentions"]),
         np.repeat(np.arange(len(table)), lengths(found)),
@@ -67,7 +67,7 @@ def flatten(table: pa.Table) -> Candidates:
     )
 
 
-def distinct(links: Candidates) -> Distinct:
+def distinct(links: LinkRows) -> Distinct:
     """The entities of each pair, whichever of its mentions mean them."""
     order = np.lexsort((-links.prior, links.entity, links.row))
     row, entity, prior = (x[order] for x in (links.row, links.entity, links.prior))

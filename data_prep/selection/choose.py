@@ -112,7 +112,7 @@ class Chosen(NamedTuple):
     z_score: np.ndarray  # float64 [m]
 
 
-def choose(links: link_rows.Candidates, known: Evidence, rule: Rule) -> Chosen:
+def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
     """Decides on the labels of all pictures of a shard: this is the decision, wherever it is made.
 
     min_z_score changes nothing but where the labels of a picture end, the best being first.
@@ -138,7 +138,7 @@ def choose(links: link_rows.Candidates, known: Evidence, rule: Rule) -> Chosen:
     return Chosen(links.row[kept], links.entity[kept], known.score[kept], z_score[kept])
 
 
-def choose_by_text(links: link_rows.Candidates) -> Chosen:
+def choose_by_text(links: link_rows.LinkRows) -> Chosen:
     """The likeliest entity of each mention, without a look at the picture.
 
     Returns:
@@ -158,7 +158,7 @@ def choose_by_text(links: link_rows.Candidates) -> Chosen:
     return Chosen(links.row[kept], links.entity[kept], prior, prior)
 
 
-def _strongest(links: link_rows.Candidates, strength: np.ndarray, among: np.ndarray) -> np.ndarray:
+def _strongest(links: link_rows.LinkRows, strength: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Of each mention the strongest of the candidates `among`, of equal ones the smaller row."""
     keys = (links.entity, -strength, links.mention, links.row)
     order = among[np.lexsort([key[among] for key in keys])]
@@ -174,7 +174,7 @@ def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, epath.Pa
 
 
 def read_evidence(
-    links: link_rows.Candidates, z_scores: str, coherence: str
+    links: link_rows.LinkRows, z_scores: str | epath.Path, coherence: str | epath.Path
 ) -> tuple[Evidence, np.ndarray]:
     """What is known of each candidate of a shard.
 
@@ -239,7 +239,7 @@ def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -
 def _write_labels(
     task: engine.Task,
     outputs: engine.Outputs,
-    links: link_rows.Candidates,
+    links: link_rows.LinkRows,
     chosen: Chosen,
     reasons: np.ndarray,
 ) -> dict[str, int]:
