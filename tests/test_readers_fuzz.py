@@ -77,6 +77,11 @@ def read(data, suffix=".tar"):
         counts = {}
         found = list(tars.read((path,), {"name": path}, (), counts))
         listing = tars.list_members(path)
+        plan, pieces, totals = tars.scan(path, 2, f"{path}.members"), [], {}
+        for piece in plan.pop("ranges"):
+            part = {"name": path, **plan, "range": piece}
+            pieces += tars.read((path, f"{path}.members"), part, (), totals)
+        assert (pieces, totals) == (found, counts)
     return found, counts, listing
 
 
