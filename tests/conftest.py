@@ -9,17 +9,18 @@ from importlib import metadata
 
 # Tests write, sync and delete tens of thousands of small files: in memory, where it has room, that
 # takes a hundredth of the time. Set TMPDIR to have them elsewhere.
-_MEMORY = "/dev/shm"
-if os.path.isdir(_MEMORY) and shutil.disk_usage(_MEMORY).free >= 4 << 30:
-    os.environ.setdefault("TMPDIR", _MEMORY)
+if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free >= 4 << 30:
+    os.environ.setdefault("TMPDIR", "/dev/shm")
     tempfile.tempdir = None  # pytest has asked already
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Many tests train the same tiny model: each of its programs is compiled once in a session of a test
-# process and its children.  The folder is new each time, so that nothing stale is ever read, and a
-# process's own, as jax writes into it without a lock.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_programs_")
+# Many tests train the same tiny model: each of its programs is compiled once in a session, for all
+# processes of it: with a limit to its size jax locks the folder.  It is new each time, so that
+# nothing stale is ever read.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mofi_jax_programs_")
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Programs run for milliseconds here: optimising their machine code is most of what tests would do.
 # `make test-all` sets XLA_FLAGS to nothing and so takes the code that users run.
@@ -44,7 +45,8 @@ flags.FLAGS.mark_as_parsed()
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
