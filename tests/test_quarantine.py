@@ -4,17 +4,23 @@ import collections
 import hashlib
 import json
 import shutil
+import tempfile
 
+import hypothesis
 import pytest
 from etils import epath
+from hypothesis import strategies as st
 
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
 from data_prep.dataset import order as record_order
+from data_prep.dataset import shards
 from data_prep.engine import jobs, manifests, relational
 from data_prep.linking import stage as linking_stage
+from data_prep.pairs import pictures as pairs_pictures
+from data_prep.pairs.samples import Rejected
 from data_prep.selection import embed
-from mofi_jax.data import records
+from mofi_jax.data import ops, records
 from tests import workdirs
 
 KB = [
@@ -46,7 +52,7 @@ def prepare(patch):
     patch.setattr(embed, "load_model", lambda *_: workdirs.Model())
     patch.setattr(linking_stage, "_BUCKETS", {6: float("inf")})
     patch.setattr(relational, "_FILES_PER_RUN", 1)
-    patch.setattr(record_order, "_ROWS_PER_PLAN", 30)
+    patch.setattr(record_order, "_ROWS_PER_PLAN", 20)
 
 
 @pytest.fixture(scope="module")
@@ -141,30 +147,87 @@ STAGES["i2e"] += ("eval_cosines", "unsafe", "dropped-i2e", "capped", "labels_fin
 STAGES["i2e"] += tuple(f"{stage}-i2e" for stage in ("ordered", "planned", "shards"))
 
 
+BROKEN = {*STAGES["i2e"], "indexed", "pairs"}
+
+
+@hypothesis.settings(
+    max_examples=3, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate]
+)
+@hypothesis.given(
+    st.sets(st.sampled_from(sorted(BROKEN)), min_size=2, max_size=4),
+    st.lists(st.integers(0, 59), min_size=12, max_size=12, unique=True),
+)
+def test_whatever_is_damaged_adds_up(folder, stages, pictures):
+    """A shard of each of some stages, pictures that cannot be read, others not any more."""
+    bad, gone = ({*pictures[start::2]} for start in (0, 1))
+    check, run, to_jpeg = pairs_pictures.check_picture, jobs._run, shards.to_jpeg
+    digests = {}
+    for path in engine.listed(folder / "i2e/pairs"):
+        table = engine.read_table(path, ["sha256", "key"])
+        digests |= dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+
+    def number(data):
+        return int(digests.get(hashlib.sha256(data).hexdigest(), -1))
+
+    def check_picture(data, limits):
+        if number(data) in bad:
+            raise Rejected("truncated")
+        return check(data, limits)
+
+    def encode(data, max_side, quality):
+        if number(data) in gone:
+            raise ops.UndecodableImage("not any more")
+        return to_jpeg(data, max_side, quality)
+
+    def fail(job):
+        if job.stage in stages and job.task.name == broken[job.stage]:
+            raise ValueError("a shard that cannot be made")
+        return run(job)
+
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        workdir = epath.Path(temporary) / "W"
+        shutil.copytree(folder / "i2e", workdir)
+        broken = {}
+        for stage in {*stages, "indexed", "shards-i2e"}:
+            names = [manifest["shard"] for manifest in engine.read_manifests(workdir, stage)]
+            broken[stage] = names[len(stage) % len(names)]
+            for name in names:
+                forget(workdir, stage, name)
+        prepare(patch)
+        patch.setattr(pairs_pictures, "check_picture", check_picture)
+        patch.setattr(shards, "to_jpeg", encode)
+        patch.setattr(jobs, "_run", fail)
+        result = build_i2e.build(config(folder, "i2e"), workdir)
+        assert result["quarantined"]
+        adds_up(result, workdir, "i2e")
+        written, rejected = keys_of(workdir, "i2e")
+        assert sorted([*written, *rejected]) == [f"{number:04d}" for number in range(60)]
+
+
 @pytest.mark.parametrize(
     ("dataset", "stage"), [(name, stage) for name, stages in STAGES.items() for stage in stages]
 )
 def test_one_shard_in_quarantine(folder, tmp_path, monkeypatch, dataset, stage):
     workdir = tmp_path / "W"
     shutil.copytree(folder / dataset, workdir)
-    shards = [manifest["shard"] for manifest in engine.read_manifests(workdir, stage)]
-    assert len(shards) > 1
-    forget(workdir, stage, shards[0])
+    names = [manifest["shard"] for manifest in engine.read_manifests(workdir, stage)]
+    assert len(names) > 1
+    forget(workdir, stage, names[0])
     prepare(monkeypatch)
     run = jobs._run
 
     def fail(job):
-        if (job.stage, job.task.name) == (stage, shards[0]):
+        if (job.stage, job.task.name) == (stage, names[0]):
             raise ValueError("a shard that cannot be made")
         return run(job)
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "_run", fail)
         result = build_i2e.build(config(folder, dataset), workdir)
-    assert list(result["quarantined"]) == [f"{stage}/{shards[0]}"]
+    assert list(result["quarantined"]) == [f"{stage}/{names[0]}"]
     written, rejected = keys_of(workdir, dataset)
     assert sorted([*written, *rejected]) == [f"{number:04d}" for number in range(60)]
-    assert result["quarantined"][f"{stage}/{shards[0]}"] > 0
+    assert result["quarantined"][f"{stage}/{names[0]}"] > 0
     adds_up(result, workdir, dataset)
 
     result = build_i2e.build(config(folder, dataset), workdir)

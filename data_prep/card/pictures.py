@@ -7,6 +7,7 @@ for a billion pairs as for a thousand.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import typing
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from data_prep.dataset import shards
 from data_prep.linking import rows as link_rows
 from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose
-from mofi_jax.data import records
+from mofi_jax.data import ops, records
 
 if typing.TYPE_CHECKING:
     import duckdb
@@ -167,14 +168,15 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
 def thumbnails(
     connection: duckdb.DuckDBPyConnection, files: Files, workdir: epath.Path, keys: Sequence[str]
 ) -> dict[str, str]:
-    """JPEG as base64 of the pictures, by key."""
+    """JPEG as base64 of the pictures, by key; without those that cannot be decoded any more."""
     columns = 'path, "offset", length'
     rows = sorted(_of_keys(connection, files["pairs"], sorted(set(keys)), columns))
     pointers = list(zip(*rows, strict=True))[1:] if rows else [(), (), ()]
     found = {}
     for row, data in pairs_stage.read_pictures(workdir, *pointers):
-        jpeg, _, _ = shards.to_jpeg(data, max_side=_THUMBNAIL, quality=85)
-        found[rows[row][0]] = base64.b64encode(jpeg).decode()
+        with contextlib.suppress(ops.UndecodableImage):
+            jpeg, _, _ = shards.to_jpeg(data, max_side=_THUMBNAIL, quality=85)
+            found[rows[row][0]] = base64.b64encode(jpeg).decode()
     return found
 
 

@@ -78,13 +78,15 @@ def _lost(task: Task, keys: Keys, rejects: Sequence[str]) -> list[str]:
     """The keys of a task that are not in `rejects`, in order, each once."""
     import pyarrow.compute as pc
 
-    found: dict[str, None] = {}
+    found, known = dict[str, None](), False
     try:
         for column in keys(task):
             found.update(dict.fromkeys(column.to_pylist()))
+            known = True
     except Exception as error:  # noqa: BLE001  the same of a stage's own keys
         logging.warning("%s: its keys cannot be read (%s)", task.name, error)
-    if not found:  # whatever it holds: its name at least
+        known = False
+    if not found and not known:  # whatever it holds: its name at least
         found = dict.fromkeys(os.path.basename(path) for path in task.inputs[:1])
     for path in rejects:
         table = relational.read_table(path, ["key", "reason"])
