@@ -100,10 +100,10 @@ def test_while_a_shard_goes_through_the_model_the_next_one_is_decoded(world):
 
 def test_a_picture_that_broke_since_is_left_out(world):
     workdir, _pairs, _, clip = world
-    rows = pq.read_table(workdir / "pairs/colours-00001.parquet").to_pylist()
+    rows = pq.read_table(workdir / "pairs/colours-00001-00000.parquet").to_pylist()
     linked = {
         row["key"]
-        for row in pq.read_table(workdir / "links/colours-00001.parquet").to_pylist()
+        for row in pq.read_table(workdir / "links/colours-00001-00000.parquet").to_pylist()
         if row["candidates"]
     }
     broken = [row for row in rows if row["key"] in linked][2:4]
@@ -116,33 +116,34 @@ def test_a_picture_that_broke_since_is_left_out(world):
     scored, keys = _embedded(workdir), {row["key"] for row in broken}
     assert not keys & set(scored)
     assert len(scored) == 53  # of 55 that name something
-    embeddings = np.load(workdir / "embeddings/colours-00001.npy")
+    embeddings = np.load(workdir / "embeddings/colours-00001-00000.npy")
     assert (
-        len(embeddings) == pq.read_metadata(workdir / "embeddings/colours-00001.parquet").num_rows
+        len(embeddings)
+        == pq.read_metadata(workdir / "embeddings/colours-00001-00000.parquet").num_rows
     )
     assert np.all(np.linalg.norm(embeddings, axis=1) > 0.99)
     assert engine.total_counts(manifests)["picture_unreadable"] == 2
-    rejects = pq.read_table(workdir / "rejects/labels-colours-00001.parquet").to_pylist()
+    rejects = pq.read_table(workdir / "rejects/labels-colours-00001-00000.parquet").to_pylist()
     assert {r["key"] for r in rejects if r["reason"] == "picture_unreadable"} == keys
     # The others keep their labels.
-    labels = pq.read_table(workdir / "labels/colours-00001.parquet").to_pylist()
+    labels = pq.read_table(workdir / "labels/colours-00001-00000.parquet").to_pylist()
     assert sum(bool(row["entities"]) for row in labels) > 10
 
 
 def test_a_shard_of_which_no_picture_can_be_read(world):
     workdir, _, _, clip = world
-    for row in pq.read_table(workdir / "pairs/colours-00000.parquet").to_pylist():
+    for row in pq.read_table(workdir / "pairs/colours-00000-00000.parquet").to_pylist():
         with open(workdir / row["path"], "r+b") as file:
             file.seek(row["offset"])
             file.write(bytes(row["length"]))
     choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-    reasons = pq.read_table(workdir / "labels/colours-00000.parquet")["reason"].to_pylist()
+    reasons = pq.read_table(workdir / "labels/colours-00000-00000.parquet")["reason"].to_pylist()
     assert set(reasons) == {"picture_unreadable", "no_mention"}
 
 
 def test_a_picture_file_that_is_gone_is_told(world):
     workdir, _, _, clip = world
-    path = pq.read_table(workdir / "pairs/colours-00002.parquet")["path"][0].as_py()
+    path = pq.read_table(workdir / "pairs/colours-00002-00000.parquet")["path"][0].as_py()
     os.unlink(workdir / path)
     with pytest.raises(errors.BadInput, match=r"is gone since its pictures were listed: restore"):
         embed.run(workdirs.config(clip=clip), engine.Engine(workdir))

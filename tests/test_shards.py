@@ -86,7 +86,7 @@ def test_i2t_holds_all_valid_pairs_in_hash_order(tmp_path):
 
 def test_a_picture_that_broke_since_costs_its_record_alone(tmp_path):
     workdir, pairs = workdirs.write(tmp_path)
-    row = engine.read_table(workdir / "pairs/colours-00001.parquet").to_pylist()[3]
+    row = engine.read_table(workdir / "pairs/colours-00001-00000.parquet").to_pylist()[3]
     with open(row["path"], "r+b") as file:
         file.seek(row["offset"])
         file.write(bytes(row["length"]))

@@ -83,7 +83,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "max_pixels": 10**6,
         "max_caption_chars": 200,
         "keep_columns": ("punsafe", "NSFW"),
-        "rows_per_shard": 10,
+        "rows_per_shard": 20,
     }
     return ml_collections.ConfigDict(values | changes)
 

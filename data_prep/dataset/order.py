@@ -100,7 +100,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
     most = sum(pq.read_metadata(path).num_rows for path in files.get("labels", files["pairs"]))
 
     tasks = [
-        engine.Task(f"{number:05d}", tuple(path for table in tables for path in _cut(table, run)))
+        engine.Task(f"{number:05d}", tuple(table[i] for table in tables for i in run))
         for number, run in enumerate(engine.split_evenly(len(whole), _MOST_SPILLS))
     ]
     buckets = max(1, min(_MOST_BUCKETS, -(-most // _ROWS_PER_BUCKET)))
@@ -133,10 +133,6 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
         for number, group in enumerate(groups)
         for shard in group
     ]
-
-
-def _cut(files: Sequence[epath.Path], run: range) -> Sequence[epath.Path]:
-    return files[run.start : run.stop]
 
 
 def _cut_into_shards(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
