@@ -167,7 +167,7 @@ def test_wall_time_is_told_by_phase_across_a_restart(data, tmp_path, monkeypatch
 
 
 def test_finished_run_is_left_alone(data, tmp_path):
-    config = datasets.tiny_config(data, steps=2)
+    config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path))
     before = (tmp_path / "result.json").stat().st_mtime_ns
     train.main(config, str(tmp_path))
@@ -175,9 +175,9 @@ def test_finished_run_is_left_alone(data, tmp_path):
 
 
 def test_checkpoint_of_another_shape_is_refused_by_name(data, tmp_path):
-    config = datasets.tiny_config(data, steps=2)
+    config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path))
-    config.total = "4 steps"
+    config.total = "8 steps"
     config.model.image.width = 32
     with pytest.raises(
         BadInput,
@@ -192,9 +192,9 @@ def test_checkpoint_of_another_shape_is_refused_by_name(data, tmp_path):
 
 
 def test_resume_on_other_data_is_refused(data, tmp_path):
-    config = datasets.tiny_config(data, steps=2)
+    config = datasets.tiny_config(data, steps=6)
     train.main(config, str(tmp_path))
-    config.total = "4 steps"
+    config.total = "8 steps"
     config.seed, config.data.block = 1, 8
     words = r"trained on other data \(block was 1 and is 8; seed was 0 and is 1"
     with pytest.raises(BadInput, match=words):
@@ -289,9 +289,9 @@ def test_the_state_of_the_input_is_small(data):
 
 
 def test_a_shorter_total_than_what_was_trained_is_refused(data, tmp_path):
-    train.main(datasets.tiny_config(data, steps=4), str(tmp_path))
-    with pytest.raises(BadInput, match=r"is at step 4, beyond config\.total='2 steps'"):
-        train.main(datasets.tiny_config(data, steps=2), str(tmp_path))
+    train.main(datasets.tiny_config(data, steps=6), str(tmp_path))
+    with pytest.raises(BadInput, match=r"is at step 6, beyond config\.total='4 steps'"):
+        train.main(datasets.tiny_config(data, steps=4), str(tmp_path))
 
 
 def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up_in_the_second_save(data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpointer, "save", full)
     sentence = r"cannot be written \(no space left on device\).*goes on from step 2"
     with pytest.raises(BadInput, match=sentence):
-        train.main(datasets.tiny_config(data, steps=4), str(tmp_path))
+        train.main(datasets.tiny_config(data, steps=6), str(tmp_path))
 
 
 def test_goes_on_with_other_means_from_the_step_before_a_damaged_one(data, tmp_path, caplog):
