@@ -1,5 +1,6 @@
 """Noisy pairs in, retrieval score and exported model out: every main, on a part of the sample."""
 
+import contextlib
 import gzip
 import json
 import pathlib
@@ -20,7 +21,20 @@ PAIRS = 150
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def one_device(mesh_of):
+    """Eight simulated devices on few cores are slow to train on."""
+
+    @contextlib.contextmanager
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(meshes, "make_mesh", lambda *_, **__: mesh_of["1x1x1"])
+            yield
+
+    return patched
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_device):
     """The whole recipe with towers of a few thousand parameters and 30 steps each."""
     out = tmp_path_factory.mktemp("run")
     (out / "pairs").mkdir()
@@ -40,7 +54,9 @@ def run(tmp_path_factory):
         build_i2e.main(config, str(data))
 
     prepare("dataset=i2t")
-    train.main(datasets.tiny_config(data, "task=contrastive,data=i2t", steps=30), str(out / "clip"))
+    config = datasets.tiny_config(data, "task=contrastive,data=i2t", steps=30)
+    with one_device():
+        train.main(config, str(out / "clip"))
     prepare("dataset=i2e", clip=str(out / "clip"))
     config = datasets.tiny_config(data, "task=multitask", steps=30)
     config.evaluators = {
@@ -50,7 +66,8 @@ def run(tmp_path_factory):
             "every": "30 steps",
         }
     }
-    train.main(config, str(out / "multitask"))
+    with one_device():
+        train.main(config, str(out / "multitask"))
     return out
 
 
@@ -80,7 +97,7 @@ def test_training_measured_retrieval_in_the_loop(run):
     assert 0.15 < scores["retrieval_unseen/map"] <= 1
 
 
-def test_evaluate_gives_the_score_of_the_loop(run, tmp_path):
+def test_evaluate_gives_the_score_of_the_loop(run, one_device, tmp_path):
     config = eval_config.get_config("sample")
     config.evaluators = {
         name: {
@@ -90,7 +107,8 @@ def test_evaluate_gives_the_score_of_the_loop(run, tmp_path):
         }
         for name in ("retrieval_unseen", "zeroshot_unseen", "entity_seen")
     }
-    evaluate.main(config, model=str(run / "multitask"), out=str(tmp_path))
+    with one_device():
+        evaluate.main(config, model=str(run / "multitask"), out=str(tmp_path))
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
     in_loop = json.loads((run / "multitask/result.json").read_text())["scores"]
     assert metrics["retrieval_unseen"]["map"] == pytest.approx(
