@@ -161,6 +161,26 @@ def test_values_that_cannot_be_read_cost_themselves_alone(tmp_path):
     }
 
 
+WIDE = {
+    "bytes": pa.binary(1 << 21),
+    "lists": pa.list_(pa.float32(), 1 << 19),
+    "in a struct": pa.struct([("a", pa.list_(pa.list_(pa.null(), 1 << 9), 1 << 9))]),
+    "of an extension": pa.fixed_shape_tensor(pa.int8(), [1 << 11, 1 << 10]),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE.values(), ids=WIDE)
+def test_a_null_of_a_type_that_fills_the_memory_is_not_read(tmp_path, kind):
+    """Neither from pairs nor beside a tar: a kilobyte can hold gigabytes of them."""
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string()), ("NSFW", kind)])
+    empty = pa.table([[], [], pa.array([], kind)], schema=schema)
+    pq.write_table(empty, tmp_path / "t.parquet")
+    assert parquets.scan(tmp_path / "t.parquet", 4)["columns"] == ["image", "text"]
+    pq.write_table(empty.rename_columns(["image", "key", "NSFW"]), tmp_path / "0.parquet")
+    with parquets.open_file(tmp_path / "0.parquet") as file:
+        assert parquets.narrow_columns(file).names == ["image", "key"]
+
+
 def test_rows_that_cannot_be_used_are_told(tmp_path):
     images = [*structs(3), None, {"bytes": None, "path": "x.jpg"}, {"bytes": b"<html>", "path": ""}]
     write(tmp_path / "in/x.parquet", {"image": images, "text": ["a", None, " ", "d", "e", "f"]})

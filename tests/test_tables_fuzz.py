@@ -97,3 +97,21 @@ def test_every_row_is_a_sample_or_a_reject(kind, more, rows):
                 assert samples.caption(sample.text, 100)[0]
             except samples.Rejected as rejected:
                 assert " " not in str(rejected)  # noqa: PT017
+
+
+@fuzz(1, size=st.just(b"\xfe\xff\xff\xff\x0f"))
+def test_a_page_that_claims_two_gigabytes_takes_none_of_them(size):
+    data = sound_parquet(compression="zstd", use_dictionary=False)
+    assert data[4:8:2] == b"\x15\x15"  # kind and size of the first page, then its packed size
+    at = data.index(b"\x15", 8) + 1
+    end = next(i for i in range(at, len(data)) if data[i] < 0x80) + 1
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0)
+    stop = column.data_page_offset + column.total_compressed_size
+    data = (data[:at] + size + data[end:stop])[:stop] + data[stop:]
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        file.write(data)
+        file.flush()
+        plan = parquets.scan(file.name, 4)
+        part = {**plan, "range": plan["ranges"][0], "stem": "t"}
+        with pytest.raises(errors.BadInput, match="Page was smaller"):
+            list(parquets.read((file.name,), part, ("NSFW",), {"members": 0}))

@@ -172,7 +172,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         for file, path in zip(found, paths, strict=True)
         if path and (file.kind in ("parquet", "table") or tars.is_large(path, rows))
     ]
-    settings = {"version": 4, "rows": rows}
+    settings = {"version": 5, "rows": rows}
     keys = functools.partial(_keys_of_tar, {file.shard: file for file in found})
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=keys)
     plans = {m["shard"]: [work.workdir / o["path"] for o in m["outputs"]] for m in scanned}

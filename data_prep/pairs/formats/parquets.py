@@ -20,6 +20,7 @@ from mofi_jax.common import errors
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
 _BATCH = 32  # rows; pictures of a few megabytes each should not fill the memory
 _LARGE = 256 << 20  # bytes of a column in a row group, below which nothing is suspected
+_WIDEST = samples.MAX_TEXT  # bytes of a cell of fixed width
 _MOST_PACKED = 10  # times smaller than it was; pictures are packed already
 
 
@@ -33,10 +34,9 @@ def scan(path: str, rows: int) -> dict:
     Raises:
       BadInput: unreadable, without the columns needed, or larger unpacked than such files are.
     """
-    with _open(path) as file:
-        schema, groups = file.schema_arrow, file.metadata.num_row_groups
+    with open_file(path) as file:
+        schema, groups = narrow_columns(file), file.metadata.num_row_groups
         lengths = [file.metadata.row_group(i).num_rows for i in range(groups)]
-        _check_sizes(path, file.metadata)
         found = _detect(path, schema)
     ranges, first, group, row = [], 0, 0, 0
     for i, length in enumerate(lengths):
@@ -65,7 +65,7 @@ def read(
     key_column = samples.pick(names, samples.KEY_COLUMNS)
     url_column = samples.pick(names, samples.URL_COLUMNS)
     wanted = {part["text"], key_column, url_column, *keep} & set(names)
-    with _open(path) as file, _told(path):
+    with open_file(path) as file, told(path):
         batches = file.iter_batches(
             _BATCH, row_groups=range(start, stop), columns=[part["image"], *sorted(wanted)]
         )
@@ -177,21 +177,50 @@ def _cast(column):
     return column.cast(kind)
 
 
-def _open(path: str):
-    """A `pyarrow.parquet.ParquetFile` that streams: of a column no more than a buffer is held."""
+def open_file(path: str):
+    """A `pyarrow.parquet.ParquetFile` of which a column of one row group is held, at most `_LARGE`.
+
+    Of a larger file it is no more than a buffer; such a stream believes what a page says of its
+    size, which costs gigabytes where it lies.
+
+    Raises:
+      BadInput: unreadable, columns of one name, or larger unpacked than such files are.
+    """
     import pyarrow.parquet as pq
 
-    with _told(path):
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    with told(path):
+        buffer_size = 1 << 20 if os.path.getsize(path) > _LARGE else 0
+        file = pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=False)
+        _check_sizes(path, file.metadata)
+    return file
+
+
+def narrow_columns(file):
+    """The schema without columns of a fixed width that fills the memory, with nulls as well.
+
+    A file of a few bytes can have them.
+    """
+    import pyarrow as pa
+
+    def width(kind: pa.DataType) -> int:
+        kind = getattr(kind, "storage_type", kind)  # of an extension
+        if pa.types.is_fixed_size_binary(kind):
+            return kind.byte_width
+        each = sum(width(kind.field(i).type) for i in range(kind.num_fields))
+        return kind.list_size * max(8, each) if pa.types.is_fixed_size_list(kind) else each
+
+    return pa.schema([field for field in file.schema_arrow if width(field.type) <= _WIDEST])
 
 
 @contextlib.contextmanager
-def _told(path: str) -> Iterator[None]:
+def told(path: str) -> Iterator[None]:
     """Turns what pyarrow says of a damaged file into BadInput."""
     import pyarrow as pa
 
     try:
         yield
+    except errors.BadInput:
+        raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or the network: the file may be sound

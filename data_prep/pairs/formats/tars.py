@@ -26,6 +26,7 @@ from absl import logging
 
 from data_prep import engine
 from data_prep.pairs import pictures, samples
+from data_prep.pairs.formats import parquets
 from data_prep.pairs.formats.tar_headers import Listing, Member, list_members
 from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
@@ -320,47 +321,39 @@ def _read_parquet(
 ) -> tuple[typing.Callable[[str], dict], dict[str, int]]:
     """What img2dataset's table says of one of the keys; how many downloads failed, by status."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     known, failures = {}, collections.Counter()
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            kind = file.schema_arrow.types[columns.index("key")] if "key" in columns else pa.null()
-            # Where pandas has read keys as numbers, their zeros are gone.
-            numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-            strings = ("string", "large_string", "dictionary<values=string")
-            if not numbers and not str(kind).startswith(strings):
-                raise errors.BadInput(
-                    f"sources: {path} has no column `key` of strings or whole numbers, which joins"
-                    " it to the tar beside it: move it away if it does not belong to the tar."
-                )
+    with parquets.open_file(path) as file, parquets.told(path):
+        schema = parquets.narrow_columns(file)
+        columns = schema.names
+        kind = schema.field("key").type if "key" in columns else pa.null()
+        # Where pandas has read keys as numbers, their zeros are gone.
+        numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        strings = ("string", "large_string", "dictionary<values=string")
+        if not numbers and not str(kind).startswith(strings):
+            raise errors.BadInput(
+                f"sources: {path} has no column `key` of strings or whole numbers, which joins"
+                " it to the tar beside it: move it away if it does not belong to the tar."
+            )
 
-            def spelt(key: str) -> str:
-                return (key.lstrip("0") or "0") if numbers else key
+        def spelt(key: str) -> str:
+            return (key.lstrip("0") or "0") if numbers else key
 
-            asked = set(map(spelt, keys))
-            url = samples.pick(columns, samples.URL_COLUMNS)
-            wanted = {"key", "status", url, *keep} & set(columns)
-            for batch in file.iter_batches(columns=sorted(wanted)):
-                names = batch.schema.names
-                for i in range(len(batch)):
-                    row = {name: samples.cell(batch.column(name), i) for name in names}
-                    key, status = row.pop("key"), row.pop("status", "success")
-                    if status != "success":
-                        failures[status if status in _STATUSES else "other"] += 1
-                    elif key is not None and not (numbers and key % 1):
-                        key = str(int(key)) if numbers else key
-                        if key in asked:
-                            known[key] = row
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):
-            raise  # the disk or the network: the file may be sound
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise errors.BadInput(
-            f"sources: {path} cannot be read ({reason}): fetch it again, or remove it to read the"
-            " tar beside it without."
-        ) from error
+        asked = set(map(spelt, keys))
+        url = samples.pick(columns, samples.URL_COLUMNS)
+        wanted = {"key", "status", url, *keep} & set(columns)
+        for batch in file.iter_batches(columns=sorted(wanted)):
+            names = batch.schema.names
+            for i in range(len(batch)):
+                row = {name: samples.cell(batch.column(name), i) for name in names}
+                key, status = row.pop("key"), row.pop("status", "success")
+                if status != "success":
+                    failures[status if status in _STATUSES else "other"] += 1
+                elif key is not None and not (numbers and key % 1):
+                    key = str(int(key)) if numbers else key
+                    if key in asked:
+                        known[key] = row
+
     return lambda key: known.get(spelt(key), {}), dict(failures)
 
 
