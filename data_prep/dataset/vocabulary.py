@@ -6,8 +6,6 @@ vocabulary/kb_rows.npy        int32 [e]: the knowledge base's row of each entity
 vocabulary/ids.npy            int32 [2, e]: the way back: these rows, ascending, and their ids
 """
 
-import os
-
 import ml_collections
 import numpy as np
 
@@ -82,6 +80,6 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     entities = records.Entities(qids, labels, texts, rows["image_count"].to_numpy())
     records.write_entities(outputs.path("vocabulary/entities.parquet"), entities)
     kb_rows = rows["kb_row"].to_numpy().astype(np.int32)
-    np.save(os.fspath(outputs.path("vocabulary/kb_rows.npy")), kb_rows)
-    np.save(os.fspath(outputs.path("vocabulary/ids.npy")), invert(kb_rows))
+    np.save(outputs.path("vocabulary/kb_rows.npy"), kb_rows)
+    np.save(outputs.path("vocabulary/ids.npy"), invert(kb_rows))
     return {"entities": len(entities), "labels": int(entities.counts.sum())}

@@ -171,6 +171,5 @@ def _embed(
     rows = np.zeros((count, len(next(iter(embedded.values()), []))), np.float16)
     for row, vector in embedded.items():
         rows[row] = vector
-    with open(outputs.path(f"eval_embeddings/{task.name}.npy"), "wb") as file:
-        np.save(file, rows)
+    np.save(outputs.path(f"eval_embeddings/{task.name}.npy"), rows)
     return {"pictures": count}

@@ -199,7 +199,7 @@ def _embed_texts(
     name = f"texts/{task.name}"
     embeddings = _embed_new(outputs, name, table["text"], fingerprint, embed)
     outputs.write_table(f"{name}.parquet", table)
-    _save(outputs, f"{name}.npy", embeddings)
+    np.save(outputs.path(f"{name}.npy"), embeddings)
     return {"entities": len(texts)}
 
 
@@ -267,7 +267,7 @@ def _embed_pairs(
     whole = np.ones(len(keys), bool)
     whole[list(rejected)] = False
     outputs.write_table(f"{name}.parquet", pairs.select(["key", "sha256"]).filter(pa.array(whole)))
-    _save(outputs, f"{name}.npy", embeddings if whole.all() else embeddings[whole])
+    np.save(outputs.path(f"{name}.npy"), embeddings if whole.all() else embeddings[whole])
     return {"pictures": int(whole.sum()), "undecodable": len(rejected)}
 
 
@@ -328,8 +328,3 @@ def _rebatch(
     joined = tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
     if joined and len(joined[0]):
         yield joined
-
-
-def _save(outputs: engine.Outputs, name: str, array: np.ndarray) -> None:
-    with open(outputs.path(name), "wb") as file:
-        np.save(file, array)

@@ -187,7 +187,7 @@ def _sum_moments(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
             chunk = np.pad(x[start : start + CHUNK].astype(np.float64), ((0, 0), (0, 1)))
             chunk[:, -1] = 1
             total = total + chunk.T @ chunk
-    _save(outputs, f"moment_parts/{task.name}.npy", total)
+    np.save(outputs.path(f"moment_parts/{task.name}.npy"), total)
     return {"pictures": pictures}
 
 
@@ -197,7 +197,7 @@ def _add_moments(task: engine.Task, outputs: engine.Outputs, settings: dict) -> 
         part = np.load(path)
         # Shards without a picture have no width.
         total = total + part if part.shape[0] > 1 else total
-    _save(outputs, "moments/moments.npy", total)
+    np.save(outputs.path("moments/moments.npy"), total)
     return {"pictures": int(total[-1, -1])}
 
 
@@ -217,7 +217,7 @@ def _sum_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) ->
     mean, _ = _mean_and_covariance(moments_path)
     found = [_pairs(*shards[i : 2 * count : count], entities) for i in range(count)]
     columns = np.unique(np.concatenate([pairs.column for pairs in found]))
-    _save(outputs, f"prototype_parts/{task.name}-columns.npy", columns)
+    np.save(outputs.path(f"prototype_parts/{task.name}-columns.npy"), columns)
     path = outputs.path(f"prototype_parts/{task.name}-sums.npy")
     sums = _zeros(path, (len(columns), len(mean)), np.float32)
     weights = np.zeros(len(columns))
@@ -229,16 +229,14 @@ def _sum_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) ->
             add_by(weights, place, prior.astype(np.float64))
     if isinstance(sums, np.memmap):
         sums.flush()
-    _save(outputs, f"prototype_parts/{task.name}-weights.npy", weights)
+    np.save(outputs.path(f"prototype_parts/{task.name}-weights.npy"), weights)
     return {"entities": len(columns)}
 
 
 def _zeros(path: epath.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """An array of zeros that lies in a file: it may be larger than the memory."""
     if 0 in shape:  # nothing cannot be mapped
-        array = np.zeros(shape, dtype)
-        with open(path, "wb") as file:
-            np.save(file, array)
+        np.save(path, array := np.zeros(shape, dtype))
         return array
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
@@ -262,8 +260,8 @@ def _add_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) ->
         for measure, vectors in zip(measures[1:], (texts, prototypes), strict=True):
             u = vectors[of].astype(np.float64)
             measure[of] = np.einsum("pd,pd->p", u @ covariance, u)
-    _save(outputs, f"prototypes/{task.name}.npy", prototypes)
-    _save(outputs, f"prototypes/{task.name}-measures.npy", measures)
+    np.save(outputs.path(f"prototypes/{task.name}.npy"), prototypes)
+    np.save(outputs.path(f"prototypes/{task.name}-measures.npy"), measures)
     return {"entities": len(texts)}
 
 
@@ -342,8 +340,3 @@ def deviations(
       spread: u'Cu of the direction u and the covariance C; about 0 where there is none gives 0.
     """
     return np.where(spread > 1e-12, along / np.sqrt(np.maximum(spread, 1e-12)), 0.0)
-
-
-def _save(outputs: engine.Outputs, name: str, array: np.ndarray) -> None:
-    with open(outputs.path(name), "wb") as file:
-        np.save(file, array)
