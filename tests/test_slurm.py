@@ -58,14 +58,32 @@ def test_a_run_that_dies_costs_the_shard_that_killed_it(tmp_path, executor, monk
 def test_the_memory_of_a_stage_is_asked_for_unless_the_user_did(executor):
     asked = []
     job = engine_job(memory=6)
-    executor._executor.update_parameters = lambda **names: asked.append(names)
-    executor._submitted = lambda runs: iter([(run, [None] * len(run)) for run in runs])
+    for one in executor._executors:
+        one.update_parameters = lambda **names: asked.append(names)
+    executor._submitted = lambda runs, _: iter([(run, [None] * len(run)) for run in runs])
     [*executor.run([job], False)]
     executor._options[True]["slurm_mem"] = "64GB"
     [*executor.run([job], True)]
     assert asked[0] == {"slurm_mem": "6GB", "slurm_cpus_per_task": 1, "slurm_time": 5}
     assert asked[1]["slurm_mem"] == "64GB"
     assert asked[1]["slurm_partition"] == "gpu"
+
+
+def test_what_sbatch_refuses_is_told_and_an_accelerator_is_asked_for_where_it_works(
+    tmp_path, monkeypatch
+):
+    refusal = f"grep '^#SBATCH' $1 >> {tmp_path}/asked; echo no such partition >&2; exit 1"
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{refusal}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    executor = slurm.Slurm(tmp_path / "jobs", "time=5", "partition=gpu,gpus_per_node=1")
+    for accelerator in (True, False):
+        with pytest.raises(errors.BadInput, match="no such partition"):
+            [*executor.run([engine_job(), engine_job()], accelerator)]
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("--time=5") == 2
+    assert asked.count("--partition=gpu") == asked.count("--gpus-per-node=1") == 1
 
 
 @pytest.mark.parametrize(

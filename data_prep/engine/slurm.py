@@ -49,10 +49,11 @@ class Slurm:
         self._submitit, self._options = submitit, {}
         os.environ["PYTHONPATH"] = executors.import_paths()  # jobs inherit it
         try:
-            self._executor = submitit.AutoExecutor(folder, cluster=cluster)
+            # One each: an executor keeps whatever it was ever asked for.
+            self._executors = [submitit.AutoExecutor(folder, cluster=cluster) for _ in range(2)]
             for which, text in ((False, options), (True, f"{options},{accelerator}")):
                 self._options[which] = _parsed(text)
-                self._executor.update_parameters(**self._options[which])
+                self._executors[which].update_parameters(**self._options[which])
         except (NameError, RuntimeError, TypeError, ValueError) as error:
             raise errors.BadInput(
                 f"--engine=slurm cannot be used ({str(error).splitlines()[0]}): run it where sbatch"
@@ -62,12 +63,12 @@ class Slurm:
     def run(self, todo: Sequence[jobs.Job], accelerator: bool) -> Iterator[executors.Outcome]:
         asked = {"slurm_mem": f"{max(job.memory for job in todo)}GB"} if todo else {}
         asked["slurm_cpus_per_task"] = max((job.cpus for job in todo), default=1)
-        self._executor.update_parameters(**asked | self._options[accelerator])
+        self._executors[accelerator].update_parameters(**asked | self._options[accelerator])
         count = min(len(todo), self._MOST_RUNS)
         runs = [todo[n::count] for n in range(count)]
         while runs:
             again = []
-            for run, outcomes in self._submitted(runs):
+            for run, outcomes in self._submitted(runs, self._executors[accelerator]):
                 if not isinstance(outcomes, str):
                     yield from zip(run, outcomes, strict=True)
                 elif len(run) > 1:
@@ -80,13 +81,19 @@ class Slurm:
     def close(self) -> None:
         """Nothing is kept from stage to stage."""
 
-    def _submitted(self, runs: Sequence[Sequence[jobs.Job]]) -> Iterator[tuple]:
+    def _submitted(self, runs: Sequence[Sequence[jobs.Job]], executor) -> Iterator[tuple]:
         """Runs and their outcomes as they end, or in place of them why a run has died."""
         waiting = {}
         try:
             for start in range(0, len(runs), self._MOST_RUNS):
                 part = runs[start : start + self._MOST_RUNS]
-                waiting |= zip(self._executor.map_array(attempts, part), part, strict=True)
+                try:
+                    waiting |= zip(executor.map_array(attempts, part), part, strict=True)
+                except RuntimeError as error:  # what sbatch says
+                    raise errors.BadInput(
+                        f"SLURM takes no jobs ({str(error).splitlines()[0]}): mend --slurm or"
+                        " --slurm_accelerator."
+                    ) from error
             for sent in self._submitit.helpers.as_completed([*waiting], None, self._POLL_SECONDS):
                 run = waiting.pop(sent)
                 try:
