@@ -196,14 +196,16 @@ def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(ta
         monkeypatch.setattr(card_pictures, "TOP_ENTITIES", top)
         monkeypatch.setattr(card_pictures, "RARE_ENTITIES", rare)
         found = card_pictures.entity_strips(tables.connection, tables.files, entities)
-        return [[strip["images"] for strip in found[name]] for name in ("top", "rare")]
+        return [
+            [strip["images"] for strip in found[f"{name}_entities"]] for name in ("top", "rare")
+        ]
 
     assert strips(2, 3) == [[9, 8], [2, 2, 2]]
     assert strips(2, 5) == [[9, 8], [2, 2, 2, 2, 3]]
     assert strips(6, 3) == [[9, 8, 5, 3, 2, 2], [2, 2]]
     assert strips(8, 3) == [[9, 8, 5, 3, 2, 2, 2, 2], []]
     found = card_pictures.entity_strips(tables.connection, tables.files, entities)
-    assert [strip["keys"] for strip in found["top"]][1:4] == [["a", "b"], [], ["b"]]
+    assert [strip["keys"] for strip in found["top_entities"]][1:4] == [["a", "b"], [], ["b"]]
 
 
 def test_the_gallery_shows_nothing_that_a_filter_removed(tables):

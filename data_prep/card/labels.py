@@ -47,28 +47,22 @@ def images_per_entity(counts: np.ndarray) -> dict:
       the part of all labels held by the entities of this bin and of those with more pictures;
       head: {entities, share}, the part of all labels held by the largest 1 % and 10 % of entities.
     """
-    counts = counts[counts > 0]
-    exponents = np.floor(np.log2(counts)).astype(int)
-    total, held, bins = int(counts.sum()), 0, []
-    for b in range(exponents.max(), exponents.min() - 1, -1):
-        inside = counts[exponents == b]
-        held += int(inside.sum())
-        bins.append(
-            {
-                "from": 2**b,
-                "to": 2 ** (b + 1) - 1,
-                "entities": len(inside),
-                "labels": int(inside.sum()),
-                "share": round(held / total, 4),
-            }
-        )
-    descending = np.sort(counts)[::-1]
+    counts = np.sort(counts[counts > 0])[::-1]
+    total = int(counts.sum())
+    bins = [
+        {
+            **{"from": 2**b, "to": 2 ** (b + 1) - 1, "entities": int(np.sum(counts >> b == 1))},
+            "labels": int(counts[counts >> b == 1].sum()),
+            "share": round(int(counts[counts >> b > 0].sum()) / total, 4),
+        }
+        for b in card_numbers.doubling(counts)
+    ]
     head = []
     for part in (0.01, 0.1):
         number = max(1, round(part * len(counts)))
-        share = round(int(descending[:number].sum()) / total, 4)
+        share = round(int(counts[:number].sum()) / total, 4)
         head.append({"part": part, "entities": number, "share": share})
-    return {"bins": bins[::-1], "head": head}
+    return {"bins": bins, "head": head}
 
 
 # -------------------------------------------------------------------------------------- thresholds
@@ -218,19 +212,14 @@ def _sweep(
         own=round(float(config["min_score"]), 10),
         min_images=config["min_images"],
     )
-    found = {place: counts for place, *counts in rows}
-    points = []
-    for place, value in enumerate(values):
-        pictures, entities = found.get(place, (0, 0))
-        points.append(
-            {
-                "value": value,
-                "pictures": pictures,
-                "entities": entities,
-                "configured": value == round(float(config[name]), 10),
-            }
-        )
-    return points
+    found, own = {place: counts for place, *counts in rows}, round(float(config[name]), 10)
+    return [
+        {
+            **dict(zip(("pictures", "entities"), found.get(place, (0, 0)), strict=True)),
+            **{"value": value, "configured": value == own},
+        }
+        for place, value in enumerate(values)
+    ]
 
 
 # ------------------------------------------------------------------------------------ entity types

@@ -29,17 +29,14 @@ FINAL = "(FROM read_parquet($labels_final) WHERE key NOT IN (SELECT unnest($unwr
 _WRITING = ("ordered-i2e", "planned-i2e", "shards-i2e")
 
 # The order in which pairs get lost; reasons and stages not named here come in the middle.
-_STAGES = ("pairs", "links", "z_scores", "labels", "", "labels_final")
+_STAGES = (
+    *(*pairs_stage.STAGES, "caption_rows", "captions", "link_rows", "gathered", "embeddings"),
+    *("z_scores", "labels", "", "labels_final", *_WRITING),
+)
 _REASONS = (
-    *(
-        "removed",
-        "eval_duplicate",
-        "blocked_hash",
-        "blocked_domain",
-        "unsafe_column",
-        "unsafe_score",
-    ),
-    *("", "duplicate", "over_cap", "rare_entity", "picture_unreadable", "quarantined"),
+    *("removed", "eval_duplicate", "blocked_hash", "blocked_domain", "unsafe_column"),
+    *("unsafe_score", "", "duplicate", "over_cap", "rare_entity", "picture_unreadable"),
+    "quarantined",
 )
 
 _SCRIPTS = (
@@ -193,12 +190,16 @@ def picture_sizes(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
         return {"median": 0, "bins": []}
     sides, counts = (np.array(column, np.int64) for column in zip(*rows, strict=True))
     median = sides[np.searchsorted(np.cumsum(counts), (counts.sum() + 1) // 2)]
-    exponents = np.floor(np.log2(np.maximum(sides, 1))).astype(int)
     bins = [
-        {"from": 2**b, "to": 2 ** (b + 1) - 1, "pictures": int(counts[exponents == b].sum())}
-        for b in range(exponents.min(), exponents.max() + 1)
+        {"from": 2**b, "to": 2 ** (b + 1) - 1, "pictures": int(counts[sides >> b == 1].sum())}
+        for b in doubling(sides)
     ]
     return {"median": int(median), "bins": bins}
+
+
+def doubling(values: np.ndarray) -> range:
+    """The b of all bins from 2**b to 2**(b + 1) - 1 between the least and the largest of values."""
+    return range(int(values.min()).bit_length() - 1, int(values.max()).bit_length())
 
 
 def duplicates(

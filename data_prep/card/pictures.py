@@ -39,7 +39,7 @@ _THUMBNAIL = 112  # px of the shorter side
 def entity_strips(
     connection: duckdb.DuckDBPyConnection, files: Files, entities: records.Entities
 ) -> dict[str, list[dict]]:
-    """The entities with most pictures (`top`) and some of those with fewest (`rare`).
+    """The entities with most pictures, top_entities, and some with fewest, rare_entities.
 
     Returns:
       For both: {qid, name, description, images, keys}, keys of some of its pictures. Whatever is
@@ -73,7 +73,7 @@ def entity_strips(
             "keys": keys.get(int(kb_rows[i]), []),
         }
 
-    return {"top": [strip(i) for i in top], "rare": [strip(i) for i in rare]}
+    return {"top_entities": [*map(strip, top)], "rare_entities": [*map(strip, rare)]}
 
 
 def _hash(text: str) -> str:
@@ -108,10 +108,8 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
     # More than are shown: which group a labelled picture belongs to is known only afterwards.
     keys = sorted((key for [key] in rejected), key=_hash)[:_CANDIDATES]
     keys = sorted([*keys, *(key for [key] in final)], key=_hash)
-    labels = {
-        key: (entities, reason)
-        for key, entities, reason in _of_keys(connection, files["labels"], keys, "entities, reason")
-    }
+    rows = _of_keys(connection, files["labels"], keys, "entities, reason")
+    labels = {key: label for key, *label in rows}
     linked = engine.ask(
         connection,
         "SELECT key, mentions, candidates FROM read_parquet($files)"
@@ -125,8 +123,15 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
     links = {row["key"]: (row["mentions"], row["candidates"]) for row in linked.to_pylist()}
     texts = dict(_of_keys(connection, files["pairs"], keys, "text"))
     evidence = _evidence(connection, files, keys) if config["labels"] == "clip" else {}
-    entities = sorted({c["entity"] for _, candidates in links.values() for c in candidates})
-    names = _names(connection, files, entities)
+    rows = ask(
+        connection,
+        "SELECT file_row_number, label, coalesce(description, '')"
+        " FROM read_parquet($kb, file_row_number = true)"
+        " WHERE file_row_number IN (SELECT unnest($entities))",
+        entities=sorted({c["entity"] for _, candidates in links.values() for c in candidates}),
+        **files,
+    )
+    names = {entity: words for entity, *words in rows}
     found, left = [], dict(GALLERY)
     for key in keys:
         chosen, reason = labels[key]
@@ -136,9 +141,8 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
             continue
         left[group] -= 1
         rows = []
-        distinct: dict[int, dict] = {}  # an entity may be a candidate of several mentions
-        for candidate in sorted(candidates, key=lambda candidate: candidate["prior"]):
-            distinct[candidate["entity"]] = candidate
+        # An entity may be a candidate of several mentions.
+        distinct = {c["entity"]: c for c in sorted(candidates, key=lambda c: c["prior"])}
         for entity, candidate in distinct.items():
             row = {
                 "name": names[entity][0],
@@ -211,18 +215,3 @@ def _evidence(
         for key, *lists in rows
         for entity, score, *values in zip(*lists, strict=True)
     }
-
-
-def _names(
-    connection: duckdb.DuckDBPyConnection, files: Files, entities: list[int]
-) -> dict[int, tuple[str, str]]:
-    """Name and description of rows of the knowledge base."""
-    rows = ask(
-        connection,
-        "SELECT file_row_number, label, coalesce(description, '')"
-        " FROM read_parquet($kb, file_row_number = true)"
-        " WHERE file_row_number IN (SELECT unnest($entities))",
-        entities=entities,
-        **files,
-    )
-    return {entity: (name, description) for entity, name, description in rows}

@@ -40,22 +40,18 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
-    files = {stage: engine.listed(workdir / f"{stage}") for stage in stages}
-    if config.labels == "clip":
-        for stage in ("z_scores", "coherence"):
-            files[stage] = engine.listed(workdir / f"{stage}")
+    stages += ("z_scores", "coherence") if config.labels == "clip" else ()
+    files = {stage: engine.listed(workdir / stage) for stage in stages}
     # What the other data set leaves out is none of this one's.
     other = re.compile("(dropped|ordered|planned|shards)-i2t-")
     files["rejects"] = [path for path in files["rejects"] if not other.match(path.name)]
     # Which filters are on, also of one whose shards are all in quarantine.
     filters = [m["settings"]["stages"] for m in engine.read_manifests(workdir, "dropped-i2e")]
-    for stage in {*card_pictures.JUDGES} & {*itertools.chain(*filters)}:
+    for stage in sorted({*card_pictures.JUDGES} & {*itertools.chain(*filters)}):
         files[stage] = engine.listed(workdir / stage)
+    vocabulary = workdir / "i2e" / records.VERSION / records.ENTITIES_FILE
     files["kb"] = [workdir / "kb/entities.parquet"]
-    files["vocabulary"] = [
-        workdir / "i2e" / records.VERSION / records.ENTITIES_FILE,
-        workdir / "vocabulary/kb_rows.npy",
-    ]
+    files["vocabulary"] = [vocabulary, workdir / "vocabulary/kb_rows.npy"]
     files["manifests"] = [
         path
         for stage in ("indexed", "pairs", "dropped-i2e", "shards-i2e")
@@ -96,47 +92,42 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         files[stage], rest = rest[:count], rest[count:]
     config = settings["config"]
     entities = records.read_entities(files["vocabulary"][0])
-    stages = [os.path.basename(os.path.dirname(path)) for path in files["manifests"]]
+    stages = [os.path.basename(os.path.dirname(path)) for path in files.pop("manifests")]
     manifests = [m for stage in stages for m in engine.read_manifests(outputs.workdir, stage)]
     counts = {
         stage: engine.total_counts([m for m in manifests if m["stage"] == stage])
         for stage in ("pairs", "dropped-i2e", "shards-i2e")
     }
-    downloads = _failed_downloads(counts["pairs"])
     with engine.connect(outputs) as connection:
-        about = (connection, {name: paths for name, paths in files.items() if name != "manifests"})
-        about[1]["unwritten"] = card_numbers.unwritten(connection, files["rejects"])
-        strips = card_pictures.entity_strips(*about, entities)
+        files["unwritten"] = card_numbers.unwritten(connection, files["rejects"])
+        about = (connection, files)
         sources = card_numbers.by_source(*about)
         report = {
             "name": ", ".join(source.partition("=")[0] for source in config["sources"]),
             "config": config,
             "funnel": {
-                "not_downloaded": downloads["total"],
+                "not_downloaded": counts["pairs"].get("not_downloaded", 0),
                 "missing": counts["pairs"].get("pairs_missing", 0),
                 **card_numbers.funnel(*about, sources, counts["shards-i2e"]["records"]),
                 "entities": int(np.count_nonzero(entities.counts)),
             },
             "sources": sources,
-            "failed_downloads": downloads["by_status"],
+            "failed_downloads": _failed_downloads(counts["pairs"]),
             "rejects": card_numbers.rejects(*about),
             "labels_per_picture": card_labels.labels_per_picture(*about),
             "images_per_entity": card_labels.images_per_entity(entities.counts),
             "picture_sizes": card_numbers.picture_sizes(*about),
-            "z_scores": None,
-            "scores": None,
-            "sensitivity": None,
+            **dict.fromkeys(("z_scores", "scores", "sensitivity")),
             "entity_types": card_labels.entity_types(*about),
             "captions": card_numbers.scripts(*about),
             "duplicates": card_numbers.duplicates(*about, counts["dropped-i2e"]),
-            "top_entities": strips["top"],
-            "rare_entities": strips["rare"],
+            **card_pictures.entity_strips(*about, entities),
             "gallery": card_pictures.gallery(*about, config),
             "rates": _rates(outputs.workdir),
             "lineage": _lineage(manifests),
         }
         if config["labels"] == "clip":
-            report |= card_labels.histograms(about[1], config)
+            report |= card_labels.histograms(files, config)
             report["sensitivity"] = card_labels.sensitivity(*about, config, report["scores"])
         keys = [picture["key"] for picture in report["gallery"]]
         for entity in (*report["top_entities"], *report["rare_entities"]):
@@ -148,18 +139,11 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     return {"pictures": len(thumbnails)}
 
 
-def _failed_downloads(counts: dict[str, int]) -> dict:
-    """Pairs that the downloader got no picture for, where the input tells: total, by status."""
-    prefix = "not_downloaded_"
-    by_status = {
-        name.removeprefix(prefix): count
-        for name, count in counts.items()
-        if name.startswith(prefix)
-    }
-    return {
-        "total": counts.get("not_downloaded", 0),
-        "by_status": dict(sorted(by_status.items(), key=lambda entry: (-entry[1], entry[0]))),
-    }
+def _failed_downloads(counts: dict[str, int]) -> dict[str, int]:
+    """Pairs that the downloader got no picture for, by status, where the input tells."""
+    found = [(*name.partition("not_downloaded_")[1:], n) for name, n in counts.items()]
+    found = [(status, n) for prefix, status, n in found if prefix]
+    return dict(sorted(found, key=lambda entry: (-entry[1], entry[0])))
 
 
 def _rates(workdir: epath.Path) -> list[dict]:
@@ -175,23 +159,17 @@ def _rates(workdir: epath.Path) -> list[dict]:
 
 
 def _lineage(manifests: list[dict]) -> dict:
+    """Of files path, bytes and sha256, of shards also how many records."""
     # A large file is the input of several shards.
     inputs = {m["inputs"][0]["path"]: m["inputs"][0] for m in manifests if m["stage"] == "indexed"}
-    written = [m for m in manifests if m["stage"] == "shards-i2e"]
+    written = [
+        (m, entry) for m in manifests for entry in m["outputs"] if m["stage"] == "shards-i2e"
+    ]
     return {
-        "inputs": [
-            {"path": os.path.basename(i["path"]), "bytes": i["bytes"], "sha256": i["sha256"]}
-            for i in inputs.values()
-        ],
+        "inputs": [{**i, "path": os.path.basename(path)} for path, i in inputs.items()],
         "shards": [
-            {
-                "path": output["path"],
-                "bytes": output["bytes"],
-                "sha256": output["sha256"],
-                "records": manifest["counts"]["records"],
-            }
-            for manifest in written
-            for output in manifest["outputs"]
-            if ".array_record-" in output["path"]
+            {**entry, "records": manifest["counts"]["records"]}
+            for manifest, entry in written
+            if ".array_record-" in entry["path"]
         ],
     }
