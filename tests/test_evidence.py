@@ -196,6 +196,23 @@ def test_other_candidates_embed_only_pictures_that_had_none(world, tmp_path):
     assert model.pictures - seen == len(has)
 
 
+def test_a_shard_that_is_added_has_its_own_pictures_embedded_alone(world, tmp_path):
+    workdir, _, model, clip = world
+    config, work = workdirs.config(clip=clip), engine.Engine(workdir)
+    name = "colours-00001-00000.parquet"
+    for stage in ("pairs", "links"):
+        os.rename(workdir / stage / name, tmp_path / stage)
+    embed.run(config, work)
+    seen, before = model.pictures, _digests(workdir, "embeddings")
+    made = [os.stat(path).st_mtime_ns for path in map(workdir.joinpath, before)]
+    for stage in ("pairs", "links"):
+        os.rename(tmp_path / stage, workdir / stage / name)
+    embed.run(config, work)
+    own = pq.read_metadata(workdir / "embeddings" / name).num_rows
+    assert (len(before), model.pictures - seen) == (4, own)
+    assert [os.stat(path).st_mtime_ns for path in map(workdir.joinpath, before)] == made
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_entities_that_are_new_have_their_texts_embedded_alone(world, monkeypatch, blocks):
     workdir, _, model, clip = world
