@@ -62,7 +62,7 @@ def check(files):
         for name, data in files.items():
             (folder / "i2t/1.0.0" / name).write_bytes(data)
         try:
-            config = make_config(f"tfds:i2t@{folder}")
+            config = make_config(f"tfds:i2t@{folder}", rows_per_shard=1_000)
             manifests = pairs_stage.run(config, engine.Engine(folder / "w"))
         except errors.BadInput as error:
             assert str(error).endswith(".")  # noqa: PT017  an answer as well

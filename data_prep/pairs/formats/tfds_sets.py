@@ -51,10 +51,10 @@ def find(pattern: str) -> list[Shard]:
     shards = []
     for part in metadata.shard_parts(directory, split or "train"):
         path, start, stop = os.fspath(part.filename), part.skip, part.skip + part.take
-        # Metadata may claim 10^18 records. No record takes less than a byte, so that a shard which
-        # would hold fewer is told when the first of them is read.
+        # Metadata may claim 10^18 records, whose parts nobody can list. No record takes less than a
+        # byte; that a shard is shorter is told when the last record is read.
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        shards.append(Shard(path, start, min(stop, max(start + 1, size))))
+        shards.append(Shard(path, start if stop <= size else stop - 1, stop))
     return shards
 
 
