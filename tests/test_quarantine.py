@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import shutil
+import tarfile
 import tempfile
 
 import hypothesis
@@ -18,6 +19,7 @@ from data_prep.dataset import shards
 from data_prep.engine import jobs, manifests, relational
 from data_prep.linking import stage as linking_stage
 from data_prep.pairs import pictures as pairs_pictures
+from data_prep.pairs import stage as pairs_stage
 from data_prep.pairs.samples import Rejected
 from data_prep.selection import embed
 from mofi_jax.data import ops, records
@@ -261,3 +263,25 @@ def test_what_is_about_all_pairs_is_never_left_out(folder, tmp_path, monkeypatch
                 build_i2e.build(config(folder, "i2e"), tmp_path / "W")
     build_i2e.build(config(folder, "i2e"), tmp_path / "W")
     assert digest(tmp_path / "W", "i2e") == digest(folder / "i2e", "i2e")
+
+
+def _not_the_first(task, outputs, settings):
+    if task.inputs:
+        raise ValueError("a shard that cannot be made")
+    return {}
+
+
+def test_a_pair_that_has_the_key_of_a_reject_is_lost_too(tmp_path):
+    pair = workdirs.Pair("0000", 1, 1)
+    for name, data in (("0", b"no picture"), ("1", workdirs.picture(pair, "jpg"))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for suffix, member in (("jpg", data), ("txt", b"words")):
+                workdirs.add(tar, f"{pair.key}.{suffix}", member)
+    work = engine.Engine(tmp_path / "W", failure_budget=0.5)
+    pairs_stage.run(workdirs.config(sources=(f"words={tmp_path}",)), work)
+    [shard] = engine.listed(tmp_path / "W/pairs")
+    tasks = [engine.Task("a", (shard,)), engine.Task("b", ())]
+    work.map_shards("later", _not_the_first, tasks, {})
+    assert work.quarantined == {"later/a": 1}
+    reasons = [engine.read_table(path)["reason"] for path in engine.listed(tmp_path / "W/rejects")]
+    assert [r for column in reasons for r in column.to_pylist()] == ["quarantined", "not_a_picture"]

@@ -108,8 +108,8 @@ def write(folder, count: int = 60, tars: int = 3):
         with tarfile.open(tar_folder / f"{number:05d}.tar", "w") as tar:
             for pair in made[number::tars]:
                 suffix = "jpg" if int(pair.key) % 2 else "png"
-                _add(tar, f"{pair.key}.{suffix}", picture(pair, suffix))
-                _add(tar, f"{pair.key}.txt", caption(pair).encode())
+                add(tar, f"{pair.key}.{suffix}", picture(pair, suffix))
+                add(tar, f"{pair.key}.txt", caption(pair).encode())
     pairs_stage.run(config(sources=(f"colours={tar_folder}",)), engine.Engine(workdir))
     _write_kb(workdir)
     by_key = {pair.key: pair for pair in made}
@@ -138,7 +138,7 @@ def caption(pair: Pair) -> str:
     return "nothing" if pair.named is None else f"{NAMES[pair.named]} thing on background"
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))

@@ -26,6 +26,8 @@ from mofi_jax.data import records
 # What a path looks like: absolute, from home, from here or from above, or of a bucket.
 _PATH = re.compile(r"(?:[a-z][a-z0-9+.-]*:/(?=/)|(?<![\w.~}/])(?:~|\.{1,2}))?(?<!\w)/[^\s,{}]+")
 
+_TOLD = ("indexed", "pairs", "dropped-i2e", "shards-i2e")  # of these the counts, or files
+
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes report/index.html and report/report.json for the labelled data set in `workdir`.
@@ -52,20 +54,13 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     vocabulary = workdir / "i2e" / records.VERSION / records.ENTITIES_FILE
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [vocabulary, workdir / "vocabulary/kb_rows.npy"]
-    files["manifests"] = [
-        path
-        for stage in ("indexed", "pairs", "dropped-i2e", "shards-i2e")
-        if (path := workdir / stage / engine.MANIFESTS).exists()
-    ]
+    manifests = (workdir / stage / engine.MANIFESTS for stage in _TOLD)
+    files["manifests"] = [path for path in manifests if path.exists()]
     settings = {
         "version": 3,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         # The number of workers changes nothing, so the page does not show it.
-        "config": {
-            key: without_folders(value)
-            for key, value in config.to_dict().items()
-            if key != "workers"
-        },
+        "config": without_folders({k: v for k, v in config.to_dict().items() if k != "workers"}),
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
     return work.map_shards("report", _write, [task], settings, keys=None)

@@ -74,6 +74,10 @@ class Engine:
     def __exit__(self, *error) -> None:
         self.close()
 
+    def forget_rejects(self) -> None:
+        """What was rejected so far is no pair: the key of one may be that of a pair."""
+        self._rejects.clear()
+
     def close(self) -> None:
         """Ends worker processes; the next stage would start new ones."""
         self._executor.close()

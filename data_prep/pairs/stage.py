@@ -88,6 +88,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
+    work.forget_rejects()
     total = engine.total_counts(kept)
     if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
         logging.warning(
