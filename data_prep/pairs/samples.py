@@ -74,6 +74,18 @@ def cell(column, row: int) -> typing.Any:
         return None
 
 
+def key_and_url(row: Mapping[str, typing.Any], default: str) -> tuple[str, str | None]:
+    """What a row says of its key, else `default`, and of where the picture came from."""
+    found = (row.get(pick(row, columns)) for columns in (KEY_COLUMNS, URL_COLUMNS))
+    key, url = (text_of(value) for value in found)
+    return default if key in (None, "") else str(key), url if url and isinstance(url, str) else None
+
+
+def text_of(value: typing.Any) -> typing.Any:
+    """Bytes as text, those of other encodings spelt out; anything else as it is."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
 def first_text(value: typing.Any) -> typing.Any:
     """Of a list of captions the first that says something; anything else as it is."""
     if isinstance(value, list):

@@ -62,9 +62,8 @@ def read(
     """
     path, (first, start, stop) = inputs[0], part["range"]
     names = part["columns"]
-    key_column = samples.pick(names, samples.KEY_COLUMNS)
-    url_column = samples.pick(names, samples.URL_COLUMNS)
-    wanted = {part["text"], key_column, url_column, *keep} & set(names)
+    named = (samples.pick(names, some) for some in (samples.KEY_COLUMNS, samples.URL_COLUMNS))
+    wanted = {part["text"], *named, *keep} & set(names)
     with open_file(path) as file, told(path):
         batches = file.iter_batches(
             _BATCH, row_groups=range(start, stop), columns=[part["image"], *sorted(wanted)]
@@ -77,9 +76,7 @@ def read(
             for i, (blob, text) in enumerate(zip(blobs, texts, strict=True)):
                 counts["members"] += 1
                 row = {name: samples.cell(column, i) for name, column in others}
-                key, url = row.get(key_column), row.get(url_column)
-                key = key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key
-                key = str(key) if key not in (None, "") else f"{part['stem']}/{number:08d}"
+                key, url = samples.key_and_url(row, f"{part['stem']}/{number:08d}")
                 text = samples.first_text(text.as_py())  # bytes, not taken for UTF-8 yet
                 if not blob.is_valid:
                     yield Sample(key, reason="picture_missing")
@@ -90,7 +87,6 @@ def read(
                     yield Sample(key, reason="too_many_bytes")
                 else:
                     data = blob.as_py()
-                    url = url if isinstance(url, str) and url else None
                     yield Sample(key, text, data, None, 0, len(data), url, row)
                 number += 1
 

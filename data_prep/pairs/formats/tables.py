@@ -89,15 +89,16 @@ def read(
     with open(inputs[0], "rb") as file:
         for number, row in enumerate(_rows(file, part, start, stop), first):
             counts["members"] += 1
-            key = row.cells.get(samples.pick(row.cells, samples.KEY_COLUMNS))
-            key = str(key) if key not in (None, "") else f"{part['stem']}/{number:08d}"
+            key, url = samples.key_and_url(row.cells, f"{part['stem']}/{number:08d}")
             try:
-                yield _sample(key, row, part, folder, roots)
+                yield _sample(key, url, row, part, folder, roots)
             except Rejected as rejected:
                 yield Sample(key, reason=str(rejected))
 
 
-def _sample(key: str, row: Row, part: dict, folder: str, roots: tuple[str, ...]) -> Sample:
+def _sample(
+    key: str, url: str | None, row: Row, part: dict, folder: str, roots: tuple[str, ...]
+) -> Sample:
     if row.reason:
         raise Rejected(row.reason)
     text = samples.first_text(row.cells.get(part["text"]))
@@ -106,8 +107,6 @@ def _sample(key: str, row: Row, part: dict, folder: str, roots: tuple[str, ...])
     path, length = _locate(row.cells.get(part["image"]), folder, roots)
     with open(path, "rb") as file:
         data = file.read()
-    url = row.cells.get(samples.pick(row.cells, samples.URL_COLUMNS))
-    url = url if isinstance(url, str) and url else None
     extras = {name: _value(value) for name, value in row.cells.items()}
     return Sample(key, text, data, path, 0, length, url, extras)
 

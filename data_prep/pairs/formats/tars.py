@@ -249,7 +249,7 @@ def _sample(
     if "json" in parts and (row is None or "txt" not in parts):
         fields, broken = _fields(_content(path, parts["json"]))
     row = fields if row is None else row
-    url = row.get(samples.pick(row, samples.URL_COLUMNS))
+    _, url = samples.key_and_url(row, key)
     if "txt" in parts:
         text = _content(path, parts["txt"])
     elif broken:
@@ -268,7 +268,7 @@ def _sample(
         _place(path, picture),
         picture.offset,
         picture.length,
-        url if isinstance(url, str) else None,
+        url,
         row,
     )
 

@@ -89,19 +89,16 @@ def read(
             yield Sample(key, reason="broken_record")
             continue
         row = {name: _value(fields[name]) for name in fields if name != picture}
-        own = _words(row.get(samples.pick(row, samples.KEY_COLUMNS)))
-        key = key if own in (None, "") else str(own)
-        url = _words(row.get(samples.pick(row, samples.URL_COLUMNS)))
+        key, url = samples.key_and_url(row, key)
         words = row.get(text)
         found = fields[picture].bytes_list.value if picture in fields else []
-        extras = {name: _words(row.get(name)) for name in keep}
         if not found:
             yield Sample(key, reason="no_picture")
         elif len(found[0]) > pictures.MAX_BYTES:
             yield Sample(key, reason="too_many_bytes")
         else:
             words = words if isinstance(words, bytes) else None
-            url = url if isinstance(url, str) and url else None
+            extras = {name: samples.text_of(row.get(name)) for name in keep}
             yield Sample(key, words, found[0], path, number, len(found[0]), url, extras)
 
 
@@ -185,7 +182,3 @@ def _value(field) -> typing.Any:
     kind = field.WhichOneof("kind")
     values = getattr(field, kind).value if kind else ()
     return values[0] if len(values) == 1 else None
-
-
-def _words(value: typing.Any) -> typing.Any:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
