@@ -240,6 +240,18 @@ def test_entities_that_are_new_have_their_texts_embedded_alone(world, monkeypatc
     assert _digests(workdir, "texts") == expected
 
 
+def test_nothing_is_left_of_embeddings_that_no_candidate_asks_for(world):
+    workdir, _, _, clip = world
+    config, work = workdirs.config(clip=clip), engine.Engine(workdir)
+    embed.run(config, work)
+    _change(workdir, "links", lambda rows: [row | {"candidates": []} for row in rows])
+    embed.run(config, work)
+    left = _digests(workdir, "texts", "embeddings")
+    shutil.rmtree(workdir / "embeddings")
+    embed.run(config, work)
+    assert _digests(workdir, "texts", "embeddings") == left
+
+
 def test_a_moved_model_is_the_same_model(world, tmp_path):
     workdir, _, model, clip = world
     embed.run(workdirs.config(clip=clip), engine.Engine(workdir))
@@ -281,6 +293,14 @@ def clip_folder(tmp_path_factory):
     texts = ["red, the colour red", "green thing on background"]
     synthetic.write_clip(folder / "model", texts)
     return str(folder / "model")
+
+
+def test_a_model_is_loaded_once_until_another_takes_its_place(tmp_path, clip_folder):
+    folder = os.fspath(shutil.copytree(clip_folder, tmp_path / "clip"))
+    model = embed.load_model(folder, 8)
+    assert embed.load_model(folder, 8) is model
+    os.utime(tmp_path / "clip/model.safetensors")
+    assert embed.load_model(folder, 8) is not model
 
 
 def test_eight_devices_score_as_one_does(tmp_path, monkeypatch, mesh_of, clip_folder):

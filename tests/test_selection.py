@@ -163,12 +163,12 @@ def test_blocks_and_runs_change_nothing(world, monkeypatch):
     found = []
     for size, files in ((1 << 16, 4), (2, 1)):
         monkeypatch.setattr(embed, "_TEXTS", size)
-        monkeypatch.setattr(embed, "_BUCKETS", 3)
+        monkeypatch.setattr(embed, "_BUCKETS", 16)  # some without a text
         monkeypatch.setattr(relational, "_FILES_PER_RUN", files)
         choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
         found.append([label_tables.read(workdir, "z_scores/*.parquet")])
         found[-1].append(label_tables.read(workdir, "coherence/*.parquet"))
-    assert len(list((workdir / "texts").glob("*.npy"))) == 3
+    assert len(list((workdir / "texts").glob("*.npy"))) == 16
     assert len(list((workdir / "moment_parts").glob("*.npy"))) == 3
     assert found[0] == found[1]
 
@@ -236,6 +236,15 @@ def test_shards_without_candidates(world, empty):
     assert len(labels) == 60
     assert any(row["entities"] for row in labels.values()) == (empty < 3)
     assert (model.pictures == 0) == (empty == 3)
+
+
+def test_pictures_that_are_all_gone_are_rejects(world, tmp_path):
+    workdir, pairs, _, clip = world
+    for path in (tmp_path / "tars").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    for key, row in _labels(workdir).items():
+        assert row["reason"] == ("no_mention" if pairs[key].named is None else "picture_unreadable")
 
 
 def test_bad_configurations(world):

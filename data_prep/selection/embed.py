@@ -21,7 +21,7 @@ import itertools
 import os
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import ml_collections
 import numpy as np
@@ -131,13 +131,13 @@ def model_files(folder: str) -> list[str]:
 
 
 def load_model(folder: str, batch_size: int):
-    """The CLIP model (`mofi_jax.inference.Model`) in `folder`, loaded once per process."""
+    """The CLIP model (`mofi_jax.inference.Model`) in `folder`, kept until another lies there."""
     with _LOADING:
-        return _load_model(folder, batch_size)
+        return _load_model(model_files(folder), folder, batch_size)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_model(folder: str, batch_size: int):
+@engine.kept
+def _load_model(files: Sequence[str], folder: str, batch_size: int):
     from mofi_jax import inference
     from mofi_jax.distributed import meshes
 
@@ -221,9 +221,10 @@ def _embed_new(
     kept = [outputs.kept(f"{name}.{end}", fingerprint) for end in ("npy", "parquet")]
     place, old = np.full(len(what), -1), np.zeros((0, 0), np.float16)
     if all(kept):
-        old, known = np.load(kept[0]), engine.read_table(kept[1]).columns[-1]
-        place = link_rows.positions(what, known)
+        place = link_rows.positions(what, engine.read_table(kept[1]).columns[-1])
     new = place < 0
+    if not new.all():  # else not even their width is taken over
+        old = np.load(kept[0])
     fresh = embed(np.flatnonzero(new)) if new.any() else old[:0]
     # Without a row, or where nothing could be decoded, they have no width.
     width = max(old.shape[1], fresh.shape[1])

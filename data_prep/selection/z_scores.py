@@ -246,12 +246,16 @@ def _add_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) ->
     texts_path, moments_path, *parts = task.inputs
     texts = np.load(texts_path)
     _, covariance = _mean_and_covariance(moments_path)
+    if not len(covariance):  # no picture
+        covariance = np.zeros((texts.shape[1], texts.shape[1]))
     first = settings["starts"][int(task.name)]
     prototypes, measures = np.zeros(texts.shape, np.float32), np.zeros((3, len(texts)))
     runs = len(parts) // 3
     for own in (parts[i::runs] for i in range(runs)):
         columns, sums, weights = (np.load(path, mmap_mode="r") for path in own)
         begin, end = np.searchsorted(columns, (first, first + len(texts)))
+        if begin == end:  # where there is no picture or no text, there is no width either
+            continue
         place = columns[begin:end] - first
         measures[0, place] += weights[begin:end]
         prototypes[place] += sums[begin:end]
