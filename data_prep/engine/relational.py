@@ -159,7 +159,7 @@ def read_buckets(files: Sequence[str], first: int, last: int) -> pa.Table:
     parts = []
     for path in files:
         with pq.ParquetFile(path) as file:
-            parts.append(file.read_row_groups(list(range(first, last))))
+            parts.append(file.read_row_groups(list(range(first, last)), use_threads=False))
     return pa.concat_tables(parts)
 
 
@@ -211,10 +211,12 @@ def gather_shards(task: Task, settings: dict) -> Iterator[tuple[str, pa.Table]]:
     spills, tables = task.inputs[: settings["spills"]], task.inputs[settings["spills"] :]
     bucket = int(task.name)
     table = read_buckets(spills, bucket, bucket + 1)
+    of, row, table = table["shard"], table["row"].to_numpy(), table.drop_columns(["shard"])
     for path in tables:
         shard = epath.Path(path).stem
-        own = table.filter(pc.equal(table["shard"], shard)).drop_columns(["shard"])
-        yield shard, own.sort_by("row").combine_chunks()
+        own = np.flatnonzero(pc.equal(of, shard).to_numpy())
+        # Copied once, and held by the caller alone.
+        yield shard, table.take(own[np.argsort(row[own])]).combine_chunks()
 
 
 def find_repeated(task: Task, outputs: Outputs, settings: dict) -> dict[str, int]:
