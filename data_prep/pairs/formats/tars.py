@@ -15,6 +15,7 @@ the middle also what lies behind, and a file that is no tar is one reject.
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -177,11 +178,22 @@ def read(
             yield Sample(name, reason="not_a_tar")
         for offset in head["damaged"]:
             yield Sample(f"{name}@{offset}", reason="tar_damaged")
-    for key, parts in groups:
-        if parts is None:
-            yield Sample(key, reason="duplicate_key")
-        else:
-            yield _sample(key, parts, path, describe(key) if describe else None)
+    with contextlib.ExitStack() as stack:
+        tar = None if os.path.isdir(path) else stack.enter_context(open(path, "rb"))
+
+        def place(member: Member) -> str:
+            return path if tar else os.path.join(path, member.name)
+
+        def content(member: Member) -> bytes:
+            with contextlib.nullcontext(tar) if tar else open(place(member), "rb") as file:
+                file.seek(member.offset)
+                return file.read(member.length)
+
+        for key, parts in groups:
+            if parts is None:
+                yield Sample(key, reason="duplicate_key")
+            else:
+                yield _sample(key, parts, content, place, describe(key) if describe else None)
 
 
 def _look(path: str) -> tuple[dict, list[tuple[str, dict[str, Member] | None]]]:
@@ -222,20 +234,11 @@ def _lines(path: str, start: int, stop: int) -> list[tuple[str, dict[str, Member
         ]
 
 
-def _place(path: str, member: Member) -> str:
-    return os.path.join(path, member.name) if os.path.isdir(path) else path
-
-
-def _content(path: str, member: Member) -> bytes:
-    with open(_place(path, member), "rb") as file:
-        file.seek(member.offset)
-        return file.read(member.length)
-
-
 def _sample(
     key: str,
     parts: dict[str, Member],
-    path: str,
+    content: typing.Callable[[Member], bytes],
+    place: typing.Callable[[Member], str],
     row: dict | None,
 ) -> Sample:
     """`row` is what the sidecar says; without sidecar (None) the .json member is read for it."""
@@ -247,11 +250,11 @@ def _sample(
             return Sample(key, reason=reason)
     fields, broken = {}, None
     if "json" in parts and (row is None or "txt" not in parts):
-        fields, broken = _fields(_content(path, parts["json"]))
+        fields, broken = _fields(content(parts["json"]))
     row = fields if row is None else row
     _, url = samples.key_and_url(row, key)
     if "txt" in parts:
-        text = _content(path, parts["txt"])
+        text = content(parts["txt"])
     elif broken:
         return Sample(key, reason=broken)
     else:
@@ -264,8 +267,8 @@ def _sample(
     return Sample(
         key,
         text,
-        _content(path, picture),
-        _place(path, picture),
+        content(picture),
+        place(picture),
         picture.offset,
         picture.length,
         url,
