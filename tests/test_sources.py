@@ -246,6 +246,8 @@ def test_sources_in_short(tmp_path):
     assert source_files.shorthand("a/x+y@b/") == ("x=a/x", "y=b/")
     assert source_files.shorthand("tfds:i2t:train[:5]@/d") == ("i2t=tfds:i2t:train[:5]@/d",)
     assert source_files.shorthand("t@tfds:i2t@/d+/") == ("t=tfds:i2t@/d", "pairs=/")
+    both = source_files.shorthand(f"mine@tfds:i2t+b@{tmp_path}")
+    assert both == ("mine=tfds:i2t", f"b={tmp_path}")
     odd = tmp_path / "a+b@c"
     odd.mkdir()
     assert source_files.shorthand(str(odd)) == (f"a_b_c={odd}",)

@@ -134,7 +134,9 @@ def _source(entry: str) -> tuple[str, str]:
 
 def _matches(pattern: str) -> bool:
     if pattern.startswith(tfds_sets.PREFIX):
-        pattern = pattern.partition("@")[2]
+        name, _, pattern = pattern.partition("@")
+        if "+" in name:  # a set in TFDS's own folder, and another source
+            return False
     return os.path.exists(pattern) or next(glob.iglob(pattern), None) is not None
 
 
