@@ -45,9 +45,14 @@ POSITION = checkpoint.Position(
 )
 
 
+@pytest.fixture(scope="module")
+def on_eight(mesh_of):
+    return state.create(initialiser(), 5, mesh_of["2x2x2"])[0]
+
+
 @pytest.fixture
-def saved(tmp_path, mesh_of):
-    train_state, _ = state.create(initialiser(), 5, mesh_of["2x2x2"])
+def saved(tmp_path, on_eight):
+    train_state = on_eight
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
     checkpointer.save(20, train_state, POSITION)
     checkpointer.wait()

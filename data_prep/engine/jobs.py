@@ -146,13 +146,13 @@ def kept(read: Callable) -> Callable:
     """Makes read(files, ...) keep its last result in this process, until a file changes."""
 
     @functools.lru_cache(maxsize=1)
-    def once(changed: tuple[int, ...], *arguments):
+    def once(seen: tuple[tuple[int, int], ...], *arguments):
         return read(*arguments)
 
     @functools.wraps(read)
     def wrapped(files: Sequence[str], *arguments):
-        changed = tuple(os.stat(file).st_mtime_ns for file in files)
-        return once(changed, tuple(files), *arguments)
+        seen = tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
+        return once(seen, tuple(files), *arguments)
 
     return wrapped
 
