@@ -1,6 +1,7 @@
 """The engine when things go wrong: retries, quarantine, the failure budget, a full disk."""
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine
-from data_prep.engine import jobs, manifests
+from data_prep.engine import executors, jobs, manifests
 from mofi_jax.common import errors
 
 
@@ -166,6 +167,15 @@ def test_a_killed_worker_costs_its_shard_alone(tmp_path):
     assert [m["outputs"] for m in clean.map_shards("shout", shout, tasks, {})] == [
         m["outputs"] for m in manifests
     ]
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_worker_that_dies_as_it_starts_costs_its_shard(tmp_path, monkeypatch, accelerator):
+    monkeypatch.setattr(executors, "_die_with_parent", functools.partial(os._exit, 1))
+    tasks = make_tasks(tmp_path, ["one"])
+    work = engine.Engine(tmp_path / "w", workers=2)
+    with work, pytest.raises(engine.ShardError, match="shard 00000: its worker process died twice"):
+        work.map_shards("shout", shout, tasks, {}, accelerator=accelerator)
 
 
 def test_seconds_of_stages(tmp_path):

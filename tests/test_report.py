@@ -179,9 +179,10 @@ def test_no_path_of_the_machine_is_told(card, tmp_path):
         ("folder/pairs", "folder/pairs"),
         ("{name}, a photo with/without {description} / more", None),
         ({"filters": {"sets": ["/a/b", 3, None]}}, {"filters": {"sets": ["b", 3, None]}}),
+        ({"workers": 1, "kb": {"workers": 2, "alpha": 1}}, {"kb": {"alpha": 1}}),
     ],
 )
-def test_of_paths_the_last_part_is_shown(value, shown):
+def test_of_paths_the_last_part_is_shown_and_no_number_of_workers(value, shown):
     assert card_stage.without_folders(value) == (value if shown is None else shown)
 
 

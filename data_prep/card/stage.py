@@ -59,21 +59,20 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     settings = {
         "version": 3,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
-        # The number of workers changes nothing, so the page does not show it.
-        "config": without_folders({k: v for k, v in config.to_dict().items() if k != "workers"}),
+        "config": without_folders(config.to_dict()),
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
     return work.map_shards("report", _write, [task], settings, keys=None)
 
 
 def without_folders(value):
-    """A config value, of the paths in it only their last part: a page tells nothing of a machine.
+    """A config value, of paths only the last part, and no workers: a page tells of no machine.
 
     Args:
       value: anything that JSON holds.
     """
     if isinstance(value, dict):
-        return {key: without_folders(entry) for key, entry in value.items()}
+        return {key: without_folders(v) for key, v in value.items() if key != "workers"}
     if isinstance(value, list | tuple):
         return [without_folders(entry) for entry in value]
     if isinstance(value, str):

@@ -106,11 +106,11 @@ class Local:
     def _submit(
         self, job: jobs.Job, accelerator: bool, processes: int
     ) -> concurrent.futures.Future:
-        if accelerator not in self._pools:
-            self._pools[accelerator] = _Owner() if accelerator else spawned(processes)
         try:
+            if accelerator not in self._pools:
+                self._pools[accelerator] = _Owner() if accelerator else spawned(processes)
             return self._pools[accelerator].submit(jobs.attempt, job)
-        except concurrent.futures.process.BrokenProcessPool as error:  # died while idle
+        except concurrent.futures.process.BrokenProcessPool as error:  # died idle
             future: concurrent.futures.Future = concurrent.futures.Future()
             future.set_exception(error)
             return future
@@ -144,7 +144,10 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
     def __init__(self):
         super().__init__(_AT_ONCE)
         self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
-        self._manager.start(_die_with_parent)
+        try:
+            self._manager.start(_die_with_parent)
+        except EOFError as error:
+            raise concurrent.futures.process.BrokenProcessPool("died as it started") from error
         self._accelerator = self._manager.accelerator()
 
     def submit(self, attempt: Callable, job: jobs.Job) -> concurrent.futures.Future:
