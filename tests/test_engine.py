@@ -1,11 +1,13 @@
 """The engine: resume, manifests, failures, kill -9, and bytes that do not depend on the workers."""
 
 import hashlib
+import multiprocessing.process
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -155,7 +157,13 @@ def name_process(task, outputs, settings):
     return {"rows": 1}
 
 
-def test_one_other_process_owns_the_accelerator_and_keeps_its_model(tmp_path):
+def test_one_other_process_owns_the_accelerator_and_keeps_its_model(tmp_path, monkeypatch):
+    # A socket there could not have a name: those end at 107 bytes.
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setitem(os.environ, "TMPDIR", str(long))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
     tasks = [engine.Task(f"{number}", ()) for number in range(3)]
     with engine.Engine(tmp_path, 2) as work:
         for stage in ("model", "other", "model2"):

@@ -143,7 +143,9 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
 
     def __init__(self):
         super().__init__(_AT_ONCE)
-        self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
+        # A socket in TMPDIR would have to have a short name.
+        address, context = ("127.0.0.1", 0), multiprocessing.get_context("spawn")
+        self._manager = _Manager(address, ctx=context)
         try:
             self._manager.start(_die_with_parent)
         except EOFError as error:
