@@ -292,6 +292,23 @@ def test_after_a_kill_no_file_is_there_that_no_manifest_names(tmp_path, monkeypa
     assert len(engine.listed(tmp_path / "spread", ".txt")) == 3
 
 
+def test_after_a_kill_an_older_file_of_the_same_size_is_made_again(tmp_path, monkeypatch):
+    work = engine.Engine(tmp_path / "w")
+    work.map_shards("shout", shout, make_tasks(tmp_path / "in", ["one"]), {})
+    tasks = make_tasks(tmp_path / "in", ["two"])
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests.Ledger, "_tidy", lambda self: None)
+        patch.setattr(os, "replace", die_at_once)
+        with pytest.raises(Killed):
+            work.map_shards("shout", shout, tasks, {})
+    work.map_shards("shout", shout, tasks, {})
+    assert (tmp_path / "w/shout/00000.txt").read_text() == "TWO"
+
+
+def die_at_once(*arguments):
+    raise Killed
+
+
 def test_a_manifest_that_a_kill_cut_in_the_middle_of_a_letter_costs_itself(tmp_path):
     tasks = make_tasks(tmp_path / "ü", ["one", "two"])
     engine.Engine(tmp_path / "w").map_shards("shout", shout, tasks[:1], {})

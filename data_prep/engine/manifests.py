@@ -20,6 +20,7 @@ import json
 import os
 import time
 import typing
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from absl import logging
@@ -237,7 +238,12 @@ class Ledger:
 
     def times(self, shard: str) -> dict[str, list[int]]:
         """Size and modification time, by name, of a shard's files when its hashes were known."""
-        return self._notes.get(shard, {}).get("files", {})
+        note = self._notes.get(shard, {})
+        # After a kill they may be of the files of an earlier manifest.
+        return note.get("files", {}) if note.get("of") == self._checksum(shard) else {}
+
+    def _checksum(self, shard: str) -> int:
+        return zlib.crc32(_line(self._manifests.get(shard)).encode())
 
     def add(self, manifest: dict, seconds: float, folder: str | os.PathLike[str]) -> None:
         """Writes a shard's manifest and gives its outputs, which lie in `folder`, their names.
@@ -271,7 +277,7 @@ class Ledger:
             if status is not None:
                 stats[entry["path"]] = list(status)
                 _known[path] = (*status, entry["sha256"])
-        self._notes.setdefault(shard, {})["files"] = stats
+        self._notes.setdefault(shard, {}).update(files=stats, of=self._checksum(shard))
 
     def remove(self, shard: str) -> None:
         """Removes a shard: all its outputs, then its manifest, or nobody would know of them."""
@@ -300,13 +306,13 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def _line(entry: dict) -> str:
+def _line(entry: dict | None) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _read_notes(folder: epath.Path) -> dict[str, dict]:
-    """Of each shard {"files": {name: [bytes, ns]}, "seconds", "made": when}."""
-    types = {"files": dict, "seconds": int | float, "made": int | float}
+    """Of each shard {"files": {name: [bytes, ns]}, "of": of which manifest, "seconds", "made"}."""
+    types = {"files": dict, "of": int, "seconds": int | float, "made": int | float}
     return {
         shard: note
         for shard, note in (read_json(folder / _TIMES) or {}).items()
