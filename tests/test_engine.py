@@ -81,6 +81,24 @@ def test_outputs_manifest_and_counts(tmp_path):
     assert not list(work.glob("shout/.tmp/*"))
 
 
+def lengthen(task, outputs, settings):
+    kept = outputs.kept("longer/0.txt", task.inputs[0])
+    outputs.path("longer/0.txt").write_text((kept.read_text() if kept else "") + "x")
+    return {}
+
+
+def test_what_is_taken_over_depends_on_settings_inputs_that_are_named_and_itself(tmp_path):
+    work, found = engine.Engine(tmp_path / "w"), []
+    for model, rows, version in ("aa1", "ab1", "ac1", "ad2", "bd2", "be2", "bf2"):
+        model, _ = make_tasks(tmp_path / "in", [model, rows])
+        task = engine.Task("0", (*model.inputs, tmp_path / "in/1.txt"))
+        if rows == "f":
+            (tmp_path / "w/longer/0.txt").write_text("xy")
+        work.map_shards("longer", lengthen, [task], {"version": version})
+        found.append((tmp_path / "w/longer/0.txt").read_text())
+    assert found == ["x", "xx", "xxx", "x", "x", "xx", "x"]
+
+
 def test_finished_shards_are_skipped_and_changes_redone(tmp_path):
     words = ["one", "two", "three"]
     tasks, work = make_tasks(tmp_path / "in", words), tmp_path / "work"
