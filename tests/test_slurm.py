@@ -82,6 +82,9 @@ def test_what_sbatch_refuses_is_told_and_an_accelerator_is_asked_for_where_it_wo
         with pytest.raises(errors.BadInput, match="no such partition"):
             [*executor.run([engine_job(), engine_job()], accelerator)]
     asked = (tmp_path / "asked").read_text()
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(errors.BadInput, match="mend --slurm"):
+        [*executor.run([engine_job()], False)]
     assert asked.count("--time=5") == 2
     assert asked.count("--partition=gpu") == asked.count("--gpus-per-node=1") == 1
 

@@ -89,10 +89,10 @@ class Slurm:
                 part = runs[start : start + self._MOST_RUNS]
                 try:
                     waiting |= zip(executor.map_array(attempts, part), part, strict=True)
-                except RuntimeError as error:  # what sbatch says
+                except RuntimeError as error:
+                    said = str(error).partition("\n")[0]  # by sbatch
                     raise errors.BadInput(
-                        f"SLURM takes no jobs ({str(error).splitlines()[0]}): mend --slurm or"
-                        " --slurm_accelerator."
+                        f"SLURM takes no jobs ({said}): mend --slurm or --slurm_accelerator."
                     ) from error
             for sent in self._submitit.helpers.as_completed([*waiting], None, self._POLL_SECONDS):
                 run = waiting.pop(sent)
