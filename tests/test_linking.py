@@ -1,6 +1,7 @@
 """Linking: mentions of three kinds, all candidates, deterministic shards, the sample's recall."""
 
 import gzip
+import importlib.metadata
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ import pytest
 
 from data_prep import engine
 from data_prep.kb import build as kb_build
-from data_prep.kb import lookup
+from data_prep.kb import lookup, names
 from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
 from tests import inputs
@@ -209,6 +210,18 @@ def test_a_pipeline_that_is_replaced_in_place_reads_everything_again(tmp_path, r
     pipeline.rename(tmp_path / "moved")
     config.spacy_model = str(tmp_path / "moved")
     linking_stage.run(config, engine.Engine(folder))
+    assert len(read_texts) == 4
+
+
+@pytest.mark.parametrize("package", ["spacy", names.NOUNS])
+def test_another_version_of_a_package_reads_everything_again(
+    tmp_path, read_texts, monkeypatch, package
+):
+    folder = work_folder(tmp_path, [["a rose", "nothing"]])
+    linking_stage.run(make_config(), engine.Engine(folder))
+    now = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda of: now(of) + "x" * (of == package))
+    linking_stage.run(make_config(), engine.Engine(folder))
     assert len(read_texts) == 4
 
 
