@@ -74,6 +74,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_stages_know_the_libraries_that_decide_their_bytes(folder):
+    decoding = ("indexed", "embeddings", "eval_hashes", "eval_embeddings", "shards-i2e")
+    for name, stages in (("decoders", decoding), ("tokenizers", ("texts", "metadata-i2e"))):
+        for stage in stages:
+            found = engine.read_manifests(folder / "i2e", stage)
+            assert found
+            assert all(manifest["settings"][name] for manifest in found), stage
+
+
 def keys_of(workdir, dataset):
     """Written keys, and rejected ones of this data set's stages."""
     source = records.open_source(workdir, dataset)

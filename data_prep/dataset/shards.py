@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from data_prep import engine
 from data_prep.dataset import files as dataset_files
 from data_prep.dataset import order as record_order
 from data_prep.dataset import vocabulary
+from data_prep.pairs import pictures
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops, records
 
@@ -64,6 +66,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     ]
     settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
     settings |= {"dataset": dataset, "shards": len(plans), "shards_per_plan": _per_plan(plans)}
+    settings["decoders"] = pictures.DECODERS
     keys = functools.partial(_keys_of_shard, _per_plan(plans))
     written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings, keys=keys)
     _fill_in(work, dataset, plans, written)
@@ -206,6 +209,7 @@ def _describe(
     settings = {
         "version": 2,
         "dataset": dataset,
+        "tokenizers": importlib.metadata.version("tokenizers"),
         "vocab_size": config.vocab_size,
         "tokenizer_captions": TOKENIZER_CAPTIONS,
         "shard_lengths": [lengths.get(plan.shard) for plan in plans],  # None: in quarantine

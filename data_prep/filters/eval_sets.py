@@ -82,7 +82,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
         parts += [loose[i : i + _FILES_PER_TASK] for i in range(0, len(loose), _FILES_PER_TASK)]
         tasks += [engine.Task(f"{name}-{i:05d}", tuple(part)) for i, part in enumerate(parts)]
     # A shard of pairs may be left out; of an evaluation set, what is left out would be missed.
-    written = work.map_shards("eval_hashes", _hash, tasks, {}, keys=None)
+    settings = {"decoders": pictures.DECODERS}
+    written = work.map_shards("eval_hashes", _hash, tasks, settings, keys=None)
     for name in config.filters.eval_sets:
         own = [m for m in written if _set_of(m["shard"]) == name]
         if not engine.total_counts(own).get("pictures"):
@@ -93,7 +94,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
         model = os.fspath(work.workdir / "model/fingerprint.txt")
         tasks = [engine.Task(task.name, (model, *task.inputs)) for task in tasks]
         function = functools.partial(_embed, config.clip, config.batch_size)
-        work.map_shards("eval_embeddings", function, tasks, {}, keys=None, accelerator=True)
+        work.map_shards("eval_embeddings", function, tasks, settings, keys=None, accelerator=True)
     return tuple(m["shard"] for m in written)
 
 

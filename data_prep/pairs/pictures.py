@@ -1,6 +1,7 @@
 """Pictures: which can be used, and a hash by which near-copies find each other."""
 
 import functools
+import importlib.metadata
 import typing
 
 import numpy as np
@@ -10,6 +11,9 @@ from data_prep.pairs.samples import Rejected
 
 # No single web picture is larger; what claims to be is not read into memory to find out.
 MAX_BYTES = 100_000_000
+
+# What decides which pixels bytes become: stages that decode have it in their settings.
+DECODERS = {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow")}
 
 # Cosines in fixed point. Whole numbers give the same hash on every machine, where the last bits of
 # floating point matrix products, and with them the bits of flat pictures, depend on the processor.

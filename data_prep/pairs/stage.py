@@ -84,7 +84,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     tasks = _plan(find(config.sources), config.rows_per_shard, work)
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
-    settings = {"version": 8, **{name: config[name] for name in names}}
+    settings = {"version": 8, "decoders": pictures.DECODERS}
+    settings |= {name: config[name] for name in names}
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)

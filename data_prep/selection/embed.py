@@ -17,6 +17,7 @@ else changes, other candidates or a knowledge base that has grown, embeds only w
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import os
 import threading
@@ -31,7 +32,7 @@ from jaxtyping import Float
 
 from data_prep import engine
 from data_prep.linking import rows as link_rows
-from data_prep.pairs import ahead
+from data_prep.pairs import ahead, pictures
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
 from mofi_jax.data import ops
@@ -81,7 +82,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
         engine.Task(path.stem, (path, workdir / "pairs" / path.name, fingerprint)) for path in links
     ]
     function = functools.partial(_embed_pairs, *model)
-    embedded = work.map_shards("embeddings", function, tasks, {"version": 2}, accelerator=True)
+    settings = {"version": 2, "decoders": pictures.DECODERS}
+    embedded = work.map_shards("embeddings", function, tasks, settings, accelerator=True)
 
     entities = "candidates/entities.parquet"
     tables = {"kb": [workdir / "kb/entities.parquet"]}
@@ -94,6 +96,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
         for block in range(_BUCKETS // each if count else 0)
     ]
     settings = {"version": 3, "template": config.template, "buckets": each}
+    settings["tokenizers"] = importlib.metadata.version("tokenizers")
     function = functools.partial(_embed_texts, *model)
     work.map_shards("texts", function, tasks, settings, keys=None, accelerator=True)
     return [manifest["shard"] for manifest in embedded]
