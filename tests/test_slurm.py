@@ -40,6 +40,7 @@ def test_an_array_writes_the_same_bytes_as_one_process(tmp_path, executor):
     work = engine.Engine(tmp_path / "there", executor=executor)
     work.map_shards("shout", shout, tasks, SETTINGS)
     assert digests(tmp_path / "there") == digests(tmp_path / "here")
+    assert not (tmp_path / "jobs").exists()
 
 
 def test_a_run_that_dies_costs_the_shard_that_killed_it(tmp_path, executor, monkeypatch):
@@ -53,6 +54,7 @@ def test_a_run_that_dies_costs_the_shard_that_killed_it(tmp_path, executor, monk
     assert [*work.quarantined] == ["shout/00001"]
     [note] = (tmp_path / "w/quarantine").iterdir()
     assert "SLURM" in note.read_text()
+    assert [*(tmp_path / "jobs").glob("*.err")], "logs that may say why"
 
 
 def test_the_memory_of_a_stage_is_asked_for_unless_the_user_did(executor):

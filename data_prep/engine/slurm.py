@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -29,7 +30,8 @@ class Slurm:
     ):
         """
         Args:
-          folder: where submitit puts jobs and their logs; all machines see it.
+          folder: where submitit puts jobs and their logs, until a stage is done in which no job
+            died; all machines see it.
           options: what to ask SLURM for, "partition=cpu,time=240,mem=8GB,array_parallelism=64":
             sbatch's long options with underscores, `time` in minutes.
           accelerator: the same on top for the stages with an accelerator,
@@ -47,6 +49,7 @@ class Slurm:
                 '--engine=slurm needs submitit: pip install "submitit>=1.5", or leave --engine out.'
             ) from error
         self._submitit, self._options = submitit, {}
+        self._folder, self._died = folder, False
         os.environ["PYTHONPATH"] = executors.import_paths()  # jobs inherit it
         try:
             # One each: an executor keeps whatever it was ever asked for.
@@ -71,12 +74,16 @@ class Slurm:
             for run, outcomes in self._submitted(runs, self._executors[accelerator]):
                 if not isinstance(outcomes, str):
                     yield from zip(run, outcomes, strict=True)
-                elif len(run) > 1:
+                    continue
+                self._died = True
+                if len(run) > 1:
                     again += [[job] for job in run]
                 else:
                     told = jobs.ShardError(f"{run[0].where}: SLURM: {outcomes}")
                     yield run[0], jobs.Failure(told, of_shard=True)
             runs = again
+        if not self._died:  # else its logs may say why
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
         """Nothing is kept from stage to stage."""
