@@ -157,7 +157,9 @@ def _check_rejects(counts: Mapping[str, int], budget: float, work: engine.Engine
         return
     reasons: collections.Counter[str] = collections.Counter()
     for path in engine.listed(work.workdir / "rejects"):
-        reasons.update(engine.read_table(path, ["reason"])["reason"].to_pylist())
+        rows = engine.read_table(path, ["stage", "reason"]).to_pylist()
+        # Those of other stages are of an earlier run.
+        reasons.update(row["reason"] for row in rows if row["stage"] in pairs_stage.STAGES)
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
     raise errors.BadInput(
         f"{unusable} of {total} samples cannot be used ({told or 'the sources are empty'}): see"

@@ -70,7 +70,7 @@ def key_file(folder, *lines):
     return path
 
 
-def test_a_removal_lasts_over_rebuilds_and_publications(world, tmp_path):
+def test_a_removal_lasts_over_rebuilds_and_publications(world, tmp_path, caplog):
     workdir, config = world
     build(workdir, config)
     old, out = workdir / "i2e/1.0.0", tmp_path / "out/i2e/1.0.0"
@@ -88,7 +88,9 @@ def test_a_removal_lasts_over_rebuilds_and_publications(world, tmp_path):
 
     for seed in (0, 1):
         config.seed = seed
+        caplog.clear()
         build(workdir, config)
+        assert f"{workdir / 'i2e/1.0.1'} was made from an earlier build" in caplog.text
         assert {*keys_of(old)} == {*keys_of(out)} == stays
         assert {path.name for path in out.iterdir()} - {"SHA256SUMS"} == {
             path.name for path in old.iterdir()

@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +23,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
+from data_prep.dataset import versions
 from data_prep.filters import removed
 from mofi_jax.common import errors, files
 from mofi_jax.data import records
@@ -124,8 +124,7 @@ def _warn_of_others(target: epath.Path, lists: Sequence[str]) -> None:
     """Names other versions beside `target`, which may hold what is on a removal list."""
     if not lists:
         return
-    others = [path for path in target.parent.iterdir() if re.fullmatch(r"[\d.]+", path.name)]
-    for path in sorted(path for path in others if path.name != target.name):
+    for path in versions.others(target):
         logging.warning(
             "%s is another version, made without today's removal lists: delete it once nobody reads"
             " it any more",

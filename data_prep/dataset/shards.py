@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import cv2
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from data_prep import engine
 from data_prep.dataset import files as dataset_files
 from data_prep.dataset import order as record_order
-from data_prep.dataset import vocabulary
+from data_prep.dataset import versions, vocabulary
 from data_prep.pairs import pictures
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops, records
@@ -71,6 +72,14 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings, keys=keys)
     _fill_in(work, dataset, plans, written)
     _describe(config, work, dataset, plans, written)
+    made = workdir / dataset / records.VERSION
+    for path in versions.others(made):
+        logging.warning(
+            "%s was made from an earlier build, and readers open the highest version: delete it to"
+            " have them read %s",
+            path,
+            made,
+        )
     return written
 
 

@@ -6,6 +6,7 @@ Reads the folder that `data_prep.dataset.shards` wrote and nothing else; nothing
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,12 @@ def read_info(folder: epath.Path) -> Info:
         if not info.shard(folder, number).exists():
             raise errors.BadInput(f"{info.shard(folder, number)} is missing: copy it again.")
     return info
+
+
+def others(folder: epath.Path) -> list[epath.Path]:
+    """The versions beside that of `folder`."""
+    found = [path for path in folder.parent.iterdir() if re.fullmatch(r"\d+(\.\d+)+", path.name)]
+    return sorted(path for path in found if path.name != folder.name)
 
 
 def index_keys(source: epath.Path, info: Info, folder: epath.Path) -> epath.Path:
