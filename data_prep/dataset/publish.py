@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 
 import ml_collections
@@ -149,16 +150,22 @@ def _copy_all(
     pool: concurrent.futures.ThreadPoolExecutor,
 ) -> None:
     """Copies all but the metadata, several files at a time; each that has arrived is noted."""
-    names = [name for name in wanted if name != INFO_FILE]
-    started = {pool.submit(_copy, source / name, target / name): name for name in names}
-    try:
-        with open(journal, "a", encoding="utf-8") as file:
-            for done in concurrent.futures.as_completed(started):
-                done.result()
-                file.write(_sums_text({started[done]: wanted[started[done]]}))
+    lock = threading.Lock()
+    with open(journal, "a", encoding="utf-8") as file:
+
+        def copy(name: str) -> None:
+            _copy(source / name, target / name)
+            with lock:
+                file.write(_sums_text({name: wanted[name]}))
                 file.flush()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+        try:
+            for done in concurrent.futures.as_completed(
+                [pool.submit(copy, name) for name in wanted if name != INFO_FILE]
+            ):
+                done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _sums_text(sums: dict[str, str]) -> str:
