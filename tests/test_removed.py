@@ -106,7 +106,7 @@ def test_a_removal_lasts_over_rebuilds_and_publications(world, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("named", ["key", "sha256", "phash", "version"])
-def test_lists_of_the_configuration_for_raw_pairs(world, tmp_path, named):
+def test_lists_of_the_configuration_for_raw_pairs(world, tmp_path, named, caplog):
     workdir, config = world
     config.dataset = "i2t"
     rows = {r["key"]: r for r in label_tables.read(workdir, "pairs/*.parquet")}
@@ -125,9 +125,12 @@ def test_lists_of_the_configuration_for_raw_pairs(world, tmp_path, named):
         remove.remove(elsewhere, key_file(tmp_path, "0000"))
         config.removed = (str(tmp_path / "elsewhere/1.0.1/removed_keys.txt"),)
     else:
-        config.removed = (str(key_file(tmp_path, line[named])),)
+        config.removed = (str(key_file(tmp_path, line[named], "nobody")),)
     build(workdir, config)
     assert {*rows} - {*keys_of(workdir / "i2t/1.0.0")} == {*gone}
+    if named != "version":
+        asked = 2 if named == "key" else 1
+        assert f"1 of {asked} keys on the removal lists are of no pair here" in caplog.text
     # Off again, and it is back: the list alone decides.
     config.removed = ()
     build(workdir, config)

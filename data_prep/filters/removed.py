@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from data_prep import engine
@@ -143,7 +144,7 @@ class Finder:
         """
         import pyarrow as pa
 
-        self._keys = pa.array(sorted(removed.keys), pa.string())
+        self.keys = pa.array(sorted(removed.keys), pa.string())
         self._digests = pa.array(sorted(removed.digests), pa.string())
         hashes = np.array(sorted(removed.hashes), np.int64)
         self._index = decontaminate.HashIndex(hashes, max_hamming)
@@ -153,7 +154,7 @@ class Finder:
         import pyarrow.compute as pc
 
         named = pc.or_(
-            pc.is_in(pairs["key"], self._keys), pc.is_in(pairs["sha256"], self._digests)
+            pc.is_in(pairs["key"], self.keys), pc.is_in(pairs["sha256"], self._digests)
         ).to_numpy()
         named = named.copy()
         hashed = np.flatnonzero(pairs["phash"].is_valid().to_numpy())
@@ -163,21 +164,34 @@ class Finder:
 
 
 def run(work: engine.Engine, files: Sequence[str], max_hamming: int, shards: Sequence[str]) -> None:
-    """Writes takedowns/ of `shards` by the lists `files`."""
+    """Writes takedowns/ of `shards` by the lists `files`; tells of keys there that no pair has."""
     tasks = [
         engine.Task(shard, (work.workdir / f"pairs/{shard}.parquet", *files)) for shard in shards
     ]
-    work.map_shards("takedowns", _find, tasks, {"max_hamming": max_hamming})
+    settings = {"version": 2, "max_hamming": max_hamming}
+    found = engine.total_counts(work.map_shards("takedowns", _find, tasks, settings))
+    asked = len(read(files, "config.removed").keys)
+    if shards and found.get("named", 0) < asked:
+        some = engine.read_table(tasks[0].inputs[0], ["key"])["key"].slice(0, 1).to_pylist()
+        logging.warning(
+            "%d of %d keys on the removal lists are of no pair here, where a key looks like %s",
+            asked - found.get("named", 0),
+            asked,
+            *map(repr, some or ["..."]),
+        )
 
 
 def _find(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    import pyarrow.compute as pc
+
     pairs_path, *files = task.inputs
     finder = _finder(files, settings["max_hamming"])
     pairs = decontaminate.read_tables([pairs_path], ["key", "sha256", "phash"])
     keys = pairs["key"].filter(finder.find(pairs)).to_pylist()
     table = engine.rejects_table(outputs.stage, [(key, "removed") for key in keys])
     outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table.drop_columns("stage"))
-    return {"pairs": len(pairs), "removed": len(keys)}
+    named = pc.sum(pc.is_in(pairs["key"], finder.keys)).as_py() or 0
+    return {"pairs": len(pairs), "removed": len(keys), "named": named}
 
 
 @engine.kept

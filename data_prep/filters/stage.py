@@ -41,7 +41,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     eval_sets.find(filters.eval_sets.to_dict())
     _need(0 <= filters.max_hamming <= 6, "filters.max_hamming", filters.max_hamming, "give 0 to 6")
     cosine = filters.max_cosine
-    remedy = "give a cosine above 0, at most 1, or None for none"
+    remedy = "give a cosine above 0, at most 1, or None in the config file for none"
     _need(cosine is None or 0 < cosine <= 1, "filters.max_cosine", cosine, remedy)
     _choose("filters.duplicates", filters.duplicates, COPIES)
     safety.check(filters.safety)
@@ -57,7 +57,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _choose("min_images_feedback", config.min_images_feedback, FEEDBACKS)
     _choose("rare_entity_drops", config.rare_entity_drops, DROPS)
     cap = config.max_images
-    remedy = f"give at least min_images={config.min_images}, or None for no cap"
+    remedy = f"give at least min_images={config.min_images}, or None in the config file for no cap"
     _need(cap is None or cap >= config.min_images, "max_images", cap, remedy)
 
 

@@ -18,7 +18,8 @@ _KINDS = {"tar": (".tar",), "folder": (), "parquet": (".parquet",), "table": tab
 _LONGEST = 100  # characters of a shard's name
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _WANTED = (
-    "what img2dataset writes (.tar, .tar.gz, .tgz, folders), .parquet, .csv, .tsv, .jsonl (.gz)"
+    "what img2dataset writes (.tar, .tar.gz, .tgz, folders with their _stats.json beside them),"
+    " .parquet, .csv, .tsv, .jsonl (.gz)"
 )
 
 
