@@ -303,6 +303,10 @@ def test_the_funnel_tells_what_was_lost_to_damage():
     ).splitlines()
     assert told[0].split()[:3] == ["pairs", "read", "100"]  # 30 of them in a shard nobody can read
     assert told[-1] == "45 pairs are lost to damaged files and shards"
+    told = build_i2e.funnel(
+        {"stages": stages, "quarantined": {"scanned/00003": 1}, "lost_to_damage": 6}
+    )
+    assert told.endswith("at least 6 pairs are lost to damaged files and shards")
 
 
 def test_pairs_that_are_nowhere_end_the_run(tmp_path):
