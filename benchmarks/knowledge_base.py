@@ -10,7 +10,7 @@ import time
 from benchmarks import figures, synthetic
 from configs import kb as kb_config
 from data_prep.kb import build as kb_build
-from data_prep.kb import dump as kb_dump
+from data_prep.kb.sources import dump as kb_dump
 
 _OPEN = """
 import sys, psutil

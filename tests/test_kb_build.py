@@ -18,7 +18,7 @@ from data_prep.engine import executors
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
 from data_prep.kb import merge as kb_merge
-from data_prep.kb import rows as kb_rows
+from data_prep.kb.sources import rows as kb_rows
 from mofi_jax.common import errors
 from tests import inputs
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 from data_prep.kb import build as kb_build
-from data_prep.kb import lookup, parts, wikidata
-from data_prep.kb import rows as kb_rows
+from data_prep.kb import lookup, parts
+from data_prep.kb.sources import rows as kb_rows
+from data_prep.kb.sources import wikidata
 from tests import inputs
 from tests.fuzzing import altered, fuzz
 from tests.test_wikidata import EN, dump, item, line, statement
@@ -89,6 +90,7 @@ ROWS = {
     "a long id": (line(ROW | {"qid": "Q" * 1_000_000}), "no_id"),
     "half a surrogate pair": (b'{"qid":"Q1","label":"\\ud800"}', "broken_json"),
     "a label of controls": (line(ROW | {"label": "\0\u202e"}), "no_label"),
+    "an unknown kind": (line(ROW | {"kind": "cat"}), "wrong_kind"),
     "depth": (b"[" * 100_000, "broken_json"),
     "Latin-1": (b'{"qid":"Q1","label":"\xff"}', "not_utf8"),
 }
@@ -120,11 +122,13 @@ FULL_ROW = ROW | {
     "sense_rank": [1, 2],
     "image": "a.jpg",
     "title": "Cat",
+    "kind": "animal",
+    "lexname": "noun.animal",
 }
 
 REASONS = {
     *("broken_json", "wrong_type", "no_id", "no_label", "no_item", "property"),
-    *("no_object", "wrong_sense_rank", "wrong_sitelinks", "not_utf8"),
+    *("no_object", "wrong_sense_rank", "wrong_sitelinks", "wrong_kind", "not_utf8"),
 }
 
 

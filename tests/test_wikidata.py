@@ -16,8 +16,9 @@ import pytest
 
 from configs import kb as kb_config
 from data_prep.kb import build as kb_build
-from data_prep.kb import dump as kb_dump
-from data_prep.kb import lookup, wikidata
+from data_prep.kb import lookup
+from data_prep.kb.sources import dump as kb_dump
+from data_prep.kb.sources import wikidata
 from mofi_jax.common import errors
 
 
@@ -187,6 +188,8 @@ def test_every_trap_of_the_format(tmp_path):
         "sitelinks": 2,
         "image": "Best.jpg",
         "title": "Tea",
+        "kind": None,
+        "kind_from": None,
     }
     assert (found["Q3"]["sitelinks"], found["Q3"]["title"], found["Q3"]["image"]) == (1, None, None)
     assert found["Q4"]["types"] == []
@@ -329,7 +332,8 @@ def test_too_many_rejects_are_an_error_and_publish_nothing(tmp_path):
 SLOW = """
 import sys, time
 from configs import kb
-from data_prep.kb import build as kb_build, wikidata
+from data_prep.kb import build as kb_build
+from data_prep.kb.sources import wikidata
 parse = wikidata.parse
 def slowly(line, rules):
     time.sleep(0.02)

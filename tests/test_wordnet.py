@@ -3,8 +3,9 @@
 import pytest
 
 from data_prep.kb import build as kb_build
-from data_prep.kb import dump as kb_dump
-from data_prep.kb import lookup, wordnet
+from data_prep.kb import lookup
+from data_prep.kb.sources import dump as kb_dump
+from data_prep.kb.sources import wordnet
 from mofi_jax.common import errors
 from tests import inputs
 
@@ -51,6 +52,7 @@ def test_synsets_become_rows(tmp_path):
         "aliases": ["artefact"],
         "description": "a man-made object taken as a whole",
         "hypernyms": ["n00001740"],
+        "lexname": "noun.Tops",
         "sense_rank": [2, 1],
     }
     assert rows["n02696165"]["label"] == "alarm clock"
@@ -66,6 +68,13 @@ def test_a_folder_is_built_and_prepared_like_a_file(tmp_path):
     manifest = kb_build.build(source, tmp_path / "kb", inputs.kb_rules())
     assert manifest["counts"]["entities"] == 5
     assert [entry["path"].rpartition("/")[2] for entry in manifest["inputs"]] == list(wordnet.FILES)
+    columns = ["kind", "kind_from"]
+    told = lookup.read_entities(tmp_path / "kb").select(columns).to_pylist()
+    assert [tuple(row.values()) for row in told][2:] == [
+        ("artifact", "given"),
+        ("place", "given"),
+        ("abstract", "given"),
+    ]
     base = lookup.KnowledgeBase(tmp_path / "kb")
     assert dict(base.candidates("artifact", 5)) == pytest.approx({4: 2 / 3, 1: 1 / 3})
     assert base.candidates("alarmclock", 5) == [(2, 1.0)]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from data_prep import engine
 from data_prep.kb import names
-from data_prep.kb import rows as kb_rows
+from data_prep.kb.sources import rows as kb_rows
 from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """Builds a knowledge base: a dump of Wikidata, rows or WordNet -> names with candidates and priors.
 
-`build` turns a source (`data_prep.kb.dump`) into a folder
+`build` turns a source (`data_prep.kb.sources.dump`) into a folder
 
     entities.parquet     qid, label, aliases, description, hypernyms (of Wikidata: P279), types
-                         (P31), sitelinks, image (P18), title (in the English Wikipedia); an entity
+                         (P31), sitelinks, image (P18), title (in the English Wikipedia), kind
+                         (`kinds.KINDS` or null), kind_from ("given", "guessed" or null); an entity
                          is a row number, in the order of the source
     aliases.marisa       marisa trie: normalised name -> alias number
     alias_offsets.npy    int64 [a+1]; the candidates of alias i are offsets[i]:offsets[i+1] of
@@ -17,6 +18,7 @@ The generic rows are JSONL, one entity a line; all but the id and the label may 
 
     {"id" or "qid": "Q34718", "label": "tea", "aliases": ["cup of tea"], "description": "...",
      "hypernyms": ["Q8486"], "types": [...], "image": "Tea.jpg", "title": "Tea",
+     "kind": "food" or "lexname": "noun.food",
      "sense_rank": [1, 2] or "sitelinks": 170}
 
 Priors. Where `sense_rank` gives the rank of this sense of each name (label, then aliases; 1 = the
@@ -53,11 +55,12 @@ from etils import epath
 from data_prep import engine
 from data_prep.engine import executors
 from data_prep.kb import anchors as kb_anchors
-from data_prep.kb import dump as kb_dump
-from data_prep.kb import lookup, wikidata
+from data_prep.kb import lookup
 from data_prep.kb import merge as kb_merge
 from data_prep.kb import parts as kb_parts
-from data_prep.kb import rows as kb_rows
+from data_prep.kb.sources import dump as kb_dump
+from data_prep.kb.sources import rows as kb_rows
+from data_prep.kb.sources import wikidata
 from mofi_jax.common import errors
 
 check_source = kb_dump.check
@@ -96,7 +99,7 @@ def build(
     """Builds the folder `out` from `source`; a finished one of the same source is left alone.
 
     Args:
-      source: a path or "-" for standard input; see `data_prep.kb.dump`.
+      source: a path or "-" for standard input; see `data_prep.kb.sources.dump`.
       out: the folder.
       config: as configs/kb.py makes it.
       work: the engine of the folder that holds `out`; None makes one.
@@ -142,7 +145,7 @@ def build(
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     """All that the base depends on besides its source, whose format is `form`."""
     return {
-        "version": 3,
+        "version": 4,
         "format": form,
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,

@@ -15,7 +15,7 @@ import typing
 from etils import epath
 
 from data_prep import engine
-from data_prep.kb import rows as kb_rows
+from data_prep.kb.sources import rows as kb_rows
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
@@ -95,6 +95,8 @@ def entities_schema() -> pa.Schema:
             "sitelinks": pa.int32(),
             "image": pa.string(),
             "title": pa.string(),
+            "kind": pa.string(),
+            "kind_from": pa.string(),
         }
     )
 

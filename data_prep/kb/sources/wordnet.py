@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from data_prep.kb import kinds
 from mofi_jax.common import errors
 
 FILES = ("data.noun", "index.noun")
@@ -25,7 +26,8 @@ def rows(folder: str) -> Iterator[dict]:
 
     Yields:
       `id`, `label` (the first word), `aliases`, `description` (the gloss), `hypernyms` (ids; also
-      those of instances) and `sense_rank`: which sense of each word this is, 1 = most frequent.
+      those of instances), `lexname` and `sense_rank`: which sense of each word this is, 1 = most
+      frequent.
 
     Raises:
       BadInput: a line that is not in WordNet's format; names file and line.
@@ -68,8 +70,8 @@ def _synset(line: str) -> dict:
     # offset lex_filenum ss_type w_cnt (word lex_id)... p_cnt (symbol offset pos source/target)...
     # then "|" and the gloss; w_cnt is hexadecimal.
     fields, _, gloss = line.partition("|")
-    offset, _, _, count, *rest = fields.split()
-    if len(offset) != 8 or not offset.isdigit():
+    offset, file, _, count, *rest = fields.split()
+    if len(offset) != 8 or not offset.isdigit() or int(file) < kinds.FIRST_NOUNS:
         raise ValueError(line)
     end = 2 * int(count, 16)
     words = [word.replace("_", " ") for word in rest[:end:2]]
@@ -87,4 +89,5 @@ def _synset(line: str) -> dict:
         "aliases": words[1:],
         "description": gloss.strip(),
         "hypernyms": parents,
+        "lexname": list(kinds.LEXNAMES)[int(file) - kinds.FIRST_NOUNS],
     }

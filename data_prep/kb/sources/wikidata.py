@@ -17,7 +17,7 @@ import re
 import typing
 from collections.abc import Sequence
 
-from data_prep.kb import rows as kb_rows
+from data_prep.kb.sources import rows as kb_rows
 
 if typing.TYPE_CHECKING:
     import simdjson
@@ -94,6 +94,8 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
         len(links),
         kb_rows.clean(image[0]) if image else None,
         kb_rows.clean(links["enwiki"]["title"]) if "enwiki" in links.keys() else None,  # noqa: SIM118
+        None,
+        None,
         rules.weigh(label, others, len(links)),
     )
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from data_prep.kb import names
+from data_prep.kb import kinds, names
 
 _ASCII_WORDS = re.compile(r"[a-z0-9]+")
 # Directional marks and overrides, stray byte order marks; joiners (U+200C, U+200D) are spelling.
@@ -40,6 +40,8 @@ class Row(NamedTuple):
     sitelinks: int
     image: str | None
     title: str | None
+    kind: str | None
+    kind_from: str | None
     names: list[tuple[str, float]]  # spellings and their weights, a spelling perhaps twice
 
 
@@ -181,7 +183,9 @@ def parse(line: bytes, rules: Rules) -> Row:
     types, ranks = row.get("types") or [], row.get("sense_rank") or []
     description, sitelinks = row.get("description") or "", row.get("sitelinks") or 0
     image, title = row.get("image") or None, row.get("title") or None
-    for strings in (aliases, hypernyms, types, [description, image or "", title or ""]):
+    kind, lexname = row.get("kind") or None, row.get("lexname") or ""
+    texts = [description, image or "", title or "", kind or "", lexname]
+    for strings in (aliases, hypernyms, types, texts):
         if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
             raise ValueError("wrong_type")
     if not isinstance(ranks, list) or not _all_numbers([sitelinks, *ranks]):
@@ -190,6 +194,9 @@ def parse(line: bytes, rules: Rules) -> Row:
         len(ranks) != 1 + len(aliases) or not all(1 <= rank <= _MOST_RANK for rank in ranks)
     ):
         raise ValueError("wrong_sense_rank")
+    kind = kind or kinds.LEXNAMES.get(lexname)
+    if kind and kind not in kinds.KINDS:
+        raise ValueError("wrong_kind")
     if sitelinks < 0 or sitelinks >= 2**31 or sitelinks != int(sitelinks):
         raise ValueError("wrong_sitelinks")
     sitelinks = int(sitelinks)
@@ -198,7 +205,9 @@ def parse(line: bytes, rules: Rules) -> Row:
         weighed = [(s, 1.0 / rank) for s, rank in zip([label, *aliases], ranks, strict=True)]
     else:
         weighed = rules.weigh(label, aliases, sitelinks)
-    return Row(qid, label, aliases, description, hypernyms, types, sitelinks, image, title, weighed)
+    kind_from = kinds.GIVEN if kind else None
+    columns = (description, hypernyms, types, sitelinks, image, title, kind, kind_from)
+    return Row(qid, label, aliases, *columns, weighed)
 
 
 def _all_numbers(values: Sequence) -> bool:

@@ -2,7 +2,7 @@
 
 .json .json.gz .json.bz2   a dump of Wikidata, decompressed by several threads
 -                          the same on standard input, decompressed
-.jsonl .jsonl.gz           the generic rows (`data_prep.kb.rows.parse`)
+.jsonl .jsonl.gz           the generic rows (`data_prep.kb.sources.rows.parse`)
 a folder                   WordNet's dict with data.noun and index.noun
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import tqdm
 
-from data_prep.kb import wordnet
+from data_prep.kb.sources import wordnet
 from mofi_jax.common import errors
 
 STDIN = "-"
