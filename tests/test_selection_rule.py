@@ -123,6 +123,11 @@ def test_by_text_an_entity_of_two_mentions_stands_once():
     assert chosen.z_score[-1] == 1.0
 
 
+def test_by_text_a_mention_that_more_likely_means_nothing_has_no_entity():
+    links = _shard([[(0, 7, 0.3), (0, 8, 0.2)], [(0, 7, 0.4), (0, 8, 0.3), (1, 9, 0.5)]])
+    assert _by_row(choose.choose_by_text(links), 2) == [[], [7]]
+
+
 def test_entity_text_without_description_is_the_name():
     template = "a photo of {name}, {description}"
     assert embed.entity_text(template, "cat", "") == "cat"

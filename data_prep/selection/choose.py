@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     links = engine.listed(workdir / "links")
     if config.labels == "text":
         tasks = [engine.Task(path.stem, (path,)) for path in links]
-        settings = {"version": 2, "labels": "text"}
+        settings = {"version": 3, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     if config.labels != "clip":
         raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
@@ -139,13 +139,18 @@ def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
 
 
 def choose_by_text(links: link_rows.LinkRows) -> Chosen:
-    """The likeliest entity of each mention, without a look at the picture.
+    """The likeliest entity of each mention that means it more likely than nothing in the base.
+
+    Nothing has the probability that the priors of a mention leave. No picture is looked at.
 
     Returns:
       Distinct entities in the order of their mentions; score and z_score are the highest prior that
       any mention gives the entity.
     """
-    likeliest = _strongest(links, links.prior, np.arange(len(links.row)))
+    width = int(links.mention.max(initial=0)) + 1
+    _, mention = np.unique(links.row * width + links.mention, return_inverse=True)
+    nothing = 1 - np.bincount(mention, links.prior)[mention]
+    likeliest = _strongest(links, links.prior, np.flatnonzero(links.prior > nothing))
     # Stable: of equal entities the one of the first mention comes first.
     by_entity = likeliest[np.lexsort((links.entity[likeliest], links.row[likeliest]))]
     once = by_entity[link_rows.starts_run(links.row[by_entity], links.entity[by_entity])]
