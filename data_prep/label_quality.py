@@ -1,28 +1,30 @@
-"""Label quality: measures labels against ground truth. The only code of data_prep that reads truth.
+"""Label quality: measures labels against ground truth. With `quality`, all that ever reads truth.
 
     python -m data_prep.label_quality --workdir W --truth truth.jsonl.gz --classes classes.jsonl
 
-prints tables, writes W/label_quality.json and draws W/label_quality.png. Measured are:
+prints tables, writes W/label_quality.json and draws W/label_quality.png. `quality.truth` says what
+the files hold. Measured are:
 
-    text_only   the entity with the highest prior of each mention (`choose.choose_by_text`)
+    text_only   what the caption alone makes likeliest (`choose.choose_by_text`)
     selected    labels/, what the picture chose
-    sweep       what other thresholds would choose, from the evidence that is kept: min_z_score and
-                min_score, each alone, at values that leave 100 %, 95 %, ... of the pictures a label
+    sweep       what other thresholds would choose, from the evidence that is kept, each alone, at
+                values that leave 100 %, 95 %, ... of the pictures a label
 
     precision   share of chosen (picture, entity) pairs that are the picture's entity
     recall      share of pictures whose caption names their entity that got it
     ceiling     share of pictures whose caption names their entity that have it as a candidate
+    wrong_captions    of pictures with another picture's caption, the share without its label
+    silent_captions   of pictures whose caption names nothing, the share without any label
+    senses      where an ambiguous name means the thing and has a label, the share that is right
+    calibration       of labels by their probability, the share that is right
 
-truth holds a line for each picture, {"key", "wnid", "says"}: the id of its entity, and the entities
-that the caption names. With classes it holds "class" in place of "wnid", and classes hold {"class",
-"id", "synsets", "sure"}: the entity of the class or, where "sure" is false, any of "synsets".
+each of text_only and selected also by kind of entity and by the number of labels that it has.
+Pictures that are not in W do not count.
 """
 
-import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -30,45 +32,15 @@ from etils import epath
 from data_prep import engine
 from data_prep.engine import manifests
 from data_prep.linking import rows as link_rows
+from data_prep.quality import counts, picture
+from data_prep.quality import truth as ground_truth
 from data_prep.selection import choose
 from mofi_jax.common import cli, errors, files
 
 SETS = ("text_only", "selected")
 SWEPT = {"min_z_score": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
+_RATES = ("precision", "recall", "chosen", "right", "named", "found", "pictures")
 _SHARES = np.linspace(0, 0.95, 20)  # of the pictures that a threshold leaves without label
-
-
-class Truth(NamedTuple):
-    """One picture: the entities that count as right, and whether its caption names the thing."""
-
-    right: frozenset[str]
-    named: bool
-
-
-class Quality(NamedTuple):
-    """Counts; the rates are None where nothing was there to be counted.
-
-    Attributes:
-      chosen: (picture, entity) pairs.
-      right: those of them that are the picture's entity.
-      pictures: with an entity chosen.
-      named: pictures whose caption names their entity.
-      found: those of them with their entity chosen.
-    """
-
-    chosen: int
-    right: int
-    pictures: int
-    named: int
-    found: int
-
-    @property
-    def precision(self) -> float | None:
-        return self.right / self.chosen if self.chosen else None
-
-    @property
-    def recall(self) -> float | None:
-        return self.found / self.named if self.named else None
 
 
 def main(workdir: str, truth: str, classes: str | None = None) -> None:
@@ -80,62 +52,68 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     """Measures labels/ of `workdir`; writes label_quality.json and label_quality.png there.
 
     Returns:
-      What label_quality.json holds: text_only and selected {precision, recall and the counts of
-      `Quality`}, ceiling (a recall), and sweep: for each of min_z_score and min_score a list of the
-      same by ascending `value`, with `configured` true for the one in force. No sweep where labels
-      were chosen by text.
+      What label_quality.json holds: text_only and selected (`counts.Counts.result`), ceiling (a
+      recall), calibration (`counts.Counts.calibration`) and sweep: for each threshold a list of
+      precision, recall, chosen, right, named, found and pictures by ascending `value`, with
+      `configured` true for the one in force. No sweep where labels were chosen by text.
 
     Raises:
-      BadInput: a file is missing or holds no usable row, or labels/ is not there yet.
+      BadInput: a file is missing or holds no usable row, labels/ is not there yet, or the truth
+        knows none of its pictures.
     """
     root = files.output_folder(workdir, "--workdir")
-    known = read_truth(truth, classes)
+    known = ground_truth.read(truth, classes)
     shards = engine.listed(root / "labels")
     if not shards:
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
         )
-    ids = link_rows.read_column(root / "kb/entities.parquet", "qid").to_pylist()
-    wanted = {entity for picture in known.values() for entity in picture.right}
+    entities = engine.read_table(root / "kb/entities.parquet", ["qid", "kind"])
+    wanted = {entity for p in known.values() for entity in p.right | p.says}
+    ids = entities["qid"].to_pylist()
     numbers = {entity: row for row, entity in enumerate(ids) if entity in wanted}
-    named = sum(picture.named for picture in known.values())
+    kinds = np.array([kind or "" for kind in entities["kind"].to_pylist()])
 
-    rule = _rule_of(root, shards)
+    rule = _rule_of(root)
     values = _values(root, shards, rule) if rule else {}
-    counts: dict[tuple, np.ndarray] = {}
+    found: dict[tuple, counts.Counts] = {}
+    sizes, pictures_known = np.zeros(len(ids), np.int64), 0
     for shard in shards:
         links = link_rows.read(root / "links" / shard.name)
-        judge = _Judge(links.keys.to_pylist(), known, numbers)
-        chosen = {
-            ("text_only",): choose.choose_by_text(links)[:2],
-            ("selected",): _read_labels(shard),
-            ("ceiling",): link_rows.distinct(links)[:2],
+        pictures = counts.Pictures(links.keys.to_pylist(), known, numbers)
+        pictures_known += int(pictures.known.sum())
+        selected = _read_labels(shard)
+        sizes += np.bincount(selected.entity, minlength=len(ids))
+        labels = {
+            ("text_only",): counts.Labels(*choose.choose_by_text(links)[:2]),
+            ("selected",): selected,
+            ("ceiling",): counts.Labels(*link_rows.distinct(links)[:2]),
+            **dict(_sweep(root, shard.name, links, rule, values)),
         }
-        if rule:
-            evidence, _ = choose.read_evidence(links, *choose.evidence_files(root, shard.name))
-            for name in values:
-                for value in values[name]:
-                    changed = rule._replace(**{name: value})
-                    chosen[name, value] = choose.choose(links, evidence, changed)[:2]
-        for name, pairs in chosen.items():
-            counts[name] = counts.get(name, 0) + judge.count(*pairs)
+        for name, some in labels.items():
+            found.setdefault(name, counts.Counts(len(ids))).add(pictures, links, some)
+    if not pictures_known:
+        raise errors.BadInput(
+            f"--truth={os.fspath(truth)} knows none of the pictures in {root / 'labels'}: its keys"
+            f" are such as {next(iter(known))!r}, theirs such as {links.keys[0].as_py()!r}."
+        )
 
-    def rates(name: tuple) -> dict:
-        chosen, right, pictures, found = map(int, counts[name])
-        quality = Quality(chosen, right, pictures, named, found)
-        return {"precision": quality.precision, "recall": quality.recall, **quality._asdict()}
-
-    result = {name: rates((name,)) for name in SETS}
-    result["ceiling"] = rates(("ceiling",))["recall"]
+    results = {name: one.result(kinds, sizes) for name, one in found.items()}
+    result = {name: results[name,] for name in SETS}
+    result["ceiling"] = results["ceiling",]["recall"]
+    result["calibration"] = found["selected",].calibration()
     if rule:
         result["sweep"] = {
             name: [
-                {"value": value, "configured": value == getattr(rule, name), **rates((name, value))}
+                {
+                    **{"value": value, "configured": value == getattr(rule, name)},
+                    **{rate: results[name, value][rate] for rate in _RATES},
+                }
                 for value in values[name]
             ]
             for name in values
         }
-        _draw(result, root / "label_quality.png")
+        picture.draw(result, root / "label_quality.png")
     else:
         (root / "label_quality.png").unlink(missing_ok=True)  # of labels that are no more
     path = root / "label_quality.json"
@@ -143,49 +121,38 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     return result
 
 
-class _Judge:
-    """Counts right and wrong entities of one shard's pictures."""
-
-    def __init__(self, keys: Sequence[str], truth: Mapping[str, Truth], numbers: Mapping[str, int]):
-        """
-        Args:
-          keys: of the shard's pictures.
-          truth: by key.
-          numbers: of the entities that are right somewhere their rows of the knowledge base.
-        """
-        pictures = [truth.get(key) for key in keys]
-        self._known = np.array([picture is not None for picture in pictures], bool)
-        self._named = np.array([bool(picture and picture.named) for picture in pictures], bool)
-        self._width = max(numbers.values(), default=0) + 1
-        self._right = np.array(
-            [
-                row * self._width + numbers[entity]
-                for row, picture in enumerate(pictures)
-                for entity in (picture.right if picture else ())
-                if entity in numbers
-            ],
-            np.int64,
-        )
-
-    def count(self, row: np.ndarray, entity: np.ndarray) -> np.ndarray:
-        """int64 [4]: chosen, right, pictures and found of distinct pairs (row, entity)."""
-        row, entity = row[self._known[row]], entity[self._known[row]]
-        known = entity < self._width  # another one is right nowhere, and would be a pair's code
-        right = known & np.isin(row * self._width + entity, self._right)
-        found = np.unique(row[right])
-        return np.array([len(row), right.sum(), len(np.unique(row)), self._named[found].sum()])
-
-
-def _read_labels(shard: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    entities = link_rows.read_column(shard, "entities")
+def _read_labels(shard: epath.Path) -> counts.Labels:
+    table = engine.read_table(shard)
+    entities = table["entities"].combine_chunks()
     row = np.repeat(np.arange(len(entities)), link_rows.lengths(entities))
-    return row, entities.flatten().to_numpy(zero_copy_only=False)
+    flat = [entities.flatten().to_numpy(zero_copy_only=False)]
+    if "probabilities" in table.column_names:
+        column = table["probabilities"].combine_chunks()
+        flat.append(column.flatten().to_numpy(zero_copy_only=False))
+    return counts.Labels(row, *flat)
 
 
 # --------------------------------------------------------------------------------------- the sweep
 
 
-def _rule_of(root: epath.Path, shards: Sequence[epath.Path]) -> choose.Rule | None:
+def _sweep(
+    root: epath.Path,
+    name: str,
+    links: link_rows.LinkRows,
+    rule: choose.Rule | None,
+    values: Mapping[str, Sequence[float]],
+) -> Iterator[tuple[tuple, counts.Labels]]:
+    """The labels of a shard for other thresholds."""
+    if rule is None:
+        return
+    evidence, _ = choose.read_evidence(links, *choose.evidence_files(root, name))
+    for key in values:
+        for value in values[key]:
+            chosen = choose.choose(links, evidence, rule._replace(**{key: value}))
+            yield (key, value), counts.Labels(*chosen[:2])
+
+
+def _rule_of(root: epath.Path) -> choose.Rule | None:
     """The rule by which the labels were chosen, None where it was not by picture."""
     made = manifests.read(root, "labels")
     settings = made[0]["settings"] if made else {}
@@ -220,61 +187,38 @@ def _values(
     return values
 
 
-def _draw(result: Mapping, path: epath.Path) -> None:
-    """Precision over recall, for every threshold tried."""
-    from matplotlib.figure import Figure
+# --------------------------------------------------------------------------------------- for people
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, colour in (("min_z_score", "#0b7285"), ("min_score", "#c77700")):
-        points = [p for p in result["sweep"][name] if p["precision"] is not None]
-        axes.plot(
-            [p["recall"] or 0 for p in points],
-            [p["precision"] for p in points],
-            "o-",
-            color=colour,
-            markersize=3.5,
-            linewidth=1.5,
-            label=f"other values of {name}",
-        )
-    marks = (("selected", "*", 260, "#b42b3a"), ("text_only", "s", 70, "#1d2733"))
-    for name, marker, size, colour in marks:
-        point = result[name]
-        if point["precision"] is None:
-            continue
-        text = f"{name.replace('_', ' ')}: {point['precision']:.3f} / {point['recall'] or 0:.3f}"
-        place = (point["recall"] or 0, point["precision"])
-        axes.scatter(*place, marker=marker, s=size, color=colour, zorder=3, label=text)
-    if result["ceiling"]:
-        axes.axvline(result["ceiling"], color="#9aa7b4", linestyle="--", linewidth=1)
-        axes.annotate(
-            "ceiling",
-            (result["ceiling"], 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            color="#5d6975",
-        )
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-    axes.set_title("Labels against truth: precision / recall", loc="left")
-    axes.grid(color="#e3e7ec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
-    with path.open("wb") as file:
-        # No version inside: the same labels give the same bytes.
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+_HEAD = ("precision", "recall", "pairs", "pictures")
 
 
 def table(result: Mapping) -> str:
     """The result as tables for people."""
-    lines = [f"{'labels':<12}{'precision':>10}{'recall':>10}{'pairs':>10}{'pictures':>10}"]
-    lines += [_line(name, result[name]) for name in SETS]
+    lines = [_row("labels", *_HEAD), *(_line(name, result[name]) for name in SETS)]
     if result["ceiling"] is not None:
-        lines.append(f"{'ceiling':<12}{'':>10}{result['ceiling']:>10.3f}")
+        lines.append(_row("ceiling", "", f"{result['ceiling']:.3f}"))
+    selected = result["selected"]
+    for group in ("by_kind", "by_size"):
+        rows = sorted(selected[group].items(), key=lambda item: -item[1]["chosen"])
+        lines += ["", _row(f"selected, {group.replace('_', ' ')}", *_HEAD[:3])]
+        lines += [_line(name, row) for name, row in rows]
+    lines += ["", _row("", *SETS)]
+    for group, rate, told in (
+        ("wrong_captions", "without_its_label", "wrong caption, label refused"),
+        ("silent_captions", "without_label", "empty caption, no label"),
+        ("senses", "right", "right sense"),
+    ):
+        pictures = selected[group]["pictures"]
+        if pictures:
+            rates = (_rate(result[name][group][rate]) for name in SETS)
+            lines.append(_row(told, *rates, f"of {pictures}"))
+    if result["calibration"]:
+        lines += ["", _row("probability", "precision", "pairs")]
+        for one in result["calibration"]["bins"]:
+            name = f"{one['probability']:.2f}"
+            lines.append(_row(name, _rate(one["precision"]), one["labels"]))
     for name, rows in result.get("sweep", {}).items():
-        lines += ["", f"{name:<12}{'precision':>10}{'recall':>10}{'pairs':>10}{'pictures':>10}"]
+        lines += ["", _row(name, *_HEAD)]
         for row in rows:
             mark = "  < in force" if row["configured"] else ""
             lines.append(_line(f"{row['value']:.{SWEPT[name]}f}", row) + mark)
@@ -282,61 +226,16 @@ def table(result: Mapping) -> str:
 
 
 def _line(name: str, row: Mapping) -> str:
-    rates = (row["precision"], row["recall"])
-    rates = "".join(f"{'-' if rate is None else f'{rate:.3f}':>10}" for rate in rates)
-    return f"{name:<12}{rates}{row['chosen']:>10}{row['pictures']:>10}"
+    rates = (_rate(row["precision"]), _rate(row["recall"]))
+    return _row(name, *rates, row["chosen"], row.get("pictures", ""))
 
 
-# --------------------------------------------------------------------------------------- the truth
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.3f}"
 
 
-def read_truth(truth: epath.PathLike, classes: epath.PathLike | None = None) -> dict[str, Truth]:
-    """The truth of each picture, by key; see the docstring of this file.
-
-    Raises:
-      BadInput: a file is missing or empty, a line lacks a field, or the files do not fit together.
-    """
-    found = {}
-    if classes is None:
-        for row in _read_jsonl(truth, ("key", "wnid", "says")):
-            found[row["key"]] = Truth(frozenset({row["wnid"]}), row["wnid"] in row["says"])
-        return found
-    accepted = {}
-    for row in _read_jsonl(classes, ("class", "id", "synsets", "sure")):
-        sure = {row["id"]}
-        accepted[row["class"]] = (row["id"], frozenset(sure if row["sure"] else row["synsets"]))
-    for row in _read_jsonl(truth, ("key", "class", "says")):
-        if row["class"] not in accepted:
-            raise errors.BadInput(
-                f"--truth={os.fspath(truth)} has class {row['class']!r}, which"
-                f" --classes={os.fspath(classes)} does not list: give files that belong together."
-            )
-        entity, right = accepted[row["class"]]
-        found[row["key"]] = Truth(right | {entity}, entity in row["says"])
-    return found
-
-
-def _read_jsonl(path: epath.PathLike, fields: tuple[str, ...]) -> Iterator[dict]:
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise errors.BadInput(f"{path} does not exist: name a .jsonl or .jsonl.gz file.")
-    number = 0
-    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                missing = [field for field in fields if field not in row]
-            except ValueError:
-                missing = list(fields)
-            if missing:
-                hint = ", or name the --classes that it goes with" if "wnid" in missing else ""
-                raise errors.BadInput(
-                    f"{path}, line {number}: {missing[0]!r} cannot be read: give JSON objects with"
-                    f" {', '.join(fields)}{hint}."
-                )
-            yield row
-    if not number:
-        raise errors.BadInput(f"{path} is empty: name the file with the truth.")
+def _row(name: str, *columns: object) -> str:
+    return (f"{name:<30}" + "".join(f"{column:>10}" for column in columns)).rstrip()
 
 
 if __name__ == "__main__":

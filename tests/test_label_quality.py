@@ -6,12 +6,16 @@ import pathlib
 import re
 
 import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine, label_quality
+from data_prep.linking import rows as link_rows
 from data_prep.linking import stage as linking_stage
+from data_prep.quality import counts
+from data_prep.quality import truth as ground_truth
 from data_prep.selection import choose, embed
 from mofi_jax.common import errors
 from tests import workdirs
@@ -24,7 +28,7 @@ CLASSES = [
 ]
 TRUTH = [
     {"key": "a", "class": 0, "says": ["rose"]},
-    {"key": "b", "class": 0, "says": ["tulip"]},  # a wrong caption
+    {"key": "b", "class": 0, "says": ["tulip"], "kind": "wrong"},
     {"key": "c", "class": 1, "says": ["star", "rose"]},
     {"key": "d", "class": 1, "says": ["star"]},
     {"key": "e", "class": 0, "says": []},
@@ -36,6 +40,13 @@ def write_jsonl(path, rows):
     with opener(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(path)
+
+
+def linking_rows_of(candidates, keys):
+    """LinkRows of (row, mention, entity), each with prior 1."""
+    row, mention, entity = np.array(candidates).T
+    mentions, prior = np.ones(len(keys), np.int64), np.ones(len(row), np.float32)
+    return link_rows.LinkRows(pa.array(keys), mentions, row, mention, entity, prior)
 
 
 @pytest.fixture
@@ -52,7 +63,8 @@ def write_workdir(folder, labels):
     for name in ("kb", "links", "labels"):
         (folder / name).mkdir(parents=True)
     qids = ["rose", "tulip", "star", "star2"]
-    pq.write_table(pa.table({"qid": qids}), folder / "kb/entities.parquet")
+    kinds = pa.array(["plant", "plant", "nature", None], pa.string())
+    pq.write_table(pa.table({"qid": qids, "kind": kinds}), folder / "kb/entities.parquet")
     links = {  # candidates (mention, entity, prior)
         "a": [(0, 1, 0.6), (0, 0, 0.4)],
         "b": [(0, 1, 1.0)],
@@ -88,26 +100,24 @@ def test_main_compares_text_alone_with_the_selection(tmp_path, truth_files, caps
     label_quality.main(str(tmp_path / "w"), *truth_files)
     result = json.loads((tmp_path / "w/label_quality.json").read_text())
     # a: tulip; b: tulip; c: star, rose; e: rose.
-    assert result["text_only"] == {
-        "precision": pytest.approx(2 / 5),
-        "recall": pytest.approx(1 / 3),
-        "chosen": 5,
-        "right": 2,
-        "pictures": 4,
-        "named": 3,
-        "found": 1,
-    }
+    expected = {"precision": 2 / 5, "recall": 1 / 3}
+    expected |= {"chosen": 5, "right": 2, "pictures": 4, "named": 3, "found": 1}
+    assert {name: result["text_only"][name] for name in expected} == pytest.approx(expected)
     assert result["selected"]["precision"] == 1.0
     assert result["selected"]["recall"] == pytest.approx(2 / 3)
     assert result["ceiling"] == pytest.approx(2 / 3)
     assert "sweep" not in result  # these labels were not made by thresholds
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
+    rows = [line.split() for line in lines]
+    assert rows[:4] == [
         ["labels", "precision", "recall", "pairs", "pictures"],
         ["text_only", "0.400", "0.333", "5", "4"],
         ["selected", "1.000", "0.667", "3", "3"],
         ["ceiling", "0.667"],
     ]
+    assert ["plant", "1.000", "1.000", "2"] in rows
+    told = ["wrong", "caption,", "label", "refused", "0.000", "1.000", "of", "1"]
+    assert told in rows
 
 
 def test_precision_and_recall_by_hand(tmp_path, truth_files):
@@ -130,8 +140,64 @@ def test_nothing_chosen_has_no_precision(tmp_path, truth_files):
     selected = label_quality.measure_workdir(str(tmp_path), *truth_files)["selected"]
     assert (selected["precision"], selected["recall"]) == (None, 0)
     nobody = write_jsonl(tmp_path / "nobody.jsonl", [{"key": "z", "class": 0, "says": []}])
-    result = label_quality.measure_workdir(str(tmp_path), nobody, truth_files[1])
-    assert result["text_only"]["precision"] is result["text_only"]["recall"] is None
+    with pytest.raises(
+        errors.BadInput, match=r"knows none of the pictures.*'z', theirs such as 'c"
+    ):
+        label_quality.measure_workdir(str(tmp_path), nobody, truth_files[1])
+
+
+def test_pictures_that_are_not_there_are_no_misses(tmp_path, truth_files):
+    write_workdir(tmp_path / "w", LABELS)
+    more = [*TRUTH, {"key": "z", "class": 0, "says": ["rose"]}]
+    truth = write_jsonl(tmp_path / "more.jsonl", more)
+    before, after = (
+        label_quality.measure_workdir(str(tmp_path / "w"), path, truth_files[1])
+        for path in (truth_files[0], truth)
+    )
+    assert before == after
+
+
+def test_labels_are_counted_by_kind_and_size_and_caption(tmp_path, truth_files):
+    """rose and tulip are plants, star is nature, star2 of no known kind."""
+    labels = LABELS | {"a": [0, 1], "b": [1], "d": [3]}
+    write_workdir(tmp_path, labels)
+    result = label_quality.measure_workdir(str(tmp_path), *truth_files)
+    selected = result["selected"]
+    kinds = {kind: (row["right"], row["chosen"]) for kind, row in selected["by_kind"].items()}
+    assert kinds == {"nature": (1, 1), "plant": (2, 4), "unknown": (1, 1)}
+    assert {kind: row["found"] for kind, row in selected["by_kind"].items()} == {
+        "nature": 2,  # c and d: what the picture shows is a star, by either id
+        "plant": 1,
+        "unknown": 0,
+    }
+    assert list(selected["by_size"]) == [name for name, _ in counts.SIZES]
+    assert selected["by_size"]["few (under 20)"]["chosen"] == 6
+    assert selected["wrong_captions"] == {
+        "pictures": 1,
+        "without_its_label": 0.0,
+        "without_label": 0.0,
+    }
+    assert selected["silent_captions"] == {"pictures": 1, "without_label": 0.0}
+    assert result["text_only"]["senses"] == {"pictures": 1, "right": 0.0}  # a: rose or tulip
+    assert selected["senses"] == {"pictures": 1, "right": 1.0}
+
+
+def test_the_calibration_by_hand():
+    one = counts.Counts(3)
+    truth = {"a": ground_truth.Truth(frozenset({"x"}), frozenset({"x"}), False)}
+    pictures = counts.Pictures(["a", "b"], truth, {"x": 2})
+    links = linking_rows_of([(0, 0, 2), (1, 0, 2)], keys=["a", "b"])
+    rows, entities = np.array([0, 0, 1]), np.array([0, 2, 2])
+    one.add(pictures, links, counts.Labels(rows, entities, np.array([0.25, 1.0, 0.9])))
+    # The second picture is unknown, so that its label is not counted.
+    assert one.calibration() == {
+        "bins": [
+            {"labels": 1, "probability": 0.25, "precision": 0.0},
+            {"labels": 1, "probability": 1.0, "precision": 1.0},
+        ],
+        "error": pytest.approx(0.125),
+    }
+    assert counts.Counts(3).calibration() is None
 
 
 def test_truth_that_names_entities_itself_needs_no_classes(tmp_path):
@@ -161,7 +227,7 @@ def swept(tmp_path_factory):
     rows = [
         {
             "key": pair.key,
-            "wnid": f"Q{100 - pair.colour}",
+            "qid": f"Q{100 - pair.colour}",
             "says": [] if pair.named is None else [f"Q{100 - pair.named}"],
         }
         for pair in pairs
@@ -200,7 +266,8 @@ def test_the_sweep_is_what_the_stage_would_do(swept):
         changed = workdirs.config(clip=config.clip, min_z_score=row["value"])
         choose.run(changed, engine.Engine(workdir))
         selected = label_quality.measure_workdir(str(workdir), truth)["selected"]
-        assert selected == {name: row[name] for name in selected}
+        rates = {name for name in row if name not in ("value", "configured")}
+        assert {name: row[name] for name in rates} == {name: selected[name] for name in rates}
 
 
 def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
@@ -208,30 +275,32 @@ def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
     with pytest.raises(errors.BadInput, match=r"holds no labels/: run data_prep\.build_i2e first"):
         label_quality.main(str(tmp_path / "nothing"), truth, classes)
     with pytest.raises(errors.BadInput, match=r"no\.jsonl does not exist: name a"):
-        label_quality.read_truth(str(tmp_path / "no.jsonl"), classes)
+        ground_truth.read(str(tmp_path / "no.jsonl"), classes)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(errors.BadInput, match=r"empty\.jsonl is empty"):
-        label_quality.read_truth(str(tmp_path / "empty.jsonl"), classes)
+        ground_truth.read(str(tmp_path / "empty.jsonl"), classes)
     (tmp_path / "broken.jsonl").write_text('{"key": "a", "class": 0}\n')
     with pytest.raises(errors.BadInput, match=r"broken\.jsonl, line 1: 'says' cannot be read"):
-        label_quality.read_truth(str(tmp_path / "broken.jsonl"), classes)
-    with pytest.raises(errors.BadInput, match=r"line 1: 'wnid' cannot.*or name the --classes"):
-        label_quality.read_truth(truth)
+        ground_truth.read(str(tmp_path / "broken.jsonl"), classes)
+    with pytest.raises(errors.BadInput, match=r"line 1: 'qid' cannot.*or name the --classes"):
+        ground_truth.read(truth)
     other = write_jsonl(tmp_path / "other.jsonl", [{"key": "a", "class": 7, "says": []}])
     with pytest.raises(errors.BadInput, match=r"has class 7, which .* does not list"):
-        label_quality.read_truth(other, classes)
+        ground_truth.read(other, classes)
 
 
 def test_the_truth_of_the_sample_is_whole():
     sample = ROOT / "data_prep/sample"
-    truth = label_quality.read_truth(sample / "truth.jsonl.gz", sample / "classes.jsonl")
+    truth = ground_truth.read(sample / "truth.jsonl.gz", sample / "classes.jsonl")
     assert len(truth) == 1700
     assert sum(known.named for known in truth.values()) == 1333
 
 
 def test_no_stage_and_no_training_reads_the_truth():
     stages = [
-        p for p in ROOT.glob("data_prep/**/*.py") if p.stem not in ("label_quality", "__init__")
+        p
+        for p in ROOT.glob("data_prep/**/*.py")
+        if p.parent.name != "quality" and p.stem not in ("label_quality", "__init__")
     ]
     for path in [*stages, *ROOT.glob("mofi_jax/**/*.py")]:
-        assert not re.search(r"truth\.jsonl|label_quality", path.read_text()), path
+        assert not re.search(r"truth\.jsonl|label_quality|prep\.quality", path.read_text()), path

@@ -164,6 +164,7 @@ def _write_kb(workdir) -> None:
     (workdir / "kb").mkdir()
     qids = [f"Q{100 - i}" for i in range(len(NAMES))]
     table = {"qid": qids, "label": NAMES, "description": DESCRIPTIONS}
+    table["kind"] = pa.nulls(len(NAMES), pa.string())
     pq.write_table(pa.table(table), workdir / "kb/entities.parquet")
     (workdir / "kb/manifest.json").write_text("{}")
 

@@ -1,0 +1,91 @@
+"""Ground truth: what each picture shows, and what its caption names.
+
+A file of JSON lines, a picture each: {"key", "qid", "says", "kind"}: the id of its entity, a list
+of the entities that its caption names, and optionally "wrong" where the caption is that of another
+picture. "wnid" may stand for "qid". With a file of classes the lines hold "class" in place of the
+id, and classes hold {"class", "id", "synsets", "sure"}: the entity of the class or, where "sure" is
+false, any of "synsets".
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from mofi_jax.common import errors
+
+
+class Truth(NamedTuple):
+    """One picture.
+
+    Attributes:
+      right: the entities that count as right.
+      says: those that its caption names.
+      wrong_caption: whether the caption is another picture's.
+    """
+
+    right: frozenset[str]
+    says: frozenset[str]
+    wrong_caption: bool
+
+    @property
+    def named(self) -> bool:
+        """Whether the caption names what the picture shows."""
+        return bool(self.right & self.says)
+
+
+def read(truth: epath.PathLike, classes: epath.PathLike | None = None) -> dict[str, Truth]:
+    """The truth of each picture, by key; see the docstring of this file.
+
+    Raises:
+      BadInput: a file is missing or empty, a line lacks a field, or the files do not fit together.
+    """
+    accepted = {}
+    if classes is not None:
+        for row in _read_jsonl(classes, ("class", "id", "synsets", "sure")):
+            others = [] if row["sure"] else row["synsets"]
+            accepted[row["class"]] = (row["id"], frozenset([row["id"], *others]))
+    found = {}
+    for row in _read_jsonl(truth, ("key", "qid" if classes is None else "class", "says")):
+        says = frozenset(row["says"])
+        if classes is None:
+            entity, right = row["qid"], frozenset([row["qid"]])
+        elif row["class"] in accepted:
+            entity, right = accepted[row["class"]]
+        else:
+            raise errors.BadInput(
+                f"--truth={os.fspath(truth)} has class {row['class']!r}, which"
+                f" --classes={os.fspath(classes)} does not list: give files that belong together."
+            )
+        # Of a class whose sense is not sure, the caption names the thing where it names its id.
+        says = says - right if entity not in says else says
+        found[row["key"]] = Truth(right, says, row.get("kind") == "wrong")
+    return found
+
+
+def _read_jsonl(path: epath.PathLike, fields: tuple[str, ...]) -> Iterator[dict]:
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise errors.BadInput(f"{path} does not exist: name a .jsonl or .jsonl.gz file.")
+    number = 0
+    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                if "qid" in fields:
+                    row.setdefault("qid", row.get("wnid"))
+                missing = [field for field in fields if row.get(field) is None]
+            except (ValueError, AttributeError):
+                missing = list(fields)
+            if missing:
+                hint = ", or name the --classes that it goes with" if "qid" in missing else ""
+                raise errors.BadInput(
+                    f"{path}, line {number}: {missing[0]!r} cannot be read: give JSON objects with"
+                    f" {', '.join(fields)}{hint}."
+                )
+            yield row
+    if not number:
+        raise errors.BadInput(f"{path} is empty: name the file with the truth.")
