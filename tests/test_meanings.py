@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.kb import build as kb_build
-from data_prep.kb import lookup, names
+from data_prep.kb import kinds, lookup, names
 from data_prep.linking import boilerplate, disambiguate
 from tests import inputs
 
@@ -94,6 +94,21 @@ def test_what_a_trained_linker_chose_is_likelier(kb):
 def test_most_likely_first_and_no_more_than_asked(kb):
     assert list(weigh(kb, "apple", ["apple"])["apple"]) == ["Q312", "Q89"]
     assert list(weigh(kb, "apple", ["apple"], max_candidates=1)["apple"]) == ["Q312"]
+
+
+def test_entities_are_found_by_id_title_and_kind(tmp_path):
+    rows = [
+        {"qid": "Q89", "label": "apple", "title": "Apple", "kind": "food"},
+        {"qid": "Q2", "label": "IKEA", "title": "IKEA Group", "kind": "group"},
+        {"qid": "Q3", "label": "pear"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", inputs.kb_rules())
+    base = lookup.KnowledgeBase(tmp_path / "kb")
+    assert base.rows_of(["Q3", "Q8", "Q89"]).tolist() == [2, -1, 0]
+    assert base.rows_of_titles(["IKEA_Group", "Pear"]).tolist() == [1, -1]
+    assert [kinds.KINDS[code] for code in base.kind[:2]] == ["food", "group"]
+    assert base.kind.dtype == np.uint8
 
 
 def test_no_mentions(kb):

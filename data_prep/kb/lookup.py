@@ -15,12 +15,13 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
-from data_prep.kb import names
+from data_prep.kb import kinds, names
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_STORED = 30  # candidates of a name
+UNKNOWN = 255  # kind
 MAX_TOKENS = 8  # longer names are found when they are looked up, not when a text is scanned
 
 
@@ -100,6 +101,40 @@ class KnowledgeBase:
     def qid(self, entity: int) -> str:
         """The id of an entity in its source."""
         return self._columns[0][entity].as_py()
+
+    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the entities of ids, redirects followed; -1 where there is none."""
+        return _find(ids, *self._ids)
+
+    def rows_of_titles(self, titles: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
+        return _find([title.replace("_", " ") for title in titles], *self._titles)
+
+    @functools.cached_property
+    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
+        entities = engine.read_table(self.path / "entities.parquet", ["qid"])["qid"]
+        ids, rows = entities.to_pylist(), np.arange(len(entities))
+        if (self.path / "redirects.parquet").exists():
+            redirects = engine.read_table(self.path / "redirects.parquet", ["qid", "entity"])
+            ids += redirects["qid"].to_pylist()
+            rows = np.concatenate([rows, redirects["entity"].to_numpy()])
+        return _sorted(ids, rows)
+
+    @functools.cached_property
+    def _titles(self) -> tuple[np.ndarray, np.ndarray]:
+        titles = engine.read_table(self.path / "entities.parquet", ["title"])["title"].to_pylist()
+        rows = [row for row, title in enumerate(titles) if title is not None]
+        return _sorted([titles[row] for row in rows], np.array(rows, np.int64))
+
+    @functools.cached_property
+    def kind(self) -> np.ndarray:
+        """uint8, by entity: the place of its kind in `kinds.KINDS`, `UNKNOWN` for none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        kind = engine.read_table(self.path / "entities.parquet", ["kind"])["kind"]
+        code = pc.index_in(kind.combine_chunks(), value_set=pa.array(kinds.KINDS))
+        return pc.fill_null(code, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.uint8)
 
     def kinds(self, entity: int) -> frozenset[str]:
         """What an entity is an instance or a subclass of, and its own id."""
@@ -203,6 +238,21 @@ def _merged(found: Candidates) -> Candidates:
     # Of equals, what has the very name comes first, as it came.
     came = np.minimum.reduceat(order, starts)
     return summed.take(np.lexsort((came, -summed.prior, summed.surface)))
+
+
+def _sorted(ids: list[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted ids as bytes, and the row of each: a third of what a dict takes."""
+    codes = np.array([code.encode() for code in ids], "S")
+    order = np.argsort(codes, kind="stable")
+    return codes[order], rows[order]
+
+
+def _find(ids: Sequence[str], known: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    wanted = np.array([code.encode() for code in ids], "S")
+    if not len(wanted) or not len(known):
+        return np.full(len(wanted), -1, np.int64)
+    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[place] == wanted, rows[place], -1).astype(np.int64)
 
 
 def read_entities(path: epath.PathLike) -> pa.Table:

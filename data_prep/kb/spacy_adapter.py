@@ -68,7 +68,6 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
         self._base = lookup.KnowledgeBase(folder)
         self._vectors = None
         self.__dict__.pop("_entities", None)
-        self.__dict__.pop("_rows", None)
         path = os.path.join(folder, VECTORS)
         if os.path.isfile(path):
             vectors = np.load(path, mmap_mode="r")
@@ -122,13 +121,12 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
 
     def get_vectors(self, entities: Iterable[str]) -> list[list[float]]:
         """The vectors of several entities."""
-        ids = np.array(list(entities), "S")
-        if self._base is None or not len(ids):
+        ids = list(entities)
+        if self._base is None or not ids:
             return np.zeros((len(ids), self.entity_vector_length)).tolist()
-        known, order = self._rows
-        place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        vectors = self._of_rows(order[place])
-        vectors[known[place] != ids] = 0
+        rows = self._base.rows_of(ids)
+        vectors = self._of_rows(rows)
+        vectors[rows < 0] = 0
         return vectors.tolist()
 
     def _of_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -143,13 +141,6 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
         path = os.path.join(self.folder, "entities.parquet")
         table = engine.read_table(path, columns=["qid", "sitelinks"]).combine_chunks()
         return table["qid"].combine_chunks(), table["sitelinks"].to_numpy()
-
-    @functools.cached_property
-    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted ids as bytes, and the row of each: a third of what a dict takes."""
-        ids = np.array([i.encode() for i in self._entities[0].to_pylist()], "S")
-        order = np.argsort(ids)
-        return ids[order], order
 
     # ------------------------------------------------------------------------------ serialisation
 
