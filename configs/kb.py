@@ -47,10 +47,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.alias_factor = 0.5
 
     # How often each text is the anchor of a link to each entity: parquet or TSV (.tsv, .tsv.gz)
-    # with the columns anchor, qid, count. Where it knows a name, its counts decide.
+    # with the columns anchor, qid, count and perhaps seen (how often the text stands in articles,
+    # linked or not). Where it knows a name, its counts decide.
     config.anchors = ml_collections.config_dict.placeholder(str)
     config.anchor_min_links = 5  # from here on an anchor text that is no name yet becomes one
     config.anchor_smoothing = 1.0  # links shared out by the priors above, so that none is zero
+    # Ids that were merged into others: parquet or TSV with the columns from and to.
+    config.redirects = ml_collections.config_dict.placeholder(str)
 
     # How it is built; never part of the result.
     config.workers = 2  # processes that parse; a third reads and decompresses

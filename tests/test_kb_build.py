@@ -16,9 +16,7 @@ from configs import kb
 from data_prep import build_kb, engine
 from data_prep.engine import executors
 from data_prep.kb import build as kb_build
-from data_prep.kb import lookup, names
-from data_prep.kb import merge as kb_merge
-from data_prep.kb.sources import rows as kb_rows
+from data_prep.kb import forms, lookup, names, ranking
 from mofi_jax.common import errors
 from tests import inputs
 
@@ -57,6 +55,15 @@ def test_the_folder_holds_what_it_promises(tmp_path):
         "cand_entity.npy",
         "cand_prior.npy",
         "cand_case.npy",
+        "cand_form.npy",
+        "cand_languages.npy",
+        "alias_linked.npy",
+        "parts.marisa",
+        "part_offsets.npy",
+        "part_entity.npy",
+        "part_prior.npy",
+        "part_role.npy",
+        "redirects.parquet",
         "rejects.parquet",
         "manifest.json",
         "manifests.jsonl",
@@ -221,7 +228,7 @@ def build(folder, rows, **changes):
     ],
 )
 def test_how_names_are_written(name, case):
-    assert kb_rows.case_of(name) == case
+    assert forms.case_of(name) == case
 
 
 def test_of_several_spellings_the_smallest_case_counts(tmp_path):
@@ -395,7 +402,7 @@ def test_neither_workers_nor_chunks_nor_memory_nor_batches_change_the_bytes(tmp_
         config.update(changes)
         manifest = kb_build.build(SAMPLE, tmp_path / name / "kb", config)
         digests.append([(output["path"], output["sha256"]) for output in manifest["outputs"]])
-        monkeypatch.setattr(kb_merge, "_BATCH", 37)
+        monkeypatch.setattr(ranking, "BATCH", 37)
     assert digests[0] == digests[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from data_prep.kb import build as kb_build
-from data_prep.kb import lookup, parts
+from data_prep.kb import forms, lookup, parts
 from data_prep.kb.sources import rows as kb_rows
 from data_prep.kb.sources import wikidata
 from tests import inputs
@@ -139,11 +139,11 @@ def check(parse, text):
     except (ValueError, kb_rows.Dropped) as error:
         assert str(error) in REASONS  # noqa: PT017  both are an answer
         return
-    names, _ = kb_rows.names_of(row, RULES.alias_factor)
+    names, _ = forms.names_of(row.label, row.names, RULES.alias_factor)
     schema = parts.part_schema()
     pa.table([[value] for value in (1, *row[:-1])], schema=schema).validate(full=True)
-    assert all(0 < weight < float("inf") for _, weight, _, _ in names)
-    assert all(form and " " * 2 not in form for form, _, _, _ in names)
+    assert all(0 < weight < float("inf") for _, weight, *_ in names)
+    assert all(form and " " * 2 not in form for form, *_ in names)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@
     alias_offsets.npy    int64 [a+1]; the candidates of alias i are offsets[i]:offsets[i+1] of
     cand_entity.npy      int32, most likely first,
     cand_prior.npy       float32, p(entity | alias), of sum 1 for each alias, and
-    cand_case.npy        uint8, how the source writes that name of that entity (`kb_rows.case_of`)
+    cand_case.npy        uint8, how the source writes that name of that entity (`forms.case_of`)
+    cand_form.npy        uint8, how the name came: 0 as it is, 1 its words joined, 2 diacritics
+                         folded, 3 shortened (`forms.EXACT` and so on)
+    cand_languages.npy   uint16, bit i: it is a name in the i-th of config.languages; 0: in any
+    alias_linked.npy     float32 [a], link probability of the name; NaN where no anchors tell
+    parts.marisa, part_offsets.npy, part_entity.npy, part_prior.npy
+                         the same for parts of people's names, looked up with evidence alone, and
+    part_role.npy        uint8: 0 family name, 1 given name, 2 other (`data_prep.kb.people`)
+    redirects.parquet    qid, entity (row number): ids that lead to an entity of the base
     rejects.parquet      key ("line 17"), stage, reason: lines that could not be used
     manifest.json        written last; its counts tell what was dropped and why
 
@@ -24,11 +32,12 @@ The generic rows are JSONL, one entity a line; all but the id and the label may 
 Priors. Where `sense_rank` gives the rank of this sense of each name (label, then aliases; 1 = the
 most frequent, as in WordNet), the weight of the name is 1/rank: Zipf's law, and the rank is already
 about that very name. Otherwise it is (sitelinks + 1) ** alpha, times 0.5 for an alias. Where a
-table of link anchors knows the name, its counts decide (`data_prep.kb.anchors`). The weights of a
-name's entities are divided by their sum; the 30 largest are kept.
+table of link anchors knows the name, its counts decide (`data_prep.kb.sources.anchors`). The
+weights of a name's entities are divided by their sum; the 30 largest are kept.
 
 Names of several words are also entered joined ("alarm clock" -> "alarmclock"), as hashtags and
-file names write them, unless something else has that name.
+file names write them, unless something else has that name; names with diacritics without them, at
+half the weight; those of people without middle names and titles, at the weight of an alias's alias.
 
 A chunk of lines is parsed by a worker into two parquet files in `.parts`, its part; the parts are
 merged by `data_prep.kb.merge`. After a kill, parts whose lines and rules are the same are not
@@ -54,13 +63,12 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.engine import executors
-from data_prep.kb import anchors as kb_anchors
-from data_prep.kb import lookup
+from data_prep.kb import forms, lookup
 from data_prep.kb import merge as kb_merge
 from data_prep.kb import parts as kb_parts
 from data_prep.kb.sources import dump as kb_dump
 from data_prep.kb.sources import rows as kb_rows
-from data_prep.kb.sources import wikidata
+from data_prep.kb.sources import tables, wikidata
 from mofi_jax.common import errors
 
 check_source = kb_dump.check
@@ -123,10 +131,10 @@ def build(
                 f"knowledge_base: {source} is a finished knowledge base already: give what it is"
                 " to be built from."
             )
-    anchors = os.path.abspath(config.anchors) if config.anchors else None
-    inputs = (*kb_dump.files(source), *([anchors] if anchors else []))
+    added = {key: config[key] and os.path.abspath(config[key]) for key in ("anchors", "redirects")}
+    inputs = (*kb_dump.files(source), *filter(None, added.values()))
     settings = settings_of(config, kb_dump.format_of(source))
-    run = functools.partial(_build, source, config.to_dict() | {"anchors": anchors})
+    run = functools.partial(_build, source, config.to_dict() | added)
     work = work or engine.Engine(os.path.dirname(out))
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
@@ -173,7 +181,9 @@ def validate(config: ml_collections.ConfigDict, name: str = "config") -> None:
         remedy = "give a number above 0, so that no candidate has a prior of 0"
         check(0 < config[key] < math.inf, key, remedy)
     check(0 <= config.reject_budget <= 1, "reject_budget", "give a share from 0 to 1")
-    kb_anchors.check(config.anchors)
+    check(len(config.languages) <= forms.MOST_LANGUAGES, "languages", "give 16 at most")
+    for key in ("anchors", "redirects"):
+        tables.check(config[key], key)
 
 
 # ---------------------------------------------------------------------------------------- the stage

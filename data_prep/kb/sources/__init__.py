@@ -3,4 +3,5 @@
 dump       finds the format, cuts a file into pieces that workers read side by side
 rows       one entity: its columns, its names with their weights, the generic JSON lines
 wikidata   one line of Wikidata's dump as such a row; wordnet: its folder as JSON lines
+tables     what a user adds: parquet or TSV; anchors: counts of links, joined to the names
 """

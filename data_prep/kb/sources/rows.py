@@ -9,19 +9,15 @@ It knows neither files nor Wikidata: a reader turns a line into a `Row` or raise
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from data_prep.kb import kinds, names
+from data_prep.kb import forms, kinds
 
-_ASCII_WORDS = re.compile(r"[a-z0-9]+")
-# Directional marks and overrides, stray byte order marks; joiners (U+200C, U+200D) are spelling.
-_INVISIBLE = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ID = re.compile(r"\S{1,200}")
 _MOST_RANK = 2**31  # so that a prior of float32 is never 0
-_BRACKET = re.compile(r"(.*\S)\s*\([^()]*\)\s*", re.DOTALL)  # "John Smith (actor)"
 
 
 class Dropped(Exception):
@@ -42,20 +38,7 @@ class Row(NamedTuple):
     title: str | None
     kind: str | None
     kind_from: str | None
-    names: list[tuple[str, float]]  # spellings and their weights, a spelling perhaps twice
-
-
-def clean(text: str) -> str:
-    """A name or description in one line: control characters to spaces, bidi marks dropped.
-
-    Raises:
-      TypeError: it is no text.
-    """
-    if not isinstance(text, str):
-        raise TypeError(text)
-    if not text.isprintable():
-        text = _CONTROL.sub(" ", _INVISIBLE.sub("", text))
-    return text.strip()
+    names: list[forms.Spelling]  # the label's first; a spelling perhaps twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,75 +70,16 @@ class Rules:
             settings["alias_factor"],
         )
 
-    def weigh(self, label: str, aliases: Sequence[str], sitelinks: int) -> list[tuple[str, float]]:
-        """The names of an entity with weights from its sitelinks."""
-        weight = float(sitelinks + 1) ** self.alpha
-        weighed = [(label, weight)]
-        weighed += [(alias, weight * self.alias_factor) for alias in aliases]
-        return weighed
+    @functools.cached_property
+    def bits(self) -> tuple[int, ...]:
+        """The bit of each language in the masks of names; `forms.ANY` for "mul"."""
+        return tuple(
+            forms.ANY if code == "mul" else 1 << i for i, code in enumerate(self.languages)
+        )
 
-
-# A normal form of an entity's names, its weight, its case, and whether it was made from a name of
-# several words by joining them. No NamedTuple: making them would take a tenth of the parsing.
-Name = tuple[str, float, int, bool]
-
-
-def names_of(row: Row, alias_factor: float) -> tuple[list[Name], int]:
-    """The normal forms of an entity's names; of equal ones the largest weight and smallest case.
-
-    A label with a bracket at its end is a name without it, too; a name of several words is one
-    with its words joined.
-
-    Returns:
-      The names, no form twice, and how many spellings have no letter or digit at all.
-    """
-    spellings = row.names
-    if row.label.endswith(")") and (match := _BRACKET.fullmatch(row.label)):
-        spellings = [*spellings, (match[1], spellings[0][1] * alias_factor)]
-    own: dict[str, tuple[float, int]] = {}
-    empty = 0
-    for spelling, weight in spellings:
-        form = _form(spelling)
-        if form:
-            _add(own, form, weight, case_of(spelling))
-        else:
-            empty += 1
-    joined: dict[str, tuple[float, int]] = {}
-    for form, (weight, case) in own.items():
-        if " " in form and (squeezed := form.replace(" ", "")) not in own:
-            _add(joined, squeezed, weight, case)
-    found = [(form, weight, case, False) for form, (weight, case) in own.items()]
-    found += [(form, weight, case, True) for form, (weight, case) in joined.items()]
-    return found, empty
-
-
-def _form(spelling: str) -> str:
-    """`names.normalize`; a name in ASCII, as most are, without the places of its words."""
-    if spelling.isascii():
-        return " ".join(_ASCII_WORDS.findall(spelling.lower()))
-    return names.normalize(spelling)
-
-
-def _add(found: dict[str, tuple[float, int]], form: str, weight: float, case: int) -> None:
-    if form in found:
-        weight, case = max(weight, found[form][0]), min(case, found[form][1])
-    found[form] = (weight, case)
-
-
-def case_of(name: str) -> int:
-    """How a name is written.
-
-    Returns:
-      0: a word of it is in lower case throughout ("red panda"), or it has no letter that knows
-      case ("東京", "747"). 1: capitalised ("Apple"). 2: all capitals, at least two ("IT", "U.S.").
-    """
-    if name.isupper():
-        return 2 if sum(map(str.isupper, name)) >= 2 else 1
-    if name.istitle():
-        return 1
-    if name.islower() or any(word.islower() for word in name.split()):
-        return 0
-    return 1 if name.lower() != name.upper() else 0
+    def weight(self, sitelinks: int) -> float:
+        """The weight of the label of an entity with so many sitelinks."""
+        return float(sitelinks + 1) ** self.alpha
 
 
 def parse(line: bytes, rules: Rules) -> Row:
@@ -176,7 +100,7 @@ def parse(line: bytes, rules: Rules) -> Row:
     label = row.get("label")
     if not isinstance(qid, str) or not _ID.fullmatch(qid) or not qid.isprintable():
         raise ValueError("no_id")
-    label = clean(label) if isinstance(label, str) else ""
+    label = forms.clean(label) if isinstance(label, str) else ""
     if not label:
         raise ValueError("no_label")
     aliases, hypernyms = row.get("aliases") or [], row.get("hypernyms") or []
@@ -200,14 +124,19 @@ def parse(line: bytes, rules: Rules) -> Row:
     if sitelinks < 0 or sitelinks >= 2**31 or sitelinks != int(sitelinks):
         raise ValueError("wrong_sitelinks")
     sitelinks = int(sitelinks)
-    aliases, description = [clean(alias) for alias in aliases], clean(description)
+    aliases, description = [forms.clean(alias) for alias in aliases], forms.clean(description)
     if ranks:
-        weighed = [(s, 1.0 / rank) for s, rank in zip([label, *aliases], ranks, strict=True)]
+        weights = [1.0 / rank for rank in ranks]
     else:
-        weighed = rules.weigh(label, aliases, sitelinks)
+        weight = rules.weight(sitelinks)
+        weights = [weight, *[weight * rules.alias_factor] * len(aliases)]
+    spellings = [forms.Spelling(*pair) for pair in zip([label, *aliases], weights, strict=True)]
+    if title:
+        weight = weights[0] * rules.alias_factor
+        spellings.append(forms.Spelling(forms.without_bracket(title), weight))
     kind_from = kinds.GIVEN if kind else None
     columns = (description, hypernyms, types, sitelinks, image, title, kind, kind_from)
-    return Row(qid, label, aliases, *columns, weighed)
+    return Row(qid, label, aliases, *columns, spellings)
 
 
 def _all_numbers(values: Sequence) -> bool:

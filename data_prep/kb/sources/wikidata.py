@@ -17,6 +17,7 @@ import re
 import typing
 from collections.abc import Sequence
 
+from data_prep.kb import forms
 from data_prep.kb.sources import rows as kb_rows
 
 if typing.TYPE_CHECKING:
@@ -58,14 +59,15 @@ def parse(line: bytes, rules: kb_rows.Rules) -> kb_rows.Row:
 
 
 def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
-    kind = kb_rows.clean(item["type"])
+    kind = forms.clean(item["type"])
     if kind != "item":
         raise kb_rows.Dropped("property" if kind == "property" else "no_item")
     qid = item["id"]
     if not _QID.fullmatch(qid):
         raise ValueError("no_id")
 
-    spellings = [text for text in _texts(item, "labels", rules.languages) if text]
+    found = _texts(item, "labels", rules.languages)
+    spellings = [(text, bit) for text, bit in zip(found, rules.bits, strict=True) if text]
     if not spellings:
         raise kb_rows.Dropped("no_label")
     claims, links = _map(item, "claims"), _map(item, "sitelinks")
@@ -80,10 +82,19 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
             raise kb_rows.Dropped(rules.drop_types[kind])
 
     aliases = _map(item, "aliases")
-    for code in rules.languages:
-        spellings += [kb_rows.clean(alias["value"]) for alias in aliases.get(code) or ()]
-    label, *others = dict.fromkeys(spellings)
-    descriptions = _texts(item, "descriptions", rules.languages)
+    wikis = frozenset(links.keys())
+    for code, bit in zip(rules.languages, rules.bits, strict=True):
+        spellings += [(forms.clean(alias["value"]), bit) for alias in aliases.get(code) or ()]
+    label, *others = dict.fromkeys(text for text, _ in spellings)
+    for code, bit in zip(rules.languages, rules.bits, strict=True):
+        if (wiki := f"{code.replace('-', '_')}wiki") in wikis:
+            spellings.append((forms.without_bracket(forms.clean(links[wiki]["title"])), bit))
+    weight = rules.weight(len(links))
+    names = [
+        forms.Spelling(text, weight * (rules.alias_factor if i else 1), bit)
+        for i, (text, bit) in enumerate(spellings)
+    ]
+    descriptions = [text for text in _texts(item, "descriptions", rules.languages) if text]
     return kb_rows.Row(
         qid,
         label,
@@ -92,11 +103,11 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
         [_id(value) for value in _values(claims.get("P279"))],
         types,
         len(links),
-        kb_rows.clean(image[0]) if image else None,
-        kb_rows.clean(links["enwiki"]["title"]) if "enwiki" in links.keys() else None,  # noqa: SIM118
+        forms.clean(image[0]) if image else None,
+        forms.clean(links["enwiki"]["title"]) if "enwiki" in wikis else None,
         None,
         None,
-        rules.weigh(label, others, len(links)),
+        names,
     )
 
 
@@ -111,10 +122,10 @@ def _map(item: simdjson.Object, key: str) -> simdjson.Object | dict:
 
 
 def _texts(item: simdjson.Object, key: str, languages: Sequence[str]) -> list[str]:
-    """The texts of a map "language -> text" in those of the chosen languages that it has."""
+    """The texts of a map "language -> text" in the chosen languages; empty where it has none."""
     texts = _map(item, key)
     found = [texts.get(code) for code in languages]
-    return [kb_rows.clean(text["value"]) for text in found if text is not None]
+    return ["" if text is None else forms.clean(text["value"]) for text in found]
 
 
 def _values(statements: simdjson.Array | None) -> list:

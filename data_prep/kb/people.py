@@ -1,0 +1,174 @@
+"""The parts of people's names, and what is left of a full name when people shorten it.
+
+    "Sir Ludwig Johannes van der Example III"
+    names     "Ludwig van der Example" (no middle name, no title), "Ludwig J van der Example"
+    parts     family: "van der example", "example"; given: "ludwig"; other: "l van der example",
+              "l j van der example", "johannes van der example"
+
+What a text adds, or writes in another order, is the linker's to undo: it looks up "John Smith" for
+"Smith, John" and "Elizabeth II" for "Queen Elizabeth II". What a text leaves out has to be stored.
+Shortened names are still the name of one person among few, so that they are names of lower weight,
+found wherever they stand; parts and initials are the names of thousands, so that they lie apart,
+to be looked up only where something says that a person is meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from data_prep.kb import forms, names
+
+FAMILY, GIVEN, OTHER = range(3)  # `part_role.npy`
+KINDS = ("person", "character")
+
+_MOST_NAMES = 10  # spellings of an entity that are taken apart
+
+_TITLES = frozenset(
+    re.findall(
+        r"\w+",
+        "archbishop archduchess archduke baron baroness bishop blessed brother caliph captain"
+        " cardinal chancellor colonel commander count countess dame doctor dr duchess duke earl"
+        " emir emperor empress father friar general governor grand hon imam infanta infante judge"
+        " justice king lady lieutenant lord madame maharaja maharani major marquess marquis master"
+        " mayor miss mother mr mrs ms pharaoh pope president prince princess prof professor queen"
+        " rabbi rev reverend saint sayyid senator sergeant shah sheikh shri sir sister sri st"
+        " sultan swami tsar tsarina viscount",
+    )
+)
+_SUFFIXES = frozenset(re.findall(r"\w+", "esq jnr jr junior kbe md mp obe phd qc senior snr sr"))
+_PARTICLES = frozenset(
+    re.findall(
+        r"\w+",
+        "a af al and av ap bar ben bin bint d da dal dalla das de degli dei del della den der di do"
+        " dos du e el fitz ibn la las le los mac mc o of san santa st ten ter the van vom von y"
+        " zu zum zur",
+    )
+)
+# Between these words begins what is no part of the name itself: "Anne of Austria", "Ivan the
+# Terrible".
+_EPITHET = re.compile(r" (?:of|the) ", re.IGNORECASE)
+_NUMERAL = re.compile(r"[IVX]+")
+# Where the family name comes first, at home at least: both ends may be it.
+_FAMILY_FIRST = re.compile(
+    r"\b(?:chinese|china|taiwan(?:ese)?|hong kong|korean?|vietnam(?:ese)?|japan(?:ese)?"
+    r"|hungar(?:y|ian)|cambodian?)\b",
+    re.IGNORECASE,
+)
+
+
+class Found(NamedTuple):
+    """What the names of a person yield.
+
+    Attributes:
+      shortened: normal form -> weight against the label's, case.
+      parts: normal form and role -> weight against the label's.
+    """
+
+    shortened: dict[str, tuple[float, int]]
+    parts: dict[tuple[str, int], float]
+
+
+def take_apart(label: str, aliases: list[str], description: str, factor: float) -> Found:
+    """The parts and the shortened names of a person.
+
+    Args:
+      label: the main name.
+      aliases: the others.
+      description: says where the family name comes first.
+      factor: the weight of an alias against the label.
+    """
+    found = Found({}, {})
+    both_ends = bool(_FAMILY_FIRST.search(description))
+    own = {names.normalize(name) for name in (label, *aliases)}
+    for i, name in enumerate((label, *aliases[: _MOST_NAMES - 1])):
+        _take_apart(forms.without_bracket(name), factor if i else 1.0, factor, both_ends, found)
+    for form in own.intersection(found.shortened):
+        del found.shortened[form]
+    return found
+
+
+def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found: Found) -> None:
+    def part(words: list[str], role: int, factor: float = 1.0) -> None:
+        form = names.normalize(" ".join(words))
+        if len(form) > 1:
+            for text in {form, names.fold_diacritics(form)}:
+                key = (text, role)
+                found.parts[key] = max(found.parts.get(key, 0.0), weight * factor)
+
+    def shorten(words: list[str]) -> None:
+        text = " ".join(words)
+        if len(words) > 1 and text != name:
+            form = names.normalize(text)
+            before, case = found.shortened.get(form, (0.0, 2))
+            value = max(before, weight * factor * factor)
+            found.shortened[form] = (value, min(case, forms.case_of(text)))
+
+    name = name.partition(",")[0]
+    words = _EPITHET.split(name)[0].split()
+    epithet = len(words) < len(name.split())
+    while len(words) > 1 and _bare(words[0]) in _TITLES:
+        words = words[1:]
+    while len(words) > 1 and _bare(words[-1]) in _SUFFIXES:
+        words = words[:-1]
+    regnal = len(words) > 1 and _NUMERAL.fullmatch(words[-1]) is not None
+    if regnal and len(words) > 2 and len(words[-1]) > 1 and not epithet:
+        words, regnal = words[:-1], False  # "Robert Downey III"; but "John Paul II" is both
+        shorten(words)
+    if not words or any(_is_small(word) for word in (words[0], words[-1])):
+        return  # a noun such as "film maker", or a title alone
+    shorten(words)
+    if len(words) == 1 or regnal or epithet:
+        part(words[:1], OTHER if len(words) == 1 else GIVEN)
+        return
+
+    begin = len(words) - 1  # of the family name
+    while begin > 1 and _is_particle(words[begin - 1]):
+        begin -= 1
+    given, middle, family = words[:1], words[1:begin], words[begin:]
+    part(family, FAMILY)
+    part(given, GIVEN)
+    if len(family) > 1:
+        part(family[-1:], FAMILY)
+    elif "-" in family[0]:
+        part(family[0].split("-")[-1:], FAMILY, factor)  # "al-Atrash"
+    if both_ends:
+        part(given, FAMILY)
+        part(words[1:], GIVEN)
+    initials = [word[0] for word in (*given, *middle)]
+    part([initials[0], *family], OTHER)
+    if middle:
+        shorten([*given, *family])
+        shorten([*given, *initials[1:], *family])
+        part([*initials, *family], OTHER)
+        part([middle[-1], *family], OTHER)  # two family names, or a middle name that is used
+
+
+def _bare(word: str) -> str:
+    return word.rstrip(".").replace(".", "").lower()
+
+
+def _is_particle(word: str) -> bool:
+    return _bare(word) in _PARTICLES
+
+
+def _is_small(word: str) -> bool:
+    return word[0].islower() and not _is_particle(word) and "-" not in word
+
+
+def rows(table, factor: float, alpha: float) -> Iterator[tuple[int, float, Found]]:
+    """The people of a table of entities.
+
+    Args:
+      table: label, aliases, description, sitelinks, kind.
+
+    Yields:
+      Row of the table, the weight of the label, what the names yield.
+    """
+    columns = ("kind", "label", "aliases", "description", "sitelinks")
+    for row, (kind, *texts, links) in enumerate(
+        zip(*(table[name].to_pylist() for name in columns), strict=True)
+    ):
+        if kind in KINDS:
+            yield row, float(links + 1) ** alpha, take_apart(*texts, factor)
