@@ -43,7 +43,9 @@ def make_config(*patterns, **changes):
     return ml_collections.ConfigDict(
         {
             "sources": tuple(f"{n}={p}" for n, p in zip(names, patterns, strict=True)),
+            "caption_column": None,
             "keep_columns": ("punsafe", "NSFW"),
+            "given": {"ids": None, "titles": None, "weights": None, "where": ()},
             "rows_per_shard": 10,
             "min_side": 16,
             "max_aspect": 4.0,

@@ -82,7 +82,9 @@ def config(**changes) -> ml_collections.ConfigDict:
         "max_aspect": 4.0,
         "max_pixels": 10**6,
         "max_caption_chars": 200,
+        "caption_column": None,
         "keep_columns": ("punsafe", "NSFW"),
+        "given": {"ids": None, "titles": None, "weights": None, "where": ()},
         "rows_per_shard": 20,
     }
     return ml_collections.ConfigDict(values | changes)

@@ -66,6 +66,27 @@ def pick(names: Iterable[str], wanted: Sequence[str]) -> str | None:
     return next((found[name] for name in wanted if name in found), None)
 
 
+def at(row: Mapping[str, typing.Any], path: str) -> typing.Any:
+    """What a row holds in the column `path` or, where there is none, at `a.b`: in its objects.
+
+    In a list of objects it is looked up in each of them.
+    """
+    if path in row or "." not in path:
+        return row.get(path)
+    found: typing.Any = row
+    for name in path.split("."):
+        many = isinstance(found, list)
+        values = [v.get(name) if isinstance(v, Mapping) else None for v in found if many]
+        found = values if many else found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def columns_of(paths: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The columns among `names` in which `at` finds what lies at the paths."""
+    names = {*names}
+    return {path if path in names else path.partition(".")[0] for path in paths} & names
+
+
 def cell(column, row: int) -> typing.Any:
     """A value of an Arrow array as Python's; None where it is none, as the year 200,000."""
     try:
@@ -95,10 +116,10 @@ def first_text(value: typing.Any) -> typing.Any:
 
 
 def extras_json(values: Mapping[str, typing.Any], keep: Sequence[str]) -> str | None:
-    """The columns `keep` as a JSON object with sorted keys; None where none of them has a value."""
+    """What lies `at` the paths `keep` as a JSON object by path, sorted; None where nothing does."""
     kept = []
     for name in sorted(set(keep)):
-        value = values.get(name)
+        value = at(values, name)
         if value is None or value == "" or isinstance(value, bytes):
             continue
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # NaN, also inside a list

@@ -69,8 +69,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     hash), url, extras (JSON of the columns to keep; both may be null).
 
     Args:
-      config: `sources`, `keep_columns`, `rows_per_shard`, `min_side`, `max_aspect`, `max_pixels`,
-        `max_caption_chars`.
+      config: `sources`, `caption_column` (None: known by its name; of TFDS always),
+        `keep_columns` and what `given` names, `rows_per_shard`, `min_side`, `max_aspect`,
+        `max_pixels`, `max_caption_chars`.
       work: the engine.
 
     Returns:
@@ -82,10 +83,11 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Raises:
       BadInput: nothing to read, or files that cannot be read and no failure budget for them.
     """
-    tasks = _plan(find(config.sources), config.rows_per_shard, work)
-    names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars", "keep_columns")
+    tasks = _plan(find(config.sources), config.rows_per_shard, config.caption_column, work)
+    names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars")
     settings = {"version": 8, "decoders": pictures.DECODERS}
     settings |= {name: config[name] for name in names}
+    settings["keep_columns"] = [*config.keep_columns, *given_columns(config.given)]
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
@@ -98,6 +100,12 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
             total["duplicate_keys"],
         )
     return kept
+
+
+def given_columns(given: Mapping) -> list[str]:
+    """The columns, or places in them, that `config.given` names (see `linking.given`)."""
+    named = [given[name] for name in ("ids", "titles", "weights") if given[name]]
+    return [*named, *(condition.partition("=")[0] for condition in given["where"])]
 
 
 def read_pictures(
@@ -162,7 +170,9 @@ def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> It
 # --------------------------------------------------------------------------------------- the shards
 
 
-def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine.Task]:
+def _plan(
+    found: Sequence[Found], rows: int, text: str | None, work: engine.Engine
+) -> list[engine.Task]:
     """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
     unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
     unpacked = work.map_shards("unpacked", tars.unpack, unpack, {"version": 3}, keys=_unknown)
@@ -174,7 +184,8 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         for file, path in zip(found, paths, strict=True)
         if path and (file.kind in ("parquet", "table") or tars.is_large(path, rows))
     ]
-    settings = {"version": 5, "rows": rows}
+    named = {"text": text} if text else {}
+    settings = {"version": 5, "rows": rows, **named}
     keys = functools.partial(_keys_of_tar, {file.shard: file for file in found})
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=keys)
     plans = {m["shard"]: [work.workdir / o["path"] for o in m["outputs"]] for m in scanned}
@@ -186,7 +197,7 @@ def _plan(found: Sequence[Found], rows: int, work: engine.Engine) -> list[engine
         part = {"kind": file.kind, "source": file.source, "prefix": file.prefix}
         inputs = (path,)
         if file.kind in ("tar", "folder"):
-            part |= {"name": file.path, "cut_short": file.unpacked in cut_short}
+            part |= {"name": file.path, "cut_short": file.unpacked in cut_short, **named}
             inputs = (*inputs, *tars.sidecars(file.path))
         else:
             part |= {"stem": file.stem, "table": file.path}
@@ -232,7 +243,8 @@ def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
         plan = tars.scan(path, settings["rows"], outputs.path(f"scanned/{task.name}.members"))
     else:
         reader = parquets if path.endswith(".parquet") else tables
-        plan = reader.scan(path, settings["rows"])
+        texts = [settings["text"].lower()] if "text" in settings else samples.TEXT_COLUMNS
+        plan = reader.scan(path, settings["rows"], texts)
     text = json.dumps(plan, ensure_ascii=False) + "\n"
     outputs.path(f"scanned/{task.name}.plan").write_text(text)
     if not plan["ranges"]:

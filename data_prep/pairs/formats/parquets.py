@@ -11,7 +11,7 @@ pictures.
 import collections
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from data_prep.pairs import pictures, samples
 from data_prep.pairs.samples import Sample
@@ -24,8 +24,13 @@ _WIDEST = samples.MAX_TEXT  # bytes of a cell of fixed width
 _MOST_PACKED = 10  # times smaller than it was; pictures are packed already
 
 
-def scan(path: str, rows: int) -> dict:
+def scan(path: str, rows: int, texts: Sequence[str] = samples.TEXT_COLUMNS) -> dict:
     """The columns, and the row groups of each piece of at least `rows` rows, from the footer alone.
+
+    Args:
+      path: the file.
+      rows: of a piece, at least.
+      texts: what the column of captions may be called, the likeliest first.
 
     Returns:
       `image` (the column of bytes), `text`, `columns` and `ranges`: for each piece its first row,
@@ -37,7 +42,7 @@ def scan(path: str, rows: int) -> dict:
     with open_file(path) as file:
         schema, groups = narrow_columns(file), file.metadata.num_row_groups
         lengths = [file.metadata.row_group(i).num_rows for i in range(groups)]
-        found = _detect(path, schema)
+        found = _detect(path, schema, texts)
     ranges, first, group, row = [], 0, 0, 0
     for i, length in enumerate(lengths):
         row += length
@@ -57,22 +62,21 @@ def read(
       inputs: the file.
       part: what `scan` returned, with `range` instead of `ranges`, and `stem`, with which the keys
         begin where no column holds them.
-      keep: further columns to read.
+      keep: further columns to read, or parts of them (see `samples.at`).
       counts: `members` is counted up.
     """
     path, (first, start, stop) = inputs[0], part["range"]
     names = part["columns"]
     named = (samples.pick(names, some) for some in (samples.KEY_COLUMNS, samples.URL_COLUMNS))
-    wanted = {part["text"], *named, *keep} & set(names)
+    wanted = samples.columns_of((part["text"], *filter(None, named), *keep), names)
     with open_file(path) as file, told(path):
-        batches = file.iter_batches(
-            _BATCH, row_groups=range(start, stop), columns=[part["image"], *sorted(wanted)]
-        )
+        leaves = [part["image"], *_leaves(file.schema_arrow, wanted, keep)]
+        batches = file.iter_batches(_BATCH, row_groups=range(start, stop), columns=leaves)
         number = first
         for batch in batches:
             blobs = _cast(_leaf(batch, part["image"]))
             texts = _cast(batch.column(part["text"]))
-            others = [(name, batch.column(name)) for name in sorted(wanted)]
+            others = [(name, batch.column(name)) for name in sorted(wanted & {*batch.schema.names})]
             for i, (blob, text) in enumerate(zip(blobs, texts, strict=True)):
                 counts["members"] += 1
                 row = {name: samples.cell(column, i) for name, column in others}
@@ -91,7 +95,19 @@ def read(
                 number += 1
 
 
-def _detect(path: str, schema) -> dict[str, str]:
+def _leaves(schema, columns: Iterable[str], keep: Sequence[str]) -> list[str]:
+    """What has to be read of columns: of a struct the kept members alone, where none keeps it."""
+    import pyarrow as pa
+
+    found = []
+    for name in sorted(columns):
+        members = [path for path in keep if path.startswith(f"{name}.")]
+        whole = name in keep or not pa.types.is_struct(schema.field(name).type)
+        found += [name] if whole or not members else members
+    return found
+
+
+def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str]:
     import pyarrow as pa
 
     kinds = pa.types
@@ -114,7 +130,7 @@ def _detect(path: str, schema) -> dict[str, str]:
                 leaves[field.name] = f"{field.name}.bytes"
         elif holds(field.type, binary):
             leaves[field.name] = field.name
-    text = samples.pick(strings, samples.TEXT_COLUMNS) or samples.pick(others, samples.TEXT_COLUMNS)
+    text = samples.pick(strings, texts) or samples.pick(others, texts)
     leaves.pop(text, None)
     picture = samples.pick(leaves, PICTURE_COLUMNS)
     if picture is None and len(leaves) == 1:
@@ -125,11 +141,12 @@ def _detect(path: str, schema) -> dict[str, str]:
         what, wanted = (
             ("pictures (bytes, or a struct with bytes)", PICTURE_COLUMNS)
             if picture is None
-            else ("captions (strings)", samples.TEXT_COLUMNS)
+            else ("captions (strings)", texts)
         )
+        named = ", or name it in config.caption_column" * (wanted is texts)
         raise errors.BadInput(
             f"sources: {path} has no column of {what} that is known by its name (columns found:"
-            f" {listed}): rename it to one of {', '.join(wanted)}."
+            f" {listed}): rename it to one of {', '.join(wanted)}{named}."
         )
     return {"image": leaves[picture], "text": text}
 

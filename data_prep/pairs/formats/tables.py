@@ -44,8 +44,13 @@ class Row(typing.NamedTuple):
     end: int
 
 
-def scan(path: str, rows: int) -> dict:
+def scan(path: str, rows: int, texts: Sequence[str] = samples.TEXT_COLUMNS) -> dict:
     """Looks through a table once: its columns, and where each piece of `rows` rows begins.
+
+    Args:
+      path: the file.
+      rows: of a piece.
+      texts: what the column of captions may be called, the likeliest first.
 
     Returns:
       `delimiter` ("" for JSON), `quotes` (whether cells may be quoted), `header`, `image` and
@@ -56,7 +61,7 @@ def scan(path: str, rows: int) -> dict:
       BadInput: a table without the columns needed, or a file that is no table.
     """
     with open(path, "rb") as file:
-        plan, start = _columns(path, file)
+        plan, start = _columns(path, file, texts)
         begins = [(0, start)]
         number, end = 0, start
         for row in _rows(file, plan, start, None):
@@ -150,7 +155,7 @@ def _value(value: typing.Any) -> typing.Any:
 # --------------------------------------------------------------------------------------- the format
 
 
-def _columns(path: str, file: typing.BinaryIO) -> tuple[dict, int]:
+def _columns(path: str, file: typing.BinaryIO, texts: Sequence[str]) -> tuple[dict, int]:
     """What `scan` says of the columns, and the byte at which the rows begin."""
     line = file.readline(_MAX_LINE)
     file.seek(0)
@@ -161,15 +166,15 @@ def _columns(path: str, file: typing.BinaryIO) -> tuple[dict, int]:
             found |= dict.fromkeys(row.cells)
             if number == _SNIFFED_LINES:
                 break
-        return {"delimiter": "", **_detect(path, list(found))}, 0
+        return {"delimiter": "", **_detect(path, list(found), texts)}, 0
     delimiters = "\t" if path.endswith(".tsv") else ",\t;"
     text = line.decode("utf-8-sig", "backslashreplace").rstrip("\r\n")
     quotes = not path.endswith(".tsv")
     header, mark = max(
         ((_header(text, mark, quotes), mark) for mark in delimiters), key=lambda pair: len(pair[0])
     )
-    plan = {"delimiter": mark, "quotes": quotes, "header": header, **_detect(path, header)}
-    return plan, len(line)
+    plan = {"delimiter": mark, "quotes": quotes, "header": header}
+    return plan | _detect(path, header, texts), len(line)
 
 
 def _check_first(path: str, line: bytes) -> None:
@@ -195,7 +200,7 @@ def _header(line: str, delimiter: str, quotes: bool) -> list[str]:
         return []
 
 
-def _detect(path: str, names: Sequence[str]) -> dict[str, str]:
+def _detect(path: str, names: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     """The columns of picture and caption, as `image` and `text`.
 
     Raises:
@@ -203,15 +208,16 @@ def _detect(path: str, names: Sequence[str]) -> dict[str, str]:
     """
     found = {
         "image": samples.pick(names, PATH_COLUMNS),
-        "text": samples.pick(names, samples.TEXT_COLUMNS),
+        "text": samples.pick(names, texts),
     }
-    words = {"image": ("picture", PATH_COLUMNS), "text": ("caption", samples.TEXT_COLUMNS)}
+    words = {"image": ("picture", PATH_COLUMNS), "text": ("caption", texts)}
     for kind, (what, wanted) in words.items():
         if found[kind] is None:
             listed = ", ".join(samples.spell_key(name)[:100] for name in names[:30]) or "none"
             raise errors.BadInput(
                 f"sources: {path} has no column of the {what} that is known by its name (columns"
-                f" found: {listed}): rename it to one of {', '.join(wanted)}."
+                f" found: {listed}): rename it to one of {', '.join(wanted)}"
+                f"{', or name it in config.caption_column' * (kind == 'text')}."
             )
         if (count := names.count(found[kind])) > 1:
             raise errors.BadInput(

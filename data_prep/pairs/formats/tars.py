@@ -1,7 +1,8 @@
 """Tars in img2dataset's layout, and folders: members, sidecars, unpacking.
 
 A sample is what shares a name up to the last dot: a picture (.jpg .jpeg .png .webp .gif), a caption
-(`.txt`, or else "caption" in `.json`) and what else `.json` says. Where a kind occurs twice under
+(`.txt`, or else "caption" in `.json`; or what `config.caption_column` names there) and what else
+`.json` says. Where a kind occurs twice under
 one name, the second is a sample of its own, with the reason `duplicate_key`. Beside `00000.tar` may
 lie `00000.parquet`, which then says more than the `.json` members, also of what could not be
 downloaded, and `00000_stats.json`, which says how many pairs the tar should hold. Names are keys:
@@ -143,7 +144,8 @@ def read(
       inputs: the tar, then what `scan` wrote if anything, then the sidecars; of a folder the
         sidecars alone.
       part: `name`, what to call it, of a folder its path; `cut_short`, whether it was unpacked only
-        in part; of a piece what `scan` returned, with `range` instead of `ranges`.
+        in part; `text`, where captions are in `.json`, if it is named; of a piece what `scan`
+        returned, with `range` instead of `ranges`.
       keep: the columns that sidecars are asked for.
       counts: gets `members`, `tars_cut_short`, `tars_damaged`, `tars_unreadable`, `pairs_missing`
         (promised by the statistics) and `not_downloaded`, also by status; of a tar in pieces all of
@@ -193,7 +195,8 @@ def read(
             if parts is None:
                 yield Sample(key, reason="duplicate_key")
             else:
-                yield _sample(key, parts, content, place, describe(key) if describe else None)
+                row = describe(key) if describe else None
+                yield _sample(key, parts, content, place, row, part.get("text"))
 
 
 def _look(path: str) -> tuple[dict, list[tuple[str, dict[str, Member] | None]]]:
@@ -240,6 +243,7 @@ def _sample(
     content: typing.Callable[[Member], bytes],
     place: typing.Callable[[Member], str],
     row: dict | None,
+    text_at: str | None,
 ) -> Sample:
     """`row` is what the sidecar says; without sidecar (None) the .json member is read for it."""
     for kind, member in parts.items():
@@ -249,16 +253,16 @@ def _sample(
         if reason:
             return Sample(key, reason=reason)
     fields, broken = {}, None
-    if "json" in parts and (row is None or "txt" not in parts):
+    if "json" in parts and (row is None or text_at or "txt" not in parts):
         fields, broken = _fields(content(parts["json"]))
     row = fields if row is None else row
     _, url = samples.key_and_url(row, key)
-    if "txt" in parts:
+    if "txt" in parts and not text_at:
         text = content(parts["txt"])
     elif broken:
         return Sample(key, reason=broken)
     else:
-        text = samples.first_text(fields.get("caption"))
+        text = samples.first_text(samples.at(fields, text_at or "caption"))
         if text is not None and not isinstance(text, str):
             return Sample(key, reason="broken_json")
     if text is None or "picture" not in parts:
@@ -344,7 +348,7 @@ def _read_parquet(
 
         asked = set(map(spelt, keys))
         url = samples.pick(columns, samples.URL_COLUMNS)
-        wanted = {"key", "status", url, *keep} & set(columns)
+        wanted = samples.columns_of(("key", "status", *filter(None, [url]), *keep), columns)
         for batch in file.iter_batches(columns=sorted(wanted)):
             names = batch.schema.names
             for i in range(len(batch)):

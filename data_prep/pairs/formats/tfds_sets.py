@@ -98,7 +98,7 @@ def read(
             yield Sample(key, reason="too_many_bytes")
         else:
             words = words if isinstance(words, bytes) else None
-            extras = {name: samples.text_of(row.get(name)) for name in keep}
+            extras = {name: samples.text_of(samples.at(row, name)) for name in keep}
             yield Sample(key, words, found[0], path, number, len(found[0]), url, extras)
 
 
