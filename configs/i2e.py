@@ -14,7 +14,7 @@ PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders)
 pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
 several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
 `.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Arguments: sample |
-folder=PATH,kb=PATH, dataset=i2e|i2t, labels=clip|text.
+folder=PATH,kb=PATH, dataset=i2e|i2t, labels=clip|text|given.
 """
 
 import os
@@ -61,7 +61,10 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.max_aspect = 4.0  # longer over shorter side
     config.max_pixels = 64_000_000
     config.max_caption_chars = 1_000  # longer captions are cut at the end of a word
-    config.keep_columns = ("punsafe", "NSFW", "similarity", "license")  # of the input, for filters
+    # Of tars, parquet and tables the column or JSON field of captions; None: known by its name.
+    config.caption_column = ml_collections.config_dict.placeholder(str)
+    # Of the input, for filters; `a.b` is what lies in the objects of column `a`.
+    config.keep_columns = ("punsafe", "NSFW", "similarity", "license")
     config.rows_per_shard = 100_000  # of pairs/ and the stages after it, about; a tar stays whole
 
     # Linking: all candidates of an ambiguous name, up to this many, go to the selection.
@@ -73,8 +76,21 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.company_weight = 0.0  # of a kind shared with the caption's other mentions; 0: off
     config.linker_weight = 4.0  # of what an entity_linker in spacy_model chose, if it has one
 
-    # Selection. The paper publishes neither template nor threshold.
-    config.labels = args.labels  # clip: the picture decides. text: the best prior of each mention
+    # For labels=given, which reads no captions: one of ids, titles and entitynet.
+    given = config.given = ml_collections.ConfigDict()
+    given.ids = ml_collections.config_dict.placeholder(
+        str
+    )  # column, or place in it: Q42, or a list
+    given.titles = ml_collections.config_dict.placeholder(str)  # the same of Wikipedia's titles
+    given.weights = ml_collections.config_dict.placeholder(str)  # beside them: 0..1, how sure it is
+    given.where = ()  # of a list what meets all of these: PLACE=VALUE
+    given.entitynet = ml_collections.config_dict.placeholder(str)  # folder of EntityNet's tables
+    given.join = "url"  # of these and the pairs. key: the pairs have EntityNet's keys
+
+    # Selection. The paper publishes neither template nor threshold. clip: the picture decides.
+    # text: the best prior of each mention. given: entities that come with the data, as they are
+    # or, where `clip` is named, as the picture decides.
+    config.labels = args.labels
     config.clip = ml_collections.config_dict.placeholder(str)  # run folder or Hugging Face folder
     config.template = "{name}, {description}"
     config.batch_size = 256  # pictures or texts per call of the model

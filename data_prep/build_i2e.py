@@ -27,9 +27,10 @@ from data_prep.engine import executors
 from data_prep.engine import slurm as slurm_jobs
 from data_prep.filters import stage as filters_stage
 from data_prep.kb import build as kb_build
+from data_prep.linking import given
 from data_prep.linking import stage as linking_stage
 from data_prep.pairs import stage as pairs_stage
-from data_prep.selection import choose
+from data_prep.selection import choose, embed
 from mofi_jax.common import cli, errors, files
 from mofi_jax.data import ops
 
@@ -99,7 +100,8 @@ def build(
         # ------------------------------------------------------------------------------- entities
         if config.dataset == "i2e":
             kb_build.prepare(config, work)
-            stages["links"] = engine.total_counts(linking_stage.run(config, work))
+            link = given.run if config.labels == "given" else linking_stage.run
+            stages["links"] = engine.total_counts(link(config, work))
             _check_whole("links", stages["pairs"]["pairs"], stages["links"]["texts"], work)
             stages["labels"] = engine.total_counts(choose.run(config, work))
             _check_whole("labels", stages["pairs"]["pairs"], stages["labels"]["pairs"], work)
@@ -248,9 +250,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         return
     kb_build.check_source(config.knowledge_base)
     kb_build.validate(config.kb, "config.kb")
-    linking_stage.check(config)
-    _check(config.labels in ("clip", "text"), config, "labels", "choose clip or text")
-    if config.labels == "clip":
+    ways = ("clip", "text", "given")
+    _check(config.labels in ways, config, "labels", f"choose {', '.join(ways)}")
+    (given if config.labels == "given" else linking_stage).check(config)
+    if embed.is_on(config):
         _check(
             bool(config.clip) and os.path.isdir(config.clip),
             config,

@@ -20,7 +20,7 @@ from data_prep.card.numbers import FINAL, Files, ask, collect
 from data_prep.dataset import shards
 from data_prep.linking import rows as link_rows
 from data_prep.pairs import stage as pairs_stage
-from data_prep.selection import choose
+from data_prep.selection import choose, embed
 from mofi_jax.data import ops, records
 
 if typing.TYPE_CHECKING:
@@ -122,7 +122,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         by_text[linked["key"][row].as_py()].add(entity)
     links = {row["key"]: (row["mentions"], row["candidates"]) for row in linked.to_pylist()}
     texts = dict(_of_keys(connection, files["pairs"], keys, "text"))
-    evidence = _evidence(connection, files, keys) if config["labels"] == "clip" else {}
+    evidence = _evidence(connection, files, keys) if embed.is_on(config) else {}
     rows = ask(
         connection,
         "SELECT file_row_number, label, coalesce(description, '')"

@@ -21,6 +21,7 @@ from data_prep.card import labels as card_labels
 from data_prep.card import numbers as card_numbers
 from data_prep.card import page as card_page
 from data_prep.card import pictures as card_pictures
+from data_prep.selection import embed
 from mofi_jax.data import records
 
 # What a path looks like: absolute, from home, from here or from above, or of a bucket.
@@ -34,7 +35,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 
     Args:
       config: printed on the page, of paths the last part; `sources`, `labels`, `min_images` and,
-        for labels="clip", the fields of `selection.Rule` are read.
+        where pictures are embedded, the fields of `selection.Rule` are read.
       work: the engine; its work directory holds all the stages' output.
 
     Returns:
@@ -42,7 +43,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
-    stages += ("z_scores", "coherence") if config.labels == "clip" else ()
+    stages += ("z_scores", "coherence") if embed.is_on(config) else ()
     files = {stage: engine.listed(workdir / stage) for stage in stages}
     # What the other data set leaves out is none of this one's.
     other = re.compile("(dropped|ordered|planned|shards)-i2t-")
@@ -120,7 +121,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "rates": _rates(outputs.workdir),
             "lineage": _lineage(manifests),
         }
-        if config["labels"] == "clip":
+        if embed.is_on(config):
             report |= card_labels.histograms(files, config)
             report["sensitivity"] = card_labels.sensitivity(*about, config, report["scores"])
         keys = [picture["key"] for picture in report["gallery"]]

@@ -52,8 +52,7 @@ def match_sets(
       The stages that were run; counts `SET:LAYER`, of all pairs, labelled or not.
     """
     filters, workdir = config.filters, work.workdir
-    embedded = config.dataset == "i2e" and config.labels == "clip"
-    embedded = embedded and filters.max_cosine is not None
+    embedded = embed.is_on(config) and filters.max_cosine is not None
     parts = eval_sets.run(config, work, embedded)
     hashes = [workdir / f"eval_hashes/{part}.parquet" for part in parts]
     tasks = [engine.Task(shard, (workdir / f"pairs/{shard}.parquet", *hashes)) for shard in shards]

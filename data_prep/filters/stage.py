@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep import engine
 from data_prep.filters import copies, decontaminate, eval_sets, frequency, removed, safety
+from data_prep.selection import embed
 from mofi_jax.common import errors
 
 FEEDBACKS = ("one_pass", "converge")
@@ -48,9 +49,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in filters.safety.columns:
         remedy = "add the column to config.keep_columns"
         _need(name in config.keep_columns, f"filters.safety.columns.{name}", name, remedy)
-    embedded = config.dataset == "i2e" and config.labels == "clip"
     remedy = "it judges the embeddings of labels=clip, which this configuration does not make"
-    _need(embedded or not filters.safety.head, "filters.safety.head", filters.safety.head, remedy)
+    _need(
+        embed.is_on(config) or not filters.safety.head,
+        "filters.safety.head",
+        filters.safety.head,
+        remedy,
+    )
     if config.dataset != "i2e":
         return
     _need(config.min_images >= 1, "min_images", config.min_images, "give at least 1")

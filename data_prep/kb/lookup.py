@@ -98,6 +98,39 @@ class KnowledgeBase:
         found = Candidates(np.repeat(surface, lengths), self._entity[rows], prior, self._case[rows])
         return found if len(alias) == len(set(surface.tolist())) else _merged(found)
 
+    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the rows of ids in the source, redirects followed; -1 for unknown ones."""
+        rows = self._find("entities.parquet", "qid", ids)
+        if (self.path / "redirects.parquet").exists():
+            moved = self._find("redirects.parquet", "qid", ids)
+            target = engine.read_table(self.path / "redirects.parquet", ["entity"])["entity"]
+            known = (rows < 0) & (moved >= 0)
+            rows[known] = target.take(moved[known]).to_numpy()
+        return rows
+
+    def rows_of_titles(self, titles: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the rows of titles of Wikipedia's articles; -1 for unknown ones."""
+        return self._find("entities.parquet", "title", titles)
+
+    def _find(self, file: str, column: str, values: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the first row with each value; the file is streamed, the values are held."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        wanted, place = np.unique(np.array(values, object), return_inverse=True)
+        rows, first = np.full(len(wanted), -1, np.int64), 0
+        among = pa.array(wanted, pa.string())
+        with pq.ParquetFile(os.fspath(self.path / file)) as parquet:
+            for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
+                found = pc.index_in(batch.column(column), value_set=among)
+                at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]
+                new = found.take(pa.array(at)).to_numpy(zero_copy_only=False)
+                fresh = rows[new] < 0
+                rows[new[fresh]] = first + at[fresh]
+                first += len(batch)
+        return rows[place]
+
     def qid(self, entity: int) -> str:
         """The id of an entity in its source."""
         return self._columns[0][entity].as_py()

@@ -75,9 +75,10 @@ def at(row: Mapping[str, typing.Any], path: str) -> typing.Any:
         return row.get(path)
     found: typing.Any = row
     for name in path.split("."):
-        many = isinstance(found, list)
-        values = [v.get(name) if isinstance(v, Mapping) else None for v in found if many]
-        found = values if many else found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(found, list):
+            found = [one.get(name) if isinstance(one, Mapping) else None for one in found]
+        else:
+            found = found.get(name) if isinstance(found, Mapping) else None
     return found
 
 

@@ -27,7 +27,6 @@ from etils import epath
 from data_prep import engine
 from data_prep.linking import rows as link_rows
 from data_prep.selection import embed, z_scores
-from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
@@ -40,24 +39,22 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     written), below_min_score, below_min_z_score.
 
     Args:
-      config: `labels`, "clip" (by picture) or "text" (the best prior of each mention); for "clip"
-        also the fields of `Rule` and what `embed.run` reads.
+      config: `labels`, and where pictures are embedded (`embed.is_on`) also the fields of `Rule`
+        and what `embed.run` reads; elsewhere the best prior of each mention counts.
       work: the engine; its work directory holds pairs/, links/ and kb/.
 
     Returns:
       The manifests of labels/; counts `pairs`, `labelled` and each reason.
 
     Raises:
-      BadInput: a value of `labels` that is neither; see also `embed.run`.
+      BadInput: see `embed.run`.
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
-    if config.labels == "text":
+    if not embed.is_on(config):
         tasks = [engine.Task(path.stem, (path,)) for path in links]
         settings = {"version": 3, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
-    if config.labels != "clip":
-        raise errors.BadInput(f"config.labels={config.labels!r} is unknown: choose clip or text.")
     names = [f"{shard}.parquet" for shard in z_scores.run(work, embed.run(config, work))]
     tasks = [
         engine.Task(

@@ -22,7 +22,7 @@ import itertools
 import os
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -51,6 +51,12 @@ _GROUP = 16  # pictures that a thread decodes at a time: handing them over costs
 # A process works on several shards at once: one of them has the devices, the next has its first
 # pictures decoded by then.
 _LOADING, _DEVICES = threading.Lock(), threading.Lock()
+
+
+def is_on(config: Mapping) -> bool:
+    """Whether pictures are embedded, by `dataset`, `labels` and `clip`: where they decide."""
+    given = config["labels"] == "given" and config["clip"]
+    return config["dataset"] == "i2e" and (config["labels"] == "clip" or bool(given))
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
