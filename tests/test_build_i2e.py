@@ -223,7 +223,7 @@ def fails(config, tmp_path):
     ("key", "value", "words"),
     [
         ("dataset", "i3e", "choose i2e or i2t"),
-        ("labels", "guess", "choose clip or text"),
+        ("labels", "guess", "choose clip, text, given"),
         ("workers", 0, "give at least 1"),
         ("jpeg_quality", 101, "give 1 to 100"),
         ("max_pixels", 64_000_001, "give at most 64000000"),

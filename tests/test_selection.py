@@ -253,5 +253,3 @@ def test_bad_configurations(world):
         choose.run(workdirs.config(), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match="no folder"):
         choose.run(workdirs.config(clip="/nowhere/at/all"), engine.Engine(workdir))
-    with pytest.raises(errors.BadInput, match=r"config\.labels='image'.*clip or text"):
-        choose.run(workdirs.config(labels="image"), engine.Engine(workdir))

@@ -98,22 +98,31 @@ class KnowledgeBase:
         found = Candidates(np.repeat(surface, lengths), self._entity[rows], prior, self._case[rows])
         return found if len(alias) == len(set(surface.tolist())) else _merged(found)
 
+    def qid(self, entity: int) -> str:
+        """The id of an entity in its source."""
+        return self._columns[0][entity].as_py()
+
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the rows of ids in the source, redirects followed; -1 for unknown ones."""
+        """int64 [n]: the entities of ids, redirects followed; -1 where there is none."""
         rows = self._find("entities.parquet", "qid", ids)
         if (self.path / "redirects.parquet").exists():
-            moved = self._find("redirects.parquet", "qid", ids)
-            target = engine.read_table(self.path / "redirects.parquet", ["entity"])["entity"]
+            redirects = self.path / "redirects.parquet"
+            moved = self._find(redirects.name, "qid", ids)
             known = (rows < 0) & (moved >= 0)
-            rows[known] = target.take(moved[known]).to_numpy()
+            target = engine.read_table(redirects, ["entity"])["entity"].to_numpy()
+            rows[known] = target[moved[known]]
         return rows
 
     def rows_of_titles(self, titles: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the rows of titles of Wikipedia's articles; -1 for unknown ones."""
-        return self._find("entities.parquet", "title", titles)
+        """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
+        return self._find("entities.parquet", "title", [t.replace("_", " ") for t in titles])
 
     def _find(self, file: str, column: str, values: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the first row with each value; the file is streamed, the values are held."""
+        """int64 [n]: the first row with each value; -1 where there is none.
+
+        The file is read through for each call, as an index of a hundred million would fill the
+        memory of each process: many values are to be asked for at a time.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -124,40 +133,13 @@ class KnowledgeBase:
         with pq.ParquetFile(os.fspath(self.path / file)) as parquet:
             for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
                 found = pc.index_in(batch.column(column), value_set=among)
+                # Backwards, so that of several rows the first one is written last.
                 at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]
                 new = found.take(pa.array(at)).to_numpy(zero_copy_only=False)
                 fresh = rows[new] < 0
                 rows[new[fresh]] = first + at[fresh]
                 first += len(batch)
         return rows[place]
-
-    def qid(self, entity: int) -> str:
-        """The id of an entity in its source."""
-        return self._columns[0][entity].as_py()
-
-    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the entities of ids, redirects followed; -1 where there is none."""
-        return _find(ids, *self._ids)
-
-    def rows_of_titles(self, titles: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
-        return _find([title.replace("_", " ") for title in titles], *self._titles)
-
-    @functools.cached_property
-    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
-        entities = engine.read_table(self.path / "entities.parquet", ["qid"])["qid"]
-        ids, rows = entities.to_pylist(), np.arange(len(entities))
-        if (self.path / "redirects.parquet").exists():
-            redirects = engine.read_table(self.path / "redirects.parquet", ["qid", "entity"])
-            ids += redirects["qid"].to_pylist()
-            rows = np.concatenate([rows, redirects["entity"].to_numpy()])
-        return _sorted(ids, rows)
-
-    @functools.cached_property
-    def _titles(self) -> tuple[np.ndarray, np.ndarray]:
-        titles = engine.read_table(self.path / "entities.parquet", ["title"])["title"].to_pylist()
-        rows = [row for row, title in enumerate(titles) if title is not None]
-        return _sorted([titles[row] for row in rows], np.array(rows, np.int64))
 
     @functools.cached_property
     def kind(self) -> np.ndarray:
@@ -271,21 +253,6 @@ def _merged(found: Candidates) -> Candidates:
     # Of equals, what has the very name comes first, as it came.
     came = np.minimum.reduceat(order, starts)
     return summed.take(np.lexsort((came, -summed.prior, summed.surface)))
-
-
-def _sorted(ids: list[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted ids as bytes, and the row of each: a third of what a dict takes."""
-    codes = np.array([code.encode() for code in ids], "S")
-    order = np.argsort(codes, kind="stable")
-    return codes[order], rows[order]
-
-
-def _find(ids: Sequence[str], known: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    wanted = np.array([code.encode() for code in ids], "S")
-    if not len(wanted) or not len(known):
-        return np.full(len(wanted), -1, np.int64)
-    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return np.where(known[place] == wanted, rows[place], -1).astype(np.int64)
 
 
 def read_entities(path: epath.PathLike) -> pa.Table:
