@@ -36,8 +36,8 @@ def photo(number):
 
 def make_config(folder, **changes):
     config = i2e_config.get_config(f"folder={folder / 'pairs'},kb={write_kb(folder)},labels=given")
-    given_ = changes.pop("given")
-    config.given.update(given_)
+    for part in ("given", "kb"):
+        config[part].update(changes.pop(part, {}))
     config.update({"min_images": 1, "vocab_size": 300, "workers": 1, "min_side": 16, **changes})
     return config
 
@@ -130,20 +130,15 @@ def test_entitynet_tables_joined_with_what_img2dataset_has_fetched(tmp_path, joi
     (tmp_path / "pairs").mkdir()
     (tmp_path / "entitynet/images_metadata").mkdir(parents=True)
     queries = {
-        "query_hash": ["h1", "h2", "h3", "h4"],
-        "query": ["yellow tram", "tram", "rain", "dog"],
-        "query_type": [
-            "wd-attrnoun-world",
-            "wd-noun-world",
-            "wd-noun-world",
-            "wordnet-noun-living",
-        ],
-        "entity": ["Q1", "Q1", "Q2", "wordnet:dog.n.01"],
-        "attribute": ["yellow", None, None, None],
+        "query_hash": ["h1", "h2", "h3", "h4", "h5"],
+        "query": ["yellow tram", "tram", "rain", "dog", "tower"],
+        "query_type": ["wd-attrnoun-world", *["wd-noun-world"] * 2, *["wordnet-noun-living"] * 2],
+        "entity": ["Q1", "Q1", "Q2", "wordnet:dog.n.01", "wordnet:tower.n.01"],
+        "attribute": ["yellow", None, None, None, None],
     }
     pq.write_table(pa.table(queries), tmp_path / "entitynet/entitynet-queries.parquet")
     for part, rows in enumerate(([0, 1, 4], [2, 3])):
-        hashes = [["h1", "h2"], ["h3", "h1"], ["h4"], ["h9"], ["h3"]]
+        hashes = [["h1", "h2", "h5"], ["h3", "h1"], ["h4"], ["h9"], ["h3"]]
         metadata = {
             "key": [f"k{i}" for i in rows],
             "qh": [hashes[i] for i in rows],
@@ -166,9 +161,12 @@ def test_entitynet_tables_joined_with_what_img2dataset_has_fetched(tmp_path, joi
         ]
     (tmp_path / "pairs/00000.tar").write_bytes(inputs.tar_bytes(members))
     about = {"entitynet": str(tmp_path / "entitynet"), "join": join}
-    labels, _ = build(tmp_path, given=about)
-    assert labels == {name.format(0): {"Q1"}, name.format(1): {"Q1", "Q2"}}
-    # WordNet's name is none of this base's ids, and a hash that no query has says nothing.
+    # WordNet's names are none of this base's ids, but a table of redirects may know them.
+    (tmp_path / "names.tsv").write_text("from\tto\nwordnet:tower.n.01\tQ3\n")
+    moved = {"redirects": str(tmp_path / "names.tsv")}
+    labels, _ = build(tmp_path, given=about, kb=moved)
+    assert labels == {name.format(0): {"Q1", "Q3"}, name.format(1): {"Q1", "Q2"}}
+    # A hash that no query has says nothing.
     assert reasons(tmp_path / "W1") == {
         name.format(2): "no_candidate",
         name.format(3): "no_mention",
