@@ -118,7 +118,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.filters.max_hamming = (
         4  # of 64 bits of the perceptual hash, there and in `removed`; 0 to 6
     )
-    config.filters.max_cosine = 0.97  # at least this and it is the same picture; None: not compared
+    # Cosines that so few innocent pictures reach are those of a copy; measured. 0: not compared.
+    config.filters.eval_false_positives = 0.001
     config.filters.duplicates = "keep"  # exact: of equal pictures one, that with the smallest key
     safety = config.filters.safety = ml_collections.ConfigDict()
     # A linear head on the embeddings of config.clip (.npz, .safetensors) or "module:function".

@@ -60,7 +60,7 @@ def world(tmp_path, monkeypatch):
     )
     with config.unlocked():
         config.filters.eval_sets = {"birds": str(tmp_path / "eval")}
-        config.filters.max_cosine = None
+        config.filters.eval_false_positives = 0.0
         config.filters.safety.update(
             blocked_hashes=str(tmp_path / "hashes"),
             blocked_domains=str(tmp_path / "domains"),

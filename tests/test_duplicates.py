@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import engine
-from data_prep.filters import copies, decontaminate, eval_sets
+from data_prep.filters import copies, decontaminate, eval_sets, nearest
 from data_prep.filters import stage as filters_stage
 from data_prep.pairs import pictures
 from data_prep.selection import embed
@@ -205,8 +205,8 @@ def test_max_hamming_is_the_limit(tmp_path, sets):
 
 
 def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
-    monkeypatch.setattr(decontaminate, "_BLOCK", 4)
-    monkeypatch.setattr(decontaminate, "_EVAL_BLOCK", 2)
+    monkeypatch.setattr(nearest, "_BLOCK", 4)
+    monkeypatch.setattr(nearest, "_EVAL_BLOCK", 2)
     model = workdirs.Model()
     monkeypatch.setattr(embed, "load_model", lambda *_: model)
     workdir = tmp_path / "W"
@@ -230,44 +230,95 @@ def test_cosines_find_what_hashes_do_not(tmp_path, sets, monkeypatch):
         table = pa.table({"key": pa.array([key for key, _ in shard], pa.string())})
         pq.write_table(table, workdir / f"embeddings/{number:05d}.parquet")
 
-    def run(**changes):
+    def run(limit, **changes):
+        monkeypatch.setattr(nearest, "fit_limit", lambda *_: limit)
         config = text_config(eval_sets=sets, **changes)
         config.labels, config.clip = "clip", "somewhere"
         return engine.total_counts(filters_stage.run(config, engine.Engine(workdir)))
 
-    counts = run(max_cosine=0.9999)
+    counts = run(1e-4)
     assert counts["eval_duplicate:landmarks:cosine"] == 1
     assert counts["eval_duplicate:landmarks:sha256"] == 1
     [match] = label_tables.read(workdir, "eval_cosines/00000.parquet")
     assert (match["key"], match["layer"], match["name"]) == ("mirrored", "cosine", "a/1.JPEG")
     assert 0 <= match["distance"] <= 1e-4
     # The blocked products find exactly what all cosines at once do.
-    counts = run(max_cosine=0.9)
+    counts = run(0.1, eval_false_positives=0.002)
     stored = np.concatenate([np.load(workdir / f"embeddings/{n:05d}.npy") for n in (0, 1)])
     keys = [
         row["key"]
         for n in (0, 1)
         for row in label_tables.read(workdir, f"embeddings/{n:05d}.parquet")
     ]
-    expected = set()
+    expected, near = set(), {}
     for name in ("landmarks", "other"):
         evaluation = np.load(workdir / f"eval_embeddings/{name}-00000.npy").astype(np.float32)
         lengths = np.linalg.norm(stored.astype(np.float32), axis=1)[:, None]
         lengths = lengths * np.maximum(np.linalg.norm(evaluation, axis=1), 1e-6)
         cosines = stored.astype(np.float32) @ evaluation.T / lengths
-        cosines = np.round(cosines, embed.DECIMALS)
         expected |= {
             (key, name) for key, row in zip(keys, cosines, strict=True) if row.max() >= 0.9
         }
+        near |= {(key, name): 1 - row.max() for key, row in zip(keys, cosines, strict=True)}
     found = {
         (row["key"], row["set"])
         for pattern in ("eval_matches/*.parquet", "eval_cosines/*.parquet")
         for row in label_tables.read(workdir, pattern)
     }
     assert found == expected
-    run(max_cosine=None)
+    for row in label_tables.read(workdir, "eval_nearest/*.parquet"):
+        assert row["distance"] == pytest.approx(near[row["key"], row["set"]], abs=1e-6)
+    run(None, eval_false_positives=0.0)
     assert not list(workdir.glob("eval_cosines/*.parquet"))
     assert not list(workdir.glob("eval_embeddings/*.npy"))
+
+
+def test_a_weak_model_loses_the_share_that_was_asked_for_and_finds_copies(tmp_path, monkeypatch):
+    """All cosines are above 0.99, so that no fixed one tells a copy from another picture."""
+    rng = np.random.default_rng(0)
+
+    def embedded(count):
+        return np.concatenate([np.full((count, 1), 9.0), rng.normal(0, 0.2, (count, 8))], axis=1)
+
+    evaluation = embedded(300)
+    copies_ = evaluation[:20] + rng.normal(0, 0.002, (20, 9))
+    pictures_ = np.concatenate([embedded(20_000), copies_])
+    for folder in ("eval_hashes", "eval_embeddings", "embeddings", "eval_matches"):
+        (tmp_path / folder).mkdir()
+    names = pa.table({"set": ["birds"] * 300, "name": [f"{i}.jpg" for i in range(300)]})
+    hashes, embeddings = tmp_path / "eval_hashes/b.parquet", tmp_path / "eval_embeddings/b.npy"
+    pq.write_table(names, hashes)
+    np.save(embeddings, evaluation.astype(np.float16))
+    for shard, rows in enumerate(np.array_split(np.arange(len(pictures_)), 2)):
+        keys = pa.table({"key": [f"{row}" for row in rows]})
+        pq.write_table(keys, tmp_path / f"embeddings/{shard}.parquet")
+        np.save(tmp_path / f"embeddings/{shard}.npy", pictures_[rows].astype(np.float16))
+        known = pa.table({"key": pa.array([], pa.string()), "set": pa.array([], pa.string())})
+        pq.write_table(known, tmp_path / f"eval_matches/{shard}.parquet")
+
+    def run(share):
+        nearest.run(engine.Engine(tmp_path), ["0", "1"], [hashes], [embeddings], share)
+        rows = label_tables.read(tmp_path, "eval_cosines/*.parquet")
+        assert all(row["distance"] < 0.01 for row in rows)
+        found = {int(row["key"]): row["name"] for row in rows}
+        assert {row: found.get(row) for row in range(20_000, 20_020)} == {
+            20_000 + i: f"{i}.jpg" for i in range(20)
+        }
+        return len(found) - 20
+
+    assert 100 < run(0.01) < 400  # of 20,000
+    assert run(0.0001) < 10
+
+
+def test_of_few_or_equal_distances_no_limit_is_made():
+    assert nearest.fit_limit(np.arange(-99, 0), np.ones(99), 0.001) is None
+    assert nearest.fit_limit(np.array([-5]), np.array([1000]), 0.001) is None
+    # Exactly Weibull: the limit is its quantile.
+    p = (np.arange(100_000) + 0.5) / 100_000
+    distances = 0.02 * (-np.log1p(-p)) ** (1 / 4)
+    bins = np.floor(np.log(distances) / nearest._BIN)
+    limit = nearest.fit_limit(bins, np.ones(len(bins)), 0.001)
+    assert limit == pytest.approx(0.02 * (-np.log1p(-0.001)) ** (1 / 4), rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------- copies

@@ -231,8 +231,8 @@ def test_a_shard_that_a_filter_leaves_out_is_left_out_of_all(tmp_path):
         ("rare_entity_drops", "all"),
         ("max_images", 2),
         ("filters.max_hamming", 7),
-        ("filters.max_cosine", 0.0),
-        ("filters.max_cosine", 1.5),
+        ("filters.eval_false_positives", -0.001),
+        ("filters.eval_false_positives", 0.1),
         ("filters.duplicates", "near"),
     ],
 )

@@ -156,7 +156,7 @@ STAGES = {
     ),
 }
 STAGES["i2t"] += tuple(f"{stage}-i2t" for stage in ("ordered", "planned", "shards"))
-STAGES["i2e"] += ("eval_cosines", "unsafe", "dropped-i2e", "capped", "labels_final")
+STAGES["i2e"] += ("eval_nearest", "eval_cosines", "unsafe", "dropped-i2e", "capped", "labels_final")
 STAGES["i2e"] += tuple(f"{stage}-i2e" for stage in ("ordered", "planned", "shards"))
 
 

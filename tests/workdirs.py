@@ -62,7 +62,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "filters": {
             "eval_sets": {},
             "max_hamming": 4,
-            "max_cosine": 0.97,
+            "eval_false_positives": 0.001,
             "duplicates": "keep",
             "safety": {
                 "head": None,

@@ -4,18 +4,17 @@ A picture of an evaluation set is found again in three layers:
 
     sha256   the same file
     phash    at most `max_hamming` of the 64 bits of the perceptual hash differ: scaled, compressed
-    cosine   of CLIP embeddings at least `max_cosine`: cropped, recoloured
+    cosine   of CLIP embeddings, nearer than innocent pictures come (`nearest`): cropped, recoloured
 
 Stages, per shard of pairs/:
 
     eval_matches/   NNNNN.parquet  key, set, layer (sha256 or phash), distance (bits), name
-    eval_cosines/   NNNNN.parquet  the same of layer cosine, with distance 1 - cosine
+    eval_cosines/   NNNNN.parquet  the same of layer cosine, with distance 1 - cosine, by `nearest`
 
 A key has one row for each set and stage: the first layer that finds it, there the nearest picture.
 The sets themselves are hashed and embedded by `eval_sets`.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -25,15 +24,13 @@ from etils import epath
 from jaxtyping import Int64
 
 from data_prep import engine
-from data_prep.filters import eval_sets
+from data_prep.filters import eval_sets, nearest
 from data_prep.pairs import pictures
 from data_prep.selection import embed
 
-LAYERS = ("sha256", "phash", "cosine")
+LAYERS = ("sha256", "phash")
 
 _CANDIDATES = 1 << 20  # pairs of hashes compared at a time: some 40 MB
-# Pictures and evaluation pictures at a time: 64 MB of cosines.
-_BLOCK, _EVAL_BLOCK = 1024, 16384
 
 
 def match_sets(
@@ -43,7 +40,8 @@ def match_sets(
 
     Args:
       config: `filters.eval_sets` (name -> folder or tar of pictures), `filters.max_hamming`,
-        `filters.max_cosine` (None: no such layer); `dataset`, `labels`, `clip`, `batch_size`.
+        `filters.eval_false_positives` (0: no layer of cosines); `dataset`, `labels`, `clip`,
+        `batch_size`.
       work: the engine; its work directory holds pairs/ and, for the cosines,
         embeddings/.
       shards: names of the shards to look at.
@@ -52,7 +50,7 @@ def match_sets(
       The stages that were run; counts `SET:LAYER`, of all pairs, labelled or not.
     """
     filters, workdir = config.filters, work.workdir
-    embedded = embed.is_on(config) and filters.max_cosine is not None
+    embedded = embed.is_on(config) and filters.eval_false_positives > 0
     parts = eval_sets.run(config, work, embedded)
     hashes = [workdir / f"eval_hashes/{part}.parquet" for part in parts]
     tasks = [engine.Task(shard, (workdir / f"pairs/{shard}.parquet", *hashes)) for shard in shards]
@@ -61,13 +59,8 @@ def match_sets(
     if not embedded:
         return ["eval_matches"]
     embeddings = [workdir / f"eval_embeddings/{part}.npy" for part in parts]
-    tasks = []
-    for shard in (manifest["shard"] for manifest in matched):
-        keys = workdir / f"embeddings/{shard}.parquet"
-        own = (keys, keys.with_suffix(".npy"), workdir / f"eval_matches/{shard}.parquet")
-        tasks.append(engine.Task(shard, (*own, *hashes, *embeddings)))
-    settings = {"max_cosine": filters.max_cosine}
-    work.map_shards("eval_cosines", _compare, tasks, settings, accelerator=True)
+    shards = [manifest["shard"] for manifest in matched]
+    nearest.run(work, shards, hashes, embeddings, filters.eval_false_positives)
     return ["eval_matches", "eval_cosines"]
 
 
@@ -228,86 +221,6 @@ def _write_matches(task, outputs, best: _Nearest, keys, sets, names) -> dict[str
         name = f"{sets[i]}:{LAYERS[j]}"
         counts[name] = counts.get(name, 0) + 1
     return counts
-
-
-# ------------------------------------------------------------------------------------------ cosines
-
-
-def _compare(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-    """What eval_matches/ knows of a key and a set already is left out."""
-    scores, embeddings_path, matches_path, *paths = task.inputs
-    hashes = paths[: len(paths) // 2]
-    keys = read_tables([scores], ["key"])["key"]
-    names = read_tables(hashes, ["set", "name"])
-    sets, set_of = np.unique(names["set"].to_numpy(), return_inverse=True)
-    matches = read_tables([matches_path], ["key", "set"]).to_pylist()
-    known = {(match["key"], match["set"]) for match in matches}
-    best = _Nearest(len(sets))
-    pictures_ = np.load(embeddings_path)
-    blocks = _eval_blocks(paths) if len(keys) else []
-    listed = keys.to_pylist()
-    for start in range(0, len(pictures_), _BLOCK):
-        block = _padded(pictures_[start : start + _BLOCK], _BLOCK)
-        rows = np.arange(start, min(start + _BLOCK, len(pictures_)))
-        for position, evaluation in blocks:
-            cosine, column = (np.asarray(x)[: len(rows)] for x in _nearest()(block, evaluation))
-            distance = np.round(1 - cosine.astype(np.float64), embed.DECIMALS)
-            near = np.flatnonzero(distance <= round(1 - settings["max_cosine"], 9))
-            set_ = set_of[position]
-            near = np.array([i for i in near if (listed[rows[i]], sets[set_]) not in known], int)
-            found = position + column[near].astype(np.int64)
-            best.add(
-                rows[near], np.full(len(near), set_), LAYERS.index("cosine"), distance[near], found
-            )
-    return _write_matches(task, outputs, best, keys, sets, names["name"])
-
-
-@engine.kept
-def _eval_blocks(paths: Sequence[str]) -> list:
-    """(position of its first row, block on the device); of one set each.
-
-    Args:
-      paths: all of eval_hashes/, then as many of eval_embeddings/.
-    """
-    import jax
-    import pyarrow.parquet as pq
-
-    blocks, position = [], 0
-    half = len(paths) // 2
-    for hash_path, path in zip(paths[:half], paths[half:], strict=True):
-        rows = np.load(path, mmap_mode="r")
-        # Of no width where no picture could be decoded.
-        for start in range(0, len(rows) if rows.shape[1] else 0, _EVAL_BLOCK):
-            part = rows[start : start + _EVAL_BLOCK]
-            # Few shapes, so that few are compiled; zeros are near nothing.
-            size = min(_EVAL_BLOCK, 1 << max(5, (len(part) - 1).bit_length()))
-            blocks.append((position + start, jax.device_put(_padded(part, size))))
-        position += pq.read_metadata(hash_path).num_rows
-    return blocks
-
-
-@functools.cache
-def _nearest():
-    import jax
-    import jax.numpy as jnp
-
-    @jax.jit
-    def nearest(pictures_, evaluation):
-        """Largest cosine float32 [b] and its row int32 [b], of float16 [b d] and [m d]."""
-        # float16 keeps the direction well, the length to 3 digits only. Rows of zeros stay so.
-        pictures_, evaluation = (
-            rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
-            for rows in (pictures_.astype(jnp.float32), evaluation.astype(jnp.float32))
-        )
-        # Full precision: what is a duplicate may not depend on the hardware.
-        cosines = jnp.matmul(pictures_, evaluation.T, precision="highest")
-        return cosines.max(1), cosines.argmax(1)
-
-    return nearest
-
-
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import engine
-from data_prep.filters import copies, decontaminate, eval_sets, frequency, removed, safety
+from data_prep.filters import copies, decontaminate, eval_sets, frequency, nearest, removed, safety
 from data_prep.selection import embed
 from mofi_jax.common import errors
 
@@ -41,9 +41,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     removed.read(config.removed, "config.removed")
     eval_sets.find(filters.eval_sets.to_dict())
     _need(0 <= filters.max_hamming <= 6, "filters.max_hamming", filters.max_hamming, "give 0 to 6")
-    cosine = filters.max_cosine
-    remedy = "give a cosine above 0, at most 1, or None in the config file for none"
-    _need(cosine is None or 0 < cosine <= 1, "filters.max_cosine", cosine, remedy)
+    most, share = nearest.MOST_FALSE_POSITIVES, filters.eval_false_positives
+    remedy = f"give a share from 0 (cosines are not compared) to {most}"
+    _need(0 <= share <= most, "filters.eval_false_positives", share, remedy)
     _choose("filters.duplicates", filters.duplicates, COPIES)
     safety.check(filters.safety)
     for name in filters.safety.columns:
@@ -142,6 +142,7 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
     made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
+    made_for["eval_cosines"] += ["eval_nearest", "eval_spread", "eval_limits"]
     made_for |= {"takedowns": [], "unsafe": []}
     made_for["copies"] = ["copy_rows", "copy_found", "copy_shards"]
     off = [

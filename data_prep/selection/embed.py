@@ -55,8 +55,9 @@ _LOADING, _DEVICES = threading.Lock(), threading.Lock()
 
 def is_on(config: Mapping) -> bool:
     """Whether pictures are embedded, by `dataset`, `labels` and `clip`: where they decide."""
-    given = config["labels"] == "given" and config["clip"]
-    return config["dataset"] == "i2e" and (config["labels"] == "clip" or bool(given))
+    labels = config["labels"]
+    decide = labels == "clip" or (labels == "given" and bool(config["clip"]))
+    return decide and config["dataset"] == "i2e"
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
