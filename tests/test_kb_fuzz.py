@@ -110,7 +110,12 @@ WHOLE = item(
     {"en": "Tea"},
     aliases={"en": ["tea"]},
     descriptions={"en": "hot drink"},
-    claims=[statement("P31", "Q5"), statement("P279", "Q7"), statement("P18", "Tea.jpg")],
+    claims=[
+        statement("P31", "Q5"),
+        statement("P279", "Q7"),
+        statement("P171", "Q8"),
+        statement("P18", "Tea.jpg"),
+    ],
     links=EN,
 )
 FULL_ROW = ROW | {
@@ -141,7 +146,7 @@ def check(parse, text):
         return
     names, _ = forms.names_of(row.label, row.names, RULES.alias_factor)
     schema = parts.part_schema()
-    pa.table([[value] for value in (1, *row[:-1])], schema=schema).validate(full=True)
+    pa.table([[value] for value in (1, *row[:-2])], schema=schema).validate(full=True)
     assert all(0 < weight < float("inf") for _, weight, *_ in names)
     assert all(form and " " * 2 not in form for form, *_ in names)
 

@@ -188,8 +188,8 @@ def test_every_trap_of_the_format(tmp_path):
         "sitelinks": 2,
         "image": "Best.jpg",
         "title": "Tea",
-        "kind": None,
-        "kind_from": None,
+        "kind": "person",
+        "kind_from": "given",
     }
     assert (found["Q3"]["sitelinks"], found["Q3"]["title"], found["Q3"]["image"]) == (1, None, None)
     assert found["Q4"]["types"] == []

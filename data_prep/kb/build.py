@@ -274,7 +274,7 @@ class Parser(NamedTuple):
             except ValueError as error:
                 part.reject(number, str(error))
             except kb_rows.Dropped as error:
-                part.count(f"dropped_{error}")
+                part.drop(error)
             else:
                 part.add(number, row, rules.alias_factor)
         part.write(self.path(chunk), self._made_of(chunk))

@@ -6,12 +6,15 @@ DuckDB keeps the tables, on disk where memory is short; the graph may have circl
 from __future__ import annotations
 
 import typing
+from collections.abc import Iterator, Sequence
 
 from data_prep import engine
-from data_prep.kb.sources import tables
+from data_prep.kb import kinds
+from data_prep.kb.sources import guess, tables
 
 if typing.TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 
 def spread(connection: duckdb.DuckDBPyConnection, edges: str, roots: str, reached: str) -> None:
@@ -77,3 +80,94 @@ def write_redirects(
         found = rows.to_arrow_table().cast(schema)
     pq.write_table(found, path, compression="zstd")
     return found.num_rows
+
+
+_LEARNED = 1_000_000  # entities whose labels are learned from
+
+
+class Kinds:
+    """The kinds of the entities of all parts.
+
+    Where a row has none, the root of its types that is the fewest steps away gives it, else that of
+    what lies above the row itself; else it is guessed.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, parts: Sequence[str]):
+        import pyarrow as pa
+
+        self._connection, self._parts = connection, parts
+        meta = [kind for _, kind in kinds.ROOTS].index(None)  # from here on they say nothing
+        roots = pa.table({"id": [root for root, _ in kinds.ROOTS], "root": range(len(kinds.ROOTS))})
+        connection.register("roots", roots)
+        engine.ask(
+            connection,
+            "CREATE TEMP TABLE classes AS SELECT DISTINCT child, parent FROM read_parquet($parts)",
+            {"parts": [f"{path}.classes.parquet" for path in parts]},
+        )
+        spread(connection, "classes", "roots", "reached")
+        engine.ask(
+            connection,
+            "CREATE TEMP TABLE told AS WITH rows AS ("
+            "  SELECT filename, file_row_number AS row, qid, types"
+            "  FROM read_parquet($parts, filename = true, file_row_number = true)),"
+            " typed AS (SELECT filename, row, min(steps * 1000 + root) % 1000 AS root"
+            "  FROM (SELECT filename, row, unnest(types) AS id FROM rows) JOIN reached USING (id)"
+            f"  WHERE root < {meta} GROUP BY filename, row)"
+            " SELECT coalesce(typed.root, own.root)::SMALLINT AS root FROM rows"
+            " LEFT JOIN typed USING (filename, row)"
+            f" LEFT JOIN (SELECT id, root FROM reached WHERE root < {meta}) own ON own.id = qid"
+            " ORDER BY filename, row",
+            {"parts": [f"{path}.entities.parquet" for path in parts]},
+        )
+        connection.execute("DROP TABLE classes; DROP TABLE reached")
+        self._labels = guess.Labels()
+        self._learn()
+
+    def _known(self) -> Iterator[tuple[pa.Table, list[tuple[str | None, str | None]]]]:
+        """The parts with the kinds that are given or told by descriptions."""
+        first = 0
+        for path in self._parts:
+            table = engine.read_table(f"{path}.entities.parquet")
+            rows = self._connection.execute(
+                "SELECT root FROM told WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
+                [first, first + table.num_rows],
+            ).fetchall()
+            first += table.num_rows
+            columns = (table[name].to_pylist() for name in ("kind", "label", "description"))
+            found = []
+            for (root,), kind, label, description in zip(rows, *columns, strict=True):
+                kind = kind or (kinds.ROOTS[root][1] if root is not None else None)
+                if kind:
+                    found.append((kind, kinds.GIVEN))
+                else:
+                    kind = guess.from_row(label, description)
+                    found.append((kind, kinds.GUESSED if kind else None))
+            yield table, found
+
+    def _learn(self) -> None:
+        """Learns labels of known kinds, then those that look like people by what was learned."""
+        for known in (True, False):
+            learned = 0
+            for table, found in self._known():
+                for label, (kind, _) in zip(table["label"].to_pylist(), found, strict=True):
+                    if known and kind:
+                        self._labels.learn(label, kind == "person")
+                    elif not known and not kind and self._labels.is_person(label):
+                        self._labels.learn(label, True)
+                learned += len(found)
+                if learned >= _LEARNED:
+                    break
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The entities of each part with the columns kind and kind_from."""
+        import pyarrow as pa
+
+        for table, found in self._known():
+            labels = table["label"].to_pylist()
+            for i, (kind, _) in enumerate(found):
+                if not kind and self._labels.is_person(labels[i]):
+                    found[i] = ("person", kinds.GUESSED)
+            for name, values in zip(("kind", "kind_from"), zip(*found, strict=True), strict=False):
+                place = table.schema.get_field_index(name)
+                table = table.set_column(place, name, pa.array(values, pa.string()))
+            yield table

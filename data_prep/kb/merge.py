@@ -163,11 +163,11 @@ def _write_entities(
         compression="zstd",
     ) as writer:
         held: list[pa.Table] = []
-        for path in parts:
+        kinds = closure.Kinds(connection, parts).tables() if parts else ()
+        for path, table in zip(parts, kinds, strict=True):
             note = kb_parts.read(path)
             for key, value in note["counts"].items():
                 counts[key] = counts.get(key, 0) + value
-            table = engine.read_table(f"{path}.entities.parquet")
             fresh = np.ones(table.num_rows, bool)
             found = [(line, reason) for line, reason in note["rejects"]]
             if twice:

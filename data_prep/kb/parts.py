@@ -1,6 +1,7 @@
-"""A part of a knowledge base: what a worker makes of a chunk of lines, as two parquet files.
+"""A part of a knowledge base: what a worker makes of a chunk of lines, as parquet files.
 
     PATH.names.parquet      index (row of the entity), form, weight, case, how, languages
+    PATH.classes.parquet    child, parent: what lies above entities, those that are dropped, too
     PATH.entities.parquet   line, and the columns of entities.parquet; written last
 
 The metadata of the latter hold under "part" what the part was made of, its counts and its rejects.
@@ -28,27 +29,32 @@ class Part:
     def __init__(self):
         self._entities: list[tuple] = []
         self._names: list[tuple] = []
+        self._classes: list[tuple[str, str]] = []
         self._rejects: list[tuple[int, str]] = []
         self._counts: dict[str, int] = {"empty_names": 0}
 
     def reject(self, line: int, reason: str) -> None:
         self._rejects.append((line, reason))
 
-    def count(self, key: str) -> None:
+    def drop(self, dropped: kb_rows.Dropped) -> None:
+        key = f"dropped_{dropped}"
         self._counts[key] = self._counts.get(key, 0) + 1
+        self._classes += [(dropped.qid, parent) for parent in dropped.above]
 
     def add(self, line: int, row: kb_rows.Row, alias_factor: float) -> None:
         """Adds an entity and its names."""
         index = len(self._entities)
-        self._entities.append((line, *row[:-1]))
+        self._entities.append((line, *row[:-2]))
+        self._classes += [(row.qid, parent) for parent in row.above]
         found, empty = forms.names_of(row.label, row.names, alias_factor)
         self._counts["empty_names"] += empty
         self._names += [(index, *name) for name in found]
 
     def write(self, path: str, made_of: dict) -> None:
-        """Writes PATH.names.parquet and then PATH.entities.parquet, which makes it a whole part."""
+        """Writes the files, PATH.entities.parquet last, which makes it a whole part."""
         note = {"made_of": made_of, "counts": self._counts, "rejects": self._rejects}
         _write(table(self._names, names_schema()), f"{path}.names.parquet")
+        _write(table(self._classes, classes_schema()), f"{path}.classes.parquet")
         schema = part_schema().with_metadata({"part": json.dumps(note)})
         _write(table(self._entities, schema), f"{path}.entities.parquet")
 
@@ -124,3 +130,10 @@ def names_schema() -> pa.Schema:
             "languages": pa.uint16(),
         }
     )
+
+
+def classes_schema() -> pa.Schema:
+    """The columns of PATH.classes.parquet."""
+    import pyarrow as pa
+
+    return pa.schema({"child": pa.string(), "parent": pa.string()})

@@ -21,7 +21,11 @@ _MOST_RANK = 2**31  # so that a prior of float32 is never 0
 
 
 class Dropped(Exception):
-    """An entity that a rule of the configuration leaves out; the message is the reason."""
+    """An entity that a rule of the configuration leaves out: why; its id and what lies above it."""
+
+    def __init__(self, reason: str, qid: str = "", above: Sequence[str] = ()):
+        super().__init__(reason)
+        self.qid, self.above = qid, above
 
 
 class Row(NamedTuple):
@@ -38,6 +42,7 @@ class Row(NamedTuple):
     title: str | None
     kind: str | None
     kind_from: str | None
+    above: list[str]  # what its kind follows from: hypernyms, of taxa the parents
     names: list[forms.Spelling]  # the label's first; a spelling perhaps twice
 
 
@@ -136,7 +141,7 @@ def parse(line: bytes, rules: Rules) -> Row:
         spellings.append(forms.Spelling(forms.without_bracket(title), weight))
     kind_from = kinds.GIVEN if kind else None
     columns = (description, hypernyms, types, sitelinks, image, title, kind, kind_from)
-    return Row(qid, label, aliases, *columns, spellings)
+    return Row(qid, label, aliases, *columns, hypernyms, spellings)
 
 
 def _all_numbers(values: Sequence) -> bool:

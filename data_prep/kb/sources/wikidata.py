@@ -23,7 +23,7 @@ from data_prep.kb.sources import rows as kb_rows
 if typing.TYPE_CHECKING:
     import simdjson
 
-_CLAIMS = frozenset(("P18", "P31", "P279"))
+_CLAIMS = frozenset(("P18", "P31", "P171", "P279"))
 _QID = re.compile(r"Q[1-9][0-9]{0,17}")
 
 
@@ -66,20 +66,22 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
     if not _QID.fullmatch(qid):
         raise ValueError("no_id")
 
-    found = _texts(item, "labels", rules.languages)
-    spellings = [(text, bit) for text, bit in zip(found, rules.bits, strict=True) if text]
-    if not spellings:
-        raise kb_rows.Dropped("no_label")
     claims, links = _map(item, "claims"), _map(item, "sitelinks")
     # Asking a map of simdjson for a key that it lacks takes longer than listing a few dozen keys.
     claims = {key: claims[key] for key in _CLAIMS.intersection(claims.keys())}
+    hypernyms = [_id(value) for value in _values(claims.get("P279"))]
+    above = hypernyms + [_id(value) for value in _values(claims.get("P171"))]
+    found = _texts(item, "labels", rules.languages)
+    spellings = [(text, bit) for text, bit in zip(found, rules.bits, strict=True) if text]
+    if not spellings:
+        raise kb_rows.Dropped("no_label", qid, above)
     image = _values(claims.get("P18"))
     if rules.need_link_or_image and not len(links) and not image:
-        raise kb_rows.Dropped("unlinked")
+        raise kb_rows.Dropped("unlinked", qid, above)
     types = [_id(value) for value in _values(claims.get("P31"))]
     for kind in types:
         if kind in rules.drop_types:
-            raise kb_rows.Dropped(rules.drop_types[kind])
+            raise kb_rows.Dropped(rules.drop_types[kind], qid, above)
 
     aliases = _map(item, "aliases")
     wikis = frozenset(links.keys())
@@ -100,13 +102,14 @@ def _row(item: simdjson.Object, rules: kb_rows.Rules) -> kb_rows.Row:
         label,
         [other for other in others if other],
         descriptions[0] if descriptions else "",
-        [_id(value) for value in _values(claims.get("P279"))],
+        hypernyms,
         types,
         len(links),
         forms.clean(image[0]) if image else None,
         forms.clean(links["enwiki"]["title"]) if "enwiki" in wikis else None,
         None,
         None,
+        above,
         names,
     )
 
