@@ -247,6 +247,33 @@ def test_pictures_that_are_all_gone_are_rejects(world, tmp_path):
         assert row["reason"] == ("no_mention" if pairs[key].named is None else "picture_unreadable")
 
 
+def test_a_model_that_diverged_is_told_before_any_picture_is_embedded(world):
+    workdir, _, model, clip = world
+    model.params["offset"] = np.array([1.0, np.nan], np.float32)
+    with pytest.raises(errors.BadInput, match="1 of its 1 arrays of weights hold NaN"):
+        # Not even where a shard may fail.
+        choose.run(workdirs.config(clip=clip), engine.Engine(workdir, failure_budget=0.5))
+    assert not model.pictures
+    assert not (workdir / "embeddings").exists()
+
+
+def test_a_picture_whose_embedding_overflows_costs_itself(world, monkeypatch):
+    workdir, _, model, clip = world
+    embed_images, seen = model._embed_images, []
+
+    def overflow(params, images):
+        found = embed_images(params, images)
+        if not seen:
+            found[0] = np.inf
+        seen.append(len(images))
+        return found
+
+    monkeypatch.setattr(model, "_embed_images", overflow)
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    reasons = [row["reason"] for row in _labels(workdir).values()]
+    assert reasons.count("picture_unreadable") == 1
+
+
 def test_bad_configurations(world):
     workdir, _, _, _ = world
     with pytest.raises(errors.BadInput, match=r"config\.clip is not set"):

@@ -1,5 +1,7 @@
 """Dense entity ids: order, names, and the way back to the knowledge base."""
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,10 @@ def _write(workdir, labels):
     }
     pq.write_table(pa.table(kb), workdir / "kb/entities.parquet")
     (workdir / "labels_final").mkdir()
+    _write_labels(workdir, labels)
+
+
+def _write_labels(workdir, labels):
     for number, shard in enumerate(labels):
         table = {
             "key": [str(i) for i in range(len(shard))],
@@ -49,9 +55,34 @@ def test_ids_come_by_descending_count_then_qid(tmp_path):
     assert manifest["counts"] == {"entities": 4, "labels": 8}
 
 
-def test_no_entity_left_is_told(tmp_path):
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            {"labels": {"pairs": 5, "labelled": 0, "no_candidate": 4, "below_min_score": 1}},
+            "of 5 pairs (4 are no_candidate, 1 are below_min_score): check that config.knowledge",
+        ),
+        (
+            {
+                "labels": {"pairs": 9, "labelled": 7},
+                "dropped-i2e": {"dropped": 6, "eval_duplicate:a": 6, "eval_duplicate:a:cosine": 6},
+                "labels_final": {"labelled": 0, "rare_entity": 1},
+            },
+            "of 7 labelled pairs (6 are eval_duplicate:a, 1 are rare_entity): check config.filters",
+        ),
+        (
+            {"labels_final": {"labelled": 0, "rare_entity": 2}},
+            "of 2 labelled pairs (2 are rare_entity): check config.min_images.",
+        ),
+    ],
+)
+def test_where_nothing_is_left_the_step_that_took_it_is_named(tmp_path, stages, words):
     _write(tmp_path, [[], []])
-    with pytest.raises(errors.BadInput, match=r"No entity is left.*min_images"):
+    work = engine.Engine(tmp_path)
+    for stage, counts in stages.items():
+        work.map_shards(stage, lambda *_, counts=counts: counts, [engine.Task("0", ())], {})
+        _write_labels(tmp_path, [[], []])
+    with pytest.raises(errors.BadInput, match=re.escape(f"No pair is left {words}")):
         vocabulary.run(workdirs.config(), engine.Engine(tmp_path))
 
 

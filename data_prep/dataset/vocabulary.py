@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from data_prep import engine
+from data_prep.filters import stage as filters_stage
 from mofi_jax.common import errors
 from mofi_jax.data import records
 
@@ -69,13 +70,9 @@ def entity_ids(inverse: np.ndarray, entities: np.ndarray) -> np.ndarray:
 
 
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
-
     rows = engine.read_table(task.inputs[0])
     if not len(rows):
-        raise errors.BadInput(
-            f"No entity is left in {outputs.workdir / 'labels_final'}: lower config.min_images or "
-            "config.min_z_score, or check that the knowledge base fits the captions."
-        )
+        raise errors.BadInput(filters_stage.why_empty(outputs.workdir))
     qids, labels, texts = (rows[name].to_pylist() for name in ("qid", "label", "text"))
     entities = records.Entities(qids, labels, texts, rows["image_count"].to_numpy())
     records.write_entities(outputs.path("vocabulary/entities.parquet"), entities)

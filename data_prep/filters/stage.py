@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
+from absl import logging
+from etils import epath
 
 from data_prep import engine
 from data_prep.filters import copies, decontaminate, eval_sets, frequency, nearest, removed, safety
@@ -29,6 +31,18 @@ from mofi_jax.common import errors
 FEEDBACKS = ("one_pass", "converge")
 DROPS = ("label", "picture")
 COPIES = ("keep", "exact")
+
+
+# What to look at where a reason takes all.
+_REMEDIES = {
+    "removed": "config.removed",
+    "eval_duplicate": "config.filters.eval_sets, max_hamming and eval_false_positives",
+    "unsafe": "config.filters.safety",
+    "blocked": "config.filters.safety",
+    "rare_entity": "config.min_images",
+    "no_": "that config.knowledge_base fits the captions, or config.given",
+}
+_SELECTION = "config.clip and the thresholds of the selection"
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -106,7 +120,41 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     )
     tasks = [engine.Task(files[0].stem, (frequent, *files)) for files in shards]
     settings = {"rare_entity_drops": config.rare_entity_drops}
-    return written + work.map_shards("labels_final", _drop_rare, tasks, settings)
+    written += work.map_shards("labels_final", _drop_rare, tasks, settings)
+    taken = losses(work.workdir)
+    labelled = engine.total_counts(written).get("labelled", 0) + sum(count for _, count in taken)
+    for reason, count in taken:
+        logging.info(
+            "filters: %d of %d labelled pairs (%.2g %%) go as %s",
+            *(count, labelled, 100 * count / labelled, reason),
+        )
+    return written
+
+
+def losses(workdir: epath.Path) -> list[tuple[str, int]]:
+    """How many labelled pairs each filter takes: (reason, pairs), in the order of the filters."""
+    found: dict[str, int] = {}
+    for stage in ("dropped-i2e", "capped", "labels_final"):
+        counts = engine.total_counts(engine.read_manifests(workdir, stage))
+        for name, count in counts.items():
+            # With its layer a picture of an evaluation set is counted once more.
+            if name not in ("candidates", "dropped", "labelled") and name.count(":") < 2:
+                found[name] = count
+    return [(name, count) for name, count in found.items() if count]
+
+
+def why_empty(workdir: epath.Path) -> str:
+    """One sentence about a work directory in which no labelled pair is left."""
+    taken = losses(workdir)
+    of = f"{sum(count for _, count in taken):,} labelled pairs"
+    if not taken:
+        counts = engine.total_counts(engine.read_manifests(workdir, "labels"))
+        of = f"{counts.pop('pairs', 0):,} pairs"
+        taken = [(name, count) for name, count in counts.items() if count and name != "labelled"]
+    told = ", ".join(f"{count:,} are {reason}" for reason, count in taken) or "there is none"
+    reason = max(taken, key=lambda one: one[1], default=("", 0))[0].partition(":")[0]
+    remedy = next((key for name, key in _REMEDIES.items() if reason.startswith(name)), _SELECTION)
+    return f"No pair is left of {of} ({told}): check {remedy}."
 
 
 def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:

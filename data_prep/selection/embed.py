@@ -61,7 +61,7 @@ def is_on(config: Mapping) -> bool:
 
 
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
-    """Runs the stages model, embeddings, candidates and texts.
+    """Runs the stages model, model_check, embeddings, candidates and texts.
 
     Args:
       config: `clip` (folder of a model: a training run, or Hugging Face's CLIP), `template` of an
@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
       The names of the shards of which there are embeddings.
 
     Raises:
-      BadInput: no model named, or a folder that holds none.
+      BadInput: no model named, a folder that holds none, or weights that are no numbers.
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
@@ -85,6 +85,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
     # fingerprint says.
     fingerprint = work.fingerprint("model", model_files(config.clip))
     model = (config.clip, config.batch_size)
+    function = functools.partial(_check_model, *model)
+    task = engine.Task("weights", (fingerprint,))
+    work.map_shards("model_check", function, [task], {}, keys=None, accelerator=True)
     tasks = [
         engine.Task(path.stem, (path, workdir / "pairs" / path.name, fingerprint)) for path in links
     ]
@@ -144,6 +147,23 @@ def load_model(folder: str, batch_size: int):
     """The CLIP model (`mofi_jax.inference.Model`) in `folder`, kept until another lies there."""
     with _LOADING:
         return _load_model(model_files(folder), folder, batch_size)
+
+
+def _check_model(
+    folder: str, batch_size: int, task: engine.Task, outputs: engine.Outputs, settings: dict
+) -> dict[str, int]:
+    """Before hours are spent on pictures: the weights of a run that diverged are NaN."""
+    import jax
+
+    weights = jax.tree.leaves(load_model(folder, batch_size).params)
+    damaged = sum(not np.isfinite(np.asarray(array)).all() for array in weights)
+    if damaged:
+        raise errors.BadInput(
+            f"config.clip={folder}: {damaged} of its {len(weights)} arrays of weights hold NaN or"
+            " infinity, as after a training that diverged: name an earlier checkpoint or another"
+            " model."
+        )
+    return {"arrays": len(weights)}
 
 
 @engine.kept
@@ -269,7 +289,7 @@ def _embed_pairs(
     if rejected:
         row = min(rejected)
         logging.warning(
-            "embeddings, shard %s: %d pictures cannot be decoded any more, the first being %s (%s)",
+            "embeddings, shard %s: %d pictures cannot be embedded, the first being %s (%s)",
             task.name,
             len(rejected),
             keys[row].as_py(),
@@ -285,7 +305,7 @@ def _embed_pairs(
 def _embed_pictures(
     model, workdir: epath.Path, pairs: pa.Table, batch_size: int
 ) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
-    """float16 embeddings, 0 for pictures that cannot be decoded; these with their reasons.
+    """float16 embeddings; with their reasons pictures that cannot be decoded, or overflow.
 
     Threads read and decode about two batches ahead of the devices; no more pixels are in memory.
     """
@@ -322,7 +342,8 @@ def _embed_pictures(
             if not number:
                 embeddings = np.zeros((len(pairs), vectors.shape[1]), np.float16)
             embeddings[rows[number]] = vectors
-    return embeddings, rejected
+    damaged = np.flatnonzero(~np.isfinite(embeddings).all(1))
+    return embeddings, rejected | dict.fromkeys(damaged.tolist(), "not finite")
 
 
 def _rebatch(
