@@ -74,11 +74,11 @@ def write_redirects(
             {"entities": entities},
         )
         spread(connection, "redirects", "ends", "redirected")
-        rows = connection.execute(
-            "SELECT id AS qid, root AS entity FROM redirected WHERE steps > 0 ORDER BY qid"
-        )
-        found = rows.to_arrow_table().cast(schema)
-    pq.write_table(found, path, compression="zstd")
+        found = engine.ask(
+            connection,
+            "SELECT id AS qid, root AS entity FROM redirected WHERE steps > 0 ORDER BY qid",
+        ).to_arrow_table()
+    pq.write_table(found.cast(schema), path, compression="zstd")
     return found.num_rows
 
 

@@ -1,9 +1,9 @@
 """The parts of people's names, and what is left of a full name when people shorten it.
 
-    "Sir Ludwig Johannes van der Example III"
-    names     "Ludwig van der Example" (no middle name, no title), "Ludwig J van der Example"
+    "Sir Ludwig Johannes van der Example III, 2nd Baron Sample"
+    names     "Ludwig van der Example", "Ludwig J van der Example", and without title, III or baron
     parts     family: "van der example", "example"; given: "ludwig"; other: "l van der example",
-              "l j van der example", "johannes van der example"
+              "l j van der example", "johannes van der example", "ludwig johannes", "sample"
 
 What a text adds, or writes in another order, is the linker's to undo: it looks up "John Smith" for
 "Smith, John" and "Elizabeth II" for "Queen Elizabeth II". What a text leaves out has to be stored.
@@ -99,28 +99,31 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
 
     def shorten(words: list[str]) -> None:
         text = " ".join(words)
-        if len(words) > 1 and text != name:
-            form = names.normalize(text)
+        form = names.normalize(text)
+        if " " in form and text != name:
             before, case = found.shortened.get(form, (0.0, 2))
             value = max(before, weight * factor * factor)
             found.shortened[form] = (value, min(case, forms.case_of(text)))
 
-    name = name.partition(",")[0]
-    words = _EPITHET.split(name)[0].split()
-    epithet = len(words) < len(name.split())
+    main, _, rest = name.partition(",")
+    words = _EPITHET.split(main)[0].split()
+    epithet = len(words) < len(main.split())
+    ranks = rest.split()
+    if _TITLES.intersection(map(_bare, ranks)) and not _is_small(ranks[-1]):
+        part(ranks[-1:], OTHER)  # "1st Baron Sample"
     while len(words) > 1 and _bare(words[0]) in _TITLES:
         words = words[1:]
     while len(words) > 1 and _bare(words[-1]) in _SUFFIXES:
         words = words[:-1]
     regnal = len(words) > 1 and _NUMERAL.fullmatch(words[-1]) is not None
     if regnal and len(words) > 2 and len(words[-1]) > 1 and not epithet:
-        words, regnal = words[:-1], False  # "Robert Downey III"; but "John Paul II" is both
+        words, regnal = words[:-1], False  # "Robert Downey III"
         shorten(words)
     if not words or any(_is_small(word) for word in (words[0], words[-1])):
         return  # a noun such as "film maker", or a title alone
     shorten(words)
     if len(words) == 1 or regnal or epithet:
-        part(words[:1], OTHER if len(words) == 1 else GIVEN)
+        part(words[:1], GIVEN if regnal or epithet else OTHER)
         return
 
     begin = len(words) - 1  # of the family name
@@ -142,7 +145,9 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
         shorten([*given, *family])
         shorten([*given, *initials[1:], *family])
         part([*initials, *family], OTHER)
-        part([middle[-1], *family], OTHER)  # two family names, or a middle name that is used
+        # Two family names, of which either may be left out, or a middle name that is used.
+        part([middle[-1], *family], OTHER)
+        part([*given, *middle], OTHER)
 
 
 def _bare(word: str) -> str:

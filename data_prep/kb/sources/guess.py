@@ -69,6 +69,7 @@ _CUT = re.compile(
     r"|to|under|used|was|where|which|who|whose|with|within)\b"
 )
 _LIST = re.compile(r",(?: and)? | and ")
+_DOT = re.compile(r"\b([a-z])\.")  # "u.s."
 _DATES = re.compile(r"^(?:born )?[\d\s–-]+;\s*")
 _OF = re.compile(r"(\S+) of (?:the |a |an )?(.*)")
 _BRACKETS = re.compile(r"\s*\([^()]*\)")
@@ -93,7 +94,7 @@ def from_description(text: str) -> str | None:
     text = _BRACKETS.sub("", text).strip().lower()
     if text.startswith("wikimedia "):
         return "wikimedia"
-    kind = _of_clause(_DATES.sub("", text))
+    kind = _of_clause(_DOT.sub(r"\1", _DATES.sub("", text)))
     if kind in (None, "person", "animal", "group") and _FICTION.search(text):
         return "character"
     return kind

@@ -3,7 +3,7 @@
     python -m data_prep.kb.sources.nouns wordnet_nouns.jsonl.gz nouns.tsv.gz
 
 The source is WordNet as rows of the generic JSONL with `lexname`, `hypernyms` and `sense_rank`. A
-noun's kind is that of most of its senses, by Zipf's law; senses that heads of descriptions seldom
+noun's kind is that of its most frequent sense; senses that heads of descriptions seldom
 have weigh less. Kept are words that glosses use at least twice, and compounds that are of another
 kind than their last word.
 """
@@ -54,7 +54,7 @@ def table(rows: list[dict]) -> dict[str, str]:
         for noun, rank in zip([row["label"], *row["aliases"]], row["sense_rank"], strict=True):
             if kind and _NOUN.fullmatch(noun):
                 score = scores.setdefault(noun, {})
-                score[kind] = score.get(kind, 0.0) + _WEIGHTS.get(kind, 1.0) / rank
+                score[kind] = max(score.get(kind, 0.0), _WEIGHTS.get(kind, 1.0) / rank)
     best = {noun: max(sorted(score), key=score.get) for noun, score in scores.items()}
     return {
         noun: kind
