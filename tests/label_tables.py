@@ -1,5 +1,7 @@
 """labels/ written by hand, and what stages made of it."""
 
+import zlib
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,8 +17,18 @@ _SCHEMA = pa.schema(
 
 
 def write(workdir, shards):
-    """Writes labels/ of shards of (key, entities); a pair without entities has no label."""
+    """Writes labels/ of shards of (key, entities); a pair without entities has no label.
+
+    And pairs/ where there is none, each with a perceptual hash of its own.
+    """
     (workdir / "labels").mkdir(parents=True)
+    if not (workdir / "pairs").exists():
+        (workdir / "pairs").mkdir()
+        for number, rows in enumerate(shards):
+            keys = [key for key, _ in rows]
+            hashes = [zlib.crc32(key.encode()) for key in keys]
+            table = {"key": pa.array(keys, pa.string()), "phash": pa.array(hashes, pa.int64())}
+            pq.write_table(pa.table(table), workdir / f"pairs/{number:05d}.parquet")
     for number, rows in enumerate(shards):
         columns = [
             {

@@ -57,6 +57,7 @@ def test_one_pass_is_the_fix_point(tmp_path):
     again = tmp_path / "again"
     (tmp_path / "labels_final").rename(tmp_path / "moved")
     (again / "labels").mkdir(parents=True)
+    (tmp_path / "pairs").rename(again / "pairs")
     for path in (tmp_path / "moved").glob("*.parquet"):
         path.rename(again / "labels" / path.name)
     filters_stage.run(workdirs.config(min_images=3), engine.Engine(again))
@@ -69,6 +70,21 @@ def test_nothing_left_is_an_empty_shard_and_not_an_error(tmp_path):
     filters_stage.run(workdirs.config(min_images=9), engine.Engine(tmp_path))
     assert label_tables.read(tmp_path, "labels_final/*.parquet") == []
     assert len(label_tables.read(tmp_path, "rejects/*.parquet")) == 1
+
+
+def test_near_duplicates_count_once_for_the_minimum_and_for_the_cap(tmp_path):
+    """A placeholder of entity 1 in two shards; pictures of entity 2 and one of them of 3."""
+    hashes = {"a": 7, "b": 7, "c": 7, "d": 8, "e": 9, "f": -7}
+    shards = [[("a", [1]), ("b", [1]), ("d", [2])], [("c", [1, 2]), ("e", [2]), ("f", [3])]]
+    (tmp_path / "pairs").mkdir()
+    for number, rows in enumerate(shards):
+        table = {"key": [key for key, _ in rows], "phash": [hashes[key] for key, _ in rows]}
+        pq.write_table(pa.table(table), tmp_path / f"pairs/{number:05d}.parquet")
+    assert _final(tmp_path, shards, min_images=2) == {"c": [2], "d": [2], "e": [2]}
+    # Once is below a cap of one: all of them stay.
+    filters_stage.run(workdirs.config(min_images=1, max_images=1), engine.Engine(tmp_path))
+    final = {r["key"] for r in label_tables.read(tmp_path, "labels_final/*.parquet")}
+    assert {"a", "b", "c", "f"} <= final
 
 
 # ------------------------------------------------------------------------------------- feedback
@@ -186,9 +202,9 @@ def test_cap_comes_before_the_minimum_and_what_is_dropped_counts_for_neither(tmp
     pictures = [(f"k{i}", [0]) for i in range(40)] + [("x", [1]), ("y", [1])]
     workdir = tmp_path / "W"
     label_tables.write(workdir, [pictures])
-    (workdir / "pairs").mkdir()
     digests = [f"{i:064x}" for i in range(40)] + ["f" * 64] * 2
-    table = pa.table({"key": [key for key, _ in pictures], "sha256": digests})
+    keys, hashes = [key for key, _ in pictures], range(len(pictures))
+    table = pa.table({"key": keys, "sha256": digests, "phash": hashes})
     pq.write_table(table, workdir / "pairs/00000.parquet")
     config = workdirs.config(min_images=2, max_images=10)
     config.filters.duplicates = "exact"
@@ -209,9 +225,8 @@ def test_cap_comes_before_the_minimum_and_what_is_dropped_counts_for_neither(tmp
 
 def test_a_shard_that_a_filter_leaves_out_is_left_out_of_all(tmp_path):
     label_tables.write(tmp_path, [[("a", [1])], [("b", [1])], [("c", [2])]])
-    (tmp_path / "pairs").mkdir()
     for number, key in enumerate("abc"):
-        table = pa.table({"key": [key], "url": ["https://good.example/"]})
+        table = pa.table({"key": [key], "url": ["https://good.example/"], "phash": [number]})
         pq.write_table(table, tmp_path / f"pairs/{number:05d}.parquet")
     (tmp_path / "pairs/00001.parquet").write_bytes(b"damaged")
     (tmp_path / "domains").write_text("bad.example\n")

@@ -32,7 +32,9 @@ def write(workdir, rows, embeddings=None):
     """pairs/ and labels/ of one shard from rows {key, url, extras, sha256}, all labelled."""
     (workdir / "pairs").mkdir(parents=True)
     schema = pa.schema([(name, pa.string()) for name in ("key", "url", "extras", "sha256")])
-    rows = [{"url": None, "extras": None, "sha256": "00" * 32} | row for row in rows]
+    schema = schema.append(pa.field("phash", pa.int64()))
+    default = {"url": None, "extras": None, "sha256": "00" * 32}
+    rows = [{**default, "phash": number, **row} for number, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), workdir / "pairs/00000.parquet")
     label_tables.write(workdir, [[(row["key"], [1]) for row in rows]])
     if embeddings is not None:

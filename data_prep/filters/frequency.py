@@ -1,5 +1,8 @@
 """How many pictures an entity has: at most (a sample is kept), and at least. labels/ -> frequent/.
 
+Pictures with the same perceptual hash are one picture here: a placeholder on two hundred pages
+makes no class.
+
     entity_counts/  entities.parquet  entity, image_count, before the cap
     capped/         NNNNN.parquet     key of the pictures over the cap
     frequent/       entities.parquet  entity, image_count of the entities that are classes;
@@ -17,10 +20,10 @@ Fewer than `min_images` pictures and an entity is no class. What then goes is
              count once, drop) may leave some of them with fewer, and "converge" repeats until all
              that are left have enough.
 
-Labels are counted by runs of shards (STAGE_parts/), whose counts are then added up, again in each
-round of "converge" (frequent-2/ and so on). A picture lives while none of its entities is known to
-be rare, and only the living count: there are ever more rare entities, so that the rounds end. What
-is kept in memory is the labels of a run, and the rare entities.
+Labels are counted by runs of shards (STAGE_parts/: entity, phash, each once), then out of core over
+all of them, again in each round of "converge" (frequent-2/ and so on). A picture lives while none
+of its entities is known to be rare, and only the living count: there are ever more rare entities,
+so that the rounds end. What is kept in memory is the labels of a run, and the rare entities.
 """
 
 from __future__ import annotations
@@ -108,17 +111,18 @@ def _count_labels(
     rare: Sequence[epath.Path] = (),
 ) -> dict[str, int]:
     """Counts the labels of all pictures without a rare entity; `queries` are of the totals."""
-    runs = engine.run_tasks(*zip(*shards, strict=True))
+    pairs = [work.workdir / "pairs" / files[0].name for files in shards]
+    runs = engine.run_tasks(pairs, *zip(*shards, strict=True))
     tasks = [engine.Task(run.name, (*rare, *run.inputs)) for run in runs]
-    settings = {"tables": len(shards[0]), "rare": len(rare)}
+    settings = {"version": 2, "tables": 1 + len(shards[0]), "rare": len(rare)}
     parts = work.map_shards(f"{stage}_parts", _count, tasks, settings, keys=None)
     files = [work.workdir / output["path"] for part in parts for output in part["outputs"]]
     return work.aggregate(stage, queries, {"parts": files}, parameters)["counts"]
 
 
 _TOTALS = """
-    SELECT entity, sum(image_count)::BIGINT AS image_count
-    FROM read_parquet($parts) GROUP BY entity ORDER BY entity
+    SELECT entity, count(*) AS image_count
+    FROM (SELECT DISTINCT entity, phash FROM read_parquet($parts)) GROUP BY entity ORDER BY entity
 """
 _NONE = np.zeros(0, np.int32)  # entities
 _FREQUENT = f"SELECT * FROM ({_TOTALS}) WHERE image_count {{is_it}} $least ORDER BY entity"
@@ -155,20 +159,25 @@ def labels_of(table: pa.Table) -> tuple[Int32[np.ndarray, " l"], Int64[np.ndarra
 def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Of a run of shards; what has to be remembered of earlier rounds is the rare entities."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     rare, tables = task.inputs[: settings["rare"]], task.inputs[settings["rare"] :]
     known = np.concatenate([_NONE, *(engine.read_table(path)["entity"] for path in rare)])
-    living, shards = [_NONE], len(tables) // settings["tables"]
+    living, shards = [np.zeros((2, 0), np.int64)], len(tables) // settings["tables"]
     for shard in range(shards):
-        table = read_candidates(*tables[shard::shards], columns=["entities"])
+        pairs_path, *files = tables[shard::shards]
+        table = read_candidates(*files, columns=["key", "entities"])
+        pairs = engine.read_table(pairs_path, ["key", "phash"]).combine_chunks()
+        hashes = pairs["phash"].take(pc.index_in(table["key"], pairs["key"].combine_chunks()))
         entities, row = labels_of(table)
         dead = np.zeros(len(table), bool)
         dead[row[np.isin(entities, known)]] = True
-        living.append(entities[~dead[row]])
-    entity, images = np.unique(np.concatenate(living), return_counts=True)
-    table = pa.table({"entity": entity, "image_count": images})
+        alive = ~dead[row]
+        living.append(np.stack([entities[alive], hashes.to_numpy()[row[alive]]]))
+    entity, phash = np.unique(np.concatenate(living, axis=1), axis=1)
+    table = pa.table({"entity": entity.astype(np.int32), "phash": phash})
     outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table)
-    return {"labels": int(images.sum())}
+    return {"labels": len(table)}
 
 
 def _sample(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
