@@ -83,6 +83,18 @@ def write_redirects(
 
 
 _LEARNED = 1_000_000  # entities whose labels are learned from
+_PARTS = 200  # parts that are asked for at a time, of 5,000 entities each
+
+
+def _kind(
+    kind: str | None, label: str, description: str, root: int | None
+) -> tuple[str | None, str | None]:
+    """The kind of an entity, and where it is from."""
+    kind = kind or (kinds.ROOTS[root][1] if root is not None else None)
+    if kind:
+        return kind, kinds.GIVEN
+    kind = guess.from_row(label, description)
+    return kind, kinds.GUESSED if kind else None
 
 
 class Kinds:
@@ -96,7 +108,6 @@ class Kinds:
         import pyarrow as pa
 
         self._connection, self._parts = connection, parts
-        meta = [kind for _, kind in kinds.ROOTS].index(None)  # from here on they say nothing
         roots = pa.table({"id": [root for root, _ in kinds.ROOTS], "root": range(len(kinds.ROOTS))})
         connection.register("roots", roots)
         engine.ask(
@@ -105,44 +116,37 @@ class Kinds:
             {"parts": [f"{path}.classes.parquet" for path in parts]},
         )
         spread(connection, "classes", "roots", "reached")
-        engine.ask(
-            connection,
-            "CREATE TEMP TABLE told AS WITH rows AS ("
-            "  SELECT filename, file_row_number AS row, qid, types"
-            "  FROM read_parquet($parts, filename = true, file_row_number = true)),"
-            " typed AS (SELECT filename, row, min(steps * 1000 + root) % 1000 AS root"
-            "  FROM (SELECT filename, row, unnest(types) AS id FROM rows) JOIN reached USING (id)"
-            f"  WHERE root < {meta} GROUP BY filename, row)"
-            " SELECT coalesce(typed.root, own.root)::SMALLINT AS root FROM rows"
-            " LEFT JOIN typed USING (filename, row)"
-            f" LEFT JOIN (SELECT id, root FROM reached WHERE root < {meta}) own ON own.id = qid"
-            " ORDER BY filename, row",
-            {"parts": [f"{path}.entities.parquet" for path in parts]},
-        )
-        connection.execute("DROP TABLE classes; DROP TABLE reached")
+        connection.execute("DROP TABLE classes")
+        meta = [kind for _, kind in kinds.ROOTS].index(None)  # from here on they say nothing
+        connection.execute(f"DELETE FROM reached WHERE root >= {meta}")
         self._labels = guess.Labels()
         self._learn()
 
     def _known(self) -> Iterator[tuple[pa.Table, list[tuple[str | None, str | None]]]]:
         """The parts with the kinds that are given or told by descriptions."""
-        first = 0
-        for path in self._parts:
-            table = engine.read_table(f"{path}.entities.parquet")
-            rows = self._connection.execute(
-                "SELECT root FROM told WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
-                [first, first + table.num_rows],
-            ).fetchall()
-            first += table.num_rows
-            columns = (table[name].to_pylist() for name in ("kind", "label", "description"))
-            found = []
-            for (root,), kind, label, description in zip(rows, *columns, strict=True):
-                kind = kind or (kinds.ROOTS[root][1] if root is not None else None)
-                if kind:
-                    found.append((kind, kinds.GIVEN))
-                else:
-                    kind = guess.from_row(label, description)
-                    found.append((kind, kinds.GUESSED if kind else None))
-            yield table, found
+        for first in range(0, len(self._parts), _PARTS):
+            files = [f"{path}.entities.parquet" for path in self._parts[first : first + _PARTS]]
+            roots = self._roots(files)
+            for file in files:
+                table = engine.read_table(file)
+                columns = (table[name].to_pylist() for name in ("kind", "label", "description"))
+                yield table, [_kind(*row) for row in zip(*columns, roots, strict=False)]
+
+    def _roots(self, files: Sequence[str]) -> Iterator[int | None]:
+        """The roots of the rows of some parts, in their order."""
+        table = engine.ask(
+            self._connection,
+            "WITH rows AS (SELECT filename, file_row_number AS row, qid, types"
+            "  FROM read_parquet($parts, filename = true, file_row_number = true)),"
+            " typed AS (SELECT filename, row, min(steps * 1000 + root) % 1000 AS root"
+            "  FROM (SELECT filename, row, unnest(types) AS id FROM rows) JOIN reached USING (id)"
+            "  GROUP BY filename, row)"
+            " SELECT coalesce(typed.root, own.root) AS root FROM rows"
+            " LEFT JOIN typed USING (filename, row) LEFT JOIN reached own ON own.id = qid"
+            " ORDER BY filename, row",
+            {"parts": files},
+        ).to_arrow_table()
+        return iter(table["root"].to_pylist())
 
     def _learn(self) -> None:
         """Learns labels of known kinds, then those that look like people by what was learned."""
