@@ -139,7 +139,7 @@ def write_pairs(workdir: pathlib.Path, captions: list[str], shard_rows: int) -> 
             "width": zeros.astype(np.int32),
             "height": zeros.astype(np.int32),
             "sha256": keys,
-            "phash": zeros,
+            "phash": np.arange(start, start + len(texts)),  # no near-duplicates
         }
         pq.write_table(pa.table(table), workdir / f"pairs/{shard:05d}.parquet")
     return shard + 1

@@ -231,6 +231,7 @@ def example(text: str = "thing", **changes) -> dict:
         "entity_types": {
             "text_labels": 2,
             "labels": 1,
+            "kinds": [{"kind": text, "guessed": 1, **types}],
             "types": [types],
             "others": 3,
             "untyped": {"text_labels": 0, "labels": 0, "entities": 0},
@@ -279,9 +280,9 @@ def test_funnel_names_what_was_removed():
     steps = page.text[start : page.text.index("By source")]
     assert steps[:3] == ["pairs asked for", "200", "100.0 %"]
     for words, left, share in (
-        ("not in an evaluation set", "90", "45.0 %"),
-        ("without of no use", "70", "35.0 %"),
-        ("(lost without a reject)", "60", "30.0 %"),
+        ("not in an evaluation set", "90", "45.0 %, −10.0 %"),
+        ("without of no use", "70", "35.0 %, −22.2 %"),
+        ("(lost without a reject)", "60", "30.0 %, −14.3 %"),
         ("in the data set", "60", "30.0 %"),
     ):
         place = steps.index(words)

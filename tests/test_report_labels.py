@@ -169,6 +169,16 @@ def test_types_are_named_and_counted_before_and_after(zoo):
     assert found["untyped"] == {"text_labels": 1, "labels": 0, "entities": 0}
 
 
+def test_kinds_are_counted_before_and_after_and_guessed_ones_are_told(zoo):
+    kinds = {
+        "kind": ["animal", "animal", None, "nature"],
+        "kind_from": ["given", "guessed", None, "guessed"],
+    }
+    zoo.write("kb", KB | kinds)
+    rows = [tuple(row.values()) for row in _types(zoo)[0]["kinds"]]
+    assert rows == [("animal", 2, 3, 2, 1), (None, 2, 2, 1, 0), ("nature", 1, 0, 0, 1)]
+
+
 def test_what_has_no_type_goes_by_its_hypernyms(zoo):
     columns = {"types": [["Q2"], [], None, None], "hypernyms": [["Q7"], ["Q4"], ["Q4"], None]}
     zoo.write("kb", KB | columns, dict.fromkeys(columns, pa.list_(pa.string())))

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.card import numbers as card_numbers
 from data_prep.card.numbers import FINAL, Files, ask, batches
+from data_prep.kb import kinds as kb_kinds
 from data_prep.linking import rows as link_rows
 from data_prep.selection import choose
 
@@ -226,7 +227,7 @@ def _sweep(
 
 
 def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
-    """Labels by type of entity, before and after: those of text alone, and the final ones.
+    """Labels by kind and type of entity, before and after: those of text alone, and the final ones.
 
     An entity of several types counts for each, so that shares may add up to more than one. A type
     is called by its label where the knowledge base has it.
@@ -234,13 +235,15 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     Returns:
       text_labels and labels, the totals; types: {type, name, text_labels, labels, entities (final
       ones)} of the types with most final labels; others, the number of types that are not listed;
-      untyped: {text_labels, labels, entities}.
+      untyped: {text_labels, labels, entities}; kinds: {kind (None: unknown), text_labels, labels,
+      entities, guessed: how many of the text's labels have a guessed kind}, by text_labels.
     """
     columns = card_numbers.columns_of(connection, files["kb"])
     lists = [f"list_distinct({name})" for name in ("types", "hypernyms") if name in columns]
     # The first that is not empty: a thing that is an instance of nothing may be a kind of another.
     choice = " ".join(f"WHEN len({types}) > 0 THEN {types}" for types in lists)
     types = f"CASE {choice} ELSE []::VARCHAR[] END" if lists else "[]::VARCHAR[]"
+    kind, came = (n if n in columns else "NULL::VARCHAR" for n in ("kind", "kind_from"))
     ask(connection, "CREATE OR REPLACE TEMP TABLE text_labels (entity INTEGER, n BIGINT)")
     for path in files["links"]:
         by_text = choose.choose_by_text(link_rows.read(path)).entity
@@ -250,7 +253,7 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
         connection,
         f"""
         CREATE OR REPLACE TEMP TABLE typed AS
-        SELECT {types} AS types, before, after
+        SELECT {types} AS types, {kind} AS kind, {came} AS came, before, after
         FROM read_parquet($kb, file_row_number = true) AS kb JOIN (
             SELECT entity, coalesce(before, 0)::BIGINT AS before, coalesce(n, 0)::BIGINT AS after
             FROM (SELECT entity, sum(n) AS before FROM text_labels GROUP BY entity)
@@ -284,7 +287,17 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
         **files,
     )
     names = ("type", "name", "text_labels", "labels", "entities")
+    kinds = ask(
+        connection,
+        f"""
+        SELECT kind, {sums},
+               coalesce(sum(before) FILTER (came = '{kb_kinds.GUESSED}'), 0)::BIGINT AS guessed
+        FROM typed GROUP BY kind ORDER BY before DESC, after DESC, kind
+        """,
+    )
+    of_kind = ("kind", "text_labels", "labels", "entities", "guessed")
     return {
+        "kinds": [dict(zip(of_kind, row, strict=True)) for row in kinds],
         "text_labels": totals[0],
         "labels": totals[1],
         "types": [dict(zip(names, row[:5], strict=True)) for row in rows],
