@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import ml_collections
 import pytest
 from etils import epath
 
@@ -74,6 +75,12 @@ def test_home_a_poor_terminal_and_the_config_of_another_command(tmp_path):
     assert done.stdout == f"{home}/o {home}/d {sources} a~/b ?\n"
     assert done.returncode == 2
     assert done.stderr.startswith("error: The config has no key 'seed', which this command reads:")
+
+
+def test_none_by_a_flag_is_none_and_no_text():
+    config = ml_collections.ConfigDict({"clip": "None", "safety": {"head": "None", "name": "a"}})
+    cli._with_home(config)
+    assert config.to_dict() == {"clip": None, "safety": {"head": None, "name": "a"}}
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,9 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     config.max_gap = 99.0
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     assert stages["labels"]["labelled"] == 3
-    assert (tmp_path / "W1/report/index.html").exists()
+    page = (tmp_path / "W1/report/index.html").read_text()
+    assert "entities are given" in page
+    assert "<mark></mark>" not in page
 
 
 # --------------------------------------------------------------------------------------- bad input

@@ -68,7 +68,7 @@ def pieces(picture: Mapping) -> list[tuple[str, bool]]:
     """A caption's pieces, and which are mentions; of overlapping ones the first and longest is."""
     text, found, position = picture["text"], [], 0
     for start, end, _ in sorted(picture["mentions"], key=lambda m: (m[0], -m[1])):
-        if start >= position:
+        if start >= position and end > start:  # an entity that was given stands nowhere
             found += [(text[position:start], False), (text[start:end], True)]
             position = end
     return [*found, (text[position:], False)]

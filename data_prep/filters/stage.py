@@ -76,7 +76,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _choose("min_images_feedback", config.min_images_feedback, FEEDBACKS)
     _choose("rare_entity_drops", config.rare_entity_drops, DROPS)
     cap = config.max_images
-    remedy = f"give at least min_images={config.min_images}, or None in the config file for no cap"
+    remedy = f"give at least min_images={config.min_images}, or leave the flag out for no cap"
     _need(cap is None or cap >= config.min_images, "max_images", cap, remedy)
 
 

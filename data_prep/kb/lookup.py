@@ -131,7 +131,7 @@ class KnowledgeBase:
         rows, first = np.full(len(wanted), -1, np.int64), 0
         among = pa.array(wanted, pa.string())
         with pq.ParquetFile(os.fspath(self.path / file)) as parquet:
-            for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
+            for batch in parquet.iter_batches(1 << 20, columns=[column]) if len(wanted) else ():
                 found = pc.index_in(batch.column(column), value_set=among)
                 # Backwards, so that of several rows the first one is written last.
                 at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]

@@ -109,7 +109,8 @@ def _with_home(value: Any) -> Any:
         return {key: _with_home(inner) for key, inner in value.items()}
     if isinstance(value, ml_collections.ConfigDict):
         for key, inner in value.items():
-            if (expanded := _with_home(inner)) != inner:
+            # By a flag a text that is None can be given in no other way.
+            if (expanded := None if inner == "None" else _with_home(inner)) != inner:
                 value[key] = expanded
     return value
 
