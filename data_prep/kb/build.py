@@ -47,22 +47,17 @@ parsed again.
 from __future__ import annotations
 
 import codecs
-import concurrent.futures
 import functools
-import itertools
 import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import ml_collections
 from etils import epath
 
 from data_prep import engine
-from data_prep.engine import executors
 from data_prep.kb import forms, lookup
 from data_prep.kb import merge as kb_merge
 from data_prep.kb import parts as kb_parts
@@ -153,7 +148,7 @@ def build(
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     """All that the base depends on besides its source, whose format is `form`."""
     return {
-        "version": 4,
+        "version": 5,
         "format": form,
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,
@@ -195,36 +190,8 @@ def _build(
     folder = os.path.join(outputs.workdir, outputs.stage, _PARTS)
     os.makedirs(folder, exist_ok=True)
     chunks = kb_dump.chunks(source, config["chunk_lines"], config["workers"])
-    parts = _parse_all(chunks, Parser(folder, settings), config["workers"])
+    parts = kb_dump.parse_all(chunks, Parser(folder, settings), config["workers"])
     return kb_merge.merge(parts, outputs, settings, source, config)
-
-
-def _parse_all(chunks: Iterator[kb_dump.Chunk], parser: Parser, workers: int) -> list[str]:
-    """The paths of the parts of all chunks, parsed where they are not there yet."""
-    first = list(itertools.islice(chunks, 2))
-    chunks = itertools.chain(first, chunks)
-    if workers == 1 or len(first) < 2:
-        return [parser(chunk) for chunk in chunks]
-    parts = []
-    pool = executors.spawned(workers)
-    try:
-        running: set[concurrent.futures.Future] = set()
-        for chunk in chunks:
-            parts.append(parser.path(chunk))
-            if parser.is_done(chunk):
-                continue
-            running.add(pool.submit(parser, chunk))
-            if len(running) > workers + 1:  # a chunk waits for each worker, no more in memory
-                done, running = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    future.result()
-        for future in running:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return parts
 
 
 # Of the settings, those that a part depends on.
@@ -234,34 +201,15 @@ _PARSED_BY = (
 )
 
 
-class Parser(NamedTuple):
+class Parser(kb_dump.Parser):
     """Turns chunks into parts (`data_prep.kb.parts`) in a folder."""
 
-    folder: str
-    settings: dict
+    last = kb_parts.LAST
 
-    def __call__(self, chunk: kb_dump.Chunk) -> str:
-        """Parses the chunk unless its part is there; returns the path of the part."""
-        if not self.is_done(chunk):
-            self._parse(chunk)
-        return self.path(chunk)
+    def __init__(self, folder: str, settings: dict):
+        super().__init__(folder, {key: settings[key] for key in _PARSED_BY})
 
-    def path(self, chunk: kb_dump.Chunk) -> str:
-        return os.path.join(self.folder, f"{chunk.number:07d}")
-
-    def is_done(self, chunk: kb_dump.Chunk) -> bool:
-        found = kb_parts.read(self.path(chunk))
-        return found is not None and found["made_of"] == self._made_of(chunk)
-
-    def _made_of(self, chunk: kb_dump.Chunk) -> dict:
-        return {
-            "first_line": chunk.first_line,
-            "bytes": len(chunk.data),
-            "crc32": zlib.crc32(chunk.data),
-            "settings": {key: self.settings[key] for key in _PARSED_BY},
-        }
-
-    def _parse(self, chunk: kb_dump.Chunk) -> None:
+    def parse(self, chunk: kb_dump.Chunk) -> None:
         rules = kb_rows.Rules.from_settings(self.settings)
         dump = self.settings["format"] == kb_dump.WIKIDATA
         parse = wikidata.parse if dump else kb_rows.parse
@@ -277,7 +225,7 @@ class Parser(NamedTuple):
                 part.drop(error)
             else:
                 part.add(number, row, rules.alias_factor)
-        part.write(self.path(chunk), self._made_of(chunk))
+        part.write(self.path(chunk), self.made_of(chunk))
 
 
 def _lines(chunk: kb_dump.Chunk, dump: bool) -> Iterator[tuple[int, bytes]]:

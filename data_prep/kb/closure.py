@@ -33,11 +33,11 @@ def spread(connection: duckdb.DuckDBPyConnection, edges: str, roots: str, reache
     )
     step, added = 0, 1
     while added:
-        (added,) = connection.execute(
+        [(added,)] = connection.execute(
             f"INSERT INTO {reached} SELECT child, min(root), {step + 1}"
             f" FROM {edges} JOIN {reached} ON parent = id WHERE steps = {step}"
             f" AND child NOT IN (SELECT id FROM {reached}) GROUP BY child"
-        ).fetchone()
+        ).fetchall()
         step += 1
 
 

@@ -165,7 +165,7 @@ def _write_entities(
         held: list[pa.Table] = []
         kinds = closure.Kinds(connection, parts).tables() if parts else ()
         for path, table in zip(parts, kinds, strict=True):
-            note = kb_parts.read(path)
+            note = kb_parts.read(f"{path}{kb_parts.LAST}")
             for key, value in note["counts"].items():
                 counts[key] = counts.get(key, 0) + value
             fresh = np.ones(table.num_rows, bool)
@@ -197,7 +197,8 @@ def _check_rejects(
     parts: Sequence[str], counts: dict[str, int], budget: float, source: str
 ) -> None:
     """Raises BadInput where there is no entity, or more lines cannot be used than can be meant."""
-    rejects = [reject for path in parts for reject in kb_parts.read(path)["rejects"]]
+    notes = (kb_parts.read(f"{path}{kb_parts.LAST}") for path in parts)
+    rejects = [reject for note in notes for reject in note["rejects"]]
     dropped = sum(count for key, count in counts.items() if key.startswith("dropped_"))
     total = counts["entities"] + counts["rejected"] + dropped
     if counts["entities"] and len(rejects) <= budget * total:

@@ -23,6 +23,9 @@ if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 
+LAST = ".entities.parquet"
+
+
 class Part:
     """The rows of a chunk: collected, then written."""
 
@@ -53,19 +56,18 @@ class Part:
     def write(self, path: str, made_of: dict) -> None:
         """Writes the files, PATH.entities.parquet last, which makes it a whole part."""
         note = {"made_of": made_of, "counts": self._counts, "rejects": self._rejects}
-        _write(table(self._names, names_schema()), f"{path}.names.parquet")
-        _write(table(self._classes, classes_schema()), f"{path}.classes.parquet")
-        schema = part_schema().with_metadata({"part": json.dumps(note)})
-        _write(table(self._entities, schema), f"{path}.entities.parquet")
+        write(f"{path}.names.parquet", table(self._names, names_schema()))
+        write(f"{path}.classes.parquet", table(self._classes, classes_schema()))
+        write(f"{path}{LAST}", table(self._entities, part_schema()), note)
 
 
 def read(path: str) -> dict | None:
-    """What a part was made of, its counts and rejects; None where there is no whole part."""
+    """The note in a file: what a part was made of, and more; None where there is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_schema(f"{path}.entities.parquet").metadata or {}
+        metadata = pq.read_schema(path).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
     return json.loads(metadata[b"part"]) if b"part" in metadata else None
@@ -79,9 +81,12 @@ def table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
     return pa.table(list(map(list, columns)), schema=schema)
 
 
-def _write(rows: pa.Table, path: str) -> None:
+def write(path: str, rows: pa.Table, note: dict | None = None) -> None:
+    """Writes a file of a part, perhaps with a note."""
     import pyarrow.parquet as pq
 
+    if note:
+        rows = rows.replace_schema_metadata({"part": json.dumps(note)})
     file = io.BytesIO()
     pq.write_table(rows, file, compression="zstd")
     engine.write_durably(epath.Path(path), file.getvalue())

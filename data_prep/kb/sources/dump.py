@@ -9,16 +9,20 @@ a folder                   WordNet's dict with data.noun and index.noun
 from __future__ import annotations
 
 import codecs
+import concurrent.futures
 import contextlib
 import gzip
+import itertools
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import tqdm
 
+from data_prep.engine import executors
+from data_prep.kb import parts
 from data_prep.kb.sources import wordnet
 from mofi_jax.common import errors
 
@@ -31,6 +35,7 @@ _SUFFIXES = {
     ".jsonl": ROWS,
     ".jsonl.gz": ROWS,
 }
+DAMAGE = (EOFError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error)
 _BLOCK = 4 << 20  # bytes
 MAX_LINE = 8 << 20  # bytes; Wikidata itself takes entities of 3 MB
 _MAX_CHUNK = 64 << 20  # bytes, or one line more
@@ -46,6 +51,72 @@ class Chunk(NamedTuple):
     number: int
     first_line: int
     data: bytes
+
+
+class Parser:
+    """Turns chunks into parts: files in a folder, not made again where they are whole.
+
+    Attributes:
+      last: how the name of the file ends that makes a part whole; its note says what it is made of.
+    """
+
+    last: str
+
+    def __init__(self, folder: str, settings: Mapping):
+        self.folder, self.settings = folder, dict(settings)
+
+    def __call__(self, chunk: Chunk) -> str:
+        """Parses the chunk unless its part is there; returns the path of the part."""
+        if not self.is_done(chunk):
+            self.parse(chunk)
+        return self.path(chunk)
+
+    def path(self, chunk: Chunk) -> str:
+        return os.path.join(self.folder, f"{chunk.number:07d}")
+
+    def is_done(self, chunk: Chunk) -> bool:
+        found = parts.read(self.path(chunk) + self.last)
+        return found is not None and found["made_of"] == self.made_of(chunk)
+
+    def made_of(self, chunk: Chunk) -> dict:
+        return {
+            "first_line": chunk.first_line,
+            "bytes": len(chunk.data),
+            "crc32": zlib.crc32(chunk.data),
+            "settings": self.settings,
+        }
+
+    def parse(self, chunk: Chunk) -> None:
+        """Writes the part."""
+        raise NotImplementedError
+
+
+def parse_all(chunks: Iterator[Chunk], parser: Parser, workers: int) -> list[str]:
+    """The paths of the parts of all chunks, parsed where they are not there yet."""
+    first = list(itertools.islice(chunks, 2))
+    chunks = itertools.chain(first, chunks)
+    if workers == 1 or len(first) < 2:
+        return [parser(chunk) for chunk in chunks]
+    paths = []
+    pool = executors.spawned(workers)
+    try:
+        running: set[concurrent.futures.Future] = set()
+        for chunk in chunks:
+            paths.append(parser.path(chunk))
+            if parser.is_done(chunk):
+                continue
+            running.add(pool.submit(parser, chunk))
+            if len(running) > workers + 1:  # a chunk waits for each worker, no more in memory
+                done, running = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    future.result()
+        for future in running:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return paths
 
 
 def is_finished(source: str) -> bool:
@@ -107,10 +178,10 @@ def chunks(source: str, chunk_lines: int, threads: int) -> Iterator[Chunk]:
     if format_of(source) == WORDNET:
         import orjson
 
-        blocks = (orjson.dumps(row) + b"\n" for row in wordnet.rows(source))
-        yield from _cut(blocks, chunk_lines)
+        rows = (orjson.dumps(row) + b"\n" for row in wordnet.rows(source))
+        yield from _cut(rows, chunk_lines)
         return
-    yield from _cut(_checked(_blocks(source, threads), source), chunk_lines)
+    yield from _cut(_checked(blocks(source, threads), source), chunk_lines)
 
 
 def _checked(blocks: Iterator[bytes], source: str) -> Iterator[bytes]:
@@ -130,7 +201,7 @@ def _checked(blocks: Iterator[bytes], source: str) -> Iterator[bytes]:
             yield block
             lines += count
             length = len(block) - block.rfind(b"\n") - 1 if count else length + end
-    except (EOFError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise errors.BadInput(
             f"knowledge_base: {source} is damaged after line {lines}"
             f" ({' '.join(str(error).split())}): fetch it again."
@@ -172,8 +243,12 @@ def _after_line(block: bytes, start: int, count: int) -> int:
     return start
 
 
-def _blocks(source: str, threads: int) -> Iterator[bytes]:
-    """The decompressed bytes, with a progress bar."""
+def blocks(source: str, threads: int) -> Iterator[bytes]:
+    """The decompressed bytes of a file or of standard input, with a progress bar.
+
+    Raises:
+      DAMAGE: those of its errors that say that the file is not what its suffix says.
+    """
     size = None if source == STDIN else os.path.getsize(source)
     with (
         _open(source, threads) as (read, position),
@@ -200,11 +275,11 @@ def _open(source: str, threads: int) -> Iterator[tuple[Callable[[int], bytes], C
             return block
 
         yield read, lambda: consumed
-    elif source.endswith(".bz2") or (source.endswith(".gz") and format_of(source) == WIKIDATA):
+    elif source.endswith(".bz2") or (source.endswith(".gz") and not source.endswith(".jsonl.gz")):
         import rapidgzip
 
-        # It takes a gzip file cut in the middle for a whole one: the closing bracket tells. Rows
-        # have none, so that they are left to the gzip module.
+        # It takes a gzip file cut in the middle for a whole one: the closing bracket or tag tells.
+        # Rows have none, so that they are left to the gzip module.
         opener = rapidgzip.IndexedBzip2File if source.endswith(".bz2") else rapidgzip.RapidgzipFile
         with opener(source, parallelization=threads) as file:
             yield file.read, lambda: file.tell_compressed() // 8
