@@ -183,6 +183,8 @@ def _rows(extras, **settings):
 
 def test_ids_are_one_or_many_with_weights_beside_them():
     assert _rows({"ids": "Q1"}) == [("Q1", 1.0)]
+    assert _rows({"ids": "Q1 Q2"}) == [("Q1", 1.0), ("Q2", 1.0)]
+    assert _rows({"a": "Tram car"}, ids=None, titles="a") == [("Tram car", 1.0)]
     assert _rows({"ids": ["http://www.wikidata.org/entity/Q1", " Q2 ", None, 7, ""]}) == [
         ("Q1", 1.0),
         ("Q2", 1.0),
@@ -208,13 +210,13 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     lines = []
     for i, entities in enumerate(found):
         (tmp_path / f"pairs/{i}.jpg").write_bytes(photo(i))
-        lines.append(
-            {"file": f"{i}.jpg", "caption": _CAPTIONS[i], "key": f"{i}", "about": entities}
-        )
+        lines.append({"file": f"{i}.jpg", "words": _CAPTIONS[i], "key": f"{i}", "about": entities})
     table = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "pairs/table.jsonl").write_text(table)
     about = {"ids": "about.id", "weights": "about.p"}
-    config = make_config(tmp_path, given=about)
+    with pytest.raises(errors.BadInput, match=r"or name it in config.caption_column"):
+        build_i2e.build(make_config(tmp_path, given=about), str(tmp_path / "W1"))
+    config = make_config(tmp_path, given=about, caption_column="words")
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     [links] = inputs.tables_of(tmp_path / "W1", "links/*")
     priors = [[round(c["prior"], 3) for c in row["candidates"]] for row in links]
@@ -223,8 +225,8 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     assert stages["labels"]["labelled"] == 2
     # With a model to see them, all of them are candidates, in the same work directory.
     synthetic.write_clip(tmp_path / "clip", _CAPTIONS)
-    config = make_config(tmp_path, given=about, clip=str(tmp_path / "clip"), min_z_score=-9.0)
-    config.max_gap = 99.0
+    loose = {"min_z_score": -9.0, "max_gap": 99.0, "caption_column": "words"}
+    config = make_config(tmp_path, given=about, clip=str(tmp_path / "clip"), **loose)
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     assert stages["labels"]["labelled"] == 3
     page = (tmp_path / "W1/report/index.html").read_text()
@@ -243,7 +245,7 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
         ({"ids": "a", "where": ("language",)}, "'language' is not PLACE=VALUE"),
         ({"entitynet": "nowhere"}, "holds entitynet-queries.parquet"),
         ({"ids": "qid"}, "none of 1 pairs has an entity there"),
-        ({"ids": "caption"}, "none of 1 ids there is in the knowledge base"),
+        ({"ids": "caption"}, "none of 2 ids there is in the knowledge base"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_sentence(tmp_path, about, words):
