@@ -14,11 +14,12 @@ to be looked up only where something says that a person is meant.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_prep.kb import forms, names
+from data_prep.kb import parts as kb_parts
 
 FAMILY, GIVEN, OTHER = range(3)  # `part_role.npy`
 KINDS = ("person", "character")
@@ -162,18 +163,47 @@ def _is_small(word: str) -> bool:
     return word[0].islower() and not _is_particle(word) and "-" not in word
 
 
-def rows(table, factor: float, alpha: float) -> Iterator[tuple[int, float, Found]]:
-    """The people of a table of entities.
+class Writer(NamedTuple):
+    """Takes the people apart whom a row group of entities.parquet holds.
 
-    Args:
-      table: label, aliases, description, sitelinks, kind.
-
-    Yields:
-      Row of the table, the weight of the label, what the names yield.
+    Attributes:
+      entities: the file.
+      folder: where NUMBER.names.parquet (`parts.numbered_schema`) and NUMBER.parts.parquet (form,
+        entity, weight, role) are written.
+      factor: the weight of an alias against the label.
+      alpha: the exponent of sitelinks + 1.
     """
-    columns = ("kind", "label", "aliases", "description", "sitelinks")
-    for row, (kind, *texts, links) in enumerate(
-        zip(*(table[name].to_pylist() for name in columns), strict=True)
-    ):
-        if kind in KINDS:
-            yield row, float(links + 1) ** alpha, take_apart(*texts, factor)
+
+    entities: str
+    folder: str
+    factor: float
+    alpha: float
+
+    def __call__(self, group: int) -> str:
+        """Writes the two files; returns their path without the endings."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = ["kind", "label", "aliases", "description", "sitelinks"]
+        with pq.ParquetFile(self.entities) as file:
+            first = sum(file.metadata.row_group(i).num_rows for i in range(group))
+            table = file.read_row_group(group, columns)
+        shortened, parts = [], []
+        rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        for entity, (kind, label, aliases, description, links) in enumerate(rows, first):
+            if kind not in KINDS:
+                continue
+            weight = float(links + 1) ** self.alpha
+            found = take_apart(label, aliases, description, self.factor)
+            for form, (share, case) in found.shortened.items():
+                how = (case, forms.SHORTENED, forms.ANY)
+                shortened.append((entity, form, weight * share, *how))
+            for (form, role), share in found.parts.items():
+                parts.append((form, entity, weight * share, role))
+        path = os.path.join(self.folder, f"{group:07d}")
+        schema = {"form": pa.string(), "entity": pa.int32(), "weight": pa.float64()}
+        schema = pa.schema({**schema, "role": pa.uint8()})
+        kb_parts.write(f"{path}.parts.parquet", kb_parts.table(parts, schema))
+        schema = kb_parts.numbered_schema()
+        kb_parts.write(f"{path}.names.parquet", kb_parts.table(shortened, schema))
+        return path
