@@ -356,7 +356,7 @@ def test_anchors_that_cannot_be_read_are_told(tmp_path):
     with pytest.raises(errors.BadInput, match=r"config\.redirects: .*the columns from and to"):
         build(tmp_path, PLACES, redirects=str(tmp_path / "a.parquet"))
     codes = tuple(f"a{number}" for number in range(17))
-    with pytest.raises(errors.BadInput, match="config.languages=.* give 16 at most"):
+    with pytest.raises(errors.BadInput, match=r"config.languages=.* give 16 at most"):
         build(tmp_path, PLACES, languages=codes)
 
 
