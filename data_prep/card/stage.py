@@ -52,13 +52,15 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     filters = [m["settings"]["stages"] for m in engine.read_manifests(workdir, "dropped-i2e")]
     for stage in sorted({*card_pictures.JUDGES} & {*itertools.chain(*filters)}):
         files[stage] = engine.listed(workdir / stage)
+    if "eval_cosines" in files:
+        files["eval_limits"] = engine.listed(workdir / "eval_limits")
     vocabulary = workdir / "i2e" / records.VERSION / records.ENTITIES_FILE
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [vocabulary, workdir / "vocabulary/kb_rows.npy"]
     manifests = (workdir / stage / engine.MANIFESTS for stage in _TOLD)
     files["manifests"] = [path for path in manifests if path.exists()]
     settings = {
-        "version": 3,
+        "version": 4,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         "config": without_folders(config.to_dict()),
     }

@@ -124,7 +124,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     taken = losses(work.workdir)
     labelled = engine.total_counts(written).get("labelled", 0) + sum(count for _, count in taken)
     for reason, count in taken:
-        logging.info(
+        # Of more than half people want to know at once.
+        log = logging.warning if 2 * count > labelled else logging.info
+        log(
             "filters: %d of %d labelled pairs (%.2g %%) go as %s",
             *(count, labelled, 100 * count / labelled, reason),
         )
