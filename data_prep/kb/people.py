@@ -1,7 +1,8 @@
 """The parts of people's names, and what is left of a full name when people shorten it.
 
     "Sir Ludwig Johannes van der Example III, 2nd Baron Sample"
-    names     "Ludwig van der Example", "Ludwig J van der Example", and without title, III or baron
+    names     "Ludwig van der Example", "Ludwig J van der Example", "Baron Sample", and the first
+              part without what is after the comma, then without III, then without "Sir"
     parts     family: "van der example", "example"; given: "ludwig"; other: "l van der example",
               "l j van der example", "johannes van der example", "ludwig johannes", "sample"
 
@@ -108,10 +109,15 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
 
     main, _, rest = name.partition(",")
     words = _EPITHET.split(main)[0].split()
+    if not words or any(_is_small(word) for word in (words[0], words[-1])):
+        return  # a noun such as "film maker"
     epithet = len(words) < len(main.split())
     ranks = rest.split()
-    if _TITLES.intersection(map(_bare, ranks)) and not _is_small(ranks[-1]):
-        part(ranks[-1:], OTHER)  # "1st Baron Sample"
+    titles = [i for i, word in enumerate(ranks) if _bare(word) in _TITLES]
+    if titles and not _is_small(ranks[-1]):
+        part(ranks[-1:], OTHER)  # "2nd Baron Sample"
+        shorten(ranks[titles[0] :])
+    shorten(words)
     while len(words) > 1 and _bare(words[0]) in _TITLES:
         words = words[1:]
     while len(words) > 1 and _bare(words[-1]) in _SUFFIXES:
@@ -120,8 +126,6 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
     if regnal and len(words) > 2 and len(words[-1]) > 1 and not epithet:
         words, regnal = words[:-1], False  # "Robert Downey III"
         shorten(words)
-    if not words or any(_is_small(word) for word in (words[0], words[-1])):
-        return  # a noun such as "film maker", or a title alone
     shorten(words)
     if len(words) == 1 or regnal or epithet:
         part(words[:1], GIVEN if regnal or epithet else OTHER)
