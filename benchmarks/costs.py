@@ -94,7 +94,7 @@ def _picture_seconds(pairs: int) -> dict[str, float]:
             clip=str(folder / "clip"),
             workers=_WORKERS,
             min_images=1,
-            min_z_score=-9.0,
+            min_probability=0.0,
             max_images=None,
         )
         result = build_i2e.build(config, str(folder / "W"))

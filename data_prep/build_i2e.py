@@ -253,6 +253,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ways = ("clip", "text", "given")
     _check(config.labels in ways, config, "labels", f"choose {', '.join(ways)}")
     (given if config.labels == "given" else linking_stage).check(config)
+    choose.check(config)
     if embed.is_on(config):
         _check(
             bool(config.clip) and os.path.isdir(config.clip),

@@ -30,7 +30,6 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
-from data_prep.engine import manifests
 from data_prep.linking import rows as link_rows
 from data_prep.quality import counts, picture
 from data_prep.quality import truth as ground_truth
@@ -38,7 +37,7 @@ from data_prep.selection import choose
 from mofi_jax.common import cli, errors, files
 
 SETS = ("text_only", "selected")
-SWEPT = {"min_z_score": 2, "min_score": 3}  # thresholds, and the decimals of the values tried
+SWEPT = {"min_probability": 3}  # thresholds, and the decimals of the values tried
 _RATES = ("precision", "recall", "chosen", "right", "named", "found", "pictures")
 _SHARES = np.linspace(0, 0.95, 20)  # of the pictures that a threshold leaves without label
 
@@ -74,7 +73,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     numbers = {entity: row for row, entity in enumerate(ids) if entity in wanted}
     kinds = np.array([kind or "" for kind in entities["kind"].to_pylist()])
 
-    rule = _rule_of(root)
+    rule = choose.rule_in_force(root)
     values = _values(root, shards, rule) if rule else {}
     found: dict[tuple, counts.Counts] = {}
     sizes, pictures_known = np.zeros(len(ids), np.int64), 0
@@ -152,13 +151,6 @@ def _sweep(
             yield (key, value), counts.Labels(*chosen[:2])
 
 
-def _rule_of(root: epath.Path) -> choose.Rule | None:
-    """The rule by which the labels were chosen, None where it was not by picture."""
-    made = manifests.read(root, "labels")
-    settings = made[0]["settings"] if made else {}
-    return choose.Rule.of(settings) if settings.get("labels") == "clip" else None
-
-
 def _values(
     root: epath.Path, shards: Sequence[epath.Path], rule: choose.Rule
 ) -> dict[str, list[float]]:
@@ -170,16 +162,11 @@ def _values(
     for shard in shards:
         links = link_rows.read(root / "links" / shard.name)
         evidence, _ = choose.read_evidence(links, *choose.evidence_files(root, shard.name))
-        free = rule._replace(min_z_score=-np.inf, min_score=-np.inf)
-        best = choose.choose(links, evidence, free)
-        reached["min_z_score"].append(best.z_score[link_rows.starts_run(best.row)])
-        order = np.lexsort((-evidence.score, links.row))
-        top = order[link_rows.starts_run(links.row[order])]
-        reached["min_score"].append(evidence.score[top])
+        best = choose.choose(links, evidence, rule._replace(min_probability=0.0))
+        reached["min_probability"].append(best.probability[link_rows.starts_run(best.row)])
     values = {}
     for name, decimals in SWEPT.items():
         found = np.concatenate(reached[name])
-        found = found[~np.isnan(found)]
         # Rounded down: the lowest leaves all pictures their label.
         steps = np.quantile(found, _SHARES) if len(found) else np.zeros(0)
         steps = np.floor(steps * 10**decimals) / 10**decimals

@@ -3,37 +3,49 @@
 import math
 
 
-def z_scores(evidence, config):
-    """Of evidence (score, text z-score, picture z-score, coherence) by entity."""
-    weight = config["prototype_weight"]
-    return {
-        entity: round(
-            (text + weight * picture) / (1 + weight) + config["coherence_weight"] * coherence, 4
-        )
-        for entity, (_, text, picture, coherence) in evidence.items()
-    }
+def shares(candidates, evidence, config):
+    """Of candidates (mention, entity, prior) p(entity | its mention means something)."""
+    weights = [
+        prior ** config["prior_weight"]
+        * math.exp(config["kin_weight"] * evidence[entity][0])
+        * evidence[entity][2]
+        for _, entity, prior in candidates
+    ]
+    return [
+        weight / sum(w for w, c in zip(weights, candidates, strict=True) if c[0] == mention)
+        for weight, (mention, _, _) in zip(weights, candidates, strict=True)
+    ]
 
 
 def choose(candidates, evidence, config):
-    """Entities, best first, of candidates (mention, entity, prior); or none, and the reason."""
+    """Labels of one picture: [(entity, probability)], best first; or none, and the reason.
+
+    Args:
+      candidates: (mention, entity, prior).
+      evidence: (kin, shown, fit) by entity; shown is 0 for what is no label.
+    """
     if not candidates:
         return [], "no_candidate"
-    found = z_scores(evidence, config)
-    likely = [c for c in candidates if evidence[c[1]][0] >= config["min_score"]]
-    if not likely:
-        return [], "below_min_score"
-    chosen = set()
-    for mention in {mention for mention, _, _ in likely}:
-        _, negated = max(
-            (found[entity] + config["prior_weight"] * math.log(prior), -entity)
-            for of, entity, prior in likely
-            if of == mention
-        )
-        if found[-negated] >= config["min_z_score"]:
-            chosen.add(-negated)
-    ranked = sorted(chosen, key=lambda entity: (-found[entity], entity))[: config["max_labels"]]
-    kept = [e for e in ranked if -found[e] <= -found[ranked[0]] + config["max_gap"]]
-    return kept, None if kept else "below_min_z_score"
+    share = shares(candidates, evidence, config)
+    best = {}
+    for (mention, entity, _), own in zip(candidates, share, strict=True):
+        shown = evidence[entity][1]
+        if shown > 0:
+            rank = (own * shown, -entity)
+            best[mention] = max(best.get(mention, (rank, own, entity)), (rank, own, entity))
+    if not best:
+        return [], "barred"
+    # Of an entity that several mentions mean, the one that means it most.
+    found = {}
+    for mention, (_, own, entity) in best.items():
+        means = min(1, sum(prior for of, _, prior in candidates if of == mention))
+        shown = min(max(evidence[entity][1] * means, 1e-6), 1 - 1e-6)
+        found[entity] = max(found.get(entity, (-1,)), (own * means, own, shown / (1 - shown)))
+    total = 1 + sum(odds for *_, odds in found.values())
+    probable = {entity: round(own * odds / total, 4) for entity, (_, own, odds) in found.items()}
+    ranked = sorted(probable.items(), key=lambda item: (-item[1], item[0]))
+    kept = [item for item in ranked[: config["max_labels"]] if item[1] >= config["min_probability"]]
+    return kept, None if kept else "below_min_probability"
 
 
 def choose_by_text(candidates):

@@ -11,6 +11,7 @@ _SCHEMA = pa.schema(
         ("entities", pa.list_(pa.int32())),
         ("scores", pa.list_(pa.float32())),
         ("z_scores", pa.list_(pa.float32())),
+        ("probabilities", pa.list_(pa.float32())),
         ("reason", pa.string()),
     ]
 )
@@ -36,7 +37,8 @@ def write(workdir, shards):
                 "entities": entities,
                 "scores": [0.1 * entity for entity in entities],
                 "z_scores": [float(entity) for entity in entities],
-                "reason": None if entities else "below_min_z_score",
+                "probabilities": [0.5 for _ in entities],
+                "reason": None if entities else "below_min_probability",
             }
             for key, entities in rows
         ]

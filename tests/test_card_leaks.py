@@ -80,7 +80,7 @@ def test_no_picture_and_no_word_of_what_is_blocked(world):
     labels = {row["key"]: row["reason"] for row in label_tables.read(workdir, "labels/*.parquet")}
     for labelled, rejected in BLOCKED.values():
         assert labels[labelled] is None
-        assert labels[rejected] in ("below_min_z_score", "below_min_score")
+        assert labels[rejected] == "below_min_probability"
     numbers = json.loads((workdir / "report/report.json").read_text())
     shown = [picture["key"] for picture in numbers["gallery"] if picture["group"] == "rejected"]
     assert {*shown} == {k for k, reason in labels.items() if reason and k not in blocked} - {
@@ -112,7 +112,7 @@ def test_what_a_filter_could_not_judge_is_not_shown(tmp_path):
         keys = [f"{name}-{i}" for i in range(3)]
         tables.write("pairs", {"key": keys, "text": ["x"] * 3}, name=name)
         tables.links([(key, [(0, 0, 1.0)]) for key in keys], name)
-        tables.labels("labels", [(key, [], "below_min_z_score") for key in keys], name)
+        tables.labels("labels", [(key, [], "below_min_probability") for key in keys], name)
     tables.labels("labels_final", [])
     tables.write("kb", {"label": ["x"], "description": [""]})
     # The other shard's is in quarantine.

@@ -248,12 +248,12 @@ def test_other_thresholds_are_measured(swept):
             assert now[count] == result["selected"][count]
         pictures = [row["pictures"] for row in rows]
         assert pictures == sorted(pictures, reverse=True), name
-    lowest = result["sweep"]["min_z_score"][0]
+    lowest = result["sweep"]["min_probability"][0]
     assert lowest["pictures"] == result["text_only"]["pictures"]
     assert lowest["precision"] < 1
     text = label_quality.table(result)
-    assert text.count("< in force") == 2
-    assert "min_score" in text
+    assert text.count("< in force") == 1
+    assert "min_probability" in text
     image = cv2.imread(str(workdir / "label_quality.png"))
     assert image.shape[1] > 600
     assert (image < 128).any(axis=-1).mean() > 0.01  # something is drawn
@@ -261,9 +261,9 @@ def test_other_thresholds_are_measured(swept):
 
 def test_the_sweep_is_what_the_stage_would_do(swept):
     config, workdir, truth, result = swept
-    rows = result["sweep"]["min_z_score"]
+    rows = result["sweep"]["min_probability"]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        changed = workdirs.config(clip=config.clip, min_z_score=row["value"])
+        changed = workdirs.config(clip=config.clip, min_probability=row["value"])
         choose.run(changed, engine.Engine(workdir))
         selected = label_quality.measure_workdir(str(workdir), truth)["selected"]
         rates = {name for name in row if name not in ("value", "configured")}

@@ -57,15 +57,14 @@ def test_numbers_add_up(card):
     assert numbers["name"] == "colours"
     assert sum(s["records"] for s in numbers["lineage"]["shards"]) == funnel["final"]
     if config.labels == "clip":
-        chosen = sum(b["chosen"] for b in numbers["z_scores"]["bins"])
+        chosen = sum(b["chosen"] for b in numbers["probabilities"]["bins"])
         assert chosen == funnel["labelled"] == sum(p.named == p.colour for p in pairs)
-        assert chosen == sum(b["chosen"] for b in numbers["scores"]["bins"])
         for points in numbers["sensitivity"].values():
             [configured] = [point for point in points if point["configured"]]
             assert configured["pictures"] == funnel["labelled"]
             assert configured["entities"] == funnel["entities"]
     else:
-        assert numbers["z_scores"] is numbers["scores"] is numbers["sensitivity"] is None
+        assert numbers["probabilities"] is numbers["sensitivity"] is None
 
 
 def test_gallery_shows_what_happened(card):
@@ -81,7 +80,7 @@ def test_gallery_shows_what_happened(card):
         if config.labels == "clip":
             assert chosen == ([workdirs.NAMES[pair.colour]] if pair.named == pair.colour else [])
             assert (picture["group"] == "rejected") == (not chosen)
-            assert all({"score", "z_score"} <= c.keys() for c in picture["candidates"])
+            assert all({"shown", "z_score"} <= c.keys() for c in picture["candidates"])
         assert any(c["by_text"] for c in picture["candidates"])
 
 
@@ -225,8 +224,7 @@ def example(text: str = "thing", **changes) -> dict:
             "head": [{"part": 0.01, "entities": 1, "share": 1.0}],
         },
         "picture_sizes": {"median": 0, "bins": []},
-        "z_scores": None,
-        "scores": None,
+        "probabilities": None,
         "sensitivity": None,
         "entity_types": {
             "text_labels": 2,
@@ -239,7 +237,7 @@ def example(text: str = "thing", **changes) -> dict:
         "captions": {"sampled": 1, "scripts": [{"script": "Latin", "captions": 1}]},
         "duplicates": {
             "repeated": 1,
-            "evaluation": [{"set": text, "removed": 1, "by_layer": {text: 1}, "cosine": 0.99}],
+            "evaluation": [{"set": text, "removed": 1, "by_layer": {text: 1}}],
         },
         "top_entities": [entity],
         "rare_entities": [entity],
@@ -294,7 +292,7 @@ def test_thresholds_mark_the_configured_one():
         {"value": value, "pictures": 1000 - i, "entities": 7 - i, "configured": i == 0}
         for i, value in enumerate((-1.0, 0.1, 0.2))
     ]
-    found = example(sensitivity={"min_score": points})
+    found = example(sensitivity={"min_probability": points})
     text = card_page.render(found, {})
     assert text.count('class="mark"') == 2
     assert 'class="value"' in text

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep.card import labels as card_labels
+from data_prep.selection import visibility
 from tests import card_tables, decision
 
 
@@ -33,12 +34,9 @@ def test_images_per_entity():
 
 
 CONFIG = {
-    "prototype_weight": 2.0,
-    "coherence_weight": 0.5,
     "prior_weight": 0.5,
-    "min_z_score": 0.1,
-    "min_score": 0.05,
-    "max_gap": 0.8,
+    "kin_weight": 2.0,
+    "min_probability": 0.2,
     "max_labels": 2,
     "min_images": 3,
 }
@@ -48,9 +46,12 @@ CONFIG = {
 def evident(tables, rng=7):
     """Two hundred pictures with random evidence, and what the rule decides about them."""
     rng = np.random.default_rng(rng)
-    entities = 12
-    coherence = np.round(rng.normal(0, 0.3, entities), 4).astype(np.float32)
-    tables.write("coherence", {"entity": np.arange(entities), "coherence": coherence})
+    entities, cells = 12, len(visibility._VISIBLE) * len(visibility._DISTANCES)
+    kin = rng.uniform(0, 0.3, entities).astype(np.float32)
+    mixture = rng.dirichlet(np.full(cells, 0.1), entities).astype(np.float32)
+    columns = {"entity": np.arange(entities), "kin": kin, "mixture": mixture.tolist()}
+    tables.write("visibility", columns, {"mixture": card_tables.FLOATS})
+    tables.write("barred", {"entity": np.array([3])})
     pictures = []
     for name in ("00000", "00001", "00002"):
         rows = []
@@ -61,73 +62,66 @@ def evident(tables, rng=7):
                 for entity in rng.choice(entities, rng.integers(1, 4), replace=False)
             ]
             known = sorted({entity for _, entity, _ in candidates})
-            values = np.round(rng.normal(0, (0.15, 1, 1), (len(known), 3)), 4).astype(np.float32)
+            values = np.round(rng.normal(1, 1.5, (len(known), 2)), 4).astype(np.float32)
             rows.append((f"{name}-{i}", candidates, known, values))
         tables.links([(key, candidates) for key, candidates, _, _ in rows], name)
         rows = [row for row in rows if row[1]]
-        lists = [[values[:, i].tolist() for _, _, _, values in rows] for i in range(3)]
+        lists = [[values[:, i].tolist() for _, _, _, values in rows] for i in range(2)]
         keys, known = [row[0] for row in rows], [row[2] for row in rows]
-        names = ("scores", "text_z_scores", "picture_z_scores")
+        names = ("scores", "z_scores")
         columns = {"key": keys, "entities": known, **dict(zip(names, lists, strict=True))}
         types = {"entities": card_tables.INTS, **dict.fromkeys(names, card_tables.FLOATS)}
         tables.write("z_scores", columns, types, name)
         pictures += rows
 
     def choose(**changes):
-        config = CONFIG | changes
-        return {
-            key: decision.choose(
-                candidates,
-                {
-                    entity: (*row.tolist(), float(coherence[entity]))
-                    for entity, row in zip(known, values, strict=True)
-                },
-                config,
-            )[0]
-            for key, candidates, known, values in pictures
-        }
+        found = {}
+        for key, candidates, known, values in pictures:
+            entity = np.array(known, np.int32)
+            z_score = values[:, 1].astype(np.float64)
+            shown, fit = visibility.shown(entity, z_score, np.arange(entities), mixture)
+            evidence = {
+                e: (float(kin[e]), 0 if e == 3 else s, f)
+                for e, s, f in zip(known, shown, fit, strict=True)
+            }
+            found[key] = dict(decision.choose(candidates, evidence, CONFIG | changes)[0])
+        return found
 
     for name in ("00000", "00001", "00002"):
-        rows = [(key, chosen, None) for key, chosen in choose().items() if key.startswith(name)]
+        rows = [(key, [*chosen], None) for key, chosen in choose().items() if key.startswith(name)]
         tables.labels("labels", rows, name)
     return tables, choose
 
 
 def test_other_thresholds_label_what_the_selection_would(evident):
     tables, choose = evident
-    scores = card_labels.histograms(tables.files, CONFIG)["scores"]
-    swept = card_labels.sensitivity(tables.connection, tables.files, CONFIG, scores)
-    assert {name: sum(p["configured"] for p in points) for name, points in swept.items()} == {
-        "min_z_score": 1,
-        "min_score": 1,
-    }
-    for name, points in swept.items():
-        assert len(points) > 5
-        assert [p["value"] for p in points] == sorted(p["value"] for p in points)
-        for point in points:
-            labels = choose(**{name: point["value"]})
-            counts = collections.Counter(e for chosen in labels.values() for e in chosen)
-            assert point["pictures"] == sum(map(bool, labels.values())), (name, point)
-            assert point["entities"] == sum(n >= 3 for n in counts.values()), (name, point)
-        assert len({p["pictures"] for p in points}) > 3
+    found = card_labels.thresholds(tables.connection, tables.files, CONFIG)
+    [points] = found["sensitivity"].values()
+    assert [p["value"] for p in points if p["configured"]] == [0.2]
+    assert len(points) > 15
+    assert [p["value"] for p in points] == sorted(p["value"] for p in points)
+    for point in points:
+        labels = choose(min_probability=point["value"])
+        counts = collections.Counter(e for chosen in labels.values() for e in chosen)
+        assert point["pictures"] == sum(map(bool, labels.values())), point
+        assert point["entities"] == sum(n >= 3 for n in counts.values()), point
+    assert len({p["pictures"] for p in points}) > 10
 
 
-def test_histograms_count_every_candidate_once(evident):
+def test_the_histogram_counts_every_likeliest_candidate_once(evident):
     tables, choose = evident
-    found = card_labels.histograms(tables.files, CONFIG)
-    scores = tables.connection.execute(
-        "SELECT round(unnest(scores), 4) FROM read_parquet($files)",
-        {"files": tables.files["z_scores"]},
-    ).fetchall()
-    expected = collections.Counter(int(np.floor(round(s / 0.02, 6))) for (s,) in scores)
-    bins = {round(b["from"] / 0.02): b["chosen"] + b["others"] for b in found["scores"]["bins"]}
+    found = card_labels.thresholds(tables.connection, tables.files, CONFIG)["probabilities"]
+    assert found["threshold"] == 0.2
+    expected = collections.Counter(
+        int(np.floor(round(p / 0.05, 6)))
+        for chosen in choose(min_probability=0.0).values()
+        for p in chosen.values()
+    )
+    bins = {round(b["from"] / 0.05): b["chosen"] + b["others"] for b in found["bins"]}
     assert bins == expected
-    for name, threshold in (("z_scores", 0.1), ("scores", 0.05)):
-        chosen = sum(b["chosen"] for b in found[name]["bins"])
-        assert chosen == sum(map(len, choose().values()))
-        assert found[name]["threshold"] == threshold
+    assert sum(b["chosen"] for b in found["bins"]) == sum(map(len, choose().values()))
     # No chosen candidate lies below the threshold's bin.
-    assert all(b["chosen"] == 0 for b in found["z_scores"]["bins"] if b["from"] < 0)
+    assert all(b["chosen"] == 0 for b in found["bins"] if b["from"] < 0.2)
 
 
 # ------------------------------------------------------------------------------------------- types

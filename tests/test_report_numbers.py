@@ -29,7 +29,7 @@ def lossy(tables):
         tables.write("pairs", {"key": list(own), "source": sources}, name=name)
         candidate = {"i": [(0, 1, 1.0)], "j": []}
         tables.links([(key, candidate.get(key, [(0, 0, 1.0)])) for key in own], name)
-        reasons = {"i": "below_min_z_score", "j": "no_mention"}
+        reasons = {"i": "below_min_probability", "j": "no_mention"}
         rows = [(key, [] if key in reasons else [0], reasons.get(key)) for key in own]
         tables.labels("labels", rows, name)
         tables.labels("labels_final", [(key, [0], None) for key in own if key in "ab"], name)
@@ -38,7 +38,7 @@ def lossy(tables):
             ("y", "pairs", "truncated"),
             ("z", "pairs", "truncated"),
             ("x", "pairs", "no_text"),
-            ("i", "labels", "below_min_z_score"),
+            ("i", "labels", "below_min_probability"),
             ("j", "labels", "no_mention"),
             ("c", "dropped-i2e", "eval_duplicate:pets"),
             ("d", "dropped-i2e", "eval_duplicate:birds"),
@@ -77,7 +77,7 @@ def test_rejects_stand_in_the_order_of_the_stages(lossy):
     assert [(row["stage"], row["reason"], row["count"]) for row in rows] == [
         ("pairs", "truncated", 2),
         ("pairs", "no_text", 1),
-        ("labels", "below_min_z_score", 1),
+        ("labels", "below_min_probability", 1),
         ("labels", "no_mention", 1),
         ("dropped-i2e", "eval_duplicate:birds", 1),
         ("dropped-i2e", "eval_duplicate:pets", 1),
@@ -139,15 +139,13 @@ def test_picture_sizes_are_of_the_shorter_side(tables):
 def test_duplicates(tables):
     tables.write("pairs", {"sha256": [f"{n:064x}"[::-1] for n in (1, 2, 1, 3, 1, 2)]})
     tables.rejects([(k, "d", f"eval_duplicate:{s}") for k, s in ("ax", "bx", "cy")])
-    tables.write("eval_limits", {"set": ["x", "w"], "limit": [0.0015, None]})
     matches = {"eval_duplicate:x:phash": 2, "eval_duplicate:z:sha256": 1, "eval_duplicate:x": 2}
     assert card_numbers.duplicates(tables.connection, tables.files, matches) == {
         "repeated": 3,
         "evaluation": [
-            {"set": "w", "removed": 0, "by_layer": {}, "cosine": None},
-            {"set": "x", "removed": 2, "by_layer": {"phash": 2}, "cosine": 0.9985},
-            {"set": "y", "removed": 1, "by_layer": {}, "cosine": None},
-            {"set": "z", "removed": 0, "by_layer": {"sha256": 1}, "cosine": None},
+            {"set": "x", "removed": 2, "by_layer": {"phash": 2}},
+            {"set": "y", "removed": 1, "by_layer": {}},
+            {"set": "z", "removed": 0, "by_layer": {"sha256": 1}},
         ],
     }
 
@@ -214,7 +212,7 @@ def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
     keys = [f"{i:02d}" for i in range(40)]
     tables.write("pairs", {"key": keys, "text": ["x"] * 40})
     tables.links([(key, [(0, 0, 1.0)]) for key in keys])
-    reasons = dict.fromkeys(keys[20:], "below_min_z_score")
+    reasons = dict.fromkeys(keys[20:], "below_min_probability")
     rows = [(key, [] if key in reasons else [0], reasons.get(key)) for key in keys]
     tables.labels("labels", rows)
     tables.labels("labels_final", [(key, [0], None) for key in keys[:10]])

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep import engine
 from data_prep.engine import executors, relational
-from data_prep.selection import choose, embed
+from data_prep.selection import choose, embed, visibility, z_scores
 from mofi_jax.common import errors
 from tests import decision, label_tables, workdirs
 
@@ -82,12 +82,12 @@ def test_new_thresholds_touch_neither_model_nor_pictures(world, tmp_path):
     for tar in (tmp_path / "tars").iterdir():
         tar.unlink()
     seen, labelled = model.pictures, sum(bool(r["entities"]) for r in _labels(workdir).values())
-    choose.run(workdirs.config(clip=clip, min_z_score=1.8), engine.Engine(workdir))
+    choose.run(workdirs.config(clip=clip, min_probability=0.8), engine.Engine(workdir))
     assert model.pictures == seen
-    assert sum(bool(r["entities"]) for r in _labels(workdir).values()) < labelled
-    choose.run(workdirs.config(clip=clip, min_score=1.1), engine.Engine(workdir))
+    assert 0 < sum(bool(r["entities"]) for r in _labels(workdir).values()) < labelled
+    choose.run(workdirs.config(clip=clip, min_probability=0.99), engine.Engine(workdir))
     reasons = {row["reason"] for row in _labels(workdir).values()}
-    assert reasons == {"below_min_score", "no_mention"}
+    assert reasons == {"below_min_probability", "no_mention"}
     assert model.pictures == seen
 
 
@@ -113,9 +113,9 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
     digests = []
     for workers in (1, 2):
         with engine.Engine(workdir, executor=ModelHere(workers)) as work:
-            choose.run(workdirs.config(clip=clip), work)
-        stages = ("texts", "embeddings", "moments", "prototypes", "z_scores", "coherence")
-        stages = (*stages, "labels")
+            choose.run(workdirs.config(clip=clip, target_precision=0.5), work)
+        stages = ("texts", "embeddings", "moments", "prototypes", "z_scores", "classes", "kin")
+        stages = (*stages, "visibility", "precision_parts", "labels")
         files = [path for stage in stages for path in sorted((workdir / stage).glob("[!.]*"))]
         files += sorted((workdir / "rejects").glob("labels-*"))
         digests.append({str(path.relative_to(workdir)): engine.sha256(path) for path in files})
@@ -127,7 +127,8 @@ def test_output_is_the_same_for_one_and_two_workers(world, tmp_path):
 
 def test_saved_evidence_matches_plain_numpy(world):
     workdir, _pairs, _model, clip = world
-    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    config = workdirs.config(clip=clip)
+    choose.run(config, engine.Engine(workdir))
     shards = sorted((workdir / "z_scores").glob("*.parquet"))
     rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
     x = np.concatenate([np.load(workdir / f"embeddings/{p.stem}.npy") for p in shards])
@@ -139,23 +140,25 @@ def test_saved_evidence_matches_plain_numpy(world):
         for link in pq.read_table(workdir / "links" / path.name).to_pylist():
             for c in link["candidates"]:
                 prior[link["key"], c["entity"]] = c["prior"]
-    products = x @ texts.T  # every picture with every entity: what the stage never computes
-    names = ("entities", "scores", "text_z_scores", "picture_z_scores")
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    ridged = covariance + z_scores.RIDGE * np.trace(covariance) / len(covariance) * np.eye(
+        x.shape[1]
+    )
     for i, row in enumerate(rows):
-        for entity, score, text_z_score, picture_z_score in zip(
-            *(row[n] for n in names), strict=True
+        for entity, score, z_score in zip(
+            *(row[n] for n in ("entities", "scores", "z_scores")), strict=True
         ):
-            column = products[:, entities.index(entity)]
-            assert score == pytest.approx(column[i], abs=1e-3)
-            assert text_z_score == pytest.approx(
-                (column[i] - column.mean()) / column.std(), abs=2e-3
-            )
+            text = texts[entities.index(entity)]
+            assert score == pytest.approx(x[i] @ text, abs=1e-3)
             others = [j for j in range(len(rows)) if j != i and (rows[j]["key"], entity) in prior]
             weights = np.array([prior[rows[j]["key"], entity] for j in others])
-            prototype = weights @ (x[others] - x.mean(0))
-            along = x @ prototype
-            expected = (along[i] - along.mean()) / along.std() * weights.sum() / (weights.sum() + 1)
-            assert picture_z_score == pytest.approx(expected, abs=2e-3)
+            n = weights.sum()
+            # Every picture with every entity: what the stage never computes.
+            pictures = centred @ np.linalg.solve(ridged, weights @ centred[others])
+            both = centred @ text / (centred @ text).std()
+            both = both + config.prototype_weight * n / (n + 1) * pictures / pictures.std()
+            assert z_score == pytest.approx(both[i] / both.std(), abs=5e-3)
 
 
 def test_blocks_and_runs_change_nothing(world, monkeypatch):
@@ -167,7 +170,7 @@ def test_blocks_and_runs_change_nothing(world, monkeypatch):
         monkeypatch.setattr(relational, "_FILES_PER_RUN", files)
         choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
         found.append([label_tables.read(workdir, "z_scores/*.parquet")])
-        found[-1].append(label_tables.read(workdir, "coherence/*.parquet"))
+        found[-1].append(label_tables.read(workdir, "visibility/*.parquet"))
     assert len(list((workdir / "texts").glob("*.npy"))) == 16
     assert len(list((workdir / "moment_parts").glob("*.npy"))) == 3
     assert found[0] == found[1]
@@ -187,39 +190,85 @@ def test_a_new_template_or_batch_size_embeds_no_picture_again(world):
 def test_labels_are_those_of_choose(world):
     """Every label, number and reason as the decision on one picture at a time gives them."""
     workdir, _, _, clip = world
-    config = workdirs.config(clip=clip, min_score=0.6)
+    config = workdirs.config(clip=clip, min_probability=0.6, never_labels=("Q98",))
     choose.run(config, engine.Engine(workdir))
-    rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
-    coherence = {row["entity"]: row["coherence"] for row in rows}
+    mixtures = label_tables.read(workdir, "visibility/*.parquet")
+    distances = np.array(visibility._DISTANCES)
     labels, reasons = _labels(workdir), set()
     for path in sorted((workdir / "links").glob("*.parquet")):
-        known = {}
-        for row in pq.read_table(workdir / "z_scores" / path.name).to_pylist():
-            values = (row["scores"], row["text_z_scores"], row["picture_z_scores"])
-            known[row["key"]] = {
-                entity: (*numbers, coherence[entity])
-                for entity, *numbers in zip(row["entities"], *values, strict=True)
-            }
+        scored = {
+            row["key"]: row for row in pq.read_table(workdir / "z_scores" / path.name).to_pylist()
+        }
         for link in pq.read_table(path).to_pylist():
-            own = known.get(link["key"], {})
+            numbers, known = {}, {}
+            row = scored.get(link["key"], {"entities": [], "scores": [], "z_scores": []})
+            for entity, score, z_score in zip(
+                *(row[n] for n in ("entities", "scores", "z_scores")), strict=True
+            ):
+                [of] = [of for of in mixtures if of["entity"] == entity]
+                ratio = np.exp(z_score * distances - distances**2 / 2)
+                shown, others = 0, 0
+                for v, weights in zip((0.01, 0.6), np.reshape(of["mixture"], (2, -1)), strict=True):
+                    shown += weights @ (v * ratio / (v * ratio + 1 - v))
+                    others += weights @ (1 / (v * ratio + 1 - v))
+                numbers[entity] = (score, z_score)
+                known[entity] = (of["kin"], 0 if entity == 2 else shown, 1 / others)
             candidates = [(c["mention"], c["entity"], c["prior"]) for c in link["candidates"]]
-            entities, reason = decision.choose(candidates, own, config)
+            chosen, reason = decision.choose(candidates, known, config)
             row = labels[link["key"]]
-            assert row["entities"] == entities
-            assert row["scores"] == [own[entity][0] for entity in entities]
-            z_scores = decision.z_scores(own, config)
-            assert row["z_scores"] == pytest.approx([z_scores[e] for e in entities], abs=1e-6)
+            assert row["entities"] == [entity for entity, _ in chosen]
+            assert row["scores"] == [numbers[entity][0] for entity, _ in chosen]
+            assert row["z_scores"] == [numbers[entity][1] for entity, _ in chosen]
+            assert row["probabilities"] == pytest.approx([p for _, p in chosen], abs=2e-4)
             assert row["reason"] == (reason if link["mentions"] else "no_mention")
             reasons.add(row["reason"])
-    assert reasons == {None, "no_mention", "below_min_score", "below_min_z_score"}
+    assert reasons == {None, "no_mention", "below_min_probability"}
 
 
-def test_coherence_tells_what_pictures_show(world):
+def test_the_mixtures_tell_what_pictures_show(world):
     workdir, _, _, clip = world
     choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
-    rows = pq.read_table(workdir / "coherence/entities.parquet").to_pylist()
-    coherence = {row["entity"]: row["coherence"] for row in rows}
-    assert all(coherence[colour] > coherence[workdirs.BACKGROUND] + 0.3 for colour in range(4))
+    rows = label_tables.read(workdir, "visibility/*.parquet")
+    visible = {row["entity"]: row["visible"] for row in rows}
+    assert all(visible[colour] > 0.9 for colour in range(4))
+    assert visible[workdirs.BACKGROUND] < 0.1
+
+
+def test_a_target_precision_is_a_higher_threshold(world):
+    workdir, _, _, clip = world
+    chosen = []
+    for target in (None, 0.7, 0.85):
+        config = workdirs.config(clip=clip, min_probability=0.1, target_precision=target)
+        choose.run(config, engine.Engine(workdir))
+        found = [p for row in _labels(workdir).values() for p in row["probabilities"]]
+        assert not target or np.mean(found) >= target
+        assert min(found) >= choose.rule_in_force(workdir).min_probability
+        chosen.append(len(found))
+    assert chosen[0] > chosen[1] > chosen[2] > 0
+
+
+def test_kinds_that_no_picture_shows_are_no_labels_unless_pictured(world):
+    workdir, _, _, clip = world
+    table = pq.read_table(workdir / "kb/entities.parquet")
+    columns = {
+        "kind": ["time", "time", "event", None, "event", "event"],
+        "image": [None, "x.jpg", None, None, None, None],
+    }
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.array(values, pa.string()))
+    pq.write_table(table, workdir / "kb/entities.parquet")
+    changes = {"label_kinds": ("event",), "never_labels": ("Q97",)}  # neither red nor gold
+    for labels in ("clip", "text"):
+        choose.run(workdirs.config(clip=clip, labels=labels, **changes), engine.Engine(workdir))
+        rows = _labels(workdir)
+        entities = {entity for row in rows.values() for entity in row["entities"]}
+        assert {1, 2} <= entities <= {1, 2, workdirs.RED_STATE, workdirs.BACKGROUND}
+    choose.run(
+        workdirs.config(clip=clip, label_kinds=(), never_labels=("Q97",)), engine.Engine(workdir)
+    )
+    reasons = {row["reason"] for row in _labels(workdir).values()}
+    assert reasons >= {None, "barred"}
 
 
 @pytest.mark.parametrize("empty", [1, 3])
@@ -280,3 +329,9 @@ def test_bad_configurations(world):
         choose.run(workdirs.config(), engine.Engine(workdir))
     with pytest.raises(errors.BadInput, match="no folder"):
         choose.run(workdirs.config(clip="/nowhere/at/all"), engine.Engine(workdir))
+    with pytest.raises(
+        errors.BadInput, match=r"target_precision=1\.5 cannot be used: give a number"
+    ):
+        choose.check(workdirs.config(target_precision=1.5))
+    with pytest.raises(errors.BadInput, match=r"label_kinds has 'mood': choose among person, "):
+        choose.check(workdirs.config(label_kinds=("mood",)))

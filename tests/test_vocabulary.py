@@ -59,8 +59,8 @@ def test_ids_come_by_descending_count_then_qid(tmp_path):
     ("stages", "words"),
     [
         (
-            {"labels": {"pairs": 5, "labelled": 0, "no_candidate": 4, "below_min_score": 1}},
-            "of 5 pairs (4 are no_candidate, 1 are below_min_score): check that config.knowledge",
+            {"labels": {"pairs": 5, "labelled": 0, "no_candidate": 4, "below_threshold": 1}},
+            "of 5 pairs (4 are no_candidate, 1 are below_threshold): check that config.knowledge",
         ),
         (
             {

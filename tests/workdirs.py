@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import engine
+from data_prep.kb import kinds
 from data_prep.linking import stage as linking_stage
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops
@@ -47,12 +48,13 @@ def config(**changes) -> ml_collections.ConfigDict:
         "clip": None,
         "template": "{name}, {description}",
         "batch_size": 16,
+        "label_kinds": kinds.KINDS,
+        "never_labels": (),
         "prototype_weight": 1.0,
-        "coherence_weight": 0.5,
         "prior_weight": 0.5,
-        "min_z_score": 1.35,  # halfway between the right and the wrong colours
-        "min_score": -1.0,
-        "max_gap": 0.2,
+        "kin_weight": 8.0,
+        "min_probability": 0.45,  # halfway between the right and the wrong colours
+        "target_precision": None,
         "max_labels": 2,
         "min_images": 3,
         "min_images_feedback": "one_pass",
@@ -166,8 +168,15 @@ def _write_kb(workdir) -> None:
     (workdir / "kb").mkdir()
     qids = [f"Q{100 - i}" for i in range(len(NAMES))]
     table = {"qid": qids, "label": NAMES, "description": DESCRIPTIONS}
-    table["kind"] = pa.nulls(len(NAMES), pa.string())
+    table |= {name: pa.nulls(len(NAMES), pa.string()) for name in ("kind", "image")}
+    parents = [["Q1"]] * len(COLOURS) + [["Q2"], []]
+    table |= {name: pa.array(parents, pa.list_(pa.string())) for name in ("hypernyms", "types")}
     pq.write_table(pa.table(table), workdir / "kb/entities.parquet")
+    # Names that are equal are one.
+    names = sorted(set(NAMES))
+    meant = [[row for row, of in enumerate(NAMES) if of == name] for name in names]
+    np.save(workdir / "kb/alias_offsets.npy", np.cumsum([0, *map(len, meant)]))
+    np.save(workdir / "kb/cand_entity.npy", np.concatenate(meant).astype(np.int32))
     (workdir / "kb/manifest.json").write_text("{}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,9 +21,7 @@ from data_prep.selection import choose
 if typing.TYPE_CHECKING:
     import duckdb
 
-Z_SCORE_BIN, SCORE_BIN = 0.25, 0.02
-_Z_SCORE_STEPS = 8  # of a bin each, to either side of the configured threshold
-_SCORE_STEPS = 10  # at most
+PROBABILITY_BIN = 0.05  # and the step between the thresholds that are tried
 _SHOWN_TYPES = 15
 
 
@@ -73,82 +71,75 @@ def _evident(files: Files) -> Iterator[tuple[link_rows.LinkRows, choose.Evidence
     """The candidates of each shard and what is known of them."""
     for shard in batches(files, ("links", "z_scores", "labels"), 1):
         links = link_rows.read(*shard["links"])
-        yield links, choose.read_evidence(links, *shard["z_scores"], *files["coherence"])[0]
+        own = (*shard["z_scores"], *files["visibility"], *files["barred"])
+        yield links, choose.read_evidence(links, *own)[0]
 
 
-def histograms(files: Files, config: dict) -> dict:
-    """Candidates by z-score and by cosine, those that became labels apart from the others.
+def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> dict:
+    """How probable candidates are, and what other thresholds would label.
 
-    Returns:
-      z_scores and scores: each with its threshold and bins {from, chosen, others}.
-    """
-    rule = choose.Rule.of(config)
-    kinds = {
-        "z_scores": (Z_SCORE_BIN, "min_z_score", collections.Counter()),
-        "scores": (SCORE_BIN, "min_score", collections.Counter()),
-    }
-    for links, known in _evident(files):
-        chosen = choose.choose(links, known, rule)
-        width = int(links.entity.max(initial=0)) + 1
-        codes, first = np.unique(links.row * width + links.entity, return_index=True)
-        labelled = np.isin(codes, chosen.row * width + chosen.entity)
-        for (size, _, bins), values in zip(
-            kinds.values(), (known.z_score(rule), known.score), strict=True
-        ):
-            there = ~np.isnan(values[first])
-            place = np.floor(np.round(values[first[there]] / size, 6)).astype(int)
-            found, counts = np.unique(2 * place + labelled[there], return_counts=True)
-            bins.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-    return {
-        name: {
-            "threshold": config[threshold],
-            "bins": [
-                {"from": round(b * size, 4), "chosen": bins[2 * b + 1], "others": bins[2 * b]}
-                for b in sorted({code // 2 for code in bins})
-            ],
-        }
-        for name, (size, threshold, bins) in kinds.items()
-    }
-
-
-def sensitivity(
-    connection: duckdb.DuckDBPyConnection, files: Files, config: dict, scores: dict
-) -> dict[str, list[dict]]:
-    """What other thresholds would label.
-
-    `min_z_score` is tried in steps of a bin around the configured value, `min_score` over the
-    cosines that occur, the other one staying as configured. Only kept evidence is read.
+    Only kept evidence is read.
 
     Args:
       connection: where to count.
-      files: links, z_scores and coherence are read.
-      config: the fields of `choose.Rule` and `min_images`.
-      scores: the histogram of cosines.
+      files: links, z_scores, visibility and barred are read.
+      config: the fields of `choose.Rule` in force, and `min_images`.
 
     Returns:
-      min_z_score and min_score: points {value, pictures, entities, configured}, by value; pictures
-      before any later filter, and entities that have at least min_images of these.
+      probabilities: threshold and bins {from, chosen, others} of the likeliest candidates of
+      mentions, as far as a picture may have so many labels; sensitivity: min_probability, points
+      {value, pictures, entities, configured}, by value; pictures before any later filter, and
+      entities that have at least min_images of these.
     """
-    steps = range(-_Z_SCORE_STEPS, _Z_SCORE_STEPS + 1)
-    z_scores = [round(float(config["min_z_score"]) + Z_SCORE_BIN * step, 10) for step in steps]
-    floors = _floors(scores["bins"], config["min_score"])
+    rule = choose.Rule.of(config)
+    steps = np.arange(1 / PROBABILITY_BIN) * PROBABILITY_BIN
+    values = sorted({*(round(float(step), 4) for step in steps), rule.min_probability})
     ask(
         connection,
-        "CREATE OR REPLACE TEMP TABLE swept (floor DOUBLE, entity INTEGER, reached BIGINT,"
-        " labelled BOOLEAN, labels BIGINT, pictures BIGINT)",
+        "CREATE OR REPLACE TEMP TABLE swept"
+        " (entity INTEGER, reached BIGINT, labels BIGINT, pictures BIGINT)",
     )
-    rule = choose.Rule.of(config)._replace(min_z_score=-np.inf)
+    bins: collections.Counter[int] = collections.Counter()
     for links, known in _evident(files):
-        for floor in floors:
-            chosen = choose.choose(links, known, rule._replace(min_score=floor))
-            _add(connection, "swept", _count(chosen, floor, z_scores, config["min_z_score"]))
+        chosen = choose.choose(links, known, rule._replace(min_probability=0.0))
+        _add(connection, "swept", _count(chosen, values))
+        place = np.floor(np.round(chosen.probability / PROBABILITY_BIN, 6)).astype(int)
+        code = 2 * place + (chosen.probability >= rule.min_probability)
+        bins.update(
+            dict(zip(*map(np.ndarray.tolist, np.unique(code, return_counts=True)), strict=True))
+        )
+    rows = ask(
+        connection,
+        """
+        SELECT place, sum(pictures)::BIGINT, count(*) FILTER (labels >= $min_images) FROM (
+            SELECT place, entity, sum(pictures) AS pictures, sum(labels) AS labels
+            FROM swept, (SELECT unnest(range(len($values))) AS place)
+            WHERE reached > place GROUP BY place, entity
+        ) GROUP BY place
+        """,
+        values=values,
+        min_images=config["min_images"],
+    )
+    found = {place: counts for place, *counts in rows}
+    points = [
+        {
+            **dict(zip(("pictures", "entities"), found.get(place, (0, 0)), strict=True)),
+            **{"value": value, "configured": value == rule.min_probability},
+        }
+        for place, value in enumerate(values)
+    ]
     return {
-        "min_z_score": _sweep(
-            connection, "floor = $own AND reached > place", z_scores, "min_z_score", config
-        ),
-        "min_score": _sweep(
-            connection, "floor = $values[place + 1] AND labelled", floors, "min_score", config
-        ),
+        "probabilities": {
+            "threshold": rule.min_probability,
+            "bins": [
+                {
+                    "from": round(b * PROBABILITY_BIN, 4),
+                    **{"chosen": bins[2 * b + 1], "others": bins[2 * b]},
+                }
+                for b in sorted({code // 2 for code in bins})
+            ],
+        },
+        "sensitivity": {"min_probability": points},
     }
 
 
@@ -160,67 +151,23 @@ def _add(connection: duckdb.DuckDBPyConnection, table: str, columns: dict) -> No
     connection.unregister("added_rows")
 
 
-def _count(chosen: choose.Chosen, floor: float, z_scores: list[float], least: float) -> dict:
-    """Labels of a shard for one min_score and all values of min_z_score, counted by entity.
+def _count(chosen: choose.Chosen, values: list[float]) -> dict:
+    """Labels of a shard for all values of min_probability, counted by entity.
 
-    What is chosen does not depend on min_z_score, which only cuts it off: so one number, how many
-    of the ascending values `z_scores` a label reaches, stands for them all.
+    What is chosen does not depend on it, it only cuts it off: so one number, how many of the
+    ascending values a label reaches, stands for them all.
     """
-    # Entity, reached and labelled in one number: unique along an axis is ten times slower.
-    reached = np.searchsorted(z_scores, chosen.z_score, side="right")
-    steps = len(z_scores) + 1
-    code = 2 * (chosen.entity.astype(np.int64) * steps + reached) + (chosen.z_score >= least)
-    kinds, kind = np.unique(code, return_inverse=True)
+    # Entity and reached in one number: unique along an axis is ten times slower.
+    reached = np.searchsorted(values, chosen.probability, side="right")
+    steps = len(values) + 1
+    kinds, kind = np.unique(chosen.entity.astype(np.int64) * steps + reached, return_inverse=True)
     best = link_rows.starts_run(chosen.row)
     return {
-        "floor": np.full(len(kinds), floor),
-        "entity": (kinds // 2 // steps).astype(np.int32),
-        "reached": kinds // 2 % steps,
-        "labelled": kinds % 2 == 1,
+        "entity": (kinds // steps).astype(np.int32),
+        "reached": kinds % steps,
         "labels": np.bincount(kind, minlength=len(kinds)),
         "pictures": np.bincount(kind[best], minlength=len(kinds)),
     }
-
-
-def _floors(bins: Sequence[dict], configured: float) -> list[float]:
-    """Round values over the middle 98 % of cosines, and the configured one; ascending."""
-    if not bins:
-        return [round(float(configured), 10)]
-    counts = np.cumsum([b["chosen"] + b["others"] for b in bins])
-    low, high = (bins[int(np.searchsorted(counts, q * counts[-1]))]["from"] for q in (0.01, 0.99))
-    step = next((s for s in (0.02, 0.05, 0.1) if (high - low) / s < _SCORE_STEPS), 0.2)
-    grid = np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step
-    return sorted({round(float(configured), 10), *(round(float(value), 4) for value in grid)})
-
-
-def _sweep(
-    connection: duckdb.DuckDBPyConnection,
-    condition: str,
-    values: list[float],
-    name: str,
-    config: dict,
-) -> list[dict]:
-    rows = ask(
-        connection,
-        f"""
-        SELECT place, sum(pictures)::BIGINT, count(*) FILTER (labels >= $min_images) FROM (
-            SELECT place, entity, sum(pictures) AS pictures, sum(labels) AS labels
-            FROM swept, (SELECT unnest(range(len($values))) AS place)
-            WHERE {condition} GROUP BY place, entity
-        ) GROUP BY place
-        """,
-        values=values,
-        own=round(float(config["min_score"]), 10),
-        min_images=config["min_images"],
-    )
-    found, own = {place: counts for place, *counts in rows}, round(float(config[name]), 10)
-    return [
-        {
-            **dict(zip(("pictures", "entities"), found.get(place, (0, 0)), strict=True)),
-            **{"value": value, "configured": value == own},
-        }
-        for place, value in enumerate(values)
-    ]
 
 
 # ------------------------------------------------------------------------------------ entity types

@@ -25,6 +25,7 @@ from mofi_jax.data import ops, records
 
 if typing.TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 # Stages that tell of all pairs, labelled or not, which may be shown to nobody.
 JUDGES = ("takedowns", "unsafe", "eval_matches", "eval_cosines")
@@ -88,7 +89,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
 
     Returns:
       {key, group, reason (None: labelled), text, mentions [[start, end, kind]], candidates [{name,
-      description, prior, by_text, chosen; with evidence also score and z_score}]}.
+      description, prior, by_text, chosen; with evidence also z_score and shown}]}.
     """
     judges = [stage for stage in JUDGES if stage in files]
     unblocked = " ".join(f"ANTI JOIN read_parquet(${stage}) USING (key)" for stage in judges)
@@ -96,7 +97,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         connection,
         f"""
         SELECT key FROM (SELECT key, reason FROM read_parquet($labels)) {unblocked}
-        WHERE reason IN ('below_min_score', 'below_min_z_score')
+        WHERE reason = 'below_min_probability'
         ORDER BY md5(key) LIMIT {_CANDIDATES}
         """,
         files,
@@ -122,7 +123,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         by_text[linked["key"][row].as_py()].add(entity)
     links = {row["key"]: (row["mentions"], row["candidates"]) for row in linked.to_pylist()}
     texts = dict(_of_keys(connection, files["pairs"], keys, "text"))
-    evidence = _evidence(connection, files, keys) if embed.is_on(config) else {}
+    evidence = _evidence(connection, files, linked) if embed.is_on(config) else {}
     rows = ask(
         connection,
         "SELECT file_row_number, label, coalesce(description, '')"
@@ -152,9 +153,7 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
                 "chosen": entity in chosen,
             }
             if (key, entity) in evidence:
-                known = evidence[key, entity]
-                row["score"] = known.score
-                row["z_score"] = float(known.z_score(choose.Rule.of(config)))
+                row["z_score"], row["shown"] = evidence[key, entity]
             rows.append(row)
         found.append(
             {
@@ -197,21 +196,28 @@ def _of_keys(
 
 
 def _evidence(
-    connection: duckdb.DuckDBPyConnection, files: Files, keys: list[str]
-) -> dict[tuple, choose.Evidence]:
-    columns = "entities, scores, text_z_scores, picture_z_scores"
-    rows = _of_keys(connection, files["z_scores"], keys, columns)
-    coherence = dict(
-        ask(
-            connection,
-            "SELECT entity, coherence FROM read_parquet($coherence)"
-            " WHERE entity IN (SELECT unnest($entities))",
-            entities=sorted({entity for _, entities, *_ in rows for entity in entities}),
-            **files,
+    connection: duckdb.DuckDBPyConnection, files: Files, linked: pa.Table
+) -> dict[tuple, tuple[float, float]]:
+    """Of rows of links/ z-score and probability to be shown, by key and entity; both rounded."""
+    links = link_rows.flatten(linked)
+    shown = {"keys": links.keys.to_pylist(), "entities": np.unique(links.entity).tolist()}
+    tables = (
+        engine.ask(connection, sql, {**files, **shown}).to_arrow_table()
+        for sql in (
+            "SELECT * FROM read_parquet($z_scores) WHERE key IN (SELECT unnest($keys))",
+            *(
+                f"SELECT * FROM read_parquet(${stage}) WHERE entity IN (SELECT unnest($entities))"
+                " ORDER BY entity"
+                for stage in ("visibility", "barred")
+            ),
         )
     )
+    known, _ = choose.evidence(links, *tables)
     return {
-        (key, entity): choose.Evidence(round(score, 4), *values, coherence[entity])
-        for key, *lists in rows
-        for entity, score, *values in zip(*lists, strict=True)
+        (shown["keys"][row], entity): (round(z_score, 4), round(probability, 4))
+        for row, entity, z_score, probability in zip(
+            *(x.tolist() for x in (links.row, links.entity, known.z_score, known.shown)),
+            strict=True,
+        )
+        if not np.isnan(z_score)
     }

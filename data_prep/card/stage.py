@@ -21,7 +21,7 @@ from data_prep.card import labels as card_labels
 from data_prep.card import numbers as card_numbers
 from data_prep.card import page as card_page
 from data_prep.card import pictures as card_pictures
-from data_prep.selection import embed
+from data_prep.selection import choose, embed
 from mofi_jax.data import records
 
 # What a path looks like: absolute, from home, from here or from above, or of a bucket.
@@ -35,7 +35,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 
     Args:
       config: printed on the page, of paths the last part; `sources`, `labels`, `min_images` and,
-        where pictures are embedded, the fields of `selection.Rule` are read.
+        where pictures are embedded, what `embed.is_on` reads.
       work: the engine; its work directory holds all the stages' output.
 
     Returns:
@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     stages = ("pairs", "links", "labels", "labels_final", "rejects")
-    stages += ("z_scores", "coherence") if embed.is_on(config) else ()
+    stages += ("z_scores", "visibility", "barred") if embed.is_on(config) else ()
     files = {stage: engine.listed(workdir / stage) for stage in stages}
     # What the other data set leaves out is none of this one's.
     other = re.compile("(dropped|ordered|planned|shards)-i2t-")
@@ -52,8 +52,6 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     filters = [m["settings"]["stages"] for m in engine.read_manifests(workdir, "dropped-i2e")]
     for stage in sorted({*card_pictures.JUDGES} & {*itertools.chain(*filters)}):
         files[stage] = engine.listed(workdir / stage)
-    if "eval_cosines" in files:
-        files["eval_limits"] = engine.listed(workdir / "eval_limits")
     vocabulary = workdir / "i2e" / records.VERSION / records.ENTITIES_FILE
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [vocabulary, workdir / "vocabulary/kb_rows.npy"]
@@ -63,6 +61,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         "version": 4,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         "config": without_folders(config.to_dict()),
+        "rule": choose.rule_in_force(workdir)._asdict() if embed.is_on(config) else {},
     }
     task = engine.Task("card", tuple(path for paths in files.values() for path in paths))
     return work.map_shards("report", _write, [task], settings, keys=None)
@@ -114,7 +113,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "labels_per_picture": card_labels.labels_per_picture(*about),
             "images_per_entity": card_labels.images_per_entity(entities.counts),
             "picture_sizes": card_numbers.picture_sizes(*about),
-            **dict.fromkeys(("z_scores", "scores", "sensitivity")),
+            **dict.fromkeys(("probabilities", "sensitivity")),
             "entity_types": card_labels.entity_types(*about),
             "captions": card_numbers.scripts(*about),
             "duplicates": card_numbers.duplicates(*about, counts["dropped-i2e"]),
@@ -124,8 +123,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
             "lineage": _lineage(manifests),
         }
         if embed.is_on(config):
-            report |= card_labels.histograms(files, config)
-            report["sensitivity"] = card_labels.sensitivity(*about, config, report["scores"])
+            report |= card_labels.thresholds(*about, config | settings["rule"])
         keys = [picture["key"] for picture in report["gallery"]]
         for entity in (*report["top_entities"], *report["rare_entities"]):
             keys += entity["keys"]

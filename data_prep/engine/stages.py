@@ -200,7 +200,8 @@ class Engine:
             "tables": {name: len(files) for name, files in tables.items()},
             "parameters": dict(parameters or {}),
         }
-        task = Task("all", tuple(path for files in tables.values() for path in files))
+        # By name, as settings are kept.
+        task = Task("all", tuple(path for _, files in sorted(tables.items()) for path in files))
         [manifest] = self.map_shards(stage, relational.aggregate, [task], settings, keys=None)
         return manifest
 

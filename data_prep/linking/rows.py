@@ -53,12 +53,12 @@ def read(path: str | os.PathLike[str]) -> LinkRows:
 
 def flatten(table: pa.Table) -> LinkRows:
     """Rows of links/."""
-    found = _whole(table["candidates"])
+    found = whole(table["candidates"])
     fields = found.flatten()  # honours offsets and nulls, as .values does not
     columns = (fields.field(name) for name in ("mention", "entity", "prior"))
     mention, entity, prior = (column.to_numpy(zero_copy_only=False) for column in columns)
     return LinkRows(
-        _whole(table["key"]),
+        whole(table["key"]),
         lengths(table["mentions"]),
         np.repeat(np.arange(len(table)), lengths(found)),
         mention.astype(np.int32, copy=False),
@@ -73,6 +73,12 @@ def distinct(links: LinkRows) -> Distinct:
     row, entity, prior = (x[order] for x in (links.row, links.entity, links.prior))
     first = starts_run(row, entity)
     return Distinct(row[first], entity[first], prior[first])
+
+
+def mention_of(links: LinkRows) -> np.ndarray:
+    """int64 [c]: the number of each candidate's mention among all of the shard that have one."""
+    width = int(links.mention.max(initial=0)) + 1
+    return np.unique(links.row * width + links.mention, return_inverse=True)[1]
 
 
 def starts_run(*columns: np.ndarray) -> np.ndarray:
@@ -91,9 +97,19 @@ def positions(keys: pa.Array, among: pa.Array) -> np.ndarray:
     return found.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
+def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """float64 [c]: of each of `wanted` its value, by ascending keys; NaN where there is none."""
+    found = np.full(len(wanted), np.nan)
+    place = np.searchsorted(keys, wanted)
+    known = place < len(keys)
+    known[known] = keys[place[known]] == wanted[known]
+    found[known] = values[place[known]]
+    return found
+
+
 def read_column(path: str | os.PathLike[str], name: str) -> pa.Array:
     """A column of a parquet file in one piece."""
-    return _whole(engine.read_table(path, columns=[name])[name])
+    return whole(engine.read_table(path, columns=[name])[name])
 
 
 def lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -111,7 +127,8 @@ def lists(values: np.ndarray, starts: Sequence[int] | np.ndarray) -> pa.ListArra
     return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values))
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece."""
     import pyarrow as pa
 
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

@@ -1,17 +1,30 @@
 """Selection: of all entities a caption may mean, those that the picture shows. links/ -> labels/
 
-A candidate's z-score is (text + w * picture) / (1 + w) + c * coherence (w = prototype_weight, c =
-coherence_weight): how far the picture stands out among all pictures for the entity's text, and for
-its other pictures, and whether it is something that pictures show at all (see `z_scores`). Of each
-mention the candidate with the highest z-score + prior_weight * log(prior) stays: the prior decides
-between senses of a word, never between words. Of those with cosine >= min_score and z-score >=
-min_z_score the best is a label, and so are others within max_gap of it, up to max_labels.
+A candidate is a label as far as it is probable that its mention means it and that the picture shows
+it: p = share * odds / (1 + the odds of the caption's mentions), odds = q / (1 - q), where
+
+    share  what the mention means, of all senses of the name: by its prior, by how much the pictures
+           of each sense look like those of its kin (`senses`), and by how well this one fits each
+    q      whether the picture shows it (`visibility`), times p(the name means anything): from how
+           far the picture stands out for the entity (`z_scores`), and whether it is something that
+           pictures show at all
+
+Of each mention the candidate with the highest share * q counts. The mentions of a caption are
+explanations of one picture: what one of them explains, the others need not. Labels are those with
+p >= min_probability, the best max_labels of them. With target_precision the threshold is raised
+until labels have at least this p on average, over the whole data set.
+
+What `label_kinds` and `never_labels` rule out takes its share of a mention, and is no label.
 
 No ground truth is read, neither here nor for the thresholds; new thresholds cost seconds, because
-cosines and z-scores are kept.
+the evidence is kept.
 
-    labels/  NNNNN.parquet  key, entities (rows of the knowledge base, best first), scores (cosine;
-                            the prior for labels="text"), z_scores, reason (null when labelled)
+    barred/      entities.parquet entity (row of the knowledge base) that is no label, whatever a
+                 picture shows; ascending
+    precision_parts/  NNNNN.npy float64 [2, 1000]: labels by p, and the sum of p; of a run of shards
+    labels/      NNNNN.parquet  key, entities (rows of the knowledge base, best first), scores
+                 (cosine), z_scores, probabilities (for labels by text alone all three are the
+                 prior), reason (null when labelled)
 """
 
 from __future__ import annotations
@@ -25,22 +38,52 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
+from data_prep.kb import kinds
 from data_prep.linking import rows as link_rows
-from data_prep.selection import embed, z_scores
+from data_prep.selection import embed, senses, visibility, z_scores
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 
+_BARRED = """
+    SELECT file_row_number::INT AS entity FROM read_parquet($kb, file_row_number = true)
+    WHERE (NOT coalesce(list_contains($kinds, kind), true) AND image IS NULL)
+       OR list_contains($never, qid)
+    ORDER BY entity
+"""
+_STEPS = 1000  # of probabilities, where a threshold may lie
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks what `run` reads.
+
+    Raises:
+      BadInput: naming the first key that cannot be used.
+    """
+    for name in ("min_probability", "target_precision"):
+        if not 0 <= (config[name] or 0) < 1:
+            raise errors.BadInput(
+                f"config.{name}={config[name]!r} cannot be used: give a number from 0 to below 1."
+            )
+    unknown = sorted({*config.label_kinds} - {*kinds.KINDS})
+    if unknown:
+        raise errors.BadInput(
+            f"config.label_kinds has {unknown[0]!r}: choose among {', '.join(kinds.KINDS)}."
+        )
+
+
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Chooses the labels of every pair: labels/NNNNN.parquet, and rejects with a reason.
 
-    Reasons: no_mention, no_candidate, and for labels="clip" picture_unreadable (since pairs/ was
-    written), below_min_score, below_min_z_score.
+    Reasons: no_mention, no_candidate, barred (all that it may be is no label) and, where pictures
+    are embedded, picture_unreadable (since pairs/ was written), below_min_probability.
 
     Args:
-      config: `labels`, and where pictures are embedded (`embed.is_on`) also the fields of `Rule`
-        and what `embed.run` reads; elsewhere the best prior of each mention counts.
+      config: `labels`, `label_kinds`, `never_labels`, and where pictures are embedded
+        (`embed.is_on`) also the fields of `Rule`, `target_precision`, `prototype_weight` and what
+        `embed.run` reads; elsewhere the best prior of each mention counts.
       work: the engine; its work directory holds pairs/, links/ and kb/.
 
     Returns:
@@ -51,19 +94,63 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
+    barred = {"barred/entities.parquet": _BARRED}
+    parameters = {"kinds": list(config.label_kinds), "never": list(config.never_labels)}
+    work.aggregate("barred", barred, {"kb": [workdir / "kb/entities.parquet"]}, parameters)
     if not embed.is_on(config):
-        tasks = [engine.Task(path.stem, (path,)) for path in links]
-        settings = {"version": 3, "labels": "text"}
+        tasks = [
+            engine.Task(path.stem, (path, workdir / "barred/entities.parquet")) for path in links
+        ]
+        settings = {"version": 4, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
-    names = [f"{shard}.parquet" for shard in z_scores.run(work, embed.run(config, work))]
-    tasks = [
-        engine.Task(
-            epath.Path(name).stem, (workdir / "links" / name, *evidence_files(workdir, name))
-        )
-        for name in names
+    rule = Rule.of(config)
+    shards = z_scores.run(work, embed.run(config, work), config.prototype_weight)
+    visibility.run(work, shards, rule.prior_weight, rule.kin_weight)
+    files = [
+        (workdir / "links" / name, *evidence_files(workdir, name))
+        for name in (f"{shard}.parquet" for shard in shards)
     ]
-    settings = {"labels": "clip", **Rule.of(config)._asdict()}
+    if config.target_precision:
+        rule = _reach(work, rule, files, config.target_precision)
+    tasks = [engine.Task(shard, own) for shard, own in zip(shards, files, strict=True)]
+    settings = {"version": 4, "labels": "clip", **rule._asdict()}
     return work.map_shards("labels", _label_by_clip, tasks, settings)
+
+
+def _reach(work: engine.Engine, rule: Rule, files: list[tuple], precision: float) -> Rule:
+    """The rule with the lowest threshold whose labels have this probability on average."""
+    tasks = [
+        engine.Task(task.name, (*files[0][2:], *task.inputs))
+        for task in engine.run_tasks(*[list(part) for part in zip(*files, strict=True)][:2])
+    ]
+    parts = work.map_shards("precision_parts", _count, tasks, rule._asdict(), keys=None)
+    counts, sums = sum(
+        (np.load(work.workdir / m["outputs"][0]["path"]) for m in parts), np.zeros((2, _STEPS))
+    )[:, ::-1].cumsum(axis=1)
+    reached = np.flatnonzero((sums >= precision * counts) & (counts > 0))
+    step = _STEPS - 1 - reached[-1] if len(reached) else _STEPS - 1
+    return rule._replace(min_probability=max(rule.min_probability, float(step / _STEPS)))
+
+
+def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
+    rule = Rule.of(settings)
+    shared, files = task.inputs[:2], task.inputs[2:]
+    counts = np.zeros((2, _STEPS))
+    for links_path, z_scores_path in zip(*np.split(np.array(files), 2), strict=True):
+        links = link_rows.read(links_path)
+        known, _ = read_evidence(links, z_scores_path, *shared)
+        found = choose(links, known, rule).probability
+        step = np.minimum((found * _STEPS).astype(int), _STEPS - 1)
+        counts += [np.bincount(step, w, minlength=_STEPS) for w in (np.ones(len(step)), found)]
+    np.save(outputs.path(f"precision_parts/{task.name}.npy"), counts)
+    return {"labels": int(counts[0].sum())}
+
+
+def rule_in_force(workdir: epath.Path) -> Rule | None:
+    """The rule by which labels/ were chosen, None where it was not by picture."""
+    made = engine.read_manifests(workdir, "labels")
+    settings = made[0]["settings"] if made else {}
+    return Rule.of(settings) if settings.get("labels") == "clip" else None
 
 
 # ------------------------------------------------------------------------------------- the decision
@@ -72,12 +159,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 class Rule(NamedTuple):
     """The numbers of the decision; see the docstring of this file."""
 
-    prototype_weight: float
-    coherence_weight: float
     prior_weight: float
-    min_z_score: float
-    min_score: float
-    max_gap: float
+    kin_weight: float
+    min_probability: float
     max_labels: int
 
     @classmethod
@@ -86,18 +170,13 @@ class Rule(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What is known of candidate entities of pictures: numbers, or arrays float64 [c] of them."""
+    """What is known of candidate entities of pictures: arrays float64 [c]."""
 
-    score: float | np.ndarray  # cosine between picture and text; NaN: nothing is known
-    text_z_score: float | np.ndarray
-    picture_z_score: float | np.ndarray
-    coherence: float | np.ndarray
-
-    def z_score(self, rule: Rule) -> float | np.ndarray:
-        """One number each, in standard deviations."""
-        found = self.text_z_score + rule.prototype_weight * self.picture_z_score
-        found = found / (1 + rule.prototype_weight) + rule.coherence_weight * self.coherence
-        return np.round(found, embed.DECIMALS)
+    score: np.ndarray  # cosine between picture and text; NaN: nothing is known
+    z_score: np.ndarray
+    kin: np.ndarray
+    shown: np.ndarray  # whether the picture shows it, if it is meant; 0: it is no label
+    fit: np.ndarray  # how many times likelier the picture is where it is meant
 
 
 class Chosen(NamedTuple):
@@ -107,47 +186,58 @@ class Chosen(NamedTuple):
     entity: np.ndarray  # int32 [m]
     score: np.ndarray  # float64 [m]
     z_score: np.ndarray  # float64 [m]
+    probability: np.ndarray  # float64 [m]
 
 
 def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
     """Decides on the labels of all pictures of a shard: this is the decision, wherever it is made.
 
-    min_z_score changes nothing but where the labels of a picture end, the best being first.
+    min_probability changes nothing but where the labels of a picture end, the best being first.
 
     Args:
       links: the candidates.
       known: the evidence of each.
       rule: weights and thresholds.
     """
-    z_score = known.z_score(rule)
-    strength = z_score + rule.prior_weight * np.log(links.prior.astype(np.float64))
-    likely = np.flatnonzero(known.score >= rule.min_score)  # NaN is not
-    strongest = _strongest(links, strength, likely)
-    # Those that stand out, each once, from the best down.
-    good = strongest[z_score[strongest] >= rule.min_z_score]
-    good = good[np.lexsort((links.entity[good], -z_score[good], links.row[good]))]
-    good = good[link_rows.starts_run(links.row[good], links.entity[good])]
-    row = links.row[good]
+    weights = (rule.prior_weight, rule.kin_weight)
+    share, means = senses.shares(links, known.kin, *weights, np.log(known.fit))
+    possible = np.flatnonzero(known.shown > 0)  # NaN is not
+    strongest = _strongest(links, share * known.shown, possible)
+    # An entity of several mentions counts once, for that which means it most.
+    keys = (-share, -share * means, links.entity, links.row)
+    once = strongest[np.lexsort([key[strongest] for key in keys])]
+    once = once[link_rows.starts_run(links.row[once], links.entity[once])]
+    row, shown = links.row[once], np.clip(known.shown[once] * means[once], 1e-6, 1 - 1e-6)
+    odds = shown / (1 - shown)
+    total = np.bincount(row, odds, minlength=len(links.keys))[row]
+    probability = np.round(share[once] * odds / (1 + total), embed.DECIMALS)
+    order = np.lexsort((links.entity[once], -probability, row))
+    once, row, probability = once[order], row[order], probability[order]
     first = np.flatnonzero(link_rows.starts_run(row))
-    best = np.repeat(first, np.diff(first, append=len(row)))
-    below, place = -z_score[good], np.arange(len(row)) - best
-    kept = good[(place < rule.max_labels) & (below <= below[best] + rule.max_gap)]
-    return Chosen(links.row[kept], links.entity[kept], known.score[kept], z_score[kept])
+    place = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
+    kept = (place < rule.max_labels) & (probability >= rule.min_probability)
+    of = once[kept]
+    numbers = (known.score[of], known.z_score[of], probability[kept])
+    return Chosen(row[kept], links.entity[of], *numbers)
 
 
-def choose_by_text(links: link_rows.LinkRows) -> Chosen:
+def choose_by_text(links: link_rows.LinkRows, barred: np.ndarray | None = None) -> Chosen:
     """The likeliest entity of each mention that means it more likely than nothing in the base.
 
     Nothing has the probability that the priors of a mention leave. No picture is looked at.
 
+    Args:
+      links: the candidates.
+      barred: int32 [b], entities that are no labels; ascending.
+
     Returns:
-      Distinct entities in the order of their mentions; score and z_score are the highest prior that
-      any mention gives the entity.
+      Distinct entities in the order of their mentions; score, z_score and probability are the
+      highest prior that any mention gives the entity.
     """
-    width = int(links.mention.max(initial=0)) + 1
-    _, mention = np.unique(links.row * width + links.mention, return_inverse=True)
+    mention = link_rows.mention_of(links)
     nothing = 1 - np.bincount(mention, links.prior)[mention]
     likeliest = _strongest(links, links.prior, np.flatnonzero(links.prior > nothing))
+    likeliest = likeliest[~_is_barred(links, barred)[likeliest]]
     # Stable: of equal entities the one of the first mention comes first.
     by_entity = likeliest[np.lexsort((links.entity[likeliest], links.row[likeliest]))]
     once = by_entity[link_rows.starts_run(links.row[by_entity], links.entity[by_entity])]
@@ -157,7 +247,7 @@ def choose_by_text(links: link_rows.LinkRows) -> Chosen:
     codes = known.row * entities + known.entity
     places = np.searchsorted(codes, links.row[kept] * entities + links.entity[kept])
     prior = known.prior[places].astype(np.float64)
-    return Chosen(links.row[kept], links.entity[kept], prior, prior)
+    return Chosen(links.row[kept], links.entity[kept], prior, prior, prior)
 
 
 def _strongest(links: link_rows.LinkRows, strength: np.ndarray, among: np.ndarray) -> np.ndarray:
@@ -170,51 +260,46 @@ def _strongest(links: link_rows.LinkRows, strength: np.ndarray, among: np.ndarra
 # ------------------------------------------------------------------------------------- the evidence
 
 
-def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, epath.Path]:
+def evidence_files(workdir: epath.Path, name: str) -> tuple[epath.Path, ...]:
     """What `read_evidence` takes for the shard whose parquet files are called `name`."""
-    return workdir / "z_scores" / name, workdir / "coherence/entities.parquet"
+    shared = (workdir / stage / "entities.parquet" for stage in ("visibility", "barred"))
+    return (workdir / "z_scores" / name, *shared)
 
 
 def read_evidence(
-    links: link_rows.LinkRows, z_scores: str | epath.Path, coherence: str | epath.Path
+    links: link_rows.LinkRows, *files: str | epath.Path
 ) -> tuple[Evidence, np.ndarray]:
-    """What is known of each candidate of a shard.
+    """What is known of each candidate of a shard, by its `evidence_files`; see `evidence`."""
+    return evidence(links, *map(engine.read_table, files))
+
+
+def evidence(
+    links: link_rows.LinkRows, z_scores: pa.Table, visibility_of: pa.Table, barred: pa.Table
+) -> tuple[Evidence, np.ndarray]:
+    """What is known of candidates.
 
     Args:
-      links: the shard's candidates.
-      z_scores, coherence: files of the stages of these names.
+      links: the candidates.
+      z_scores, visibility_of, barred: rows of the stages of these names, the latter two ascending.
 
     Returns:
       The evidence, NaN for candidates of pictures that could not be scored; and, bool [n], which
       pictures were scored.
     """
-    names = ("scores", "text_z_scores", "picture_z_scores")
-    keys, entities, *known = (
-        link_rows.read_column(z_scores, name) for name in ("key", "entities", *names)
-    )
-    position = link_rows.positions(keys, links.keys)
-    row = np.repeat(position, link_rows.lengths(entities))
-    entity = _flat(entities)
-    # A pair of row and entity as one number, ascending: so it is searched.
-    width = int(max(entity.max(initial=0), links.entity.max(initial=0))) + 1
-    code, wanted = row * width + entity, links.row * width + links.entity
-    place = np.searchsorted(code, wanted)
-    found = place < len(code)
-    found[found] = code[place[found]] == wanted[found]
-
-    table = engine.read_table(coherence, columns=["entity", "coherence"])
-    known_entities, coherences = (table[name].to_numpy() for name in table.column_names)
-    columns = np.full((len(Evidence._fields), len(wanted)), np.nan)
-    for column, values in zip(columns, known, strict=False):
-        column[found] = _flat(values)[place[found]]
-    columns[-1, found] = coherences[np.searchsorted(known_entities, links.entity[found])]
-    scored = np.zeros(len(links.keys), bool)
-    scored[position] = True
-    return Evidence(*columns), scored
+    names = ("scores", "z_scores")
+    (score, z_score), scored = visibility.read_z_scores(links, z_scores, names)
+    entities = visibility_of["entity"].to_numpy()
+    kin = link_rows.look_up(entities, visibility_of["kin"].to_numpy(), links.entity)
+    mixture = link_rows.whole(visibility_of["mixture"]).flatten().to_numpy(zero_copy_only=False)
+    mixture = mixture.reshape(len(entities), -1 if len(entities) else 0)
+    shown, fit = visibility.shown(links.entity, z_score, entities, mixture)
+    shown[_is_barred(links, barred["entity"].to_numpy()) & ~np.isnan(shown)] = 0
+    return Evidence(score, z_score, kin, shown, fit), scored
 
 
-def _flat(column: pa.ListArray) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=False)
+def _is_barred(links: link_rows.LinkRows, barred: np.ndarray | None) -> np.ndarray:
+    """bool [c]."""
+    return np.isin(links.entity, () if barred is None else barred)
 
 
 # --------------------------------------------------------------------------------------- the labels
@@ -222,20 +307,23 @@ def _flat(column: pa.ListArray) -> np.ndarray:
 
 def _label_by_text(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     links = link_rows.read(task.inputs[0])
-    reasons = np.full(len(links.keys), "no_candidate", object)
-    return _write_labels(task, outputs, links, choose_by_text(links), reasons)
+    barred = engine.read_table(task.inputs[1])["entity"].to_numpy()
+    likely = np.zeros(len(links.keys), bool)
+    likely[choose_by_text(links).row] = True
+    reasons = np.where(likely, "barred", "no_candidate").astype(object)
+    return _write_labels(task, outputs, links, choose_by_text(links, barred), reasons)
 
 
 def _label_by_clip(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     links_path, *evidence_paths = task.inputs
-    rule = Rule.of(settings)
     links = link_rows.read(links_path)
     known, scored = read_evidence(links, *evidence_paths)
-    likely = np.zeros(len(links.keys), bool)
-    likely[links.row[known.score >= rule.min_score]] = True
-    reasons = np.where(likely, "below_min_z_score", "below_min_score").astype(object)
+    possible = np.zeros(len(links.keys), bool)
+    possible[links.row[known.shown > 0]] = True
+    reasons = np.where(possible, "below_min_probability", "barred").astype(object)
     reasons[~scored] = "picture_unreadable"
-    return _write_labels(task, outputs, links, choose(links, known, rule), reasons)
+    chosen = choose(links, known, Rule.of(settings))
+    return _write_labels(task, outputs, links, chosen, reasons)
 
 
 def _write_labels(
@@ -257,6 +345,7 @@ def _write_labels(
         "entities": link_rows.lists(chosen.entity, starts),
         "scores": link_rows.lists(chosen.score.astype(np.float32), starts),
         "z_scores": link_rows.lists(chosen.z_score.astype(np.float32), starts),
+        "probabilities": link_rows.lists(chosen.probability.astype(np.float32), starts),
         "reason": pa.array(reason, pa.string()),
     }
     outputs.write_table(f"labels/{task.name}.parquet", pa.table(table))
