@@ -267,6 +267,7 @@ def two_workers(report: figures.Report, quick: bool) -> None:
 PARTS = {
     "kb": kb_figures.size,
     "parse": kb_figures.parse_speed,
+    "kinds": kb_figures.kinds,
     "linking": linking_speed,
     "overhead": engine_overhead,
     "workers": two_workers,

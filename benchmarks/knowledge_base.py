@@ -28,6 +28,21 @@ print((opened.rss - before.rss) / mib, (used.rss - before.rss) / mib, (used.uss 
 sys.stdin.read()
 """
 
+_KINDS = """
+import resource, sys, time
+import duckdb
+from data_prep.kb import closure
+limits = {"threads": 2, "memory_limit": "1.5 GB", "temp_directory": sys.argv[1]}
+with duckdb.connect(config=limits) as connection:
+    start = time.perf_counter()
+    found = closure.Kinds(connection, sys.argv[2:])
+    closed = time.perf_counter() - start
+    start = time.perf_counter()
+    assert not any(table["kind"].null_count for table in found.tables())
+    each = time.perf_counter() - start
+print(closed, each, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
 
 def size(report: figures.Report, quick: bool) -> None:
     """The trie on disk, and what a second process that opens the base adds."""
@@ -61,6 +76,20 @@ def size(report: figures.Report, quick: bool) -> None:
     )
     report.add(f"{scale}: after 40,000 lookups, shared pages included", used, "MiB", figures.CPU)
     report.add(f"{scale}: after 40,000 lookups, of its own", private, "MiB", figures.CPU, "<= 100")
+
+
+def kinds(report: figures.Report, quick: bool) -> None:
+    """Kinds over a graph of classes as large as Wikidata's: time, and the most memory it takes."""
+    classes, items = (40_000, 100_000) if quick else (4_000_000, 2_000_000)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = synthetic.write_classes(pathlib.Path(folder), classes, items)
+        line = [sys.executable, "-c", _KINDS, folder, *paths]
+        told = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
+    closed, each, memory = map(float, told.split())
+    scale = f"kinds over {classes:,} classes"
+    report.add(f"{scale}: closure", closed, "s", figures.CPU)
+    report.add(f"{scale}: then 110 million items", 110e6 * each / items, "s", figures.CPU)
+    report.add(f"{scale}: memory, whatever the items", memory, "GiB", figures.CPU, "<= 2")
 
 
 def parse_speed(report: figures.Report, quick: bool) -> None:

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.dataset import files as dataset_files
+from data_prep.kb import kinds
+from data_prep.kb import parts as kb_parts
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
@@ -48,6 +50,34 @@ def write_rows(path: pathlib.Path, entities: int, aliases_each: int) -> pathlib.
             row |= {"description": f"thing {number}", "sitelinks": number % 200}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def write_classes(folder: pathlib.Path, classes: int, items: int) -> list[str]:
+    """Parts of a knowledge base whose items are of classes below the roots of `kinds`.
+
+    Returns:
+      The paths of the parts, of 5,000 items each.
+    """
+    draw = np.random.default_rng(0)
+    roots = np.array([root for root, kind in kinds.ROOTS if kind and root[0] == "Q"], object)
+    child = np.arange(len(roots), classes)
+    child = np.concatenate([child, child[draw.random(len(child)) < 0.3]])  # some have two parents
+    parent = (child * draw.random(len(child)) ** 3).astype(np.int64)
+    count = -(-items // 5_000)
+    paths = [str(folder / f"{number:07d}") for number in range(count)]
+    for number, path in enumerate(paths):
+        some = slice(number * len(child) // count, (number + 1) * len(child) // count)
+        up = [roots[i] if i < len(roots) else f"Q9{i:010d}" for i in parent[some].tolist()]
+        rows = list(zip([f"Q9{i:010d}" for i in child[some].tolist()], up, strict=True))
+        kb_parts.write(f"{path}.classes.parquet", kb_parts.table(rows, kb_parts.classes_schema()))
+        schema = kb_parts.part_schema()
+        columns = {field.name: pa.nulls(5_000, field.type) for field in schema}
+        columns["qid"] = pa.array([f"Q8{number * 5_000 + i:010d}" for i in range(5_000)])
+        columns["label"] = columns["description"] = pa.array(["x"] * 5_000)
+        types = draw.integers(len(roots), classes, 5_000).tolist()
+        columns["types"] = pa.array([[f"Q9{of:010d}"] for of in types])
+        kb_parts.write(f"{path}{kb_parts.LAST}", pa.table(columns, schema=schema))
+    return paths
 
 
 _CAPTIONS = (

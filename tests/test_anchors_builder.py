@@ -37,6 +37,7 @@ SPACES = frozenset(("file", "image", "category", "template", "wikipedia"))
         ("[[Category:Teas]][[:Category:Teas|all teas]]", [], "all teas"),
         ("[[:fr:Thé]]", [("fr:Thé", "Fr:Thé")], "fr:Thé"),  # no title that any base has
         ("[[a|]] [[ ]] [[b", [("a", "A")], "a  b"),
+        ("a<br/>[[b]]<sub>2</sub>", [("b", "B")], "a b2"),
         ("see [https://x.org/a the site]", [], "see  the site"),
     ],
 )

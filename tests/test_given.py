@@ -9,6 +9,7 @@ import pytest
 from benchmarks import synthetic
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
+from data_prep.kb import build as kb_build
 from data_prep.linking import given
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common import errors
@@ -37,19 +38,21 @@ def photo(number):
 def make_config(folder, **changes):
     config = i2e_config.get_config(f"folder={folder / 'pairs'},kb={write_kb(folder)},labels=given")
     for part in ("given", "kb"):
-        config[part].update(changes.pop(part, {}))
+        config[part].update(changes.get(part, {}))
+    changes = {name: value for name, value in changes.items() if name not in ("given", "kb")}
     config.update({"min_images": 1, "vocab_size": 300, "workers": 1, "min_side": 16, **changes})
     return config
 
 
 def build(folder, **changes):
-    """The build, in workers of 1 and 2 with the same bytes; labels by key, counts of the stages."""
-    results = []
-    for workers in (1, 2):
-        config = make_config(folder, workers=workers, **changes)
-        workdir = folder / f"W{workers}"
-        results.append(build_i2e.build(config, str(workdir)))
-    assert results[0]["shards_sha256"] == results[1]["shards_sha256"]
+    """Labels by key and counts of the stages of a build; two workers link the same bytes."""
+    workdir = folder / "W1"
+    result = build_i2e.build(make_config(folder, **changes), str(workdir))
+    config = make_config(folder, **changes)
+    with engine.Engine(folder / "W2", 2) as work:
+        pairs_stage.run(config, work)
+        kb_build.prepare(config, work)
+        given.run(config, work)
     links = [[path.read_bytes() for path in engine.listed(folder / f"W{n}/links")] for n in (1, 2)]
     assert links[0] == links[1]
     source = records.open_source(workdir, "i2e")
@@ -58,7 +61,7 @@ def build(folder, **changes):
         source[i]["key"]: {qids[entity] for entity in source[i]["entity_ids"]}
         for i in range(len(source))
     }
-    return labels, results[0]["stages"]
+    return labels, result["stages"]
 
 
 def reasons(workdir):
@@ -183,6 +186,8 @@ def _rows(extras, **settings):
 
 def test_ids_are_one_or_many_with_weights_beside_them():
     assert _rows({"ids": "Q1"}) == [("Q1", 1.0)]
+    assert _rows({"ids": "Q1 Q2"}) == [("Q1", 1.0), ("Q2", 1.0)]
+    assert _rows({"a": "Tram car"}, ids=None, titles="a") == [("Tram car", 1.0)]
     assert _rows({"ids": ["http://www.wikidata.org/entity/Q1", " Q2 ", None, 7, ""]}) == [
         ("Q1", 1.0),
         ("Q2", 1.0),
@@ -208,13 +213,13 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     lines = []
     for i, entities in enumerate(found):
         (tmp_path / f"pairs/{i}.jpg").write_bytes(photo(i))
-        lines.append(
-            {"file": f"{i}.jpg", "caption": _CAPTIONS[i], "key": f"{i}", "about": entities}
-        )
+        lines.append({"file": f"{i}.jpg", "words": _CAPTIONS[i], "key": f"{i}", "about": entities})
     table = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "pairs/table.jsonl").write_text(table)
     about = {"ids": "about.id", "weights": "about.p"}
-    config = make_config(tmp_path, given=about)
+    with pytest.raises(errors.BadInput, match=r"or name it in config.caption_column"):
+        build_i2e.build(make_config(tmp_path, given=about), str(tmp_path / "W1"))
+    config = make_config(tmp_path, given=about, caption_column="words")
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     [links] = inputs.tables_of(tmp_path / "W1", "links/*")
     priors = [[round(c["prior"], 3) for c in row["candidates"]] for row in links]
@@ -223,7 +228,8 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     assert stages["labels"]["labelled"] == 2
     # With a model to see them, all of them are candidates, in the same work directory.
     synthetic.write_clip(tmp_path / "clip", _CAPTIONS)
-    config = make_config(tmp_path, given=about, clip=str(tmp_path / "clip"), min_probability=0.0)
+    loose = {"min_probability": 0.0, "caption_column": "words"}
+    config = make_config(tmp_path, given=about, clip=str(tmp_path / "clip"), **loose)
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     assert stages["labels"]["labelled"] == 3
     page = (tmp_path / "W1/report/index.html").read_text()
@@ -242,7 +248,7 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
         ({"ids": "a", "where": ("language",)}, "'language' is not PLACE=VALUE"),
         ({"entitynet": "nowhere"}, "holds entitynet-queries.parquet"),
         ({"ids": "qid"}, "none of 1 pairs has an entity there"),
-        ({"ids": "caption"}, "none of 1 ids there is in the knowledge base"),
+        ({"ids": "caption"}, "none of 2 ids there is in the knowledge base"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_sentence(tmp_path, about, words):

@@ -16,7 +16,7 @@ from configs import kb
 from data_prep import build_kb, engine
 from data_prep.engine import executors
 from data_prep.kb import build as kb_build
-from data_prep.kb import forms, lookup, names, ranking
+from data_prep.kb import closure, forms, lookup, names, ranking
 from mofi_jax.common import errors
 from tests import inputs
 
@@ -353,6 +353,11 @@ def test_anchors_that_cannot_be_read_are_told(tmp_path):
     pq.write_table(pa.table({"anchor": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(errors.BadInput, match=r"a\.parquet cannot be read"):
         build(tmp_path, PLACES, anchors=str(tmp_path / "a.parquet"))
+    with pytest.raises(errors.BadInput, match=r"config\.redirects: .*the columns from and to"):
+        build(tmp_path, PLACES, redirects=str(tmp_path / "a.parquet"))
+    codes = tuple(f"a{number}" for number in range(17))
+    with pytest.raises(errors.BadInput, match=r"config.languages=.* give 16 at most"):
+        build(tmp_path, PLACES, languages=codes)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +408,7 @@ def test_neither_workers_nor_chunks_nor_memory_nor_batches_change_the_bytes(tmp_
         manifest = kb_build.build(SAMPLE, tmp_path / name / "kb", config)
         digests.append([(output["path"], output["sha256"]) for output in manifest["outputs"]])
         monkeypatch.setattr(ranking, "BATCH", 37)
+        monkeypatch.setattr(closure, "_PARTS", 2)
     assert digests[0] == digests[1]
 
 

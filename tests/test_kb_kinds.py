@@ -144,6 +144,8 @@ def test_rows_say_their_kind_or_it_follows_from_hypernyms(tmp_path):
         ("fictional detective in novels", "character"),
         ("fictional city in comics", "place"),
         ("pulp and paper manufacturer", "group"),
+        ("rock musician, member of The Stones", "person"),
+        ("hotel chain run by X", "group"),
         ("car repair chain operating in Denmark", "group"),
         ("chain of restaurants", "group"),
         ("male given name", "name"),

@@ -56,7 +56,11 @@ def test_the_family_name_may_come_first_where_the_description_says_the_country()
         ("John Fitzgerald Smith", {"john smith", "john f smith"}, {"j smith", "j f smith"}),
         ("Sir John Smith", {"john smith"}, {"j smith"}),
         ("Elizabeth II of the United Kingdom", {"elizabeth ii"}, set()),
-        ("William Morrison, 1st Viscount Dunrossil", {"william morrison"}, {"dunrossil"}),
+        (
+            "William Morrison, 1st Viscount Dunrossil",
+            {"william morrison", "viscount dunrossil"},
+            {"dunrossil"},
+        ),
         ("John Smith", set(), {"j smith"}),
     ],
 )

@@ -237,7 +237,7 @@ def example(text: str = "thing", **changes) -> dict:
         "captions": {"sampled": 1, "scripts": [{"script": "Latin", "captions": 1}]},
         "duplicates": {
             "repeated": 1,
-            "evaluation": [{"set": text, "removed": 1, "by_layer": {text: 1}}],
+            "evaluation": [{"set": text, "removed": 1, "by_layer": {text: 1}, "cosine": 0.99}],
         },
         "top_entities": [entity],
         "rare_entities": [entity],

@@ -139,13 +139,15 @@ def test_picture_sizes_are_of_the_shorter_side(tables):
 def test_duplicates(tables):
     tables.write("pairs", {"sha256": [f"{n:064x}"[::-1] for n in (1, 2, 1, 3, 1, 2)]})
     tables.rejects([(k, "d", f"eval_duplicate:{s}") for k, s in ("ax", "bx", "cy")])
+    tables.write("eval_limits", {"set": ["x", "w"], "limit": [0.0015, None]})
     matches = {"eval_duplicate:x:phash": 2, "eval_duplicate:z:sha256": 1, "eval_duplicate:x": 2}
     assert card_numbers.duplicates(tables.connection, tables.files, matches) == {
         "repeated": 3,
         "evaluation": [
-            {"set": "x", "removed": 2, "by_layer": {"phash": 2}},
-            {"set": "y", "removed": 1, "by_layer": {}},
-            {"set": "z", "removed": 0, "by_layer": {"sha256": 1}},
+            {"set": "w", "removed": 0, "by_layer": {}, "cosine": None},
+            {"set": "x", "removed": 2, "by_layer": {"phash": 2}, "cosine": 0.9985},
+            {"set": "y", "removed": 1, "by_layer": {}, "cosine": None},
+            {"set": "z", "removed": 0, "by_layer": {"sha256": 1}, "cosine": None},
         ],
     }
 

@@ -19,7 +19,7 @@ from data_prep.filters import stage as filters_stage
 from data_prep.selection import choose, embed
 from mofi_jax.common import errors
 from mofi_jax.data import ops, records, tokenizer
-from tests import workdirs
+from tests import label_tables, workdirs
 
 
 def _prepare(folder, monkeypatch, **changes):
@@ -142,7 +142,7 @@ import os, signal
 from data_prep import engine
 from data_prep.dataset import shards
 from data_prep.pairs import stage as pairs_stage
-from tests import workdirs
+from tests import label_tables, workdirs
 
 read_pictures, shards_begun = pairs_stage.read_pictures, 0
 
@@ -184,9 +184,13 @@ def test_fewer_pairs_leave_no_stale_shard(tmp_path):
 def test_nothing_to_write_is_told(tmp_path):
     workdir, _ = workdirs.write(tmp_path)
     for path in (workdir / "pairs").glob("*.parquet"):
-        pq.write_table(pq.read_table(path).slice(0, 0), path)
-    with pytest.raises(errors.BadInput, match=r"nothing to write into i2t.*rejects"):
-        shards.run(workdirs.config(), engine.Engine(workdir), "i2t")
+        pq.write_table(pq.read_table(path).slice(0, 1), path)
+    keys = [row["key"] for row in label_tables.read(workdir, "pairs/*.parquet")]
+    (tmp_path / "keys.txt").write_text("".join(f"{key}\n" for key in keys))
+    config = workdirs.config(dataset="i2t", removed=(str(tmp_path / "keys.txt"),))
+    filters_stage.drop_pictures(config, engine.Engine(workdir))
+    with pytest.raises(errors.BadInput, match=r"No pair is left of 3 pairs \(3 are removed\)"):
+        shards.run(config, engine.Engine(workdir), "i2t")
 
 
 def _encode(rgb, mode="RGB", form="JPEG"):

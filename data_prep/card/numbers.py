@@ -209,13 +209,14 @@ def duplicates(
 
     Args:
       connection: where to ask.
-      files: pairs and rejects are read.
+      files: pairs, rejects and, where there is any, eval_limits are read.
       matches: what the filter counted as eval_duplicate:SET:LAYER; other counts are passed over.
 
     Returns:
       repeated: pairs whose picture another pair has too, but for one of each picture; None where
-      no sha256 is known. evaluation: {set, removed, by_layer (pictures found, by how)} of each set;
-      a picture near two sets is removed for the first and found in both.
+      no sha256 is known. evaluation: {set, removed, by_layer (pictures found, by how), cosine (from
+      which on it is a copy; None: not told by cosines)} of each set; a picture near two sets is
+      removed for the first and found in both.
     """
     repeated = None
     if "sha256" in columns_of(connection, files["pairs"]):
@@ -235,7 +236,12 @@ def duplicates(
             **files,
         )
     )
-    layers: dict[str, dict[str, int]] = {name: {} for name in removed}
+    limits = {}
+    if files.get("eval_limits"):
+        limits = dict(
+            ask(connection, 'SELECT "set", 1 - "limit" FROM read_parquet($eval_limits)', **files)
+        )
+    layers: dict[str, dict[str, int]] = {name: {} for name in (*removed, *limits)}
     for name, number in sorted(matches.items()):
         if name.startswith(prefix) and name.count(":") == 2:
             _, of_set, layer = name.split(":")
@@ -243,7 +249,10 @@ def duplicates(
     return {
         "repeated": repeated,
         "evaluation": [
-            {"set": name, "removed": removed.get(name, 0), "by_layer": layers[name]}
+            {
+                **{"set": name, "removed": removed.get(name, 0), "by_layer": layers[name]},
+                "cosine": None if limits.get(name) is None else round(limits[name], 6),
+            }
             for name in sorted(layers)
         ],
     }

@@ -52,6 +52,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     filters = [m["settings"]["stages"] for m in engine.read_manifests(workdir, "dropped-i2e")]
     for stage in sorted({*card_pictures.JUDGES} & {*itertools.chain(*filters)}):
         files[stage] = engine.listed(workdir / stage)
+    if "eval_cosines" in files:
+        files["eval_limits"] = engine.listed(workdir / "eval_limits")
     vocabulary = workdir / "i2e" / records.VERSION / records.ENTITIES_FILE
     files["kb"] = [workdir / "kb/entities.parquet"]
     files["vocabulary"] = [vocabulary, workdir / "vocabulary/kb_rows.npy"]

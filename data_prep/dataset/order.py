@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
+from data_prep.filters import stage as filters_stage
 from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
@@ -111,10 +112,7 @@ def run(work: engine.Engine, dataset: str, seed: int, shard_examples: int) -> li
     bucket_rows = scattered.bucket_rows()
     total = int(bucket_rows.sum())
     if not total:
-        raise errors.BadInput(
-            f"There is nothing to write into {dataset}: no pair is left after the stages before; "
-            f"see the reasons in {work.workdir / 'rejects'}."
-        )
+        raise errors.BadInput(filters_stage.why_empty(work.workdir, dataset))
     shards = -(-total // shard_examples)
     # A row group for each output shard.
     groups = engine.split_evenly(shards, max(1, min(shards, -(-total // _ROWS_PER_PLAN))))

@@ -72,7 +72,7 @@ def entity_ids(inverse: np.ndarray, entities: np.ndarray) -> np.ndarray:
 def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     rows = engine.read_table(task.inputs[0])
     if not len(rows):
-        raise errors.BadInput(filters_stage.why_empty(outputs.workdir))
+        raise errors.BadInput(filters_stage.why_empty(outputs.workdir, "i2e"))
     qids, labels, texts = (rows[name].to_pylist() for name in ("qid", "label", "text"))
     entities = records.Entities(qids, labels, texts, rows["image_count"].to_numpy())
     records.write_entities(outputs.path("vocabulary/entities.parquet"), entities)

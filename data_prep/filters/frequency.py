@@ -38,6 +38,7 @@ from etils import epath
 from jaxtyping import Int32, Int64
 
 from data_prep import engine
+from data_prep.linking import rows as link_rows
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
@@ -174,8 +175,10 @@ def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         dead[row[np.isin(entities, known)]] = True
         alive = ~dead[row]
         living.append(np.stack([entities[alive], hashes.to_numpy()[row[alive]]]))
-    entity, phash = np.unique(np.concatenate(living, axis=1), axis=1)
-    table = pa.table({"entity": entity.astype(np.int32), "phash": phash})
+    entity, phash = np.concatenate(living, axis=1)
+    order = np.lexsort((phash, entity))
+    order = order[link_rows.starts_run(entity[order], phash[order])]
+    table = pa.table({"entity": entity[order].astype(np.int32), "phash": phash[order]})
     outputs.write_table(f"{outputs.stage}/{task.name}.parquet", table)
     return {"labels": len(table)}
 

@@ -122,20 +122,22 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     tasks = [engine.Task(files[0].stem, (frequent, *files)) for files in shards]
     settings = {"rare_entity_drops": config.rare_entity_drops}
     written += work.map_shards("labels_final", _drop_rare, tasks, settings)
-    taken = losses(work.workdir)
+    taken = losses(work.workdir, "i2e")
     labelled = engine.total_counts(written).get("labelled", 0) + sum(count for _, count in taken)
     for reason, count in taken:
-        logging.info(
+        # Of more than half people want to know at once.
+        log = logging.warning if 2 * count > labelled else logging.info
+        log(
             "filters: %d of %d labelled pairs (%.2g %%) go as %s",
             *(count, labelled, 100 * count / labelled, reason),
         )
     return written
 
 
-def losses(workdir: epath.Path) -> list[tuple[str, int]]:
-    """How many labelled pairs each filter takes: (reason, pairs), in the order of the filters."""
+def losses(workdir: epath.Path, dataset: str) -> list[tuple[str, int]]:
+    """How many pairs each filter takes: (reason, pairs), in the order of the filters."""
     found: dict[str, int] = {}
-    for stage in ("dropped-i2e", "capped", "labels_final"):
+    for stage in (f"dropped-{dataset}", *(("capped", "labels_final") if dataset == "i2e" else ())):
         counts = engine.total_counts(engine.read_manifests(workdir, stage))
         for name, count in counts.items():
             # With its layer a picture of an evaluation set is counted once more.
@@ -144,10 +146,10 @@ def losses(workdir: epath.Path) -> list[tuple[str, int]]:
     return [(name, count) for name, count in found.items() if count]
 
 
-def why_empty(workdir: epath.Path) -> str:
-    """One sentence about a work directory in which no labelled pair is left."""
-    taken = losses(workdir)
-    of = f"{sum(count for _, count in taken):,} labelled pairs"
+def why_empty(workdir: epath.Path, dataset: str) -> str:
+    """One sentence about a work directory in which no pair is left for a data set."""
+    taken = losses(workdir, dataset)
+    of = f"{sum(count for _, count in taken):,} {'labelled ' * (dataset == 'i2e')}pairs"
     if not taken:
         counts = engine.total_counts(engine.read_manifests(workdir, "labels"))
         of = f"{counts.pop('pairs', 0):,} pairs"

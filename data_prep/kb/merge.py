@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_prep import engine
+from data_prep.engine import executors
 from data_prep.kb import closure, forms, people, ranking
 from data_prep.kb import parts as kb_parts
 from data_prep.kb.sources import anchors as kb_anchors
@@ -46,8 +47,8 @@ def merge(
         counts["redirects"] = closure.write_redirects(
             connection, config["redirects"], path, redirects
         )
-        people = _People(path, scratch, settings)
-        names = _numbered_names(parts, entities, people.names)
+        shortened, taken = _take_people_apart(path, scratch, settings, config["workers"])
+        names = _numbered_names(parts, entities, shortened)
         anchors = kb_anchors.Anchors(
             config["anchors"], path, redirects, config["anchor_min_links"], scratch
         )
@@ -60,9 +61,9 @@ def merge(
             connection,
             f"SELECT *, {forms.EXACT} AS how, 0 AS links, 'nan'::FLOAT AS linked"
             " FROM read_parquet($parts) ORDER BY form, entity, role",
-            {"parts": people.parts},
+            {"parts": taken},
         ).to_arrow_reader(100_000)
-        index = ranking.Index(os.path.join(scratch, "people"), _PARTS)
+        index = ranking.Index(os.path.join(scratch, "parts"), _PARTS)
         _rank_all(found, index, settings)
         counts["parts"], _ = index.write(outputs, "parts.marisa", "part_offsets.npy")
     shutil.rmtree(scratch)
@@ -97,44 +98,23 @@ def _rank_all(rows: pa.RecordBatchReader, index: ranking.Index, settings: dict) 
     return by_links_alone
 
 
-class _People:
-    """The parts and the shortened names of all people, as two files.
+def _take_people_apart(
+    entities: str, scratch: str, settings: dict, workers: int
+) -> tuple[list[str], list[str]]:
+    """The files of the shortened names of people, and those of the parts of their names."""
+    import pyarrow.parquet as pq
 
-    Attributes:
-      names: form, entity, weight, case, how, languages.
-      parts: form, entity, weight, role.
-    """
-
-    def __init__(self, entities: str, scratch: str, settings: dict):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.names = os.path.join(scratch, "people_names.parquet")
-        self.parts = os.path.join(scratch, "people_parts.parquet")
-        columns = {"form": pa.string(), "entity": pa.int32(), "weight": pa.float64()}
-        schema = pa.schema({**columns, "role": pa.uint8()})
-        columns = ["label", "aliases", "description", "sitelinks", "kind"]
-        rules = settings["alias_factor"], settings["alpha"]
-        first = 0
-        with (
-            pq.ParquetFile(entities) as file,
-            pq.ParquetWriter(self.names, _names_schema()) as names,
-            pq.ParquetWriter(self.parts, schema) as parts,
-        ):
-            for batch in file.iter_batches(_ROW_GROUP, columns=columns):
-                shortened, taken = [], []
-                for row, weight, found in people.rows(batch, *rules):
-                    for form, (share, case) in found.shortened.items():
-                        how = (case, forms.SHORTENED, forms.ANY)
-                        shortened.append((first + row, form, weight * share, *how))
-                    for (form, role), share in found.parts.items():
-                        taken.append((form, first + row, weight * share, role))
-                for writer, rows, of in (
-                    (names, shortened, _names_schema()),
-                    (parts, taken, schema),
-                ):
-                    writer.write_table(kb_parts.table(rows, of))
-                first += batch.num_rows
+    folder = os.path.join(scratch, "people")
+    os.makedirs(folder)
+    with pq.ParquetFile(entities) as file:
+        groups = range(file.num_row_groups)
+    write = people.Writer(entities, folder, settings["alias_factor"], settings["alpha"])
+    if workers == 1 or len(groups) < 2:
+        paths = list(map(write, groups))
+    else:
+        with executors.spawned(workers) as pool:
+            paths = list(pool.map(write, groups))
+    return [f"{path}.names.parquet" for path in paths], [f"{path}.parts.parquet" for path in paths]
 
 
 def _write_entities(
@@ -245,20 +225,13 @@ def _write_row_groups(writer, held: list[pa.Table], least: int) -> list[pa.Table
     return [table]
 
 
-def _names_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return kb_parts.names_schema().set(0, pa.field("entity", pa.int32()))
-
-
 def _numbered_names(
-    parts: Sequence[str], entities: Sequence[np.ndarray], further: str
+    parts: Sequence[str], entities: Sequence[np.ndarray], further: Sequence[str]
 ) -> pa.RecordBatchReader:
-    """All names of all parts, then those of a file: entity, form, weight, case, how, languages."""
+    """All names of all parts, then those of further files; columns of `parts.numbered_schema`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    schema = _names_schema()
+    schema = kb_parts.numbered_schema()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for path, numbers in zip(parts, entities, strict=True):
@@ -267,7 +240,7 @@ def _numbered_names(
             columns = [pa.array(entity), *(table[name] for name in schema.names[1:])]
             table = pa.table(columns, schema=schema).filter(pa.array(entity >= 0))
             yield from table.to_batches()
-        with pq.ParquetFile(further) as file:
-            yield from file.iter_batches()
+        for path in further:
+            yield from engine.read_table(path).to_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())

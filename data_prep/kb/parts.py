@@ -137,6 +137,13 @@ def names_schema() -> pa.Schema:
     )
 
 
+def numbered_schema() -> pa.Schema:
+    """The same with the rows of the base in the place of those of the part: entity."""
+    import pyarrow as pa
+
+    return names_schema().set(0, pa.field("entity", pa.int32()))
+
+
 def classes_schema() -> pa.Schema:
     """The columns of PATH.classes.parquet."""
     import pyarrow as pa

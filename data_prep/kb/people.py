@@ -1,7 +1,8 @@
 """The parts of people's names, and what is left of a full name when people shorten it.
 
     "Sir Ludwig Johannes van der Example III, 2nd Baron Sample"
-    names     "Ludwig van der Example", "Ludwig J van der Example", and without title, III or baron
+    names     "Ludwig van der Example", "Ludwig J van der Example", "Baron Sample", and the first
+              part without what is after the comma, then without III, then without "Sir"
     parts     family: "van der example", "example"; given: "ludwig"; other: "l van der example",
               "l j van der example", "johannes van der example", "ludwig johannes", "sample"
 
@@ -14,11 +15,12 @@ to be looked up only where something says that a person is meant.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_prep.kb import forms, names
+from data_prep.kb import parts as kb_parts
 
 FAMILY, GIVEN, OTHER = range(3)  # `part_role.npy`
 KINDS = ("person", "character")
@@ -107,10 +109,15 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
 
     main, _, rest = name.partition(",")
     words = _EPITHET.split(main)[0].split()
+    if not words or any(_is_small(word) for word in (words[0], words[-1])):
+        return  # a noun such as "film maker"
     epithet = len(words) < len(main.split())
     ranks = rest.split()
-    if _TITLES.intersection(map(_bare, ranks)) and not _is_small(ranks[-1]):
-        part(ranks[-1:], OTHER)  # "1st Baron Sample"
+    titles = [i for i, word in enumerate(ranks) if _bare(word) in _TITLES]
+    if titles and not _is_small(ranks[-1]):
+        part(ranks[-1:], OTHER)  # "2nd Baron Sample"
+        shorten(ranks[titles[0] :])
+    shorten(words)
     while len(words) > 1 and _bare(words[0]) in _TITLES:
         words = words[1:]
     while len(words) > 1 and _bare(words[-1]) in _SUFFIXES:
@@ -119,8 +126,6 @@ def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found:
     if regnal and len(words) > 2 and len(words[-1]) > 1 and not epithet:
         words, regnal = words[:-1], False  # "Robert Downey III"
         shorten(words)
-    if not words or any(_is_small(word) for word in (words[0], words[-1])):
-        return  # a noun such as "film maker", or a title alone
     shorten(words)
     if len(words) == 1 or regnal or epithet:
         part(words[:1], GIVEN if regnal or epithet else OTHER)
@@ -162,18 +167,47 @@ def _is_small(word: str) -> bool:
     return word[0].islower() and not _is_particle(word) and "-" not in word
 
 
-def rows(table, factor: float, alpha: float) -> Iterator[tuple[int, float, Found]]:
-    """The people of a table of entities.
+class Writer(NamedTuple):
+    """Takes the people apart whom a row group of entities.parquet holds.
 
-    Args:
-      table: label, aliases, description, sitelinks, kind.
-
-    Yields:
-      Row of the table, the weight of the label, what the names yield.
+    Attributes:
+      entities: the file.
+      folder: where NUMBER.names.parquet (`parts.numbered_schema`) and NUMBER.parts.parquet (form,
+        entity, weight, role) are written.
+      factor: the weight of an alias against the label.
+      alpha: the exponent of sitelinks + 1.
     """
-    columns = ("kind", "label", "aliases", "description", "sitelinks")
-    for row, (kind, *texts, links) in enumerate(
-        zip(*(table[name].to_pylist() for name in columns), strict=True)
-    ):
-        if kind in KINDS:
-            yield row, float(links + 1) ** alpha, take_apart(*texts, factor)
+
+    entities: str
+    folder: str
+    factor: float
+    alpha: float
+
+    def __call__(self, group: int) -> str:
+        """Writes the two files; returns their path without the endings."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = ["kind", "label", "aliases", "description", "sitelinks"]
+        with pq.ParquetFile(self.entities) as file:
+            first = sum(file.metadata.row_group(i).num_rows for i in range(group))
+            table = file.read_row_group(group, columns)
+        shortened, parts = [], []
+        rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        for entity, (kind, label, aliases, description, links) in enumerate(rows, first):
+            if kind not in KINDS:
+                continue
+            weight = float(links + 1) ** self.alpha
+            found = take_apart(label, aliases, description, self.factor)
+            for form, (share, case) in found.shortened.items():
+                how = (case, forms.SHORTENED, forms.ANY)
+                shortened.append((entity, form, weight * share, *how))
+            for (form, role), share in found.parts.items():
+                parts.append((form, entity, weight * share, role))
+        path = os.path.join(self.folder, f"{group:07d}")
+        schema = {"form": pa.string(), "entity": pa.int32(), "weight": pa.float64()}
+        schema = pa.schema({**schema, "role": pa.uint8()})
+        kb_parts.write(f"{path}.parts.parquet", kb_parts.table(parts, schema))
+        schema = kb_parts.numbered_schema()
+        kb_parts.write(f"{path}.names.parquet", kb_parts.table(shortened, schema))
+        return path

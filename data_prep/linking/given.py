@@ -4,7 +4,7 @@
 
     ids         a column of the input, or a place in it (`a.b`: see `pairs.samples.at`), of ids as
                 the knowledge base has them, such as Q42 or http://www.wikidata.org/entity/Q42:
-                one, a list, or objects that hold them
+                one, several with blanks between them, a list, or objects that hold them
     titles      the same of titles of Wikipedia's articles, by the sitelinks of the base
     entitynet   the folder of EntityNet's tables (`linking.entitynet`)
 
@@ -171,6 +171,8 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
       settings: `ids` or `titles`, `weights` or None, `where`: pairs (place, value).
     """
     names = row.get(settings["ids"] or settings["titles"])
+    if isinstance(names, str) and settings["ids"]:
+        names = names.split()  # several in a text, as tables hold them
     names = names if isinstance(names, list) else [names]
 
     def beside(place: str) -> list:

@@ -21,8 +21,8 @@ NOUNS = "nouns.tsv.gz"  # made by `data_prep.kb.sources.nouns`
 
 # What the frequent senses in WordNet do not tell of the heads of descriptions, and words it lacks.
 _HEADS = {
-    "group": "administration airline alliance authority bank board broadcaster carrier chain"
-    " conglomerate cooperative co-operative council dealer distributor duo enterprise"
+    "group": "administration airline alliance authority bank board body broadcaster carrier"
+    " chain conglomerate cooperative co-operative council dealer distributor duo enterprise"
     " federation franchise label lender manufacturer network office operator organisation"
     " people provider publisher retailer seller service startup subsidiary supplier system"
     " tribe trio trust utility wholesaler developer brewery",
@@ -30,7 +30,7 @@ _HEADS = {
     " frazione gmina hamlet intercommunality kingdom locality municipality neighborhood"
     " neighbourhood oblast park powiat prefecture raion republic seat settlement state suburb"
     " territory township verbandsgemeinde voivodeship ward zone",
-    "building": "airport cinema library shop stadium store supermarket theater theatre",
+    "building": "airport cinema courthouse library shop stadium store supermarket theater theatre",
     "work": "album anime article comic ep episode film manga miniseries painting"
     " periodical record series show sitcom soundtrack videogame webcomic",
     "product": "brand model trademark",
@@ -39,7 +39,7 @@ _HEADS = {
     "event": "championship edition season tournament war",
     "nature": "asteroid exoplanet galaxy island mountain peak volcano",
     "abstract": "award currency discipline genre honor honour position prize profession rank"
-    " subgenre title",
+    " religion study subgenre title",
 }
 _HEADS = {word: kind for kind, words in _HEADS.items() for word in words.split()} | {
     "family name": "name",
@@ -53,6 +53,8 @@ _HEADS = {word: kind for kind, words in _HEADS.items() for word in words.split()
     "film franchise": "work",
     "car model": "product",
     "school district": "group",
+    "chain restaurant": "group",
+    "chain store": "group",
     "disambiguation": "wikimedia",
 }
 # "species of beetle": what it is comes after "of".
@@ -65,8 +67,8 @@ _OF_WHAT = frozenset(
 )
 _VERBS = ("ed", "held", "ing", "ly", "spoken", "written")
 _CUT = re.compile(
-    r"[;:.]| (?:across|along|at|between|by|during|for|from|in|into|is|known|made|near|of|on|or|that"
-    r"|to|under|used|was|where|which|who|whose|with|within)\b"
+    r"[;:.]| (?:across|along|at|between|by|during|for|from|in|into|is|known|made|near|of|on|or|run"
+    r"|serving|that|to|under|used|was|where|which|who|whose|with|within)\b"
 )
 _LIST = re.compile(r",(?: and)? | and ")
 _DOT = re.compile(r"\b([a-z])\.")  # "u.s."
@@ -85,7 +87,9 @@ def _nouns() -> dict[str, str]:
     data = importlib.resources.files(__package__).joinpath(NOUNS).read_bytes()
     lines = gzip.decompress(data).decode().splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    return {word: kind for kind, words in rows for word in words.split(",")} | _HEADS
+    found = {word: kind for kind, words in rows for word in words.split(",")}
+    # A compound of a word that is here is of its kind.
+    return {word: kind for word, kind in found.items() if word.split()[-1] not in _HEADS} | _HEADS
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -102,15 +106,15 @@ def from_description(text: str) -> str | None:
 
 def _of_clause(text: str) -> str | None:
     clause, *rest = _CUT.split(text, maxsplit=1)
-    match = _OF.match(text, clause.rfind(" ") + 1) if rest else None
+    parts = _LIST.split(clause)
+    match = _OF.match(text, clause.rfind(" ") + 1) if rest and len(parts) == 1 else None
     if match and match[1] in _OF_WHAT and (kind := _of_clause(match[2])):
         return kind
-    parts = _LIST.split(clause)
     found = [kind for kind in map(_of_words, parts) if kind]
     if not found:
         return None
     # "pulp and paper manufacturer" is a manufacturer, "actress and model" an actress.
-    shared = " and " in clause and (found[0] != "person" or found[-1] == "group")
+    shared = " and " in clause and (found[0] != "person" or found[1:] == ["group"])
     return found[-1] if shared else found[0]
 
 

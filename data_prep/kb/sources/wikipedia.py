@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 
 from data_prep import engine
-from data_prep.kb import closure, names
+from data_prep.kb import closure
 from data_prep.kb import parts as kb_parts
 from data_prep.kb.sources import dump, wikitext
 from mofi_jax.common import errors
@@ -36,6 +36,7 @@ _LONGEST = 100  # characters of a text that is looked for
 # A redirect is there because people write its title: as many links as make a name.
 _REDIRECT_LINKS = 5
 _PAGE = re.compile(rb"<page>.*?</page>", re.DOTALL)
+_WORD = re.compile(r"[^\W_]+")
 _NAMESPACE = re.compile(r'<namespace key="(-?\d+)"[^<>]*>([^<>]*)</namespace>')
 # Other names of some; the dump has the main ones.
 _ALIASES = frozenset(("image", "image talk", "project", "project talk", "wp", "wt"))
@@ -265,11 +266,12 @@ def _names_in(text: str, trie: marisa_trie.Trie) -> Iterator[str]:
     """The texts of the trie in a text, whole words, the longest at each; none inside another."""
     text = " ".join(text.split())
     reached = 0
-    for token in names.tokenize(text):
-        if token.start < reached:
+    for word in _WORD.finditer(text):
+        start = word.start()
+        if start < reached:
             continue
-        for name in sorted(trie.prefixes(text[token.start : token.start + _LONGEST]), reverse=True):
-            end = token.start + len(name)
+        for name in reversed(trie.prefixes(text[start : start + _LONGEST])):  # the longest first
+            end = start + len(name)
             if not (text[end - 1].isalnum() and text[end : end + 1].isalnum()):
                 reached = end
                 yield name

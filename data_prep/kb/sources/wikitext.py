@@ -21,6 +21,7 @@ _HIDDEN = re.compile(
 _TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _LINK = re.compile(r"\[\[([^\[\]]*)\]\]([^\W\d_]*)")
 _EXTERNAL = re.compile(r"\[?\bhttps?://[^\s\]<>]+ ?")
+_BREAK = re.compile(r"</?(?:br|dd|div|dl|dt|h[1-6]|hr|li|ol|p|t[dhr]|ul)\b[^<>]*>", re.IGNORECASE)
 _MARKUP = re.compile(r"'{2,}|</?[a-zA-Z][^<>]*>|__[A-Z]+__|\[|\]")
 _BLANKS = re.compile(r"[\s_]+")
 _DEEPEST = 20  # templates in templates, links in captions of pictures
@@ -78,4 +79,8 @@ def read(wikitext: str, namespaces: Collection[str]) -> Article:
 
 
 def _plain(text: str) -> str:
-    return html.unescape(_MARKUP.sub("", _EXTERNAL.sub(" ", text)))
+    if "://" in text:
+        text = _EXTERNAL.sub(" ", text)
+    if "<" in text:
+        text = _BREAK.sub(" ", text)
+    return html.unescape(_MARKUP.sub("", text))
