@@ -114,6 +114,7 @@ def test_rows_say_their_kind_or_it_follows_from_hypernyms(tmp_path):
         {"id": "n4", "label": "List of dogs"},
         {"id": "n5", "label": "stone", "description": "village in Poland"},
         {"id": "n6", "label": "pebble"},
+        {"id": "n7", "label": "steak", "hypernyms": ["n3"], "description": "drawing"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", inputs.kb_rules())
@@ -125,6 +126,7 @@ def test_rows_say_their_kind_or_it_follows_from_hypernyms(tmp_path):
         ("wikimedia", "guessed"),
         ("place", "guessed"),
         (None, None),
+        ("food", "given"),
     ]
 
 

@@ -148,7 +148,7 @@ def build(
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     """All that the base depends on besides its source, whose format is `form`."""
     return {
-        "version": 5,
+        "version": 6,
         "format": form,
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,

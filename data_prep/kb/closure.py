@@ -86,17 +86,6 @@ _LEARNED = 1_000_000  # entities whose labels are learned from
 _PARTS = 200  # parts that are asked for at a time, of 5,000 entities each
 
 
-def _kind(
-    kind: str | None, label: str, description: str, root: int | None
-) -> tuple[str | None, str | None]:
-    """The kind of an entity, and where it is from."""
-    kind = kind or (kinds.ROOTS[root][1] if root is not None else None)
-    if kind:
-        return kind, kinds.GIVEN
-    kind = guess.from_row(label, description)
-    return kind, kinds.GUESSED if kind else None
-
-
 class Kinds:
     """The kinds of the entities of all parts.
 
@@ -108,17 +97,29 @@ class Kinds:
         import pyarrow as pa
 
         self._connection, self._parts = connection, parts
-        roots = pa.table({"id": [root for root, _ in kinds.ROOTS], "root": range(len(kinds.ROOTS))})
-        connection.register("roots", roots)
+        said = [(root, kind) for root, kind in kinds.ROOTS if kind]
+        meta = [root for root, kind in kinds.ROOTS if not kind]
+        # In this order: classes that make a kind, rows whose kind is given, classes of classes.
+        self._kinds = [kind for _, kind in said] + list(kinds.KINDS)
+        ids = [root for root, _ in said] + meta
+        numbers = [*range(len(said)), *range(len(self._kinds), len(self._kinds) + len(meta))]
+        connection.register("listed", pa.table({"id": ids, "root": numbers}))
+        codes = {"kind": list(kinds.KINDS), "root": range(len(said), len(self._kinds))}
+        connection.register("codes", pa.table(codes))
         engine.ask(
             connection,
             "CREATE TEMP TABLE classes AS SELECT DISTINCT child, parent FROM read_parquet($parts)",
             {"parts": [f"{path}.classes.parquet" for path in parts]},
         )
+        engine.ask(
+            connection,
+            "CREATE TEMP TABLE roots AS SELECT id, root FROM listed UNION ALL"
+            " SELECT qid, root FROM read_parquet($parts) JOIN codes USING (kind)",
+            {"parts": [f"{path}.entities.parquet" for path in parts]},
+        )
         spread(connection, "classes", "roots", "reached")
-        connection.execute("DROP TABLE classes")
-        meta = [kind for _, kind in kinds.ROOTS].index(None)  # from here on they say nothing
-        connection.execute(f"DELETE FROM reached WHERE root >= {meta}")
+        connection.execute("DROP TABLE classes; DROP TABLE roots")
+        connection.execute(f"DELETE FROM reached WHERE root >= {len(self._kinds)}")
         self._labels = guess.Labels()
         self._learn()
 
@@ -130,7 +131,17 @@ class Kinds:
             for file in files:
                 table = engine.read_table(file)
                 columns = (table[name].to_pylist() for name in ("kind", "label", "description"))
-                yield table, [_kind(*row) for row in zip(*columns, roots, strict=False)]
+                yield table, [self._kind(*row) for row in zip(*columns, roots, strict=False)]
+
+    def _kind(
+        self, kind: str | None, label: str, description: str, root: int | None
+    ) -> tuple[str | None, str | None]:
+        """The kind of an entity, and where it is from."""
+        kind = kind or (None if root is None else self._kinds[root])
+        if kind:
+            return kind, kinds.GIVEN
+        kind = guess.from_row(label, description)
+        return kind, kinds.GUESSED if kind else None
 
     def _roots(self, files: Sequence[str]) -> Iterator[int | None]:
         """The roots of the rows of some parts, in their order."""

@@ -31,8 +31,8 @@ _HEADS = {
     " neighbourhood oblast park powiat prefecture raion republic seat settlement state suburb"
     " territory township verbandsgemeinde voivodeship ward zone",
     "building": "airport cinema courthouse library shop stadium store supermarket theater theatre",
-    "work": "album anime article comic ep episode film manga miniseries painting"
-    " periodical record series show sitcom soundtrack videogame webcomic",
+    "work": "album anime article comic ep drawing episode film manga miniseries"
+    " painting periodical record series show sitcom soundtrack videogame webcomic",
     "product": "brand model trademark",
     "person": "footballer filmmaker guitarist keyboardist politician rapper showrunner"
     " singer-songwriter songwriter streamer vlogger youtuber",
