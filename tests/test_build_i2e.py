@@ -235,7 +235,7 @@ def fails(config, tmp_path):
         ("failure_budget", 1.0, "give a share from 0 to below 1"),
         ("rows_per_shard", 0, "give at least 1"),
         ("boilerplate", ("(",), "is no regular expression"),
-        ("case_penalty", 2.0, "give a number from 0 to 1.0"),
+        ("case_weight", 0.5, "give 1, which turns it off, or more"),
         ("spacy_model", "no_such_model", "is no installed spaCy package"),
     ],
 )

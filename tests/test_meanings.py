@@ -1,4 +1,4 @@
-"""Meanings: what the case of a caption and its other mentions say about a name."""
+"""Meanings: what a caption says about a name: case, types, other mentions, or nothing at all."""
 
 import json
 
@@ -6,94 +6,270 @@ import numpy as np
 import pytest
 
 from data_prep.kb import build as kb_build
-from data_prep.kb import kinds, lookup, names
-from data_prep.linking import boilerplate, disambiguate
+from data_prep.kb import kinds, lookup
+from data_prep.linking import boilerplate, disambiguate, languages, ner
+from data_prep.linking import stage as linking_stage
 from tests import inputs
 
 ROWS = [
-    {"qid": "Q89", "label": "apple", "sitelinks": 9, "hypernyms": ["fruit"]},
-    {"qid": "Q312", "label": "Apple", "sitelinks": 29, "types": ["company"]},
+    {"qid": "Q89", "label": "apple", "sitelinks": 9, "kind": "food"},
+    {"qid": "Q312", "label": "Apple", "sitelinks": 29, "kind": "group"},
     {"qid": "Q1", "label": "IT", "aliases": ["information technology"]},
-    {"qid": "Q2", "label": "IKEA", "types": ["company"]},
-    {"qid": "Q3", "label": "pear", "hypernyms": ["fruit"]},
+    {"qid": "Q2", "label": "IKEA", "kind": "group"},
     {"qid": "Q4", "label": "cup"},
-    {"qid": "Q5", "label": "US"},
+    {"qid": "Q5", "label": "US", "kind": "place"},
     {"qid": "Q6", "label": "BMW"},
-    {"qid": "Q7", "label": "fig", "hypernyms": ["fruit"]},
+    {"qid": "Q8", "label": "Your", "kind": "work"},
+    {"qid": "Q9", "label": "So On", "kind": "work"},
+    {"qid": "Q10", "label": "2019", "kind": "work"},
+    {"qid": "Q11", "label": "photograph", "kind": "artifact"},
+    {"qid": "Q12", "label": "second", "aliases": ["s"], "kind": "time"},
+    {"qid": "Q13", "label": "Hill", "kind": "group"},
+    {"qid": "Q14", "label": "Paris", "kind": "place"},
+    {"qid": "Q15", "label": "Paris", "kind": "work", "sitelinks": 1},
+    {"qid": "Q20", "label": "Angela Merkel", "kind": "person", "sitelinks": 9},
+    {"qid": "Q21", "label": "Una Merkel", "kind": "person"},
+    {"qid": "Q22", "label": "Howard Smith", "kind": "person"},
+    {"qid": "Q23", "label": "Manmohan Singh", "kind": "person"},
+    {"qid": "Q24", "label": "Singh", "kind": "product"},
+    {"qid": "Q25", "label": "Robert Nardelli", "kind": "person"},
+    {"qid": "Q26", "label": "Beyoncé", "kind": "person"},
+    {"qid": "Q27", "label": "東京タワー", "kind": "building"},
+    {"qid": "Q28", "label": "แมว", "kind": "animal"},
+    {"qid": "Q29", "label": "glasses"},
+    {"qid": "Q30", "label": "glass"},
+    {"qid": "Q31", "label": "McDonald's", "kind": "group"},
 ]
+ROW_OF = {row["qid"]: number for number, row in enumerate(ROWS)}
+
+
+def build(folder, rows, **changes):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rules = inputs.kb_rules()
+    rules.update(changes)
+    kb_build.build(folder / "rows.jsonl", folder / "kb", rules)
+    return lookup.KnowledgeBase(folder / "kb")
 
 
 @pytest.fixture(scope="module")
 def kb(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kb")
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
-    return lookup.KnowledgeBase(folder / "kb")
+    return build(tmp_path_factory.mktemp("kb"), ROWS)
 
 
-def weigh(kb, text, surfaces, linked=None, **changes):
-    """{surface: {qid: prior}} of mentions in one caption."""
-    rule = {"max_candidates": 10, "case_penalty": 0.25, "company_weight": 0.0} | changes
-    rule = {"linker_weight": 4.0} | rule
-    forms = [names.normalize(surface) for surface in surfaces]
-    text_of = np.zeros(len(surfaces), np.int64)
-    found = disambiguate.weigh(
-        kb, disambiguate.Rule(**rule), [text], text_of, surfaces, forms, linked
+@pytest.fixture
+def meanings(kb, monkeypatch):
+    """A function from a text to {surface: {qid: prior}}; `spans` are what spaCy is to find."""
+
+    def link(text, spans=None, **changes):
+        values = {"max_candidates": 10, "case_weight": 10.0, "ner_weight": 4.0}
+        rule = disambiguate.Rule(**(values | {"linker_weight": 5.0} | changes))
+        found = [
+            ner.Span(text.index(surface), text.index(surface) + len(surface), *rest)
+            for surface, *rest in spans or ()
+        ]
+        monkeypatch.setattr(ner, "spacy_spans", lambda texts, model: [found for _ in texts])
+        monkeypatch.setattr(ner, "links_itself", lambda model: False)
+        blank = boilerplate.Blanker(boilerplate.PATTERNS)
+        model = None if spans is None else "a model"
+        mentions, candidates = linking_stage.link([text], blank, kb, rule, model)
+        [mentions], [candidates] = mentions.to_pylist(), candidates.to_pylist()
+        result = {mention["surface"]: {} for mention in mentions}
+        for mention in mentions:
+            assert text[mention["start"] : mention["end"]] == mention["surface"]
+        for row in candidates:
+            surface = mentions[row["mention"]]["surface"]
+            result[surface][ROWS[row["entity"]]["qid"]] = row["prior"]
+        for own in result.values():
+            assert sum(own.values()) <= 1
+            assert list(own.values()) == sorted(own.values(), reverse=True)
+        return result
+
+    return link
+
+
+def by_text(found):
+    """The entities that mentions mean more likely than nothing."""
+    best = {
+        max(own, key=own.get): 1 - sum(own.values()) < max(own.values())
+        for own in found.values()
+        if own
+    }
+    return {qid for qid, likely in best.items() if likely}
+
+
+# ------------------------------------------------------------------------------------------- case
+
+
+def test_a_word_in_lower_case_is_hardly_a_name_where_the_caption_minds_case(meanings):
+    # Apple has three times the sitelinks: 30/40 against 10/40; the odds of both are 9.
+    assert meanings("An apple a day")["apple"] == pytest.approx(
+        {"Q89": 2.25 / 3.925, "Q312": 0.675 / 3.925}
     )
-    result = {surface: {} for surface in surfaces}
-    for number, entity, prior in zip(found.surface, found.entity, found.prior, strict=True):
-        result[surfaces[number]][ROWS[entity]["qid"]] = round(float(prior), 3)
-    return result
+    found = meanings("the big shop of Apple opens")["Apple"]
+    assert found == pytest.approx({"Q312": 67.5 / 70.75, "Q89": 2.25 / 70.75})
+    found = meanings("An apple a day", case_weight=1.0)["apple"]
+    assert found == pytest.approx({"Q312": 0.675, "Q89": 0.225})
 
 
-def test_a_word_in_lower_case_is_hardly_a_name_where_the_caption_uses_capitals(kb):
-    # Apple has three times the sitelinks: 30/40 against 10/40.
-    assert weigh(kb, "An apple a day", ["apple"])["apple"] == {"Q312": 0.429, "Q89": 0.571}
-    assert weigh(kb, "Apple opens a shop", ["Apple"])["Apple"] == {"Q312": 0.75, "Q89": 0.25}
+@pytest.mark.parametrize("text", ["buy an apple now", "BUY AN APPLE NOW", "Apple at the Market"])
+def test_a_caption_of_one_case_says_nothing(meanings, text):
+    [found] = [own for surface, own in meanings(text).items() if surface.lower() == "apple"]
+    assert found == pytest.approx({"Q312": 0.675, "Q89": 0.225})
 
 
-@pytest.mark.parametrize("text", ["buy an apple now", "BUY AN APPLE NOW"])
-def test_a_caption_of_one_case_says_nothing(kb, text):
-    surface = "apple" if text.islower() else "APPLE"
-    assert weigh(kb, text, [surface])[surface] == {"Q312": 0.75, "Q89": 0.25}
+def test_function_words_are_no_acronyms(meanings):
+    assert meanings("look at it, join us") == {"it": {}, "us": {}}
+    assert by_text(meanings("new jobs in IT in the US")) == {"Q1", "Q5"}
+    assert meanings("JOIN US NOW") == {"US": {}}  # capitals say nothing here
+    assert by_text(meanings("a cup for my new bmw")) == {"Q4", "Q6"}
 
 
-def test_the_penalty_can_be_turned_off(kb):
-    found = weigh(kb, "An apple a day", ["apple"], case_penalty=1.0)
-    assert found["apple"] == {"Q312": 0.75, "Q89": 0.25}
+# ---------------------------------------------------------------------------------------- nothing
 
 
-def test_function_words_are_no_acronyms(kb):
-    assert weigh(kb, "Look at it, join us", ["it", "us"]) == {"it": {}, "us": {}}
-    assert weigh(kb, "Jobs in IT in the US", ["IT", "US"]) == {"IT": {"Q1": 1.0}, "US": {"Q5": 1.0}}
-    assert weigh(kb, "JOIN US NOW", ["US"]) == {"US": {}}  # capitals say nothing here
+def test_what_hardly_ever_means_anything_is_no_label_by_text(meanings):
+    text = "a photograph from the hill with your dog's cup in 2019, and so on"
+    found = meanings(text)
+    assert by_text(found) == {"Q4"}
+    assert "s" not in found, "a possessive begins no name"
+    assert not any(found.get(surface) for surface in ("photograph", "your", "2019"))
+    assert 0 < sum(found["hill"].values()) < 0.2
 
 
-def test_short_names_that_are_no_function_words_stay(kb):
-    assert weigh(kb, "a cup", ["cup"]) == {"cup": {"Q4": 1.0}}
-    assert weigh(kb, "my new bmw", ["bmw"]) == {"bmw": {"Q6": 1.0}}  # the only meaning
+def test_joined_and_short_names_need_evidence(meanings):
+    assert not by_text(meanings("coming soon"))
+    assert sum(meanings("listen to #soon")["soon"].values()) >= 0.5
+    assert sum(meanings("SoOn_01.jpg")["SoOn"].values()) >= 0.5
+    assert not by_text(meanings("model s"))
 
 
-def test_company_makes_related_meanings_likelier(kb):
-    surfaces = ["apple", "pear", "fig"]
-    alone = weigh(kb, "apple, pear and fig", surfaces)["apple"]
-    together = weigh(kb, "apple, pear and fig", surfaces, company_weight=9.0)["apple"]
-    assert alone == {"Q312": 0.75, "Q89": 0.25}
-    # Both others are fruit for certain: the fruit's weight is 0.25 * (1 + 9).
-    assert together == {"Q89": round(2.5 / 3.25, 3), "Q312": round(0.75 / 3.25, 3)}
-    found = weigh(kb, "Apple and IKEA", ["Apple", "IKEA"], company_weight=9.0)["Apple"]
-    assert found["Q312"] > 0.95
+def test_a_link_probability_counts_where_there_is_one(tmp_path):
+    rows = [{"qid": "Q1", "label": "Hill", "kind": "place"}, {"qid": "Q2", "label": "Obama"}]
+    (tmp_path / "anchors.tsv").write_text("Hill\tQ1\t65\t1000\nObama\tQ2\t5\t5000\n")
+    kb = build(tmp_path, rows, anchors=str(tmp_path / "anchors.tsv"))
+    rule = disambiguate.Rule(10, 1.0, 1.0, 1.0)
+    for text, prior in (("hill", 0.5), ("obama", 0.001 / 0.066)):
+        _, [found] = linking_stage.link([text], boilerplate.Blanker(()), kb, rule, None)
+        assert found[0]["prior"].as_py() == pytest.approx(prior)
 
 
-def test_what_a_trained_linker_chose_is_likelier(kb):
-    found = weigh(kb, "apple pie", ["apple"], linked={0: "Q89"}, linker_weight=5.0)["apple"]
-    assert found == {"Q89": round(1.5 / 2.25, 3), "Q312": round(0.75 / 2.25, 3)}
-    assert weigh(kb, "apple pie", ["apple"], linked={0: "Q99999"})["apple"]["Q312"] == 0.75
+# -------------------------------------------------------------------------------------------- NER
 
 
-def test_most_likely_first_and_no_more_than_asked(kb):
-    assert list(weigh(kb, "apple", ["apple"])["apple"]) == ["Q312", "Q89"]
-    assert list(weigh(kb, "apple", ["apple"], max_candidates=1)["apple"]) == ["Q312"]
+def test_types_of_spans_agree_with_kinds_or_contradict_them(meanings):
+    text = "the story of Paris"
+    place, work = (meanings(text, [("Paris", label)])["Paris"] for label in ("GPE", "WORK_OF_ART"))
+    ratio = (place["Q14"] / place["Q15"]) / (work["Q14"] / work["Q15"])
+    assert ratio == pytest.approx((4 * 4) ** 2, rel=1e-4)
+    assert meanings(text, [("Paris", "GPE")], ner_weight=1.0) == meanings(text)
+
+
+def test_a_piece_of_another_name_and_what_spacy_passes_over_are_less_likely(meanings):
+    whole = meanings("shops of Paris today", [("Paris", "GPE")])["Paris"]
+    nothing = meanings("shops of Paris today", [])["Paris"]
+    piece = meanings("shops of Paris Street Shoes today", [("Paris Street Shoes", "ORG")])["Paris"]
+    assert sum(whole.values()) > sum(nothing.values()) > sum(piece.values())
+
+
+def test_common_nouns_are_not_for_spacy_to_judge(meanings):
+    found = meanings("a red cup here", [("cup", "PERSON")])["cup"]
+    assert found == meanings("a red cup here")["cup"]
+
+
+# ----------------------------------------------------------------------------------------- people
+
+
+def test_parts_of_names_are_candidates_where_a_person_is_meant(meanings):
+    found = meanings("talks with Merkel in the garden", [("Merkel", "PERSON")])["Merkel"]
+    assert found["Q20"] > found["Q21"] > 0
+    assert "merkel" not in meanings("talks with merkel in the garden")
+    person = meanings("lunch with Singh today", [("Singh", "PERSON")])["Singh"]
+    thing = meanings("lunch with Singh today", [("Singh", "PRODUCT")])["Singh"]
+    assert [max(own, key=own.get) for own in (person, thing)] == ["Q23", "Q24"]
+
+
+def test_a_whole_name_elsewhere_says_who_is_meant(meanings):
+    text = "Una Merkel on the stage, Merkel at home"
+    assert max(meanings(text)["Merkel"].items(), key=lambda item: item[1])[0] == "Q21"
+    assert by_text(meanings("una merkel on the stage, merkel at home")) == {"Q21"}
+
+
+@pytest.mark.parametrize(
+    ("name", "qid"),
+    [
+        ("Howard K. Smith", "Q22"),
+        ("Howard Kingsbury Smith", "Q22"),
+        ("President Manmohan Singh", "Q23"),
+        ("Singh Manmohan", "Q23"),
+        ("Bob Nardelli", "Q25"),
+        ("Merkel's", "Q20"),
+        ("Merkel´s", "Q20"),
+    ],
+)
+def test_people_are_found_as_they_are_called(meanings, name, qid):
+    found = meanings(f"a speech by {name} on the stage", [(name, "PERSON")])
+    assert by_text(found) == {qid}
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def test_names_as_people_write_them(meanings):
+    assert by_text(meanings("a song by beyonce")) == {"Q26"}
+    assert by_text(meanings("a song by Beyonc&eacute; &amp; friends")) == {"Q26"}
+    assert by_text(meanings("\u590f\u306e\u6771\u4eac\u30bf\u30ef\u30fc\u306e\u5199\u771f")) == {
+        "Q27"
+    }
+    assert by_text(
+        meanings("\u0e23\u0e39\u0e1b\u0e41\u0e21\u0e27\u0e19\u0e48\u0e32\u0e23\u0e31\u0e01")
+    ) == {"Q28"}
+    found = meanings("a pair of glasses")["glasses"]
+    assert found["Q29"] == pytest.approx(4 * found["Q30"])
+    assert by_text(meanings("lunch at McDonald’s")) == {"Q31"}
+
+
+def test_names_of_another_language_count_less(tmp_path):
+    texts = [
+        "Das ist ein sehr schönes Bild von einem Gift",
+        "This is a very nice gift for you",
+    ]
+    assert languages.of([*texts, "Gift"], ["en", "de", "mul"]).tolist() == [2, 1, languages.ANY]
+    assert languages.of(texts, ["en", "mul"]).tolist() == [languages.ANY] * 2
+    assert languages.of(texts, ["en", "tlh"]).tolist() == [languages.ANY] * 2
+    entity = {"type": "item", "sitelinks": {"enwiki": {"title": "x"}}}
+    rows = [
+        entity | {"id": "Q1", "labels": {"en": {"language": "en", "value": "gift"}}},
+        entity
+        | {
+            "id": "Q2",
+            "labels": {
+                "en": {"language": "en", "value": "poison"},
+                "de": {"language": "de", "value": "gift"},
+            },
+        },
+    ]
+    (tmp_path / "dump.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    kb_build.build(
+        tmp_path / "dump.json", tmp_path / "kb", inputs.kb_rules(languages=("en", "de", "mul"))
+    )
+    kb, rule = lookup.KnowledgeBase(tmp_path / "kb"), disambiguate.Rule(10, 1.0, 1.0, 1.0)
+    _, found = linking_stage.link(texts, boilerplate.Blanker(()), kb, rule, None)
+    best = [own[0]["entity"] for own in found.to_pylist()]
+    assert [kb.qid(entity) for entity in best] == ["Q2", "Q1"]
+
+
+def test_what_a_trained_linker_chose_is_likelier(meanings):
+    text = "the big shop of Apple opens"
+    found = meanings(text, [("Apple", "ORG", "Q89")])["Apple"]
+    without = meanings(text, [("Apple", "ORG")])["Apple"]
+    odds = [own["Q89"] / own["Q312"] for own in (found, without)]
+    assert odds[0] == pytest.approx(5 * odds[1])
+
+
+def test_most_likely_first_and_no_more_than_asked(meanings):
+    assert list(meanings("apple")["apple"]) == ["Q312", "Q89"]
+    found = meanings("apple", max_candidates=1)["apple"]
+    assert found == pytest.approx({"Q312": 0.9}), "what is cut off is still no nothing"
 
 
 def test_entities_are_found_by_id_title_and_kind(tmp_path):
@@ -102,17 +278,15 @@ def test_entities_are_found_by_id_title_and_kind(tmp_path):
         {"qid": "Q2", "label": "IKEA", "title": "IKEA Group", "kind": "group"},
         {"qid": "Q3", "label": "pear"},
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", inputs.kb_rules())
-    base = lookup.KnowledgeBase(tmp_path / "kb")
+    base = build(tmp_path, rows)
     assert base.rows_of(["Q3", "Q8", "Q89"]).tolist() == [2, -1, 0]
     assert base.rows_of_titles(["IKEA_Group", "Pear"]).tolist() == [1, -1]
     assert [kinds.KINDS[code] for code in base.kind[:2]] == ["food", "group"]
     assert base.kind.dtype == np.uint8
 
 
-def test_no_mentions(kb):
-    assert weigh(kb, "", []) == {}
+def test_no_mentions(meanings):
+    assert meanings("") == {}
 
 
 # ------------------------------------------------------------------------------------ boilerplate

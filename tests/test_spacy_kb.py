@@ -10,7 +10,7 @@ from spacy.training import Example
 
 from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, spacy_adapter
-from data_prep.linking import disambiguate, ner
+from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
 from mofi_jax.common import errors
 from tests import inputs
@@ -155,10 +155,11 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
 
     # As config.spacy_model of the linking stage, its choices raise what they chose.
     texts = [text for text, _ in TEXTS]
-    spans = list(ner.spacy_spans(texts, str(tmp_path / "pipeline"), noun_chunks=False))
+    model = str(tmp_path / "pipeline")
+    spans = list(ner.spacy_spans(texts, model))
     assert [[span.qid for span in found] for found in spans] == links
     kb = lookup.KnowledgeBase(folder)
-    rule = disambiguate.Rule(10, 1.0, 0.0, linker_weight=1000.0)
-    _, candidates = linking_stage.link(texts, texts, spans, kb, rule)
+    rule = disambiguate.Rule(10, 1.0, 1.0, linker_weight=1000.0)
+    _, candidates = linking_stage.link(texts, boilerplate.Blanker(()), kb, rule, model)
     best = [max(found, key=lambda c: c["prior"])["entity"] for found in candidates.to_pylist()]
     assert [[kb.qid(entity)] for entity in best] == links

@@ -7,9 +7,10 @@ memory of an opened base.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -22,6 +23,8 @@ if typing.TYPE_CHECKING:
 
 MAX_STORED = 30  # candidates of a name
 UNKNOWN = 255  # kind
+_COLUMNS = ("entity", "prior", "case", "form", "languages")  # of candidates, as files
+_DERIVED = 0.25  # of a plural meaning its singular where it is a name itself
 MAX_TOKENS = 8  # longer names are found when they are looked up, not when a text is scanned
 
 
@@ -41,15 +44,30 @@ class Candidates(typing.NamedTuple):
       entity: int32 [c], row of the knowledge base.
       prior: float32 [c], p(entity | surface); descending within a surface.
       case: uint8 [c], how the name is written in the knowledge base, see `kb_build`.
+      form: uint8 [c], how the name came to be, see `forms`.
+      languages: uint16 [c], those in which it is a name, a bit each; 0: any.
+      linked: float32 [c], how often the surface is a link in Wikipedia; NaN: unknown.
     """
 
     surface: np.ndarray
     entity: np.ndarray
     prior: np.ndarray
     case: np.ndarray
+    form: np.ndarray
+    languages: np.ndarray
+    linked: np.ndarray
 
     def take(self, index: np.ndarray) -> Candidates:
         return Candidates(*(values[index] for values in self))
+
+
+class Parts(typing.NamedTuple):
+    """Whose names have a part, one entry for each (part, person), entries of a part together."""
+
+    part: np.ndarray  # int64 [c], position in what was looked up, ascending
+    entity: np.ndarray  # int32 [c]
+    prior: np.ndarray  # float32 [c], p(person | part in this role)
+    role: np.ndarray  # uint8 [c], see `people`
 
 
 class KnowledgeBase:
@@ -60,9 +78,14 @@ class KnowledgeBase:
 
         self.path = epath.Path(path)
         self._trie = marisa_trie.Trie().mmap(os.fspath(self.path / "aliases.marisa"))
-        self._offsets, self._entity, self._prior, self._case = (
-            np.load(self.path / f"{name}.npy", mmap_mode="r")
-            for name in ("alias_offsets", "cand_entity", "cand_prior", "cand_case")
+        load = functools.partial(np.load, mmap_mode="r")
+        self._offsets, self._linked, *self._columns = (
+            load(self.path / f"{name}.npy")
+            for name in ("alias_offsets", "alias_linked", *(f"cand_{name}" for name in _COLUMNS))
+        )
+        self._parts = marisa_trie.Trie().mmap(os.fspath(self.path / "parts.marisa"))
+        self._part_offsets, *self._part_columns = (
+            load(self.path / f"part_{name}.npy") for name in ("offsets", *Parts._fields[1:])
         )
 
     def __contains__(self, form: str) -> bool:
@@ -77,30 +100,53 @@ class KnowledgeBase:
     def look_up(self, forms: Sequence[str]) -> Candidates:
         """What normalised surfaces may mean.
 
-        A surface that is a name itself and the plural of another ("glasses") may mean either: both
-        lists are kept, each with half of the probability.
+        A surface that is a name itself and the plural of another ("glasses") may mean either, the
+        former four times as likely; so may one with a possessive s ("mcdonald s"). One with
+        diacritics that is no name is looked up without them.
         """
         alias, surface, share = [], [], []
         get = self._trie.get
         for number, form in enumerate(forms):
-            found = [get(name) for name in (form, *names.singulars(form))]
-            found = [name for name in found if name is not None]
+            exact = get(form)
+            found = [] if exact is None else [exact]
+            others = names.singulars(form)
+            if form.endswith(" s"):
+                others.append(form[:-2])
+            found += [name for name in map(get, others) if name is not None]
+            if not found and not form.isascii():
+                found = [name for name in [get(names.fold_diacritics(form))] if name is not None]
+            if not found:
+                continue
             alias += found
             surface += [number] * len(found)
-            share += [1.0 / len(found)] * len(found) if found else []
+            if len(found) == 1:
+                share.append(1.0)
+            else:
+                shares = [1.0 if name == exact else _DERIVED for name in found]
+                share += [value / sum(shares) for value in shares]
         alias, surface = np.array(alias, np.int64), np.array(surface, np.int64)
-        begins = self._offsets[alias]
-        lengths = self._offsets[alias + 1] - begins
-        # Flat positions of all candidates: runs that begin at `begins`.
-        runs = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
-        rows = runs + np.arange(len(runs))
-        prior = self._prior[rows] * np.repeat(np.array(share, np.float32), lengths)
-        found = Candidates(np.repeat(surface, lengths), self._entity[rows], prior, self._case[rows])
-        return found if len(alias) == len(set(surface.tolist())) else _merged(found)
+        rows, lengths = _rows(self._offsets, alias)
+        entity, prior, *rest = (column[rows] for column in self._columns)
+        prior = prior * np.repeat(np.array(share, np.float32), lengths)
+        linked = np.repeat(self._linked[alias], lengths)
+        found = Candidates(np.repeat(surface, lengths), entity, prior, *rest, linked)
+        return _merged(found) if np.any(surface[1:] == surface[:-1]) else found
+
+    def look_up_parts(self, parts: Sequence[str]) -> Parts:
+        """The people of whose names normalised words are a part."""
+        found = [(number, self._parts.get(part)) for number, part in enumerate(parts)]
+        found = np.array([pair for pair in found if pair[1] is not None], np.int64).reshape(-1, 2)
+        rows, lengths = _rows(self._part_offsets, found[:, 1])
+        columns = (column[rows] for column in self._part_columns)
+        return Parts(np.repeat(found[:, 0], lengths), *columns)
+
+    def is_part(self, form: str) -> bool:
+        """Whether a normalised word is a part of a person's name."""
+        return form in self._parts
 
     def qid(self, entity: int) -> str:
         """The id of an entity in its source."""
-        return self._columns[0][entity].as_py()
+        return self._qids[entity].as_py()
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """int64 [n]: the entities of ids, redirects followed; -1 where there is none."""
@@ -117,6 +163,10 @@ class KnowledgeBase:
         """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
         return self._find("entities.parquet", "title", [t.replace("_", " ") for t in titles])
 
+    @functools.cached_property
+    def _qids(self) -> pa.Array:
+        return engine.read_table(self.path / "entities.parquet", ["qid"])["qid"].combine_chunks()
+
     def _find(self, file: str, column: str, values: Sequence[str]) -> np.ndarray:
         """int64 [n]: the first row with each value; -1 where there is none.
 
@@ -131,7 +181,7 @@ class KnowledgeBase:
         rows, first = np.full(len(wanted), -1, np.int64), 0
         among = pa.array(wanted, pa.string())
         with pq.ParquetFile(os.fspath(self.path / file)) as parquet:
-            for batch in parquet.iter_batches(1 << 20, columns=[column]) if len(wanted) else ():
+            for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
                 found = pc.index_in(batch.column(column), value_set=among)
                 # Backwards, so that of several rows the first one is written last.
                 at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]
@@ -140,6 +190,11 @@ class KnowledgeBase:
                 rows[new[fresh]] = first + at[fresh]
                 first += len(batch)
         return rows[place]
+
+    @functools.cached_property
+    def languages(self) -> list[str]:
+        """The codes of the languages of which it has names, in the order of their bits."""
+        return json.loads((self.path / "manifest.json").read_text())["settings"]["languages"]
 
     @functools.cached_property
     def kind(self) -> np.ndarray:
@@ -151,29 +206,24 @@ class KnowledgeBase:
         code = pc.index_in(kind.combine_chunks(), value_set=pa.array(kinds.KINDS))
         return pc.fill_null(code, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.uint8)
 
-    def kinds(self, entity: int) -> frozenset[str]:
-        """What an entity is an instance or a subclass of, and its own id."""
-        own, *kinds = (column[entity].as_py() for column in self._columns)
-        return frozenset([own, *(kind for values in kinds for kind in values or ())])
-
-    @functools.cached_property
-    def _columns(self) -> list:
-        """Read when asked for: only options of the linking need them."""
-        table = read_entities(self.path).select(["qid", "hypernyms", "types"])
-        return [column.combine_chunks() for column in table.columns]
-
     def scan(self, text: str) -> list[Match]:
         """The names in a text: at each word the longest that begins there, none inside another.
 
         A name may run across punctuation ("Paris, Texas"), and then the names on either side of it
-        are found as well. A word that belongs to no name is looked into: "AlarmClock_2", "rose12".
+        are found as well. A word that belongs to no name is looked into: "AlarmClock_2", "rose12";
+        and so is a run of letters without spaces, as Chinese and Thai have them.
         """
         tokens = names.tokenize(text)
-        matches = set(self._maximal(tokens))
-        runs = names.split_at_punctuation(text, tokens)
-        if len(runs) > 1:
-            for run in runs:
-                matches.update(self._maximal(run))
+        matches = set(self._maximal(text, tokens))
+        if any(names.has_punctuation(text, match.start, match.end) for match in matches):
+            for run in names.split_at_punctuation(text, tokens):
+                matches.update(self._maximal(text, run))
+        if not text.isascii():
+            folded = [token._replace(form=names.fold_diacritics(token.form)) for token in tokens]
+            if folded != tokens:
+                starts = {match.start for match in matches}
+                more = self._maximal(text, folded)
+                matches.update(match for match in more if match.start not in starts)
         reached = 0
         ends = dict[int, int]()
         for match in matches:
@@ -181,12 +231,30 @@ class KnowledgeBase:
         for token in tokens:
             reached = max(reached, ends.get(token.start, 0))
             if token.start >= reached:
-                parts = names.split_word(text[token.start : token.end], token.start)
-                if len(parts) > 1:
-                    matches.update(self._maximal(parts))
+                word = text[token.start : token.end]
+                if names.is_plain(word) or self.is_part(token.form):  # "McEntire"
+                    continue
+                if names.is_unspaced(word):
+                    matches.update(self._inside(token))
+                else:
+                    parts = names.split_word(word, token.start)
+                    if len(parts) > 1:
+                        matches.update(self._maximal(text, parts))
         return sorted(matches)
 
-    def _maximal(self, tokens: Sequence[names.Token]) -> list[Match]:
+    def _inside(self, token: names.Token) -> Iterator[Match]:
+        """The longest names inside a run of letters without spaces, none overlapping."""
+        form, at = token.form, 0
+        if len(form) != token.end - token.start:
+            return  # places are those of letters that unfolded
+        while at < len(form):
+            ends = sorted(at + len(name) for name in self._trie.prefixes(form[at:]) if name)
+            ends = [end for end in ends if names.may_be_cut(form, at, end)]
+            if ends:
+                yield Match(token.start + at, token.start + ends[-1], form[at : ends[-1]])
+            at = ends[-1] if ends else at + 1
+
+    def _maximal(self, text: str, tokens: Sequence[names.Token]) -> list[Match]:
         # One question to the trie for each word, "which names does this begin with", instead of one
         # for each run of words: the answers are those whose end is the end of a word.
         joined = " ".join([token.form for token in tokens])
@@ -197,13 +265,15 @@ class KnowledgeBase:
             ends[at] = number
             at += 1
         irregular = [i for i, token in enumerate(tokens) if _changes_before_its_end(token.form)]
-        matches, reached = [], -1
+        matches, reached, count = [], -1, len(tokens)
         prefixes = self._trie.prefixes
         for i, token in enumerate(tokens):
-            start, last = starts[i], min(i + MAX_TOKENS, len(tokens)) - 1
+            if token.form == "s" and token.start and text[token.start - 1] in names.APOSTROPHES:
+                continue  # a possessive begins no name
+            start, last = starts[i], min(i + MAX_TOKENS, count) - 1
             end = -1
-            text = joined[start : starts[last] + len(tokens[last].form)]
-            for name in reversed(prefixes(text)):
+            whole = joined[start : starts[last] + len(tokens[last].form)]
+            for name in reversed(prefixes(whole)):
                 at = start + len(name)
                 end = ends[at] if at in ends else _end_of_plural(joined, at, ends)
                 if end >= 0:
@@ -216,6 +286,15 @@ class KnowledgeBase:
                 matches.append(Match(token.start, tokens[end].end, form))
                 reached = end
         return matches
+
+
+def _rows(offsets: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat places of all candidates of names, and how many each name has."""
+    begins = offsets[number]
+    lengths = offsets[number + 1] - begins
+    return np.repeat(begins - (np.cumsum(lengths) - lengths), lengths) + np.arange(
+        int(lengths.sum())
+    ), lengths
 
 
 def _end_of_plural(joined: str, at: int, ends: dict[int, int]) -> int:
@@ -244,11 +323,16 @@ def _merged(found: Candidates) -> Candidates:
     first = np.ones(size, bool)
     first[1:] = (np.diff(found.surface) != 0) | (np.diff(found.entity) != 0)
     starts = np.flatnonzero(first)
+    languages = np.bitwise_or.reduceat(found.languages, starts)
+    languages[np.minimum.reduceat(found.languages, starts) == 0] = 0  # any
     summed = Candidates(
         found.surface[starts],
         found.entity[starts],
         np.add.reduceat(found.prior, starts),
         np.minimum.reduceat(found.case, starts),
+        np.minimum.reduceat(found.form, starts),
+        languages,
+        np.fmax.reduceat(found.linked, starts),
     )
     # Of equals, what has the very name comes first, as it came.
     came = np.minimum.reduceat(order, starts)

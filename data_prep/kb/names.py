@@ -6,6 +6,7 @@ any knowledge base.
 
 import functools
 import importlib.metadata
+import itertools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -17,6 +18,9 @@ class Token(NamedTuple):
     form: str
     start: int
     end: int
+
+
+_new_token = functools.partial(tuple.__new__, Token)  # half the time of a call of the class
 
 
 @functools.cache
@@ -46,14 +50,17 @@ def tokenize(text: str) -> list[Token]:
     in one token, separated by spaces.
     """
     if text.isascii():
-        return [Token(m[0].lower(), *m.span()) for m in _ASCII_WORD.finditer(text)]
+        lower, spans = text.lower(), [match.span() for match in _ASCII_WORD.finditer(text)]
+        return [_new_token((lower[start:end], start, end)) for start, end in spans]
     tokens = []
     for match in _word_pattern().finditer(text):
-        if form := _fold(match[0]):
+        word = match[0]
+        if form := word.lower() if word.isascii() else _fold(word):
             tokens.append(Token(form, *match.span()))
     return tokens
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _fold(word: str) -> str:
     # Case-folding can leave what NFKC would change again, and the other way round.
     for _ in range(4):
@@ -111,16 +118,28 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
 
 
 @functools.cache
-def _nouns() -> tuple[frozenset[str], dict[str, list[str]], list[list[str]]]:
-    """Nouns, plurals that follow no rule, and the rules (a suffix and what replaces it)."""
+def _tables() -> tuple[dict, dict, dict]:
+    """Of nouns, verbs and so on: words, plurals and the like that follow no rule, the rules."""
     from spacy import lookups, util
 
     folder = util.get_package_path(NOUNS) / f"{NOUNS}-{importlib.metadata.version(NOUNS)}"
     tables = lookups.Lookups().from_disk(folder / "lemmatizer" / "lookups")
-    index, irregular, rules = (
-        tables.get_table(f"lemma_{name}")["noun"] for name in ("index", "exc", "rules")
-    )
+    return tuple(tables.get_table(f"lemma_{name}") for name in ("index", "exc", "rules"))
+
+
+@functools.cache
+def _nouns() -> tuple[frozenset[str], dict[str, list[str]], list[list[str]]]:
+    """Nouns, plurals that follow no rule, and the rules (a suffix and what replaces it)."""
+    index, irregular, rules = (table["noun"] for table in _tables())
     return frozenset(index), irregular, rules
+
+
+@functools.cache
+def dictionary() -> tuple[frozenset[str], frozenset[str]]:
+    """The English words of WordNet: nouns, among them names; and adjectives, adverbs and verbs."""
+    index, irregular, _ = _tables()
+    others = (table[name] for table in (index, irregular) for name in ("adj", "adv", "verb"))
+    return _nouns()[0], frozenset(itertools.chain.from_iterable(others))
 
 
 def singulars(form: str) -> list[str]:
@@ -162,7 +181,44 @@ def split_word(word: str, start: int = 0) -> list[Token]:
     return tokens
 
 
+def is_plain(word: str) -> bool:
+    """Whether a word has nothing to be split at: ASCII letters of one case but for the first."""
+    return word.isascii() and word.isalpha() and (word.islower() or word[1:].islower())
+
+
+# Letters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Han; Korean
+# ends its words with particles.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+)
+_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether a word may be several, written without spaces."""
+    return _UNSPACED.search(word) is not None
+
+
+def may_be_cut(run: str, start: int, end: int) -> bool:
+    """Whether run[start:end] can be a word of its own inside a run without spaces.
+
+    A mark stays with its letter; a single letter is a word in Chinese characters alone.
+    """
+    marked = any(
+        unicodedata.combining(c) or unicodedata.category(c)[0] == "M"
+        for c in (run[start], run[end : end + 1])
+        if c
+    )
+    return not marked and (end - start > 1 or _HAN.match(run, start) is not None)
+
+
+APOSTROPHES = "'\u2019\u00b4`\u02bc"
 _PUNCTUATION = re.compile(r"[,;:|/()\[\]]")
+
+
+def has_punctuation(text: str, start: int, end: int) -> bool:
+    """Whether a comma, colon, slash, bar or bracket stands between these places."""
+    return _PUNCTUATION.search(text, start, end) is not None
 
 
 def split_at_punctuation(text: str, tokens: list[Token]) -> list[list[Token]]:

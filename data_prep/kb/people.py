@@ -19,11 +19,12 @@ import os
 import re
 from typing import NamedTuple
 
-from data_prep.kb import forms, names
+from data_prep.kb import forms, kinds, names
 from data_prep.kb import parts as kb_parts
 
 FAMILY, GIVEN, OTHER = range(3)  # `part_role.npy`
 KINDS = ("person", "character")
+CODES = [kinds.KINDS.index(kind) for kind in KINDS]
 
 _MOST_NAMES = 10  # spellings of an entity that are taken apart
 
@@ -165,6 +166,19 @@ def _is_particle(word: str) -> bool:
 
 def _is_small(word: str) -> bool:
     return word[0].islower() and not _is_particle(word) and "-" not in word
+
+
+def without_titles(tokens: list[names.Token]) -> list[names.Token]:
+    """The words of a person's name in a text without titles, a possessive and what follows a name.
+
+    One word stays.
+    """
+    start, end = 0, len(tokens)
+    while end - start > 1 and tokens[start].form in _TITLES:
+        start += 1
+    while end - start > 1 and (tokens[end - 1].form in _SUFFIXES or tokens[end - 1].form == "s"):
+        end -= 1
+    return tokens[start:end]
 
 
 class Writer(NamedTuple):

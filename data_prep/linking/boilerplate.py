@@ -3,6 +3,7 @@
 It is blanked out, not cut out: places in the caption stay what they are.
 """
 
+import html
 import re
 from collections.abc import Iterable
 
@@ -29,6 +30,41 @@ PATTERNS = (
     r"\b(?:on|for) sale\b|\bin stock\b|\bbest price\b|\badd to (?:cart|basket|bag)\b",
     r"\b(?:hd|4k|desktop|mobile|phone) (?:wallpaper|background)s?\b",
 )
+
+# Words that captions of the web say of any picture: they are looked at, as parts of longer names
+# ("photo booth"), but alone they are hardly what the picture shows.
+WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "album background backgrounds bargain caption clipart close closeup closeups copyright"
+        " download downloads footage free gallery gif hd hq icon icons illustration illustrations"
+        " image images img jpeg jpg pdf photo photograph photographer photographs photography"
+        " photos pic pics picture pictures png poster posters preview print prints sale screenshot"
+        " screenshots shot snapshot snapshots stock svg thumbnail thumbnails up vector vectors"
+        " video videos view views wallpaper wallpapers",
+    )
+)
+
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+
+
+def unescape(text: str) -> tuple[str, list[int] | None]:
+    """A text with the characters that HTML's entities stand for, and where they come from.
+
+    Returns:
+      The text, and for each of its characters, and its end, the place in the given one; None where
+      the text is as it was.
+    """
+    if "&" not in text or not _ENTITY.search(text):
+        return text, None
+    pieces, places, at = [], [], 0
+    for match in _ENTITY.finditer(text):
+        found = html.unescape(match[0])
+        places += [*range(at, match.start()), *[match.start()] * len(found)]
+        pieces += [text[at : match.start()], found]
+        at = match.end()
+    places += range(at, len(text) + 1)
+    return "".join([*pieces, text[at:]]), places
 
 
 class Blanker:

@@ -1,149 +1,300 @@
-"""Meanings: which candidates of a mention the caption itself makes likely. No picture, no spaCy.
+"""Meanings: how likely a mention means each of its candidates, or nothing. No picture, no spaCy.
 
-The prior of an entity given a name (`kb.lookup`) is weighed by
+The odds of a candidate against nothing are those of its name, times its prior given the name
+(`kb.lookup`), times what the caption says for or against it:
 
-    case      "apple" in a caption that otherwise uses capitals is hardly Apple; "it" is hardly IT.
-    company   optionally: a candidate of the same kind as candidates of the other mentions is the
-              likelier one (the paper's linker is collective too)
-    linker    optionally: what a trained `entity_linker` of the spaCy pipeline chose (`spacy_kb`)
+    case      "apple" in a text that minds case is hardly Apple, "Apple" within a sentence is
+    NER       spaCy's type of the mention agrees with the candidate's kind, or contradicts it; a
+              name that is a piece of another, or that spaCy passes over, is hardly one
+    language  a name in another language than the caption's
+    linker    what a trained `entity_linker` of the spaCy pipeline chose (`spacy_kb`)
 
-and the weights of a mention's candidates are divided by their sum. Short names that are words of
-the language are dropped, everything else is only pushed back.
+p(candidate) = its odds / (1 + the odds of all), so that what is left is p(nothing). Case, NER and
+language judge proper names alone: of everyday things the small models know nothing.
+
+How often a name means anything where nothing else is known. By anchors, where the base has them, a
+name is as likely meant as not from a link probability of 6.5 % on (Milne and Witten, Learning to
+link with Wikipedia, 2008: below it they link nothing). Otherwise by `words.use`: one of a few round
+numbers, which no data fitted.
 """
 
-import functools
-import itertools
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.kb import lookup
+from data_prep.kb import forms as kb_forms
+from data_prep.kb import kinds, lookup, people
+from data_prep.linking import mentions as mention_rows
+from data_prep.linking import ner, words
+from data_prep.linking import people as linked_people
 
-_LOWER, _CAPITALISED, _CAPITALS = 0, 1, 2  # of surfaces, as of names in the knowledge base
+_USUALLY, _AS_OFTEN_AS_NOT, _SELDOM, _HARDLY, _NEVER = 0.9, 0.5, 0.1, 0.02, 0.002
+_LINKABLE = 0.065  # link probability
+# Ordinary words in a row: 1, 2, 3, more; of nouns one less does.
+_BY_WORDS = (_HARDLY, _SELDOM, 0.3, _AS_OFTEN_AS_NOT)
+# Kinds that dictionaries have names of; works and brands are named by words.
+_NAMED = ("person", "character", "place", "nature", "building", "event")
+_IN_DICTIONARIES = [kinds.KINDS.index(k) for k in _NAMED]
+_FLOOR = 0.01  # mentions that less likely mean anything have no candidates
+_LONG = 4  # words; longer names are hardly those of people
+_OTHER_LANGUAGE = 0.25
 _SHORT = 3  # letters
+_OTHER_SENSE = 0.05  # of a word in one text (Gale et al., One sense per discourse, 1992: 2 to 6 %)
 
 
 class Rule(NamedTuple):
-    """How candidates are weighed.
+    """How candidates are weighed: factors of their odds, 1 turns one off.
 
     Attributes:
       max_candidates: of a mention.
-      case_penalty: factor of a candidate whose name is written with capitals where the caption,
-        which uses capitals elsewhere, has none; 1 turns it off.
-      company_weight: how much more likely a candidate is that shares a kind with all other
-        mentions; 0 turns it off.
-      linker_weight: how much more likely the choice of a trained `entity_linker` of the spaCy
-        pipeline is, where it has one.
+      case_weight: of capitals that a name of the base asks for.
+      ner_weight: of a type of spaCy's that agrees with the kind, or contradicts it.
+      linker_weight: of the choice of a trained `entity_linker` of the pipeline, where it has one.
     """
 
     max_candidates: int
-    case_penalty: float
-    company_weight: float
+    case_weight: float
+    ner_weight: float
     linker_weight: float
 
     @classmethod
-    def of(cls, config: Mapping) -> "Rule":
+    def of(cls, config: Mapping) -> Rule:
         return cls(*(config[name] for name in cls._fields))
+
+
+class Meanings(NamedTuple):
+    """Candidates of mentions, most likely first within a mention."""
+
+    mention: np.ndarray  # int64 [c], ascending
+    entity: np.ndarray  # int32 [c]
+    prior: np.ndarray  # float32 [c], of sum at most 1 in a mention: the rest is for nothing
 
 
 def weigh(
     kb: lookup.KnowledgeBase,
     rule: Rule,
     texts: Sequence[str],
-    text_of: np.ndarray,
-    surfaces: Sequence[str],
-    forms: Sequence[str],
-    linked: Mapping[int, str] | None = None,
-) -> lookup.Candidates:
-    """The candidates of mentions.
+    found: Sequence[mention_rows.Text],
+    forms: mention_rows.Forms,
+    languages: np.ndarray,
+) -> Meanings:
+    """The candidates of the mentions of texts, at most `rule.max_candidates` of each.
 
     Args:
       kb: the knowledge base.
       rule: how to weigh.
-      texts: captions.
-      text_of: int [m], the caption of each mention, ascending.
-      surfaces, forms: m mentions as they stand in the caption, and normalised.
-      linked: the id of the entity that spaCy's linker chose, by mention.
-
-    Returns:
-      At most `rule.max_candidates` of each mention, most likely first; priors of a mention sum to
-      at most 1.
+      texts: n texts, as the mentions' places count in them.
+      found: what stands in each.
+      forms: all names that occur, looked up.
+      languages: uint16 [n], the bits of the languages a text may be in.
     """
-    found = kb.look_up(forms)
-    weights = found.prior * _case_factors(rule, found, texts, text_of, surfaces, forms)
-    if rule.company_weight:
-        weights = weights * _company_factors(kb, rule, found, weights, text_of)
-    for mention, qid in (linked or {}).items():
-        for at in np.flatnonzero(found.surface == mention):
-            if kb.qid(int(found.entity[at])) == qid:
-                weights[at] *= 1 + rule.linker_weight
-    totals = np.bincount(found.surface, weights, minlength=len(forms))[found.surface]
-    prior = (weights / np.where(totals > 0, totals, 1)).astype(np.float32)
-    found = found._replace(prior=prior).take(np.flatnonzero(prior > 0))
+    mentions = [mention for text in found for mention in text.mentions]
+    text_of = np.repeat(np.arange(len(texts)), [len(text.mentions) for text in found])
+    traits = _Traits.of(texts, found)
+    rows = _rows(kb, forms, mentions, traits)
+    kind = kb.kind[rows.entity]
+
+    odds = rows.prior * _name_odds(rows, kind, traits)
+    odds *= _case_factor(rule, rows, traits)
+    odds *= _ner_factor(rule, rows, kind, traits)
+    spoken = languages[text_of][rows.surface]
+    odds[(rows.languages != 0) & (rows.languages & spoken == 0)] *= _OTHER_LANGUAGE
+    for number, mention in enumerate(mentions):
+        if mention.qid:
+            for at in np.flatnonzero(rows.surface == number):
+                if kb.qid(int(rows.entity[at])) == mention.qid:
+                    odds[at] *= rule.linker_weight
+    rows, odds = _with_short_names(rows, odds, kind, mentions, text_of)
+
+    total = np.bincount(rows.surface, odds, minlength=len(mentions))
+    prior = odds / (1 + total[rows.surface])
+    likely = np.flatnonzero((total / (1 + total) >= _FLOOR)[rows.surface])
     # Stable: of equals the knowledge base's order stays.
-    found = found.take(np.lexsort((-found.prior, found.surface)))
-    rank = np.arange(len(found.surface)) - np.searchsorted(found.surface, found.surface)
-    return found.take(np.flatnonzero(rank < rule.max_candidates))
+    order = likely[np.lexsort((-prior[likely], rows.surface[likely]))]
+    mention = rows.surface[order]
+    rank = np.arange(len(mention)) - np.searchsorted(mention, mention)
+    order = order[rank < rule.max_candidates]
+    mention, prior = rows.surface[order], prior[order]
+    kept = np.bincount(mention, prior, minlength=len(mentions))[mention]
+    prior *= (total / (1 + total))[mention] / kept
+    return Meanings(mention, rows.entity[order], prior.astype(np.float32))
 
 
-# --------------------------------------------------------------------------------------------- case
+class _Traits(NamedTuple):
+    """What is known of mentions before their candidates, arrays of length m."""
+
+    use: np.ndarray  # uint8, `words.use`
+    words: np.ndarray  # uint8, how many
+    case: np.ndarray  # uint8, of the surface
+    short: np.ndarray  # bool
+    tag: np.ndarray  # bool, `words.is_tag`
+    minds: np.ndarray  # bool, whether the text minds case
+    mixed: np.ndarray  # bool, whether it has words in lower case and others
+    begins: np.ndarray  # bool, whether it would have a capital anyway
+    label: np.ndarray  # uint8
+    read: np.ndarray  # bool, whether spaCy has read the text
+
+    @classmethod
+    def of(cls, texts: Sequence[str], found: Sequence[mention_rows.Text]) -> _Traits:
+        places = [
+            (text, mention)
+            for text, own in zip(texts, found, strict=True)
+            for mention in own.mentions
+        ]
+        sizes = [len(own.mentions) for own in found]
+
+        def of_texts(values: Sequence[bool]) -> np.ndarray:
+            return np.repeat(np.array(values, bool), sizes)
+
+        surfaces = [text[mention.start : mention.end] for text, mention in places]
+        forms = [mention.form for _, mention in places]
+        minds = of_texts([own.capitals == words.MINDS_CASE for own in found])
+        begins = [
+            minded and words.begins_sentence(text, mention.start)
+            for minded, (text, mention) in zip(minds.tolist(), places, strict=True)
+        ]
+        return cls(
+            np.array(list(map(words.use, forms)), np.uint8),
+            np.array([form.count(" ") + 1 for form in forms], np.uint8),
+            np.array(list(map(words.case, surfaces)), np.uint8),
+            np.array([len(form) <= _SHORT for form in forms], bool),
+            np.array([words.is_tag(text, m.start, m.end) for text, m in places], bool),
+            minds,
+            of_texts([own.capitals != words.ONE_CASE for own in found]),
+            np.array(begins, bool),
+            np.array([mention.label for _, mention in places], np.uint8),
+            of_texts([own.was_read for own in found]),
+        )
 
 
-def _case_factors(rule, found, texts, text_of, surfaces, forms) -> np.ndarray:
-    """float32, one for each of `found`."""
-    mixed = np.array([not (text.islower() or text.isupper()) for text in texts], bool)
-    mixed = mixed[text_of][found.surface]
-    surface = np.array([_case(text) for text in surfaces], np.uint8)[found.surface]
-    short = np.array([len(form) <= _SHORT for form in forms], bool)[found.surface]
-    words = _function_words()
-    word = np.array([form in words for form in forms], bool)[found.surface]
-    acronym = found.case == _CAPITALS
-    as_acronym = acronym & (surface == _CAPITALS)
-
-    factors = np.ones(len(found.surface), np.float32)
-    factors[(found.case > surface) & (mixed | (short & acronym))] = rule.case_penalty
-    factors[short & word & ~(as_acronym & mixed)] = 0
-    return factors
+_PART = 255  # in `form`: not the name in the base, but of a person who is called so
 
 
-def _case(surface: str) -> int:
-    if surface.isupper() and len(surface) > 1:
-        return _CAPITALS
-    return _CAPITALISED if any(map(str.isupper, surface)) else _LOWER
+def _rows(kb, forms, mentions, traits: _Traits) -> lookup.Candidates:
+    """The candidates of all mentions, by their names and, of people, by parts of their names."""
+    number = np.array([forms.number[mention.form] for mention in mentions], np.int64)
+    begins = np.searchsorted(forms.found.surface, np.arange(len(forms.number) + 1))
+    lengths = np.diff(begins)[number]
+    own = np.repeat(begins[:-1][number] - (np.cumsum(lengths) - lengths), lengths)
+    rows = forms.found.take(own + np.arange(len(own)))
+    rows = rows._replace(surface=np.repeat(np.arange(len(mentions)), lengths))
+
+    # A person, if spaCy says so; perhaps one, where capitals say something and no word is ordinary:
+    # its small model gives lone names any type.
+    noun = np.zeros(len(mentions), bool)
+    noun[rows.surface[rows.case == words.LOWER]] = True
+    perhaps = (
+        (traits.mixed | (traits.label > ner.INSIDE))
+        & (traits.case == words.CAPITALISED)
+        & (traits.use >= words.NOUNS)
+    )
+    perhaps &= ~noun & (traits.words < _LONG) & (traits.label != ner.INSIDE)
+    people_of = np.flatnonzero(perhaps | (traits.label == ner.PERSON)).tolist()
+    parts = linked_people.candidates(kb, [(i, mentions[i].form) for i in people_of])
+    # Who has the very name is there already.
+    fresh = ~np.isin(parts.mention << 32 | parts.entity, rows.surface << 32 | rows.entity)
+    parts = linked_people.Parts(*(column[fresh] for column in parts))
+    size = len(parts.mention)
+    added = lookup.Candidates(
+        parts.mention,
+        parts.entity,
+        parts.weight,
+        np.full(size, words.CAPITALISED, np.uint8),
+        np.full(size, _PART, np.uint8),
+        np.zeros(size, np.uint16),
+        np.full(size, np.nan, np.float32),
+    )
+    rows = lookup.Candidates(*map(np.concatenate, zip(rows, added, strict=True)))
+    return rows.take(np.argsort(rows.surface, kind="stable"))
 
 
-@functools.cache
-def _function_words() -> frozenset[str]:
-    """Words such as "it", "us" and "may", which captions hardly ever mean as names."""
-    from spacy.lang.en.stop_words import STOP_WORDS
-
-    return frozenset(STOP_WORDS)
-
-
-# ------------------------------------------------------------------------------------------ company
-
-
-def _company_factors(kb, rule, found, weights, text_of) -> np.ndarray:
-    """1 + company_weight * the share of the other mentions with a related meaning."""
-    factors = np.ones(len(weights), np.float32)
-    texts = text_of[found.surface]
-    for begin, end in _runs(texts):
-        mentions = found.surface[begin:end]
-        others = len(np.unique(mentions)) - 1
-        if not others:
-            continue
-        kinds = [kb.kinds(entity) for entity in found.entity[begin:end].tolist()]
-        related = np.array([[bool(a & b) for b in kinds] for a in kinds], np.float32)
-        related *= mentions[:, None] != mentions[None, :]
-        # The probability of a related meaning, summed over the other mentions.
-        company = related @ weights[begin:end] / others
-        factors[begin:end] = 1 + rule.company_weight * np.minimum(company, 1)
-    return factors
+def _name_odds(rows: lookup.Candidates, kind: np.ndarray, traits: _Traits) -> np.ndarray:
+    """float64: of a name meaning anything against nothing, by the name alone."""
+    at = rows.surface
+    use, count = traits.use[at], traits.words[at]
+    chance = np.full(len(at), _USUALLY)
+    ordinary, nouns = use == words.ORDINARY, use == words.NOUNS
+    by_words = np.array([*_BY_WORDS, _BY_WORDS[-1]])
+    count = np.minimum(count, len(_BY_WORDS))
+    chance[ordinary] = by_words[count - 1][ordinary]
+    chance[nouns] = by_words[count][nouns]
+    chance[nouns & np.isin(kind, _IN_DICTIONARIES)] = _AS_OFTEN_AS_NOT
+    known = ~np.isnan(rows.linked)
+    chance[known] = rows.linked[known] / (rows.linked[known] + _LINKABLE)
+    # Where the base has the word as such, it is that or one of its other senses.
+    noun = np.zeros(len(traits.use), bool)
+    noun[at[(rows.case == words.LOWER) & (rows.form != kb_forms.JOINED)]] = True
+    chance[noun[at]] = _USUALLY
+    chance[use == words.NOTHING] = _NEVER
+    acronym = (rows.case == words.CAPITALS) & (traits.case[at] == words.CAPITALS) & traits.minds[at]
+    chance[acronym] = _USUALLY
+    joined = (rows.form == kb_forms.JOINED) & ~traits.tag[at] & (use != words.OTHER)
+    chance[joined] = _NEVER
+    chance[traits.tag[at] & (use <= words.NOUNS) & ~noun[at]] = _AS_OFTEN_AS_NOT
+    chance[rows.form == _PART] = _AS_OFTEN_AS_NOT
+    return chance / (1 - chance)
 
 
-def _runs(values: np.ndarray):
-    """(begin, end) of each run of equal values."""
-    edges = np.flatnonzero(np.diff(values)) + 1
-    bounds = [0, *edges.tolist(), len(values)]
-    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+def _case_factor(rule: Rule, rows: lookup.Candidates, traits: _Traits) -> np.ndarray:
+    """float64: for or against a candidate by how its name and the mention are written."""
+    at = rows.surface
+    factor = np.ones(len(at))
+    minds, surface, proper = traits.minds[at], traits.case[at], rows.case > words.LOWER
+    word = traits.short[at] & (traits.use[at] <= words.ORDINARY)  # "us", not "bmw"
+    less = (rows.case > surface) & (minds | (word & (rows.case == words.CAPITALS)))
+    factor[less] = 1 / rule.case_weight
+    free = ~traits.begins[at] & (traits.label[at] != ner.INSIDE)
+    factor[proper & minds & (surface >= rows.case) & free] = rule.case_weight
+    return factor
+
+
+def _ner_factor(
+    rule: Rule, rows: lookup.Candidates, kind: np.ndarray, traits: _Traits
+) -> np.ndarray:
+    """float64: for or against a candidate by spaCy's types."""
+    at = rows.surface
+    agrees = ner.agreement()[traits.label[at], kind].astype(np.float64)
+    # It sees nothing in a text of one case, and little in others: half a contradiction.
+    unseen = (traits.label[at] == ner.NONE) & traits.read[at] & traits.minds[at]
+    agrees[unseen] = -0.5
+    agrees[rows.case == words.LOWER] = 0
+    return rule.ner_weight**agrees
+
+
+def _with_short_names(rows, odds, kind, mentions, text_of):
+    """Rows and odds with what a person's whole name elsewhere in the text says of a short one."""
+    whole = {
+        (text_of[number], mention.start, mention.end): number
+        for number, mention in enumerate(mentions)
+        if " " in mention.form
+    }
+    total = np.bincount(rows.surface, odds, minlength=len(mentions))
+    pairs = [
+        (number, whole[text_of[number], *mention.full])
+        for number, mention in enumerate(mentions)
+        if mention.full is not None
+    ]
+    pairs = [(number, of) for number, of in pairs if total[of] > 1]
+    if not pairs:
+        return rows, odds
+    odds = odds.copy()
+    odds[np.isin(rows.surface, [number for number, _ in pairs])] *= _OTHER_SENSE
+    begins = np.searchsorted(rows.surface, np.arange(len(mentions) + 1))
+    short, source = [], []
+    for number, of in pairs:
+        for at in range(begins[of], begins[of + 1]):
+            if kind[at] in people.CODES:
+                short.append(number)
+                source.append(at)
+    added = rows.take(np.array(source, np.int64))._replace(surface=np.array(short, np.int64))
+    rows = lookup.Candidates(*map(np.concatenate, zip(rows, added, strict=True)))
+    odds = np.concatenate([odds, odds[source]])
+    # A person once, with the larger odds.
+    order = np.lexsort((-odds, rows.entity, rows.surface))
+    rows, odds = rows.take(order), odds[order]
+    first = np.ones(len(odds), bool)
+    first[1:] = (np.diff(rows.surface) != 0) | (np.diff(rows.entity) != 0)
+    return rows.take(np.flatnonzero(first)), odds[first]

@@ -1,4 +1,4 @@
-"""Mentions that spaCy finds: named entities and, if asked, noun chunks."""
+"""What spaCy says of a caption: named entities, and the kinds that their types agree with."""
 
 import functools
 import importlib.util
@@ -7,71 +7,107 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from data_prep.kb import kinds
 from mofi_jax.common import errors
 
 BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 
+# The kinds of what spaCy's types stand for (OntoNotes 5); where a type is often given to another,
+# as to an organisation that of its building, both are there.
+_KINDS = {
+    "PERSON": "person character",
+    "NORP": "group communication",
+    "FAC": "building place artifact",
+    "ORG": "group product building work",
+    "GPE": "place group",
+    "LOC": "place nature",
+    "PRODUCT": "product artifact food work",
+    "EVENT": "event",
+    "WORK_OF_ART": "work product artifact",
+    "LAW": "work communication",
+    "LANGUAGE": "communication",
+    "DATE": "time",
+    "TIME": "time",
+    "PERCENT": "quantity",
+    "MONEY": "quantity",
+    "QUANTITY": "quantity",
+    "ORDINAL": "quantity",
+    "CARDINAL": "quantity",
+}
+# Types as codes: of no span, of a smaller piece of a span, then spaCy's.
+LABELS = ("", "INSIDE", *_KINDS)
+CODES = {label: code for code, label in enumerate(LABELS)}
+NONE, INSIDE, PERSON = CODES[""], CODES["INSIDE"], CODES["PERSON"]
+
+
+@functools.cache
+def agreement() -> np.ndarray:
+    """int8 [labels, 256]: 1 where a kind (its code) is one of a label's, -1 where not, 0 unknown.
+
+    What is a piece of another name contradicts every kind, even one that nobody knows, twice.
+    """
+    found = np.zeros((len(LABELS), 256), np.int8)
+    for label, names in _KINDS.items():
+        found[CODES[label], : len(kinds.KINDS)] = -1
+        found[CODES[label], [kinds.KINDS.index(name) for name in names.split()]] = 1
+    found[INSIDE] = -2
+    return found
+
 
 class Span(NamedTuple):
-    """Characters start:end of a text, how they were found, and what spaCy's linker says of them."""
+    """Characters start:end of a text, spaCy's type, what its linker says of them if anything."""
 
     start: int
     end: int
-    kind: str
+    label: str
     qid: str = ""
 
 
-def spacy_spans(texts: Sequence[str], model: str, noun_chunks: bool) -> Iterator[list[Span]]:
-    """The spans of the named entities, then of the noun chunks, of each text.
-
-    Articles, possessives and punctuation at the edges are cut off.
+def spacy_spans(texts: Sequence[str], model: str) -> Iterator[list[Span]]:
+    """The named entities of each text, without articles and punctuation at their edges.
 
     Args:
       texts: any number.
       model: spaCy pipeline, a package's name or a folder.
-      noun_chunks: whether to parse for them, which takes a third more time.
     """
-    nlp = load_spacy(model, noun_chunks)
+    nlp = load_spacy(model)
     for first in range(0, len(texts), BATCH):
         # Without the zone the vocabulary grows with every new word for the life of the process.
         with nlp.memory_zone():
-            for doc in nlp.pipe(texts[first : first + BATCH], batch_size=BATCH):
-                spans = [(span, "ner", span.kb_id_) for span in doc.ents]
-                if noun_chunks:
-                    spans += [(span, "noun_chunk", "") for span in doc.noun_chunks]
-                trimmed = ((_trim(span), kind, qid) for span, kind, qid in spans)
-                yield [Span(*ends, kind, qid) for ends, kind, qid in trimmed if ends is not None]
+            batch = texts[first : first + BATCH]
+            for text, doc in zip(batch, nlp.pipe(batch, batch_size=BATCH), strict=True):
+                yield [
+                    Span(start, end, span.label_, span.kb_id_)
+                    for span in doc.ents
+                    for start, end in [_trim(text, span.start_char, span.end_char)]
+                    if start < end
+                ]
 
 
-# What begins a noun phrase without being part of a name.
-_DETERMINERS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the this that these those my your his her its our their some any each every no all"
-        " both another what which whose i you he she it we they me him us them",
-    )
+# What begins a noun phrase without being part of a name; and what ends one.
+_BEFORE = re.compile(
+    r"(?:\W|_|(?:a|an|the|this|that|these|those|my|your|his|her|its|our|their)\b)+", re.IGNORECASE
 )
+_AFTER = re.compile(r"(?:['’´`ʼ]s\b|\W|_)+\Z")
 
 
-def _trim(span) -> tuple[int, int] | None:
-    tokens = [token for token in span if not token.is_space]
-    while tokens and (tokens[0].lower_ in _DETERMINERS or not _is_word(tokens[0].text)):
-        tokens.pop(0)
-    while tokens and (tokens[-1].text in ("'s", "’s", "'", "’") or not _is_word(tokens[-1].text)):
-        tokens.pop()
-    return (tokens[0].idx, tokens[-1].idx + len(tokens[-1])) if tokens else None
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    before = _BEFORE.match(text, start, end)
+    start = before.end() if before else start
+    after = _AFTER.search(text[start:end])
+    return start, start + after.start() if after else end
 
 
-def _is_word(text: str) -> bool:
-    return any(character.isalnum() for character in text)
-
-
-def pipeline_files(model: str) -> list[str]:
+def pipeline_files(model: str | None) -> list[str]:
     """All files of a pipeline, a package or a folder: what it finds depends on nothing else.
 
     Raises:
       BadInput: there is none of this name.
     """
+    if model is None:
+        return []
     folder = model
     if not os.path.isdir(model):
         found = importlib.util.find_spec(model) if model.isidentifier() else None
@@ -89,14 +125,17 @@ def pipeline_files(model: str) -> list[str]:
     )
 
 
+def links_itself(model: str) -> bool:
+    """Whether a pipeline has a trained entity_linker."""
+    return "entity_linker" in load_spacy(model).pipe_names
+
+
 @functools.lru_cache(maxsize=1)
-def load_spacy(model: str, noun_chunks: bool):
-    """The pipeline with just what finds named entities and, if asked, noun chunks."""
+def load_spacy(model: str):
+    """The pipeline with just what finds named entities."""
     import spacy
 
     from data_prep.kb import spacy_adapter  # noqa: F401  a pipeline's entity_linker finds it by its name
 
-    unused = ["lemmatizer", "textcat", "senter"]
-    if not noun_chunks:  # they need the parser and the parts of speech
-        unused += ["parser", "tagger", "attribute_ruler"]
+    unused = ["lemmatizer", "textcat", "senter", "parser", "tagger", "attribute_ruler"]
     return spacy.load(model, exclude=unused)

@@ -1,18 +1,19 @@
 """Linking: captions -> mentions -> candidate entities. pairs/ -> links/.
 
-Three sources of mentions, because each misses what another finds (spaCy's small model finds 65 % of
-the mentions of Wikidata-MEL exactly: it was trained on news, minds case, and knows no species, food
-or everyday things):
+Sources of mentions, because each misses what another finds (spaCy's small model finds 65 % of the
+mentions of Wikidata-MEL exactly: it was trained on news, minds case, and knows no species, food or
+everyday things):
 
     gazetteer    the longest names of the knowledge base, also in hashtags and file names
-    ner          spaCy's named entities
-    noun_chunk   spaCy's noun chunks, without their articles
+    ner          spaCy's named entities, with their types
+    name_part    capitalised words that are a part of a person's name
+    short_name   words of a person's whole name that stand elsewhere in the caption
 
 A span found twice is one mention, of the first kind in this order. Boilerplate of the web is not
-looked at (`boilerplate`). All candidates of an ambiguous name are kept with their priors, the
-unlikely ones by the caption's case pushed back (`disambiguate`): the picture decides later. A
-mention without candidates is kept too; it tells what the knowledge base lacks. This stage never
-sees a picture.
+looked at (`boilerplate`). All candidates of an ambiguous name are kept with their priors, made more
+or less likely by what the caption says, and so is that a mention means nothing (`disambiguate`):
+the picture decides later. A mention without candidates is kept too; it tells what the knowledge
+base lacks. This stage never sees a picture.
 
 Web captions repeat, and spaCy is what takes the time, so every caption is read once, wherever it
 occurs. Stages:
@@ -29,11 +30,12 @@ occurs. Stages:
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -41,7 +43,8 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.kb import lookup, names
-from data_prep.linking import boilerplate, disambiguate, ner
+from data_prep.linking import boilerplate, disambiguate, languages, ner
+from data_prep.linking import mentions as mention_rows
 from data_prep.linking import rows as link_rows
 from mofi_jax.common import errors
 
@@ -80,11 +83,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.boilerplate cannot be used: {error.pattern!r} is no regular expression"
             f" ({error}): correct it."
         ) from error
-    limits = {"case_penalty": 1.0, "company_weight": np.inf, "linker_weight": np.inf}
-    for name, most in limits.items():
-        if not 0 <= config[name] <= most:
+    for name in ("case_weight", "ner_weight", "linker_weight"):
+        if not 1 <= config[name] < np.inf:
             raise errors.BadInput(
-                f"config.{name}={config[name]!r} cannot be used: give a number from 0 to {most}."
+                f"config.{name}={config[name]!r} cannot be used: give 1, which turns it off, or"
+                " more."
             )
     ner.pipeline_files(config.spacy_model)
 
@@ -92,12 +95,13 @@ def check(config: ml_collections.ConfigDict) -> None:
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Writes links/NNNNN.parquet: one row for each of pairs/NNNNN.parquet, in its order.
 
-    Columns: key; mentions, a list of (start, end, surface, kind), characters start:end of the text,
-    sorted; candidates, a list of (mention, entity, prior), where mention counts in `mentions` and
-    entity is a row of the knowledge base, most likely first within a mention.
+    Columns: key; mentions, a list of (start, end, surface, kind, label), characters start:end of
+    the text, sorted, label spaCy's type or empty; candidates, a list of (mention, entity, prior),
+    where mention counts in `mentions` and entity is a row of the knowledge base, most likely first
+    within a mention. Priors of a mention sum to the probability that it means one of them.
 
     Args:
-      config: `spacy_model`, `noun_chunks`, `boilerplate` (regular expressions), and the fields of
+      config: `spacy_model` (None: without), `boilerplate` (regular expressions), and the fields of
         `disambiguate.Rule`.
       work: the engine; its work directory holds pairs/ and kb/.
 
@@ -119,10 +123,10 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 4,
+        "version": 5,
         "spacy": importlib.metadata.version("spacy"),
         "nouns": importlib.metadata.version(names.NOUNS),
-        "noun_chunks": config.noun_chunks,
+        "languages": importlib.metadata.version("py3langid"),
         "boilerplate": list(config.boilerplate),
         **disambiguate.Rule.of(config)._asdict(),
     }
@@ -158,6 +162,7 @@ def _link_captions(
     kb = lookup.KnowledgeBase(os.path.dirname(kb_manifest))
     rule = disambiguate.Rule.of(settings)
     blank = boilerplate.Blanker(settings["boilerplate"])
+    _settle(model)
     name = f"captions/{task.name}.parquet"
     types = {"mentions": mentions_type(), "candidates": candidates_type()}
     store = _Store(outputs.kept(name, kb_manifest, pipeline), types)
@@ -168,12 +173,22 @@ def _link_captions(
             block = table.slice(start, _BLOCK).combine_chunks()
             place = store.find(block["text"])
             texts = block["text"].filter(place < 0).to_pylist()
-            blanked = [blank(text) for text in texts]
-            spans = ner.spacy_spans(blanked, model, settings["noun_chunks"]) if texts else []
-            found = store.fill_in(place, link(texts, blanked, spans, kb, rule))
+            found = store.fill_in(place, link(texts, blank, kb, rule, model) if texts else None)
             counts["mentions"] += len(found[0].flatten())
             writer.write_table(pa.table([*block.columns, *found], schema=schema))
     return counts
+
+
+@functools.cache
+def _settle(model: str | None) -> None:
+    """Loads what lives as long as the process, so that garbage is not looked for in it again.
+
+    spaCy's tables are a million objects; looking through them took a quarter of the time.
+    """
+    names.dictionary()
+    if model is not None:
+        ner.load_spacy(model)
+    gc.freeze()
 
 
 class _Store:
@@ -208,7 +223,8 @@ def mentions_type():
     import pyarrow as pa
 
     fields = [("start", pa.int32()), ("end", pa.int32())]
-    return pa.list_(pa.struct([*fields, ("surface", pa.string()), ("kind", pa.string())]))
+    texts = ((name, pa.string()) for name in ("surface", "kind", "label"))
+    return pa.list_(pa.struct([*fields, *texts]))
 
 
 def candidates_type():
@@ -221,71 +237,66 @@ def candidates_type():
 
 def link(
     texts: Sequence[str],
-    blanked: Sequence[str],
-    spans: Iterable[Sequence[ner.Span]],
+    blank: boilerplate.Blanker,
     kb: lookup.KnowledgeBase,
     rule: disambiguate.Rule,
+    model: str | None,
 ):
-    """Joins the spans of texts with the gazetteer's and looks up what they may mean.
+    """What texts mention, and what that may mean.
 
     Args:
       texts: n captions.
-      blanked: the same without boilerplate.
-      spans: what `ner.spacy_spans` found in each of `blanked`, or nothing.
+      blank: takes out boilerplate.
       kb: the knowledge base.
       rule: how candidates are weighed.
+      model: spaCy pipeline; None: without it.
 
     Returns:
       Arrow arrays of length n: mentions and candidates, as links/ hold them.
     """
-    starts, ends, surfaces, kinds, forms = [], [], [], [], []
-    mentions_until, linked = [0], dict[int, str]()
-    for text, visible, found in zip(texts, blanked, spans, strict=True):
-        merged: dict[tuple[int, int], tuple[str, str]] = {}  # span -> kind, normal form
-        linked_spans: dict[tuple[int, int], str] = {}
-        for start, end, form in kb.scan(visible):
-            merged[start, end] = ("gazetteer", form)
-        for start, end, kind, qid in found:
-            if (start, end) not in merged:
-                merged[start, end] = (kind, names.normalize(text[start:end]))
-            if qid:
-                linked_spans[start, end] = qid
-        for start, end in sorted(merged):
-            kind, form = merged[start, end]
-            if (start, end) in linked_spans:
-                linked[len(forms)] = linked_spans[start, end]
+    visible, places = zip(*map(boilerplate.unescape, texts), strict=True)
+    visible = [blank(text) for text in visible]
+    forms = mention_rows.Forms(kb)
+    read = functools.partial(ner.spacy_spans, model=model) if model else None
+    every = model is not None and ner.links_itself(model)
+    found = mention_rows.gather(visible, kb, forms, read, every)
+    spoken = languages.of(visible, kb.languages)
+    meanings = disambiguate.weigh(kb, rule, visible, found, forms, spoken)
+    bounds = np.cumsum([0, *(len(text.mentions) for text in found)])
+    return (
+        _mention_lists(bounds, texts, places, found),
+        _candidate_lists(bounds, meanings),
+    )
+
+
+def _mention_lists(bounds, texts, places, found):
+    import pyarrow as pa
+
+    starts, ends, surfaces, kinds, labels = columns = [], [], [], [], []
+    for text, places_of, own in zip(texts, places, found, strict=True):
+        for start, end, kind, _, label, *_ in own.mentions:
+            if places_of is not None:
+                start, end = places_of[start], places_of[end]
             starts.append(start)
             ends.append(end)
             surfaces.append(text[start:end])
             kinds.append(kind)
-            forms.append(form)
-        mentions_until.append(len(forms))
-    bounds = np.array(mentions_until)
-    text_of = np.repeat(np.arange(len(texts)), np.diff(bounds))
-    candidates = disambiguate.weigh(kb, rule, texts, text_of, surfaces, forms, linked)
-    return (
-        _mention_lists(bounds, starts, ends, surfaces, kinds),
-        _candidate_lists(bounds, text_of, candidates),
-    )
-
-
-def _mention_lists(bounds, starts, ends, surfaces, kinds):
-    import pyarrow as pa
-
-    columns = [pa.array(starts, pa.int32()), pa.array(ends, pa.int32())]
-    columns += [pa.array(surfaces, pa.string()), pa.array(kinds, pa.string())]
-    rows = pa.StructArray.from_arrays(columns, fields=list(mentions_type().value_type))
+            labels.append(ner.LABELS[label])
+    fields = list(mentions_type().value_type)
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, fields, strict=True)]
+    rows = pa.StructArray.from_arrays(arrays, fields=fields)
     return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), rows)
 
 
-def _candidate_lists(bounds, text_of, candidates: lookup.Candidates):
+def _candidate_lists(bounds, meanings: disambiguate.Meanings):
     import pyarrow as pa
 
-    mention = candidates.surface - bounds[text_of[candidates.surface]]
-    columns = [pa.array(mention, pa.int32()), pa.array(candidates.entity, pa.int32())]
-    columns.append(pa.array(candidates.prior, pa.float32()))
+    text_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    mention = meanings.mention - bounds[text_of[meanings.mention]]
+    columns = [pa.array(mention, pa.int32()), pa.array(meanings.entity, pa.int32())]
+    columns.append(pa.array(meanings.prior, pa.float32()))
     rows = pa.StructArray.from_arrays(columns, fields=list(candidates_type().value_type))
-    ends = np.searchsorted(candidates.surface, bounds)  # of a text: before its first mention
+    ends = np.searchsorted(meanings.mention, bounds)  # of a text: before its first mention
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), rows)
 
 

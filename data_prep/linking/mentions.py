@@ -1,0 +1,189 @@
+"""Mentions of a block of captions: the gazetteer's names and spaCy's, one for each place.
+
+A name of the knowledge base that spaCy finds too has its type; one that is a small piece of what
+spaCy finds is told to be that; and a person's name of several words says what its last word means
+where it stands again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.kb import lookup, names, people
+from data_prep.linking import ner, words
+
+Reader = Callable[[Sequence[str]], Iterable[Sequence[ner.Span]]]  # texts -> their spans
+
+
+class Mention(NamedTuple):
+    """Characters start:end of a text, who found them, their normal form, spaCy's type (a code)."""
+
+    start: int
+    end: int
+    kind: str
+    form: str
+    label: int = ner.NONE
+    qid: str = ""
+    full: tuple[int, int] | None = None  # where the whole name of this person stands
+
+
+class Text(NamedTuple):
+    """The mentions of a text, by their places."""
+
+    mentions: list[Mention]
+    was_read: bool  # by spaCy
+    capitals: int  # `words.capitals`
+
+
+class Forms:
+    """Names that occur in a block, each looked up once.
+
+    Attributes:
+      number: of each normalised name.
+      found: the candidates of all.
+    """
+
+    def __init__(self, kb: lookup.KnowledgeBase):
+        self._kb = kb
+        self.number: dict[str, int] = {}
+        self.found = kb.look_up([])
+
+    def add(self, forms: Iterable[str]) -> None:
+        new = [form for form in dict.fromkeys(forms) if form not in self.number]
+        found = self._kb.look_up(new)
+        found = found._replace(surface=found.surface + len(self.number))
+        self.number.update(zip(new, itertools.count(len(self.number))))
+        self.found = lookup.Candidates(*map(np.concatenate, zip(self.found, found, strict=True)))
+
+    def of_people(self, kb: lookup.KnowledgeBase) -> set[int]:
+        """The numbers of the names whose likeliest candidate is a person."""
+        first = np.flatnonzero(np.diff(self.found.surface, prepend=-1))
+        person = np.isin(kb.kind[self.found.entity[first]], people.CODES)
+        return set(self.found.surface[first[person]].tolist())
+
+
+def gather(
+    texts: Sequence[str], kb: lookup.KnowledgeBase, forms: Forms, read: Reader | None, every: bool
+) -> list[Text]:
+    """The mentions of each text.
+
+    Args:
+      texts: what is to be seen of captions.
+      kb: the knowledge base.
+      forms: collects the names.
+      read: asks spaCy; None: without it.
+      every: ask it about every text; otherwise only where its answer counts: where one word, or
+        ordinary ones, may be a proper name, or a capitalised word be a part of a person's.
+    """
+    scanned = [kb.scan(text) for text in texts]
+    forms.add(match.form for matches in scanned for match in matches)
+    found = [
+        {(start, end): Mention(start, end, "gazetteer", form) for start, end, form in matches}
+        for matches in scanned
+    ]
+    asked = np.zeros(len(texts), bool)
+    if read is not None:
+        known = list(forms.number)
+        proper = np.zeros(len(known), bool)
+        proper[forms.found.surface[forms.found.case > 0]] = True
+        for number in np.flatnonzero(proper).tolist():
+            proper[number] = " " not in known[number] or words.use(known[number]) != words.OTHER
+        asked[:] = [
+            every
+            or any(proper[forms.number[match.form]] for match in matches)
+            or any(
+                kb.is_part(match[0].lower())
+                and not any(m.start <= match.start() and match.end() <= m.end for m in matches)
+                for match in words.CAPITALISED_WORD.finditer(text)
+            )
+            for text, matches in zip(texts, scanned, strict=True)
+        ]
+        rows = np.flatnonzero(asked).tolist()
+        for row, spans in zip(rows, read([texts[row] for row in rows]), strict=True):
+            for span in spans:
+                _add_span(texts[row], found[row], span)
+    capitals = [words.capitals(text) for text in texts]
+    for text, own, code in zip(texts, found, capitals, strict=True):
+        if code != words.ONE_CASE:
+            _add_capitalised(text, own, kb)
+    forms.add(mention.form for own in found for mention in own.values())
+    named = forms.of_people(kb)
+    for text, own in zip(texts, found, strict=True):
+        full = [m for m in own.values() if " " in m.form and forms.number[m.form] in named]
+        if full:
+            _add_short_names(text, own, full)
+    forms.add(mention.form for own in found for mention in own.values())
+    return [
+        Text(sorted(own.values()), *known)
+        for own, *known in zip(found, asked.tolist(), capitals, strict=True)
+    ]
+
+
+_SENTENCE = 3  # spaces; so long a span is more than a name
+
+
+def _add_span(text: str, own: dict[tuple[int, int], Mention], span: ner.Span) -> None:
+    start, end, label = span.start, span.end, ner.CODES.get(span.label, ner.NONE)
+    tokens = names.tokenize(text[start:end])
+    if label == ner.PERSON:
+        tokens = people.without_titles(tokens)
+    if not tokens:
+        return
+    end, start = start + tokens[-1].end, start + tokens[0].start
+    covered = False
+    for place, mention in own.items():
+        common = min(place[1], end) - max(place[0], start)
+        if common <= 0:
+            continue
+        whole = 2 * common >= end - start
+        if whole and place != (start, end):
+            covered = covered or label != ner.PERSON or " " in mention.form
+        inside = start <= place[0] and place[1] <= end
+        if whole or inside:
+            own[place] = mention._replace(
+                label=label if whole else ner.INSIDE, qid=span.qid if whole else mention.qid
+            )
+    if not covered and (start, end) not in own:
+        form = " ".join(token.form for token in tokens)
+        own[start, end] = Mention(start, end, "ner", form, label, span.qid)
+
+
+def _add_capitalised(text: str, own: dict, kb: lookup.KnowledgeBase) -> None:
+    """Capitalised words that nothing explains and that are a part of a person's name.
+
+    spaCy's small model passes over half of the family names that begin a caption.
+    """
+    for match in words.CAPITALISED_WORD.finditer(text):
+        word = match[0]
+        form = word.lower() if word.isascii() else names.normalize(word)
+        if kb.is_part(form) and words.use(form) >= words.NOUNS:
+            start, end = match.span()
+            covers = (m for m in own.values() if m.start < end and start < m.end)
+            if all(m.kind == "ner" and m.form.count(" ") >= _SENTENCE for m in covers):
+                own[start, end] = Mention(start, end, "name_part", form)
+
+
+def _add_short_names(text: str, own: dict, full: list[Mention]) -> None:
+    """Words of a person's whole name that stand elsewhere in the text, alone."""
+    lower = text.lower()
+    if len(lower) != len(text):
+        return  # places in it are not those in the text
+    for mention in full:
+        first, last = mention.form.partition(" ")[0], mention.form.rpartition(" ")[2]
+        for word in (last, first) if last != first else (last,):
+            if lower.count(word) < 2 or len(word) < 3 or words.use(word) < words.NOUNS:
+                continue
+            end = 0
+            while (start := lower.find(word, end)) >= 0:
+                end = start + len(word)
+                if lower[start - 1 : start].isalnum() or lower[end : end + 1].isalnum():
+                    continue
+                if any(a <= start and end <= b and (a, b) != (start, end) for a, b in own):
+                    continue  # a piece of a longer name
+                before = own.get((start, end)) or Mention(start, end, "short_name", word)
+                if before.full is None:
+                    own[start, end] = before._replace(full=(mention.start, mention.end))
