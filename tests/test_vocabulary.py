@@ -59,8 +59,8 @@ def test_ids_come_by_descending_count_then_qid(tmp_path):
     ("stages", "words"),
     [
         (
-            {"labels": {"pairs": 5, "labelled": 0, "no_candidate": 4, "below_threshold": 1}},
-            "of 5 pairs (4 are no_candidate, 1 are below_threshold): check that config.knowledge",
+            {"labels": {"pairs": 5, "labelled": 0, "no_candidate": 1, "barred": 4}},
+            "of 5 pairs (1 are no_candidate, 4 are barred): check config.label_kinds and",
         ),
         (
             {
