@@ -5,6 +5,7 @@ DuckDB keeps the tables, on disk where memory is short; the graph may have circl
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Iterator, Sequence
 
@@ -162,16 +163,16 @@ class Kinds:
     def _learn(self) -> None:
         """Learns labels of known kinds, then those that look like people by what was learned."""
         for known in (True, False):
-            learned = 0
-            for table, found in self._known():
-                for label, (kind, _) in zip(table["label"].to_pylist(), found, strict=True):
-                    if known and kind:
-                        self._labels.learn(label, kind == "person")
-                    elif not known and not kind and self._labels.is_person(label):
-                        self._labels.learn(label, True)
-                learned += len(found)
-                if learned >= _LEARNED:
-                    break
+            rows = (
+                (label, kind)
+                for table, found in self._known()
+                for label, (kind, _) in zip(table["label"].to_pylist(), found, strict=True)
+            )
+            for label, kind in itertools.islice(rows, _LEARNED):
+                if known and kind:
+                    self._labels.learn(label, kind == "person")
+                elif not known and not kind and self._labels.is_person(label):
+                    self._labels.learn(label, True)
 
     def tables(self) -> Iterator[pa.Table]:
         """The entities of each part with the columns kind and kind_from."""
