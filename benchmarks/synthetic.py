@@ -46,7 +46,7 @@ def write_rows(path: pathlib.Path, entities: int, aliases_each: int) -> pathlib.
     with open(path, "w") as file:
         for number in range(entities):
             label, *aliases = (next(fresh) for _ in range(1 + aliases_each))
-            row = {"qid": f"Q{number + 1}", "label": label, "aliases": aliases}
+            row = {"qid": f"Q9{number:09d}", "label": label, "aliases": aliases}
             row |= {"description": f"thing {number}", "sitelinks": number % 200}
             file.write(json.dumps(row) + "\n")
     return path

@@ -82,7 +82,7 @@ def names_of(label: str, spellings: Iterable[Spelling], factor: float) -> tuple[
     exact: dict[str, tuple[float, int, int]] = {}
     empty = 0
     for text, weight, languages in spellings:
-        if form := _form(text):
+        if form := normal_of(text):
             _add(exact, form, weight, case_of(text), languages)
         else:
             empty += 1
@@ -104,7 +104,7 @@ def names_of(label: str, spellings: Iterable[Spelling], factor: float) -> tuple[
     ], empty
 
 
-def _form(spelling: str) -> str:
+def normal_of(spelling: str) -> str:
     """`names.normalize`; a name in ASCII, as most are, without the places of its words."""
     if spelling.isascii():
         return " ".join(_ASCII_WORDS.findall(spelling.lower()))

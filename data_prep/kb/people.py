@@ -84,7 +84,7 @@ def take_apart(label: str, aliases: list[str], description: str, factor: float) 
     """
     found = Found({}, {})
     both_ends = bool(_FAMILY_FIRST.search(description))
-    own = {names.normalize(name) for name in (label, *aliases)}
+    own = {forms.normal_of(name) for name in (label, *aliases)}
     for i, name in enumerate((label, *aliases[: _MOST_NAMES - 1])):
         _take_apart(forms.without_bracket(name), factor if i else 1.0, factor, both_ends, found)
     for form in own.intersection(found.shortened):
@@ -94,15 +94,15 @@ def take_apart(label: str, aliases: list[str], description: str, factor: float) 
 
 def _take_apart(name: str, weight: float, factor: float, both_ends: bool, found: Found) -> None:
     def part(words: list[str], role: int, factor: float = 1.0) -> None:
-        form = names.normalize(" ".join(words))
+        form = forms.normal_of(" ".join(words))
         if len(form) > 1:
-            for text in {form, names.fold_diacritics(form)}:
-                key = (text, role)
+            texts = (form,) if form.isascii() else {form, names.fold_diacritics(form)}
+            for key in ((text, role) for text in texts):
                 found.parts[key] = max(found.parts.get(key, 0.0), weight * factor)
 
     def shorten(words: list[str]) -> None:
         text = " ".join(words)
-        form = names.normalize(text)
+        form = forms.normal_of(text)
         if " " in form and text != name:
             before, case = found.shortened.get(form, (0.0, 2))
             value = max(before, weight * factor * factor)

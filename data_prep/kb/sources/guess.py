@@ -189,6 +189,8 @@ class Labels:
         if any(word[0].islower() and not _SMALL.fullmatch(word) for word in words):
             return False
         people, others = (self._counts[person, False, ""] + 1000 for person in (True, False))
+        if people == 1000:  # nothing says that there are any
+            return False
         nouns, last = _nouns(), words[-1].lower()
         score = 0.7
         for at_end, word in ((False, words[0]), (True, words[-1])):
