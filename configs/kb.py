@@ -52,7 +52,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.anchors = ml_collections.config_dict.placeholder(str)
     config.anchor_min_links = 5  # from here on an anchor text that is no name yet becomes one
     config.anchor_smoothing = 1.0  # links shared out by the priors above, so that none is zero
-    # Ids that were merged into others: parquet or TSV with the columns from and to.
+    # Ids that were merged into others: parquet or TSV with the columns from and to, of Wikidata as
+    # its query service tells them by owl:sameAs.
     config.redirects = ml_collections.config_dict.placeholder(str)
 
     # How it is built; never part of the result.

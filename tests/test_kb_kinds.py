@@ -80,7 +80,7 @@ def test_types_are_closed_over_superclasses_that_are_dropped_themselves(tmp_path
 
 
 @fuzz(
-    60,
+    30,
     edges=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=25),
     roots=st.dictionaries(st.integers(0, 9), st.integers(0, 3), max_size=4),
 )

@@ -69,7 +69,7 @@ def test_what_is_left_of_full_names(label, shortened, others):
     assert others <= parts(label, role=people.OTHER)
 
 
-@fuzz(300, words=st.lists(st.text(max_size=8), max_size=6), aliases=st.lists(st.text(max_size=12)))
+@fuzz(150, words=st.lists(st.text(max_size=8), max_size=6), aliases=st.lists(st.text(max_size=12)))
 def test_any_name_can_be_taken_apart(words, aliases):
     found = people.take_apart(" ".join(words), aliases, "", 0.5)
     for form in [*found.shortened, *(form for form, _ in found.parts)]:
