@@ -271,6 +271,30 @@ def test_kinds_that_no_picture_shows_are_no_labels_unless_pictured(world):
     assert reasons >= {None, "barred"}
 
 
+def test_pictures_that_look_the_same_count_once(world):
+    """Of the greens all are one picture: it speaks for its entity once, however it is spread."""
+    workdir, pairs, _, clip = world
+    green = {key for key, pair in pairs.items() if pair.colour == 1}
+    for path in sorted((workdir / "pairs").glob("*.parquet")):
+        table = pq.read_table(path)
+        rows = [
+            row | {"phash": 0 if row["key"] in green else int(row["key"]) + 1}
+            for row in table.to_pylist()
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+    support = {
+        row["entity"]: row["support"] for row in label_tables.read(workdir, "visibility/*.parquet")
+    }
+    named = [pair for pair in pairs.values() if pair.named is not None]
+    once = {pair.named for pair in named if pair.colour == 1}
+    for entity in (1, 2, 3):
+        others = sum(pair.named == entity and pair.colour != 1 for pair in named)
+        assert support[entity] == pytest.approx(others + (entity in once), abs=1e-3)
+    others = sum(pair.colour != 1 for pair in named)
+    assert support[workdirs.BACKGROUND] == pytest.approx(others + 1, abs=1e-3)
+
+
 @pytest.mark.parametrize("empty", [1, 3])
 def test_shards_without_candidates(world, empty):
     workdir, _, model, clip = world

@@ -40,7 +40,7 @@ from etils import epath
 from data_prep import engine
 from data_prep.kb import kinds
 from data_prep.linking import rows as link_rows
-from data_prep.selection import embed, senses, visibility, z_scores
+from data_prep.selection import embed, senses, twins, visibility, z_scores
 from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
@@ -104,8 +104,11 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         settings = {"version": 4, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     rule = Rule.of(config)
-    shards = z_scores.run(work, embed.run(config, work), config.prototype_weight)
-    visibility.run(work, shards, rule.prior_weight, rule.kin_weight)
+    embedded = embed.run(config, work)
+    same = twins.run(work, embedded)
+    shards = z_scores.run(work, embedded, same, config.prototype_weight)
+    same = [path for path in same if path.stem in {*shards}]
+    visibility.run(work, shards, same, rule.prior_weight, rule.kin_weight)
     files = [
         (workdir / "links" / name, *evidence_files(workdir, name))
         for name in (f"{shard}.parquet" for shard in shards)

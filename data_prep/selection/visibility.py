@@ -29,7 +29,7 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.linking import rows as link_rows
-from data_prep.selection import senses, z_scores
+from data_prep.selection import senses, twins, z_scores
 from data_prep.selection.embed import DECIMALS
 
 if typing.TYPE_CHECKING:
@@ -51,7 +51,11 @@ _SUM = """
 
 
 def run(
-    work: engine.Engine, shards: Sequence[str], prior_weight: float, kin_weight: float
+    work: engine.Engine,
+    shards: Sequence[str],
+    same: Sequence[epath.Path],
+    prior_weight: float,
+    kin_weight: float,
 ) -> epath.Path:
     """Runs the stages visibility_parts, visibility_sums and visibility; returns the last's file.
 
@@ -60,6 +64,7 @@ def run(
     Args:
       work: the engine; its work directory holds links/, z_scores/ and what `senses.run` reads.
       shards: those of z_scores/.
+      same: of each the file of twins/.
       prior_weight, kin_weight: see `senses.shares`.
     """
     workdir = work.workdir
@@ -68,8 +73,15 @@ def run(
         [workdir / folder / f"{shard}.parquet" for shard in shards]
         for folder in ("links", "z_scores")
     ]
-    tasks = [engine.Task(task.name, (*kin, *task.inputs)) for task in engine.run_tasks(*files)]
-    settings = {"kin": len(kin), "prior_weight": prior_weight, "kin_weight": kin_weight}
+    tasks = [
+        engine.Task(task.name, (*kin, *task.inputs)) for task in engine.run_tasks(*files, same)
+    ]
+    settings = {
+        "version": 2,
+        "kin": len(kin),
+        "prior_weight": prior_weight,
+        "kin_weight": kin_weight,
+    }
     parts = work.map_shards("visibility_parts", _count, tasks, settings, keys=None)
     sums, visibility = "visibility_sums/entities.parquet", "visibility/entities.parquet"
     tables = {"parts": [workdir / m["outputs"][0]["path"] for m in parts]}
@@ -84,9 +96,10 @@ def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
 
     kin, shards = task.inputs[: settings["kin"]], task.inputs[settings["kin"] :]
     entities, kinship = _read_kin(kin)
-    count = len(shards) // 2
     codes, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for links_path, z_scores_path in zip(shards[:count], shards[count:], strict=True):
+    for links_path, z_scores_path, same in zip(
+        *map(list, np.split(np.array(shards), 3)), strict=True
+    ):
         links = link_rows.read(links_path)
         [z_score], _ = read_z_scores(links, engine.read_table(z_scores_path), ("z_scores",))
         own = link_rows.look_up(entities, kinship, links.entity)
@@ -96,6 +109,7 @@ def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         order = np.lexsort((-weight, links.entity, links.row))
         order = order[~np.isnan(z_score[order])]
         once = order[link_rows.starts_run(links.row[order], links.entity[order])]
+        once = once[~twins.among(links.keys, links.row[once], links.entity[once], same)]
         bins = np.floor((z_score[once] - _LOWEST) / _BIN).clip(0, _BINS - 1).astype(np.int64)
         found, place = np.unique(links.entity[once] * np.int64(_BINS) + bins, return_inverse=True)
         total = np.zeros(len(found), np.int64)

@@ -39,6 +39,7 @@ from jaxtyping import Float, Float64, Int
 
 from data_prep import engine
 from data_prep.linking import rows as link_rows
+from data_prep.selection import twins
 from data_prep.selection.embed import DECIMALS
 
 # Pictures' worth of doubt in a prototype: with n others, it counts n / (n + 1).
@@ -51,7 +52,9 @@ RIDGE = 0.03
 CHUNK = 4096  # (picture, entity) pairs at a time: 4096 x 1024 float64 are 32 MB
 
 
-def run(work: engine.Engine, shards: Sequence[str], prototype_weight: float) -> list[str]:
+def run(
+    work: engine.Engine, shards: Sequence[str], same: Sequence[epath.Path], prototype_weight: float
+) -> list[str]:
     """Runs the stages moments, prototypes and z_scores.
 
     No model is run and no picture is read. In memory are a few thousand candidates at a time and a
@@ -60,6 +63,7 @@ def run(work: engine.Engine, shards: Sequence[str], prototype_weight: float) -> 
     Args:
       work: the engine; its work directory holds links/, embeddings/, candidates/ and texts/.
       shards: those of embeddings/.
+      same: of each the file of twins/.
       prototype_weight: of an entity's other pictures, beside its text.
 
     Returns:
@@ -85,9 +89,10 @@ def run(work: engine.Engine, shards: Sequence[str], prototype_weight: float) -> 
 
     tasks = [
         engine.Task(task.name, (candidates, moments, *task.inputs))
-        for task in engine.run_tasks(links, keys, embeddings)
+        for task in engine.run_tasks(links, keys, same, embeddings)
     ]
-    parts = _paths(work, work.map_shards("prototype_parts", _sum_pictures, tasks, {}, keys=None))
+    parts = work.map_shards("prototype_parts", _sum_pictures, tasks, {"version": 2}, keys=None)
+    parts = _paths(work, parts)
     tasks = [engine.Task(path.stem, (path, moments, *parts)) for path in texts]
     lengths = [len(np.load(path, mmap_mode="r")) for path in texts]
     settings = {"version": 3, "starts": np.cumsum([0, *lengths]).tolist()}
@@ -206,15 +211,21 @@ def ridged(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]
 def _sum_pictures(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     """Of each entity of a run of shards the sum of the pictures that mention it."""
     candidates_path, moments_path, *shards = task.inputs
-    entities, count = read_entities(candidates_path), len(shards) // 3
+    entities, count = read_entities(candidates_path), len(shards) // 4
     mean, _ = mean_and_covariance(moments_path)
-    found = [_pairs(*shards[i : 2 * count : count], entities) for i in range(count)]
+    found = []
+    for number in range(count):
+        links_path, keys_path, same = shards[number : 3 * count : count]
+        pairs = _pairs(links_path, keys_path, entities)
+        keys = link_rows.read_column(keys_path, "key")
+        new = ~twins.among(keys, pairs.row, entities[pairs.column], same)
+        found.append(_Pairs(*(values[new] for values in pairs)))
     columns = np.unique(np.concatenate([pairs.column for pairs in found]))
     np.save(outputs.path(f"prototype_parts/{task.name}-columns.npy"), columns)
     path = outputs.path(f"prototype_parts/{task.name}-sums.npy")
     sums = zeros(path, (len(columns), len(mean)), np.float32)
     weights = np.zeros(len(columns))
-    for pairs, path in zip(found, shards[2 * count :], strict=True):
+    for pairs, path in zip(found, shards[3 * count :], strict=True):
         x = np.load(path, mmap_mode="r")
         for row, column, prior in _chunks(pairs):
             place = np.searchsorted(columns, column)
