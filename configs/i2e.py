@@ -107,9 +107,9 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Of how much an entity's pictures look like those of its kin, beside it. Right senses without
     # and with it: 47 and 69 % of ambiguous names in photos, 57 and 69 % in the sample.
     config.kin_weight = 6.0
-    # That the picture shows it, see data_prep.selection.choose. 0.25, 0.3 and 0.35 give precision and
-    # recall of 0.63/0.81, 0.65/0.78 and 0.67/0.75 on photos, 0.69/0.76, 0.72/0.74, 0.73/0.72 on the
-    # sample.
+    # That the picture shows it, see data_prep.selection.choose. 0.25, 0.3 and 0.35 give precision
+    # and recall of 0.63/0.81, 0.65/0.78 and 0.67/0.75 on photos, 0.69/0.76, 0.72/0.74 and 0.73/0.72
+    # on the sample.
     config.min_probability = 0.3
     # Of labels the share that is to be right, by these probabilities: a higher threshold.
     config.target_precision = ml_collections.config_dict.placeholder(float)

@@ -207,10 +207,11 @@ class _Store:
         """int64 [n]: where each text stands, -1 for new ones."""
         return link_rows.positions(texts.combine_chunks(), self._texts)
 
-    def fill_in(self, place: np.ndarray, new: Sequence[pa.Array]) -> list[pa.Array]:
+    def fill_in(self, place: np.ndarray, new: Sequence[pa.Array] | None) -> list[pa.Array]:
         """The columns of all texts: those of `new` for texts that `find` did not, in order."""
         import pyarrow as pa
 
+        new = new or [column[:0] for column in self._columns]
         rows = np.where(place < 0, len(self._texts) - 1 + np.cumsum(place < 0), place)
         return [
             pa.concat_arrays([known, found]).take(pa.array(rows))
