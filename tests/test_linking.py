@@ -24,7 +24,7 @@ ROWS = [
     {"id": "n1", "label": "rose", "aliases": ["rosebush"], "sense_rank": [1, 1]},
     {"id": "n2", "label": "rosé", "aliases": ["rose"], "sense_rank": [1, 3]},
     {"id": "n3", "label": "alarm clock"},
-    {"id": "n4", "label": "Barack Obama"},
+    {"id": "n4", "label": "Barack Obama", "kind": "person"},
     {"id": "n5", "label": "clip art"},
 ]
 
