@@ -59,6 +59,19 @@ class Forms:
         self.number.update(zip(new, itertools.count(len(self.number))))
         self.found = lookup.Candidates(*map(np.concatenate, zip(self.found, found, strict=True)))
 
+    def open(self) -> np.ndarray:
+        """bool, by name: whether spaCy may tell if a proper name is meant, or which.
+
+        Several words, one in no dictionary, mean what they say.
+        """
+        is_open = np.zeros(len(self.number), bool)
+        is_open[self.found.surface[self.found.case > words.LOWER]] = True
+        forms = list(self.number)
+        for number in np.flatnonzero(is_open).tolist():
+            form = forms[number]
+            is_open[number] = " " not in form or words.use(form) != words.OTHER
+        return is_open
+
     def of_people(self, kb: lookup.KnowledgeBase) -> set[int]:
         """The numbers of the names whose likeliest candidate is a person."""
         first = np.flatnonzero(np.diff(self.found.surface, prepend=-1))
@@ -76,8 +89,8 @@ def gather(
       kb: the knowledge base.
       forms: collects the names.
       read: asks spaCy; None: without it.
-      every: ask it about every text; otherwise only where its answer counts: where one word, or
-        ordinary ones, may be a proper name, or a capitalised word be a part of a person's.
+      every: ask it about every text; otherwise only where its answer counts: where a name is
+        `Forms.open`, or a capitalised word a part of a person's that no name explains.
     """
     scanned = [kb.scan(text) for text in texts]
     forms.add(match.form for matches in scanned for match in matches)
@@ -85,31 +98,29 @@ def gather(
         {(start, end): Mention(start, end, "gazetteer", form) for start, end, form in matches}
         for matches in scanned
     ]
+    capitals = [words.capitals(text) for text in texts]
+    parts = [
+        _parts_of_people(text, matches, kb) if code != words.ONE_CASE else []
+        for text, matches, code in zip(texts, scanned, capitals, strict=True)
+    ]
     asked = np.zeros(len(texts), bool)
     if read is not None:
-        known = list(forms.number)
-        proper = np.zeros(len(known), bool)
-        proper[forms.found.surface[forms.found.case > 0]] = True
-        for number in np.flatnonzero(proper).tolist():
-            proper[number] = " " not in known[number] or words.use(known[number]) != words.OTHER
+        is_open = forms.open()
         asked[:] = [
             every
-            or any(proper[forms.number[match.form]] for match in matches)
-            or any(
-                kb.is_part(match[0].lower())
-                and not any(m.start <= match.start() and match.end() <= m.end for m in matches)
-                for match in words.CAPITALISED_WORD.finditer(text)
-            )
-            for text, matches in zip(texts, scanned, strict=True)
+            or bool(unexplained)
+            or any(is_open[forms.number[match.form]] for match in matches)
+            for matches, unexplained in zip(scanned, parts, strict=True)
         ]
         rows = np.flatnonzero(asked).tolist()
         for row, spans in zip(rows, read([texts[row] for row in rows]), strict=True):
             for span in spans:
                 _add_span(texts[row], found[row], span)
-    capitals = [words.capitals(text) for text in texts]
-    for text, own, code in zip(texts, found, capitals, strict=True):
-        if code != words.ONE_CASE:
-            _add_capitalised(text, own, kb)
+    for own, unexplained in zip(found, parts, strict=True):
+        for part in unexplained:
+            covers = (m for m in own.values() if m.start < part.end and part.start < m.end)
+            if all(m.kind == "ner" and m.form.count(" ") >= _SENTENCE for m in covers):
+                own[part.start, part.end] = part
     forms.add(mention.form for own in found for mention in own.values())
     named = forms.of_people(kb)
     for text, own in zip(texts, found, strict=True):
@@ -128,6 +139,11 @@ _SENTENCE = 3  # spaces; so long a span is more than a name
 
 def _add_span(text: str, own: dict[tuple[int, int], Mention], span: ner.Span) -> None:
     start, end, label = span.start, span.end, ner.CODES.get(span.label, ner.NONE)
+    if (start, end) in own and not any(
+        (start, end) != place and start <= place[0] < end for place in own
+    ):
+        own[start, end] = own[start, end]._replace(label=label, qid=span.qid)
+        return
     tokens = names.tokenize(text[start:end])
     if label == ner.PERSON:
         tokens = people.without_titles(tokens)
@@ -152,19 +168,22 @@ def _add_span(text: str, own: dict[tuple[int, int], Mention], span: ner.Span) ->
         own[start, end] = Mention(start, end, "ner", form, label, span.qid)
 
 
-def _add_capitalised(text: str, own: dict, kb: lookup.KnowledgeBase) -> None:
-    """Capitalised words that nothing explains and that are a part of a person's name.
+def _parts_of_people(
+    text: str, matches: Sequence[lookup.Match], kb: lookup.KnowledgeBase
+) -> list[Mention]:
+    """Capitalised words that no name explains and that are a part of a person's.
 
     spaCy's small model passes over half of the family names that begin a caption.
     """
+    found = []
     for match in words.CAPITALISED_WORD.finditer(text):
         word = match[0]
         form = word.lower() if word.isascii() else names.normalize(word)
         if kb.is_part(form) and words.use(form) >= words.NOUNS:
             start, end = match.span()
-            covers = (m for m in own.values() if m.start < end and start < m.end)
-            if all(m.kind == "ner" and m.form.count(" ") >= _SENTENCE for m in covers):
-                own[start, end] = Mention(start, end, "name_part", form)
+            if not any(m.start < end and start < m.end for m in matches):
+                found.append(Mention(start, end, "name_part", form))
+    return found
 
 
 def _add_short_names(text: str, own: dict, full: list[Mention]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.kb import kinds
+from data_prep.kb import kinds, names
 from mofi_jax.common import errors
 
 BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
@@ -49,9 +49,9 @@ def agreement() -> np.ndarray:
     What is a piece of another name contradicts every kind, even one that nobody knows, twice.
     """
     found = np.zeros((len(LABELS), 256), np.int8)
-    for label, names in _KINDS.items():
+    for label, words in _KINDS.items():
         found[CODES[label], : len(kinds.KINDS)] = -1
-        found[CODES[label], [kinds.KINDS.index(name) for name in names.split()]] = 1
+        found[CODES[label], [kinds.KINDS.index(word) for word in words.split()]] = 1
     found[INSIDE] = -2
     return found
 
@@ -90,12 +90,14 @@ def spacy_spans(texts: Sequence[str], model: str) -> Iterator[list[Span]]:
 _BEFORE = re.compile(
     r"(?:\W|_|(?:a|an|the|this|that|these|those|my|your|his|her|its|our|their)\b)+", re.IGNORECASE
 )
-_AFTER = re.compile(r"(?:['’´`ʼ]s\b|\W|_)+\Z")
+_AFTER = re.compile(rf"(?:[{names.APOSTROPHES}]s\b|\W|_)+\Z")
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     before = _BEFORE.match(text, start, end)
     start = before.end() if before else start
+    if text[end - 1].isalnum() and text[end - 2 : end - 1] not in names.APOSTROPHES:
+        return start, end
     after = _AFTER.search(text[start:end])
     return start, start + after.start() if after else end
 

@@ -173,7 +173,7 @@ def _link_captions(
             block = table.slice(start, _BLOCK).combine_chunks()
             place = store.find(block["text"])
             texts = block["text"].filter(place < 0).to_pylist()
-            found = store.fill_in(place, link(texts, blank, kb, rule, model) if texts else None)
+            found = store.fill_in(place, link(texts, blank, kb, rule, model))
             counts["mentions"] += len(found[0].flatten())
             writer.write_table(pa.table([*block.columns, *found], schema=schema))
     return counts
@@ -255,8 +255,8 @@ def link(
     Returns:
       Arrow arrays of length n: mentions and candidates, as links/ hold them.
     """
-    visible, places = zip(*map(boilerplate.unescape, texts), strict=True)
-    visible = [blank(text) for text in visible]
+    unescaped = [boilerplate.unescape(text) for text in texts]
+    visible = [blank(text) for text, _ in unescaped]
     forms = mention_rows.Forms(kb)
     read = functools.partial(ner.spacy_spans, model=model) if model else None
     every = model is not None and ner.links_itself(model)
@@ -265,7 +265,7 @@ def link(
     meanings = disambiguate.weigh(kb, rule, visible, found, forms, spoken)
     bounds = np.cumsum([0, *(len(text.mentions) for text in found)])
     return (
-        _mention_lists(bounds, texts, places, found),
+        _mention_lists(bounds, texts, [places for _, places in unescaped], found),
         _candidate_lists(bounds, meanings),
     )
 
