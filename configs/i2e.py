@@ -110,7 +110,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # That the picture shows it, see data_prep.selection.choose. 0.25, 0.3 and 0.35 give precision
     # and recall of 0.63/0.81, 0.65/0.78 and 0.67/0.75 on photos, 0.69/0.76, 0.72/0.74 and 0.73/0.72
     # on the sample.
-    config.min_probability = 0.3
+    config.min_probability = 0.25
     # Of labels the share that is to be right, by these probabilities: a higher threshold.
     config.target_precision = ml_collections.config_dict.placeholder(float)
     config.max_labels = 3  # per picture; "close to 1" on average in the paper's data
