@@ -108,7 +108,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # and with it: 47 and 69 % of ambiguous names in photos, 57 and 69 % in the sample.
     config.kin_weight = 6.0
     # That the picture shows it, see data_prep.selection.choose. 0.25, 0.3 and 0.35 give precision
-    # and recall of 0.63/0.81, 0.65/0.78 and 0.67/0.75 on photos, 0.69/0.76, 0.72/0.74 and 0.73/0.72
+    # and recall of 0.66/0.79, 0.68/0.76 and 0.70/0.73 on photos, 0.72/0.75, 0.74/0.73 and 0.76/0.71
     # on the sample.
     config.min_probability = 0.25
     # Of labels the share that is to be right, by these probabilities: a higher threshold.

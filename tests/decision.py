@@ -4,17 +4,19 @@ import math
 
 
 def shares(candidates, evidence, config):
-    """Of candidates (mention, entity, prior) p(entity | its mention means something)."""
-    weights = [
-        prior ** config["prior_weight"]
-        * math.exp(config["kin_weight"] * evidence[entity][0])
-        * evidence[entity][2]
-        for _, entity, prior in candidates
-    ]
-    return [
-        weight / sum(w for w, c in zip(weights, candidates, strict=True) if c[0] == mention)
-        for weight, (mention, _, _) in zip(weights, candidates, strict=True)
-    ]
+    """Of candidates (mention, entity, prior) p(entity | its mention means something), and that."""
+    found = []
+    for mention, entity, _ in candidates:
+        own = [c for c in candidates if c[0] == mention]
+        weights = {
+            e: prior ** config["prior_weight"] * math.exp(config["kin_weight"] * evidence[e][0])
+            for _, e, prior in own
+        }
+        fits = {e: weight / sum(weights.values()) * evidence[e][2] for e, weight in weights.items()}
+        means = min(1, sum(prior for _, _, prior in own))
+        known = means * sum(fits.values())
+        found.append((fits[entity] / sum(fits.values()), known / (known + 1 - means)))
+    return found
 
 
 def choose(candidates, evidence, config):
@@ -28,17 +30,16 @@ def choose(candidates, evidence, config):
         return [], "no_candidate"
     share = shares(candidates, evidence, config)
     best = {}
-    for (mention, entity, _), own in zip(candidates, share, strict=True):
+    for (mention, entity, _), (own, means) in zip(candidates, share, strict=True):
         shown = evidence[entity][1]
         if shown > 0:
-            rank = (own * shown, -entity)
-            best[mention] = max(best.get(mention, (rank, own, entity)), (rank, own, entity))
+            this = ((own * shown, -entity), own, means, entity)
+            best[mention] = max(best.get(mention, this), this)
     if not best:
         return [], "barred"
     # Of an entity that several mentions mean, the one that means it most.
     found = {}
-    for mention, (_, own, entity) in best.items():
-        means = min(1, sum(prior for of, _, prior in candidates if of == mention))
+    for _, own, means, entity in best.values():
         shown = min(max(evidence[entity][1] * means, 1e-6), 1 - 1e-6)
         found[entity] = max(found.get(entity, (-1,)), (own * means, own, shown / (1 - shown)))
     total = 1 + sum(odds for *_, odds in found.values())

@@ -5,9 +5,9 @@ it: p = share * odds / (1 + the odds of the caption's mentions), odds = q / (1 -
 
     share  what the mention means, of all senses of the name: by its prior, by how much the pictures
            of each sense look like those of its kin (`senses`), and by how well this one fits each
-    q      whether the picture shows it (`visibility`), times p(the name means anything): from how
-           far the picture stands out for the entity (`z_scores`), and whether it is something that
-           pictures show at all
+    q      whether the picture shows it (`visibility`): by how far it stands out for the entity
+           (`z_scores`), and whether that is something that pictures show at all; times p(the name
+           means anything in the base)
 
 Of each mention the candidate with the highest share * q counts. The mentions of a caption are
 explanations of one picture: what one of them explains, the others need not. Labels are those with
@@ -203,7 +203,7 @@ def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
       rule: weights and thresholds.
     """
     weights = (rule.prior_weight, rule.kin_weight)
-    share, means = senses.shares(links, known.kin, *weights, np.log(known.fit))
+    share, means = senses.shares(links, known.kin, *weights, known.fit)
     possible = np.flatnonzero(known.shown > 0)  # NaN is not
     strongest = _strongest(links, share * known.shown, possible)
     # An entity of several mentions counts once, for that which means it most.

@@ -201,22 +201,27 @@ def shares(
     kin: np.ndarray,
     prior_weight: float,
     kin_weight: float,
-    fit: np.ndarray | float = 0.0,
+    fit: np.ndarray | None = None,
 ) -> Shares:
-    """What mentions mean, in proportion to prior^prior_weight * exp(kin_weight * kinship + fit).
+    """What mentions mean, in proportion to prior^prior_weight * exp(kin_weight * kinship) * fit.
 
     Args:
       links: the candidates.
       kin: float [c], the kinship of each; NaN: nothing is known.
       prior_weight, kin_weight: how much they count.
-      fit: float [c], log of how much likelier the picture is for each; NaN: nothing is known.
+      fit: float [c], how many times likelier the picture is where each is meant than where the name
+        means nothing in the base; NaN: nothing is known. Without, before a picture is looked at.
     """
     mention = link_rows.mention_of(links)
     prior = links.prior.astype(np.float64)
     strength = prior_weight * np.log(np.maximum(prior, 1e-9)) + kin_weight * np.nan_to_num(kin)
-    strength = strength + np.nan_to_num(fit)
     highest = np.full(int(mention.max(initial=-1)) + 1, -np.inf)
     np.maximum.at(highest, mention, strength)
     weight = np.exp(strength - highest[mention])
     share = weight / np.bincount(mention, weight)[mention]
-    return Shares(share, np.minimum(np.bincount(mention, prior), 1)[mention])
+    means = np.minimum(np.bincount(mention, prior), 1)[mention]
+    if fit is None:
+        return Shares(share, means)
+    share = share * np.nan_to_num(fit, nan=1.0)
+    fits = np.bincount(mention, share)[mention]
+    return Shares(share / fits, means * fits / (means * fits + 1 - means))
