@@ -314,5 +314,10 @@ def test_boilerplate_is_blanked_and_places_stay(text, left):
     assert all(b in (" ", a) for a, b in zip(text, blanked, strict=True))
 
 
+def test_a_pattern_may_have_alternatives_that_begin_within_words():
+    blank = boilerplate.Blanker((r"\bhd (?:a|b)\b", r"\bfoo|bar", r"\b[|(]?x\b"))
+    assert blank("hd b food rebar x") == " " * 8 + "d re" + " " * 5
+
+
 def test_no_patterns_blank_nothing():
     assert boilerplate.Blanker(())("stock photo.jpg") == "stock photo.jpg"

@@ -257,33 +257,36 @@ class KnowledgeBase:
     def _maximal(self, text: str, tokens: Sequence[names.Token]) -> list[Match]:
         # One question to the trie for each word, "which names does this begin with", instead of one
         # for each run of words: the answers are those whose end is the end of a word.
-        joined = " ".join([token.form for token in tokens])
-        starts, ends, at = [], {}, 0
-        for number, token in enumerate(tokens):
+        forms = [token.form for token in tokens]
+        joined = " ".join(forms)
+        starts, stops, at = [], [], 0
+        for form in forms:
             starts.append(at)
-            at += len(token.form)
-            ends[at] = number
+            at += len(form)
+            stops.append(at)
             at += 1
-        irregular = [i for i, token in enumerate(tokens) if _changes_before_its_end(token.form)]
-        matches, reached, count = [], -1, len(tokens)
-        prefixes = self._trie.prefixes
-        for i, token in enumerate(tokens):
-            if token.form == "s" and token.start and text[token.start - 1] in names.APOSTROPHES:
+        ends = {stop: number for number, stop in enumerate(stops)}
+        irregular = [i for i, form in enumerate(forms) if _changes_before_its_end(form)]
+        matches, reached, count, size = [], -1, len(forms), len(joined)
+        prefixes, find = self._trie.prefixes, joined.find
+        for i, start in enumerate(starts):
+            if forms[i] == "s" and _is_possessive(text, tokens[i].start):
                 continue  # a possessive begins no name
-            start, last = starts[i], min(i + MAX_TOKENS, count) - 1
+            last = min(i + MAX_TOKENS, count) - 1
             end = -1
-            whole = joined[start : starts[last] + len(tokens[last].form)]
-            for name in reversed(prefixes(whole)):
+            for name in reversed(prefixes(joined[start : stops[last]])):
                 at = start + len(name)
-                end = ends[at] if at in ends else _end_of_plural(joined, at, ends)
+                if at in ends:
+                    end = ends[at]
+                elif at + 3 >= size or find(" ", at, at + 4) >= 0:
+                    end = _end_of_plural(joined, at, ends)
                 if end >= 0:
                     break
             for j in irregular:
-                if max(i, end + 1) <= j <= last and joined[start : _end(starts, tokens, j)] in self:
+                if max(i, end + 1) <= j <= last and joined[start : stops[j]] in self:
                     end = j
             if end > reached:
-                form = joined[start : _end(starts, tokens, end)]
-                matches.append(Match(token.start, tokens[end].end, form))
+                matches.append(Match(tokens[i].start, tokens[end].end, joined[start : stops[end]]))
                 reached = end
         return matches
 
@@ -297,6 +300,10 @@ def _rows(offsets: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarr
     ), lengths
 
 
+def _is_possessive(text: str, start: int) -> bool:
+    return start > 0 and text[start - 1] in names.APOSTROPHES
+
+
 def _end_of_plural(joined: str, at: int, ends: dict[int, int]) -> int:
     """The word of which a name ending at `at` is the beginning and the singular; or -1."""
     begin, end = joined.rfind(" ", 0, at) + 1, joined.find(" ", at)
@@ -304,10 +311,6 @@ def _end_of_plural(joined: str, at: int, ends: dict[int, int]) -> int:
     if end - at <= 3 and joined[begin:at] in names.singulars(joined[begin:end]):  # "child" + "ren"
         return ends.get(end, -1)
     return -1
-
-
-def _end(starts: list[int], tokens: Sequence[names.Token], number: int) -> int:
-    return starts[number] + len(tokens[number].form)
 
 
 @functools.lru_cache(maxsize=1 << 16)

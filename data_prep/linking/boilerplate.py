@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 # Regular expressions, matched without regard to case.
 PATTERNS = (
-    r"https?://\S+|\bwww\.\S+",
+    r"https?://\S+",
+    r"\bwww\.\S+",
     r"\.(?:jpe?g|png|gif|webp|svg|bmp|tiff?)\b",
     # What cameras and screens call their files, and sizes.
     r"\b(?:img|dsc[fn]?|pict|mvi|pxl|screen ?shot)[ _-]?\d{2,}\w*",
@@ -20,14 +21,17 @@ PATTERNS = (
     r"\bclick (?:here|(?:on (?:the )?\w+ )?(?:to|for)(?: \w+){1,2})",
     r"\b(?:read|see|view|show|load|learn) more\b",
     r"\b(?:image|photo|picture) (?:courtesy|credit)s?\b:?",
-    r"\ball rights reserved\b|©",
+    r"\ball rights reserved\b",
+    r"©",
     # Picture agencies and shops.
     r"\bstock (?:photo|image|picture|vector|illustration|footage|video|art)s?\b",
-    r"\bstock photography\b|\broyalty[- ]free\b",
+    r"\bstock photography\b",
+    r"\broyalty[- ]free\b",
     r"\b(?:free|instant|digital|high[- ]res(?:olution)?) downloads?\b",
     r"\bfree (?:shipping|delivery|returns)\b",
     r"\b(?:buy|shop|order)(?: it)? (?:now|online|here)\b",
-    r"\b(?:on|for) sale\b|\bin stock\b|\bbest price\b|\badd to (?:cart|basket|bag)\b",
+    r"\b(?:on|for) sale\b",
+    r"\b(?:in stock|best price|add to (?:cart|basket|bag))\b",
     r"\b(?:hd|4k|desktop|mobile|phone) (?:wallpaper|background)s?\b",
 )
 
@@ -67,6 +71,14 @@ def unescape(text: str) -> tuple[str, list[int] | None]:
     return "".join([*pieces, text[at:]]), places
 
 
+def _begins_a_word(pattern: str) -> bool:
+    """Whether all that a pattern matches begins where a word does."""
+    bare, before = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "", pattern), None
+    while bare != before:  # without its groups
+        bare, before = re.sub(r"\([^()]*\)", "", bare), bare
+    return pattern.startswith(r"\b") and "|" not in bare
+
+
 class Blanker:
     """Replaces every match of the patterns by as many spaces."""
 
@@ -75,8 +87,13 @@ class Blanker:
         Raises:
           re.error: a pattern that is no regular expression.
         """
-        joined = "|".join(f"(?:{pattern})" for pattern in patterns)
-        self._pattern = re.compile(joined, re.IGNORECASE) if joined else None
+        anywhere, words = [], []  # those of words in one group, so that each place is asked once
+        for pattern in patterns:
+            re.compile(pattern)
+            (words if _begins_a_word(pattern) else anywhere).append(f"(?:{pattern})")
+        if words:
+            anywhere.append(rf"\b(?:{'|'.join(words)})")
+        self._pattern = re.compile("|".join(anywhere), re.IGNORECASE) if anywhere else None
 
     def __call__(self, text: str) -> str:
         if self._pattern is None:
