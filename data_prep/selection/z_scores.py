@@ -20,8 +20,8 @@ of vectors.
     moments/     moments.npy float64 [1 + d, 1 + d]: the sum of (x, 1)(x, 1)' over all pictures
     prototypes/  NNNNN.npy float32 [block, d], the Q of a block of the entities; NNNNN-measures.npy
                  float64 [4, block]: sum of weights, t'Ct of the text t, Q'CQ and Q'Ct
-    z_scores/    NNNNN.parquet key, entities, scores (cosines), z_scores (both rounded to 1e-4),
-                 priors; of the rows of embeddings/
+    z_scores/    NNNNN.parquet key, entities, scores (cosines), z_scores (both rounded to 1e-4); of
+                 the rows of embeddings/
 
 Sums are made of runs of shards (moment_parts/, prototype_parts/) and then of these, in an order
 that depends on the number of shards alone.
@@ -103,7 +103,7 @@ def run(
         engine.Task(shard, (*own, candidates, moments, *blocks))
         for shard, *own in zip(shards, links, keys, embeddings, strict=True)
     ]
-    settings = {"version": 3, "prototype_weight": prototype_weight}
+    settings = {"version": 4, "prototype_weight": prototype_weight}
     return [m["shard"] for m in work.map_shards("z_scores", _measure, tasks, settings)]
 
 
@@ -334,7 +334,6 @@ def _measure(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict
     for name, parts in columns.items():
         rounded = np.round(np.concatenate(parts), DECIMALS).astype(np.float32)
         table[name] = link_rows.lists(rounded, starts)
-    table["priors"] = link_rows.lists(pairs.prior, starts)
     outputs.write_table(f"z_scores/{task.name}.parquet", pa.table(table))
     return {"pictures": len(keys), "candidates": len(pairs.row)}
 
