@@ -2,8 +2,10 @@
 
 import json
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from data_prep.kb import build as kb_build
 from data_prep.kb import kinds, lookup
@@ -228,6 +230,55 @@ def test_names_as_people_write_them(meanings):
     assert by_text(meanings("lunch at McDonald’s")) == {"Q31"}
 
 
+_PIECES = (
+    *("Apple", "APPLE", "apple's", "Mr. Singh", "Singh Manmohan", "Angela Merkel", "Merkel"),
+    *(
+        "beyonce",
+        "Beyonc&eacute;",
+        "\u6771\u4eac\u30bf\u30ef\u30fc",
+        "\u0e41\u0e21\u0e27",
+        "IT",
+        "So On",
+        "soon",
+    ),
+    *("&amp;", "&#39", "&nbsp;", "&ampCup;", "&fjlig;", "&#0;", "&#1;", "&#xD800;", "&;", "&lt"),
+    *(
+        "2019",
+        "#ikeaParis_2",
+        "\u200b",
+        "\u0301",
+        "\u202e",
+        "\ufdfa",
+        "\u00bd",
+        "\u01c6",
+        "\u0130",
+        "\U0001f34e",
+        ",",
+        "",
+    ),
+)
+
+
+@hypothesis.given(st.lists(st.sampled_from(_PIECES), max_size=12), st.sampled_from(["", " "]))
+def test_mentions_stand_in_the_text_in_order_and_priors_add_up(kb, pieces, between):
+    texts = [between.join(pieces), "Angela Merkel"]
+    rule = disambiguate.Rule(10, 10.0, 4.0, 5.0)
+    blank = boilerplate.Blanker(boilerplate.PATTERNS)
+    mentions, candidates = linking_stage.link(texts, blank, kb, rule, None)
+    alone = linking_stage.link(texts[:1], blank, kb, rule, None)
+    assert [alone[0][0], alone[1][0]] == [mentions[0], candidates[0]]
+    mentions, candidates = mentions[0].as_py(), candidates[0].as_py()
+    places = [(mention["start"], mention["end"]) for mention in mentions]
+    assert places == sorted(places)
+    for mention in mentions:
+        assert mention["surface"] == texts[0][mention["start"] : mention["end"]] != ""
+    priors = np.zeros(len(mentions))
+    for row in candidates:
+        assert row["prior"] > 0
+        priors[row["mention"]] += row["prior"]
+    assert (priors <= 1 + 1e-5).all()
+
+
 def test_names_of_another_language_count_less(tmp_path):
     texts = [
         "Das ist ein sehr schönes Bild von einem Gift",
@@ -236,6 +287,8 @@ def test_names_of_another_language_count_less(tmp_path):
     assert languages.of([*texts, "Gift"], ["en", "de", "mul"]).tolist() == [2, 1, languages.ANY]
     assert languages.of(texts, ["en", "mul"]).tolist() == [languages.ANY] * 2
     assert languages.of(texts, ["en", "tlh"]).tolist() == [languages.ANY] * 2
+    text = ["Uma casa muito bonita na beira do rio em Lisboa"]
+    assert languages.of(text, ["pt", "en", "pt-br"]).tolist() == [0b101]
     entity = {"type": "item", "sitelinks": {"enwiki": {"title": "x"}}}
     rows = [
         entity | {"id": "Q1", "labels": {"en": {"language": "en", "value": "gift"}}},

@@ -13,7 +13,7 @@ _SURE = 0.9  # probability among the base's languages
 
 
 def of(texts: Sequence[str], codes: Sequence[str]) -> np.ndarray:
-    """uint16 [n]: the bit of the language of each text, as `cand_languages.npy`; ANY: undecided.
+    """uint16 [n]: the bits of the language of each text, as `cand_languages.npy`; ANY: undecided.
 
     Args:
       texts: n captions.
@@ -21,7 +21,11 @@ def of(texts: Sequence[str], codes: Sequence[str]) -> np.ndarray:
         and so they are where the library does not know one of them.
     """
     found = np.full(len(texts), ANY, np.uint16)
-    bits = {code.partition("-")[0]: 1 << i for i, code in enumerate(codes) if code != "mul"}
+    bits = dict[str, int]()
+    for i, code in enumerate(codes):
+        if code != "mul":  # "pt" and "pt-br" are not told apart
+            language = code.partition("-")[0]
+            bits[language] = bits.get(language, 0) | 1 << i
     classify = _classifier(tuple(bits)) if len(bits) > 1 else None
     if classify is not None:
         for number, text in enumerate(texts):

@@ -123,7 +123,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 5,
+        "version": 6,
         "spacy": importlib.metadata.version("spacy"),
         "nouns": importlib.metadata.version(names.NOUNS),
         "languages": importlib.metadata.version("py3langid"),
@@ -277,7 +277,8 @@ def _mention_lists(bounds, texts, places, found):
     for text, places_of, own in zip(texts, places, found, strict=True):
         for start, end, kind, _, label, *_ in own.mentions:
             if places_of is not None:
-                start, end = places_of[start], places_of[end]
+                last = places_of[end - 1]  # several characters may stand for a single entity
+                start, end = places_of[start], next(at for at in places_of[end:] if at > last)
             starts.append(start)
             ends.append(end)
             surfaces.append(text[start:end])
