@@ -12,6 +12,7 @@ import os
 
 from absl import logging
 
+from data_prep.kb import lookup
 from data_prep.kb.sources import dump as kb_dump
 from data_prep.kb.sources import wikipedia
 from mofi_jax.common import cli, errors
@@ -33,6 +34,7 @@ def main(dump: str, kb: str, out: str, workers: str = "2", memory_gb: str = "4")
     wikipedia.check(dump)
     if not kb_dump.is_finished(kb):
         raise errors.BadInput(f"--kb={kb} is no knowledge base: make it with data_prep.build_kb.")
+    lookup.check(kb)
     if not out.endswith(".parquet"):
         raise errors.BadInput(f"--out={out} cannot be used: name a .parquet file.")
     if not workers.isdecimal() or int(workers) < 1:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -195,6 +196,12 @@ def test_prepare_builds_a_file_and_links_a_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(errors.BadInput, match="folder is no finished knowledge base: make it"):
         prepare("other", tmp_path / "folder")
+    manifest = tmp_path / "elsewhere/manifest.json"
+    text = manifest.read_text()
+    for damage in (re.sub(r'"version": \d+', '"version": 4', text), text[:-9], "[]"):
+        manifest.write_text(damage)
+        with pytest.raises(errors.BadInput, match="elsewhere was built by another version of"):
+            prepare("other", tmp_path / "elsewhere")
 
 
 # ------------------------------------------------------------------------- names, cases and links

@@ -66,9 +66,14 @@ from data_prep.kb.sources import rows as kb_rows
 from data_prep.kb.sources import tables, wikidata
 from mofi_jax.common import errors
 
-check_source = kb_dump.check
-
 _PARTS = ".parts"
+
+
+def check_source(source: str) -> None:
+    """Raises BadInput unless `source` can be built from, or is a folder that this version built."""
+    kb_dump.check(source)
+    if kb_dump.is_finished(source):
+        lookup.check(source)
 
 
 def prepare(config: ml_collections.ConfigDict, work: engine.Engine) -> None:
@@ -148,7 +153,7 @@ def build(
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
     """All that the base depends on besides its source, whose format is `form`."""
     return {
-        "version": 6,
+        "version": lookup.VERSION,
         "format": form,
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,

@@ -17,10 +17,12 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.kb import kinds, names
+from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
+VERSION = 6  # of what `kb.build` writes
 MAX_STORED = 30  # candidates of a name
 UNKNOWN = 255  # kind
 _COLUMNS = ("entity", "prior", "case", "form", "languages")  # of candidates, as files
@@ -68,6 +70,20 @@ class Parts(typing.NamedTuple):
     entity: np.ndarray  # int32 [c]
     prior: np.ndarray  # float32 [c], p(person | part in this role)
     role: np.ndarray  # uint8 [c], see `people`
+
+
+def check(folder: epath.PathLike) -> None:
+    """Raises BadInput where a folder was built by another version of the project."""
+    try:
+        manifest = json.loads((epath.Path(folder) / "manifest.json").read_text())
+        version = manifest["settings"]["version"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if version != VERSION:
+        raise errors.BadInput(
+            f"knowledge_base: {folder} was built by another version of data_prep.build_kb (its"
+            f" manifest says version {version}, needed is {VERSION}): build it again."
+        )
 
 
 class KnowledgeBase:

@@ -64,6 +64,7 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
                 f"knowledge base: {folder} is no finished knowledge base: make it with python -m"
                 f" data_prep.build_kb, or write where it lies now into the pipeline's {_NOTE}."
             )
+        lookup.check(folder)
         self.folder = folder
         self._base = lookup.KnowledgeBase(folder)
         self._vectors = None
