@@ -90,7 +90,8 @@ def gather(
       forms: collects the names.
       read: asks spaCy; None: without it.
       every: ask it about every text; otherwise only where its answer counts: where a name is
-        `Forms.open`, or a capitalised word a part of a person's that no name explains.
+        `Forms.open` and has a capital, without which the small model sees none, or where a
+        capitalised word is a part of a person's name and no name explains it.
     """
     scanned = [kb.scan(text) for text in texts]
     forms.add(match.form for matches in scanned for match in matches)
@@ -109,8 +110,11 @@ def gather(
         asked[:] = [
             every
             or bool(unexplained)
-            or any(is_open[forms.number[match.form]] for match in matches)
-            for matches, unexplained in zip(scanned, parts, strict=True)
+            or any(
+                is_open[forms.number[match.form]] and not text[match.start : match.end].islower()
+                for match in matches
+            )
+            for text, matches, unexplained in zip(texts, scanned, parts, strict=True)
         ]
         rows = np.flatnonzero(asked).tolist()
         for row, spans in zip(rows, read([texts[row] for row in rows]), strict=True):
