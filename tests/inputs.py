@@ -45,6 +45,8 @@ def make_config(*patterns, **changes):
             "sources": tuple(f"{n}={p}" for n, p in zip(names, patterns, strict=True)),
             "caption_column": None,
             "keep_columns": ("punsafe", "NSFW"),
+            "dataset": "i2e",
+            "labels": "clip",
             "given": {"ids": None, "titles": None, "weights": None, "where": ()},
             "rows_per_shard": 10,
             "min_side": 16,

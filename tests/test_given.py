@@ -128,6 +128,37 @@ def test_wit_base_parquet_of_which_the_articles_titles_are_sitelinks(tmp_path):
     assert pairs[0]["url"] == "https://upload.example.org/0.jpg"
 
 
+def test_pictures_without_captions_in_tars_and_tables(tmp_path, caplog):
+    for name in ("pairs", "p", "u"):
+        (tmp_path / name).mkdir()
+    found = ["http://www.wikidata.org/entity/Q1", ["Q3", None, "Q3"], 3, None]
+    members = []
+    for i, ids in enumerate(found):
+        members += [(f"{i}.jpg", photo(i)), (f"{i}.json", json.dumps({"qid": ids}).encode())]
+    members += [("5.jpg", photo(5)), ("5.json", b'{"qid": "Q1"}'), ("5.txt", b"\xff")]
+    (tmp_path / "pairs/0.tar").write_bytes(inputs.tar_bytes(members))
+    table = pa.table({"jpg": [photo(6), photo(7)], "qid": ["Q2", "Q2 Q404"]})
+    pq.write_table(table, tmp_path / "p/0.parquet")
+    (tmp_path / "u/8.jpg").write_bytes(photo(8))
+    (tmp_path / "u/u.csv").write_text("file_name,qid\n8.jpg,Q1\n")
+    sources = tuple(f"{name}={tmp_path / name}" for name in ("pairs", "p", "u"))
+    about = {"given": {"ids": "qid"}, "sources": sources}
+    labels, stages = build(tmp_path, **about)
+    found = sorted((key.rpartition("/")[2], *sorted(ids)) for key, ids in labels.items())
+    assert found[:4] == [("0", "Q1"), ("00000000", "Q1"), ("00000000", "Q2"), ("00000001", "Q2")]
+    assert found[4:] == [("1", "Q3"), ("5", "Q1")]
+    assert stages["links"]["unknown_ids"] == 2
+    assert stages["pairs"]["without_caption"] == 8
+    assert "8 of the pairs have no caption to train with" in caplog.text
+    source = records.open_source(tmp_path / "W1", "i2e")
+    assert {source[i]["text"] for i in range(len(source))} == {""}
+    for dataset, labels, column in (("i2e", "given", "words"), ("i2t", "given", None)):
+        config = make_config(tmp_path, caption_column=column, **about)
+        config.update({"dataset": dataset, "labels": labels})
+        with pytest.raises(errors.BadInput, match=r"or name it in config.caption_column"):
+            build_i2e.build(config, str(tmp_path / "W3"))
+
+
 @pytest.mark.parametrize("join", ["url", "key"])
 def test_entitynet_tables_joined_with_what_img2dataset_has_fetched(tmp_path, join):
     (tmp_path / "pairs").mkdir()
@@ -189,8 +220,7 @@ def test_ids_are_one_or_many_with_weights_beside_them():
     assert _rows({"ids": "Q1 Q2"}) == [("Q1", 1.0), ("Q2", 1.0)]
     assert _rows({"a": "Tram car"}, ids=None, titles="a") == [("Tram car", 1.0)]
     assert _rows({"ids": ["http://www.wikidata.org/entity/Q1", " Q2 ", None, 7, ""]}) == [
-        ("Q1", 1.0),
-        ("Q2", 1.0),
+        *(("Q1", 1.0), ("Q2", 1.0), ("7", 1.0)),
     ]
     assert _rows({}) == []
     weighted = {"ids": ["Q1", "Q2"], "w": [0.25, 1]}
@@ -217,8 +247,6 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     table = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "pairs/table.jsonl").write_text(table)
     about = {"ids": "about.id", "weights": "about.p"}
-    with pytest.raises(errors.BadInput, match=r"or name it in config.caption_column"):
-        build_i2e.build(make_config(tmp_path, given=about), str(tmp_path / "W1"))
     config = make_config(tmp_path, given=about, caption_column="words")
     stages = build_i2e.build(config, str(tmp_path / "W1"))["stages"]
     [links] = inputs.tables_of(tmp_path / "W1", "links/*")

@@ -435,6 +435,9 @@ def test_text_sources_are_drawn_by_their_weights(folder):
     expected = {record["text"]: 0.4, f"{name}, a drawing": 0.3, name: 0.3}
     for text, share in expected.items():
         assert texts.count(text) / 4000 == pytest.approx(share, abs=0.03)
+    silent = record | {"text": ""}  # without a caption the entity is told instead
+    texts = {build._text(silent, record["entity_ids"], rng)[0] for _ in range(100)}
+    assert texts == {f"{name}, a drawing", name}
 
 
 def test_an_unknown_text_source_is_named(folder):

@@ -34,6 +34,7 @@ def test_a_pair_and_its_pointer(tmp_path):
         "rejected": 0,
         "duplicate_keys": 0,
         "captions_cut": 0,
+        "without_caption": 0,
         "tars_cut_short": 0,
         "tars_damaged": 0,
         "tars_unreadable": 0,

@@ -12,10 +12,11 @@
 such column. `where` keeps of a list what meets all of its conditions PLACE=VALUE, such as
 "features.language=en".
 
-No caption is read and no spaCy is loaded. Each id is a mention of kind "given" that stands nowhere
-in the caption, with the weight as the prior of its one candidate; redirects are followed. An id
-that the base does not have is a mention without candidate. So all that comes later is as ever: the
-entities are labels as they are (more likely right than wrong), or those that config.clip sees.
+No caption is read nor needed, and no spaCy is loaded. Each id is a mention of kind "given" that
+stands nowhere in the caption, with the weight as the prior of its one candidate; redirects are
+followed. An id that the base does not have is a mention without candidate. So all that comes later
+is as ever: the entities are labels as they are (more likely right than wrong), or those that
+config.clip sees.
 """
 
 from __future__ import annotations
@@ -174,6 +175,7 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
     if isinstance(names, str) and settings["ids"]:
         names = names.split()  # several in a text, as tables hold them
     names = names if isinstance(names, list) else [names]
+    names = [str(name) if type(name) is int else name for name in names]
 
     def beside(place: str) -> list:
         """The values of a place, one for each of the ids."""

@@ -19,7 +19,8 @@ Every sample ends either in pairs/ or in rejects/ with a reason:
 
     no_picture no_text broken_json broken_row broken_record     the sample is not whole
     duplicate_key                               another of that key came before it
-    empty_caption caption_not_utf8              the caption cannot be read
+    empty_caption caption_not_utf8              the caption cannot be read (needless where entities
+                                                are given)
     picture_missing picture_outside picture_is_a_url    a table names no file in its folder
     empty_picture not_a_picture truncated corrupt too_small too_wide too_many_pixels too_many_bytes
     tar_cut_short                               the member at which a tar that was cut short ends
@@ -69,23 +70,29 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     hash), url, extras (JSON of the columns to keep; both may be null).
 
     Args:
-      config: `sources`, `caption_column` (None: known by its name; of TFDS always),
+      config: `dataset`, `labels` (where entities are given, a caption may be missing: it is empty),
+        `sources`, `caption_column` (None: known by its name; of TFDS always),
         `keep_columns` and what `given` names, `rows_per_shard`, `min_side`, `max_aspect`,
         `max_pixels`, `max_caption_chars`.
       work: the engine.
 
     Returns:
       The manifests; counts `pairs` and `rejected` (every sample is one or the other; of the latter
-      `duplicate_keys`), `members` (files of a tar, rows of a table), `captions_cut` and, of tars,
+      `duplicate_keys`), `members` (files of a tar, rows of a table), `captions_cut`,
+      `without_caption` and, of tars,
       `tars_cut_short`, `tars_damaged`, `tars_unreadable`, `pairs_missing` and `not_downloaded` (see
       `data_prep.pairs.formats.tars`).
 
     Raises:
       BadInput: nothing to read, or files that cannot be read and no failure budget for them.
     """
-    tasks = _plan(find(config.sources), config.rows_per_shard, config.caption_column, work)
+    captionless = config.dataset == "i2e" and config.labels == "given"
+    optional = {"optional_captions": True} if captionless else {}
+    tasks = _plan(
+        *(find(config.sources), config.rows_per_shard, config.caption_column, optional, work)
+    )
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars")
-    settings = {"version": 8, "decoders": pictures.DECODERS}
+    settings = {"version": 8, "decoders": pictures.DECODERS, **optional}
     settings |= {name: config[name] for name in names}
     settings["keep_columns"] = [*config.keep_columns, *given_columns(config.given)]
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
@@ -93,6 +100,12 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     kept = unique.run(indexed, work, config.rows_per_shard)
     work.forget_rejects()
     total = engine.total_counts(kept)
+    if total.get("without_caption"):
+        logging.warning(
+            "%d of the pairs have no caption to train with: where the input has captions, name"
+            " their column in config.caption_column",
+            total["without_caption"],
+        )
     if total.get("duplicate_keys", 0) > _FEW_REPEATED * total.get("pairs", 0):
         logging.warning(
             "%d of the samples bear the key of another and were left out: where sets number their"
@@ -171,7 +184,7 @@ def _read_bytes(path: str, offsets: Sequence[int], lengths: Sequence[int]) -> It
 
 
 def _plan(
-    found: Sequence[Found], rows: int, text: str | None, work: engine.Engine
+    found: Sequence[Found], rows: int, text: str | None, optional: dict, work: engine.Engine
 ) -> list[engine.Task]:
     """Unpacks and scans what has to be; writes parts/ and returns one task for each part."""
     unpack = [engine.Task(file.unpacked, (file.path,)) for file in found if file.unpacked]
@@ -185,7 +198,7 @@ def _plan(
         if path and (file.kind in ("parquet", "table") or tars.is_large(path, rows))
     ]
     named = {"text": text} if text else {}
-    settings = {"version": 5, "rows": rows, **named}
+    settings = {"version": 5, "rows": rows, **named, **optional}
     keys = functools.partial(_keys_of_tar, {file.shard: file for file in found})
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=keys)
     plans = {m["shard"]: [work.workdir / o["path"] for o in m["outputs"]] for m in scanned}
@@ -243,7 +256,8 @@ def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
         plan = tars.scan(path, settings["rows"], outputs.path(f"scanned/{task.name}.members"))
     else:
         reader = parquets if path.endswith(".parquet") else tables
-        texts = [settings["text"].lower()] if "text" in settings else samples.TEXT_COLUMNS
+        texts = samples.TEXT_COLUMNS + (None,) * ("optional_captions" in settings)
+        texts = [settings["text"].lower()] if "text" in settings else texts
         plan = reader.scan(path, settings["rows"], texts)
     text = json.dumps(plan, ensure_ascii=False) + "\n"
     outputs.path(f"scanned/{task.name}.plan").write_text(text)
@@ -276,7 +290,7 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     part = json.loads(epath.Path(part_path).read_text())
     keep = settings["keep_columns"]
     workdir = os.path.join(os.path.abspath(outputs.workdir), "")
-    counts: dict[str, int] = {"usable": 0, "members": 0, "captions_cut": 0}
+    counts: dict[str, int] = {"usable": 0, "members": 0, "captions_cut": 0, "without_caption": 0}
     schema = _schema()
     unpacked = samples.Unpacked(outputs, f"unpacked/{task.name}.pictures")
     batches, rows, rejects = [], [], []
@@ -292,13 +306,14 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
         try:
             if sample.reason:
                 raise Rejected(sample.reason)
-            text, was_cut = samples.caption(sample.text, settings["max_caption_chars"])
+            text, was_cut = _caption(sample.text, settings)
             seen = pictures.check_picture(sample.picture, settings)
         except Rejected as rejected:
             rejects.append((key, str(rejected)))
             continue
         counts["usable"] += 1
         counts["captions_cut"] += was_cut
+        counts["without_caption"] += not text
         if sample.path is None:
             pointer = unpacked.add(sample.picture)
         else:
@@ -322,6 +337,16 @@ def _index(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     table = pa.table(columns).replace_schema_metadata({unique.COUNTS: json.dumps(counts)})
     outputs.write_table(f"indexed/{task.name}-rejects.parquet", table)
     return counts
+
+
+def _caption(text: str | bytes | None, settings: Mapping) -> tuple[str, bool]:
+    """`samples.caption`; "" for one that cannot be used where none is needed."""
+    try:
+        return samples.caption(text, settings["max_caption_chars"])
+    except Rejected:
+        if "optional_captions" in settings:
+            return "", False
+        raise
 
 
 def _unknown(task: engine.Task) -> Iterator:

@@ -124,7 +124,7 @@ class ExampleBuilder:
             # Negative, so that no hash is mistaken for an entity.
             return record["text"], -1 - (int.from_bytes(digest.digest(), "big") >> 1)
         entity = int(labels[rng.integers(len(labels))])
-        if source == "alt_text":
+        if source == "alt_text" and record["text"].strip():  # it may come without a caption
             return record["text"], entity
         return self.entities.text(entity, with_description=source != "name"), entity
 

@@ -24,13 +24,14 @@ _WIDEST = samples.MAX_TEXT  # bytes of a cell of fixed width
 _MOST_PACKED = 10  # times smaller than it was; pictures are packed already
 
 
-def scan(path: str, rows: int, texts: Sequence[str] = samples.TEXT_COLUMNS) -> dict:
+def scan(path: str, rows: int, texts: Sequence[str | None] = samples.TEXT_COLUMNS) -> dict:
     """The columns, and the row groups of each piece of at least `rows` rows, from the footer alone.
 
     Args:
       path: the file.
       rows: of a piece, at least.
-      texts: what the column of captions may be called, the likeliest first.
+      texts: what the column of captions may be called, the likeliest first; None: there need not
+        be one.
 
     Returns:
       `image` (the column of bytes), `text`, `columns` and `ranges`: for each piece its first row,
@@ -65,17 +66,19 @@ def read(
       keep: further columns to read, or parts of them (see `samples.at`).
       counts: `members` is counted up.
     """
+    import pyarrow as pa
+
     path, (first, start, stop) = inputs[0], part["range"]
     names = part["columns"]
     named = (samples.pick(names, some) for some in (samples.KEY_COLUMNS, samples.URL_COLUMNS))
-    wanted = samples.columns_of((part["text"], *filter(None, named), *keep), names)
+    wanted = samples.columns_of((*filter(None, (part["text"], *named)), *keep), names)
     with open_file(path) as file, told(path):
         leaves = [part["image"], *_leaves(file.schema_arrow, wanted, keep)]
         batches = file.iter_batches(_BATCH, row_groups=range(start, stop), columns=leaves)
         number = first
         for batch in batches:
             blobs = _cast(_leaf(batch, part["image"]))
-            texts = _cast(batch.column(part["text"]))
+            texts = _cast(batch.column(part["text"])) if part["text"] else pa.nulls(len(blobs))
             others = [(name, batch.column(name)) for name in sorted(wanted & {*batch.schema.names})]
             for i, (blob, text) in enumerate(zip(blobs, texts, strict=True)):
                 counts["members"] += 1
@@ -135,7 +138,7 @@ def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str]:
     picture = samples.pick(leaves, PICTURE_COLUMNS)
     if picture is None and len(leaves) == 1:
         [picture] = leaves  # under whatever name, there is no other that it could be
-    if picture is None or text is None:
+    if picture is None or (text is None and None not in texts):
         shown = (samples.spell_key(f"{field.name} ({field.type})") for field in list(schema)[:30])
         listed = ", ".join(words[:200] for words in shown)
         what, wanted = (

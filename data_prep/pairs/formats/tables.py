@@ -44,13 +44,14 @@ class Row(typing.NamedTuple):
     end: int
 
 
-def scan(path: str, rows: int, texts: Sequence[str] = samples.TEXT_COLUMNS) -> dict:
+def scan(path: str, rows: int, texts: Sequence[str | None] = samples.TEXT_COLUMNS) -> dict:
     """Looks through a table once: its columns, and where each piece of `rows` rows begins.
 
     Args:
       path: the file.
       rows: of a piece.
-      texts: what the column of captions may be called, the likeliest first.
+      texts: what the column of captions may be called, the likeliest first; None: there need not
+        be one.
 
     Returns:
       `delimiter` ("" for JSON), `quotes` (whether cells may be quoted), `header`, `image` and
@@ -212,7 +213,7 @@ def _detect(path: str, names: Sequence[str], texts: Sequence[str]) -> dict[str, 
     }
     words = {"image": ("picture", PATH_COLUMNS), "text": ("caption", texts)}
     for kind, (what, wanted) in words.items():
-        if found[kind] is None:
+        if found[kind] is None and None not in wanted:
             listed = ", ".join(samples.spell_key(name)[:100] for name in names[:30]) or "none"
             raise errors.BadInput(
                 f"sources: {path} has no column of the {what} that is known by its name (columns"

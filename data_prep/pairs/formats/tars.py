@@ -265,7 +265,7 @@ def _sample(
         text = samples.first_text(samples.at(fields, text_at or "caption"))
         if text is not None and not isinstance(text, str):
             return Sample(key, reason="broken_json")
-    if text is None or "picture" not in parts:
+    if "picture" not in parts:
         return Sample(key, reason="no_text" if text is None else "no_picture")
     picture = parts["picture"]
     return Sample(
