@@ -59,7 +59,8 @@ def main(
 
 def measure(config, changes, workdir, truth, classes) -> dict:
     """What `data_prep.label_quality` finds in the labels of a changed configuration."""
-    changed = ml_collections.ConfigDict(config)
+    # References would hand the change on to the next row.
+    changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
     with engine.Engine(os.fspath(workdir), changed.workers) as work:
         pairs_stage.run(changed, work)
