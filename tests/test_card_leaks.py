@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -114,6 +115,7 @@ def test_what_a_filter_could_not_judge_is_not_shown(tmp_path):
         tables.links([(key, [(0, 0, 1.0)]) for key in keys], name)
         tables.labels("labels", [(key, [], "below_min_probability") for key in keys], name)
     tables.labels("labels_final", [])
+    tables.write("barred", {"entity": np.zeros(0, np.int32)})
     tables.write("kb", {"label": ["x"], "description": [""]})
     # The other shard's is in quarantine.
     tables.write("unsafe", {"key": ["00000-1"], "reason": ["blocked_hash"]})

@@ -213,12 +213,15 @@ def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(ta
 def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
     keys = [f"{i:02d}" for i in range(40)]
     tables.write("pairs", {"key": keys, "text": ["x"] * 40})
-    tables.links([(key, [(0, 0, 1.0)]) for key in keys])
+    tables.links([(key, [(0, 0, 1.0), (1, 1, 1.0)]) for key in keys])
     reasons = dict.fromkeys(keys[20:], "below_min_probability")
     rows = [(key, [] if key in reasons else [0], reasons.get(key)) for key in keys]
     tables.labels("labels", rows)
     tables.labels("labels_final", [(key, [0], None) for key in keys[:10]])
-    tables.write("kb", {"label": ["x"], "description": [None]}, {"description": pa.string()})
+    # No picture decided that entity 1 is no label.
+    tables.write("barred", {"entity": np.array([1], np.int32)})
+    columns = {"label": ["x", "y"], "description": [None] * 2}
+    tables.write("kb", columns, {"description": pa.string()})
     found = card_pictures.gallery(tables.connection, tables.files, {"labels": "text"})
     by_group = collections.defaultdict(set)
     for picture in found:

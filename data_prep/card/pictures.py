@@ -118,7 +118,10 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
         {"files": files["links"], "keys": keys},
     ).to_arrow_table()
     by_text: dict[str, set[int]] = {key: set() for key in keys}
-    likeliest = choose.choose_by_text(link_rows.flatten(linked))
+    # What may be no label is left out of both choices: the picture did not rule it out.
+    barred = engine.ask(connection, "FROM read_parquet($barred) ORDER BY entity", files)
+    barred = barred.to_arrow_table()["entity"].to_numpy()
+    likeliest = choose.choose_by_text(link_rows.flatten(linked), barred)
     for row, entity in zip(likeliest.row.tolist(), likeliest.entity.tolist(), strict=True):
         by_text[linked["key"][row].as_py()].add(entity)
     links = {row["key"]: (row["mentions"], row["candidates"]) for row in linked.to_pylist()}
