@@ -76,11 +76,12 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     rule = choose.rule_in_force(root)
     values = _values(root, shards, rule) if rule else {}
     found: dict[tuple, counts.Counts] = {}
-    sizes, pictures_known = np.zeros(len(ids), np.int64), 0
+    sizes, pictures_known, example = np.zeros(len(ids), np.int64), 0, None
     for shard in shards:
         links = link_rows.read(root / "links" / shard.name)
         pictures = counts.Pictures(links.keys.to_pylist(), known, numbers)
         pictures_known += int(pictures.known.sum())
+        example = links.keys[0].as_py() if len(links.keys) else example
         selected = _read_labels(shard)
         sizes += np.bincount(selected.entity, minlength=len(ids))
         labels = {
@@ -94,7 +95,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     if not pictures_known:
         raise errors.BadInput(
             f"--truth={os.fspath(truth)} knows none of the pictures in {root / 'labels'}: its keys"
-            f" are such as {next(iter(known))!r}, theirs such as {links.keys[0].as_py()!r}."
+            f" are such as {next(iter(known))!r}, theirs such as {example!r}."
         )
 
     results = {name: one.result(kinds, sizes) for name, one in found.items()}

@@ -282,6 +282,18 @@ def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
     (tmp_path / "broken.jsonl").write_text('{"key": "a", "class": 0}\n')
     with pytest.raises(errors.BadInput, match=r"broken\.jsonl, line 1: 'says' cannot be read"):
         ground_truth.read(str(tmp_path / "broken.jsonl"), classes)
+    for row, field in (
+        (b'{"key": "a", "qid": "Q1", "says": "Q1"}', "says"),
+        (b'{"key": "a", "qid": "Q1", "says": [["Q1"]]}', "says"),
+        (b'{"key": "a", "qid": ["Q1"], "says": []}', "qid"),
+        (b'{"key": "\xe9", "qid": "Q1", "says": []}', "key"),
+    ):
+        (tmp_path / "broken.jsonl").write_bytes(row)
+        with pytest.raises(errors.BadInput, match=rf"broken\.jsonl, line 1: '{field}' cannot"):
+            ground_truth.read(str(tmp_path / "broken.jsonl"))
+    (tmp_path / "cut.gz").write_bytes(pathlib.Path(truth).read_bytes()[:-9])
+    with pytest.raises(errors.BadInput, match=r"cut\.gz is damaged"):
+        ground_truth.read(str(tmp_path / "cut.gz"), classes)
     with pytest.raises(errors.BadInput, match=r"line 1: 'qid' cannot.*or name the --classes"):
         ground_truth.read(truth)
     other = write_jsonl(tmp_path / "other.jsonl", [{"key": "a", "class": 7, "says": []}])

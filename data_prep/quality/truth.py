@@ -10,8 +10,9 @@ false, any of "synsets".
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -71,21 +72,35 @@ def _read_jsonl(path: epath.PathLike, fields: tuple[str, ...]) -> Iterator[dict]
     if not os.path.isfile(path):
         raise errors.BadInput(f"{path} does not exist: name a .jsonl or .jsonl.gz file.")
     number = 0
-    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if "qid" in fields:
-                    row.setdefault("qid", row.get("wnid"))
-                missing = [field for field in fields if row.get(field) is None]
-            except (ValueError, AttributeError):
-                missing = list(fields)
-            if missing:
-                hint = ", or name the --classes that it goes with" if "qid" in missing else ""
-                raise errors.BadInput(
-                    f"{path}, line {number}: {missing[0]!r} cannot be read: give JSON objects with"
-                    f" {', '.join(fields)}{hint}."
-                )
-            yield row
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line)
+            if "qid" in fields:
+                row.setdefault("qid", row.get("wnid"))
+            missing = [field for field in fields if not _is_usable(field, row.get(field))]
+        except (ValueError, AttributeError):
+            missing = list(fields)
+        if missing:
+            hint = ", or name the --classes that it goes with" if "qid" in missing else ""
+            raise errors.BadInput(
+                f"{path}, line {number}: {missing[0]!r} cannot be read: give JSON objects with"
+                f" {', '.join(fields)}{hint}."
+            )
+        yield row
     if not number:
         raise errors.BadInput(f"{path} is empty: name the file with the truth.")
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        raise errors.BadInput(f"{path} is damaged ({error}): fetch it again.") from error
+
+
+def _is_usable(field: str, value: Any) -> bool:
+    """Whether a field holds what it should: ids are texts, `class` may be a number."""
+    if field in ("says", "synsets"):
+        return isinstance(value, list) and all(isinstance(entity, str) for entity in value)
+    return isinstance(value, bool if field == "sure" else str | int if field == "class" else str)
