@@ -311,6 +311,12 @@ def test_names_of_another_language_count_less(tmp_path):
     assert [kb.qid(entity) for entity in best] == ["Q2", "Q1"]
 
 
+def test_a_span_may_have_more_words_than_a_byte_counts(meanings):
+    text = "Paris " + "1 " * 400
+    found = meanings(text, [(text.strip(), "CARDINAL")])
+    assert set(found) == {"Paris", text.strip()}
+
+
 def test_what_a_trained_linker_chose_is_likelier(meanings):
     text = "the big shop of Apple opens"
     found = meanings(text, [("Apple", "ORG", "Q89")])["Apple"]

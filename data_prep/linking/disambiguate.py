@@ -127,7 +127,7 @@ class _Traits(NamedTuple):
     """What is known of mentions before their candidates, arrays of length m."""
 
     use: np.ndarray  # uint8, `words.use`
-    words: np.ndarray  # uint8, how many
+    words: np.ndarray  # int32, how many
     case: np.ndarray  # uint8, of the surface
     short: np.ndarray  # bool
     tag: np.ndarray  # bool, `words.is_tag`
@@ -158,7 +158,7 @@ class _Traits(NamedTuple):
         ]
         return cls(
             np.array(list(map(words.use, forms)), np.uint8),
-            np.array([form.count(" ") + 1 for form in forms], np.uint8),
+            np.array([form.count(" ") + 1 for form in forms], np.int32),
             np.array(list(map(words.case, surfaces)), np.uint8),
             np.array([len(form) <= _SHORT for form in forms], bool),
             np.array([words.is_tag(text, m.start, m.end) for text, m in places], bool),
