@@ -155,10 +155,12 @@ def test_languages_of_names_are_bits_and_mul_is_any(tmp_path):
     assert found["city of munich"] == [(0b001, forms.EXACT)]
 
 
-def test_redirected_ids_lead_to_entities_however_many_steps_away(tmp_path):
+def test_redirected_ids_lead_to_entities_however_many_steps_away(tmp_path, caplog):
     rows = [{"id": "Q1", "label": "tea"}, {"id": "Q2", "label": "coffee"}]
     table = tmp_path / "redirects.tsv"
-    steps = ["Q9 Q8", "Q8 Q1", "Q7 Q6", "Q6 Q7", "Q5 Q5", "Q2 Q1", "Q4 Q2"]  # circles, too
+    steps = ["Q9 Q8", "Q8 Q1", "Q7 Q6", "Q6 Q7", "Q5 Q5", "Q2 Q1"]  # circles, too
+    wikidata = "http://www.wikidata.org/entity/"  # as the query service writes ids
+    steps.append(f"<{wikidata}Q4> <{wikidata}Q2>")
     table.write_text("".join(step.replace(" ", "\t") + "\n" for step in steps))
     anchors = tmp_path / "anchors.tsv"
     anchors.write_text("cuppa\tQ9\t6\t24\ncuppa\tQ77\t6\t24\nTea\tQ1\t10\t10\n")
@@ -172,4 +174,7 @@ def test_redirected_ids_lead_to_entities_however_many_steps_away(tmp_path):
     linked = np.load(tmp_path / "kb/alias_linked.npy")
     assert linked[names["cuppa"]] == 0.5  # twelve links, six of them to what the base lacks
     assert linked[names["tea"]] == 1
+    table.write_text("Q1\tQ2\nx\ty\n")
+    build(tmp_path, rows, redirects=str(table))
+    assert f"no row of {table} leads to an entity" in caplog.text
     assert np.isnan(linked[names["coffee"]])

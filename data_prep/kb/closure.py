@@ -9,6 +9,8 @@ import itertools
 import typing
 from collections.abc import Iterator, Sequence
 
+from absl import logging
+
 from data_prep import engine
 from data_prep.kb import kinds
 from data_prep.kb.sources import guess, tables
@@ -42,6 +44,10 @@ def spread(connection: duckdb.DuckDBPyConnection, edges: str, roots: str, reache
         step += 1
 
 
+# Of an entity of Wikidata, as its query service writes it: the id is what is wanted.
+_ADDRESS = "^<?https?://www[.]wikidata[.]org/entity/([^>]*)>?$"
+
+
 def write_redirects(
     connection: duckdb.DuckDBPyConnection, table: str | None, entities: str, path: str
 ) -> int:
@@ -49,7 +55,7 @@ def write_redirects(
 
     Args:
       connection: where to ask.
-      table: columns from and to, see `tables`; perhaps none.
+      table: columns from and to, see `tables`; ids, or their addresses in Wikidata; perhaps none.
       entities: entities.parquet.
       path: the file to be written.
 
@@ -65,7 +71,8 @@ def write_redirects(
         connection.execute("CREATE TEMP TABLE redirects (child VARCHAR, parent VARCHAR)")
         for batch in tables.read(table, "redirects", {"from": pa.string(), "to": pa.string()}):
             connection.register("batch", batch)
-            connection.execute("INSERT INTO redirects SELECT * FROM batch")
+            ids = (f"regexp_replace({name}, '{_ADDRESS}', '\\1')" for name in ('"from"', '"to"'))
+            connection.execute(f"INSERT INTO redirects SELECT {', '.join(ids)} FROM batch")
         connection.unregister("batch")
         engine.ask(
             connection,
@@ -79,6 +86,12 @@ def write_redirects(
             connection,
             "SELECT id AS qid, root AS entity FROM redirected WHERE steps > 0 ORDER BY qid",
         ).to_arrow_table()
+    if table and not found.num_rows:
+        logging.warning(
+            "config.redirects: no row of %s leads to an entity of the base: its columns are to be"
+            " from and to, ids as the base has them",
+            table,
+        )
     pq.write_table(found.cast(schema), path, compression="zstd")
     return found.num_rows
 

@@ -190,7 +190,7 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
             continue
         if all(_spelt(values[number]).casefold() == value for values, value in conditions):
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            name = name if settings["titles"] else name.rpartition("/")[2]
+            name = name if settings["titles"] else name.rstrip("> ").rpartition("/")[2]
             yield samples.encodable(name.strip()), float(weight) if is_number else np.nan
 
 
