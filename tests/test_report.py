@@ -261,11 +261,13 @@ def test_captions_and_names_cannot_break_the_page():
 
 
 def test_where_entities_are_given_the_page_does_not_speak_of_captions():
-    config = {**example()["config"], "labels": "given"}
+    config = {**example()["config"], "labels": "given", "label_kinds": []}
     rejects = [{"stage": "labels", "reason": "no_mention", "count": 1}]
     text = card_page.render(example(config=config, rejects=rejects), {})
     for words in ("no entity came with it", "which entities came with the picture", "Labelled"):
         assert words in text
+    assert "(no label)" in text
+    assert "(no label)" not in card_page.render(example(), {})
     for words in ("caption is text", "Underlined", "Picture and text agree", "captions name"):
         assert words not in text
 
