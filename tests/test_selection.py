@@ -357,5 +357,12 @@ def test_bad_configurations(world):
         errors.BadInput, match=r"target_precision=1\.5 cannot be used: give a number"
     ):
         choose.check(workdirs.config(target_precision=1.5))
+    for name, value in (
+        ("kin_weight", np.inf),
+        ("prior_weight", -1.0),
+        ("prototype_weight", np.nan),
+    ):
+        with pytest.raises(errors.BadInput, match=rf"{name}={value} cannot be used: give 0, which"):
+            choose.check(workdirs.config(**{name: value}))
     with pytest.raises(errors.BadInput, match=r"label_kinds has 'mood': choose among person, "):
         choose.check(workdirs.config(label_kinds=("mood",)))

@@ -67,6 +67,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise errors.BadInput(
                 f"config.{name}={config[name]!r} cannot be used: give a number from 0 to below 1."
             )
+    for name in ("prototype_weight", "prior_weight", "kin_weight"):
+        if not 0 <= config[name] < np.inf:
+            raise errors.BadInput(
+                f"config.{name}={config[name]!r} cannot be used: give 0, which turns it off, or"
+                " more."
+            )
     unknown = sorted({*config.label_kinds} - {*kinds.KINDS})
     if unknown:
         raise errors.BadInput(
