@@ -305,6 +305,12 @@ def test_entitynets_tables_are_looked_at_before_anything_is_written(tmp_path):
         given.check(config)
 
 
+def test_tables_of_other_pictures_are_told():
+    about = {"ids": None, "titles": None, "entitynet": "EN", "join": "key"}
+    with pytest.raises(errors.BadInput, match=r"none of 3 pairs .* that the key of pairs is"):
+        given._check_found(about, {"texts": 3, "mentions": 0})
+
+
 def test_only_named_members_of_a_struct_are_read(tmp_path):
     struct = [{"qid": "Q1", "big": "x" * 50}]
     table = pa.table({"jpg": [photo(0)], "caption": ["a"], "about": struct, "many": [struct]})

@@ -101,9 +101,13 @@ def _check_found(given: Mapping, counts: Mapping[str, int]) -> None:
     [way] = [name for name in _WAYS if given[name]]
     where = f"config.given.{way}={given[way]!r}"
     if counts.get("texts") and not counts["mentions"]:
+        remedy = "the name of the column, the place in it and config.given.where"
+        if way == "entitynet":
+            remedy = (
+                f"that the {given['join']} of pairs is EntityNet's, or choose another given.join"
+            )
         raise errors.BadInput(
-            f"{where}: none of {counts['texts']:,} pairs has an entity there: check the name of the"
-            " column, the place in it and config.given.where."
+            f"{where}: none of {counts['texts']:,} pairs has an entity there: check {remedy}."
         )
     if counts.get("mentions") and not counts["candidates"]:
         raise errors.BadInput(
