@@ -41,6 +41,16 @@ ROWS = [
     {"qid": "Q29", "label": "glasses"},
     {"qid": "Q30", "label": "glass"},
     {"qid": "Q31", "label": "McDonald's", "kind": "group"},
+    {"qid": "Q32", "label": "Zelda Paris", "kind": "person"},
+    {"qid": "Q33", "label": "Eiffel Tower", "kind": "building"},
+    {"qid": "Q34", "label": "Coca-Cola", "kind": "food"},
+    {"qid": "Q35", "label": "Tesla Model S", "kind": "product"},
+    {"qid": "Q36", "label": "Nikola Tesla", "kind": "person"},
+    {"qid": "Q37", "label": "Jordan River", "kind": "nature"},
+    {"qid": "Q38", "label": "English", "aliases": ["en"], "kind": "communication"},
+    {"qid": "Q39", "label": "Bolivia", "aliases": ["bo"], "kind": "place"},
+    {"qid": "Q40", "label": "Flying Tiger Copenhagen", "aliases": ["tiger"], "kind": "group"},
+    {"qid": "Q41", "label": "Kim", "kind": "group"},
 ]
 ROW_OF = {row["qid"]: number for number, row in enumerate(ROWS)}
 
@@ -97,6 +107,49 @@ def by_text(found):
         if own
     }
     return {qid for qid, likely in best.items() if likely}
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "likely"),
+    [
+        # A whole name of several words says more than spaCy's type.
+        ("Eiffel Tower at night", [("Eiffel Tower", "PERSON")], {"Q33"}),
+        ("Tesla Model S", [("Tesla Model S", "PERSON")], {"Q35"}),
+        ("Jordan River valley", [("Jordan River", "GPE")], {"Q37"}),
+        ("Coca-Cola bottle", [("Coca-Cola", "ORG")], {"Q34"}),
+        ("Eiffel Tower", None, {"Q33"}),
+        # In capitals all over spaCy sees one name in many.
+        ("MERKEL MEETS BMW", [("MERKEL MEETS BMW", "PERSON")], {"Q6"}),
+        # A person's name that is another's is the other's, unless spaCy says it is a person's.
+        (
+            "Zelda Paris stays in Paris",
+            [("Zelda Paris", "PERSON"), ("in Paris", "GPE")],
+            {"Q14", "Q32"},
+        ),
+        ("zelda paris in paris", None, {"Q32"}),
+        # What is written with a capital is no everyday word without it.
+        ("Foto de un perro en la casa", None, set()),
+        ("FOTO DE UN PERRO EN LA CASA", None, set()),
+        ("The dog called Bo sits", None, set()),
+        ("tiger in the zoo", None, set()),
+        ("The tiger in the zoo", None, set()),
+        ("a photo of kim on the beach", None, set()),
+        ("Kim", None, {"Q41"}),
+    ],
+)
+def test_what_captions_mean_by_text_alone(meanings, text, spans, likely):
+    assert by_text(meanings(text, spans)) == likely
+
+
+def test_of_a_text_in_capitals_spacy_reads_titles(kb, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        ner, "spacy_spans", lambda texts, model: (asked.extend(texts), [[] for _ in texts])[1]
+    )
+    monkeypatch.setattr(ner, "links_itself", lambda model: False)
+    rule, blank = disambiguate.Rule(10, 10.0, 4.0, 5.0), boilerplate.Blanker(())
+    linking_stage.link(["MCDONALD'S IN PARIS", "GROSS IN PARIS \ufb01"], blank, kb, rule, "a model")
+    assert asked == ["Mcdonald's In Paris", "GROSS IN PARIS \ufb01"]
 
 
 # ------------------------------------------------------------------------------------------- case

@@ -222,6 +222,21 @@ class KnowledgeBase:
         code = pc.index_in(kind.combine_chunks(), value_set=pa.array(kinds.KINDS))
         return pc.fill_null(code, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.uint8)
 
+    @functools.cached_property
+    def has_capital(self) -> np.ndarray:
+        """bool, by entity: whether its label has a capital letter, as those of named things do."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        found = [np.zeros(0, bool)]
+        with pq.ParquetFile(os.fspath(self.path / "entities.parquet")) as parquet:
+            for batch in parquet.iter_batches(columns=["label"]):
+                label = pc.fill_null(batch.column(0).cast(pa.string()), "")
+                other = pc.not_equal(label, pc.utf8_lower(label))
+                found.append(other.to_numpy(zero_copy_only=False))
+        return np.concatenate(found)
+
     def scan(self, text: str) -> list[Match]:
         """The names in a text: at each word the longest that begins there, none inside another.
 

@@ -4,8 +4,9 @@ The odds of a candidate against nothing are those of its name, times its prior g
 (`kb.lookup`), times what the caption says for or against it:
 
     case      "apple" in a text that minds case is hardly Apple, "Apple" within a sentence is
-    NER       spaCy's type of the mention agrees with the candidate's kind, or contradicts it; a
-              name that is a piece of another, or that spaCy passes over, is hardly one
+    NER       spaCy's type of the mention agrees with the candidate's kind, or contradicts it
+              (nothing contradicts a whole name of several words); a name that is a piece of
+              another, or that spaCy passes over, is hardly one
     language  a name in another language than the caption's
     linker    what a trained `entity_linker` of the spaCy pipeline chose (`spacy_kb`)
 
@@ -38,10 +39,17 @@ _BY_WORDS = (_HARDLY, _SELDOM, 0.3, _AS_OFTEN_AS_NOT)
 # Kinds that dictionaries have names of; works and brands are named by words.
 _NAMED = ("person", "character", "place", "nature", "building", "event")
 _IN_DICTIONARIES = [kinds.KINDS.index(k) for k in _NAMED]
+# Kinds of which each thing has a name of its own, and an everyday word only by the way: "tiger"
+# of a shop, "en" of English.
+_OF_ITS_OWN = ("person", "character", "group", "place", "building", "work", "product")
+_OF_ITS_OWN = [kinds.KINDS.index(k) for k in (*_OF_ITS_OWN, "communication")]
+# Kinds whose names are often words for something else ("Black Cat"), in capitals as well.
+_WORDS_FOR_NAMES = [kinds.KINDS.index(k) for k in ("work", "group", "communication", "abstract")]
+_WORDS_FOR_NAMES = [*_WORDS_FOR_NAMES, lookup.UNKNOWN]
 _FLOOR = 0.01  # mentions that less likely mean anything have no candidates
 _LONG = 4  # words; longer names are hardly those of people
 _OTHER_LANGUAGE = 0.25
-_SHORT = 3  # letters
+_SHORT, _CODE = 3, 2  # letters
 _OTHER_SENSE = 0.05  # of a word in one text (Gale et al., One sense per discourse, 1992: 2 to 6 %)
 
 
@@ -96,8 +104,9 @@ def weigh(
     traits = _Traits.of(texts, found)
     rows = _rows(kb, forms, mentions, traits)
     kind = kb.kind[rows.entity]
+    rows, demoted = _with_capitals(rows, kind, kb.has_capital, traits)
 
-    odds = rows.prior * _name_odds(rows, kind, traits)
+    odds = rows.prior * _name_odds(rows, kind, traits, demoted)
     odds *= _case_factor(rule, rows, traits)
     odds *= _ner_factor(rule, rows, kind, traits)
     spoken = languages[text_of][rows.surface]
@@ -107,7 +116,7 @@ def weigh(
             for at in np.flatnonzero(rows.surface == number):
                 if kb.qid(int(rows.entity[at])) == mention.qid:
                     odds[at] *= rule.linker_weight
-    rows, odds = _with_short_names(rows, odds, kind, mentions, text_of)
+    rows, odds = _with_short_names(rows, odds, kind, mentions, text_of, traits)
 
     total = np.bincount(rows.surface, odds, minlength=len(mentions))
     prior = odds / (1 + total[rows.surface])
@@ -129,7 +138,9 @@ class _Traits(NamedTuple):
     use: np.ndarray  # uint8, `words.use`
     words: np.ndarray  # int32, how many
     case: np.ndarray  # uint8, of the surface
-    short: np.ndarray  # bool
+    letters: np.ndarray  # int32, how many, and spaces
+    titled: np.ndarray  # bool, `words.is_titled`
+    function: np.ndarray  # bool, `words.function_words_anywhere`
     tag: np.ndarray  # bool, `words.is_tag`
     minds: np.ndarray  # bool, whether the text minds case
     mixed: np.ndarray  # bool, whether it has words in lower case and others
@@ -151,6 +162,7 @@ class _Traits(NamedTuple):
 
         surfaces = [text[mention.start : mention.end] for text, mention in places]
         forms = [mention.form for _, mention in places]
+        functions = words.function_words_anywhere()
         minds = of_texts([own.capitals == words.MINDS_CASE for own in found])
         begins = [
             minded and words.begins_sentence(text, mention.start)
@@ -160,7 +172,9 @@ class _Traits(NamedTuple):
             np.array(list(map(words.use, forms)), np.uint8),
             np.array([form.count(" ") + 1 for form in forms], np.int32),
             np.array(list(map(words.case, surfaces)), np.uint8),
-            np.array([len(form) <= _SHORT for form in forms], bool),
+            np.array(list(map(len, forms)), np.int32),
+            np.array(list(map(words.is_titled, surfaces)), bool),
+            np.array([form in functions for form in forms], bool),
             np.array([words.is_tag(text, m.start, m.end) for text, m in places], bool),
             minds,
             of_texts([own.capitals != words.ONE_CASE for own in found]),
@@ -211,7 +225,23 @@ def _rows(kb, forms, mentions, traits: _Traits) -> lookup.Candidates:
     return rows.take(np.argsort(rows.surface, kind="stable"))
 
 
-def _name_odds(rows: lookup.Candidates, kind: np.ndarray, traits: _Traits) -> np.ndarray:
+def _with_capitals(
+    rows: lookup.Candidates, kind: np.ndarray, has_capital: np.ndarray, traits: _Traits
+) -> tuple[lookup.Candidates, np.ndarray]:
+    """Rows with the case that names should have, and which of them (bool) are not written so.
+
+    Bases have names in lower case of what has a capital: codes ("bo" of Bolivia), logos ("tiger").
+    """
+    demoted = (rows.case == words.LOWER) & has_capital[rows.entity]
+    demoted &= np.isin(kind, _OF_ITS_OWN) & (traits.words[rows.surface] == 1)
+    short = traits.letters[rows.surface] <= _SHORT
+    should = np.where(short, words.CAPITALS, words.CAPITALISED).astype(rows.case.dtype)
+    return rows._replace(case=np.where(demoted, should, rows.case)), demoted
+
+
+def _name_odds(
+    rows: lookup.Candidates, kind: np.ndarray, traits: _Traits, demoted: np.ndarray
+) -> np.ndarray:
     """float64: of a name meaning anything against nothing, by the name alone."""
     at = rows.surface
     use, count = traits.use[at], traits.words[at]
@@ -221,13 +251,27 @@ def _name_odds(rows: lookup.Candidates, kind: np.ndarray, traits: _Traits) -> np
     count = np.minimum(count, len(_BY_WORDS))
     chance[ordinary] = by_words[count - 1][ordinary]
     chance[nouns] = by_words[count][nouns]
-    chance[nouns & np.isin(kind, _IN_DICTIONARIES)] = _AS_OFTEN_AS_NOT
+    chance[nouns & np.isin(kind, _IN_DICTIONARIES) & ~demoted] = _AS_OFTEN_AS_NOT
+    # Nobody writes "Golden Gate Bridge" of another.
+    whole = nouns & (traits.words[at] > 1) & traits.titled[at] & (rows.form == kb_forms.EXACT)
+    chance[whole & (rows.case > words.LOWER) & ~np.isin(kind, _WORDS_FOR_NAMES)] = _USUALLY
     known = ~np.isnan(rows.linked)
     chance[known] = rows.linked[known] / (rows.linked[known] + _LINKABLE)
     # Where the base has the word as such, it is that or one of its other senses.
     noun = np.zeros(len(traits.use), bool)
     noun[at[(rows.case == words.LOWER) & (rows.form != kb_forms.JOINED)]] = True
     chance[noun[at]] = _USUALLY
+    # Without capitals, "de" and "bo" are words of some language.
+    bare = (traits.case[at] == words.LOWER) | (
+        (traits.case[at] == words.CAPITALS) & ~traits.mixed[at]
+    )
+    bare &= traits.function[at]
+    bare |= (
+        (traits.letters[at] <= _CODE)
+        & (rows.case == words.CAPITALS)
+        & (traits.case[at] < words.CAPITALS)
+    )
+    chance[bare & ~known & (rows.case > words.LOWER) & (rows.form != _PART)] = _HARDLY
     chance[use == words.NOTHING] = _NEVER
     acronym = (rows.case == words.CAPITALS) & (traits.case[at] == words.CAPITALS) & traits.minds[at]
     chance[acronym] = _USUALLY
@@ -243,7 +287,7 @@ def _case_factor(rule: Rule, rows: lookup.Candidates, traits: _Traits) -> np.nda
     at = rows.surface
     factor = np.ones(len(at))
     minds, surface, proper = traits.minds[at], traits.case[at], rows.case > words.LOWER
-    word = traits.short[at] & (traits.use[at] <= words.ORDINARY)  # "us", not "bmw"
+    word = (traits.letters[at] <= _SHORT) & (traits.use[at] <= words.ORDINARY)  # "us", not "bmw"
     less = (rows.case > surface) & (minds | (word & (rows.case == words.CAPITALS)))
     factor[less] = 1 / rule.case_weight
     free = ~traits.begins[at] & (traits.label[at] != ner.INSIDE)
@@ -259,13 +303,24 @@ def _ner_factor(
     agrees = ner.agreement()[traits.label[at], kind].astype(np.float64)
     # It sees nothing in a text of one case, and little in others: half a contradiction.
     unseen = (traits.label[at] == ner.NONE) & traits.read[at] & traits.minds[at]
-    agrees[unseen] = -0.5
+    inside = traits.label[at] == ner.INSIDE
+    agrees[unseen | (inside & ~traits.mixed[at] & (traits.case[at] == words.CAPITALS))] = -0.5
+    # A whole name of several words says more than the type that the small model gives it.
+    whole = (rows.form == kb_forms.EXACT) & (traits.words[at] > 1)
+    agrees[~inside & whole & (agrees < 0)] = 0
     agrees[rows.case == words.LOWER] = 0
     return rule.ner_weight**agrees
 
 
-def _with_short_names(rows, odds, kind, mentions, text_of):
-    """Rows and odds with what a person's whole name elsewhere in the text says of a short one."""
+def _with_short_names(rows, odds, kind, mentions, text_of, traits):
+    """Rows and odds with what a person's whole name elsewhere in the text says of a short one.
+
+    What is another's name as well ("Paris Hilton in Paris") is a person's to spaCy, or stays that.
+    """
+    another = (rows.form == kb_forms.EXACT) & (rows.case > words.LOWER)
+    another &= ~np.isin(kind, people.CODES)
+    own = np.bincount(rows.surface, odds * another, minlength=len(mentions))
+    taken = (own > _SELDOM) & (traits.label != ner.PERSON)
     whole = {
         (text_of[number], mention.start, mention.end): number
         for number, mention in enumerate(mentions)
@@ -277,7 +332,7 @@ def _with_short_names(rows, odds, kind, mentions, text_of):
         for number, mention in enumerate(mentions)
         if mention.full is not None
     ]
-    pairs = [(number, of) for number, of in pairs if total[of] > 1]
+    pairs = [(number, of) for number, of in pairs if total[of] > 1 and not taken[number]]
     if not pairs:
         return rows, odds
     odds = odds.copy()

@@ -117,7 +117,7 @@ def gather(
             for text, matches, unexplained in zip(texts, scanned, parts, strict=True)
         ]
         rows = np.flatnonzero(asked).tolist()
-        for row, spans in zip(rows, read([texts[row] for row in rows]), strict=True):
+        for row, spans in zip(rows, read([_as_title(texts[row]) for row in rows]), strict=True):
             for span in spans:
                 _add_span(texts[row], found[row], span)
     for own, unexplained in zip(found, parts, strict=True):
@@ -136,6 +136,14 @@ def gather(
         Text(sorted(own.values()), *known)
         for own, *known in zip(found, asked.tolist(), capitals, strict=True)
     ]
+
+
+def _as_title(text: str) -> str:
+    """A text all in capitals as spaCy sees more in it: "MERKEL IN BERLIN" is one name to it."""
+    if not text.isupper():
+        return text
+    titled = words.WORD.sub(lambda word: word[0].capitalize(), text)
+    return titled if len(titled) == len(text) else text  # places stay what they are
 
 
 _SENTENCE = 3  # spaces; so long a span is more than a name

@@ -15,15 +15,16 @@ from mofi_jax.common import errors
 BATCH = 256  # texts; fastest on one core, and a quarter of the memory of 1,024
 
 # The kinds of what spaCy's types stand for (OntoNotes 5); where a type is often given to another,
-# as to an organisation that of its building, both are there.
+# as to an organisation that of its building, both are there. After the bar, neighbours that speak
+# neither for nor against it: the brand and what it sells, a town and its river.
 _KINDS = {
     "PERSON": "person character",
     "NORP": "group communication",
-    "FAC": "building place artifact",
-    "ORG": "group product building work",
-    "GPE": "place group",
-    "LOC": "place nature",
-    "PRODUCT": "product artifact food work",
+    "FAC": "building place artifact | nature group",
+    "ORG": "group product building work | food artifact",
+    "GPE": "place group | nature building",
+    "LOC": "place nature | building",
+    "PRODUCT": "product artifact food work | group",
     "EVENT": "event",
     "WORK_OF_ART": "work product artifact",
     "LAW": "work communication",
@@ -51,7 +52,8 @@ def agreement() -> np.ndarray:
     found = np.zeros((len(LABELS), 256), np.int8)
     for label, words in _KINDS.items():
         found[CODES[label], : len(kinds.KINDS)] = -1
-        found[CODES[label], [kinds.KINDS.index(word) for word in words.split()]] = 1
+        for side, says in zip(words.split(" | "), (1, 0), strict=False):
+            found[CODES[label], [kinds.KINDS.index(word) for word in side.split()]] = says
     found[INSIDE] = -2
     return found
 

@@ -9,7 +9,9 @@ OTHER      some word is in no dictionary ("obama", "ikea"): what has such a name
 
 import calendar
 import functools
+import os
 import re
+import runpy
 
 from data_prep.kb import names
 from data_prep.linking import boilerplate
@@ -24,6 +26,7 @@ _CALENDAR = frozenset(
     if name
 )
 _LOWER_WORD = re.compile(r"(?<![^\W_])[a-z]{2,}(?![^\W_])")
+WORD = re.compile(rf"[^\W\d_]+(?:[{names.APOSTROPHES}]S\b)?")
 CAPITALISED_WORD = re.compile(
     r"(?<![^\W_])(?=[^\W\d_]*[^\W\dA-Z_])[A-Z\u00c0-\u00de][^\W\d_]+(?![^\W_])"
 )
@@ -35,6 +38,18 @@ def function_words() -> frozenset[str]:
     from spacy.lang.en.stop_words import STOP_WORDS
 
     return frozenset(STOP_WORDS)
+
+
+@functools.cache
+def function_words_anywhere() -> frozenset[str]:
+    """Those of all languages that spaCy knows: names of a base are among them ("de", "Kim")."""
+    from spacy import lang
+
+    # Run as they lie there: as modules they would load every language with them.
+    [folder] = lang.__path__
+    files = [f"{folder}/{code}/stop_words.py" for code in sorted(os.listdir(folder))]
+    found = [runpy.run_path(file)["STOP_WORDS"] for file in files if os.path.exists(file)]
+    return frozenset().union(*found)
 
 
 @functools.cache
@@ -104,6 +119,13 @@ def begins_sentence(text: str, start: int) -> bool:
     """Whether what stands at `start` would have a capital anyway."""
     return (
         _BEGINS.search(text[max(start - 8, 0) : start] if start > 8 else text[:start]) is not None
+    )
+
+
+def is_titled(surface: str) -> bool:
+    """Whether all its words have capitals, but for function words."""
+    return any(map(str.isupper, surface)) and all(
+        word in function_words() for word in _LOWER_WORD.findall(surface)
     )
 
 
