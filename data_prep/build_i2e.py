@@ -252,7 +252,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     kb_build.validate(config.kb, "config.kb")
     ways = ("clip", "text", "given")
     _check(config.labels in ways, config, "labels", f"choose {', '.join(ways)}")
-    (given if config.labels == "given" else linking_stage).check(config)
+    given.check(config)
+    if config.labels != "given":
+        linking_stage.check(config)
     choose.check(config)
     if embed.is_on(config):
         _check(

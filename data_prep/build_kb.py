@@ -35,8 +35,6 @@ def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
     manifest = kb_build.build(dump, out, config)
     counts = manifest["counts"]
     logging.info("%s: %s", out, ", ".join(f"{value} {key}" for key, value in counts.items()))
-    if counts["rejected"]:
-        logging.warning("%d lines could not be used: see rejects.parquet", counts["rejected"])
     result = {"knowledge_base": manifest["outputs"], "counts": counts}
     engine.write_durably(epath.Path(out) / "result.json", json.dumps(result, indent=1).encode())
 

@@ -50,11 +50,11 @@ def choose(candidates, evidence, config):
 
 
 def choose_by_text(candidates):
-    """The likeliest entity of each mention that is likelier than nothing, each once."""
+    """The likeliest entity of each mention that is as likely as nothing, each once."""
     chosen = {}
     for mention in sorted({mention for mention, _, _ in candidates}):
         own = [c for c in candidates if c[0] == mention]
         _, entity, prior = min(own, key=lambda c: (-c[2], c[1]))
-        if prior > 1 - sum(c[2] for c in own):
+        if prior >= 1 - sum(c[2] for c in own):
             chosen[entity] = None
     return list(chosen)

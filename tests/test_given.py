@@ -277,6 +277,7 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
         ({"entitynet": "nowhere"}, "holds entitynet-queries.parquet"),
         ({"ids": "qid"}, "none of 1 pairs has an entity there"),
         ({"ids": "caption"}, "none of 2 ids there is in the knowledge base"),
+        ({"ids": "caption", "weights": "p"}, "given.weights='p': 2 of 2 ids have no number from 0"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_sentence(tmp_path, about, words):
@@ -285,7 +286,13 @@ def test_what_cannot_be_meant_is_told_in_one_sentence(tmp_path, about, words):
     (tmp_path / "pairs/0.tar").write_bytes(inputs.tar_bytes(members))
     with pytest.raises(errors.BadInput, match=words):
         build_i2e.build(make_config(tmp_path, given=about), str(tmp_path / "W"))
-    assert (tmp_path / "W").exists() == ("none of" in words)
+    assert (tmp_path / "W").exists() == ("none of" in words or "2 of 2" in words)
+
+
+def test_ids_are_not_passed_over_where_captions_are_read(tmp_path):
+    config = make_config(tmp_path, given={"ids": "qid"}, labels="text")
+    with pytest.raises(errors.BadInput, match="ids='qid' is for labels=given, and this is labels="):
+        given.check(config)
 
 
 def test_entitynets_tables_are_looked_at_before_anything_is_written(tmp_path):

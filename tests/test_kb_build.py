@@ -86,7 +86,7 @@ def test_the_folder_holds_what_it_promises(tmp_path):
     assert table["description"].to_pylist()[2] == "it wakes"
 
 
-def test_bad_rows_are_counted_with_their_line_and_reason(tmp_path):
+def test_bad_rows_are_counted_with_their_line_and_reason(tmp_path, caplog):
     good = json.dumps({"id": "a", "label": "apple"}).encode()
     lines = [
         good,
@@ -106,7 +106,9 @@ def test_bad_rows_are_counted_with_their_line_and_reason(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     config = inputs.kb_rules(reject_budget=1.0)
-    manifest = kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", config)
+    with caplog.at_level("WARNING"):
+        manifest = kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", config)
+    assert "1 broken_json, the first line 2" in caplog.text
     rejects = pq.read_table(tmp_path / "kb/rejects.parquet").to_pylist()
     assert [(row["key"], row["reason"]) for row in rejects] == [
         ("line 2", "broken_json"),

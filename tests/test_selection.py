@@ -364,5 +364,9 @@ def test_bad_configurations(world):
     ):
         with pytest.raises(errors.BadInput, match=rf"{name}={value} cannot be used: give 0, which"):
             choose.check(workdirs.config(**{name: value}))
+    with pytest.raises(
+        errors.BadInput, match=r"target_precision=0\.8 .*: what is right the picture"
+    ):
+        choose.check(workdirs.config(target_precision=0.8, labels="text"))
     with pytest.raises(errors.BadInput, match=r"label_kinds has 'mood': choose among person, "):
         choose.check(workdirs.config(label_kinds=("mood",)))

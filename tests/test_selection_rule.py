@@ -142,8 +142,10 @@ def test_by_text_what_is_no_label_is_none():
 
 
 def test_by_text_a_mention_that_more_likely_means_nothing_has_no_entity():
-    links = _shard([[(0, 7, 0.3), (0, 8, 0.2)], [(0, 7, 0.4), (0, 8, 0.3), (1, 9, 0.5)]])
+    links = _shard([[(0, 7, 0.3), (0, 8, 0.2)], [(0, 7, 0.4), (0, 8, 0.3), (1, 9, 0.4)]])
     assert _by_row(choose.choose_by_text(links), 2) == [[], [7]]
+    as_likely = _shard([[(0, 7, 0.5)], [(0, 7, 0.25)]])
+    assert _by_row(choose.choose_by_text(as_likely), 2) == [[7], []]
 
 
 def test_entity_text_without_description_is_the_name():

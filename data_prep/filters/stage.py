@@ -128,7 +128,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         # Of more than half people want to know at once.
         log = logging.warning if 2 * count > labelled else logging.info
         log(
-            "filters: %d of %d labelled pairs (%.2g %%) go as %s",
+            "filters: %d of %d labelled pairs (%.1f %%) go as %s",
             *(count, labelled, 100 * count / labelled, reason),
         )
     return written

@@ -47,6 +47,7 @@ parsed again.
 from __future__ import annotations
 
 import codecs
+import collections
 import functools
 import json
 import math
@@ -55,6 +56,7 @@ import shutil
 from collections.abc import Iterator
 
 import ml_collections
+from absl import logging
 from etils import epath
 
 from data_prep import engine
@@ -147,7 +149,24 @@ def build(
     if not path.exists() or path.read_text() != text:
         engine.write_durably(path, text.encode())
     shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
+    if manifest["counts"]["rejected"]:
+        _tell_rejects(os.path.join(out, "rejects.parquet"))
     return manifest
+
+
+def _tell_rejects(path: str) -> None:
+    first: dict[str, str] = {}
+    counts = collections.Counter()
+    for row in engine.read_table(path, ["key", "reason"]).to_pylist():
+        counts[row["reason"]] += 1
+        first.setdefault(row["reason"], row["key"])
+    told = [f"{count} {why}, the first {first[why]}" for why, count in counts.most_common()]
+    logging.warning(
+        "knowledge_base: %d lines cannot be used (%s): see %s",
+        counts.total(),
+        "; ".join(told),
+        path,
+    )
 
 
 def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:

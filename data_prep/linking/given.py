@@ -45,10 +45,18 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Checks `config.given`.
 
     Raises:
-      BadInput: not one way to the entities, a condition that is none, no such folder.
+      BadInput: not one way to the entities, or one where `labels` is another, a condition that is
+        none, no such folder.
     """
     given = config.given
     ways = [name for name in _WAYS if given[name]]
+    if config.labels != "given":
+        if ways:
+            raise errors.BadInput(
+                f"config.given.{ways[0]}={given[ways[0]]!r} is for labels=given, and this is"
+                f" labels={config.labels}: give both or neither."
+            )
+        return
     if len(ways) != 1:
         raise errors.BadInput(
             f"config.given: labels=given needs one of {', '.join(_WAYS)} (set are:"
@@ -110,10 +118,15 @@ def _check_found(given: Mapping, counts: Mapping[str, int]) -> None:
             f"{where}: none of {counts['texts']:,} pairs has an entity there: check {remedy}."
         )
     if counts.get("mentions") and not counts["candidates"]:
+        ids = f"{counts['mentions']:,} ids"
+        if counts["bad_weights"]:
+            raise errors.BadInput(
+                f"config.given.weights={given.weights!r}: {counts['bad_weights']:,} of {ids} have"
+                " no number from 0 to 1 there: name the column or place of probabilities."
+            )
         raise errors.BadInput(
-            f"{where}: none of {counts['mentions']:,} ids there is in the knowledge base: check"
-            " what the column holds, config.given.weights, and that config.knowledge_base is what"
-            " the ids are of."
+            f"{where}: none of {ids} there is in the knowledge base: check what the column holds,"
+            " and that config.knowledge_base is what the ids are of."
         )
     problems = {"unknown_ids": "are not in the knowledge base", "bad_weights": "have no weight"}
     for name, words in problems.items():

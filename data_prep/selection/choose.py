@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from data_prep import engine
@@ -73,6 +74,11 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}={config[name]!r} cannot be used: give 0, which turns it off, or"
                 " more."
             )
+    if config.target_precision and not embed.is_on(config):
+        raise errors.BadInput(
+            f"config.target_precision={config.target_precision!r} cannot be used: what is right the"
+            " picture says, which nothing looks at here. Name config.clip and labels=clip or given."
+        )
     unknown = sorted({*config.label_kinds} - {*kinds.KINDS})
     if unknown:
         raise errors.BadInput(
@@ -83,7 +89,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """Chooses the labels of every pair: labels/NNNNN.parquet, and rejects with a reason.
 
-    Reasons: no_mention, no_candidate, barred (all that it may be is no label) and, where pictures
+    Reasons: no_mention, no_candidate, barred (all that it may be is no label), by text alone
+    likely_nothing (each mention rather means nothing in the base), and where pictures
     are embedded, picture_unreadable (since pairs/ was written), below_min_probability.
 
     Args:
@@ -107,7 +114,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         tasks = [
             engine.Task(path.stem, (path, workdir / "barred/entities.parquet")) for path in links
         ]
-        settings = {"version": 4, "labels": "text"}
+        settings = {"version": 5, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     rule = Rule.of(config)
     embedded = embed.run(config, work)
@@ -138,7 +145,9 @@ def _reach(work: engine.Engine, rule: Rule, files: list[tuple], precision: float
     )[:, ::-1].cumsum(axis=1)
     reached = np.flatnonzero((sums >= precision * counts) & (counts > 0))
     step = _STEPS - 1 - reached[-1] if len(reached) else _STEPS - 1
-    return rule._replace(min_probability=max(rule.min_probability, float(step / _STEPS)))
+    rule = rule._replace(min_probability=max(rule.min_probability, float(step / _STEPS)))
+    logging.info("target_precision=%g: labels from p = %g on", precision, rule.min_probability)
+    return rule
 
 
 def _count(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
@@ -231,7 +240,7 @@ def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
 
 
 def choose_by_text(links: link_rows.LinkRows, barred: np.ndarray | None = None) -> Chosen:
-    """The likeliest entity of each mention that means it more likely than nothing in the base.
+    """The likeliest entity of each mention that means it at least as likely as nothing in the base.
 
     Nothing has the probability that the priors of a mention leave. No picture is looked at.
 
@@ -245,7 +254,7 @@ def choose_by_text(links: link_rows.LinkRows, barred: np.ndarray | None = None) 
     """
     mention = link_rows.mention_of(links)
     nothing = 1 - np.bincount(mention, links.prior)[mention]
-    likeliest = _strongest(links, links.prior, np.flatnonzero(links.prior > nothing))
+    likeliest = _strongest(links, links.prior, np.flatnonzero(links.prior >= nothing))
     likeliest = likeliest[~_is_barred(links, barred)[likeliest]]
     # Stable: of equal entities the one of the first mention comes first.
     by_entity = likeliest[np.lexsort((links.entity[likeliest], links.row[likeliest]))]
@@ -319,7 +328,7 @@ def _label_by_text(task: engine.Task, outputs: engine.Outputs, settings: dict) -
     barred = engine.read_table(task.inputs[1])["entity"].to_numpy()
     likely = np.zeros(len(links.keys), bool)
     likely[choose_by_text(links).row] = True
-    reasons = np.where(likely, "barred", "no_candidate").astype(object)
+    reasons = np.where(likely, "barred", "likely_nothing").astype(object)
     return _write_labels(task, outputs, links, choose_by_text(links, barred), reasons)
 
 
