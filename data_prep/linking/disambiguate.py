@@ -258,8 +258,7 @@ def _name_odds(
     known = ~np.isnan(rows.linked)
     chance[known] = rows.linked[known] / (rows.linked[known] + _LINKABLE)
     # Where the base has the word as such, it is that or one of its other senses.
-    noun = np.zeros(len(traits.use), bool)
-    noun[at[(rows.case == words.LOWER) & (rows.form != kb_forms.JOINED)]] = True
+    noun = _is_noun(rows, len(traits.use))
     chance[noun[at]] = _USUALLY
     # Without capitals, "de" and "bo" are words of some language.
     bare = (traits.case[at] == words.LOWER) | (
@@ -282,6 +281,13 @@ def _name_odds(
     return chance / (1 - chance)
 
 
+def _is_noun(rows: lookup.Candidates, mentions: int) -> np.ndarray:
+    """bool, by mention: whether the base has the word as such."""
+    noun = np.zeros(mentions, bool)
+    noun[rows.surface[(rows.case == words.LOWER) & (rows.form != kb_forms.JOINED)]] = True
+    return noun
+
+
 def _case_factor(rule: Rule, rows: lookup.Candidates, traits: _Traits) -> np.ndarray:
     """float64: for or against a candidate by how its name and the mention are written."""
     at = rows.surface
@@ -289,6 +295,9 @@ def _case_factor(rule: Rule, rows: lookup.Candidates, traits: _Traits) -> np.nda
     minds, surface, proper = traits.minds[at], traits.case[at], rows.case > words.LOWER
     word = (traits.letters[at] <= _SHORT) & (traits.use[at] <= words.ORDINARY)  # "us", not "bmw"
     less = (rows.case > surface) & (minds | (word & (rows.case == words.CAPITALS)))
+    # In a text without capitals the word as such is meant rather, which is half as much.
+    noun = _is_noun(rows, len(traits.use))[at]
+    factor[proper & noun & (surface == words.LOWER)] = rule.case_weight**-0.5
     factor[less] = 1 / rule.case_weight
     free = ~traits.begins[at] & (traits.label[at] != ner.INSIDE)
     factor[proper & minds & (surface >= rows.case) & free] = rule.case_weight

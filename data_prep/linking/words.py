@@ -122,6 +122,7 @@ def begins_sentence(text: str, start: int) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def is_titled(surface: str) -> bool:
     """Whether all its words have capitals, but for function words."""
     return any(map(str.isupper, surface)) and all(
