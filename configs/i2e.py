@@ -82,9 +82,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
 
     # For labels=given, which reads no captions: one of ids, titles and entitynet.
     given = config.given = ml_collections.ConfigDict()
-    given.ids = ml_collections.config_dict.placeholder(
-        str
-    )  # column, or place in it: Q42, or a list
+    # Column, or place in it, of Q42 or several.
+    given.ids = ml_collections.config_dict.placeholder(str)
     given.titles = ml_collections.config_dict.placeholder(str)  # the same of Wikipedia's titles
     given.weights = ml_collections.config_dict.placeholder(str)  # beside them: 0..1, how sure it is
     given.where = ()  # of a list what meets all of these: PLACE=VALUE

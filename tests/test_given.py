@@ -218,6 +218,7 @@ def _rows(extras, **settings):
 def test_ids_are_one_or_many_with_weights_beside_them():
     assert _rows({"ids": "Q1"}) == [("Q1", 1.0)]
     assert _rows({"ids": "Q1 Q2"}) == [("Q1", 1.0), ("Q2", 1.0)]
+    assert _rows({"ids": "Q1, Q2;Q3"}) == [("Q1", 1.0), ("Q2", 1.0), ("Q3", 1.0)]
     assert _rows({"a": "Tram car"}, ids=None, titles="a") == [("Tram car", 1.0)]
     assert _rows({"ids": ["<http://www.wikidata.org/entity/Q1>", " Q2 ", None, 7, ""]}) == [
         *(("Q1", 1.0), ("Q2", 1.0), ("7", 1.0)),

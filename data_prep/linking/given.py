@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping
 
@@ -96,7 +97,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         }
         inputs = [(*own, found[own[-1].name]) for own in inputs if own[-1].name in found]
     tasks = [engine.Task(own[-1].stem, own) for own in inputs]
-    settings = {name: given[name] for name in ("ids", "titles", "weights")}
+    settings = {"version": 2, **{name: given[name] for name in ("ids", "titles", "weights")}}
     settings["where"] = [condition.partition("=")[::2] for condition in given.where]
     # The stage that writes links/ from captions bears this name too: what one of them wrote, the
     # other one removes.
@@ -190,7 +191,7 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
     """
     names = row.get(settings["ids"] or settings["titles"])
     if isinstance(names, str) and settings["ids"]:
-        names = names.split()  # several in a text, as tables hold them
+        names = re.split(r"[\s,;|]+", names)  # several in a text, as tables hold them
     names = names if isinstance(names, list) else [names]
     names = [str(name) if type(name) is int else name for name in names]
 
