@@ -31,6 +31,7 @@ WAYS = {
     "pictures by text alone": {"prototype_weight": 0.0},
     "captions without types": {"ner_weight": 1.0},
     "captions without case": {"case_weight": 1.0},
+    "captions without nothing": {"nil_weight": 0.0},
     "captions without spaCy": {"spacy_model": None},
     "labels=text": {"labels": "text"},
 }

@@ -43,6 +43,7 @@ WAYS = {
     "no NER": {"spacy_model": None},
     "NER not weighed": {"ner_weight": 1.0},
     "case not weighed": {"case_weight": 1.0},
+    "nothing not weighed": {"nil_weight": 0.0},
 }
 _BLOCK = 4096  # texts, as in the stage
 _COLUMNS = ("gold, all", "gold, known", "cands", "top-1", "with cands", "linked")

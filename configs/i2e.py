@@ -79,6 +79,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.case_weight = 10.0  # capitals where the name has them, in captions that mind case
     config.ner_weight = 4.0  # spaCy's type of a name and the entity's kind agree, or do not
     config.linker_weight = 5.0  # what an entity_linker in spacy_model chose, if it has one
+    config.nil_weight = 1.0  # that a name means nothing here; 0: what it may mean, it does mean
 
     # For labels=given, which reads no captions: one of ids, titles and entitynet.
     given = config.given = ml_collections.ConfigDict()

@@ -236,6 +236,7 @@ def fails(config, tmp_path):
         ("rows_per_shard", 0, "give at least 1"),
         ("boilerplate", ("(",), "is no regular expression"),
         ("case_weight", 0.5, "give 1, which turns it off, or more"),
+        ("nil_weight", -1.0, "give 0, which turns it off, or more"),
         ("spacy_model", "no_such_model", "is no installed spaCy package"),
     ],
 )

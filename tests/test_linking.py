@@ -41,8 +41,7 @@ BLANK = boilerplate.Blanker(boilerplate.PATTERNS)
 
 
 def rule(**changes):
-    values = {"max_candidates": 10, "case_weight": 10.0, "ner_weight": 4.0, "linker_weight": 5.0}
-    return disambiguate.Rule(**(values | changes))
+    return disambiguate.Rule(10, 10.0, 4.0, 5.0, 1.0)._replace(**changes)
 
 
 def link_all(kb, texts, **changes):

@@ -73,8 +73,7 @@ def meanings(kb, monkeypatch):
     """A function from a text to {surface: {qid: prior}}; `spans` are what spaCy is to find."""
 
     def link(text, spans=None, **changes):
-        values = {"max_candidates": 10, "case_weight": 10.0, "ner_weight": 4.0}
-        rule = disambiguate.Rule(**(values | {"linker_weight": 5.0} | changes))
+        rule = disambiguate.Rule(10, 10.0, 4.0, 5.0, 1.0)._replace(**changes)
         found = [
             ner.Span(text.index(surface), text.index(surface) + len(surface), *rest)
             for surface, *rest in spans or ()
@@ -147,7 +146,7 @@ def test_of_a_text_in_capitals_spacy_reads_titles(kb, monkeypatch):
         ner, "spacy_spans", lambda texts, model: (asked.extend(texts), [[] for _ in texts])[1]
     )
     monkeypatch.setattr(ner, "links_itself", lambda model: False)
-    rule, blank = disambiguate.Rule(10, 10.0, 4.0, 5.0), boilerplate.Blanker(())
+    rule, blank = disambiguate.Rule(10, 10.0, 4.0, 5.0, 1.0), boilerplate.Blanker(())
     linking_stage.link(["MCDONALD'S IN PARIS", "GROSS IN PARIS \ufb01"], blank, kb, rule, "a model")
     assert asked == ["Mcdonald's In Paris", "GROSS IN PARIS \ufb01"]
 
@@ -195,6 +194,15 @@ def test_what_hardly_ever_means_anything_is_no_label_by_text(meanings):
     assert 0 < sum(found["hill"].values()) < 0.2
 
 
+def test_names_always_mean_something_where_nothing_has_no_weight(meanings):
+    text = "a photograph from the hill with your dog's cup in 2019"
+    weighed, found = meanings(text), meanings(text, nil_weight=0.0)
+    assert by_text(found) == {"Q4", "Q8", "Q10", "Q11", "Q13"}
+    assert all(sum(own.values()) == pytest.approx(1) for own in found.values() if own)
+    half = meanings(text, nil_weight=0.5)["hill"]["Q13"]
+    assert found["hill"]["Q13"] > half > weighed["hill"]["Q13"]
+
+
 def test_joined_and_short_names_need_evidence(meanings):
     assert not by_text(meanings("coming soon"))
     assert sum(meanings("listen to #soon")["soon"].values()) >= 0.5
@@ -206,7 +214,7 @@ def test_a_link_probability_counts_where_there_is_one(tmp_path):
     rows = [{"qid": "Q1", "label": "Hill", "kind": "place"}, {"qid": "Q2", "label": "Obama"}]
     (tmp_path / "anchors.tsv").write_text("Hill\tQ1\t65\t1000\nObama\tQ2\t5\t5000\n")
     kb = build(tmp_path, rows, anchors=str(tmp_path / "anchors.tsv"))
-    rule = disambiguate.Rule(10, 1.0, 1.0, 1.0)
+    rule = disambiguate.Rule(10, 1.0, 1.0, 1.0, 1.0)
     for text, prior in (("hill", 0.5), ("obama", 0.001 / 0.066)):
         _, [found] = linking_stage.link([text], boilerplate.Blanker(()), kb, rule, None)
         assert found[0]["prior"].as_py() == pytest.approx(prior)
@@ -319,7 +327,7 @@ _PIECES = (
 @hypothesis.given(st.lists(st.sampled_from(_PIECES), max_size=12), st.sampled_from(["", " "]))
 def test_mentions_stand_in_the_text_in_order_and_priors_add_up(kb, pieces, between):
     texts = [between.join(pieces), "Angela Merkel"]
-    rule = disambiguate.Rule(10, 10.0, 4.0, 5.0)
+    rule = disambiguate.Rule(10, 10.0, 4.0, 5.0, 1.0)
     blank = boilerplate.Blanker(boilerplate.PATTERNS)
     mentions, candidates = linking_stage.link(texts, blank, kb, rule, None)
     alone = linking_stage.link(texts[:1], blank, kb, rule, None)
@@ -362,7 +370,7 @@ def test_names_of_another_language_count_less(tmp_path):
     kb_build.build(
         tmp_path / "dump.json", tmp_path / "kb", inputs.kb_rules(languages=("en", "de", "mul"))
     )
-    kb, rule = lookup.KnowledgeBase(tmp_path / "kb"), disambiguate.Rule(10, 1.0, 1.0, 1.0)
+    kb, rule = lookup.KnowledgeBase(tmp_path / "kb"), disambiguate.Rule(10, 1.0, 1.0, 1.0, 1.0)
     _, found = linking_stage.link(texts, boilerplate.Blanker(()), kb, rule, None)
     best = [own[0]["entity"] for own in found.to_pylist()]
     assert [kb.qid(entity) for entity in best] == ["Q2", "Q1"]

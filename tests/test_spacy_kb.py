@@ -159,7 +159,7 @@ def test_an_entity_linker_is_trained_saved_loaded_and_links(tmp_path):
     spans = list(ner.spacy_spans(texts, model))
     assert [[span.qid for span in found] for found in spans] == links
     kb = lookup.KnowledgeBase(folder)
-    rule = disambiguate.Rule(10, 1.0, 1.0, linker_weight=1000.0)
+    rule = disambiguate.Rule(10, 1.0, 1.0, linker_weight=1000.0, nil_weight=1.0)
     _, candidates = linking_stage.link(texts, boilerplate.Blanker(()), kb, rule, model)
     best = [max(found, key=lambda c: c["prior"])["entity"] for found in candidates.to_pylist()]
     assert [[kb.qid(entity)] for entity in best] == links

@@ -10,8 +10,8 @@ The odds of a candidate against nothing are those of its name, times its prior g
     language  a name in another language than the caption's
     linker    what a trained `entity_linker` of the spaCy pipeline chose (`spacy_kb`)
 
-p(candidate) = its odds / (1 + the odds of all), so that what is left is p(nothing). Case, NER and
-language judge proper names alone: of everyday things the small models know nothing.
+p(candidate) = its odds / (nil_weight + the odds of all), so that what is left is p(nothing). Case,
+NER and language judge proper names alone: of everyday things the small models know nothing.
 
 How often a name means anything where nothing else is known. By anchors, where the base has them, a
 name is as likely meant as not from a link probability of 6.5 % on (Milne and Witten, Learning to
@@ -54,19 +54,21 @@ _OTHER_SENSE = 0.05  # of a word in one text (Gale et al., One sense per discour
 
 
 class Rule(NamedTuple):
-    """How candidates are weighed: factors of their odds, 1 turns one off.
+    """How candidates are weighed: factors of odds, 1 turns one off, but `nil_weight`.
 
     Attributes:
       max_candidates: of a mention.
       case_weight: of capitals that a name of the base asks for.
       ner_weight: of a type of spaCy's that agrees with the kind, or contradicts it.
       linker_weight: of the choice of a trained `entity_linker` of the pipeline, where it has one.
+      nil_weight: of nothing; 0: every name that has candidates means one of them.
     """
 
     max_candidates: int
     case_weight: float
     ner_weight: float
     linker_weight: float
+    nil_weight: float
 
     @classmethod
     def of(cls, config: Mapping) -> Rule:
@@ -119,8 +121,10 @@ def weigh(
     rows, odds = _with_short_names(rows, odds, kind, mentions, text_of, traits)
 
     total = np.bincount(rows.surface, odds, minlength=len(mentions))
-    prior = odds / (1 + total[rows.surface])
-    likely = np.flatnonzero((total / (1 + total) >= _FLOOR)[rows.surface])
+    # Nothing's odds, and all others' may be 0.
+    whole = np.maximum(rule.nil_weight + total, np.finfo(np.float64).tiny)
+    prior = odds / whole[rows.surface]
+    likely = np.flatnonzero((total / whole >= _FLOOR)[rows.surface])
     # Stable: of equals the knowledge base's order stays.
     order = likely[np.lexsort((-prior[likely], rows.surface[likely]))]
     mention = rows.surface[order]
@@ -128,7 +132,7 @@ def weigh(
     order = order[rank < rule.max_candidates]
     mention, prior = rows.surface[order], prior[order]
     kept = np.bincount(mention, prior, minlength=len(mentions))[mention]
-    prior *= (total / (1 + total))[mention] / kept
+    prior *= (total / whole)[mention] / kept
     return Meanings(mention, rows.entity[order], prior.astype(np.float32))
 
 

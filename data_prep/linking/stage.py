@@ -89,6 +89,11 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}={config[name]!r} cannot be used: give 1, which turns it off, or"
                 " more."
             )
+    if not 0 <= config.nil_weight < np.inf:
+        raise errors.BadInput(
+            f"config.nil_weight={config.nil_weight!r} cannot be used: give 0, which turns it off,"
+            " or more."
+        )
     ner.pipeline_files(config.spacy_model)
 
 
@@ -123,7 +128,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 8,
+        "version": 9,
         "spacy": importlib.metadata.version("spacy"),
         "nouns": importlib.metadata.version(names.NOUNS),
         "languages": importlib.metadata.version("py3langid"),
