@@ -46,6 +46,7 @@ def main(
     """The command: `build`, and its funnel for people to read.
 
     Args:
+      workdir: all that is written; the same command with it goes on.
       engine: where the work is done: local (config.workers processes), ray or slurm.
       ray_address: of a running Ray cluster; without it Ray is started on this machine.
       slurm: what to ask SLURM for, as partition=cpu,time=240,array_parallelism=64 (minutes).

@@ -18,8 +18,8 @@ TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ((*TRAIN, "--config.nokey=3"), "The config has no key 'nokey'"),
-        ((*TRAIN, "--config.data.nokey=3"), "The config has no key 'nokey'"),
+        ((*TRAIN, "--config.nokey=3"), "no key --config.nokey in configs/quickstart.py: see which"),
+        ((*TRAIN, "--config.data.blok=3"), "did you mean --config.data.block?"),
         ((*TRAIN, "--config.batch_size=many"), "--config.batch_size=many"),
         ((*TRAIN, "--config.losses.entity.margin=2.0"), "config.losses.entity.margin must be"),
         ((*TRAIN, "--config.data.dir=no/where"), "There is no data set 'i2e' in no/where"),
@@ -46,6 +46,21 @@ def test_one_sentence(command, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not workdir.exists()
+
+
+def test_help_shows_the_flags_of_the_command_and_where_its_keys_are_explained():
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.build_i2e", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    said = " ".join(done.stdout.split())
+    assert "--workdir: all that is written; " in said
+    assert "the file says what its keys do, and --config.KEY=VALUE sets one" in said
+    assert "helpfull" not in said
 
 
 def test_home_a_poor_terminal_and_the_config_of_another_command(tmp_path):

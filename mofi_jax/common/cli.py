@@ -7,13 +7,14 @@ parameter is a text flag, optional if it has a default; one with the default Fal
 flag's or a config key's text is the home folder: shells leave it alone behind ``--flag=``.
 """
 
+import difflib
 import inspect
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,6 +24,10 @@ from ml_collections import config_flags
 from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_CONFIG_HELP = (
+    "FILE.py or FILE.py:ARGUMENTS, see configs/; the file says what its keys do, and"
+    " --config.KEY=VALUE sets one"
+)
 
 
 def run(main: Callable[..., Any]) -> None:
@@ -37,7 +42,7 @@ def run(main: Callable[..., Any]) -> None:
     named.pop(positional, None)
     required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
     if has_config:
-        config_flags.DEFINE_config_file("config", help_string="file.py:arguments")
+        config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
     # What the docstring of ``main`` says of its arguments; the module's is printed above them.
     entries = re.findall(r"^  ([\w, ]+): (.+(?:\n    .+)*)", inspect.getdoc(main) or "", re.M)
     described = {name: text for names, text in entries for name in names.split(", ")}
@@ -45,8 +50,13 @@ def run(main: Callable[..., Any]) -> None:
         define = flags.DEFINE_bool if isinstance(parameter.default, bool) else flags.DEFINE_string
         default = None if name in required else parameter.default
         define(name, default, described.get(name, "see above"))
+    for name in [*named, *["config"] * has_config]:
+        # --help shows the flags of the main module, and these are defined in this one.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
+        if {"--help", "-h"} & {*argv}:
+            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         try:
             rest = flags.FLAGS([_with_home(argument) for argument in argv])
             if positional and len(rest) == 1:
@@ -137,14 +147,36 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
     if isinstance(error, FileNotFoundError) or "No such file" in str(error):
         path = paths[0].partition(":")[0]
         return f"There is no config file {path!r}: check the path of --config."
-    if isinstance(error, (KeyError, AttributeError)):
-        return (
-            f"The config has no key {_key(error)!r}, which a --config flag sets: see {paths[0]} "
-            "for the keys there are."
-        )
+    if paths and (told := _unknown_key(_with_home(paths[0]), argv)):
+        return told
     # config_flags raises the type that the config file raised, with the whole traceback as message.
-    last = str(error).strip().splitlines()[-1].rpartition(f"{BadInput.__name__}: ")[2]
-    return last if isinstance(error, BadInput) else f"{last.removesuffix('.')}: see --help."
+    last, mark = str(error).strip().splitlines()[-1], f"{BadInput.__name__}: "
+    if isinstance(error, BadInput) or mark in last:
+        return last.rpartition(mark)[2]
+    return f"{last.removesuffix('.')}: see --help."
+
+
+def _unknown_key(path: str, argv: Sequence[str]) -> str | None:
+    """One sentence about the first flag of a key that the config has not."""
+    try:
+        config = flags.FLAGS["config"].parser.parse(path).to_dict()
+    except Exception:  # noqa: BLE001  a config file may raise anything, which is told elsewhere
+        return None
+    known = [*_keys_of(config)]
+    for argument in argv:
+        flag = re.match(r"--?config\.([^=[]+)", argument)
+        if flag and flag[1] not in known:
+            close = difflib.get_close_matches(flag[1], known, 1)
+            remedy = f"did you mean --config.{close[0]}?" if close else "see which it has."
+            return f"There is no key --config.{flag[1]} in {path.partition(':')[0]}: {remedy}"
+    return None
+
+
+def _keys_of(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        yield key
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in _keys_of(value))
 
 
 def _key(error: BaseException) -> str:
