@@ -33,7 +33,7 @@ def choose(candidates, evidence, config):
     for (mention, entity, _), (own, means) in zip(candidates, share, strict=True):
         shown = evidence[entity][1]
         if shown > 0:
-            this = ((own * shown, -entity), own, means, entity)
+            this = ((round(own * shown, 9), -entity), own, means, entity)
             best[mention] = max(best.get(mention, this), this)
     if not best:
         return [], "barred"
@@ -41,7 +41,9 @@ def choose(candidates, evidence, config):
     found = {}
     for _, own, means, entity in best.values():
         shown = min(max(evidence[entity][1] * means, 1e-6), 1 - 1e-6)
-        found[entity] = max(found.get(entity, (-1,)), (own * means, own, shown / (1 - shown)))
+        found[entity] = max(
+            found.get(entity, (-1,)), (round(own * means, 9), own, shown / (1 - shown))
+        )
     total = 1 + sum(odds for *_, odds in found.values())
     probable = {entity: round(own * odds / total, 4) for entity, (_, own, odds) in found.items()}
     ranked = sorted(probable.items(), key=lambda item: (-item[1], item[0]))

@@ -295,6 +295,34 @@ def test_pictures_that_look_the_same_count_once(world):
     assert support[workdirs.BACKGROUND] == pytest.approx(others + 1, abs=1e-3)
 
 
+def test_a_placeholder_on_two_hundred_pages_is_one_picture(world):
+    workdir, _, _, clip = world
+    stages = ("z_scores", "visibility", "labels")
+
+    def found():
+        choose.run(workdirs.config(clip=clip), engine.Engine(workdir))
+        tables = {stage: label_tables.read(workdir, f"{stage}/*.parquet") for stage in stages}
+        return tables | {"pictures": np.load(workdir / "moments/moments.npy")[-1, -1]}
+
+    before = found()
+    assert before["pictures"] == 55
+    name = "colours-00001-00000.parquet"
+    for stage in ("pairs", "links"):
+        rows = pq.read_table(workdir / stage / name)
+        copies = [rows.slice(0, 1).to_pylist()[0] | {"key": f"9{i:03d}"} for i in range(200)]
+        copies = pa.Table.from_pylist(copies, schema=rows.schema)
+        pq.write_table(pa.concat_tables([rows, copies]), workdir / stage / name)
+    after = found()
+    original = pq.read_table(workdir / "links" / name)["key"][0].as_py()
+    for stage in stages:
+        rows = [row for row in after[stage] if row.get("key", "")[:1] != "9"]
+        assert rows == before[stage]
+    # They are judged beside what is left: as the one is.
+    of = {row.pop("key"): row for row in after["z_scores"]}
+    assert sum(row == of[original] for row in of.values()) == 201
+    assert after["pictures"] == 55
+
+
 @pytest.mark.parametrize("empty", [1, 3])
 def test_shards_without_candidates(world, empty):
     workdir, _, model, clip = world

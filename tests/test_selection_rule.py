@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.linking import rows as link_rows
@@ -101,6 +101,16 @@ _KNOWN = st.tuples(
         max_size=6,
     ),
     st.sampled_from([0.0, 0.25]),
+)
+# Both mentions of entity 2 mean it by 0.4, but for the last bits.
+@example(
+    [
+        (
+            [(0, 2, 0.25), (1, 0, 0.25), (2, 1, 0.01), (2, 4, 0.5), (2, 2, 0.25)],
+            [(0.0, 0.1, 2.0), (0.5, 0.0, 1.0), (0.5, 0.1, 2.0), *[(0.5, 0.0, 1.0)] * 4],
+        )
+    ],
+    0.0,
 )
 def test_a_shard_is_decided_as_its_pictures_are(pictures, min_probability):
     rule = _RULE._replace(min_probability=min_probability)

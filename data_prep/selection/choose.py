@@ -55,6 +55,7 @@ _BARRED = """
     ORDER BY entity
 """
 _STEPS = 1000  # of probabilities, where a threshold may lie
+_TIES = 9  # decimals: what differs beyond, by the last bits of products, is equal
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -114,7 +115,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         tasks = [
             engine.Task(path.stem, (path, workdir / "barred/entities.parquet")) for path in links
         ]
-        settings = {"version": 5, "labels": "text"}
+        settings = {"version": 6, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     rule = Rule.of(config)
     embedded = embed.run(config, work)
@@ -129,7 +130,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     if config.target_precision:
         rule = _reach(work, rule, files, config.target_precision)
     tasks = [engine.Task(shard, own) for shard, own in zip(shards, files, strict=True)]
-    settings = {"version": 4, "labels": "clip", **rule._asdict()}
+    settings = {"version": 5, "labels": "clip", **rule._asdict()}
     return work.map_shards("labels", _label_by_clip, tasks, settings)
 
 
@@ -222,7 +223,7 @@ def choose(links: link_rows.LinkRows, known: Evidence, rule: Rule) -> Chosen:
     possible = np.flatnonzero(known.shown > 0)  # NaN is not
     strongest = _strongest(links, share * known.shown, possible)
     # An entity of several mentions counts once, for that which means it most.
-    keys = (-share, -share * means, links.entity, links.row)
+    keys = (-share, -np.round(share * means, _TIES), links.entity, links.row)
     once = strongest[np.lexsort([key[strongest] for key in keys])]
     once = once[link_rows.starts_run(links.row[once], links.entity[once])]
     row, shown = links.row[once], np.clip(known.shown[once] * means[once], 1e-6, 1 - 1e-6)
@@ -270,7 +271,7 @@ def choose_by_text(links: link_rows.LinkRows, barred: np.ndarray | None = None) 
 
 def _strongest(links: link_rows.LinkRows, strength: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Of each mention the strongest of the candidates `among`, of equal ones the smaller row."""
-    keys = (links.entity, -strength, links.mention, links.row)
+    keys = (links.entity, -np.round(strength, _TIES), links.mention, links.row)
     order = among[np.lexsort([key[among] for key in keys])]
     return order[link_rows.starts_run(links.row[order], links.mention[order])]
 

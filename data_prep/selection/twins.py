@@ -1,10 +1,12 @@
-"""Pictures that look the same and mention the same entity count once. links/, pairs/ -> twins/
+"""Pictures that look the same count once. links/, pairs/ -> twins/
 
 A placeholder on two hundred pages stands out for its entity as no true picture does, because the
 others that mention the entity are itself. So of the pictures of one perceptual hash that mention an
-entity only the first is among its pictures; the others are judged beside those that are left.
+entity only the first is among its pictures; the others are judged beside those that are left. And
+what pictures are like at large, only the first of one perceptual hash says.
 
-    twins/  NNNNN.parquet key, entity: candidates of a shard of which an earlier picture is the same
+    twins/  NNNNN.parquet key, entity: candidates of a shard of which an earlier picture is the
+            same; entity PICTURE: pictures of which an earlier one, whatever it mentions, is
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ if typing.TYPE_CHECKING:
 
 # Row of the shard and entity as one number: `Engine.repeated` keeps one for each row.
 _ENTITIES = 1 << 32
+PICTURE = -1  # stands for an entity that every picture with a candidate mentions
 _CANDIDATES = f"""
     SELECT concat(phash, ' ', entity) AS value, key, shard, place * {_ENTITIES} + entity AS "row"
     FROM (
         SELECT DISTINCT key, parse_filename(filename, true) AS shard, file_row_number AS place,
-               unnest(candidates).entity AS entity
+               unnest([{PICTURE}] || [c.entity FOR c IN candidates]) AS entity
         FROM read_parquet($links, filename = true, file_row_number = true)
+        WHERE len(candidates) > 0
     ) JOIN (SELECT key, phash FROM read_parquet($pairs)) USING (key)
 """
 
@@ -61,7 +65,7 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     return {"candidates": found}
 
 
-def among(keys: pa.Array, row: np.ndarray, entity: np.ndarray, path: str) -> np.ndarray:
+def among(keys: pa.Array, row: np.ndarray, entity: np.ndarray | int, path: str) -> np.ndarray:
     """bool [p]: which pairs of a row of `keys` and an entity are in a file of twins/."""
     table = engine.read_table(path)
     place = link_rows.positions(link_rows.whole(table["key"]), keys)

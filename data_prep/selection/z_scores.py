@@ -17,7 +17,8 @@ out: without the picture x of weight a u is Q - ag for Q = (C + eI)^-1 P and g =
 that with Q'CQ and Q'Ct of each entity and g and Cg of each picture a candidate costs a few products
 of vectors.
 
-    moments/     moments.npy float64 [1 + d, 1 + d]: the sum of (x, 1)(x, 1)' over all pictures
+    moments/     moments.npy float64 [1 + d, 1 + d]: the sum of (x, 1)(x, 1)' over all pictures,
+                 those that look the same once
     prototypes/  NNNNN.npy float32 [block, d], the Q of a block of the entities; NNNNN-measures.npy
                  float64 [4, block]: sum of weights, t'Ct of the text t, Q'CQ and Q'Ct
     z_scores/    NNNNN.parquet key, entities, scores (cosines), z_scores (both rounded to 1e-4); of
@@ -80,9 +81,8 @@ def run(
     )
     candidates = workdir / "candidates/entities.parquet"
     texts = engine.listed(workdir / "texts", ".npy")
-    parts = work.map_shards(
-        "moment_parts", _sum_moments, engine.run_tasks(embeddings), {}, keys=None
-    )
+    tasks = engine.run_tasks(keys, same, embeddings)
+    parts = work.map_shards("moment_parts", _sum_moments, tasks, {"version": 2}, keys=None)
     task = engine.Task("all", _paths(work, parts))
     work.map_shards("moments", _add_moments, [task], {}, keys=None)
     moments = workdir / "moments/moments.npy"
@@ -169,11 +169,14 @@ class Blocks:
 
 def _sum_moments(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[str, int]:
     pictures, total = 0, np.zeros((1, 1))
-    for path in task.inputs:
-        x = np.load(path, mmap_mode="r")
-        pictures += len(x)
-        for start in range(0, len(x), CHUNK):
-            chunk = np.pad(x[start : start + CHUNK].astype(np.float64), ((0, 0), (0, 1)))
+    for keys_path, same, path in zip(*np.split(np.array(task.inputs), 3), strict=True):
+        keys, x = link_rows.read_column(keys_path, "key"), np.load(path, mmap_mode="r")
+        rows = np.arange(len(x))
+        rows = rows[~twins.among(keys, rows, twins.PICTURE, same)]
+        pictures += len(rows)
+        for start in range(0, len(rows), CHUNK):
+            chunk = x[rows[start : start + CHUNK]].astype(np.float64)
+            chunk = np.pad(chunk, ((0, 0), (0, 1)))
             chunk[:, -1] = 1
             total = total + chunk.T @ chunk
     np.save(outputs.path(f"moment_parts/{task.name}.npy"), total)
