@@ -324,11 +324,13 @@ def _read_notes(folder: epath.Path) -> dict[str, dict]:
 def stage_seconds(workdir: str | os.PathLike[str]) -> dict[str, dict]:
     """Per stage, in the order in which they were first finished: worker-seconds and shards.
 
-    The times are of the run in which each shard was made; they belong to no fingerprint.
+    The times are of the run in which each shard was made; they belong to no fingerprint. What is a
+    link was made elsewhere.
     """
     found: list[tuple[float, str, dict]] = []
     for stage in sorted(os.listdir(workdir)):
-        notes = _read_notes(epath.Path(workdir) / stage)
+        folder = epath.Path(workdir) / stage
+        notes = {} if os.path.islink(folder) else _read_notes(folder)
         if notes:
             seconds = sum(note.get("seconds", 0.0) for note in notes.values())
             made = min(note.get("made", 0.0) for note in notes.values())
