@@ -87,10 +87,11 @@ def test_padding_of_the_class_table_follows_the_mesh(saved, mesh_of):
             np.testing.assert_array_equal(table[16:], 0)
 
 
-def test_params_alone(saved):
+def test_params_alone(saved, caplog):
     _, train_state, folder = saved
     params = checkpoint.restore_params(folder)
     jax.tree.map(np.testing.assert_array_equal, params, train_state.params)
+    assert not caplog.records  # nor is anything said of files that no item has
 
 
 def test_latest_step_and_keep(saved):

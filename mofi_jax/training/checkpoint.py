@@ -319,8 +319,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _saved_tree(folder: epath.Path) -> Any:
     """The tree of a saved item with ArrayMetadata leaves."""
-    with _reading(folder), ocp.StandardCheckpointer(**_single_host()) as checkpointer:
-        return checkpointer.metadata(folder).item_metadata.tree
+    # Not by a Checkpointer, which misses the metadata of a whole step here, and warns.
+    handler = ocp.StandardCheckpointHandler(**_single_host())
+    with _reading(folder), contextlib.closing(handler):
+        return handler.metadata(folder).tree
 
 
 def _single_host() -> dict[str, Any]:
