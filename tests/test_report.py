@@ -266,10 +266,45 @@ def test_where_entities_are_given_the_page_does_not_speak_of_captions():
     text = card_page.render(example(config=config, rejects=rejects), {})
     for words in ("no entity came with it", "which entities came with the picture", "Labelled"):
         assert words in text
-    assert "(no label)" in text
-    assert "(no label)" not in card_page.render(example(), {})
     for words in ("caption is text", "Underlined", "Picture and text agree", "captions name"):
         assert words not in text
+
+
+def _text(**changes):
+    page = _Page()
+    page.feed(card_page.render(example(**changes), {}))
+    return page.text
+
+
+def test_kinds_that_are_no_labels_are_marked_and_the_mark_is_told():
+    text = _text(config={**example()["config"], "label_kinds": []})
+    assert "thing\u2009*" in text
+    assert any("Kinds with * are labels only where" in words for words in text)
+    assert not any("thing\u2009*" in words or "Kinds with *" in words for words in _text())
+
+
+def test_a_type_without_a_name_is_told_from_names():
+    types = example()["entity_types"]
+    unnamed = {**types["types"][0], "type": "Q9", "name": None}
+    text = _text(entity_types={**types, "types": [unnamed]})
+    assert "Q9 (unnamed)" in text
+    assert "no type" not in text
+    untyped = {**types["untyped"], "text_labels": 1}
+    assert "no type" in _text(entity_types={**types, "untyped": untyped})
+
+
+def test_the_threshold_of_a_target_precision_is_told():
+    def note(threshold):
+        bins = [{"from": 0.5, "chosen": 3, "others": 1}]
+        config = {**example()["config"], "min_probability": 0.25, "target_precision": 0.8}
+        found = {"threshold": threshold, "bins": bins}
+        [words] = [
+            w for w in _text(config=config, probabilities=found, gallery=[]) if "In colour" in w
+        ]
+        return words
+
+    assert "min_probability = 0.562. It is what target_precision = 0.8 asks for" in note(0.562)
+    assert "target_precision" not in note(0.25)
 
 
 def test_funnel_names_what_was_removed():

@@ -210,6 +210,25 @@ def test_rare_entities_are_those_with_fewest_pictures_and_none_of_the_largest(ta
     assert [strip["keys"] for strip in found["top_entities"]][1:4] == [["a", "b"], [], ["b"]]
 
 
+def test_the_gallery_prefers_pictures_that_chose_something_else(tables, monkeypatch):
+    keys = [f"{i:02d}" for i in range(30)]
+    tables.write("pairs", {"key": keys, "text": ["x"] * 30})
+    tables.links([(key, [(0, 0, 0.9), (0, 2, 0.1), (1, 1, 1.0)]) for key in keys])
+    # By text 0 and 1: of five pictures one chooses another, three drop one, one agrees.
+    chosen = [[2, 1] if i % 5 == 0 else [0] if i % 5 < 4 else [0, 1] for i in range(30)]
+    for stage in ("labels", "labels_final"):
+        tables.labels(stage, [(*row, None) for row in zip(keys, chosen, strict=True)])
+    tables.write("barred", {"entity": np.array([], np.int32)})
+    columns = {"label": ["x", "y", "z"], "description": [None] * 3}
+    tables.write("kb", columns, {"description": pa.string()})
+    monkeypatch.setattr(card_pictures, "GALLERY", {"changed": 8, "agreed": 3, "rejected": 1})
+    found = card_pictures.gallery(tables.connection, tables.files, {"labels": "text"})
+    shown = [p["key"] for p in found if p["group"] == "changed"]
+    assert len(shown) == 8
+    assert {*shown[:6]} == {*keys[::5]}
+    assert sum(p["group"] == "agreed" for p in found) == 3
+
+
 def test_the_gallery_shows_nothing_that_a_filter_removed(tables):
     keys = [f"{i:02d}" for i in range(40)]
     tables.write("pairs", {"key": keys, "text": ["x"] * 40})

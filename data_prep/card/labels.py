@@ -16,7 +16,7 @@ from data_prep.card import numbers as card_numbers
 from data_prep.card.numbers import FINAL, Files, ask, batches
 from data_prep.kb import kinds as kb_kinds
 from data_prep.linking import rows as link_rows
-from data_prep.selection import choose
+from data_prep.selection import choose, twins
 
 if typing.TYPE_CHECKING:
     import duckdb
@@ -67,12 +67,12 @@ def images_per_entity(counts: np.ndarray) -> dict:
 # -------------------------------------------------------------------------------------- thresholds
 
 
-def _evident(files: Files) -> Iterator[tuple[link_rows.LinkRows, choose.Evidence]]:
-    """The candidates of each shard and what is known of them."""
-    for shard in batches(files, ("links", "z_scores", "labels"), 1):
+def _evident(files: Files) -> Iterator[tuple[link_rows.LinkRows, choose.Evidence, str]]:
+    """The candidates of each shard, what is known of them, and its file of twins/."""
+    for shard in batches(files, ("links", "z_scores", "labels", "twins"), 1):
         links = link_rows.read(*shard["links"])
         own = (*shard["z_scores"], *files["visibility"], *files["barred"])
-        yield links, choose.read_evidence(links, *own)[0]
+        yield links, choose.read_evidence(links, *own)[0], *shard["twins"]
 
 
 def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -> dict:
@@ -82,14 +82,14 @@ def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
 
     Args:
       connection: where to count.
-      files: links, z_scores, visibility and barred are read.
+      files: links, z_scores, visibility, barred and twins are read.
       config: the fields of `choose.Rule` in force, and `min_images`.
 
     Returns:
       probabilities: threshold and bins {from, chosen, others} of the likeliest candidates of
       mentions, as far as a picture may have so many labels; sensitivity: min_probability, points
       {value, pictures, entities, configured}, by value; pictures before any later filter, and
-      entities that have at least min_images of these.
+      entities that have at least min_images of these, of equal ones the first.
     """
     rule = choose.Rule.of(config)
     steps = np.arange(1 / PROBABILITY_BIN) * PROBABILITY_BIN
@@ -97,12 +97,13 @@ def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
     ask(
         connection,
         "CREATE OR REPLACE TEMP TABLE swept"
-        " (entity INTEGER, reached BIGINT, labels BIGINT, pictures BIGINT)",
+        " (entity INTEGER, reached BIGINT, images BIGINT, pictures BIGINT)",
     )
     bins: collections.Counter[int] = collections.Counter()
-    for links, known in _evident(files):
+    for links, known, same in _evident(files):
         chosen = choose.choose(links, known, rule._replace(min_probability=0.0))
-        _add(connection, "swept", _count(chosen, values))
+        new = ~twins.among(links.keys, chosen.row, chosen.entity, same)
+        _add(connection, "swept", _count(chosen, new, values))
         place = np.floor(np.round(chosen.probability / PROBABILITY_BIN, 6)).astype(int)
         code = 2 * place + (chosen.probability >= rule.min_probability)
         bins.update(
@@ -111,8 +112,8 @@ def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
     rows = ask(
         connection,
         """
-        SELECT place, sum(pictures)::BIGINT, count(*) FILTER (labels >= $min_images) FROM (
-            SELECT place, entity, sum(pictures) AS pictures, sum(labels) AS labels
+        SELECT place, sum(pictures)::BIGINT, count(*) FILTER (images >= $min_images) FROM (
+            SELECT place, entity, sum(pictures) AS pictures, sum(images) AS images
             FROM swept, (SELECT unnest(range(len($values))) AS place)
             WHERE reached > place GROUP BY place, entity
         ) GROUP BY place
@@ -151,8 +152,8 @@ def _add(connection: duckdb.DuckDBPyConnection, table: str, columns: dict) -> No
     connection.unregister("added_rows")
 
 
-def _count(chosen: choose.Chosen, values: list[float]) -> dict:
-    """Labels of a shard for all values of min_probability, counted by entity.
+def _count(chosen: choose.Chosen, new: np.ndarray, values: list[float]) -> dict:
+    """Labels of a shard for all values of min_probability, those that are new counted by entity.
 
     What is chosen does not depend on it, it only cuts it off: so one number, how many of the
     ascending values a label reaches, stands for them all.
@@ -165,7 +166,7 @@ def _count(chosen: choose.Chosen, values: list[float]) -> dict:
     return {
         "entity": (kinds // steps).astype(np.int32),
         "reached": kinds % steps,
-        "labels": np.bincount(kind, minlength=len(kinds)),
+        "images": np.bincount(kind[new], minlength=len(kinds)),
         "pictures": np.bincount(kind[best], minlength=len(kinds)),
     }
 
@@ -176,12 +177,12 @@ def _count(chosen: choose.Chosen, values: list[float]) -> dict:
 def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     """Labels by kind and type of entity, before and after: those of text alone, and the final ones.
 
-    An entity of several types counts for each, so that shares may add up to more than one. A type
-    is called by its label where the knowledge base has it.
+    An entity of several types counts for each, so that shares may add up to more than one.
 
     Returns:
-      text_labels and labels, the totals; types: {type, name, text_labels, labels, entities (final
-      ones)} of the types with most final labels; others, the number of types that are not listed;
+      text_labels and labels, the totals; types: {type, name (None: the knowledge base has none),
+      text_labels, labels, entities (final ones)} of the types with most final labels; others, the
+      number of types that are not listed;
       untyped: {text_labels, labels, entities}; kinds: {kind (None: unknown), text_labels, labels,
       entities, guessed: how many of the text's labels have a guessed kind}, by text_labels.
     """
@@ -222,7 +223,7 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     rows = ask(
         connection,
         f"""
-        SELECT type, coalesce(any_value(label), type), before, after, entities, total FROM (
+        SELECT type, any_value(label), before, after, entities, total FROM (
             SELECT *, count(*) OVER () AS total FROM (
                 SELECT type, {sums} FROM (SELECT unnest(types) AS type, before, after FROM typed)
                 GROUP BY type

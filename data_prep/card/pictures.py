@@ -137,7 +137,8 @@ def gallery(connection: duckdb.DuckDBPyConnection, files: Files, config: dict) -
     )
     names = {entity: words for entity, *words in rows}
     found, left = [], dict(GALLERY)
-    for key in keys:
+    # That a picture chose something else says more than that it dropped a label.
+    for key in sorted(keys, key=lambda key: {*labels[key][0]} <= by_text[key]):
         chosen, reason = labels[key]
         mentions, candidates = links[key]
         group = "rejected" if reason else "agreed" if set(chosen) == by_text[key] else "changed"

@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     """
     workdir = work.workdir
     stages = ("pairs", "links", "barred", "labels", "labels_final", "rejects")
-    stages += ("z_scores", "visibility") if embed.is_on(config) else ()
+    stages += ("z_scores", "visibility", "twins") if embed.is_on(config) else ()
     files = {stage: engine.listed(workdir / stage) for stage in stages}
     # What the other data set leaves out is none of this one's.
     other = re.compile("(dropped|ordered|planned|shards)-i2t-")
@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     manifests = (workdir / stage / engine.MANIFESTS for stage in _TOLD)
     files["manifests"] = [path for path in manifests if path.exists()]
     settings = {
-        "version": 5,
+        "version": 6,
         "files": [(stage, len(paths)) for stage, paths in files.items()],
         "config": without_folders(config.to_dict()),
         "rule": choose.rule_in_force(workdir)._asdict() if embed.is_on(config) else {},
