@@ -76,9 +76,13 @@ def test_commons_vel_a_webdataset_with_ids_in_its_json(tmp_path):
         members = []
         for i in rows:
             about = {"img_id": i, "description": _CAPTIONS[i], "gt_1": found[i], "gt_10": []}
+            # Of the two pictures that every row has, one is of a single pixel.
+            pixel = inputs.picture(1, 1, "png" if i % 2 else "jpeg")
+            jpg, png = (photo(i), pixel) if i % 2 else (pixel, inputs.picture(40 + i, 40))
             members += [
-                (f"{100 + i}.jpg", photo(i)),
+                (f"{100 + i}.jpg", jpg),
                 (f"{100 + i}.json", json.dumps(about).encode()),
+                (f"{100 + i}.png", png),
             ]
         (tmp_path / f"pairs/{shard:02d}.tar").write_bytes(inputs.tar_bytes(members))
     labels, stages = build(tmp_path, caption_column="description", given={"ids": "gt_1"})

@@ -2,9 +2,10 @@
 
 EntityNet-33M holds no pictures but tables: of each picture its `key`, the hashes of the queries
 that found it (`qh`) and its addresses (`images_link`), in images_metadata/SPLIT-*.parquet; and of
-each query (`query_hash`) its `entity`, a QID or `wordnet:dog.n.01`, in entitynet-queries.parquet.
-Whoever downloads the pictures has pairs with a `url`, or with EntityNet's keys as their own: by one
-of these they are joined, however large both sides are.
+each query (`query_hash`) its `entity`, a QID or `wordnet:dog.n.01`, in entitynet-queries.parquet
+(as github.com/lmb-freiburg/entitynet reads them). Whoever downloads the pictures has pairs with a
+`url`, or with EntityNet's keys as their own: by one of these they are joined, however large both
+sides are.
 
     asked/         scattered by what is joined: value, entity
     addressed/     the same of the pairs: value, shard, row, key

@@ -12,6 +12,12 @@
 such column. `where` keeps of a list what meets all of its conditions PLACE=VALUE, such as
 "features.language=en".
 
+Published sets, and what is known of their layouts: Commons-VEL (by its card,
+`aiintelligentsystems/vel_commons_wikidata`, and code that reads it) is tars of PAGE.jpg, PAGE.png
+(one of the two a single pixel) and PAGE.json, where PAGE is Commons' id of the picture; how the
+JSON calls the ids is not confirmed. `wikimedia/wit_base` (by code that reads it) is parquet whose
+`wit_features` holds lists: language, page_title and so on of each article with the picture.
+
 No caption is read nor needed, and no spaCy is loaded. Each id is a mention of kind "given" that
 stands nowhere in the caption, with the weight as the prior of its one candidate; redirects are
 followed. An id that the base does not have is a mention without candidate. So all that comes later

@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         *(find(config.sources), config.rows_per_shard, config.caption_column, optional, work)
     )
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars")
-    settings = {"version": 8, "decoders": pictures.DECODERS, **optional}
+    settings = {"version": 9, "decoders": pictures.DECODERS, **optional}
     settings |= {name: config[name] for name in names}
     settings["keep_columns"] = [*config.keep_columns, *given_columns(config.given)]
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
@@ -198,7 +198,7 @@ def _plan(
         if path and (file.kind in ("parquet", "table") or tars.is_large(path, rows))
     ]
     named = {"text": text} if text else {}
-    settings = {"version": 5, "rows": rows, **named, **optional}
+    settings = {"version": 6, "rows": rows, **named, **optional}
     keys = functools.partial(_keys_of_tar, {file.shard: file for file in found})
     scanned = work.map_shards("scanned", _scan, scan, settings, keys=keys)
     plans = {m["shard"]: [work.workdir / o["path"] for o in m["outputs"]] for m in scanned}

@@ -2,9 +2,10 @@
 
 A sample is what shares a name up to the last dot: a picture (.jpg .jpeg .png .webp .gif), a caption
 (`.txt`, or else "caption" in `.json`; or what `config.caption_column` names there) and what else
-`.json` says. Where a kind occurs twice under
-one name, the second is a sample of its own, with the reason `duplicate_key`. Beside `00000.tar` may
-lie `00000.parquet`, which then says more than the `.json` members, also of what could not be
+`.json` says. Where a kind occurs twice under one name, the second is a sample of its own, with the
+reason `duplicate_key`; but a tiny picture of another format only keeps its place: in Commons-VEL
+all rows have a .jpg and a .png, one of them of a single pixel. Beside `00000.tar` may lie
+`00000.parquet`, which then says more than the `.json` members, also of what could not be
 downloaded, and `00000_stats.json`, which says how many pairs the tar should hold. Names are keys:
 nothing is ever written under them. What macOS puts beside files (`._NAME`, `__MACOSX/`) is ignored.
 
@@ -34,6 +35,7 @@ from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+_TINY = 1_000  # bytes; one pixel takes 70 as PNG, 630 as JPEG
 # Pictures can hardly be packed any further. What grows more than this was made to fill the disk.
 _MAX_RATIO, _ALWAYS_FINE = 100, 64 << 20
 # Fewer than pairs have on average: a tar of fewer bytes is one shard, and nobody lists it before.
@@ -308,6 +310,11 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
         if suffix == "" or "__MACOSX" in key.split("/") or os.path.basename(key).startswith("._"):
             continue
         of_key = by_key.setdefault(key, [])
+        if kind == "picture":
+            parts = next((p for p in of_key if _keeps_place(p.get(kind), member)), None)
+            if parts is not None:
+                parts[kind] = max(parts[kind], member, key=lambda picture: picture.length)
+                continue
         if kind not in ("picture", "txt", "json"):
             kind = None  # a mask, a class number: no part of a pair, but it has a name
         parts = next((parts for parts in of_key if kind not in parts), None)
@@ -318,6 +325,13 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
         if kind is not None:
             parts[kind] = member
     return groups
+
+
+def _keeps_place(one: Member | None, other: Member) -> bool:
+    """Whether these are pictures of two formats, one of which is too small to be meant."""
+    if not one or _split(one.name)[1] == _split(other.name)[1]:
+        return False
+    return min(one.length, other.length) < _TINY
 
 
 # ----------------------------------------------------------------------------------------- sidecars
