@@ -30,6 +30,23 @@ def test_the_roots_are_sound():
     assert None not in said[: said.index(None)]
     assert set(said[said.index(None) :]) == {None}  # these come last
     assert {*kinds.LEXNAMES.values()} <= {*kinds.KINDS, None}
+    assert all(kinds.LABELS[root] for root, _ in kinds.ROOTS)
+
+
+@pytest.mark.parametrize("languages", [("en", "mul"), ("de",)])
+def test_roots_that_a_base_does_not_have_as_such_are_told(tmp_path, caplog, languages):
+    absent, *there = [root for root in kinds.LABELS if root.startswith("Q")]
+    rows = [
+        {"id": root, "label": kinds.LABELS[root].title(), "hypernyms": ["Q1"]} for root in there
+    ]
+    rows[0]["label"], rows[1] = "stone", rows[1] | {"label": "x", "aliases": [rows[1]["label"]]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kb_build.build(tmp_path / "rows.jsonl", tmp_path / "kb", inputs.kb_rules(languages=languages))
+    other = f"{there[0]} is 'stone', not {kinds.LABELS[there[0]]!r}"
+    told = [line for line in caplog.messages if "others here than in data_prep/kb" in line]
+    assert [line.endswith(f": {other}") for line in told] == [True] * ("en" in languages)
+    assert f"1 of {len(there) + 1} classes by which kinds are told are not here" in caplog.text
+    assert f"{absent} {kinds.LABELS[absent]}" in caplog.text
 
 
 CLASSES = [  # child, what lies above it

@@ -53,6 +53,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 
 import ml_collections
@@ -60,7 +61,7 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
-from data_prep.kb import forms, lookup
+from data_prep.kb import forms, kinds, lookup
 from data_prep.kb import merge as kb_merge
 from data_prep.kb import parts as kb_parts
 from data_prep.kb.sources import dump as kb_dump
@@ -177,6 +178,7 @@ def settings_of(config: ml_collections.ConfigDict, form: str) -> dict:
         "languages": list(config.languages),
         "need_link_or_image": config.need_link_or_image,
         "drop_types": config.drop_types.to_dict(),
+        "roots": zlib.crc32(repr(kinds.ROOTS).encode()),  # by these kinds are told
         "alpha": config.alpha,
         "alias_factor": config.alias_factor,
         "anchor_min_links": config.anchor_min_links,

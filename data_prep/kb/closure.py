@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import logging
 
@@ -97,6 +97,7 @@ def write_redirects(
 
 
 _LEARNED = 1_000_000  # entities whose labels are learned from
+_TOLD = 5  # classes that a warning names
 _PARTS = 200  # parts that are asked for at a time, of 5,000 entities each
 
 
@@ -105,11 +106,19 @@ class Kinds:
 
     Where a row has none, the root of its types that is the fewest steps away gives it, else that of
     what lies above the row itself; else it is guessed.
+
+    Roots that a base does not have, or, where it is `english`, under another name, are told.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, parts: Sequence[str]):
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        parts: Sequence[str],
+        english: bool = True,
+    ):
         import pyarrow as pa
 
+        self._expected = kinds.LABELS if english else {}
         self._connection, self._parts = connection, parts
         said = [(root, kind) for root, kind in kinds.ROOTS if kind]
         meta = [root for root, kind in kinds.ROOTS if not kind]
@@ -132,6 +141,10 @@ class Kinds:
             {"parts": [f"{path}.entities.parquet" for path in parts]},
         )
         spread(connection, "classes", "roots", "reached")
+        ends = " UNION ".join(
+            f"SELECT id FROM classes JOIN listed ON id = {end}" for end in ("child", "parent")
+        )
+        _tell_absent({name for (name,) in connection.execute(ends).fetchall()})
         connection.execute("DROP TABLE classes; DROP TABLE roots")
         connection.execute(f"DELETE FROM reached WHERE root >= {len(self._kinds)}")
         self._labels = guess.Labels()
@@ -190,8 +203,13 @@ class Kinds:
     def tables(self) -> Iterator[pa.Table]:
         """The entities of each part with the columns kind and kind_from."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
+        roots, other = pa.array(self._expected, pa.string()), []
         for table, found in self._known():
+            columns = ["qid", "label", "aliases"]
+            rows = table.select(columns).filter(pc.is_in(table["qid"], value_set=roots))
+            other += (row for row in rows.to_pylist() if not _is_meant(**row))
             labels = table["label"].to_pylist()
             for i, (kind, _) in enumerate(found):
                 if not kind and self._labels.is_person(labels[i]):
@@ -200,3 +218,39 @@ class Kinds:
                 place = table.schema.get_field_index(name)
                 table = table.set_column(place, name, pa.array(values, pa.string()))
             yield table
+        if other:
+            logging.warning(
+                "knowledge_base: %d classes by which kinds are told are others here than in"
+                " data_prep/kb/kinds.py, so that kinds below them may be wrong: %s",
+                len(other),
+                _some(
+                    f"{row['qid']} is {row['label']!r}, not {kinds.LABELS[row['qid']]!r}"
+                    for row in other
+                ),
+            )
+
+
+def _is_meant(qid: str, label: str, aliases: Sequence[str] | None) -> bool:
+    """Whether a row with the id of a root is the class that is meant by it."""
+    return kinds.LABELS[qid].casefold() in map(str.casefold, (label, *(aliases or ())))
+
+
+def _tell_absent(found: set[str]) -> None:
+    """Warns of roots that no class has to do with, where most are there, as in a full dump."""
+    for scheme in ("Q", "n"):
+        roots = [root for root in kinds.LABELS if root.startswith(scheme)]
+        absent = [root for root in roots if root not in found]
+        if 0 < 2 * len(absent) < len(roots):
+            logging.warning(
+                "knowledge_base: %d of %d classes by which kinds are told are not here, perhaps"
+                " merged into others, so that kinds may be missing: %s",
+                len(absent),
+                len(roots),
+                _some(f"{root} {kinds.LABELS[root]}" for root in absent),
+            )
+
+
+def _some(told: Iterable[str]) -> str:
+    """The first few of what is to be told, and dots where there is more."""
+    told = list(told)
+    return ", ".join(told[:_TOLD]) + (", ..." if len(told) > _TOLD else "")

@@ -65,39 +65,43 @@ LEXNAMES: dict[str, str | None] = {
 FIRST_NOUNS = 3  # the number of the first of these files
 
 # Classes and taxa of Wikidata, and synsets of WordNet 3.0, that make a kind of all below them; the
-# nearest counts, of equally near ones the first in this list.
+# nearest counts, of equally near ones the first in this list. Each id was found with its label or
+# the like in public lists of classes or queries, none in a dump; a label may be an alias by now:
+# `closure` warns where a base has an id with neither.
 _ROOTS = """
 person: Q5 human, Q215627 person, n00007846 person
 character: Q15632617 fictional human, Q95074 fictional character, Q3658341 literary character
 character: Q15773317 television character, Q15773347 film character, Q1114461 comics character
 character: Q4271324 mythical character, Q178885 deity, Q20643955 human biblical figure
-character: Q21070568 human who may be fictional, Q2239243 mythical creature
+character: Q21070568 human whose existence is disputed, Q2239243 mythical creature
 character: Q24334685 mythical entity, Q14897293 fictional entity, n09587565 fictional character
 character: n09505418 deity, n09483738 imaginary being
 name: Q101352 family name, Q12308941 male given name, Q11879590 female given name
 name: Q3409032 unisex given name, Q202444 given name, Q10856962 anthroponym, Q82799 name
 name: n06336904 surname, n06337307 first name
-wikimedia: Q4167410 disambiguation page, Q22808320 human name disambiguation page
-wikimedia: Q4167836 category, Q13406463 list article, Q11266439 template, Q15184295 module
-wikimedia: Q14204246 project page, Q17442446 Wikimedia internal item, Q17633526 Wikinews article
+wikimedia: Q4167410 Wikimedia disambiguation page
+wikimedia: Q22808320 Wikimedia human name disambiguation page, Q4167836 Wikimedia category
+wikimedia: Q13406463 Wikimedia list article, Q11266439 Wikimedia template
+wikimedia: Q15184295 Wikimedia module, Q14204246 Wikimedia project page
+wikimedia: Q17442446 Wikimedia internal item, Q17633526 Wikinews article
 work: Q11424 film, Q24862 short film, Q202866 animated film, Q226730 silent film
 work: Q24856 film series, Q5398426 television series, Q1259759 miniseries
 work: Q15416 television program, Q21191270 television series episode
 work: Q63952888 anime television series, Q7889 video game, Q482994 album, Q134556 single
-work: Q7366 song, Q2188189 musical work, Q105543609 musical work or composition, Q1344 opera
+work: Q7366 song, Q2188189 musical work, Q105543609 musical work/composition, Q1344 opera
 work: Q25379 play, Q571 book, Q8261 novel, Q7725634 literary work, Q47461344 written work
-work: Q5185279 poem, Q49084 short story, Q277759 book series, Q3331189 version or edition
+work: Q5185279 poem, Q49084 short story, Q277759 book series, Q3331189 edition
 work: Q1004 comics, Q21198342 manga series, Q3305213 painting, Q93184 drawing, Q11060274 print
 work: Q125191 photograph, Q860861 sculpture, Q179700 statue, Q4502142 visual artwork
 work: Q838948 work of art, Q11032 newspaper, Q41298 magazine, Q5633421 scientific journal
 work: Q1002697 periodical, Q13442814 scholarly article, Q191067 article, Q732577 publication
 work: Q87167 manuscript, Q17537576 creative work, Q386724 work, n06613686 movie, n06410904 book
 work: n06364329 literary composition, n06591815 album, n07037465 musical composition
-work: n06619065 broadcast, n06589574 publication, n07007945 play, n03876519 painting
+work: n06619065 show, n06589574 publication, n07007945 play, n03876519 painting
 work: n03925226 photograph, n06362953 writing, n04157320 sculpture
 building: Q16970 church building, Q2977 cathedral, Q32815 mosque, Q44539 temple, Q34627 synagogue
 building: Q44613 monastery, Q33506 museum, Q7075 library, Q16917 hospital, Q27686 hotel
-building: Q24354 theater building, Q483110 stadium, Q23413 castle, Q16560 palace
+building: Q24354 theatre building, Q483110 stadium, Q23413 castle, Q16560 palace
 building: Q57821 fortification, Q3947 house, Q11303 skyscraper, Q12518 tower, Q39715 lighthouse
 building: Q12280 bridge, Q12323 dam, Q44377 tunnel, Q4989906 monument, Q55488 railway station
 building: Q719456 station, Q1248784 airport, Q41176 building, Q1497375 architectural ensemble
@@ -122,7 +126,7 @@ group: Q43229 organization, Q41710 ethnic group, Q2472587 people, Q8436 family
 group: Q16334295 group of humans, Q33829 human population, Q874405 social group, n00031264 group
 place: Q515 city, Q1549591 big city, Q5119 capital, Q3957 town, Q532 village, Q15284 municipality
 place: Q484170 commune of France, Q486972 human settlement, Q123705 neighborhood, Q6256 country
-place: Q3624078 sovereign state, Q7275 state, Q10864048 first-level division
+place: Q3624078 sovereign state, Q7275 state, Q10864048 first-level administrative division
 place: Q56061 administrative territorial entity, Q1048835 political territorial entity
 place: Q15642541 human-geographic territorial entity, Q1496967 territorial entity, Q5107 continent
 place: Q79007 street, Q34442 road, Q728937 railway line, Q22698 park, Q174782 square
@@ -136,11 +140,12 @@ nature: Q15324 body of water, Q271669 landform, Q205895 landmass, Q523 star, Q31
 nature: Q3863 asteroid, Q634 planet, Q2537 natural satellite, Q3559 comet, Q44559 exoplanet
 nature: Q6999 astronomical object, Q1322005 natural phenomenon, Q11663 weather
 nature: n00019128 natural object, n00034213 phenomenon
-animal: Q729 Animalia, Q38829 breed, Q39367 dog breed, Q43577 cat breed, Q1160573 horse breed
-animal: Q144 dog, Q146 cat, Q726 horse, Q7377 mammal, Q5113 bird, Q10811 reptile, Q10908 amphibian
-animal: Q152 fish, Q1390 insect, Q430 dinosaur, Q26401003 individual animal, n00015388 animal
-plant: Q756 Plantae, Q764 Fungi, Q10884 tree, Q506 flower, Q4886 cultivar, n00017222 plant
-food: Q40050 beverage, Q154 alcoholic beverage, Q282 wine, Q44 beer, Q134768 cocktail
+animal: Q729 animal, Q38829 breed, Q39367 dog breed, Q43577 cat breed, Q1160573 horse breed
+animal: Q144 dog, Q146 house cat, Q726 horse, Q7377 mammal, Q5113 bird, Q10811 reptile
+animal: Q10908 amphibian, Q152 fish, Q1390 insect, Q430 dinosaur, Q26401003 individual animal
+animal: n00015388 animal
+plant: Q756 plant, Q764 Fungi, Q10884 tree, Q506 flower, Q4886 cultivar, n00017222 plant
+food: Q40050 drink, Q154 alcoholic beverage, Q282 wine, Q44 beer, Q134768 cocktail
 food: Q746549 dish, Q10943 cheese, Q7802 bread, Q3314483 fruit, Q11004 vegetable
 food: Q25403900 food ingredient, Q2095 food, n00021265 food
 event: Q198 war, Q178561 battle, Q40231 election, Q27020041 sports season, Q500834 tournament
@@ -156,13 +161,14 @@ substance: Q11344 chemical element, Q11173 chemical compound, Q113145171 type of
 substance: Q79529 chemical substance, Q12140 medication, Q7946 mineral, Q12089225 mineral species
 substance: Q8063 rock, Q214609 material, Q8054 protein, Q7187 gene, n00019613 substance
 substance: n00020090 substance, n00020827 matter
-body: Q712378 organ, Q4936952 anatomical structure, Q27043950 anatomical entity
+body: Q712378 organ, Q4936952 anatomical structure
 communication: Q34770 language, Q33742 natural language, Q1288568 modern language
 communication: Q17376908 languoid, Q8192 writing system, Q9788 letter, Q80071 symbol
 communication: n00033020 communication
 time: Q577 year, Q3186692 calendar year, Q39911 decade, Q578 century, Q5151 month, Q573 day
-time: Q47150325 calendar day of a given year, Q47018901 calendar month of a given year
-time: Q14795564 recurrent point in time, Q11514315 historical period, Q186081 time interval
+time: Q47150325 calendar day of a given year, Q47018478 calendar month of a given year
+time: Q47018901 calendar month, Q14795564 point in time with respect to recurrent timeframe
+time: Q11514315 historical period, Q186081 time interval
 time: n00028270 time
 quantity: Q12503 integer, Q21199 natural number, Q11563 number, Q47574 unit of measurement
 quantity: Q107715 physical quantity, Q309314 quantity, n00033615 measure
@@ -182,9 +188,15 @@ Q55983715 organisms known by a particular common name
 """
 
 
-def _read(text: str) -> list[tuple[str, str | None]]:
+def _read(text: str) -> list[tuple[str, str, str | None]]:
     rows = [line.rpartition(": ")[::2] for line in text.strip().splitlines()]
-    return [(root.split()[0], kind or None) for kind, roots in rows for root in roots.split(", ")]
+    return [
+        (*root.partition(" ")[::2], kind or None)
+        for kind, roots in rows
+        for root in roots.split(", ")
+    ]
 
 
-ROOTS: tuple[tuple[str, str | None], ...] = (*_read(_ROOTS), *_read(_META))
+_ALL = (*_read(_ROOTS), *_read(_META))
+ROOTS: tuple[tuple[str, str | None], ...] = tuple((root, kind) for root, _, kind in _ALL)
+LABELS: dict[str, str] = {root: label for root, label, _ in _ALL}

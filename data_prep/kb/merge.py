@@ -40,7 +40,8 @@ def merge(
     os.makedirs(scratch)
     limits = {"threads": config["workers"], "memory_limit": f"{config['memory_gb']} GB"}
     with duckdb.connect(config={**limits, "temp_directory": scratch}) as connection:
-        counts, entities = _write_entities(parts, outputs, connection)
+        english = "en" in settings["languages"]
+        counts, entities = _write_entities(parts, outputs, connection, english)
         _check_rejects(parts, counts, config["reject_budget"], source)
         path = os.fspath(outputs.path(f"{folder}/entities.parquet"))
         redirects = os.fspath(outputs.path(f"{folder}/redirects.parquet"))
@@ -118,7 +119,7 @@ def _take_people_apart(
 
 
 def _write_entities(
-    parts: Sequence[str], outputs: engine.Outputs, connection
+    parts: Sequence[str], outputs: engine.Outputs, connection, english: bool
 ) -> tuple[dict[str, int], list[np.ndarray]]:
     """Writes entities.parquet and rejects.parquet.
 
@@ -143,7 +144,7 @@ def _write_entities(
         compression="zstd",
     ) as writer:
         held: list[pa.Table] = []
-        kinds = closure.Kinds(connection, parts).tables() if parts else ()
+        kinds = closure.Kinds(connection, parts, english).tables() if parts else ()
         for path, table in zip(parts, kinds, strict=True):
             note = kb_parts.read(f"{path}{kb_parts.LAST}")
             for key, value in note["counts"].items():
