@@ -156,7 +156,7 @@ artifact: Q1420 motor car, Q11436 aircraft, Q11446 ship, Q870 train, Q42889 vehi
 artifact: Q39546 tool, Q11019 machine, Q68 computer, Q1183543 device, Q10273457 equipment
 artifact: Q34379 musical instrument, Q11460 clothing, Q161439 jewelry, Q14745 furniture
 artifact: Q11422 toy, Q987767 container, Q41207 coin, Q14660 flag, Q14659 coat of arms
-artifact: Q220659 archaeological artifact, Q8205328 artificial physical object, n00021939 artifact
+artifact: Q220659 archaeological artefact, Q8205328 artificial physical object, n00021939 artifact
 substance: Q11344 chemical element, Q11173 chemical compound, Q113145171 type of chemical entity
 substance: Q79529 chemical substance, Q12140 medication, Q7946 mineral, Q12089225 mineral species
 substance: Q8063 rock, Q214609 material, Q8054 protein, Q7187 gene, n00019613 substance
