@@ -135,7 +135,7 @@ def test_wit_base_parquet_of_which_the_articles_titles_are_sitelinks(tmp_path):
 def test_pictures_without_captions_in_tars_and_tables(tmp_path, caplog):
     for name in ("pairs", "p", "u"):
         (tmp_path / name).mkdir()
-    found = ["http://www.wikidata.org/entity/Q1", ["Q3", None, "Q3"], 3, None]
+    found = ["http://www.wikidata.org/entity/Q1", ["q3", None, "<wd:Q3>"], 3, None]
     members = []
     for i, ids in enumerate(found):
         members += [(f"{i}.jpg", photo(i)), (f"{i}.json", json.dumps({"qid": ids}).encode())]
@@ -224,15 +224,17 @@ def test_ids_are_one_or_many_with_weights_beside_them():
     assert _rows({"ids": "Q1 Q2"}) == [("Q1", 1.0), ("Q2", 1.0)]
     assert _rows({"ids": "Q1, Q2;Q3"}) == [("Q1", 1.0), ("Q2", 1.0), ("Q3", 1.0)]
     assert _rows({"a": "Tram car"}, ids=None, titles="a") == [("Tram car", 1.0)]
-    assert _rows({"ids": ["<http://www.wikidata.org/entity/Q1>", " Q2 ", None, 7, ""]}) == [
-        *(("Q1", 1.0), ("Q2", 1.0), ("7", 1.0)),
-    ]
+    assert _rows({"ids": [" Q2 ", None, 7, ""]}) == [("Q2", 1.0), ("7", 1.0)]
     assert _rows({}) == []
     weighted = {"ids": ["Q1", "Q2"], "w": [0.25, 1]}
     assert _rows(weighted, weights="w") == [("Q1", 0.25), ("Q2", 1.0)]
     assert str(_rows({"ids": ["Q1", "Q2"], "w": ["much"]}, weights="w")) == str(
         [("Q1", float("nan")), ("Q2", float("nan"))]
     )
+    texts = {"ids": "Q1|Q2", "w": "0.9|1e-1", "one": "0.5", "bad": [10**400, "a lot"]}
+    assert _rows(texts, weights="w") == [("Q1", 0.9), ("Q2", 0.1)]
+    assert _rows(texts, weights="one") == [("Q1", 0.5), ("Q2", 0.5)]
+    assert not any(weight >= 0 for _, weight in _rows(texts, weights="bad"))
     assert _rows({"ids": ["Q1", "Q2"], "n": [1, 2]}, where=[("n", "2")]) == [("Q2", 1.0)]
 
 

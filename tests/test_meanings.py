@@ -401,10 +401,13 @@ def test_entities_are_found_by_id_title_and_kind(tmp_path):
         {"qid": "Q89", "label": "apple", "title": "Apple", "kind": "food"},
         {"qid": "Q2", "label": "IKEA", "title": "IKEA Group", "kind": "group"},
         {"qid": "Q3", "label": "pear"},
+        {"id": "fruit/q3", "label": "plum"},
     ]
     base = build(tmp_path, rows)
-    assert base.rows_of(["Q3", "Q8", "Q89"]).tolist() == [2, -1, 0]
-    assert base.rows_of_titles(["IKEA_Group", "Pear"]).tolist() == [1, -1]
+    assert lookup.rows_of(base.path, ["Q3", "Q8", "Q89"]).tolist() == [2, -1, 0]
+    others = ["q2", " <https://www.wikidata.org/wiki/Q2/>", "wd:Q89", "fruit/q3", "q003", "Q2x", ""]
+    assert lookup.rows_of(base.path, others).tolist() == [1, 1, 0, 3, -1, -1, -1]
+    assert lookup.rows_of_titles(base.path, ["IKEA_Group", "Pear"]).tolist() == [1, -1]
     assert [kinds.KINDS[code] for code in base.kind[:2]] == ["food", "group"]
     assert base.kind.dtype == np.uint8
 

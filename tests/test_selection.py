@@ -247,7 +247,7 @@ def test_a_target_precision_is_a_higher_threshold(world):
     assert chosen[0] > chosen[1] > chosen[2] > 0
 
 
-def test_kinds_that_no_picture_shows_are_no_labels_unless_pictured(world):
+def test_kinds_that_no_picture_shows_are_no_labels_unless_pictured(world, caplog):
     workdir, _, _, clip = world
     table = pq.read_table(workdir / "kb/entities.parquet")
     columns = {
@@ -258,17 +258,22 @@ def test_kinds_that_no_picture_shows_are_no_labels_unless_pictured(world):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, name, pa.array(values, pa.string()))
     pq.write_table(table, workdir / "kb/entities.parquet")
-    changes = {"label_kinds": ("event",), "never_labels": ("Q97",)}  # neither red nor gold
-    for labels in ("clip", "text"):
+    changes = {"label_kinds": ("event",), "never_labels": ("Q3", "Q404", 7)}
+    for labels in ("clip", "text"):  # neither red nor gold, to which Q3 leads
         choose.run(workdirs.config(clip=clip, labels=labels, **changes), engine.Engine(workdir))
         rows = _labels(workdir)
         entities = {entity for row in rows.values() for entity in row["entities"]}
         assert {1, 2} <= entities <= {1, 2, workdirs.RED_STATE, workdirs.BACKGROUND}
     choose.run(
-        workdirs.config(clip=clip, label_kinds=(), never_labels=("Q97",)), engine.Engine(workdir)
+        workdirs.config(clip=clip, label_kinds=(), never_labels=("q97",)), engine.Engine(workdir)
     )
     reasons = {row["reason"] for row in _labels(workdir).values()}
     assert reasons >= {None, "barred"}
+    told = [record.getMessage() for record in caplog.records if "never_labels" in record.msg]
+    assert len(told) == 2  # a run
+    assert "2 of 3 ids, such as 'Q404', are not in the knowledge base: see" in told[0]
+    with pytest.raises(errors.BadInput, match="none of 1 ids, such as 'Q404', is in"):
+        choose.run(workdirs.config(clip=clip, never_labels=("Q404",)), engine.Engine(workdir))
 
 
 def test_pictures_that_look_the_same_count_once(world):

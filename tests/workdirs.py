@@ -172,6 +172,7 @@ def _write_kb(workdir) -> None:
     parents = [["Q1"]] * len(COLOURS) + [["Q2"], []]
     table |= {name: pa.array(parents, pa.list_(pa.string())) for name in ("hypernyms", "types")}
     pq.write_table(pa.table(table), workdir / "kb/entities.parquet")
+    pq.write_table(pa.table({"qid": ["Q3"], "entity": [3]}), workdir / "kb/redirects.parquet")
     # Names that are equal are one.
     names = sorted(set(NAMES))
     meant = [[row for row, of in enumerate(NAMES) if of == name] for name in names]

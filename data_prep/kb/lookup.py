@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +28,7 @@ MAX_STORED = 30  # candidates of a name
 UNKNOWN = 255  # kind
 _COLUMNS = ("entity", "prior", "case", "form", "languages")  # of candidates, as files
 _DERIVED = 0.25  # of a plural meaning its singular where it is a name itself
+_QID = re.compile(r"(?:wd:)?[qQ]([1-9][0-9]*)")  # as others write it
 MAX_TOKENS = 8  # longer names are found when they are looked up, not when a text is scanned
 
 
@@ -164,48 +166,9 @@ class KnowledgeBase:
         """The id of an entity in its source."""
         return self._qids[entity].as_py()
 
-    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the entities of ids, redirects followed; -1 where there is none."""
-        rows = self._find("entities.parquet", "qid", ids)
-        if (self.path / "redirects.parquet").exists():
-            redirects = self.path / "redirects.parquet"
-            moved = self._find(redirects.name, "qid", ids)
-            known = (rows < 0) & (moved >= 0)
-            target = engine.read_table(redirects, ["entity"])["entity"].to_numpy()
-            rows[known] = target[moved[known]]
-        return rows
-
-    def rows_of_titles(self, titles: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
-        return self._find("entities.parquet", "title", [t.replace("_", " ") for t in titles])
-
     @functools.cached_property
     def _qids(self) -> pa.Array:
         return engine.read_table(self.path / "entities.parquet", ["qid"])["qid"].combine_chunks()
-
-    def _find(self, file: str, column: str, values: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the first row with each value; -1 where there is none.
-
-        The file is read through for each call, as an index of a hundred million would fill the
-        memory of each process: many values are to be asked for at a time.
-        """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        wanted, place = np.unique(np.array(values, object), return_inverse=True)
-        rows, first = np.full(len(wanted), -1, np.int64), 0
-        among = pa.array(wanted, pa.string())
-        with pq.ParquetFile(os.fspath(self.path / file)) as parquet:
-            for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
-                found = pc.index_in(batch.column(column), value_set=among)
-                # Backwards, so that of several rows the first one is written last.
-                at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]
-                new = found.take(pa.array(at)).to_numpy(zero_copy_only=False)
-                fresh = rows[new] < 0
-                rows[new[fresh]] = first + at[fresh]
-                first += len(batch)
-        return rows[place]
 
     @functools.cached_property
     def languages(self) -> list[str]:
@@ -320,6 +283,60 @@ class KnowledgeBase:
                 matches.append(Match(tokens[i].start, tokens[end].end, joined[start : stops[end]]))
                 reached = end
         return matches
+
+
+def rows_of(folder: epath.PathLike, ids: Sequence[str]) -> np.ndarray:
+    """int64 [n]: the entities of ids in a built folder, redirects followed; -1 where there is none.
+
+    One that is no id of the base is looked up again as what others write for one: q42, wd:Q42, or
+    an address that ends in it.
+    """
+    spelt, folder = [*ids, *map(_last_part, ids)], epath.Path(folder)
+    rows = _find(folder / "entities.parquet", "qid", spelt)
+    moved = _find(folder / "redirects.parquet", "qid", spelt)
+    target = engine.read_table(folder / "redirects.parquet", ["entity"])["entity"].to_numpy()
+    known = (rows < 0) & (moved >= 0)
+    rows[known] = target[moved[known]]
+    exact, last = rows[: len(ids)], rows[len(ids) :]
+    return np.where(exact < 0, last, exact)
+
+
+def _last_part(text: str) -> str:
+    """The id at the end of an address, which may stand in <>; that of Wikidata with its Q."""
+    last = text.strip("<> /").rpartition("/")[2]
+    found = _QID.fullmatch(last)
+    return f"Q{found[1]}" if found else last
+
+
+def rows_of_titles(folder: epath.PathLike, titles: Sequence[str]) -> np.ndarray:
+    """int64 [n]: the entities of titles of Wikipedia's pages; -1 where there is none."""
+    titles = [title.replace("_", " ") for title in titles]
+    return _find(epath.Path(folder) / "entities.parquet", "title", titles)
+
+
+def _find(path: epath.Path, column: str, values: Sequence[str]) -> np.ndarray:
+    """int64 [n]: the first row with each value; -1 where there is none.
+
+    The file is read through for each call, as an index of a hundred million would fill the
+    memory of each process: many values are to be asked for at a time.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted, place = np.unique(np.array(values, object), return_inverse=True)
+    rows, first = np.full(len(wanted), -1, np.int64), 0
+    among = pa.array(wanted, pa.string())
+    with pq.ParquetFile(os.fspath(path)) as parquet:
+        for batch in parquet.iter_batches(columns=[column]) if len(wanted) else ():
+            found = pc.index_in(batch.column(column), value_set=among)
+            # Backwards, so that of several rows the first one is written last.
+            at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))[::-1]
+            new = found.take(pa.array(at)).to_numpy(zero_copy_only=False)
+            fresh = rows[new] < 0
+            rows[new[fresh]] = first + at[fresh]
+            first += len(batch)
+    return rows[place]
 
 
 def _rows(offsets: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

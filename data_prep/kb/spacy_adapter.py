@@ -125,7 +125,7 @@ class FolderKnowledgeBase(spacy_kb.KnowledgeBase):
         ids = list(entities)
         if self._base is None or not ids:
             return np.zeros((len(ids), self.entity_vector_length)).tolist()
-        rows = self._base.rows_of(ids)
+        rows = lookup.rows_of(self.folder, ids)
         vectors = self._of_rows(rows)
         vectors[rows < 0] = 0
         return vectors.tolist()

@@ -3,7 +3,8 @@
 `config.given` says where they are, as one of
 
     ids         a column of the input, or a place in it (`a.b`: see `pairs.samples.at`), of ids as
-                the knowledge base has them, such as Q42 or http://www.wikidata.org/entity/Q42:
+                the knowledge base has them, or as `lookup.rows_of` takes them too, such as q42 or
+                http://www.wikidata.org/entity/Q42:
                 one, several with blanks between them, a list, or objects that hold them
     titles      the same of titles of Wikipedia's articles, by the sitelinks of the base
     entitynet   the folder of EntityNet's tables (`linking.entitynet`)
@@ -103,7 +104,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         }
         inputs = [(*own, found[own[-1].name]) for own in inputs if own[-1].name in found]
     tasks = [engine.Task(own[-1].stem, own) for own in inputs]
-    settings = {"version": 2, **{name: given[name] for name in ("ids", "titles", "weights")}}
+    settings = {"version": 3, **{name: given[name] for name in ("ids", "titles", "weights")}}
     settings["where"] = [condition.partition("=")[::2] for condition in given.where]
     # The stage that writes links/ from captions bears this name too: what one of them wrote, the
     # other one removes.
@@ -156,8 +157,8 @@ def _gather(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[
         given = [[*_given(json.loads(text or "{}"), settings)] for text in extras]
     ids = [name for row in given for name, _ in row]
     weights = np.array([weight for row in given for _, weight in row], np.float64)
-    kb = lookup.KnowledgeBase(os.path.dirname(kb_manifest))
-    entities = kb.rows_of_titles(ids) if settings["titles"] else kb.rows_of(ids)
+    look_up = lookup.rows_of_titles if settings["titles"] else lookup.rows_of
+    entities = look_up(os.path.dirname(kb_manifest), ids)
     weighted = (weights >= 0) & (weights <= 1)  # NaN is not
     known = (entities >= 0) & weighted & (weights > 0)
     mentions, candidates, at = [], [], 0
@@ -196,14 +197,15 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
       settings: `ids` or `titles`, `weights` or None, `where`: pairs (place, value).
     """
     names = row.get(settings["ids"] or settings["titles"])
-    if isinstance(names, str) and settings["ids"]:
-        names = re.split(r"[\s,;|]+", names)  # several in a text, as tables hold them
+    names = _several(names) if settings["ids"] else names
     names = names if isinstance(names, list) else [names]
     names = [str(name) if type(name) is int else name for name in names]
 
     def beside(place: str) -> list:
         """The values of a place, one for each of the ids."""
         found = row.get(place)
+        if place == settings["weights"] and len(names) > 1:
+            found = _several(found)
         found = found if isinstance(found, list) else [found] * len(names)
         return found[: len(names)] + [None] * (len(names) - len(found))
 
@@ -213,9 +215,23 @@ def _given(row: Mapping[str, typing.Any], settings: dict) -> Iterator[tuple[str,
         if not isinstance(name, str) or not name.strip():
             continue
         if all(_spelt(values[number]).casefold() == value for values, value in conditions):
-            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            name = name if settings["titles"] else name.rstrip("> ").rpartition("/")[2]
-            yield samples.encodable(name.strip()), float(weight) if is_number else np.nan
+            yield samples.encodable(name.strip()), _number(weight)
+
+
+def _several(value: typing.Any) -> typing.Any:
+    """A list in place of a text that holds several, as tables write them."""
+    if not isinstance(value, str):
+        return value
+    several = re.split(r"[\s,;|]+", value.strip())
+    return several if len(several) > 1 else value
+
+
+def _number(value: typing.Any) -> float:
+    """NaN for what is none; CSV has texts."""
+    try:
+        return np.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
 
 
 def _spelt(value: typing.Any) -> str:

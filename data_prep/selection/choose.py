@@ -19,8 +19,6 @@ What `label_kinds` and `never_labels` rule out takes its share of a mention, and
 No ground truth is read, neither here nor for the thresholds; new thresholds cost seconds, because
 the evidence is kept.
 
-    barred/      entities.parquet entity (row of the knowledge base) that is no label, whatever a
-                 picture shows; ascending
     precision_parts/  NNNNN.npy float64 [2, 1000]: labels by p, and the sum of p; of a run of shards
     labels/      NNNNN.parquet  key, entities (rows of the knowledge base, best first), scores
                  (cosine), z_scores, probabilities (for labels by text alone all three are the
@@ -41,19 +39,12 @@ from etils import epath
 from data_prep import engine
 from data_prep.kb import kinds
 from data_prep.linking import rows as link_rows
-from data_prep.selection import embed, senses, twins, visibility, z_scores
+from data_prep.selection import admissible, embed, senses, twins, visibility, z_scores
 from mofi_jax.common import errors
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
 
-
-_BARRED = """
-    SELECT file_row_number::INT AS entity FROM read_parquet($kb, file_row_number = true)
-    WHERE (NOT coalesce(list_contains($kinds, kind), true) AND image IS NULL)
-       OR list_contains($never, qid)
-    ORDER BY entity
-"""
 _STEPS = 1000  # of probabilities, where a threshold may lie
 _TIES = 9  # decimals: what differs beyond, by the last bits of products, is equal
 
@@ -104,17 +95,13 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       The manifests of labels/; counts `pairs`, `labelled` and each reason.
 
     Raises:
-      BadInput: see `embed.run`.
+      BadInput: see `embed.run`, `admissible.run`.
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
-    barred = {"barred/entities.parquet": _BARRED}
-    parameters = {"kinds": list(config.label_kinds), "never": list(config.never_labels)}
-    work.aggregate("barred", barred, {"kb": [workdir / "kb/entities.parquet"]}, parameters)
+    barred = admissible.run(config.label_kinds, config.never_labels, work)
     if not embed.is_on(config):
-        tasks = [
-            engine.Task(path.stem, (path, workdir / "barred/entities.parquet")) for path in links
-        ]
+        tasks = [engine.Task(path.stem, (path, barred)) for path in links]
         settings = {"version": 6, "labels": "text"}
         return work.map_shards("labels", _label_by_text, tasks, settings)
     rule = Rule.of(config)
