@@ -35,7 +35,7 @@ WAYS = {
     "captions without spaCy": {"spacy_model": None},
     "labels=text": {"labels": "text"},
 }
-_COLUMNS = ("precision", "recall", "pairs", "refused", "silent", "sense")
+_COLUMNS = ("precision", "broader", "recall", "pairs", "refused", "silent", "sense")
 
 
 def main(
@@ -74,7 +74,7 @@ def measure(config, changes, workdir, truth, classes) -> dict:
 def row(name: str, result: dict) -> str:
     """A line of the table."""
     rates = [
-        *(result["precision"], result["recall"], result["chosen"]),
+        *(result["precision"], result["or_broader"], result["recall"], result["chosen"]),
         result["wrong_captions"]["without_its_label"],
         result["silent_captions"]["without_label"],
         result["senses"]["right"],

@@ -11,6 +11,8 @@ the files hold. Measured are:
                 values that leave 100 %, 95 %, ... of the pictures a label
 
     precision   share of chosen (picture, entity) pairs that are the picture's entity
+    or_broader  the same where what the entity is a kind of is right too: a caption may say no more,
+                and no picture tells that it could have
     recall      share of pictures whose caption names their entity that got it
     ceiling     share of pictures whose caption names their entity that have it as a candidate
     wrong_captions    of pictures with another picture's caption, the share without its label
@@ -67,8 +69,10 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
         )
-    entities = engine.read_table(root / "kb/entities.parquet", ["qid", "kind"])
-    wanted = {entity for p in known.values() for entity in p.right | p.says}
+    columns = ["qid", "kind", "types", "hypernyms"]
+    entities = engine.read_table(root / "kb/entities.parquet", columns)
+    above = ground_truth.above(entities, {entity for p in known.values() for entity in p.right})
+    wanted = {entity for p in known.values() for entity in p.right | p.says}.union(*above.values())
     ids = entities["qid"].to_pylist()
     numbers = {entity: row for row, entity in enumerate(ids) if entity in wanted}
     kinds = np.array([kind or "" for kind in entities["kind"].to_pylist()])
@@ -79,7 +83,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     sizes, pictures_known, example = np.zeros(len(ids), np.int64), 0, None
     for shard in shards:
         links = link_rows.read(root / "links" / shard.name)
-        pictures = counts.Pictures(links.keys.to_pylist(), known, numbers)
+        pictures = counts.Pictures(links.keys.to_pylist(), known, numbers, above)
         pictures_known += int(pictures.known.sum())
         example = links.keys[0].as_py() if len(links.keys) else example
         selected = _read_labels(shard)
@@ -191,6 +195,8 @@ def table(result: Mapping) -> str:
         lines += ["", _row(f"selected, {group.replace('_', ' ')}", *_HEAD[:3])]
         lines += [_line(name, row) for name, row in rows]
     lines += ["", _row("", *SETS)]
+    rates = (_rate(result[name]["or_broader"]) for name in SETS)
+    lines.append(_row("right, or a broader name", *rates))
     for group, rate, told in (
         ("wrong_captions", "without_its_label", "wrong caption, label refused"),
         ("silent_captions", "without_label", "empty caption, no label"),

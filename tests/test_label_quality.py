@@ -58,13 +58,18 @@ def truth_files(tmp_path):
 LABELS = {"a": [0], "b": [], "c": [2], "d": [], "e": [0]}
 
 
+_IDS = pa.list_(pa.string())
+
+
 def write_workdir(folder, labels):
-    """Two shards: kb rows 0 rose, 1 tulip, 2 star, 3 star2."""
+    """Two shards: kb rows 0 rose, 1 tulip, 2 star, 3 star2; a rose is a tulip, and that a rose."""
     for name in ("kb", "links", "labels"):
         (folder / name).mkdir(parents=True)
     qids = ["rose", "tulip", "star", "star2"]
     kinds = pa.array(["plant", "plant", "nature", None], pa.string())
-    pq.write_table(pa.table({"qid": qids, "kind": kinds}), folder / "kb/entities.parquet")
+    table = {"qid": qids, "kind": kinds, "types": pa.array([["tulip"], [], None, []], _IDS)}
+    table["hypernyms"] = pa.array([None, ["rose", "no such"], ["star"], []], _IDS)
+    pq.write_table(pa.table(table), folder / "kb/entities.parquet")
     links = {  # candidates (mention, entity, prior)
         "a": [(0, 1, 0.6), (0, 0, 0.4)],
         "b": [(0, 1, 1.0)],
@@ -116,6 +121,9 @@ def test_main_compares_text_alone_with_the_selection(tmp_path, truth_files, caps
         ["ceiling", "0.667"],
     ]
     assert ["plant", "1.000", "1.000", "2"] in rows
+    # Of a and b the label is what a rose is a kind of; of c a rose is none of a star.
+    assert result["text_only"]["or_broader"] == pytest.approx(4 / 5)
+    assert ["right,", "or", "a", "broader", "name", "0.800", "1.000"] in rows
     told = ["wrong", "caption,", "label", "refused", "0.000", "1.000", "of", "1"]
     assert told in rows
 
@@ -185,7 +193,7 @@ def test_labels_are_counted_by_kind_and_size_and_caption(tmp_path, truth_files):
 def test_the_calibration_by_hand():
     one = counts.Counts(3)
     truth = {"a": ground_truth.Truth(frozenset({"x"}), frozenset({"x"}), False)}
-    pictures = counts.Pictures(["a", "b"], truth, {"x": 2})
+    pictures = counts.Pictures(["a", "b"], truth, {"x": 2}, {})
     links = linking_rows_of([(0, 0, 2), (1, 0, 2)], keys=["a", "b"])
     rows, entities = np.array([0, 0, 1]), np.array([0, 2, 2])
     one.add(pictures, links, counts.Labels(rows, entities, np.array([0.25, 1.0, 0.9])))

@@ -7,7 +7,7 @@ entity of the knowledge base, and for each label where its probability is to be 
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
@@ -29,12 +29,19 @@ class Pictures:
       entity: int64 [n], a row of the knowledge base that is right; -1 for none.
     """
 
-    def __init__(self, keys: Sequence[str], truth: Mapping[str, Truth], numbers: Mapping[str, int]):
+    def __init__(
+        self,
+        keys: Sequence[str],
+        truth: Mapping[str, Truth],
+        numbers: Mapping[str, int],
+        above: Mapping[str, Set[str]],
+    ):
         """
         Args:
           keys: of the shard's pictures.
           truth: by key.
-          numbers: the rows of the knowledge base of all entities that the truth names.
+          numbers: the rows of the knowledge base of all entities that `truth` and `above` name.
+          above: what each entity that is right somewhere is a kind of, near and far.
         """
         nothing = Truth(frozenset(), frozenset(), False)
         pictures = [truth.get(key) for key in keys]
@@ -47,6 +54,10 @@ class Pictures:
         rights = [sorted(numbers[e] for e in p.right if e in numbers) for p in pictures]
         self.entity = np.array([rows[0] if rows else -1 for rows in rights], np.int64)
         self._right = self._codes(rights)
+        broader = [{e for entity in p.right for e in above.get(entity, ())} for p in pictures]
+        self._broader = self._codes(
+            [[numbers[e] for e in some if e in numbers] for some in broader]
+        )
         self._said = self._codes(
             [[numbers[e] for e in p.says - p.right if e in numbers] for p in pictures]
         )
@@ -63,6 +74,10 @@ class Pictures:
     def right(self, row: np.ndarray, entity: np.ndarray) -> np.ndarray:
         """bool [p]: whether the pictures show the entities."""
         return self._among(self._right, row, entity)
+
+    def broader(self, row: np.ndarray, entity: np.ndarray) -> np.ndarray:
+        """bool [p]: whether the pictures show the entities, or a kind of them."""
+        return self.right(row, entity) | self._among(self._broader, row, entity)
 
     def said(self, row: np.ndarray, entity: np.ndarray) -> np.ndarray:
         """bool [p]: whether the captions name the entities, which the pictures do not show."""
@@ -87,7 +102,7 @@ class Counts:
         self._sums = dict.fromkeys(
             (
                 *("pictures", "named", "found", "wrong", "wrong_so", "wrong_any"),
-                *("silent", "silent_any", "decided", "decided_right"),
+                *("silent", "silent_any", "decided", "decided_right", "broader"),
             ),
             0,
         )
@@ -126,6 +141,7 @@ class Counts:
             "silent_any": pictures.silent & any_label,
             "decided": decided,
             "decided_right": decided & found,
+            "broader": pictures.broader(row, entity),
         }.items():
             self._sums[name] += int(some.sum())
         if labels.probability is not None:
@@ -161,8 +177,8 @@ class Counts:
           sizes: int64 [entities], the labels that an entity has.
 
         Returns:
-          chosen, right, pictures, named, found, precision, recall; by_kind and by_size, the same of
-          the entities of each; wrong_captions, silent_captions and senses.
+          chosen, right, pictures, named, found, precision, recall, or_broader; by_kind and by_size,
+          the same of the entities of each; wrong_captions, silent_captions and senses.
         """
         s = self._sums
         chosen, right = self._by_entity[:2].sum(axis=1)
@@ -179,6 +195,7 @@ class Counts:
         return {
             **total,
             "pictures": s["pictures"],
+            "or_broader": _share(s["broader"], int(chosen)),
             "by_kind": by_kind,
             "by_size": by_size,
             "wrong_captions": {

@@ -7,16 +7,22 @@ id, and classes hold {"class", "id", "synsets", "sure"}: the entity of the class
 false, any of "synsets".
 """
 
+from __future__ import annotations
+
 import gzip
 import json
 import os
+import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from mofi_jax.common import errors
+
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Truth(NamedTuple):
@@ -64,6 +70,37 @@ def read(truth: epath.PathLike, classes: epath.PathLike | None = None) -> dict[s
         # Of a class whose sense is not sure, the caption names the thing where it names its id.
         says = says - right if entity not in says else says
         found[row["key"]] = Truth(right, says, row.get("kind") == "wrong")
+    return found
+
+
+def above(entities: pa.Table, wanted: Set[str]) -> dict[str, set[str]]:
+    """What entities are a kind of, near and far.
+
+    Args:
+      entities: columns qid, types and hypernyms, of a knowledge base.
+      wanted: the entities that are asked for.
+
+    Returns:
+      Of each one the ids above it, itself not among them; empty where the base does not tell.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parents: dict[str, set[str]] = {}
+    new = set(wanted)
+    while new:
+        rows = entities.filter(pc.is_in(entities["qid"], pa.array(sorted(new), pa.string())))
+        columns = (rows[name].to_pylist() for name in ("qid", "types", "hypernyms"))
+        parents |= {entity: set() for entity in new}
+        parents |= {qid: {*(t or ()), *(h or ())} for qid, t, h in zip(*columns, strict=True)}
+        new = set().union(*(parents[qid] for qid in new)) - parents.keys()
+    found = {}
+    for entity in wanted:
+        seen, todo = {entity}, [entity]
+        while todo:
+            todo += (near := parents[todo.pop()] - seen)
+            seen |= near
+        found[entity] = seen - {entity}
     return found
 
 
