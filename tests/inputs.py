@@ -45,6 +45,7 @@ def make_config(*patterns, **changes):
             "sources": tuple(f"{n}={p}" for n, p in zip(names, patterns, strict=True)),
             "caption_column": None,
             "keep_columns": ("punsafe", "NSFW"),
+            "context_columns": (),
             "dataset": "i2e",
             "labels": "clip",
             "given": {"ids": None, "titles": None, "weights": None, "where": ()},

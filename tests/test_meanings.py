@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.kb import build as kb_build
 from data_prep.kb import kinds, lookup
-from data_prep.linking import boilerplate, disambiguate, languages, ner
+from data_prep.linking import boilerplate, disambiguate, languages, mentions, ner
 from data_prep.linking import stage as linking_stage
 from tests import inputs
 
@@ -51,6 +51,8 @@ ROWS = [
     {"qid": "Q39", "label": "Bolivia", "aliases": ["bo"], "kind": "place"},
     {"qid": "Q40", "label": "Flying Tiger Copenhagen", "aliases": ["tiger"], "kind": "group"},
     {"qid": "Q41", "label": "Kim", "kind": "group"},
+    {"qid": "Q42", "label": "Josephine Baker", "kind": "person"},
+    {"qid": "Q43", "label": "baker"},
 ]
 ROW_OF = {row["qid"]: number for number, row in enumerate(ROWS)}
 
@@ -70,9 +72,12 @@ def kb(tmp_path_factory):
 
 @pytest.fixture
 def meanings(kb, monkeypatch):
-    """A function from a text to {surface: {qid: prior}}; `spans` are what spaCy is to find."""
+    """A function from a text to {surface: {qid: prior}}.
 
-    def link(text, spans=None, **changes):
+    `spans` are what spaCy is to find, `context` is what stands on the text's page.
+    """
+
+    def link(text, spans=None, context="", **changes):
         rule = disambiguate.Rule(10, 10.0, 4.0, 5.0, 1.0)._replace(**changes)
         found = [
             ner.Span(text.index(surface), text.index(surface) + len(surface), *rest)
@@ -82,16 +87,17 @@ def meanings(kb, monkeypatch):
         monkeypatch.setattr(ner, "links_itself", lambda model: False)
         blank = boilerplate.Blanker(boilerplate.PATTERNS)
         model = None if spans is None else "a model"
-        mentions, candidates = linking_stage.link([text], blank, kb, rule, model)
-        [mentions], [candidates] = mentions.to_pylist(), candidates.to_pylist()
-        result = {mention["surface"]: {} for mention in mentions}
-        for mention in mentions:
+        people = mentions.people_named([context], kb)
+        found, candidates = linking_stage.link([text], blank, kb, rule, model, people)
+        [found], [candidates] = found.to_pylist(), candidates.to_pylist()
+        result = {mention["surface"]: {} for mention in found}
+        for mention in found:
             assert text[mention["start"] : mention["end"]] == mention["surface"]
         for row in candidates:
-            surface = mentions[row["mention"]]["surface"]
+            surface = found[row["mention"]]["surface"]
             result[surface][ROWS[row["entity"]]["qid"]] = row["prior"]
         for own in result.values():
-            assert sum(own.values()) <= 1
+            assert sum(own.values()) <= 1 + 1e-6
             assert list(own.values()) == sorted(own.values(), reverse=True)
         return result
 
@@ -259,6 +265,38 @@ def test_a_whole_name_elsewhere_says_who_is_meant(meanings):
     text = "Una Merkel on the stage, Merkel at home"
     assert max(meanings(text)["Merkel"].items(), key=lambda item: item[1])[0] == "Q21"
     assert by_text(meanings("una merkel on the stage, merkel at home")) == {"Q21"}
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        "Who is Una Merkel?",
+        "https://a.org/angela/una-merkel_at%20home.jpg",
+        "Una%20Merkel",
+        "x &amp; Una&nbsp;Merkel",
+    ],
+)
+def test_a_whole_name_on_the_page_says_who_is_meant(meanings, context):
+    for text in ("Merkel on the stage", "merkel on the stage"):
+        assert by_text(meanings(text, context=context)) == {"Q21"}
+        assert "Q21" not in by_text(meanings(text))
+        assert meanings("on the stage", context=context) == meanings("on the stage")
+    whole = "Angela Merkel on the stage, Merkel at home"
+    assert by_text(meanings(whole, context=context)) == {"Q20"}, "the caption's own come first"
+
+
+def test_a_page_says_of_people_alone_what_is_meant(meanings):
+    text = "a view of Paris and its Eiffel Tower"
+    assert meanings(text, context="zelda-paris") == meanings(text), "another's whole name"
+    assert meanings(text, context="Merkel, Paris, IKEA") == meanings(text), "no whole names"
+    page = "https://a.org/josephine-baker"
+    assert meanings("bread of the baker", context=page) == meanings("bread of the baker")
+    [own] = meanings("Baker on the stage", context=page).values()
+    [before] = meanings("Baker on the stage").values()
+    assert own["Q42"] > 0.4
+    assert "Q42" not in before
+    odds = [found["Q43"] / (1 - sum(found.values())) for found in (own, before)]
+    assert odds[0] == pytest.approx(odds[1], rel=1e-3), "it may still mean what it says"
 
 
 @pytest.mark.parametrize(

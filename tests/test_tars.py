@@ -250,8 +250,8 @@ def img2dataset(folder, *, table=True, stats=True, successes=3, files=False):
     return folder
 
 
-def run_folder(folder, workdir):
-    manifests = pairs_stage.run(make_config(folder), engine.Engine(workdir))
+def run_folder(folder, workdir, **changes):
+    manifests = pairs_stage.run(make_config(folder, **changes), engine.Engine(workdir))
     return *read(workdir), engine.total_counts(manifests)
 
 
@@ -413,7 +413,8 @@ def test_bad_cells_of_the_table_cost_themselves(tmp_path):
         "status": ["success", "failed_to_resize", "success", "success"],
     }
     pq.write_table(pa.table(table), folder / "00000.parquet")
-    pairs, rejects, counts = run_folder(folder, tmp_path / "w")
+    context = {"keep_columns": ("punsafe",), "context_columns": ("NSFW",)}
+    pairs, rejects, counts = run_folder(folder, tmp_path / "w", **context)
     assert [row["url"] for row in pairs.values()] == [None] * 3
     assert pairs["000000000"]["extras"] == '{"NSFW": ["a", "b"]}'
     assert pairs["000000004"]["extras"] is None

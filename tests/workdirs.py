@@ -86,6 +86,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "max_caption_chars": 200,
         "caption_column": None,
         "keep_columns": ("punsafe", "NSFW"),
+        "context_columns": (),
         "given": {"ids": None, "titles": None, "weights": None, "where": ()},
         "rows_per_shard": 20,
     }

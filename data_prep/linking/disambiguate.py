@@ -21,6 +21,7 @@ numbers, which no data fitted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -86,7 +87,6 @@ class Meanings(NamedTuple):
 def weigh(
     kb: lookup.KnowledgeBase,
     rule: Rule,
-    texts: Sequence[str],
     found: Sequence[mention_rows.Text],
     forms: mention_rows.Forms,
     languages: np.ndarray,
@@ -96,14 +96,13 @@ def weigh(
     Args:
       kb: the knowledge base.
       rule: how to weigh.
-      texts: n texts, as the mentions' places count in them.
-      found: what stands in each.
+      found: n texts, and what stands in each.
       forms: all names that occur, looked up.
       languages: uint16 [n], the bits of the languages a text may be in.
     """
     mentions = [mention for text in found for mention in text.mentions]
-    text_of = np.repeat(np.arange(len(texts)), [len(text.mentions) for text in found])
-    traits = _Traits.of(texts, found)
+    text_of = np.repeat(np.arange(len(found)), [len(text.mentions) for text in found])
+    traits = _Traits.of(found)
     rows = _rows(kb, forms, mentions, traits)
     kind = kb.kind[rows.entity]
     rows, demoted = _with_capitals(rows, kind, kb.has_capital, traits)
@@ -136,6 +135,20 @@ def weigh(
     return Meanings(mention, rows.entity[order], prior.astype(np.float32))
 
 
+def within_texts(
+    found: Sequence[mention_rows.Text], meanings: Meanings
+) -> tuple[list[mention_rows.Text], Meanings]:
+    """The same without the people that are named elsewhere."""
+    inside = [[m.kind != mention_rows.ELSEWHERE for m in text.mentions] for text in found]
+    texts = [
+        text._replace(mentions=list(itertools.compress(text.mentions, own)))
+        for text, own in zip(found, inside, strict=True)
+    ]
+    kept = np.array(list(itertools.chain.from_iterable(inside)), bool)
+    meanings = Meanings(*(column[kept[meanings.mention]] for column in meanings))
+    return texts, meanings._replace(mention=(np.cumsum(kept) - 1)[meanings.mention])
+
+
 class _Traits(NamedTuple):
     """What is known of mentions before their candidates, arrays of length m."""
 
@@ -153,12 +166,8 @@ class _Traits(NamedTuple):
     read: np.ndarray  # bool, whether spaCy has read the text
 
     @classmethod
-    def of(cls, texts: Sequence[str], found: Sequence[mention_rows.Text]) -> _Traits:
-        places = [
-            (text, mention)
-            for text, own in zip(texts, found, strict=True)
-            for mention in own.mentions
-        ]
+    def of(cls, found: Sequence[mention_rows.Text]) -> _Traits:
+        places = [(own.text, mention) for own in found for mention in own.mentions]
         sizes = [len(own.mentions) for own in found]
 
         def of_texts(values: Sequence[bool]) -> np.ndarray:
@@ -329,6 +338,8 @@ def _with_short_names(rows, odds, kind, mentions, text_of, traits):
     """Rows and odds with what a person's whole name elsewhere in the text says of a short one.
 
     What is another's name as well ("Paris Hilton in Paris") is a person's to spaCy, or stays that.
+    A word of the base's own ("a rose bush") may still mean what it says beside a page about George
+    Bush, and in lower case does.
     """
     another = (rows.form == kb_forms.EXACT) & (rows.case > words.LOWER)
     another &= ~np.isin(kind, people.CODES)
@@ -345,11 +356,20 @@ def _with_short_names(rows, odds, kind, mentions, text_of, traits):
         for number, mention in enumerate(mentions)
         if mention.full is not None
     ]
-    pairs = [(number, of) for number, of in pairs if total[of] > 1 and not taken[number]]
+    afar = np.array([mention.kind == mention_rows.ELSEWHERE for mention in mentions], bool)
+    word = _is_noun(rows, len(mentions)) & (traits.case == words.LOWER)
+    pairs = [
+        (number, of)
+        for number, of in pairs
+        if total[of] > 1 and not taken[number] and not (word[number] and afar[of])
+    ]
     if not pairs:
         return rows, odds
     odds = odds.copy()
-    odds[np.isin(rows.surface, [number for number, _ in pairs])] *= _OTHER_SENSE
+    near = [number for number, of in pairs if not afar[of]]
+    others = np.isin(rows.surface, [number for number, _ in pairs])
+    others &= (rows.case > words.LOWER) | np.isin(rows.surface, near)
+    odds[others] *= _OTHER_SENSE
     begins = np.searchsorted(rows.surface, np.arange(len(mentions) + 1))
     short, source = [], []
     for number, of in pairs:

@@ -65,6 +65,11 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f" labels={config.labels}: give both or neither."
             )
         return
+    if config.context_columns:
+        raise errors.BadInput(
+            f"config.context_columns={tuple(config.context_columns)} is for captions, which"
+            " labels=given does not read: give one of them."
+        )
     if len(ways) != 1:
         raise errors.BadInput(
             f"config.given: labels=given needs one of {', '.join(_WAYS)} (set are:"

@@ -7,8 +7,10 @@ where it stands again.
 
 from __future__ import annotations
 
+import html
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from data_prep.kb import lookup, names, people
 from data_prep.linking import ner, words
 
 Reader = Callable[[Sequence[str]], Iterable[Sequence[ner.Span]]]  # texts -> their spans
+ELSEWHERE = "elsewhere"  # kind of mentions below a text, which only say what those in it mean
 
 
 class Mention(NamedTuple):
@@ -32,11 +35,12 @@ class Mention(NamedTuple):
 
 
 class Text(NamedTuple):
-    """The mentions of a text, by their places."""
+    """A text, and the mentions in it and in the lines below it, people who are named elsewhere."""
 
-    mentions: list[Mention]
+    text: str
+    mentions: list[Mention]  # by their places
     was_read: bool  # by spaCy
-    capitals: int  # `words.capitals`
+    capitals: int  # `words.capitals`, of the text without those lines
 
 
 class Forms:
@@ -80,7 +84,12 @@ class Forms:
 
 
 def gather(
-    texts: Sequence[str], kb: lookup.KnowledgeBase, forms: Forms, read: Reader | None, every: bool
+    texts: Sequence[str],
+    kb: lookup.KnowledgeBase,
+    forms: Forms,
+    read: Reader | None,
+    every: bool,
+    people: Sequence[str],
 ) -> list[Text]:
     """The mentions of each text.
 
@@ -92,6 +101,7 @@ def gather(
       every: ask it about every text; otherwise only where its answer counts: where a name is
         `Forms.open` and has a capital, without which the small model sees none, or where a
         capitalised word is a part of a person's name and no name explains it.
+      people: whom the pages of texts name (`people_named`), which become the lines below them.
     """
     scanned = [kb.scan(text) for text in texts]
     forms.add(match.form for matches in scanned for match in matches)
@@ -125,6 +135,11 @@ def gather(
             covers = (m for m in own.values() if m.start < part.end and part.start < m.end)
             if all(m.kind == "ner" and m.form.count(" ") >= _SENTENCE for m in covers):
                 own[part.start, part.end] = part
+    for text, own, lines in zip(texts, found, people, strict=True):
+        own.update(_elsewhere(len(text) + 1, lines))
+    texts = [
+        f"{text}\n{lines}" if lines else text for text, lines in zip(texts, people, strict=True)
+    ]
     forms.add(mention.form for own in found for mention in own.values())
     named = forms.of_people(kb)
     for text, own in zip(texts, found, strict=True):
@@ -133,9 +148,35 @@ def gather(
             _add_short_names(text, own, full)
     forms.add(mention.form for own in found for mention in own.values())
     return [
-        Text(sorted(own.values()), *known)
-        for own, *known in zip(found, asked.tolist(), capitals, strict=True)
+        Text(text, sorted(own.values()), *known)
+        for text, own, *known in zip(texts, found, asked.tolist(), capitals, strict=True)
     ]
+
+
+def people_named(texts: Sequence[str], kb: lookup.KnowledgeBase) -> list[str]:
+    """The whole names of people in titles, addresses and the like: a line for each, in order.
+
+    All have capitals: addresses have none.
+    """
+    scanned = dict.fromkeys(texts, ())
+    for text in filter(None, scanned):
+        matches = kb.scan(urllib.parse.unquote(html.unescape(text)))
+        scanned[text] = tuple(dict.fromkeys(match.form for match in matches if " " in match.form))
+    forms = Forms(kb)
+    forms.add(itertools.chain.from_iterable(scanned.values()))
+    named = forms.of_people(kb)
+    lines = {
+        text: "\n".join(form.title() for form in found if forms.number[form] in named)
+        for text, found in scanned.items()
+    }
+    return [lines[text] for text in texts]
+
+
+def _elsewhere(start: int, lines: str) -> Iterator[tuple[tuple[int, int], Mention]]:
+    for line in lines.splitlines():
+        end = start + len(line)
+        yield (start, end), Mention(start, end, ELSEWHERE, names.normalize(line))
+        start = end + 1
 
 
 def _as_title(text: str) -> str:

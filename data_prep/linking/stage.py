@@ -7,7 +7,8 @@ everyday things):
     gazetteer    the longest names of the knowledge base, also in hashtags and file names
     ner          spaCy's named entities, with their types
     name_part    capitalised words that are a part of a person's name
-    short_name   words of a person's whole name that stand elsewhere in the caption
+    short_name   words of a person's whole name that stand elsewhere: in the caption, or in what
+                 `config.context_columns` keeps of its page
 
 A span found twice is one mention, of the first kind in this order. Boilerplate of the web is not
 looked at (`boilerplate`). All candidates of an ambiguous name are kept with their priors, made more
@@ -16,12 +17,13 @@ the picture decides later. A mention without candidates is kept too; it tells wh
 base lacks. This stage never sees a picture.
 
 Web captions repeat, and spaCy is what takes the time, so every caption is read once, wherever it
-occurs. Stages:
+occurs; with the people that the pages name, where they do. Stages:
 
-    caption_rows/  scattered by the caption: caption, key, shard, row
+    caption_rows/  scattered by the caption: caption, context, key, shard, row
     spacy_model/   fingerprint.txt: of the pipeline's files
-    captions/      NNNNN.parquet  caption, lists of the keys, shards and rows where it occurs, its
-                   mentions and candidates. What an earlier run has read is taken from there.
+    captions/      NNNNN.parquet  caption, people (`mentions.people_named` in the context), lists of
+                   the keys, shards and rows where it occurs, its mentions and candidates. What an
+                   earlier run has read is taken from there.
     link_rows/     scattered by the shard: shard, row, key, mentions, candidates
     gathered/      manifests of
     links/         NNNNN.parquet  a row for each of pairs/NNNNN.parquet, in its order
@@ -52,16 +54,20 @@ if typing.TYPE_CHECKING:
     import pyarrow as pa
 
 _BLOCK = 4096  # captions that are linked at a time
+_LINKED = ("text", "people")  # columns: what is read, once
 
 # Texts are in the same bucket as long as their number is of the same order: only new ones are read
 # again. 512 buckets of a billion captions are 40 minutes on one core each.
 _BUCKETS = {1: 4_000, 8: 2_000_000, 64: 30_000_000, 512: float("inf")}
 
 _SCATTER_CAPTIONS = f"""
-    SELECT text, key, parse_filename(filename, true) AS shard,
+    SELECT text, {{context}} AS context, key, parse_filename(filename, true) AS shard,
            CAST(file_row_number AS INT) AS "row", {engine.bucket_of("text")} AS bucket
     FROM read_parquet($files, filename = true, file_row_number = true)
 """
+# Half a surrogate pair is JSON to Python, but not here. More than 2,000 characters are no title.
+_CONTEXT = """coalesce(left(array_to_string(json_extract_string(
+    CASE WHEN json_valid(extras) THEN extras END, $places), ' | '), 2000), '')"""
 
 _OCCURRENCES = """
     SELECT unnest(shards) AS shard, unnest("rows") AS "row", unnest(keys) AS key,
@@ -106,12 +112,15 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     within a mention. Priors of a mention sum to the probability that it means one of them.
 
     Args:
-      config: `spacy_model` (None: without), `boilerplate` (regular expressions), and the fields of
-        `disambiguate.Rule`.
+      config: `spacy_model` (None: without), `boilerplate` (regular expressions),
+        `context_columns` (of what pairs/ kept of the input), and the fields of `disambiguate.Rule`.
       work: the engine; its work directory holds pairs/ and kb/.
 
     Returns:
       The manifests; counts `texts`, `linked` (rows with a candidate), `mentions`, `candidates`.
+
+    Raises:
+      BadInput: `context_columns` that no pair has.
     """
     import pyarrow.parquet as pq
 
@@ -120,15 +129,22 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     rows = sum(pq.read_metadata(path).num_rows for path in pairs)
     buckets = next(count for count, most in _BUCKETS.items() if rows <= most)
     tasks = engine.run_tasks(pairs)
-    scattered = work.scatter(
-        "caption_rows", _SCATTER_CAPTIONS, tasks, buckets, {"buckets": buckets}
-    )
+    context = config.context_columns
+    sql = _SCATTER_CAPTIONS.format(context=_CONTEXT if context else "''")
+    places = [f"/{name.replace('~', '~0').replace('/', '~1')}" for name in context]  # RFC 6901
+    parameters = {"buckets": buckets, "places": places}
+    scattered = work.scatter("caption_rows", sql, tasks, buckets, parameters)
+    if context and rows and not any(map(_has_context, scattered.files)):
+        raise errors.BadInput(
+            f"config.context_columns={tuple(context)}: no pair has any of these: name columns or"
+            " fields of the input as they are written there."
+        )
 
     pipeline = work.fingerprint("spacy_model", ner.pipeline_files(config.spacy_model))
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 9,
+        "version": 10,
         "spacy": importlib.metadata.version("spacy"),
         "nouns": importlib.metadata.version(names.NOUNS),
         "languages": importlib.metadata.version("py3langid"),
@@ -151,6 +167,15 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
 # ----------------------------------------------------------------------------------------- captions
 
 
+def _has_context(path: str) -> bool:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        batches = file.iter_batches(columns=["context"])
+        return any(pc.any(pc.not_equal(batch.column(0), "")).as_py() for batch in batches)
+
+
 def _link_captions(
     model: str, task: engine.Task, outputs: engine.Outputs, settings: dict
 ) -> dict[str, int]:
@@ -159,12 +184,16 @@ def _link_captions(
 
     kb_manifest, pipeline, *spills = task.inputs
     bucket = int(task.name)
-    table = engine.read_buckets(spills, bucket, bucket + 1)
-    table = table.sort_by([(name, "ascending") for name in ("text", "shard", "row")])
-    places = {"key": "keys", "shard": "shards", "row": "rows"}
-    table = table.group_by("text", use_threads=False).aggregate([(n, "list") for n in places])
-    table = table.rename_columns({f"{name}_list": lists for name, lists in places.items()})
     kb = lookup.KnowledgeBase(os.path.dirname(kb_manifest))
+    table = engine.read_buckets(spills, bucket, bucket + 1)
+    contexts, table = table["context"], table.drop_columns(["context"])
+    blocks = (contexts.slice(at, _BLOCK).to_pylist() for at in range(0, len(table), _BLOCK))
+    people = [pa.array(mention_rows.people_named(block, kb), pa.string()) for block in blocks]
+    table = table.append_column("people", pa.chunked_array(people, pa.string()))
+    table = table.sort_by([(name, "ascending") for name in (*_LINKED, "shard", "row")])
+    places = {"key": "keys", "shard": "shards", "row": "rows"}
+    table = table.group_by(_LINKED, use_threads=False).aggregate([(n, "list") for n in places])
+    table = table.rename_columns({f"{name}_list": lists for name, lists in places.items()})
     rule = disambiguate.Rule.of(settings)
     blank = boilerplate.Blanker(settings["boilerplate"])
     _settle(model)
@@ -176,9 +205,9 @@ def _link_captions(
     with pq.ParquetWriter(os.fspath(outputs.path(name)), schema, compression="zstd") as writer:
         for start in range(0, len(table), _BLOCK):
             block = table.slice(start, _BLOCK).combine_chunks()
-            place = store.find(block["text"])
-            texts = block["text"].filter(place < 0).to_pylist()
-            found = store.fill_in(place, link(texts, blank, kb, rule, model))
+            place = store.find(block)
+            texts, people = (block[name].filter(place < 0).to_pylist() for name in _LINKED)
+            found = store.fill_in(place, link(texts, blank, kb, rule, model, people))
             counts["mentions"] += len(found[0].flatten())
             writer.write_table(pa.table([*block.columns, *found], schema=schema))
     return counts
@@ -202,15 +231,16 @@ class _Store:
     def __init__(self, path: epath.Path | None, types: Mapping[str, pa.DataType]):
         import pyarrow as pa
 
-        schema = pa.schema([("text", pa.string()), *types.items()])
+        schema = pa.schema([*((name, pa.string()) for name in _LINKED), *types.items()])
         table = schema.empty_table()
         if path is not None:
             table = engine.read_table(path, schema.names).cast(schema)
-        self._texts, *self._columns = (column.combine_chunks() for column in table.columns)
+        self._texts = _joined(table)
+        self._columns = [table[name].combine_chunks() for name in types]
 
-    def find(self, texts: pa.ChunkedArray) -> np.ndarray:
-        """int64 [n]: where each text stands, -1 for new ones."""
-        return link_rows.positions(texts.combine_chunks(), self._texts)
+    def find(self, block: pa.Table) -> np.ndarray:
+        """int64 [n]: where each caption of a block stands, with its people, -1 for new ones."""
+        return link_rows.positions(_joined(block), self._texts)
 
     def fill_in(self, place: np.ndarray, new: Sequence[pa.Array] | None) -> list[pa.Array]:
         """The columns of all texts: those of `new` for texts that `find` did not, in order."""
@@ -222,6 +252,13 @@ class _Store:
             pa.concat_arrays([known, found]).take(pa.array(rows))
             for known, found in zip(self._columns, new, strict=True)
         ]
+
+
+def _joined(table: pa.Table) -> pa.Array:
+    """Captions and people as one text each: captions are single lines."""
+    import pyarrow.compute as pc
+
+    return pc.binary_join_element_wise(*(table[name] for name in _LINKED), "\n").combine_chunks()
 
 
 def mentions_type():
@@ -247,6 +284,7 @@ def link(
     kb: lookup.KnowledgeBase,
     rule: disambiguate.Rule,
     model: str | None,
+    people: Sequence[str] | None = None,
 ):
     """What texts mention, and what that may mean.
 
@@ -256,6 +294,7 @@ def link(
       kb: the knowledge base.
       rule: how candidates are weighed.
       model: spaCy pipeline; None: without it.
+      people: of each caption's page (`mentions.people_named`); None: of none.
 
     Returns:
       Arrow arrays of length n: mentions and candidates, as links/ hold them.
@@ -265,9 +304,11 @@ def link(
     forms = mention_rows.Forms(kb)
     read = functools.partial(ner.spacy_spans, model=model) if model else None
     every = model is not None and ner.links_itself(model)
-    found = mention_rows.gather(visible, kb, forms, read, every)
+    found = mention_rows.gather(visible, kb, forms, read, every, people or [""] * len(texts))
     spoken = languages.of(visible, kb.languages)
-    meanings = disambiguate.weigh(kb, rule, visible, found, forms, spoken)
+    meanings = disambiguate.weigh(kb, rule, found, forms, spoken)
+    if people and any(people):
+        found, meanings = disambiguate.within_texts(found, meanings)
     bounds = np.cumsum([0, *(len(text.mentions) for text in found)])
     return (
         _mention_lists(bounds, texts, [places for _, places in unescaped], found),

@@ -72,8 +72,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Args:
       config: `dataset`, `labels` (where entities are given, a caption may be missing: it is empty),
         `sources`, `caption_column` (None: known by its name; of TFDS always),
-        `keep_columns` and what `given` names, `rows_per_shard`, `min_side`, `max_aspect`,
-        `max_pixels`, `max_caption_chars`.
+        `keep_columns`, `context_columns` and what `given` names, `rows_per_shard`, `min_side`,
+        `max_aspect`, `max_pixels`, `max_caption_chars`.
       work: the engine.
 
     Returns:
@@ -95,6 +95,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     settings = {"version": 9, "decoders": pictures.DECODERS, **optional}
     settings |= {name: config[name] for name in names}
     settings["keep_columns"] = [*config.keep_columns, *given_columns(config.given)]
+    settings["keep_columns"] += config.context_columns
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
