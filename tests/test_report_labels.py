@@ -49,6 +49,7 @@ def evident(tables, rng=7):
     entities, cells = 12, len(visibility._VISIBLE) * len(visibility._DISTANCES)
     kin = rng.uniform(0, 0.3, entities).astype(np.float32)
     mixture = rng.dirichlet(np.full(cells, 0.1), entities).astype(np.float32)
+    mixture[1] = np.eye(cells)[-1]  # shown beyond doubt
     columns = {"entity": np.arange(entities), "kin": kin, "mixture": mixture.tolist()}
     tables.write("visibility", columns, {"mixture": card_tables.FLOATS})
     tables.write("barred", {"entity": np.array([3])})
@@ -64,6 +65,7 @@ def evident(tables, rng=7):
             known = sorted({entity for _, entity, _ in candidates})
             values = np.round(rng.normal(1, 1.5, (len(known), 2)), 4).astype(np.float32)
             rows.append((f"{name}-{i}", candidates, known, values))
+        rows.append((f"{name}-70", [(0, 1, 1.0)], [1], np.array([[1, 9]], np.float32)))
         tables.links([(key, candidates) for key, candidates, _, _ in rows], name)
         rows = [row for row in rows if row[1]]
         lists = [[values[:, i].tolist() for _, _, _, values in rows] for i in range(2)]
@@ -120,12 +122,13 @@ def test_the_histogram_counts_every_likeliest_candidate_once(evident):
     found = card_labels.thresholds(tables.connection, tables.files, CONFIG)["probabilities"]
     assert found["threshold"] == 0.2
     expected = collections.Counter(
-        int(np.floor(round(p / 0.05, 6)))
+        min(19, int(np.floor(round(p / 0.05, 6))))
         for chosen in choose(min_probability=0.0).values()
         for p in chosen.values()
     )
     bins = {round(b["from"] / 0.05): b["chosen"] + b["others"] for b in found["bins"]}
     assert bins == expected
+    assert any(p == 1 for chosen in choose(min_probability=0.0).values() for p in chosen.values())
     assert sum(b["chosen"] for b in found["bins"]) == sum(map(len, choose().values()))
     # No chosen candidate lies below the threshold's bin.
     assert all(b["chosen"] == 0 for b in found["bins"] if b["from"] < 0.2)

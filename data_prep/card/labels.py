@@ -105,6 +105,7 @@ def thresholds(connection: duckdb.DuckDBPyConnection, files: Files, config: dict
         new = ~twins.among(links.keys, chosen.row, chosen.entity, same)
         _add(connection, "swept", _count(chosen, new, values))
         place = np.floor(np.round(chosen.probability / PROBABILITY_BIN, 6)).astype(int)
+        place = np.minimum(place, len(steps) - 1)  # a probability of 1 is in the last one
         code = 2 * place + (chosen.probability >= rule.min_probability)
         bins.update(
             dict(zip(*map(np.ndarray.tolist, np.unique(code, return_counts=True)), strict=True))
