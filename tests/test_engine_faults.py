@@ -29,6 +29,8 @@ def shout(task, outputs, settings):
         raise errors.BadInput("word.txt holds the word bad: write another.")
     if text == "broken":
         raise KeyError("no such word")
+    if text == "odd":
+        raise pa.ArrowInvalid("a column of text\nis none")
     if text == "flaky":
         attempts = outputs.workdir / "attempts"
         attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
@@ -72,6 +74,17 @@ def test_reading_that_fails_is_tried_again_a_bounded_number_of_times(tmp_path):
 def test_a_mistake_in_the_code_is_not_tried_again(tmp_path):
     tasks, work = make_tasks(tmp_path / "in", ["broken"]), engine.Engine(tmp_path / "w")
     with pytest.raises(engine.ShardError, match="KeyError"):
+        work.map_shards("shout", shout, tasks, {})
+
+
+def test_what_a_library_says_of_a_user_s_file_is_told_in_one_sentence(tmp_path):
+    tasks, work = make_tasks(tmp_path / "in", ["odd"]), engine.Engine(tmp_path / "w")
+    with pytest.raises(
+        errors.BadInput, match=r"in/0.txt cannot be read \(a column of text is none"
+    ):
+        work.map_shards("shout", shout, tasks, {})
+    tasks = make_tasks(tmp_path / "w/in", ["odd"])  # of a file that a stage wrote it is a mistake
+    with pytest.raises(engine.ShardError, match="ArrowInvalid"):
         work.map_shards("shout", shout, tasks, {})
 
 

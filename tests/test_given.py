@@ -1,5 +1,6 @@
 """labels=given: entities that come with the data, in the layouts in which it is published."""
 
+import contextlib
 import json
 
 import pyarrow as pa
@@ -320,6 +321,15 @@ def test_entitynets_tables_are_looked_at_before_anything_is_written(tmp_path):
     )
     with pytest.raises(errors.BadInput, match="git lfs pull"):
         given.check(config)
+    good = {"key": pa.array([1]), "qh": pa.array([["h"]]), "images_link": pa.array([["a"]])}
+    for wrong in ({}, {"qh": ["h"]}, {"images_link": [[{"a": 1}]]}, {"key": [["k"]]}):
+        table = pa.table(good | {name: pa.array(values) for name, values in wrong.items()})
+        pq.write_table(table, tmp_path / "images_metadata/train-0.parquet")
+        expected = contextlib.nullcontext()
+        if wrong:
+            expected = pytest.raises(errors.BadInput, match=r"key, qh \(lists\), images_link")
+        with expected:
+            given.check(config)
 
 
 def test_tables_of_other_pictures_are_told():

@@ -17,6 +17,7 @@ sides are.
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Sequence
 
 from etils import epath
@@ -24,13 +25,19 @@ from etils import epath
 from data_prep import engine
 from mofi_jax.common import errors
 
+if typing.TYPE_CHECKING:
+    import pyarrow as pa
+
 QUERIES, PICTURES = "entitynet-queries.parquet", "images_metadata"
-_COLUMNS = {QUERIES: ("query_hash", "entity"), PICTURES: ("key", "qh", "images_link")}
+_COLUMNS = {  # and whether they are lists
+    QUERIES: {"query_hash": False, "entity": False},
+    PICTURES: {"key": False, "qh": True, "images_link": True},
+}
 # What is joined: here, and of the pairs, whose keys may begin with their source.
 JOINS = {
-    "url": ("unnest(images_link)", "url"),
+    "url": ("unnest(images_link)::VARCHAR", "url"),
     "key": (
-        "CAST(key AS VARCHAR)",
+        "key::VARCHAR",
         "CASE WHEN starts_with(key, concat(source, '/')) THEN substr(key, len(source) + 2)"
         " ELSE key END",
     ),
@@ -41,8 +48,11 @@ _ASKED = f"""
     SELECT value, entity, {engine.bucket_of("value")} AS bucket FROM (
         SELECT DISTINCT value, entity FROM (
             SELECT {{value}} AS value, query_hash
-            FROM (SELECT *, unnest(qh) AS query_hash FROM read_parquet($pictures))
-        ) JOIN (SELECT query_hash, entity FROM read_parquet($queries)) USING (query_hash)
+            FROM (SELECT *, unnest(qh)::VARCHAR AS query_hash FROM read_parquet($pictures))
+        ) JOIN (
+            SELECT query_hash::VARCHAR AS query_hash, entity::VARCHAR AS entity
+            FROM read_parquet($queries)
+        ) USING (query_hash)
     ) WHERE value IS NOT NULL AND entity IS NOT NULL ORDER BY value, entity
 """
 _ADDRESSED = f"""
@@ -70,15 +80,30 @@ def check(folder: str, join: str) -> None:
     queries, pictures = _files(folder)
     for path, name in [(queries, QUERIES), *((path, PICTURES) for path in pictures)]:
         try:
-            missing = {*_COLUMNS[name]} - {*pq.read_schema(path).names}
+            found = {field.name: field.type for field in pq.read_schema(path)}
         except (OSError, pa.ArrowException):
-            missing = _COLUMNS[name]
-        if missing:
+            found = {}
+        if not all(_holds(found.get(column), many) for column, many in _COLUMNS[name].items()):
+            wanted = [f"{column}{' (lists)' * many}" for column, many in _COLUMNS[name].items()]
             raise errors.BadInput(
                 f"config.given.entitynet: {path} is no table with the columns"
-                f" {', '.join(_COLUMNS[name])}: fetch it again (`git lfs pull` where it is a"
+                f" {', '.join(wanted)} of text: fetch it again (`git lfs pull` where it is a"
                 " pointer)."
             )
+
+
+def _holds(kind: pa.DataType | None, many: bool) -> bool:
+    """Whether a column of this type holds texts or integers, or lists of them."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if many:
+        is_list = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+        kind = kind.value_type if is_list else None
+    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    return kind is not None and (
+        types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)
+    )
 
 
 def _files(folder: str) -> tuple[str, list[str]]:
