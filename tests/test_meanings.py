@@ -281,6 +281,8 @@ def test_a_whole_name_on_the_page_says_who_is_meant(meanings, context):
         assert by_text(meanings(text, context=context)) == {"Q21"}
         assert "Q21" not in by_text(meanings(text))
         assert meanings("on the stage", context=context) == meanings("on the stage")
+    both = meanings("Merkel on the stage", context=f"{context}, Angela Merkel")["Merkel"]
+    assert min(both["Q20"], both["Q21"]) > 0.4
     whole = "Angela Merkel on the stage, Merkel at home"
     assert by_text(meanings(whole, context=context)) == {"Q20"}, "the caption's own come first"
 

@@ -352,24 +352,23 @@ def _with_short_names(rows, odds, kind, mentions, text_of, traits):
     }
     total = np.bincount(rows.surface, odds, minlength=len(mentions))
     pairs = [
-        (number, whole[text_of[number], *mention.full])
+        (number, whole[text_of[number], *place])
         for number, mention in enumerate(mentions)
-        if mention.full is not None
+        for place in mention.full
     ]
+    pairs = [(number, of) for number, of in pairs if total[of] > 1 and not taken[number]]
+    # The text's own whole names come before those of its page.
     afar = np.array([mention.kind == mention_rows.ELSEWHERE for mention in mentions], bool)
+    near = np.zeros(len(mentions), bool)
+    near[[number for number, of in pairs if not afar[of]]] = True
     word = _is_noun(rows, len(mentions)) & (traits.case == words.LOWER)
-    pairs = [
-        (number, of)
-        for number, of in pairs
-        if total[of] > 1 and not taken[number] and not (word[number] and afar[of])
-    ]
+    far = ~near & ~word
+    pairs = [(number, of) for number, of in pairs if not afar[of] or far[number]]
     if not pairs:
         return rows, odds
     odds = odds.copy()
-    near = [number for number, of in pairs if not afar[of]]
     others = np.isin(rows.surface, [number for number, _ in pairs])
-    others &= (rows.case > words.LOWER) | np.isin(rows.surface, near)
-    odds[others] *= _OTHER_SENSE
+    odds[others & (near[rows.surface] | (rows.case > words.LOWER))] *= _OTHER_SENSE
     begins = np.searchsorted(rows.surface, np.arange(len(mentions) + 1))
     short, source = [], []
     for number, of in pairs:

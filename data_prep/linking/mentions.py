@@ -31,7 +31,7 @@ class Mention(NamedTuple):
     form: str
     label: int = ner.NONE
     qid: str = ""
-    full: tuple[int, int] | None = None  # where the whole name of this person stands
+    full: tuple[tuple[int, int], ...] = ()  # where whole names with it stand
 
 
 class Text(NamedTuple):
@@ -257,5 +257,6 @@ def _add_short_names(text: str, own: dict, full: list[Mention]) -> None:
                 if any(a <= start and end <= b and (a, b) != (start, end) for a, b in own):
                     continue  # a piece of a longer name
                 before = own.get((start, end)) or Mention(start, end, "short_name", word)
-                if before.full is None:
-                    own[start, end] = before._replace(full=(mention.start, mention.end))
+                if not before.full or mention.kind == ELSEWHERE:  # of the text's own the first
+                    places = (*before.full, (mention.start, mention.end))
+                    own[start, end] = before._replace(full=places)

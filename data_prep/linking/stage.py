@@ -144,7 +144,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     inputs = (workdir / "kb/manifest.json", pipeline, *scattered.files)
     tasks = [engine.Task(f"{bucket:05d}", inputs) for bucket in range(buckets)]
     settings = {
-        "version": 10,
+        "version": 11,
         "spacy": importlib.metadata.version("spacy"),
         "nouns": importlib.metadata.version(names.NOUNS),
         "languages": importlib.metadata.version("py3langid"),
