@@ -59,8 +59,8 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
       `configured` true for the one in force. No sweep where labels were chosen by text.
 
     Raises:
-      BadInput: a file is missing or holds no usable row, labels/ is not there yet, or the truth
-        knows none of its pictures.
+      BadInput: a file is missing or holds no usable row, labels/ is not there yet or of another
+        run than what it was made from, or the truth knows none of its pictures.
     """
     root = files.output_folder(workdir, "--workdir")
     known = ground_truth.read(truth, classes)
@@ -70,6 +70,12 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
         )
     columns = ["qid", "kind", "types", "hypernyms"]
+    # barred/, which is made again before labels/, is what tells of another knowledge base.
+    for path in (*engine.outdated(root, "barred"), *engine.outdated(root, "labels")):
+        raise errors.BadInput(
+            f"--workdir={os.fspath(workdir)} holds labels/ that were not made from its {path}: a"
+            " later run has not come as far, so run its data_prep.build_i2e again to the end."
+        )
     entities = engine.read_table(root / "kb/entities.parquet", columns)
     above = ground_truth.above(entities, {entity for p in known.values() for entity in p.right})
     wanted = {entity for p in known.values() for entity in p.right | p.says}.union(*above.values())

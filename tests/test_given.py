@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks import synthetic
 from configs import i2e as i2e_config
-from data_prep import build_i2e, engine
+from data_prep import build_i2e, engine, label_quality
+from data_prep.dataset import shards
 from data_prep.kb import build as kb_build
 from data_prep.linking import given
 from data_prep.pairs import stage as pairs_stage
+from data_prep.selection import choose
 from mofi_jax.common import errors
 from mofi_jax.data import records
 from tests import inputs
@@ -271,6 +273,42 @@ def test_weights_are_priors_and_what_is_doubtful_is_left_to_the_picture(tmp_path
     page = (tmp_path / "W1/report/index.html").read_text()
     assert "entities are given" in page
     assert "<mark></mark>" not in page
+
+
+def test_a_build_that_stops_halfway_leaves_nothing_that_reads_as_whole(tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    members, truth = [], ""
+    for i, (first, second) in enumerate([("Q1", "Q3"), ("Q2", "Q3"), ("Q1", "Q2")]):
+        about = json.dumps({"first": first, "second": second})
+        members += [(f"{i}.jpg", photo(i)), (f"{i}.json", about.encode())]
+        truth += json.dumps({"key": f"{i}", "qid": first, "says": [first]}) + "\n"
+    (tmp_path / "pairs/0.tar").write_bytes(inputs.tar_bytes(members))
+    (tmp_path / "truth.jsonl").write_text(truth)
+
+    def run(column, stops_at=None):
+        config = make_config(tmp_path, given={"ids": column}, shard_examples=1)
+        with monkeypatch.context() as patch:
+            if stops_at:
+                patch.setattr(*stops_at, lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError) if stops_at else contextlib.nullcontext():
+                build_i2e.build(config, str(tmp_path / "W"))
+
+    def precision():
+        quality = label_quality.measure_workdir(tmp_path / "W", tmp_path / "truth.jsonl")
+        return quality["selected"]["precision"]
+
+    run("first")
+    assert precision() == 1
+    run("second", stops_at=(choose, "run"))
+    with pytest.raises(errors.BadInput, match="labels/ that were not made from its links/pairs-0"):
+        precision()
+    assert len(records.open_source(tmp_path / "W", "i2e")) == 3  # the set of before, whole
+    run("second", stops_at=(shards, "_describe"))
+    assert precision() == 0
+    with pytest.raises(errors.BadInput, match="holds no finished version"):
+        records.open_source(tmp_path / "W", "i2e")
+    run("second")
+    assert len(records.open_source(tmp_path / "W", "i2e")) == 3
 
 
 # --------------------------------------------------------------------------------------- bad input

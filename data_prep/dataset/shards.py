@@ -26,7 +26,7 @@ from data_prep.dataset import order as record_order
 from data_prep.dataset import versions, vocabulary
 from data_prep.pairs import pictures
 from data_prep.pairs import stage as pairs_stage
-from mofi_jax.data import ops, records
+from mofi_jax.data import metadata, ops, records
 
 if typing.TYPE_CHECKING:
     import pyarrow as pa
@@ -69,6 +69,9 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, dataset: str) ->
     settings |= {"dataset": dataset, "shards": len(plans), "shards_per_plan": _per_plan(plans)}
     settings["decoders"] = pictures.DECODERS
     keys = functools.partial(_keys_of_shard, _per_plan(plans))
+    if engine.outdated(workdir, f"metadata-{dataset}"):
+        # It would describe shards of two builds, whose entities have other ids.
+        (workdir / dataset / records.VERSION / metadata.INFO_FILE).unlink(missing_ok=True)
     written = work.map_shards(f"shards-{dataset}", _write_shard, tasks, settings, keys=keys)
     _fill_in(work, dataset, plans, written)
     _describe(config, work, dataset, plans, written)

@@ -13,7 +13,7 @@ The doors are below; a stage needs no other.
 """
 
 from data_prep.engine.jobs import Outputs, ShardError, StageFunction, Task, kept, rejects_table
-from data_prep.engine.manifests import MANIFESTS, sha256, stage_seconds, write_durably
+from data_prep.engine.manifests import MANIFESTS, outdated, sha256, stage_seconds, write_durably
 from data_prep.engine.manifests import read as read_manifests
 from data_prep.engine.quarantine import DUPLICATE_KEY
 from data_prep.engine.relational import (
@@ -49,6 +49,7 @@ __all__ = [
     "gather_shards",
     "kept",
     "listed",
+    "outdated",
     "read_buckets",
     "read_manifests",
     "read_table",

@@ -196,6 +196,24 @@ def unchanged(
     return True
 
 
+def outdated(workdir: str | os.PathLike[str], stage: str) -> list[str]:
+    """The inputs of a stage's shards, as they are called, that have changed since or are gone.
+
+    They have where a later run with another configuration has not come as far as this stage.
+    """
+    root, found = epath.Path(os.path.abspath(workdir)), set()
+    ledger = Ledger(root, stage)
+    for manifest in read(root, stage):
+        times = ledger.times(manifest["shard"])
+        for entry in manifest["inputs"]:
+            status = _stat(root / entry["path"])
+            if status and times.get(entry["path"]) == list(status):
+                continue
+            if _hash(root / entry["path"]) != entry["sha256"]:
+                found.add(entry["path"])
+    return sorted(found)
+
+
 class Ledger:
     """The manifests of a stage, for the one process that holds its folder (`locked`)."""
 
