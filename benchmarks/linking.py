@@ -3,7 +3,8 @@
     python -m benchmarks.linking --entities wikidata.jsonl.gz --texts mel.jsonl.gz news.jsonl.gz
 
 The texts are JSON lines {"text", "mentions": [{"start", "end", "qid"}]}, the entities a source of
-`data_prep.kb.build` or a finished folder. One row for each set of texts and way of linking:
+`data_prep.kb.build` or a finished folder. With --sentences each sentence is a caption, and the rest
+of its text the page on which it stands. One row for each set of texts and way of linking:
 
     gold, all      of all gold mentions, those with their entity among the candidates
     gold, known    the same of those whose entity is in the base
@@ -18,13 +19,16 @@ The texts are JSON lines {"text", "mentions": [{"start", "end", "qid"}]}, the en
 import argparse
 import gc
 import gzip
+import itertools
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -34,6 +38,7 @@ from data_prep.kb import build as kb_build
 from data_prep.kb import lookup
 from data_prep.kb.sources import dump as kb_dump
 from data_prep.linking import boilerplate, disambiguate, ner
+from data_prep.linking import mentions as mentions_of
 from data_prep.linking import rows as link_rows
 from data_prep.linking import stage as linking_stage
 
@@ -44,6 +49,7 @@ WAYS = {
     "NER not weighed": {"ner_weight": 1.0},
     "case not weighed": {"case_weight": 1.0},
     "nothing not weighed": {"nil_weight": 0.0},
+    "page read": {"context_columns": ("page",)},
 }
 _BLOCK = 4096  # texts, as in the stage
 _COLUMNS = ("gold, all", "gold, known", "cands", "top-1", "with cands", "linked")
@@ -56,6 +62,7 @@ def main() -> int:
     parser.add_argument("--texts", required=True, nargs="+", help="texts with gold mentions")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--quick", action="store_true", help="500 texts of each")
+    parser.add_argument("--sentences", action="store_true", help="of texts as captions")
     parser.add_argument("--speed", action="store_true", help="against bare nlp.pipe, three rounds")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +72,7 @@ def main() -> int:
         found = []
         for path in flags.texts:
             texts = _read(path)[: 500 if flags.quick else None]
+            texts = [*itertools.chain(*map(_sentences, texts))] if flags.sentences else texts
             for way in flags.ways:
                 values = quality(kb, ids, texts, way)
                 stem = pathlib.Path(path).name.split(".")[0]
@@ -92,6 +100,18 @@ def _read(path: str) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def _sentences(row: dict) -> Iterator[dict]:
+    """The sentences of a text that have a gold mention, each with the rest as its `page`."""
+    text = row["text"]
+    ends = [match.end() for match in re.finditer(r"[.!?]\s+|\n+", text)]
+    for start, end in itertools.pairwise([0, *ends, len(text)]):
+        own = [m for m in row["mentions"] if start <= m["start"] and m["end"] <= end]
+        own = [m | {"start": m["start"] - start, "end": m["end"] - start} for m in own]
+        if own:
+            page = f"{text[:start]} | {text[end:]}"
+            yield {"text": text[start:end], "mentions": own, "page": page}
+
+
 def _config(way: str):
     config = i2e.get_config("sample")
     config.update(WAYS[way])
@@ -106,9 +126,11 @@ def quality(kb, ids: dict[str, int], rows: list[dict], way: str) -> dict[str, fl
     texts = [row["text"] for row in rows]
     blank = boilerplate.Blanker(config.boilerplate)
     start = time.process_time()
-    rule = disambiguate.Rule.of(config)
+    how = (blank, kb, disambiguate.Rule.of(config), config.spacy_model)
+    pages = [" | ".join(row.get(name, "") for name in config.context_columns) for row in rows]
+    people = mentions_of.people_named([page[: linking_stage.MAX_CONTEXT] for page in pages], kb)
     parts = [
-        linking_stage.link(texts[i : i + _BLOCK], blank, kb, rule, config.spacy_model)
+        linking_stage.link(texts[i : i + _BLOCK], *how, people[i : i + _BLOCK])
         for i in range(0, len(texts), _BLOCK)
     ]
     mentions, candidates = (pa.concat_arrays(column) for column in zip(*parts, strict=True))

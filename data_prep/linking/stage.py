@@ -65,9 +65,10 @@ _SCATTER_CAPTIONS = f"""
            CAST(file_row_number AS INT) AS "row", {engine.bucket_of("text")} AS bucket
     FROM read_parquet($files, filename = true, file_row_number = true)
 """
-# Half a surrogate pair is JSON to Python, but not here. More than 2,000 characters are no title.
-_CONTEXT = """coalesce(left(array_to_string(json_extract_string(
-    CASE WHEN json_valid(extras) THEN extras END, $places), ' | '), 2000), '')"""
+MAX_CONTEXT = 500  # characters, so that millions of rows that are scattered at a time fit memory
+# Half a surrogate pair is JSON to Python, but not here.
+_CONTEXT = f"""coalesce(left(array_to_string(json_extract_string(
+    CASE WHEN json_valid(extras) THEN extras END, $places), ' | '), {MAX_CONTEXT}), '')"""
 
 _OCCURRENCES = """
     SELECT unnest(shards) AS shard, unnest("rows") AS "row", unnest(keys) AS key,
