@@ -72,6 +72,15 @@ class Evaluator:
         # The set is known by its shape.
         self.domains = DOMAINS if len(sizes) == 1200 and np.all(sizes == 10) else ()
 
+    def precisions(
+        self, embedder: embedding.Embedder
+    ) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
+        """AP of every picture as a query: among all, and among all but itself (NaN if alone)."""
+        features = embedder.pictures(self.pictures)
+        relevant = same_class(self.pictures.classes)
+        among_all, among_others = ranks.relevant_ranks(features, relevant, mesh=self.towers.mesh)
+        return average_precision(among_all), average_precision(among_others)
+
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields ``map``, ``map_no_self`` and ``map_{domain}``, all within 0..1 and not rounded.
 
@@ -79,12 +88,9 @@ class Evaluator:
         ``map_no_self`` it has nothing to find and is left out, neither right nor wrong; then
         ``left_out_no_self`` is their number.
         """
-        features = embedder.pictures(self.pictures)
-        relevant = same_class(self.pictures.classes)
-        among_all, among_others = ranks.relevant_ranks(features, relevant, mesh=self.towers.mesh)
-        precision = average_precision(among_all)
+        precision, among_others = self.precisions(embedder)
         yield "map", float(precision.mean())
-        yield "map_no_self", float(np.nanmean(average_precision(among_others)))
+        yield "map_no_self", float(np.nanmean(among_others))
         if self.alone:
             yield "left_out_no_self", float(self.alone)
         size = len(precision) // max(len(self.domains), 1)
