@@ -65,18 +65,26 @@ DRAWS = 10_000
 
 
 def main(
-    config: Any, out: str, pairs: str = "", seeds: str = "0,1,2,3,4", trainings: str = ""
+    config: Any,
+    out: str,
+    pairs: str = "",
+    runs: str = ",".join(RUNS),
+    seeds: str = "0,1,2,3,4",
+    trainings: str = "",
 ) -> None:
     """Runs what is missing, one seed of every run after the other, and prints the tables.
 
     Args:
       out: folder of the results.
       pairs: folder that holds i2t/, where the raw pairs are not those of the I2E shards.
-      seeds: of each run. Processes with some of them each may share `out` and one device.
+      runs: some of the runs. Processes with other runs or seeds may share `out` and one device.
+      seeds: of each run.
       trainings: folder of the trainings, each removed once it is measured; in `out` by default.
     """
     if not all(map(str.isdecimal, seeds.split(","))):
         raise BadInput(f"--seeds={seeds}: write whole numbers with commas between them.")
+    if unknown := set(runs.split(",")) - set(RUNS):
+        raise BadInput(f"--runs has {min(unknown)!r}: choose from {', '.join(RUNS)}.")
     if missing := set(SETS) - set(config.evaluators):
         raise BadInput(f"config.evaluators has no {min(missing)!r}: see configs/claim.py.")
     out = files.output_folder(out, "--out")
@@ -84,7 +92,7 @@ def main(
     planned = {
         (name, seed): of_run(config, name, seed, pairs, str(files.absolute(work / "programs")))
         for seed in map(int, seeds.split(","))
-        for name in RUNS
+        for name in runs.split(",")
     }
     for own in planned.values():
         settings.validate(own)
@@ -117,8 +125,9 @@ def main(
             "precision": measure(embedding.Embedder(towers, params), config.evaluators),
             "seconds": round(time.monotonic() - start, 2),
         }
-        with (out / "runs.jsonl").open("a") as file:
-            file.write("\n" + json.dumps(line) + "\n")  # apart from one that a kill cut short
+        # One write, which those of other processes cannot mix with; apart from one cut short.
+        with open(out / "runs.jsonl", "ab", buffering=0) as file:
+            file.write(f"\n{json.dumps(line)}\n".encode())
         lines[name, seed] = line
         shutil.rmtree(folder, ignore_errors=True)
         write_results(out, lines, classes)

@@ -44,6 +44,7 @@ def test_each_run_is_trained_once_and_measured_by_query(
 
     monkeypatch.setattr(train, "main", fake)
     out = tmp_path / "out"
+    claim_photos.main(config, str(out), runs="multitask", seeds="0")
     claim_photos.main(config, str(out), seeds="0")
     assert len(configs) == 4
     with (out / "runs.jsonl").open("a") as file:
@@ -116,6 +117,8 @@ def test_interval_weighs_classes_by_their_queries():
 def test_bad_input_is_told_before_anything_is_written(config, tmp_path):
     with pytest.raises(BadInput, match="--seeds=0;1"):
         claim_photos.main(config, str(tmp_path / "out"), seeds="0;1")
+    with pytest.raises(BadInput, match="--runs has 'all'"):
+        claim_photos.main(config, str(tmp_path / "out"), runs="all")
     with config.unlocked():
         del config.evaluators.unseen
     with pytest.raises(BadInput, match="no 'unseen'"):
