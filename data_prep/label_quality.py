@@ -69,13 +69,18 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
         )
-    columns = ["qid", "kind", "types", "hypernyms"]
     # barred/, which is made again before labels/, is what tells of another knowledge base.
-    for path in (*engine.outdated(root, "barred"), *engine.outdated(root, "labels")):
+    changed = [*engine.outdated(root, "barred"), *engine.outdated(root, "labels")]
+    made = engine.read_manifests(root, "labels")
+    if len({json.dumps(manifest["settings"], sort_keys=True) for manifest in made}) > 1:
+        changed.append("configuration")
+    if changed:
         raise errors.BadInput(
-            f"--workdir={os.fspath(workdir)} holds labels/ that were not made from its {path}: a"
-            " later run has not come as far, so run its data_prep.build_i2e again to the end."
+            f"--workdir={os.fspath(workdir)} holds labels/ that were not made from its"
+            f" {changed[0]}: a later run has not come as far, or a copy is not whole, so run its"
+            " data_prep.build_i2e again to the end."
         )
+    columns = ["qid", "kind", "types", "hypernyms"]
     entities = engine.read_table(root / "kb/entities.parquet", columns)
     above = ground_truth.above(entities, {entity for p in known.values() for entity in p.right})
     wanted = {entity for p in known.values() for entity in p.right | p.says}.union(*above.values())

@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -242,6 +243,22 @@ def swept(tmp_path_factory):
     ]
     truth = write_jsonl(folder / "truth.jsonl", rows)
     return config, workdir, truth, label_quality.measure_workdir(str(workdir), truth)
+
+
+def test_labels_of_two_runs_are_not_measured_as_one(swept, tmp_path, monkeypatch):
+    config, workdir, truth, _ = swept
+    copy, label = shutil.copytree(workdir, tmp_path / "W"), choose._label_by_clip
+    first = min(path.stem for path in (copy / "labels").glob("*.parquet"))
+
+    def stop(task, *rest):
+        return 1 / (task.name == first) and label(task, *rest)
+
+    monkeypatch.setattr(choose, "_label_by_clip", stop)
+    config = workdirs.config(clip=config.clip, max_labels=1)
+    with pytest.raises(engine.ShardError, match="ZeroDivisionError"):
+        choose.run(config, engine.Engine(copy))
+    with pytest.raises(errors.BadInput, match="not made from its configuration"):
+        label_quality.measure_workdir(str(copy), truth)
 
 
 def test_other_thresholds_are_measured(swept):

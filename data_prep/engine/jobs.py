@@ -34,7 +34,7 @@ ATTEMPTS = 3
 FIRST_PAUSE = 0.5  # seconds, then twice as long
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READERS = ("pyarrow", "duckdb", "_duckdb")  # whose errors about a user's files are about the files
+_READERS = ("pyarrow", "duckdb", "_duckdb")  # whose errors are mostly about a user's tables
 # What no waiting changes.
 _PERMANENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, *_FULL)
 
@@ -252,17 +252,16 @@ class _Missing(Exception):
 
 
 def _told(job: Job, error: Exception) -> Failure:
-    inside = job.workdir + os.sep
+    inside, kind = job.workdir + os.sep, type(error)
     given = [path for path in job.task.inputs if not path.startswith(inside)]
-    library = type(error).__module__.partition(".")[0]
-    if given and library in _READERS and "Memory" not in type(error).__name__:
+    tables = [path for path in given if path.endswith(".parquet")]
+    told: Exception = ShardError(f"{job.where}: {kind.__name__}: {error}")
+    if tables and kind.__module__.partition(".")[0] in _READERS and "Memory" not in kind.__name__:
         why = " ".join(str(error).split())[:200]
         told = errors.BadInput(
-            f"{job.where}: {' or '.join(given[:3])} cannot be read ({why}): restore it from a copy,"
-            " or name another one."
+            f"{job.where}: {' or '.join(tables[:3])} cannot be read ({why}): restore it from a"
+            " copy, or name another one."
         )
-        return Failure(told, of_shard=True)
-    told = ShardError(f"{job.where}: {type(error).__name__}: {error}")
     return Failure(told, of_shard=True, traceback=traceback.format_exc())
 
 

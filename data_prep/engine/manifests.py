@@ -203,8 +203,8 @@ def outdated(workdir: str | os.PathLike[str], stage: str) -> list[str]:
     """
     root, found = epath.Path(os.path.abspath(workdir)), set()
     ledger = Ledger(root, stage)
-    for manifest in read(root, stage):
-        times = ledger.times(manifest["shard"])
+    for shard, manifest in ledger._manifests.items():
+        times = ledger.times(shard)
         for entry in manifest["inputs"]:
             status = _stat(root / entry["path"])
             if status and times.get(entry["path"]) == list(status):

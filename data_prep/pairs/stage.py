@@ -94,8 +94,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars")
     settings = {"version": 9, "decoders": pictures.DECODERS, **optional}
     settings |= {name: config[name] for name in names}
-    settings["keep_columns"] = [*config.keep_columns, *given_columns(config.given)]
-    settings["keep_columns"] += config.context_columns
+    columns = (*config.keep_columns, *given_columns(config.given), *config.context_columns)
+    settings["keep_columns"] = list(columns)
     indexed = work.map_shards("indexed", _index, tasks, settings, keys=_keys_of_part)
     _warn(indexed)
     kept = unique.run(indexed, work, config.rows_per_shard)
