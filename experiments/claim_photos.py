@@ -77,7 +77,8 @@ def main(
     Args:
       out: folder of the results.
       pairs: folder that holds i2t/, where the raw pairs are not those of the I2E shards.
-      runs: some of the runs. Processes with other runs or seeds may share `out` and one device.
+      runs: some of the runs. Processes with other runs or seeds may share `out` and one device; the
+        tables are of those of one command, so that in the end one with all of them tells all.
       seeds: of each run.
       trainings: folder of the trainings, each removed once it is measured; in `out` by default.
     """
