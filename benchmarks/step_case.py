@@ -157,7 +157,6 @@ def measure(case: Case) -> dict[str, Any]:
         if group:  # the first one warms up
             seconds.append((time.perf_counter() - start) / case.steps)
 
-    heads = model.image.width // model.image.heads
     device = jax.devices()[0]
     chip = accelerators.chip_of(device)
     return {
@@ -168,7 +167,11 @@ def measure(case: Case) -> dict[str, Any]:
         "temporary_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "loss": float(metrics["loss"]),
         "attention": attention.choose(
-            case.attention, head_dim=heads, dtype=jax.numpy.dtype(model.dtype), device=device
+            case.attention,
+            length=(case.image_size // model.patch_size) ** 2 + 1,
+            head_dim=model.image.width // model.image.heads,
+            dtype=jax.numpy.dtype(model.dtype),
+            device=device,
         ),
         "platform": device.platform,
         "device": device.device_kind,

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from benchmarks import step_case
 from configs import quickstart
 from mofi_jax.distributed import global_batch, sharding
 from mofi_jax.losses import class_order
@@ -311,3 +312,12 @@ def test_an_embedding_without_length_has_a_gradient():
     )
     assert value == 0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_step():
+    small = {"image_size": 32, "dtype": "float32", "groups": 1, "steps": 1}
+    case = step_case.Case("Ti/16", "supervised", batch=8, entities=100, **small)
+    result = step_case.measure(case)
+    assert result["seconds"] > 0
+    assert result["attention"] == "xla"
