@@ -93,17 +93,13 @@ def check(folder: str, join: str) -> None:
 
 
 def _holds(kind: pa.DataType | None, many: bool) -> bool:
-    """Whether a column of this type holds texts or integers, or lists of them."""
+    """Whether a column of this type holds what is text to DuckDB, or lists of it."""
     import pyarrow as pa
-    from pyarrow import types
 
     if many:
         is_list = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
         kind = kind.value_type if is_list else None
-    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    return kind is not None and (
-        types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)
-    )
+    return kind is not None and not pa.types.is_nested(kind)
 
 
 def _files(folder: str) -> tuple[str, list[str]]:
