@@ -13,7 +13,6 @@ from etils import epath
 
 from data_prep import engine
 from data_prep.kb import lookup
-from mofi_jax.common import errors
 
 _BARRED = """
     SELECT file_row_number::INT AS entity FROM read_parquet($kb, file_row_number = true)
@@ -30,9 +29,6 @@ def run(kinds: Sequence[str], never: Sequence[str], work: engine.Engine) -> epat
       kinds: `config.label_kinds`.
       never: `config.never_labels`, redirects and spellings as of `lookup.rows_of`.
       work: the engine; its work directory holds kb/.
-
-    Raises:
-      BadInput: the base has none of `never`.
     """
     kb = work.workdir / "kb"
     task = engine.Task("all", (kb / "entities.parquet", kb / "redirects.parquet"))
@@ -42,11 +38,6 @@ def run(kinds: Sequence[str], never: Sequence[str], work: engine.Engine) -> epat
         path = work.workdir / "barred/unknown.txt"
         with open(path, encoding="utf-8") as file:
             example = file.readline().strip()
-        if unknown == len(never):
-            raise errors.BadInput(
-                f"config.never_labels: none of {unknown} ids, such as {example!r}, is in the"
-                " knowledge base: give ids as it has them."
-            )
         logging.warning(
             "config.never_labels: %d of %d ids, such as %r, are not in the knowledge base: see %s",
             *(unknown, len(never), example, path),

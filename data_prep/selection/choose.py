@@ -95,7 +95,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
       The manifests of labels/; counts `pairs`, `labelled` and each reason.
 
     Raises:
-      BadInput: see `embed.run`, `admissible.run`.
+      BadInput: see `embed.run`.
     """
     workdir = work.workdir
     links = engine.listed(workdir / "links")
