@@ -83,7 +83,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.case_weight = 10.0  # capitals where the name has them, in captions that mind case
     config.ner_weight = 4.0  # spaCy's type of a name and the entity's kind agree, or do not
     config.linker_weight = 5.0  # what an entity_linker in spacy_model chose, if it has one
-    config.nil_weight = 1.0  # that a name means nothing here; 0: what it may mean, it does mean
+    config.nil_weight = 1.0  # odds that a name means nothing here; 0: it always means something
 
     # For labels=given, which reads no captions: one of ids, titles and entitynet.
     given = config.given = ml_collections.ConfigDict()
@@ -103,7 +103,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.template = "{name}, {description}"
     config.batch_size = 256  # pictures or texts per call of the model
     # What may be a label: these kinds (data_prep.kb.kinds), those of no known kind, and what has a
-    # picture in the base; all but never_labels, ids of the base.
+    # picture in the base; all but never_labels, ids (redirected ones too).
     config.label_kinds = tuple(k for k in kinds.KINDS if k not in UNSEEN)
     config.never_labels = ()
     config.prototype_weight = 2.0  # of the entity's other pictures, beside its text
@@ -116,8 +116,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # on the sample.
     config.min_probability = 0.25
     # Of labels the share that is to be right, by these probabilities: a higher threshold. 0.8 gives
-    # 0.78 on photos (recall 0.57) and on the sample (0.65); 0.87 and 0.86 are shown: the others are
-    # what the thing is a kind of, where captions say no more.
+    # 0.78 on photos (recall 0.57) and on the sample (0.65); with broader names as right, 0.87 and
+    # 0.86.
     config.target_precision = ml_collections.config_dict.placeholder(float)
     config.max_labels = 3  # per picture; "close to 1" on average in the paper's data
 
