@@ -49,7 +49,7 @@ from array_record.python import array_record_module
 from benchmarks import figures, synthetic
 from data_prep.dataset import files as dataset_files
 from mofi_jax.data import ops, pipeline, records
-from mofi_jax.evaluators import picture_sets
+from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.training import checkpoint, state
 
 SIZE, SHORT_SIDE, TILE, QUALITY = 224, 256, 64, 90

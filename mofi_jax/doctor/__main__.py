@@ -24,7 +24,7 @@ from mofi_jax.data import limits, pipeline, records, training_set
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.doctor import machine
 from mofi_jax.doctor.machine import Report
-from mofi_jax.evaluators import picture_sets
+from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.training import checkpoint, optim, run_folder, settings, setup, state
 
 GIB = 2**30

@@ -10,5 +10,5 @@
 * ``card(self)``: the protocol card, the facts without which the numbers mean nothing.
 * ``needs``: the attributes of the towers that must not be None, or it is left out.
 
-`suite` builds and runs them, `picture_sets` reads their files, `ranks` ranks on the devices.
+`suite` builds and runs them, `sets` reads their files, `ranks` ranks on the devices.
 """

@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding, picture_sets
+from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators.sets import pictures as picture_sets
 
 # Training pictures per entity, lowest count first; each bucket ends where the next one begins.
 BUCKETS = (("under_5", 0), ("5_to_19", 5), ("20_to_99", 20), ("100_to_999", 100), ("1000_up", 1000))
@@ -23,7 +24,7 @@ class Evaluator:
 
     Args:
       images: folder or .tar in GPR1200 naming.
-      classes: class table that gives each class number its qid (`picture_sets.read_classes`).
+      classes: class table that gives each class number its qid (`sets.pictures.read_classes`).
 
     Raises BadInput: unusable set or class table, or a class table without qids.
     """

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.evaluators.picture_sets import PictureSet
+from mofi_jax.evaluators.sets.pictures import PictureSet
 
 _THREADS = 8
 _CHUNK = 1024  # pictures decoded ahead of the devices: 150 MB at 224 pixels

@@ -7,7 +7,7 @@ from etils import epath
 from jaxtyping import Float
 
 from mofi_jax.data import ops
-from mofi_jax.evaluators.picture_sets import Class, PictureSet
+from mofi_jax.evaluators.sets.pictures import Class, PictureSet
 
 QUERIES = 6
 NEIGHBOURS = 6

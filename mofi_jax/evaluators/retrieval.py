@@ -18,7 +18,8 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding, gallery, picture_sets, ranks
+from mofi_jax.evaluators import embedding, gallery, ranks
+from mofi_jax.evaluators.sets import pictures as picture_sets
 
 # Domains of GPR1200, 2,000 consecutive queries each in the order of its class numbers.  The table
 # published with the data set prints its columns in another order.
@@ -38,7 +39,7 @@ def average_precision(sorted_ranks: Float[np.ndarray, "q r"]) -> Float[np.ndarra
 def same_class(classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n r"]:
     """Row numbers of every row's class, itself included, filled up with `ranks.NO_ROW`.
 
-    `classes` comes ascending, as `picture_sets.read_set` orders it; r is the size of the largest.
+    `classes` comes ascending, as `sets.pictures.read_set` orders it; r is the size of the largest.
     """
     first = np.searchsorted(classes, classes, side="left")
     last = np.searchsorted(classes, classes, side="right")
@@ -51,7 +52,7 @@ class Evaluator:
 
     Args:
       images: folder or .tar in GPR1200 naming; classes may differ in size.
-      classes: class table for the captions of the gallery (`picture_sets.read_classes`), or "".
+      classes: class table for the captions of the gallery (`sets.pictures.read_classes`), or "".
 
     Raises BadInput: unusable set.
     """

@@ -12,7 +12,8 @@ from etils import epath
 from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding, picture_sets
+from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators.sets import pictures as picture_sets
 
 
 class Evaluator:
@@ -20,7 +21,7 @@ class Evaluator:
 
     Args:
       images: folder or .tar in GPR1200 naming.
-      classes: class table that gives each class number its label (`picture_sets.read_classes`).
+      classes: class table that gives each class number its label (`sets.pictures.read_classes`).
       templates: prompts, ``{}`` where the label goes.
 
     Raises BadInput: unusable set or class table, no template, or one without its ``{}``.
