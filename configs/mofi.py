@@ -108,9 +108,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.log_every = "50 steps"
     # The last `keep` checkpoints stay, and for ever one every `keep_every`, a multiple of `every`.
     # The end of the run is saved in any case.
+    # `keep_best`: a metric, as "gpr1200/map"; when an evaluation gives more than all before it, the
+    # run is saved and that checkpoint stays (`--step=best`).  "" for none.
     # `verify`: host 0 reads what was saved once more to write its checksums, and a run that goes on
     # checks them; False where that takes longer than it is worth.
-    config.checkpoint = {"every": "2000 steps", "keep": 3, "keep_every": "0 steps", "verify": True}
+    config.checkpoint = {
+        "every": "2000 steps",
+        "keep": 3,
+        "keep_every": "0 steps",
+        "keep_best": "",
+        "verify": True,
+    }
     config.telemetry = {
         # Minutes without progress until a host prints its stacks; it is not killed.  0 for never.
         "hang_minutes": 20.0,

@@ -56,8 +56,11 @@ class ParityError(RuntimeError):
     """What was written does not give the same embeddings."""
 
 
-def main(model: str, out: str, format: str = "hf") -> None:
+def main(model: str, out: str, format: str = "hf", step: str = "") -> None:
     """Exports the model folder `model` to the new folder `out`.
+
+    Args:
+      step: of a training run, a saved step or best (config.checkpoint.keep_best); else the last.
 
     Raises:
       BadInput: unknown format, `out` taken by something else, or a model that the format cannot
@@ -72,7 +75,7 @@ def main(model: str, out: str, format: str = "hf") -> None:
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )
     jax.config.update("jax_platforms", "cpu")
-    saved = inference.read(model)
+    saved = inference.read(model, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -120,6 +121,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     for name in sorted(evaluators.keys() - suite.evaluators.keys()):
         reason = suite.skipped.get(name, "its `every` is 0")
         logging.info("config.evaluators.%s is left out: %s", name, reason)
+    keep_best = config.checkpoint.keep_best
+    if keep_best and keep_best.partition("/")[0] not in suite.evaluators:
+        raise BadInput(
+            f"config.checkpoint.keep_best={keep_best} names no evaluator that runs: write "
+            f"EVALUATOR/METRIC, of {', '.join(suite.evaluators) or 'config.evaluators'}."
+        )
 
     # ---------------------------------------------------------------------- checkpoint
     description = run_folder.describe_model(model, config.data.eval_ops, num_entities > 0)
@@ -201,6 +208,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
 
     # ---------------------------------------------------------------------- loop
     scores: dict[str, float] = {}
+    best = position.best
     total = clock.total_steps
     values = previous = None
     goodput.enter("step")
@@ -228,12 +236,20 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             metrics.write(step, scores)
             shown = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
             logging.info("step %d %s", step, shown)
+            # Agreed upon, as a save takes all hosts.
+            find = functools.partial(checkpoint.find_best, keep_best, best, step, scores)
+            best = hosts.agree(find)
+            saving = saving or (step != first and best is not None and best["step"] == step)
         if saving:
             metrics.require_finite(step, values)
             metrics.store()
             with goodput.phase("checkpoint"):
                 reached = dataclasses.replace(
-                    start, examples=examples, seconds=goodput.save(), evaluated=not preempted
+                    start,
+                    examples=examples,
+                    seconds=goodput.save(),
+                    evaluated=not preempted,
+                    best=best,
                 )
                 checkpointer.save(step, train_state, reached)
         if preempted:

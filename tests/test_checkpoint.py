@@ -123,6 +123,41 @@ def test_keeps_one_of_every_so_many_for_ever(tmp_path, mesh_of):
     assert checkpoint.saved_steps(tmp_path) == [20, 40, 60]
 
 
+def test_the_best_step_is_kept_and_named_beside_the_last_ones(tmp_path, mesh_of):
+    train_state, _ = state.create(initialiser(), 5, mesh_of["1x1x1"])
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
+    best = None
+    for step, score in ((10, 0.2), (20, 0.5), (30, 0.5), (40, 0.1), (50, np.nan)):
+        best = checkpoint.find_best("mine/map", best, step, {"mine/map": score, "x/map": 1.0})
+        checkpointer.save(step, train_state, dataclasses.replace(POSITION, best=best))
+    checkpointer.close()
+    assert checkpoint.saved_steps(tmp_path) == [20, 50]
+    assert best == {"metric": "mine/map", "step": 20, "value": 0.5}
+    assert checkpoint.read_position(tmp_path, 50).best == best
+    assert json.loads((tmp_path / checkpoint.BEST_FILE).read_text()) == best
+    steps = [checkpoint.chosen_step(tmp_path, step) for step in ("best", "50", "", "20")]
+    assert steps == [20, 50, 50, 20]
+    for step in ("30", "first"):
+        with pytest.raises(BadInput, match=rf"no checkpoint of --step={step}: it has 20, 50, or"):
+            checkpoint.chosen_step(tmp_path, step)
+    (tmp_path / checkpoint.FOLDER / "20/params/_METADATA").unlink()
+    with pytest.raises(BadInput, match=r"of --step=best is damaged \(.*_METADATA.*name another"):
+        checkpoint.chosen_step(tmp_path, "best")
+    (tmp_path / checkpoint.BEST_FILE).unlink()
+    with pytest.raises(BadInput, match=r"best.json cannot be read .*keep_best in training"):
+        checkpoint.chosen_step(tmp_path, "best")
+
+
+def test_the_best_is_looked_for_by_one_metric():
+    found = {"metric": "mine/map", "step": 20, "value": 0.5}
+    assert checkpoint.find_best("", None, 30, {"mine/map": 1.0}) is None
+    assert checkpoint.find_best("mine/map", found, 30, {"other/map": 1.0}) == found
+    assert checkpoint.find_best("other/map", found, 30, {"mine/map": 1.0}) is None
+    assert checkpoint.find_best("mine/map", None, 0, {"mine/map": 1.0}) is None
+    with pytest.raises(BadInput, match=r"keep_best=mine/x is nothing .* from mine/map, mine/top1"):
+        checkpoint.find_best("mine/x", None, 0, {"mine/map": 1.0, "mine/top1": 1.0, "a/b": 0.0})
+
+
 def test_the_average_is_saved_and_is_what_others_read(tmp_path, mesh_of):
     train_state, shardings = state.create(initialiser(ema=True), 5, mesh_of["1x8x1"])
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), out_shardings=shardings.ema)

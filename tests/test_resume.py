@@ -295,7 +295,10 @@ def test_a_shorter_total_than_what_was_trained_is_refused(data, tmp_path):
 
 
 def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypatch):
-    """SIGTERM in the third step, at which an evaluation is due: saved first, evaluated after."""
+    """SIGTERM in the third step, at which an evaluation is due: saved first, evaluated after.
+
+    Its score is the best: that step is kept, though it was saved before it was known to be.
+    """
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for entity in range(4):
@@ -303,9 +306,19 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypat
             rgb = datasets.drawing(entity, 100 + i)
             (pictures / f"{entity}_{i}.jpg").write_bytes(ops.encode_jpeg(rgb, 95))
     config = datasets.tiny_config(data, steps=6)
-    config.checkpoint.every = "5 steps"
+    config.checkpoint.update({"every": "5 steps", "keep": 1, "keep_best": "mine/map"})
     config.evaluators = {"mine": {"kind": "retrieval", "images": str(pictures), "every": "3 steps"}}
+    run_all = train.evaluation.run_all
+
+    def best_at_three(evaluators, embedder, progress):
+        found = run_all(evaluators, embedder, progress)
+        rounds.append(len(rounds))
+        return {**found, "mine/map": (0.2, 0.9, 0.4)[rounds[-1]]}
+
+    monkeypatch.setattr(train.evaluation, "run_all", best_at_three)
+    rounds = []
     train.main(config, str(tmp_path / "whole"))
+    rounds.clear()
     push = telemetry.Metrics.push
 
     def terminated(self, step, metrics):
@@ -323,6 +336,11 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(data, tmp_path, monkeypat
     whole, left = (scores(tmp_path / name) for name in ("whole", "left"))
     assert sorted(whole) == [0, 3, 6]
     assert whole == left
+    for name in ("whole", "left"):
+        assert checkpoint.saved_steps(tmp_path / name) == [3, 6]
+        assert json.loads((tmp_path / name / checkpoint.BEST_FILE).read_text())["step"] == 3
+    whole, left = (checkpoint.restore_params(tmp_path / n, "best") for n in ("whole", "left"))
+    jax.tree.map(np.testing.assert_array_equal, whole, left)
 
 
 def test_a_disk_that_fills_up_in_the_second_save(data, tmp_path, monkeypatch):

@@ -185,6 +185,7 @@ def test_labels_beyond_the_vocabulary(tmp_path):
         ),
         ("data.eval_ops", "decode|resize_short(20)", "the model takes .16, 16, 3."),
         ("data.threads", 0, "config.data.threads must be"),
+        ("checkpoint.keep_best", "mine/map", "keep_best=mine/map names no evaluator that"),
         ("log_every", "often", "config.log_every='often' is not a duration"),
         ("total", "0.0 steps", "trains for no step at all"),
     ],

@@ -18,26 +18,30 @@ from mofi_jax.model import mofi
 from mofi_jax.training import arrays, checkpoint, run_folder
 
 
-def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256) -> Model:
+def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256, step: str = "") -> Model:
     """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
+
+    Args:
+      step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.
 
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
-    saved = read(path)
+    saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
         mesh=mesh,
         batch_size=batch_size,
     )
-    return Model(towers, towers.put(saved.params), str(path))
+    of_step = f", step {step}" if step else ""
+    return Model(towers, towers.put(saved.params), f"{path}{of_step}")
 
 
-def read(path: epath.PathLike) -> huggingface.Clip:
+def read(path: epath.PathLike, step: str = "") -> huggingface.Clip:
     """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
     path = files.input_folder(path, "--model")
     # The kind of folder decides what hosts ask one another next: host 0 looks for all.
     if hosts.agree((path / run_folder.MODEL_FILE).exists):
-        saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)))
+        saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step)
     elif hosts.agree(lambda: (files.local_input(path, "the model") / "config.json").exists()):
         saved = hosts.all_or_none(lambda: huggingface.read(path))
     else:
@@ -50,9 +54,9 @@ def read(path: epath.PathLike) -> huggingface.Clip:
     return saved
 
 
-def _read_run(path: epath.Path, values: dict[str, Any]) -> huggingface.Clip:
+def _read_run(path: epath.Path, values: dict[str, Any], step: str) -> huggingface.Clip:
     config = run_folder.model_config(values)
-    params = checkpoint.restore_params(path)
+    params = checkpoint.restore_params(path, step)
     towers = tuple(name for name in mofi.TOWERS if name in params)
     wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
     wrong = arrays.differences(

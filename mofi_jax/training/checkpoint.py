@@ -27,6 +27,7 @@ from mofi_jax.training import arrays
 from mofi_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+BEST_FILE = "best.json"  # beside it: {"metric", "step", "value"} of the best checkpoint
 # What every step holds; beside it "ema", where a run keeps an average of its parameters.
 ITEMS = ("params", "optimizer", "position")
 
@@ -42,6 +43,7 @@ class Position:
       config: the whole training config, as JSON has it; differences on resume are logged.
       evaluated: whether the evaluations due at this step are in the metrics; a preempted run saves
         without them.
+      best: the best step so far (`find_best`), None where none is looked for.
     """
 
     examples: int
@@ -49,10 +51,13 @@ class Position:
     seconds: Mapping[str, float]
     config: Mapping[str, Any]
     evaluated: bool = True
+    best: Mapping[str, Any] | None = None
 
 
 class Checkpointer:
     """Saves (TrainState, Position) in the background; `restore` reads what it saved.
+
+    The step of the position's `best` is kept too, and named in ``best.json``.
 
     Args:
       workdir: checkpoints lie in ``checkpoints/STEP/`` there.
@@ -65,7 +70,8 @@ class Checkpointer:
         self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0, verify: bool = True
     ):
         self.folder = files.absolute(workdir) / FOLDER
-        policies = [checkpoint_managers.LatestN(keep)]
+        self._best = _Best()
+        policies = [checkpoint_managers.LatestN(keep), self._best]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         self._manager = _Manager(
@@ -88,13 +94,17 @@ class Checkpointer:
         self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["position"] = ocp.args.JsonSave(dataclasses.asdict(position))
+        # Before the manager is asked which older steps may go.
+        self._best.step = position.best["step"] if position.best else None
         self._manager.save(step, args=ocp.args.Composite(**items))
-        self._saving = self._pool.submit(self._finish, self.folder / str(step))
+        self._saving = self._pool.submit(self._finish, self.folder / str(step), position.best)
 
-    def _finish(self, folder: epath.Path) -> None:
+    def _finish(self, folder: epath.Path, best: Mapping[str, Any] | None) -> None:
         self._manager.wait_until_finished()
         if self._verify:
             checksums.write(folder)
+        if best and jax.process_index() == 0:
+            files.write_json(self.folder.parent / BEST_FILE, dict(best))
 
     def check(self) -> None:
         """Raises what went wrong with the last save, without waiting for it."""
@@ -110,6 +120,16 @@ class Checkpointer:
         self._pool.shutdown(wait=False)
         self.wait()
         self._manager.close()
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the best step, which changes while a run goes on."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -212,6 +232,54 @@ def last_step(workdir: epath.PathLike) -> int:
     return step
 
 
+def chosen_step(workdir: epath.PathLike, step: str = "") -> int:
+    """The saved step that a flag names: a number, "best", or "" for the last.
+
+    Raises BadInput: there is none such, or it is damaged.
+    """
+    if not step:
+        return last_step(workdir)
+    saved = saved_steps(workdir)
+    if step == "best":
+        remedy = "set config.checkpoint.keep_best in training, or name a step"
+        number = files.read_json_object(files.absolute(workdir) / BEST_FILE, remedy).get("step")
+    else:
+        number = int(step) if step.isdecimal() else None
+    if number not in saved:
+        steps = ", ".join(map(str, saved)) or "none at all"
+        raise BadInput(f"{workdir} has no checkpoint of --step={step}: it has {steps}, or `best`.")
+    if problem := damage(workdir, number):
+        raise BadInput(f"The checkpoint of --step={step} is damaged ({problem}): name another.")
+    return number
+
+
+def find_best(
+    metric: str, best: Mapping[str, Any] | None, step: int, scores: Mapping[str, float]
+) -> Mapping[str, Any] | None:
+    """The best step so far: ``best``, or this one where its score is larger.
+
+    Never step 0, which is not saved.  A run whose ``metric`` is another than before looks anew.
+
+    Args:
+      metric: "EVALUATOR/METRIC", or "" for none.
+      scores: of the evaluators that have just run, by such names.
+
+    Raises BadInput: the evaluator has run and gives no such metric.
+    """
+    if best and best["metric"] != metric:
+        best = None
+    evaluator = metric.partition("/")[0]
+    known = [name for name in scores if metric and name.partition("/")[0] == evaluator]
+    if known and metric not in known:
+        raise BadInput(
+            f"config.checkpoint.keep_best={metric} is nothing that its evaluator measures: choose "
+            f"from {', '.join(known)}."
+        )
+    if known and step and scores[metric] > (best["value"] if best else -np.inf):
+        return {"metric": metric, "step": step, "value": scores[metric]}
+    return best
+
+
 def _step(workdir: epath.PathLike, step: int) -> epath.Path:
     return files.absolute(workdir) / FOLDER / str(step)
 
@@ -224,7 +292,7 @@ def read_position(workdir: epath.PathLike, step: int) -> Position:
         position = Position(**checkpointer.restore(folder))
         kinds = {"examples": int, "data_fingerprint": dict, "seconds": dict, "config": dict}
         wrong = [name for name, kind in kinds.items() if type(getattr(position, name)) is not kind]
-        if wrong or position.examples < 0:
+        if wrong or position.examples < 0 or not isinstance(position.best, dict | None):
             raise ValueError(f"{wrong or ['examples']} cannot be")
     return position
 
@@ -253,12 +321,12 @@ def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainSt
     return TrainState(optimizer["step"], items["params"], optimizer["state"], items.get("ema"))
 
 
-def restore_params(workdir: epath.PathLike) -> Any:
-    """The parameters of a run's latest checkpoint as numpy arrays, whole.
+def restore_params(workdir: epath.PathLike, step: str = "") -> Any:
+    """The parameters of a run's checkpoint (`chosen_step`) as numpy arrays, whole.
 
-    Their average where the run has one: it is what a run evaluates.  BadInput as of `last_step`.
+    Their average where the run has one: it is what a run evaluates.  BadInput as of `chosen_step`.
     """
-    folder = _step(workdir, hosts.agree(lambda: last_step(workdir)))
+    folder = _step(workdir, hosts.agree(lambda: chosen_step(workdir, step)))
     return hosts.all_or_none(
         lambda: read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
     )

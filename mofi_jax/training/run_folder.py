@@ -1,7 +1,8 @@
 """A run's folder: what makes it readable on its own, and whether it fits a config.
 
 W holds ``model.json``, ``tokenizer.json``, ``entities.parquet`` (with a class table),
-``config.json``, ``checkpoints/``, ``metrics.jsonl`` (in a bucket ``metrics-NUMBER.jsonl``),
+``config.json``, ``checkpoints/``, with `keep_best` ``best.json``, ``metrics.jsonl`` (in a bucket
+``metrics-NUMBER.jsonl``),
 ``goodput.json``, ``tensorboard/``, ``programs/`` (compiled by XLA) and, once finished,
 ``result.json``; with ``--profile=N:M`` ``profile/``; while it runs ``run.lock``; after trouble
 ``nan-batch.txt``.
@@ -200,6 +201,9 @@ def check(
         saved = position
         if step is not None:
             saved = checkpoint.read_position(workdir, step)
+            # The best may be gone where this step was resumed from because of damage to later ones.
+            if saved.best and saved.best["step"] not in checkpoint.saved_steps(workdir):
+                saved = dataclasses.replace(saved, best=None)
             changed = data_changes(saved.data_fingerprint, position.data_fingerprint)
             problems += [f"it was trained on other data ({changed})"] if changed else []
             before, now = (p.data_fingerprint.get("examples", 0) for p in (saved, position))

@@ -109,6 +109,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.table.second_moment": choice(class_table.SECOND_MOMENTS),
     "checkpoint.keep": whole(*POSITIVE),
     "checkpoint.verify": SWITCH,
+    "checkpoint.keep_best": TEXT,
     "telemetry.hang_minutes": real(*NOT_NEGATIVE),
 }
 
