@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.card import page as card_page
+from mofi_jax.common.pages import page as pages
 
 SETS = ("seen", "unseen")
 
@@ -83,4 +83,4 @@ def page(result: Mapping[str, Any], out: pathlib.Path) -> str:
         curves[title] = [(name, line) for name, line in series.items() if line]
     template = pathlib.Path(__file__).with_name("report.html.j2")
     more = {"models": ROWS, "galleries": galleries, "curves": curves}
-    return card_page.fill(str(template), {**result, **more})
+    return pages.fill(str(template), {**result, **more})

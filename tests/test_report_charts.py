@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 
 from data_prep.card import page as card_page
+from mofi_jax.common.pages import page
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def draw(tmp_path):
         path.write_text(
             f'{{% from "parts.html.j2" import {chart} %}}{{{{ {chart}(*values, **named) }}}}'
         )
-        return card_page.fill(str(path), {"values": values, "named": named})
+        return page.fill(str(path), {"values": values, "named": named})
 
     return draw
 
@@ -65,12 +66,12 @@ def test_labels_of_charts_are_escaped(draw):
     [(0, 2), (1, 2), (3, 4), (7, 8), (381, 400), (1536, 1600), (10**6, 10**6)],
 )
 def test_even_top(value, top):
-    assert card_page.even_top(value) == top
+    assert page.even_top(value) == top
 
 
 @hypothesis.given(hypothesis.strategies.integers(0, 10**12))
 def test_even_top_is_even_and_not_far_above(value):
-    top = card_page.even_top(value)
+    top = page.even_top(value)
     assert value <= top <= max(2, 2 * value)
     assert top % 2 == 0
 
@@ -87,7 +88,7 @@ def test_even_top_is_even_and_not_far_above(value):
     ],
 )
 def test_percent(part, whole, words):
-    assert card_page.percent(part, whole) == words
+    assert page.percent(part, whole) == words
 
 
 def test_bins_that_double_are_named_by_range_and_where_there_are_many_by_some_starts():

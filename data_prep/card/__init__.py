@@ -2,5 +2,5 @@
 
 stage      the stage; report.json holds every number of the page
 numbers    counts of pairs; labels: counts of labels; pictures: which are shown
-page       the page: page.html.j2, of parts.html.j2 and style.css, in base.html.j2
+page       the page: page.html.j2, in the look of `mofi_jax.common.pages`
 """

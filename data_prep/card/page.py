@@ -1,17 +1,18 @@
 """The data card as HTML: report.json and thumbnails in, one self-contained page out.
 
 Plain HTML, CSS and SVG: no script, no font and no picture from elsewhere, readable in twenty years.
-Nothing is counted here; see `stage`. The page is page.html.j2, of what parts.html.j2 defines; below
-is how they write numbers and captions.
+Nothing is counted here; see `stage`. The page is page.html.j2, in the look of
+`mofi_jax.common.pages`; below is how it writes captions and bins.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 
-import jinja2
 import numpy as np
 
-_FOLDER = os.path.dirname(__file__)
+from mofi_jax.common.pages import page
+
+_TEMPLATE = os.path.join(os.path.dirname(__file__), "page.html.j2")
 _BINS = 32  # of a histogram
 
 
@@ -22,46 +23,8 @@ def render(report: Mapping, thumbnails: Mapping[str, str]) -> str:
       report: what report.json holds.
       thumbnails: JPEG in base64 by key; a picture without one is left out.
     """
-    return fill(os.path.join(_FOLDER, "page.html.j2"), {**report, "thumbnails": thumbnails})
-
-
-def fill(template: str, values: Mapping) -> str:
-    """A page in the look of the data card; all values are text, which is escaped.
-
-    Args:
-      template: the path of a Jinja template, which may extend and import those of this folder.
-      values: its variables.
-    """
-    folder, name = os.path.split(template)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, _FOLDER]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (count, decimal, doubling, even_top, flat, histogram, percent, pieces)
-    environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template(name).render(values)
-
-
-def count(number: float) -> str:
-    """A whole number with thin spaces between thousands: no comma or point to mistake."""
-    return f"{round(number):,}".replace(",", "\u2009")
-
-
-def decimal(number: float) -> str:
-    """A number of at most three digits with a true minus sign."""
-    return f"{number:.3g}".replace("-", "\u2212")
-
-
-def percent(part: float, whole: float) -> str:
-    """A share as people write it; never 0.0 % of something nor 100.0 % of less than everything."""
-    share = 100 * part / (whole or 1)
-    if 0 < share < 0.1:
-        return "<\u20090.1 %"
-    if 99.9 < share < 100:
-        return ">\u200999.9 %"
-    return f"{share:.1f} %" if whole else "–"
+    values = {**report, "thumbnails": thumbnails}
+    return page.fill(_TEMPLATE, values, doubling, histogram, pieces)
 
 
 def pieces(picture: Mapping) -> list[tuple[str, bool]]:
@@ -72,24 +35,6 @@ def pieces(picture: Mapping) -> list[tuple[str, bool]]:
             found += [(text[position:start], False), (text[start:end], True)]
             position = end
     return [*found, (text[position:], False)]
-
-
-def flat(config: Mapping, prefix: str = "") -> list[tuple[str, object]]:
-    """Keys as they are written on the command line, with their values."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found += flat(value, f"{prefix}{key}.")
-        else:
-            words = isinstance(value, list | tuple)
-            found.append((prefix + key, ", ".join(map(str, value)) if words else value))
-    return found
-
-
-def even_top(value: int) -> int:
-    """An even whole number of two digits and zeros, not below `value`."""
-    step = 2 * 10 ** max(0, len(str(value)) - 2)
-    return max(2, -(-value // step) * step)
 
 
 def doubling(bins: Sequence[Mapping], what: str) -> list[tuple[str, int]]:
@@ -126,7 +71,7 @@ def histogram(bins: Sequence[Mapping], width: float, threshold: float) -> dict:
     np.add.at(columns, np.clip(places // joined, low, high) - low, heights)
     every, width = 1 + (high - low) // 8, width * joined
     # Names at round values where these are bins: counted from zero.
-    names = ["" if i % every else decimal(i * width) for i in range(low, high + 1)]
+    names = ["" if i % every else page.decimal(i * width) for i in range(low, high + 1)]
     mark = threshold / width - low
     rows = [(name, *column) for name, column in zip(names, columns.tolist(), strict=True)]
     return {"rows": rows, "mark": mark if 0 <= mark <= len(rows) else None}
