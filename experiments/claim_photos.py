@@ -42,7 +42,8 @@ from mofi_jax import inference, train
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import embedding, retrieval
+from mofi_jax.evaluators import retrieval
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.training import run_folder, settings
 

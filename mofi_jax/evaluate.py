@@ -23,8 +23,9 @@ from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
-from mofi_jax.evaluators import embedding, retrieval
+from mofi_jax.evaluators import retrieval
 from mofi_jax.evaluators import suite as evaluation
+from mofi_jax.evaluators.features import embedding
 
 RAW_PIXELS = "raw_pixels"
 
@@ -77,12 +78,12 @@ def main(
     scores = evaluation.run_all(suite.evaluators, embedder)
 
     # ---------------------------------------------------------------------- results
-    if jax.process_index() != 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
     for name, evaluator in suite.evaluators.items():
         if isinstance(evaluator, retrieval.Evaluator):
             evaluator.gallery(embedder, out / f"gallery_{name}.png")
+    if jax.process_index() != 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, dict[str, float]] = {}
     for key, value in scores.items():
         name, _, metric = key.partition("/")

@@ -27,8 +27,8 @@ from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput, Preempted
 from mofi_jax.data import pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
-from mofi_jax.evaluators import embedding
 from mofi_jax.evaluators import suite as evaluation
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.inference import warm_start
 from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import checkpoint, optim, run_folder, run_lock, settings, setup, state

@@ -10,7 +10,8 @@ import pytest
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.evaluators import classification, embedding
+from mofi_jax.evaluators import classification
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.model import mofi
 
 DIM = 16

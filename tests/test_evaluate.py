@@ -23,7 +23,8 @@ from mofi_jax import evaluate, inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records, tokenizer
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import embedding, suite
+from mofi_jax.evaluators import suite
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi

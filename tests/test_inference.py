@@ -17,7 +17,7 @@ from mofi_jax.common import errors
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import hosts, meshes
-from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.interop import huggingface
 from mofi_jax.losses import class_order

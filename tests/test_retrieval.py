@@ -11,7 +11,8 @@ from PIL import Image
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import embedding, gallery, retrieval
+from mofi_jax.evaluators import gallery, retrieval
+from mofi_jax.evaluators.features import embedding
 
 SAMPLE = Path(__file__).parents[1] / "data_prep/sample"
 

@@ -9,7 +9,8 @@ import pytest
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import embedding, zeroshot
+from mofi_jax.evaluators import zeroshot
+from mofi_jax.evaluators.features import embedding
 
 ANGLE = np.deg2rad(40)
 

@@ -5,10 +5,10 @@
 * ``__init__(self, towers, **cfg)``: reads and checks its files.  ``towers`` are a model's functions
   (`mofi_jax.inference.Towers`, or `RawPixels`), whose ``mesh`` holds the devices; ``cfg`` are the
   keys of its entry in ``config.evaluators`` beside ``kind``, the file's name.
-* ``run(self, embedder)``: yields (metric, value) pairs from what `embedding.Embedder` gives, the
-  parameters and the features of picture sets, on every host alike.
+* ``run(self, embedder)``: yields (metric, value) pairs from what `features.embedding.Embedder`
+  gives, the parameters and the features of picture sets, on every host alike.
 * ``card(self)``: the protocol card, the facts without which the numbers mean nothing.
 * ``needs``: the attributes of the towers that must not be None, or it is left out.
 
-`suite` builds and runs them, `sets` reads their files, `ranks` ranks on the devices.
+`suite` builds and runs them, `sets` reads their files, `features` are compared on the devices.
 """

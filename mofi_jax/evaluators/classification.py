@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
 # Training pictures per entity, lowest count first; each bucket ends where the next one begins.
@@ -56,7 +56,7 @@ class Evaluator:
         yield "coverage", len(covered) / len(self.labels)
         if not len(covered):
             return
-        features, labels = embedder.pictures(self.pictures)[covered], self.labels[covered]
+        features, labels = embedder.pictures(self.pictures).take(covered), self.labels[covered]
         k = min(5, len(self.towers.entities))
         nearest, _ = self.towers.nearest_entities(embedder.params, features, k)
         right = nearest == labels[:, None]

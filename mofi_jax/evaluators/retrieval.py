@@ -13,12 +13,14 @@ at random.
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding, gallery, ranks
+from mofi_jax.evaluators import gallery
+from mofi_jax.evaluators.features import embedding, neighbours
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
 # Domains of GPR1200, 2,000 consecutive queries each in the order of its class numbers.  The table
@@ -37,14 +39,14 @@ def average_precision(sorted_ranks: Float[np.ndarray, "q r"]) -> Float[np.ndarra
 
 
 def same_class(classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n r"]:
-    """Row numbers of every row's class, itself included, filled up with `ranks.NO_ROW`.
+    """Row numbers of every row's class, itself included, filled up with `neighbours.NO_ROW`.
 
     `classes` comes ascending, as `sets.pictures.read_set` orders it; r is the size of the largest.
     """
     first = np.searchsorted(classes, classes, side="left")
     last = np.searchsorted(classes, classes, side="right")
     rows = first[:, None] + np.arange((last - first).max())
-    return np.where(rows < last[:, None], rows, ranks.NO_ROW).astype(np.int32)
+    return np.where(rows < last[:, None], rows, neighbours.NO_ROW).astype(np.int32)
 
 
 class Evaluator:
@@ -79,8 +81,12 @@ class Evaluator:
         """AP of every picture as a query: among all, and among all but itself (NaN if alone)."""
         features = embedder.pictures(self.pictures)
         relevant = same_class(self.pictures.classes)
-        among_all, among_others = ranks.relevant_ranks(features, relevant, mesh=self.towers.mesh)
-        return average_precision(among_all), average_precision(among_others)
+        ranks = neighbours.ranks(features, features, relevant)
+        itself = relevant == np.arange(len(relevant))[:, None]
+        own = ranks[itself][:, None]
+        # Without the query, what it was ahead of or equal to moves up.
+        others = np.where(itself, np.nan, ranks - (own < ranks) - 0.5 * (own == ranks))
+        return average_precision(np.sort(ranks)), average_precision(np.sort(others))
 
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields ``map``, ``map_no_self`` and ``map_{domain}``, all within 0..1 and not rounded.
@@ -110,5 +116,7 @@ class Evaluator:
         }
 
     def gallery(self, embedder: embedding.Embedder, path: epath.PathLike) -> None:
-        """Writes a PNG of queries and their neighbours after a `run`; see `gallery.write`."""
-        gallery.write(path, embedder.pictures(self.pictures), self.pictures, self.classes)
+        """Host 0 writes a PNG of queries and their neighbours; called on all (`gallery.write`)."""
+        features = embedder.pictures(self.pictures).numpy()
+        if jax.process_index() == 0:
+            gallery.write(path, features, self.pictures, self.classes)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mofi_jax import evaluators
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators.embedding import Embedder
+from mofi_jax.evaluators.features.embedding import Embedder
 
 
 class Suite(NamedTuple):

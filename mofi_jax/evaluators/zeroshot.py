@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import embedding
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
 
@@ -51,7 +51,7 @@ class Evaluator:
 
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
         """Yields ``top1`` and ``top5``: shares of pictures, 0..1."""
-        features, classes = embedder.pictures(self.pictures), self.embed_classes(embedder)
+        features, classes = embedder.pictures(self.pictures).numpy(), self.embed_classes(embedder)
         scores, labels = features @ classes.T, self.labels[:, None]
         right = np.take_along_axis(scores, labels, axis=1)
         tied_before = (scores == right) & (np.arange(len(classes)) < labels)

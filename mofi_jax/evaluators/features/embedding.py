@@ -1,20 +1,84 @@
 """The features that evaluators compare: of picture sets, each embedded once, and of texts."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jaxtyping import Float
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Float32, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
+from mofi_jax.distributed import meshes, sharding
 from mofi_jax.evaluators.sets.pictures import PictureSet
+from mofi_jax.losses import blocks
 
 _THREADS = 8
 _CHUNK = 1024  # pictures decoded ahead of the devices: 150 MB at 224 pixels
+_TAKEN = 4096  # rows gathered at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """Rows that lie split over all devices of a mesh, in the order of these in it."""
+
+    rows: Float32[jax.Array, "padded d"]  # L2-normalised; zeros from `size` on
+    size: int
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, array: Float[np.ndarray, "n d"], mesh: Mesh) -> "Features":
+        """Of an array that is the same on every host."""
+        array = np.asarray(array, np.float32)
+        held = max(1, -(-len(array) // mesh.size))
+        padded = np.pad(array, ((0, held * mesh.size - len(array)), (0, 0)))
+        split = NamedSharding(mesh, P(meshes.ALL_AXES))
+        rows = jax.make_array_from_callback(padded.shape, split, padded.__getitem__)
+        return cls(rows, len(array), mesh)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def on_all(self, numbers: Int[np.ndarray, " m"]) -> Float32[jax.Array, "m d"]:
+        """These rows on every device; zeros for numbers beyond the last."""
+        numbers = sharding.put(self.mesh, np.asarray(numbers, np.int32))
+        return _gather(self.rows, numbers, mesh=self.mesh)
+
+    def take(self, numbers: Int[np.ndarray, " m"] | Sequence[int]) -> Float32[np.ndarray, "m d"]:
+        """These rows on every host, of which nothing else is gathered."""
+        numbers = np.asarray(numbers, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.size:
+            raise ValueError(f"rows {numbers.min()} to {numbers.max()} of {self.size}")
+        found = np.empty((len(numbers), self.rows.shape[1]), np.float32)
+        for start in range(0, len(numbers), _TAKEN):
+            part = numbers[start : start + _TAKEN]
+            # Few sizes, each of which is compiled.
+            padded = np.pad(part, (0, (1 << (len(part) - 1).bit_length()) - len(part)))
+            found[start : start + _TAKEN] = np.asarray(self.on_all(padded))[: len(part)]
+        return found
+
+    def numpy(self) -> Float32[np.ndarray, "n d"]:
+        """All rows on every host."""
+        return self.take(np.arange(self.size))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _gather(rows, numbers, *, mesh: Mesh):
+    def shard(rows, numbers):
+        local = numbers - lax.axis_index(meshes.ALL_AXES) * len(rows)
+        here = (local >= 0) & (local < len(rows))
+        found = rows[jnp.clip(local, 0, len(rows) - 1)]
+        return lax.psum(jnp.where(here[:, None], found, 0.0), meshes.ALL_AXES)
+
+    return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P()), P())(rows, numbers)
 
 
 class Embedder:
@@ -25,10 +89,10 @@ class Embedder:
 
     def __init__(self, towers: Any, params: Any):
         self.towers, self.params = towers, params
-        self._features: dict[str, np.ndarray] = {}
+        self._features: dict[str, Features] = {}
 
-    def pictures(self, pictures: PictureSet) -> Float[np.ndarray, "n d"]:
-        """Features of a picture set, float32, L2-normalised, in its order.
+    def pictures(self, pictures: PictureSet) -> Features:
+        """Features of a picture set, in its order.
 
         Raises:
           BadInput: a picture that cannot be decoded (skipping it would change the metric), or
@@ -36,7 +100,8 @@ class Embedder:
         """
         key = str(pictures.path)
         if key not in self._features:
-            self._features[key] = _finite(self._embed(pictures))
+            features = _finite(self._embed(pictures))
+            self._features[key] = Features.of(features, self.towers.mesh)
         return self._features[key]
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
