@@ -135,6 +135,7 @@ def test_intervals():
     few = rng.normal(0.5, 0.1, 40)
     copies = intervals.Estimate.mean(np.repeat(few, 10), np.repeat(np.arange(40), 10))
     assert copies.interval() == pytest.approx(intervals.Estimate.mean(few).interval(), abs=1e-9)
+    assert intervals.Estimate.macro(np.array([1.0, 0, np.nan, 1]), np.array([0, 0, 1, 2])) == 0.75
     # Domains of constant values: their difference is no uncertainty.
     parts = [intervals.Estimate.mean(np.full(5, v)) for v in (0.0, 1.0)]
     assert intervals.Estimate.average(parts) == 0.5

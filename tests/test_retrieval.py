@@ -84,13 +84,6 @@ def expected_at_random(classes: int, size: int, keep_self: bool) -> float:
     return np.mean(above / rank)
 
 
-def test_average_precision_by_hand():
-    ranks = np.array([[1.0, 2.0, 3.0], [1.0, 4.0, np.nan], [np.nan] * 3])
-    np.testing.assert_allclose(
-        retrieval.average_precision(ranks), [1.0, (1 + 2 / 4) / 2, np.nan], equal_nan=True
-    )
-
-
 def test_equals_the_published_code(tmp_path):
     sizes = [2, 5, 3, 8, 2, 4, 9, 3]  # classes may differ in size
     features = unit(0, sum(sizes))
@@ -101,16 +94,76 @@ def test_equals_the_published_code(tmp_path):
     evaluator = retrieval.Evaluator(Fixed(features), images=images)
     evaluator.domains = ("first", "second")
     expected = official_precisions(features, categories)
+    others = official_precisions(features, categories, keep_self=False)
     assert 0.3 < expected.mean() < 0.9
     assert scores_of(evaluator) == pytest.approx(
         {
             "map": expected.mean(),
-            "map_no_self": official_precisions(features, categories, keep_self=False).mean(),
+            "map_no_self": others.mean(),
+            "map_macro": np.mean([expected[categories == c].mean() for c in range(8)]),
+            "map_no_self_macro": np.mean([others[categories == c].mean() for c in range(8)]),
             "map_first": expected[:18].mean(),
             "map_second": expected[18:].mean(),
+            "map_no_self_first": others[:18].mean(),
+            "map_no_self_second": others[18:].mean(),
         },
         abs=1e-12,
     )
+
+
+def test_leave_one_out(tmp_path):
+    """R@k with copies of pictures, with a class of one, and with more places than pictures."""
+    sizes = [1, 5, 3, 8, 2, 4, 9, 3]
+    categories = np.repeat(np.arange(len(sizes)), sizes)
+    features = unit(0, sum(sizes)) + 0.4 * unit(1, len(sizes))[categories]
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[[3, 20]] = features[[2, 19]]  # whose copies are first, or not: by chance of order
+    expected = {}
+    for k in (1, 10, 100):
+        found = []
+        for query in range(len(features)):
+            others = np.delete(np.arange(len(features)), query)
+            order = others[np.argsort(-(features[others] @ features[query]), kind="stable")]
+            found.append(np.any(categories[order[:k]] == categories[query]))
+        expected[f"recall_at_{k}"] = np.mean(found[1:])
+        expected[f"recall_at_{k}_macro"] = np.mean(
+            [np.mean(np.array(found)[categories == c]) for c in range(1, 8)]
+        )
+    assert 0.3 < expected["recall_at_1"] < expected["recall_at_10"] < 1
+    images = write_set(tmp_path / "set.tar", sizes)
+    evaluator = retrieval.Evaluator(Fixed(features), images=images, protocol="leave_one_out")
+    assert scores_of(evaluator) == pytest.approx({**expected, "left_out": 1.0}, abs=1e-12)
+    assert evaluator.card()["self"] == "left out by its number"
+    with pytest.raises(BadInput, match=r"Unknown protocol 'r@1': choose from gpr1200, leave_one"):
+        retrieval.Evaluator(Fixed(features), images=images, protocol="r@1")
+
+
+def test_classes_in_any_order(tmp_path):
+    """Rows of a set need not come by class."""
+    classes = np.array([7, 3, 7, 9, 3, 7])
+    rows = [[row for row in line if row >= 0] for line in retrieval.same_class(classes).tolist()]
+    assert rows == [np.flatnonzero(classes == number).tolist() for number in classes]
+
+
+def test_labels_of_other_pictures_fall_to_chance(tmp_path):
+    """Good features, whose pictures are then given each other's labels."""
+    images = write_set(tmp_path / "set.tar", [10] * 60)
+    features = unit(5, 60)[np.repeat(np.arange(60), 10)] + 0.3 * unit(6, 600)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    shuffled = features[np.random.default_rng(7).permutation(600)]
+    for protocol in retrieval.PROTOCOLS:
+        right, wrong = (
+            scores_of(retrieval.Evaluator(Fixed(rows), images=images, protocol=protocol))
+            for rows in (features, shuffled)
+        )
+        if protocol == "gpr1200":
+            assert right["map_no_self"] > 0.9
+            for name, keep_self in (("map", True), ("map_no_self", False)):
+                chance = expected_at_random(60, 10, keep_self)
+                assert wrong[name] == pytest.approx(chance, abs=0.01)
+        else:
+            assert right["recall_at_1"] > 0.95
+            assert wrong["recall_at_1"] == pytest.approx(9 / 599, abs=0.02)
 
 
 def test_random_baseline(tmp_path):
@@ -152,6 +205,9 @@ def test_a_picture_alone_in_its_class(tmp_path):
             "map": official_precisions(features, categories).mean(),
             "map_no_self": np.nanmean(no_self),
             "left_out_no_self": 2.0,
+            "map_macro": official_precisions(features, categories)
+            @ np.repeat([0.25, 1 / 16, 0.25, 1 / 16], sizes),
+            "map_no_self_macro": np.nanmean(no_self),
         }
     )
     images = write_set(tmp_path / "alone.tar", [1] * 5)

@@ -1,13 +1,18 @@
-"""Image retrieval by the GPR1200 protocol.
+"""Retrieval within one picture set: every picture is looked for among the others of its class.
 
-Every picture queries the whole set, itself included and relevant (Visual-Computing/GPR1200,
-eval/GPR1200.py and eval/utils.py).  With the R pictures of a query's class at ranks r_1 < ... < r_R
+``protocol="gpr1200"``: every picture queries the whole set, itself included and relevant
+(Visual-Computing/GPR1200, eval/GPR1200.py and eval/utils.py).  With the R pictures of a query's
+class at ranks r_1 < ... < r_R
 
     AP = (1/R) sum_i i / r_i        mAP = mean of AP over all queries.
 
 By this rule the query finds itself, so AP is at least 1/R, and random features reach 0.102 on
 GPR1200 (1,200 x 10).  Without the query in the index (`map_no_self`) it is another metric, 0.0015
 at random.
+
+``protocol="leave_one_out"``: R@k of metric learning (SOP, CUB, Cars, iNaturalist), the share of
+pictures with one of their class among the k nearest others.  The picture itself is left out by its
+number, not as the first that is found: a copy of it may come before it.
 """
 
 from collections.abc import Iterator
@@ -21,56 +26,65 @@ from jaxtyping import Float, Int
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import gallery
 from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.scores import ranking
+from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
-# Domains of GPR1200, 2,000 consecutive queries each in the order of its class numbers.  The table
+PROTOCOLS = ("gpr1200", "leave_one_out")
+# Domains of GPR1200, 200 consecutive class numbers (2,000 queries) each.  The table
 # published with the data set prints its columns in another order.
 DOMAINS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
-
-
-def average_precision(sorted_ranks: Float[np.ndarray, "q r"]) -> Float[np.ndarray, " q"]:
-    """AP of each query from the ascending 1-based ranks of its relevant rows.
-
-    NaN pads the ranks at the end of a line; a query without any relevant row has AP NaN.
-    """
-    count = np.isfinite(sorted_ranks).sum(1)
-    total = np.nansum(np.arange(1, sorted_ranks.shape[1] + 1) / sorted_ranks, axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+PLACES = (1, 10, 100)  # k of R@k
 
 
 def same_class(classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n r"]:
     """Row numbers of every row's class, itself included, filled up with `neighbours.NO_ROW`.
 
-    `classes` comes ascending, as `sets.pictures.read_set` orders it; r is the size of the largest.
+    r is the size of the largest class.
     """
-    first = np.searchsorted(classes, classes, side="left")
-    last = np.searchsorted(classes, classes, side="right")
-    rows = first[:, None] + np.arange((last - first).max())
-    return np.where(rows < last[:, None], rows, neighbours.NO_ROW).astype(np.int32)
+    order = np.argsort(classes, kind="stable")
+    first = np.searchsorted(classes, classes, side="left", sorter=order)
+    last = np.searchsorted(classes, classes, side="right", sorter=order)
+    places = first[:, None] + np.arange((last - first).max())
+    rows = order[np.minimum(places, len(order) - 1)]
+    return np.where(places < last[:, None], rows, neighbours.NO_ROW).astype(np.int32)
 
 
 class Evaluator:
-    """mAP of a picture set.
+    """mAP or R@k of a picture set.
 
     Args:
-      images: folder or .tar in GPR1200 naming; classes may differ in size.
+      images: a picture set (`sets.pictures.read_set`); classes may differ in size.
       classes: class table for the captions of the gallery (`sets.pictures.read_classes`), or "".
+      protocol: one of `PROTOCOLS`.
 
-    Raises BadInput: unusable set.
+    Raises BadInput: unusable set, unknown protocol.
     """
 
     needs = ()
 
-    def __init__(self, towers: Any, *, images: epath.PathLike, classes: epath.PathLike = ""):
-        self.towers = towers
+    def __init__(
+        self,
+        towers: Any,
+        *,
+        images: epath.PathLike,
+        classes: epath.PathLike = "",
+        protocol: str = PROTOCOLS[0],
+    ):
+        if protocol not in PROTOCOLS:
+            raise BadInput(f"Unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}.")
+        self.towers, self.protocol = towers, protocol
         self.pictures = picture_sets.read_set(images)
         self.classes = picture_sets.read_classes(classes) if classes else {}
-        sizes = np.unique(self.pictures.classes, return_counts=True)[1]
+        _, inverse, sizes = np.unique(
+            self.pictures.classes, return_inverse=True, return_counts=True
+        )
         if sizes.max() < 2:
             raise BadInput(
                 f"Every class of {images} has a single picture, so there is nothing to retrieve: "
                 "name pictures of one thing with one class number."
             )
+        self.sizes, self.numbers = sizes[inverse], inverse  # of every picture's class
         self.alone = int((sizes == 1).sum())
         # The set is known by its shape.
         self.domains = DOMAINS if len(sizes) == 1200 and np.all(sizes == 10) else ()
@@ -86,32 +100,67 @@ class Evaluator:
         own = ranks[itself][:, None]
         # Without the query, what it was ahead of or equal to moves up.
         others = np.where(itself, np.nan, ranks - (own < ranks) - 0.5 * (own == ranks))
-        return average_precision(np.sort(ranks)), average_precision(np.sort(others))
+        return ranking.average_precision(ranks), ranking.average_precision(others)
+
+    def recalls(self, embedder: embedding.Embedder) -> dict[int, Float[np.ndarray, " q"]]:
+        """R@k of every picture as a query among the others, by k; NaN if alone in its class."""
+        features, classes = embedder.pictures(self.pictures), self.pictures.classes
+        rows, _ = neighbours.top_k(
+            features, features, max(PLACES), leave_out=np.arange(len(classes))[:, None]
+        )
+        found = ranking.hits((rows != neighbours.NO_ROW) & (classes[rows] == classes[:, None]))
+        return {k: ranking.recall_at(found, self.sizes - 1, k) for k in PLACES}
 
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
-        """Yields ``map``, ``map_no_self`` and ``map_{domain}``, all within 0..1 and not rounded.
+        """Yields values within 0..1, not rounded, as means over pictures with intervals by class.
 
-        A picture alone in its class counts for ``map`` (the official rule gives it 1).  For
-        ``map_no_self`` it has nothing to find and is left out, neither right nor wrong; then
-        ``left_out_no_self`` is their number.
+        gpr1200: ``map``, ``map_no_self`` and, for GPR1200, ``map_{domain}`` and
+        ``map_no_self_{domain}``.  A picture alone in its class counts for ``map`` (the official
+        rule gives it 1).  For ``map_no_self`` it has nothing to find and is left out, neither right
+        nor wrong; then ``left_out_no_self`` is their number.
+
+        leave_one_out: ``recall_at_{1,10,100}``, and ``left_out`` likewise.
+
+        Where classes differ in size, ``{metric}_macro`` is the mean over classes of their means.
         """
-        precision, among_others = self.precisions(embedder)
-        yield "map", float(precision.mean())
-        yield "map_no_self", float(np.nanmean(among_others))
+        if self.protocol == "gpr1200":
+            among_all, among_others = self.precisions(embedder)
+            values = {"map": among_all, "map_no_self": among_others}
+            left_out = "left_out_no_self"
+        else:
+            values = {f"recall_at_{k}": v for k, v in self.recalls(embedder).items()}
+            left_out = "left_out"
+        classes = self.pictures.classes
+        for name, each in values.items():
+            yield name, Estimate.mean(each, classes)
         if self.alone:
-            yield "left_out_no_self", float(self.alone)
-        size = len(precision) // max(len(self.domains), 1)
-        for i, name in enumerate(self.domains):
-            yield f"map_{name}", float(precision[i * size : (i + 1) * size].mean())
+            yield left_out, float(self.alone)
+        if self.sizes.min() < self.sizes.max():
+            for name, each in values.items():
+                yield f"{name}_macro", Estimate.macro(each, classes)
+        domain = self.numbers * len(self.domains) // (self.numbers.max() + 1)
+        for name, each in values.items():
+            for i, title in enumerate(self.domains):
+                yield f"{name}_{title}", Estimate.mean(each[domain == i], classes[domain == i])
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""
+        if self.protocol == "gpr1200":
+            protocol = {
+                "protocol": "GPR1200 (Visual-Computing/GPR1200 eval/utils.py), full ranking",
+                "self": "map: the query is in the index and relevant; map_no_self: it is not there",
+                "ties": "mean",
+            }
+        else:
+            protocol = {
+                "protocol": "R@k: any of the k nearest others is of the query's class",
+                "self": "left out by its number",
+                "ties": "the lower row comes first",
+            }
         return {
-            "protocol": "GPR1200 (Visual-Computing/GPR1200 eval/utils.py), full ranking",
+            **protocol,
             **embedding.picture_card(self.towers, self.pictures),
             "score": "dot product, float32",
-            "self": "map: the query is in the index and relevant; map_no_self: it is not there",
-            "ties": "mean",
             "domains": [[name, 2000] for name in self.domains],
         }
 

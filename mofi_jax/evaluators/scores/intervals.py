@@ -35,6 +35,13 @@ class Estimate(float):
         return made
 
     @classmethod
+    def macro(cls, values: Float[np.ndarray, " q"], clusters: Int[np.ndarray, " q"]) -> "Estimate":
+        """The mean over clusters of their means, without NaN."""
+        kept = np.isfinite(values)
+        _, number = np.unique(clusters[kept], return_inverse=True)
+        return cls.mean(np.bincount(number, values[kept]) / np.bincount(number))
+
+    @classmethod
     def average(cls, estimates: Iterable["Estimate"]) -> "Estimate":
         """The mean of means, each of which counts the same, as over the domains of a benchmark."""
         estimates = list(estimates)
