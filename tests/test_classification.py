@@ -6,12 +6,15 @@ import tarfile
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.evaluators import classification
 from mofi_jax.evaluators.features import embedding
+from mofi_jax.evaluators.scores import classification as scores_lib
+from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 
 DIM = 16
@@ -50,9 +53,9 @@ def vocabulary(counts):
     return records.Entities(names, names, [""] * len(counts), np.array(counts, np.int64))
 
 
-def write_set(path, numbers):
+def write_set(path, numbers, first=0):
     with tarfile.open(path, "w") as tar:
-        for row, number in enumerate(numbers):
+        for row, number in enumerate(numbers, first):
             info = tarfile.TarInfo(f"{number}_{row:03d}.jpg")
             info.size = len(str(row))
             tar.addfile(info, io.BytesIO(str(row).encode()))
@@ -125,6 +128,53 @@ def test_fewer_than_five_entities(tmp_path, mesh_of):
     scores = scores_of(evaluator, params)
     assert scores["top1"] == pytest.approx(2 / 3)
     assert scores["top5"] == 1.0
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_calibration_and_open_set(tmp_path, mesh_of, learned):
+    """Against the definitions; the unseen picture of a known entity is left out."""
+    rng = np.random.default_rng(2)
+    entities = vocabulary(np.full(203, 9))
+    table = unit(rng, len(entities))
+    labels = rng.integers(0, 4, 60)
+    seen = table[labels] + rng.normal(scale=0.35, size=(60, DIM))
+    given = np.concatenate([seen, rng.normal(size=(21, DIM))]).astype(np.float32)
+    given = given[np.argsort(np.r_[labels, np.full(21, 99)], kind="stable")]
+    given /= np.linalg.norm(given, axis=1, keepdims=True)
+    labels = np.sort(labels)
+    images = write_set(tmp_path / "set.tar", labels)
+    unseen = write_set(tmp_path / "unseen.tar", [2] + [7] * 21, first=59)
+    classes = write_classes(tmp_path / "classes.jsonl", ["Q0", "Q1", "Q2", "Q3"])
+    model = towers(mesh_of["2x2x2"], entities)
+    rows = np.empty_like(table)
+    rows[class_order.table_rows(np.arange(203), 203)] = table
+    params = {"entity_table": rows} | ({"entity_log_scale": np.log(12.0)} if learned else {})
+    params = model.put(params) | {"given": given}
+    evaluator = classification.Evaluator(
+        *(model,), images=images, classes=classes, unseen=unseen, scale=99.0 if learned else 12.0
+    )
+    scores = scores_of(evaluator, params)
+
+    cosines = given.astype(np.float64) @ table.T
+    p = np.exp(12.0 * cosines[:60])
+    p /= p.sum(1, keepdims=True)
+    confidence, right = p.max(1), p.argmax(1) == labels
+    error = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert scores["ece"] == pytest.approx(error, abs=1e-6)
+    highest, known = cosines.max(1), np.arange(81) < 60
+    assert scores["open_set_auroc"] == pytest.approx(roc_auc_score(known, highest), abs=1e-6)
+    assert evaluator.card()["unseen"]["pictures"] == 22
+    assert evaluator.card()["unseen_pictures"] == 21
+
+
+def test_equal_scores_are_half_in_order():
+    positive, negative = np.array([1.0, 2.0, 2.0]), np.array([2.0, 0.0])
+    expected = roc_auc_score([1, 1, 1, 0, 0], [*positive, *negative])
+    assert scores_lib.auroc(positive, negative) == pytest.approx(expected, abs=1e-12)
 
 
 def test_class_table_must_name_entities_and_all_classes(tmp_path, mesh_of):

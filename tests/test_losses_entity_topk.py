@@ -36,6 +36,10 @@ def test_topk(mesh_of, mesh, k, block_size):
     np.testing.assert_allclose(cosines, np.take_along_axis(expected, rows, 1), atol=1e-6)
     assert rows[0, :3].tolist() == [3, 200, 300]
     assert all(len(set(row)) == k for row in rows.tolist())
+    sums = functools.partial(entity_topk.entity_log_sum, **find.keywords | {"scale": 30.0})
+    del sums.keywords["k"]
+    expected = np.log(np.exp(30.0 * expected).sum(1))
+    np.testing.assert_allclose(jax.jit(sums)(x, table), expected, rtol=1e-6)
 
 
 def test_topk_of_fewer_classes_than_devices_times_k(mesh_of):

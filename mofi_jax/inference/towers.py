@@ -81,16 +81,24 @@ class Towers:
 
         Raises BadInput for a model without class table, or k beyond the vocabulary.
         """
+        step = functools.partial(self._entity_step, k)
+        return self._in_batches(step, self._entity_table(params), _unit(embeddings))
+
+    def entity_log_sum(
+        self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], scale: float
+    ) -> Float32[np.ndarray, " n"]:
+        """log sum exp(scale * cosine) over the vocabulary; BadInput as `nearest_entities`."""
+        inputs = self._entity_table(params), np.float32(scale)
+        return self._in_batches(self._log_sum_step, inputs, _unit(embeddings))
+
+    def _entity_table(self, params: mofi.Params) -> jax.Array:
         table = params.get(sharding.ENTITY_TABLE)
         if self.entities is None or table is None:
             raise BadInput(
                 "The model has no entity table, so it cannot name entities: train it with "
                 "task=supervised or task=multitask."
             )
-        embeddings = np.asarray(embeddings, np.float32)
-        norms = np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
-        step = functools.partial(self._entity_step, k)
-        return self._in_batches(step, table, embeddings / norms)
+        return table
 
     # Compiled once per instance: evaluators call these every few hundred steps.
 
@@ -113,6 +121,16 @@ class Towers:
             return class_order.table_entities(rows, entities), cosines
 
         return self._jit(nearest, static_argnums=0)
+
+    @functools.cached_property
+    def _log_sum_step(self) -> Callable:
+        def log_sum(inputs: tuple[jax.Array, jax.Array], embeddings: jax.Array) -> jax.Array:
+            size = len(self.entities)
+            return entity_topk.entity_log_sum(
+                embeddings, *inputs, num_entities=size, mesh=self.mesh
+            )
+
+        return self._jit(log_sum)
 
     def _jit(self, function: Callable, **options: Any) -> Callable:
         return jax.jit(function, out_shardings=sharding.replicated(self.mesh), **options)
@@ -213,3 +231,8 @@ class RawPixels:
 
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
         return ops.decode_to(self.image_size, self.preprocess, data)
+
+
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    embeddings = np.asarray(embeddings, np.float32)
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)

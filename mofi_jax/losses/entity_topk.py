@@ -1,8 +1,10 @@
-"""The k classes closest to an embedding, over a class table sharded on all devices."""
+"""The classes closest to an embedding, over a class table sharded on all devices."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mofi_jax.common.errors import BadInput
@@ -67,3 +69,41 @@ def entity_topk(
 
     run = blocks.shard_map(shard, mesh, (blocks.BATCH, blocks.CLASSES), blocks.BATCH)
     return run(embeddings, table)
+
+
+def entity_log_sum(
+    embeddings: Float[Array, "b d"],
+    table: Float[Array, "e d"],
+    scale: float | Float[Array, ""],
+    *,
+    num_entities: int,
+    mesh: Mesh,
+    block_size: int = 8192,
+) -> Float[Array, " b"]:
+    """log sum exp(scale * cosine) over all classes, the softmax's denominator without a margin.
+
+    Args and memory as of `entity_topk`; scale > 0.
+    """
+    entity.check_table(table.shape[0], num_entities, mesh)
+    blocks.check_batch(embeddings.shape[0], mesh)
+
+    def shard(embeddings, table, scale):
+        x = blocks.gather_batch(embeddings.astype(jnp.float32))
+        first = lax.axis_index(meshes.ALL_AXES) * table.shape[0]
+
+        def body(carry, start, size):
+            unit, _ = entity.unit_rows(blocks.slice_rows(table, start, size))
+            columns = first + start + jnp.arange(size)
+            logits = scale * blocks.dot("bd,cd->bc", x, unit)
+            logits = jnp.where(columns < num_entities, logits, blocks.MASKED)
+            return jnp.logaddexp(carry, jax.nn.logsumexp(logits, axis=1))
+
+        carry = jnp.full(x.shape[0], blocks.MASKED, jnp.float32)
+        sums = blocks.over_blocks(table.shape[0], block_size, body, carry)
+        sums = jax.nn.logsumexp(lax.all_gather(sums, meshes.ALL_AXES), axis=0)
+        own = lax.axis_index(meshes.BATCH_AXES) * embeddings.shape[0]
+        return lax.dynamic_slice_in_dim(sums, own, embeddings.shape[0])
+
+    specs = (blocks.BATCH, blocks.CLASSES, P())
+    scale = jnp.asarray(scale, jnp.float32)
+    return blocks.shard_map(shard, mesh, specs, blocks.BATCH)(embeddings, table, scale)
