@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.mesh = common.mesh()
     # Picture operations in place of the model's own; "" for its own.
     config.preprocess = ""
-    config.batch_size = 256
+    config.batch_size = 64  # pictures or texts on each device at a time
     # The size at which the baseline --model raw_pixels looks at pictures: as the quick start's
     # towers do.
     config.raw_pixels_size = 40

@@ -64,7 +64,7 @@ def main(
         towers = inference.RawPixels(config.raw_pixels_size, mesh)
         params, description = {}, "raw pixels"
     else:
-        loaded = inference.load(model, mesh=mesh, batch_size=config.batch_size)
+        loaded = inference.load(model, mesh=mesh, batch_size=config.batch_size * mesh.size)
         towers, params, description = loaded.towers, loaded.params, loaded.description
         if config.preprocess:
             towers = dataclasses.replace(towers, preprocess=config.preprocess)
@@ -74,7 +74,7 @@ def main(
     if not suite.evaluators:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in suite.skipped.items())
         raise BadInput(f"No evaluator of --config applies to {model} ({reasons}): use another one.")
-    embedder = embedding.Embedder(towers, params)
+    embedder = embedding.Embedder(towers, params, config.batch_size)
     scores = evaluation.run_all(suite.evaluators, embedder)
 
     # ---------------------------------------------------------------------- results

@@ -110,6 +110,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         entities=data.entities if num_entities else None,
         preprocess=config.data.eval_ops,
         mesh=mesh,
+        batch_size=embedding.BATCH_SIZE * mesh.size,
     )
     evaluators = config.evaluators.to_dict()
     eval_every = {

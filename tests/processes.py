@@ -5,6 +5,7 @@
 They are joined by jax.distributed over loopback, with four simulated devices each.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from absl import flags
 from etils import epath
 
 from configs import eval as eval_config
-from mofi_jax import evaluate, train
+from mofi_jax import evaluate, inference, train
 from mofi_jax.common.errors import Preempted
 from mofi_jax.data import ops
 from mofi_jax.distributed import meshes, preemption
@@ -28,6 +30,7 @@ from tests import datasets
 
 REPOSITORY = epath.Path(__file__).parent.parent
 PROCESSES, DEVICES = 2, 4
+MANY = 1003  # pictures, which divide neither over devices nor into batches
 
 
 def prepare(folder):
@@ -41,6 +44,11 @@ def prepare(folder):
         json.dumps({"class": i, "label": datasets.name_of(i), "id": f"Q{i:03d}"}) for i in range(3)
     ]
     (folder / "classes.jsonl").write_text("\n".join(lines))
+    rng = np.random.default_rng(0)
+    (folder / "many").mkdir()
+    for i in range(MANY):
+        picture = ops.encode_jpeg(rng.integers(0, 256, (9, 8, 3), np.uint8), 95)
+        (folder / "many" / f"{i % 300}_{i}.jpg").write_bytes(picture)
 
 
 def train_and_evaluate(folder, name, mesh, **where):
@@ -58,8 +66,17 @@ def train_and_evaluate(folder, name, mesh, **where):
     train.main(config, str(folder / name))
     config = eval_config.get_config("sample")
     config.mesh.update(mesh)
-    config.evaluators = evaluators
-    evaluate.main(config, str(folder / name), str(folder / f"{name}.scores"))
+    many = {"kind": "retrieval", "images": str(folder / "many")}
+    config.evaluators = {**evaluators, "many": many, "again": many}
+    decode, decoded = inference.Towers.decode, []
+
+    def noted(towers, data):
+        decoded.append(hashlib.sha256(data).hexdigest())
+        return decode(towers, data)
+
+    with mock.patch.object(inference.Towers, "decode", noted):
+        evaluate.main(config, str(folder / name), str(folder / f"{name}.scores"))
+    (folder / f"{name}.decoded.{jax.process_index()}").write_text("\n".join(decoded))
 
 
 def preempt(folder, name, mesh, process):

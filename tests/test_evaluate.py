@@ -197,9 +197,9 @@ def test_pictures_are_embedded_once_for_all_evaluators_and_anew_for_new_paramete
     scores = suite.run_all(evaluators, first, lambda: told.append(len(seen)))
     assert sorted(scores) == ["a/map", "a/map_no_self", "b/map", "b/map_no_self"]
     assert len(told) == 4
-    assert seen == [12]
+    assert len(seen) == 1
     suite.run_all(evaluators, embedding.Embedder(towers, {"version": 2}))
-    assert seen == [12, 12]
+    assert len(seen) == 2
 
 
 def test_errors_carry_the_name_of_the_evaluator():

@@ -1,5 +1,6 @@
 """Two real processes with four devices each, wherever these lie in the mesh, equal one process."""
 
+import itertools
 import json
 
 import pytest
@@ -35,7 +36,13 @@ def test_two_processes_equal_one(tmp_path, layout):
         for name in ("two", "one")
     )
     assert two == one
-    assert set(one) == {"retrieval", "zeroshot", "classification"}
+    assert set(one) == {"retrieval", "zeroshot", "classification", "many", "again"}
+    shares = [(tmp_path / f"two.decoded.{i}").read_text().split() for i in range(2)]
+    everything = (tmp_path / "one.decoded.0").read_text().split()
+    # Each of the two sets' pictures once over the whole job, and half of them by each process.
+    assert len(set(everything)) == 9 + processes.MANY
+    assert sorted(itertools.chain(*shares)) == sorted(everything)
+    assert min(map(len, shares)) > 0.4 * len(everything)
 
 
 def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):

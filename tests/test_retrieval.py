@@ -219,7 +219,7 @@ def test_a_diverged_model_is_refused(tmp_path):
     features = unit(4, 4)
     features[2, 1] = np.nan
     images = write_set(tmp_path / "set.tar", [2, 2])
-    with pytest.raises(BadInput, match=r"not finite \(row 2\)"):
+    with pytest.raises(BadInput, match=r"of 1_00.jpg are not finite \(row 2\)"):
         scores_of(retrieval.Evaluator(Fixed(features), images=images))
 
 

@@ -4,7 +4,7 @@
 loop share; `Model` has both.  `RawPixels` is the baseline with the same interface.
 
 In a multi-host job every host passes the same inputs and gets all results; the devices of each are
-given only what lies on them.
+given only what lies on them.  Pictures that lie on the devices already stay there.
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int32, UInt8
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.distributed import global_batch, sharding
+from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.losses import class_order, entity_topk
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
@@ -35,12 +36,21 @@ class Towers:
     entities: records.Entities | None  # the vocabulary of the class table, None without one
     preprocess: str  # picture operations (`data.ops`) from bytes to uint8 [s, s, 3]
     mesh: Mesh  # batches are split over it
-    batch_size: int = 256  # per step, rounded up to what the mesh can split evenly
+    batch_size: int = 256  # of all devices together, rounded up to what the mesh can split evenly
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
 
     def embed_images(
-        self, params: mofi.Params, images: UInt8[np.ndarray, "n s s 3"]
-    ) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised embeddings of RGB pictures as `decode` gives them."""
+        self, params: mofi.Params, images: UInt8[np.ndarray | jax.Array, "n s s 3"]
+    ) -> Float32[np.ndarray | jax.Array, "n d"]:
+        """L2-normalised embeddings of RGB pictures as `decode` gives them.
+
+        A jax array is one batch, split over all devices of the mesh, and so are its embeddings.
+        """
+        if isinstance(images, jax.Array):
+            return self._split_step(params, images)
         return self._in_batches(self._image_step, params, np.asarray(images, np.uint8))
 
     def embed_image_batches(
@@ -105,6 +115,12 @@ class Towers:
     @functools.cached_property
     def _image_step(self) -> Callable:
         return self._jit(functools.partial(mofi.embed_images, self.config, mesh=self.mesh))
+
+    @functools.cached_property
+    def _split_step(self) -> Callable:
+        step = functools.partial(mofi.embed_images, self.config, mesh=self.mesh)
+        split = NamedSharding(self.mesh, PartitionSpec(meshes.ALL_AXES))
+        return jax.jit(step, out_shardings=split)
 
     @functools.cached_property
     def _text_step(self) -> Callable:
@@ -221,13 +237,10 @@ class RawPixels:
         return f"decode|resize_short({self.image_size})|center_crop({self.image_size})"
 
     def embed_images(
-        self, params: Any, images: UInt8[np.ndarray, "n s s 3"]
-    ) -> Float32[np.ndarray, "n d"]:
+        self, params: Any, images: UInt8[np.ndarray | jax.Array, "n s s 3"]
+    ) -> Float32[jax.Array, "n d"]:
         del params
-        pixels = np.asarray(images, np.float32) / 255
-        centred = (pixels - np.float32(image_lib.PIXEL_MEAN)) / np.float32(image_lib.PIXEL_STD)
-        flat = centred.reshape(len(centred), -1)
-        return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
+        return _raw_features(images)
 
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
         return ops.decode_to(self.image_size, self.preprocess, data)
@@ -236,3 +249,11 @@ class RawPixels:
 def _unit(embeddings: np.ndarray) -> np.ndarray:
     embeddings = np.asarray(embeddings, np.float32)
     return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+
+
+@jax.jit
+def _raw_features(images: jax.Array) -> jax.Array:
+    pixels = images.astype(jnp.float32) / 255
+    centred = (pixels - jnp.float32(image_lib.PIXEL_MEAN)) / jnp.float32(image_lib.PIXEL_STD)
+    flat = centred.reshape(len(centred), -1)
+    return flat / jnp.maximum(jnp.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,8 @@
-"""The features that evaluators compare: of picture sets, each embedded once, and of texts."""
+"""The features that evaluators compare: of picture sets, each embedded once, and of texts.
+
+Every host decodes the pictures whose features its own devices hold, wherever these lie in the mesh;
+features stay split over all devices, and hosts gather only the rows that they ask for.
+"""
 
 import dataclasses
 import functools
@@ -17,12 +21,13 @@ from jaxtyping import Float, Float32, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.distributed import meshes, sharding
+from mofi_jax.distributed import hosts, meshes, sharding
 from mofi_jax.evaluators.sets.pictures import PictureSet
 from mofi_jax.losses import blocks
 
-_THREADS = 8
-_CHUNK = 1024  # pictures decoded ahead of the devices: 150 MB at 224 pixels
+BATCH_SIZE = 64  # pictures or texts on each device at a time
+
+_THREADS = 8  # that read and decode
 _TAKEN = 4096  # rows gathered at a time
 
 
@@ -82,62 +87,142 @@ def _gather(rows, numbers, *, mesh: Mesh):
 
 
 class Embedder:
-    """A model as evaluators see it: its parameters, and features by them, the same on every host.
+    """A model as evaluators see it: its parameters, and features by them.
 
-    One serves all evaluators of a round, which so share the features of a picture set.
+    One serves all evaluators of a round, which so share the features of a picture set and of texts.
+
+    Args:
+      batch_size: pictures on each device at a time, in all sets, so that there is one program.
     """
 
-    def __init__(self, towers: Any, params: Any):
-        self.towers, self.params = towers, params
-        self._features: dict[str, Features] = {}
+    def __init__(self, towers: Any, params: Any, batch_size: int = BATCH_SIZE):
+        self.towers, self.params, self._batch = towers, params, batch_size
+        self._pictures: dict[Any, Features] = {}
+        self._texts: dict[tuple[str, ...], np.ndarray] = {}
 
     def pictures(self, pictures: PictureSet) -> Features:
-        """Features of a picture set, in its order.
+        """Features of a picture set, in its order; called on all hosts.
 
         Raises:
-          BadInput: a picture that cannot be decoded (skipping it would change the metric), or
-            features that are not finite.
+          BadInput: on every host, pictures that cannot be decoded (skipping them would change the
+            metric), or features that are not finite.
         """
-        key = str(pictures.path)
-        if key not in self._features:
-            features = _finite(self._embed(pictures))
-            self._features[key] = Features.of(features, self.towers.mesh)
-        return self._features[key]
+        key = str(pictures.path), pictures.names  # a set may be a part of what lies at its path
+        if key not in self._pictures:
+            features = self._embed(pictures)
+            # NaN compares false with everything, which would give every relevant row rank 1.
+            bad = int(_first_not_finite(features.rows))
+            if bad < len(features):
+                raise _not_finite(pictures.names[bad], bad)
+            self._pictures[key] = features
+        return self._pictures[key]
 
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Features of texts, float32, L2-normalised; BadInput if they are not finite."""
-        return _finite(self.towers.embed_texts(self.params, texts).astype(np.float32))
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+        """Features of texts, L2-normalised, on every host; BadInput if they are not finite."""
+        key = tuple(texts)
+        if key not in self._texts:
+            features = self.towers.embed_texts(self.params, texts).astype(np.float32)
+            bad = np.flatnonzero(~np.isfinite(features).all(1))
+            if len(bad):
+                raise _not_finite(repr(texts[bad[0]]), int(bad[0]))
+            self._texts[key] = features
+        return self._texts[key]
 
-    def _embed(self, pictures: PictureSet) -> np.ndarray:
-        # Every host reads all pictures and runs the same number of batches, so that no collective
-        # waits for a host that has finished.  Threads decode one chunk ahead of the devices.
-        def decode(i: int) -> np.ndarray:
+    def _embed(self, pictures: PictureSet) -> Features:
+        # A device holds consecutive rows, and they are its part of every batch: no row changes
+        # hosts, and each picture is read by one alone.  All hosts run the same number of batches,
+        # so that no collective waits for one that has finished.
+        mesh, size, batch = self.towers.mesh, len(pictures), self._batch
+        processes = np.array([device.process_index for device in mesh.devices.flat])
+        places = np.flatnonzero(processes == jax.process_index())[:, None]
+        held = -(-size // mesh.size)  # rows of a device
+        split = NamedSharding(mesh, P(meshes.ALL_AXES))
+        failures: dict[int, Exception] = {}
+
+        def decode(i: int) -> np.ndarray | None:
             try:
                 return self.towers.decode(pictures.read(i))
-            except ops.UndecodableImage as error:
-                raise BadInput(
-                    f"{pictures.names[i]} in {pictures.path} cannot be decoded ({error}): fetch "
-                    "the picture set again, since scores are comparable only on the complete set."
-                ) from None
+            except Exception as error:  # noqa: BLE001  told when no other host waits for this one
+                failures[i] = error
+                return None
 
-        features = []
+        def submit(start: int) -> list[futures.Future | None]:
+            numbers = start + np.arange(batch)
+            rows = np.where(numbers < held, places * held + numbers, size).ravel().tolist()
+            return [pool.submit(decode, row) if row < size else None for row in rows]
+
         bar = tqdm.tqdm(
-            total=len(pictures),
+            total=size,
             desc=f"embed {pictures.path.name}",
             unit="img",
             leave=False,
             delay=2,
             disable=None if jax.process_index() == 0 else True,  # None: shown on terminals only
         )
+        features = previous = filler = None
         with futures.ThreadPoolExecutor(_THREADS) as pool, bar:
-            jobs = [pool.submit(decode, i) for i in range(min(_CHUNK, len(pictures)))]
-            for start in range(0, len(pictures), _CHUNK):
-                images = np.stack([job.result() for job in jobs])
-                following = range(start + _CHUNK, min(start + 2 * _CHUNK, len(pictures)))
-                jobs = [pool.submit(decode, i) for i in following]
-                features.append(self.towers.embed_images(self.params, images))
-                bar.update(len(images))
-        return np.concatenate(features).astype(np.float32, copy=False)
+            jobs = submit(0)  # threads decode one batch ahead of the devices
+            for start in range(0, held, batch):
+                decoded = [job and job.result() for job in jobs]
+                jobs = submit(start + batch)
+                filler = next((pixels for pixels in decoded if pixels is not None), filler)
+                if filler is None:  # no picture of the set is this host's
+                    filler = np.zeros((self.towers.image_size, self.towers.image_size, 3), np.uint8)
+                local = np.stack([filler if pixels is None else pixels for pixels in decoded])
+                images = jax.make_array_from_process_local_data(
+                    split, local, (mesh.size * batch, *filler.shape)
+                )
+                found = self.towers.embed_images(self.params, images)
+                if features is None:
+                    shape = held * mesh.size, found.shape[1]
+                    features = jnp.zeros(shape, jnp.float32, device=split)
+                features = _store(features, found, start, size, mesh=mesh)
+                jax.block_until_ready(previous)  # no more than two batches lie on the devices
+                previous = found
+                bar.update(min(mesh.size * batch, size - bar.n))
+        hosts.all_or_none(lambda: _raise_first(failures, pictures))
+        return Features(features, size, mesh)
+
+
+def _raise_first(failures: dict[int, Exception], pictures: PictureSet) -> None:
+    if not failures:
+        return
+    first = min(failures)
+    if not isinstance(failures[first], ops.UndecodableImage):
+        raise failures[first]
+    others = f", as {len(failures) - 1} more here" if len(failures) > 1 else ""
+    raise BadInput(
+        f"{pictures.names[first]} in {pictures.path} cannot be decoded ({failures[first]}){others}:"
+        " fetch the picture set again, since scores are comparable only on the complete set."
+    )
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _store(features, found, start, size, *, mesh: Mesh):
+    """A batch's rows at place `start` of every device; no padding."""
+
+    def shard(features, found, start, size):
+        held = len(features)
+        place = start + jnp.arange(len(found))
+        real = (place < held) & (lax.axis_index(meshes.ALL_AXES) * held + place < size)
+        return features.at[jnp.where(real, place, held)].set(found, mode="drop")
+
+    specs = P(meshes.ALL_AXES), P(meshes.ALL_AXES), P(), P()
+    run = blocks.shard_map(shard, mesh, specs, P(meshes.ALL_AXES))
+    return run(features, found.astype(jnp.float32), start, size)
+
+
+@jax.jit
+def _first_not_finite(rows: jax.Array) -> jax.Array:
+    """Number of the first row that is not finite, else of all rows."""
+    return jnp.where(jnp.isfinite(rows).all(1), len(rows), jnp.arange(len(rows))).min()
+
+
+def _not_finite(what: str, row: int) -> BadInput:
+    return BadInput(
+        f"The features of {what} are not finite (row {row}): the model has diverged or its weights "
+        "are damaged; use an earlier checkpoint."
+    )
 
 
 def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
@@ -150,14 +235,3 @@ def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
         "feature": f"{type(towers).__name__}.embed_images (towers: after the projection), float32",
         "normalisation": "L2",
     }
-
-
-def _finite(features: np.ndarray) -> np.ndarray:
-    # NaN compares false with everything, which would give every relevant row rank 1.
-    bad = np.flatnonzero(~np.isfinite(features).all(1))
-    if len(bad):
-        raise BadInput(
-            f"The features are not finite (row {bad[0]}): the model has diverged or its weights "
-            "are damaged; use an earlier checkpoint."
-        )
-    return features

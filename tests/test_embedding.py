@@ -1,0 +1,122 @@
+"""Features of picture sets: each picture decoded once, on the host whose devices hold its row."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import Mesh
+
+from mofi_jax import inference
+from mofi_jax.common.errors import BadInput
+from mofi_jax.data import ops
+from mofi_jax.distributed import meshes
+from mofi_jax.evaluators.features.embedding import Embedder
+from mofi_jax.evaluators.sets.pictures import PictureSet
+from mofi_jax.model import mofi
+from tests import test_classification
+
+DIM = 3
+
+
+class Numbered(PictureSet):
+    """Picture i is the number i."""
+
+    def __init__(self, size):
+        object.__setattr__(self, "path", epath.Path("numbers"))
+        object.__setattr__(self, "names", tuple(f"0_{i}.jpg" for i in range(size)))
+
+    def read(self, i):
+        return str(i).encode()
+
+
+def features_of(numbers):
+    return np.stack([numbers, np.sqrt(numbers + 1.0), numbers % 7 - 3], 1).astype(np.float32)
+
+
+class Towers:
+    """Pictures are numbers, and numbers have features."""
+
+    def __init__(self, mesh, broken=()):
+        self.mesh, self.broken, self.decoded, self.batches = mesh, broken, [], []
+        self.texts, self.lock = 0, threading.Lock()
+
+    def decode(self, data):
+        with self.lock:
+            self.decoded.append(int(data))
+        if int(data) in self.broken:
+            raise ops.UndecodableImage("not a picture")
+        return np.array([int(data)], np.int32)
+
+    def embed_images(self, params, images):
+        self.batches.append(images.shape)
+        return features_of(np.asarray(images)[:, 0])
+
+    def embed_texts(self, params, texts):
+        self.texts += 1
+        return np.array([[float(text)] for text in texts], np.float32)
+
+
+def permuted(mesh):
+    devices = mesh.devices.ravel()[[3, 6, 0, 5, 1, 7, 2, 4]].reshape(mesh.devices.shape)
+    return Mesh(devices, meshes.ALL_AXES, axis_types=mesh.axis_types)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "1x8x1", "2x2x2", "permuted"])
+def test_last_batches_of_every_size(mesh_of, mesh):
+    """Batches of two on each device: one to 34 pictures fill one to three batches of eight."""
+    mesh = permuted(mesh_of["2x2x2"]) if mesh == "permuted" else mesh_of[mesh]
+    for size in range(1, 35) if mesh.size == 8 else range(1, 6):
+        towers = Towers(mesh)
+        found = Embedder(towers, {}, 2).pictures(Numbered(size))
+        np.testing.assert_array_equal(found.numpy(), features_of(np.arange(size)))
+        assert sorted(towers.decoded) == list(range(size))
+        assert set(towers.batches) == {(2 * mesh.size, 1)}
+        # What is beyond the last picture is zero, and no device holds more than its share.
+        assert not np.asarray(found.rows)[size:].any()
+        held = -(-size // mesh.size)
+        assert {shard.data.shape for shard in found.rows.addressable_shards} == {(held, DIM)}
+
+
+def test_sets_and_texts_are_embedded_once(mesh_of):
+    towers = Towers(mesh_of["1x1x1"])
+    embedder = Embedder(towers, {})
+    once = embedder.pictures(Numbered(5))
+    assert embedder.pictures(Numbered(5)) is once
+    # Another part of what lies at one path is another set.
+    assert len(embedder.pictures(Numbered(3))) == 3
+    assert len(towers.decoded) == 8
+    assert embedder.texts(["1", "2"]) is embedder.texts(["1", "2"])
+    assert embedder.texts(["2", "1"])[0] == 2
+    assert towers.texts == 2
+    with pytest.raises(BadInput, match=r"features of 'nan' are not finite \(row 1\)"):
+        embedder.texts(["0", "nan"])
+
+
+def test_pictures_that_cannot_be_decoded_are_told_when_all_hosts_have_finished(mesh_of):
+    towers = Towers(mesh_of["1x8x1"], broken=(7, 30))
+    with pytest.raises(BadInput, match=r"^0_7.jpg in numbers cannot .* as 1 more here: fetch"):
+        Embedder(towers, {}, 1).pictures(Numbered(40))
+    assert len(towers.batches) == 5
+    towers.decode = {b"0": np.zeros(1, np.int32)}.__getitem__  # no fault of the picture
+    with pytest.raises(KeyError):
+        Embedder(towers, {}).pictures(Numbered(2))
+
+
+def test_one_program_for_sets_of_all_sizes(mesh_of):
+    """Real towers, and the baseline: what lies on the devices stays there."""
+    config, rng, mesh = test_classification.CONFIG, np.random.default_rng(0), mesh_of["2x2x2"]
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    towers = inference.Towers(config, None, None, "none", permuted(mesh))
+    params = towers.put(params)
+    images = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
+    for model in (towers, inference.RawPixels(config.image_size, permuted(mesh))):
+        expected = np.asarray(model.embed_images(params, images))
+        object.__setattr__(model, "decode", lambda data: images[int(data)])
+        embedder = Embedder(model, params, 2)
+        for size in (40, 3, 17):
+            found = embedder.pictures(Numbered(size)).numpy()
+            np.testing.assert_allclose(found, expected[:size], atol=1e-6)
+    assert towers._split_step._cache_size() == 1
