@@ -153,7 +153,7 @@ def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, token
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
-    monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda path, step: params)
     model = inference.load(tmp_path, mesh=mesh_of["8x1x1"])
     assert model.towers.config == config
     assert model.towers.entities.names == NAMES
@@ -169,7 +169,7 @@ def test_a_class_table_in_another_order_is_refused(
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
-    monkeypatch.setattr(checkpoint, "restore_params", lambda path: params)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda path, step: params)
     with pytest.raises(errors.BadInput, match="trained by another version, whose class table"):
         inference.load(tmp_path, mesh=meshes.make_mesh())
 
@@ -270,7 +270,7 @@ def test_raw_pixels_on_the_sample(name, score):
     """The first row of the table of results, by plain numpy from the definition of the protocol."""
     pictures = picture_sets.read_set(SAMPLE / f"{name}.tar")
     towers = inference.RawPixels(40, meshes.make_mesh())
-    features = embedding.Embedder(towers, None).pictures(pictures)
+    features = embedding.Embedder(towers, None).pictures(pictures).numpy()
     order = np.argsort(-features @ features.T, axis=1, kind="stable")
     precisions = []
     for query, ranking in enumerate(order):

@@ -91,8 +91,9 @@ class Towers:
 
         Raises BadInput for a model without class table, or k beyond the vocabulary.
         """
+        table = self._entity_table(params)
         step = functools.partial(self._entity_step, k)
-        return self._in_batches(step, self._entity_table(params), _unit(embeddings))
+        return self._in_batches(step, table, _unit(embeddings))
 
     def entity_log_sum(
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], scale: float
