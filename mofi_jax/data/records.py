@@ -16,7 +16,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,15 +135,21 @@ class Source:
     """Random access to the records of one split: `len(source)`, `source[i]` -> `parse`'s dict.
 
     Picklable, and safe to read from several threads; use `open_source` to make one.  `directory` is
-    the folder of its version, `files` are the shards.
+    the folder of its version, `files` are the shards, `decode` takes records of another schema
+    apart.
     """
 
-    def __init__(self, parts: Sequence[Any], directory: epath.Path):
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        directory: epath.Path,
+        decode: Callable[[bytes], dict[str, Any]] = parse,
+    ):
         # Imported before there are threads: two that import TFDS at once can deadlock.
         from array_record.python import array_record_module  # noqa: F401
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
-        self._parts = tuple(parts)
+        self._parts, self._decode = tuple(parts), decode
         # For each shard: the index of the record after its last, and that one's number in the file.
         self._ends = list(itertools.accumulate(part.take for part in parts))
         self._stops = [part.skip + part.take for part in parts]
@@ -152,7 +158,7 @@ class Source:
         self.files = [epath.Path(part.filename) for part in parts]
 
     def __reduce__(self):
-        return Source, (self._parts, self.directory)
+        return Source, (self._parts, self.directory, self._decode)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -170,7 +176,7 @@ class Source:
         ):
             run = [index for _, index in pairs]
             try:
-                found += [parse(record) for record in self._read_run(shard, run)]
+                found += [self._decode(record) for record in self._read_run(shard, run)]
             except Exception as error:
                 if errors.may_pass(error):
                     raise
@@ -204,20 +210,29 @@ class Source:
 
 
 def open_source(data_dir: epath.PathLike, name: str, split: str = "train") -> Source:
-    """Opens a data set after checking every shard against the metadata.
+    """Opens the newest version of a data set, `data_dir/name/version/`, as `open_directory` does.
 
-    It lies in `data_dir/name/version/`; `split` may be a TFDS slice such as "train[:90%]".
+    Raises BadInput: no such data set, and as `open_directory`.
+    """
+    return open_directory(metadata.find_directory(data_dir, name), split)
+
+
+def open_directory(
+    directory: epath.Path, split: str, decode: Callable[[bytes], dict[str, Any]] = parse
+) -> Source:
+    """Opens one version of a data set after checking every shard against the metadata.
+
+    `split` may be a TFDS slice such as "train[:90%]"; `decode` is for records of another schema.
 
     Raises:
-      BadInput: data set, split or shard missing; shard cut short or damaged; remote path; more
-        shards than files may be open.
+      BadInput: split or shard missing; shard cut short or damaged; remote path; more shards than
+        files may be open.
     """
-    directory = metadata.find_directory(data_dir, name)
     parts = metadata.shard_parts(directory, split)
     limits.allow_open_files(len(parts))
     for part in parts:
         _check_shard(epath.Path(part.filename), part.examples_in_shard)
-    return Source(parts, directory)
+    return Source(parts, directory, decode)
 
 
 def open_shard(path: epath.PathLike) -> Any:

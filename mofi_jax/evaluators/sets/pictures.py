@@ -1,12 +1,9 @@
-"""Picture sets in GPR1200 naming, and the tables that say what their class numbers stand for."""
+"""Picture sets in every layout that is read, and tables that say what class numbers stand for."""
 
+import collections
 import dataclasses
 import hashlib
-import itertools
 import json
-import re
-import tarfile
-from collections.abc import Iterator
 from concurrent import futures
 
 import numpy as np
@@ -15,33 +12,24 @@ from jaxtyping import Int
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data import metadata
+from mofi_jax.evaluators.sets import folders, listing, parquets, shards
 
-# A class number is one that fits int64, in ASCII digits.
-_PICTURE = re.compile(r"([0-9]{1,18})_.+\.(jpe?g|png|webp)", re.IGNORECASE)
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
-    """Pictures named ``{class}_{name}.jpg`` in a folder or an uncompressed tar; use `read_set`."""
+    """Pictures with a class each; use `read_set`."""
 
-    path: epath.Path
-    names: tuple[str, ...]  # of files, ordered by (class number, name)
-    classes: Int[np.ndarray, " n"]  # int64, the number before the first underscore
-    spans: tuple[tuple[int, int] | None, ...]  # offset and length in the tar; None in a folder
+    path: epath.Path  # as the set was named
+    names: tuple[str, ...]  # unique
+    classes: Int[np.ndarray, " n"]  # int64
+    read: listing.Reader  # the file of picture i; safe to call from several threads
+    labels: dict[int, str] = dataclasses.field(default_factory=dict)  # where the layout has them
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def read(self, i: int) -> bytes:
-        """The file of picture i; safe to call from several threads."""
-        span = self.spans[i]
-        if span is None:
-            return (self.path / self.names[i]).read_bytes()
-        with self.path.open("rb") as file:
-            file.seek(span[0])
-            return file.read(span[1])
 
     def sha256(self) -> str:
         """Hash of names and contents, the same for a folder and for a tar of the same pictures."""
@@ -54,59 +42,39 @@ class PictureSet:
 
 
 def read_set(path: epath.PathLike) -> PictureSet:
-    """Lists a picture set in GPR1200 naming: a folder, or a tar whose folders are ignored.
+    """Lists a picture set, whose layout is told by what is there:
 
-    GPR1200 leaves the order within a class to the directory listing; here it is by (int, name), so
-    that numbers and neighbours repeat.  Files that are no pictures are skipped.
+    * a folder or uncompressed tar of pictures named ``{class}_{name}.jpg``, or with a folder for
+      each class (`folders.read`), in the order of classes and names;
+    * Hugging Face parquet: a file, a folder of one split, or FOLDER/SPLIT (`parquets.read`);
+    * our own shards, entities as classes: the folder of their version, or FOLDER/SPLIT;
+    * ``tfds:NAME:SPLIT[@DATA_DIR]``: what TFDS has prepared as ArrayRecord (`shards.find`); these
+      three in the order in which they are stored.
 
-    Raises BadInput: missing or unreadable path, no pictures, or a picture named otherwise.
+    No path is a pattern, and nothing is downloaded.
+
+    Raises BadInput: missing or unreadable set, one without pictures or in none of these layouts.
     """
     path = files.local_input(path, "the picture set")
-    if not path.exists():
+    if str(path).startswith(shards.PREFIX):
+        found = shards.read(*shards.find(str(path)))
+    elif (path / metadata.INFO_FILE).is_file():
+        found = shards.read(path, "train")
+    elif (path.parent / metadata.INFO_FILE).is_file() and not path.exists():
+        found = shards.read(path.parent, path.name)
+    elif parquet := parquets.files_of(path):
+        found = parquets.read(parquet)
+    elif path.exists():
+        found = folders.read(path)
+    else:
         raise BadInput(
-            f"There is no picture set at {path}: give a folder or a .tar of {{class}}_{{name}}.jpg."
+            f"There is no picture set at {path}: give a folder or .tar of {{class}}_{{name}}.jpg "
+            "or with a folder for each class, parquet, shards, or tfds:NAME:SPLIT."
         )
-    pictures = [
-        (name, span)
-        for name, span in _entries(path)
-        # macOS leaves resource forks named ._picture.jpg in the tars it makes.
-        if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-    ]
-    if not pictures:
-        raise BadInput(
-            f"{path} holds no pictures of its own: give a folder or .tar with the files of all "
-            "classes in it, each named {class number}_{name}.jpg."
-        )
-    wrong = sorted(name for name, _ in pictures if not _PICTURE.fullmatch(name))
-    if wrong:
-        raise BadInput(
-            f"{wrong[0]} in {path} is not named {{class number}}_{{name}}.jpg: rename it or take "
-            f"it out ({len(wrong)} such files)."
-        )
-    pictures.sort(key=lambda picture: (int(picture[0].partition("_")[0]), picture[0]))
-    names, spans = zip(*pictures, strict=True)
-    for name, following in itertools.pairwise(names):
-        if name == following:
-            raise BadInput(f"{path} holds {name} twice: each picture needs its own name.")
-    classes = np.array([int(name.partition("_")[0]) for name in names], np.int64)
-    return PictureSet(path, names, classes, spans)
-
-
-def _entries(path: epath.Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """The files in a folder or tar, with their places in the tar."""
-    if path.is_dir():
-        yield from ((file.name, None) for file in path.iterdir())
-        return
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name.rpartition("/")[2], (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise BadInput(
-            f"{path} cannot be read as an uncompressed .tar ({error}): unpack it and give the "
-            "folder, or fetch it again."
-        ) from None
+    [(name, times)] = collections.Counter(found.names).most_common(1) or [("", 0)]
+    if times != 1:
+        raise BadInput(f"{path} holds {name} {times} times: each picture needs its own name.")
+    return PictureSet(path, tuple(found.names), found.classes, found.read, found.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +88,20 @@ class Class:
 def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> dict[int, Class]:
     """Reads what each class number of a picture set stands for.
 
-    Two formats: JSON lines with ``class`` (number), ``label`` (text) and ``id`` (qid, optional),
-    other keys being ignored; or, in a file named ``.json``, one object {"number": "label"} as
-    GPR1200 publishes it (GPR1200_categoryNumber_to_text.json).
+    Without a path (""), what its layout says.  Of files two formats: JSON lines with ``class``
+    (number), ``label`` (text) and ``id`` (qid, optional), other keys being ignored; or, in a file
+    named ``.json``, one object {"number": "label"} as GPR1200 publishes it
+    (GPR1200_categoryNumber_to_text.json).
 
     Raises:
       BadInput: missing file, a line that is not as described, or one that lacks a class of
         `pictures`.
     """
+    if not str(path):
+        if pictures is None or not pictures.labels:
+            of = f" of {pictures.path}" if pictures else ""
+            raise BadInput(f"The classes{of} have no names of their own: set `classes`.")
+        return {number: Class("", label) for number, label in pictures.labels.items()}
     path = files.local_input(path, "the class table")
     if not path.is_file():
         raise BadInput(f"There is no class table at {path}: correct `classes` or leave it out.")

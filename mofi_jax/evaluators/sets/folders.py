@@ -1,0 +1,187 @@
+"""Pictures in a folder or an uncompressed tar: by the class number in their names, or by folder.
+
+Links are followed, and one that leads nowhere is told: left out, the set would be another.
+"""
+
+import dataclasses
+import itertools
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from mofi_jax.common.errors import BadInput
+from mofi_jax.evaluators.sets import listing
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# A class number is one that fits int64, in ASCII digits.
+_NUMBERED = re.compile(r"([0-9]{1,18})_.+")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What lies in a folder or tar: paths from it, with slashes."""
+
+    pictures: dict[str, tuple[int, int] | None]  # offset and length in the tar; None in a folder
+    empty: list[str]  # folders without a file
+
+
+def read(path: epath.Path) -> listing.Listing:
+    """Lists the pictures of a folder or tar.
+
+    In one folder, each is named ``{class}_{name}.jpg``; GPR1200 leaves the order within a class to
+    the directory listing, here it is by (int, name), so that numbers and neighbours repeat.  In
+    several folders, each is a class, whatever its pictures are called; classes are numbered in the
+    order of their names, and pictures come by (class, name).  Folders around all of them count for
+    nothing, and files that are no pictures are passed over.
+
+    Raises:
+      BadInput: nothing to read or no pictures, a picture that fits neither layout, two of one name,
+        an empty class, a link to nothing.
+    """
+    content = _walk(path) if path.is_dir() else _members(path)
+    if not content.pictures:
+        raise BadInput(
+            f"{path} holds no pictures: give a folder or .tar of them, each named "
+            "{class number}_{name}.jpg, or in a folder for each class."
+        )
+    folders = {posixpath.dirname(name) for name in content.pictures}
+    if len(folders) == 1:
+        return _by_number(path, content)
+    return _by_folder(path, content, posixpath.commonpath(folders))
+
+
+def _by_number(path: epath.Path, content: _Content) -> listing.Listing:
+    found = {posixpath.basename(name): name for name in content.pictures}
+    wrong = sorted(name for name in found if not _NUMBERED.fullmatch(name))
+    if wrong:
+        raise BadInput(
+            f"{wrong[0]} in {path} is not named {{class number}}_{{name}}.jpg, the number of at "
+            f"most 18 digits: rename it or take it out ({len(wrong)} such files), or put the "
+            "pictures into a folder for each class."
+        )
+    names = sorted(found, key=lambda name: (int(name.partition("_")[0]), name))
+    classes = np.array([int(name.partition("_")[0]) for name in names], np.int64)
+    return listing.Listing(names, classes, {}, _reader(path, content, [found[n] for n in names]))
+
+
+def _by_folder(path: epath.Path, content: _Content, above: str) -> listing.Listing:
+    found = {posixpath.relpath(name, above or "."): name for name in content.pictures}
+    loose = sorted(name for name in found if "/" not in name)
+    if loose:
+        raise BadInput(
+            f"{path} holds pictures both in class folders and beside them ({loose[0]}, {len(loose)}"
+            " such files): move these into the folder of their class, or out of the set."
+        )
+    inside = [name for name in content.empty if not above or name.startswith(f"{above}/")]
+    if inside:
+        raise BadInput(
+            f"Class {inside[0]} of {path} holds no pictures ({len(inside)} such folders): fill it, "
+            "or take it out, since scores are comparable only on the complete set."
+        )
+    names = sorted(found, key=lambda name: (posixpath.dirname(name), name))
+    folders, classes = np.unique([posixpath.dirname(name) for name in names], return_inverse=True)
+    labels = {number: str(folder) for number, folder in enumerate(folders)}
+    reader = _reader(path, content, [found[name] for name in names])
+    return listing.Listing(names, classes.astype(np.int64), labels, reader)
+
+
+def _reader(path: epath.Path, content: _Content, names: list[str]) -> listing.Reader:
+    spans = [content.pictures[name] for name in names]
+
+    def read_picture(i: int) -> bytes:
+        span = spans[i]
+        if span is None:
+            return (path / names[i]).read_bytes()
+        with path.open("rb") as file:
+            file.seek(span[0])
+            return file.read(span[1])
+
+    return read_picture
+
+
+def _is_picture(name: str) -> bool:
+    # macOS leaves resource forks named ._picture.jpg in the archives it makes.
+    return name.lower().endswith(SUFFIXES) and not posixpath.basename(name).startswith(".")
+
+
+def _walk(path: epath.Path) -> _Content:
+    pictures, empty = {}, []
+
+    def visit(folder: str, inside: str, above: frozenset[str]) -> Iterator[str]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise BadInput(
+                f"The folder {folder} cannot be read ({error.strerror}): correct its permissions."
+            ) from error
+        found = False
+        for entry in entries:
+            name = posixpath.join(inside, entry.name)
+            if entry.is_dir() and not entry.name.startswith("."):
+                real = os.path.realpath(entry.path)
+                if real in above:
+                    raise BadInput(
+                        f"{name} in {path} is a link to a folder that it lies in: remove the link."
+                    )
+                found = True
+                yield from visit(entry.path, name, above | {real})
+            elif _is_picture(name) and not entry.is_dir():
+                if not entry.is_file():
+                    raise _nowhere(path, name)
+                yield name
+                found = True
+            else:
+                found = True
+        if not found:
+            empty.append(inside)
+
+    for name in visit(os.fspath(path), "", frozenset([os.path.realpath(path)])):
+        pictures[name] = None
+    return _Content(pictures, empty)
+
+
+def _members(path: epath.Path) -> _Content:
+    spans, links, folders, filled = {}, {}, [], set()
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name)
+                filled.update(itertools.accumulate(name.split("/")[:-1], posixpath.join))
+                if member.isdir():
+                    folders.append(name)
+                elif member.issym():
+                    links[name] = posixpath.join(posixpath.dirname(name), member.linkname)
+                elif member.islnk():
+                    links[name] = member.linkname
+                elif name in spans and _is_picture(name):
+                    raise BadInput(f"{path} holds {name} twice: each picture needs its own name.")
+                elif member.issparse():  # its bytes do not lie in one piece
+                    raise tarfile.TarError(f"{name} is stored as a sparse file")
+                elif member.isreg():
+                    spans[name] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise BadInput(
+            f"{path} cannot be read as an uncompressed .tar ({error}): unpack it and give the "
+            "folder, or fetch it again."
+        ) from None
+    pictures = {name: span for name, span in spans.items() if _is_picture(name)}
+    for name in filter(_is_picture, links):
+        target = name
+        for _ in range(40):  # links to links; as many as a kernel follows
+            target = posixpath.normpath(links.get(target, target))
+        if target not in spans:
+            raise _nowhere(path, name)
+        pictures[name] = spans[target]
+    return _Content(pictures, [name for name in folders if name not in filled])
+
+
+def _nowhere(path: epath.Path, name: str) -> BadInput:
+    return BadInput(
+        f"{name} in {path} is a link to nothing: put the picture in its place (a tar takes them "
+        "along with --dereference)."
+    )
