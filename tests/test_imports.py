@@ -23,7 +23,7 @@ FLOORS = (
     ("common", "distributed"),
     ("data", "interop", "losses", "model", "telemetry"),
     ("evaluators", "inference", "training"),
-    ("curves", "doctor", "evaluate", "export", "grow", "plan", "sweep", "train"),
+    ("curves", "doctor", "evaluate", "export", "grow", "make_eval_sets", "plan", "sweep", "train"),
 )
 
 # In the order in which data flows; the mains come last.

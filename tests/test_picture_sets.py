@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
+from mofi_jax.evaluators.sets import parquets
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from tests import datasets
 
@@ -166,6 +167,23 @@ def test_labels_of_parquet(tmp_path):
     path.write_bytes(b"PAR1")
     with pytest.raises(BadInput, match="cannot be read as parquet"):
         picture_sets.read_set(path)
+
+
+def test_row_groups_are_unpacked_once_while_they_fit(tmp_path, monkeypatch):
+    hugging_face(tmp_path / "x.parquet", [0] * 6)  # three groups of two
+    unpacked = []
+    inner = parquets._Rows._read_group
+    monkeypatch.setattr(
+        parquets._Rows, "_read_group", lambda self, i: unpacked.append(i) or inner(self, i)
+    )
+    pictures = picture_sets.read_set(tmp_path / "x.parquet")
+    for i in (0, 2, 1, 3, 4, 0):  # as two devices read
+        assert pictures.read(i) == picture(i)
+    assert unpacked == [0, 1, 2]
+    monkeypatch.setattr(parquets, "_KEPT_BYTES", 0)
+    for i in (5, 4, 0, 4):
+        assert pictures.read(i) == picture(i)
+    assert unpacked == [0, 1, 2, 0, 2]
 
 
 def test_row_groups_too_large_to_be_read_picture_by_picture(tmp_path, monkeypatch):

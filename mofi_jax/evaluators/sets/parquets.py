@@ -5,7 +5,6 @@ reading picture by picture in another order would unpack a hundred pictures for 
 """
 
 import bisect
-import functools
 import itertools
 import json
 import re
@@ -23,7 +22,7 @@ SUFFIX = ".parquet"
 PICTURES = ("image", "img", "jpg", "picture", "photo")
 LABELS = ("label", "labels", "fine_label", "class", "category")
 _GROUP_BYTES = 1 << 30  # as they lie unpacked in memory
-_GROUPS = 4  # unpacked at a time: threads decode one while the next is read
+_KEPT_BYTES = 1 << 30  # of those used last: each device's part of a batch lies in another one
 _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})")
 
 
@@ -92,14 +91,14 @@ class _Rows:
                 if facts.total_byte_size > _GROUP_BYTES:
                     raise BadInput(
                         f"A row group of {path} takes {facts.total_byte_size >> 20} MiB, which is "
-                        "too much to read pictures one by one: turn it into a tar with "
-                        "python -m mofi_jax.make_eval_sets folder."
+                        "too much to read pictures one by one: write it anew with row groups "
+                        "of some hundred pictures."
                     )
                 self._groups.append((file, group))
                 lengths.append(facts.num_rows)
         self._ends = list(itertools.accumulate(lengths))
         self._lock = threading.Lock()
-        self._group = functools.lru_cache(_GROUPS)(self._read_group)
+        self._kept: dict[int, Any] = {}  # unpacked groups, that used last at the end
         structs = [f.name for f in self.schema if pa.types.is_struct(f.type)]
         with_bytes = [n for n in structs if self.schema.field(n).type.get_field_index("bytes") >= 0]
         self.picture = pick(paths[0], self.schema.names, with_bytes, PICTURES, "pictures")
@@ -118,7 +117,11 @@ class _Rows:
     def picture_bytes(self, i: int) -> bytes:
         number = bisect.bisect_right(self._ends, i)
         with self._lock:  # a group is read once, by the first thread that asks for it
-            group = self._group(number)
+            group = self._kept.pop(number, None)
+            group = self._read_group(number) if group is None else group
+            self._kept[number] = group
+            while len(self._kept) > 1 and sum(g.nbytes for g in self._kept.values()) > _KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]
         data = group[i - self._ends[number]].as_py()  # counted from the end of the group
         if data is None:
             raise BadInput(f"Row {i} of {self._paths[0]} has no picture in it: fetch it again.")
