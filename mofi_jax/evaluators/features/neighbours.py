@@ -29,6 +29,7 @@ NO_ROW = -1  # pads lists of row numbers
 
 _SCORES = 2**24  # held by a device at a time
 _QUERIES = 1024  # at most, however small the index
+_LANES = 64  # counters of one rank at least
 
 
 def top_k(
@@ -77,9 +78,8 @@ def ranks(
     """
     run = functools.partial(_counts, mesh=index.mesh)
     rows = _rows(relevant, queries, index), _rows(leave_out, queries, index)
-    greater, equal = _in_blocks(run, queries, index, *rows)
-    # A row equals itself: without any equal it takes no part.
-    return np.where(equal > 0, 1 + greater + (equal - 1) / 2, np.nan)
+    [above] = _in_blocks(run, queries, index, *rows)
+    return np.where(above > 0, (1 + above) / 2, np.nan)
 
 
 def _rows(numbers: np.ndarray | None, queries: Any, index: Features) -> np.ndarray:
@@ -97,7 +97,8 @@ def _in_blocks(
 ) -> list[np.ndarray]:
     """Results of run(index rows, size, queries, *lists) for all queries, in blocks of one size."""
     held = max(index.rows.shape[0] // index.mesh.size, 1)  # rows on a device
-    block = max(1, min(_QUERIES, _SCORES // held, len(queries)))
+    wide = max(held, *(_LANES * numbers.shape[1] for numbers in lists))
+    block = max(1, min(_QUERIES, _SCORES // wide, len(queries)))
     results = []
     # One block even without any query, so that its result has the right shape.
     for start in range(0, max(len(queries), 1), block):
@@ -113,8 +114,7 @@ def _in_blocks(
         # Fetched one block late: the next one is under way, and no more than that.
         if len(results) > 1:
             results[-2] = jax.tree.map(np.asarray, results[-2])
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(queries)], *results)
-    return list(whole)
+    return [np.concatenate(parts)[: len(queries)] for parts in zip(*results, strict=True)]
 
 
 def _padded(part: np.ndarray, rows: int, value: int) -> np.ndarray:
@@ -156,7 +156,10 @@ def _best(rows, size, queries, left_out, *, k: int, mesh: Mesh):
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _counts(rows, size, queries, relevant, left_out, *, mesh: Mesh):
-    """Numbers of rows that score (higher, equal), each [q, r], replicated."""
+    """Twice the rows that score higher, and once those that score the same, [q, r], replicated.
+
+    A relevant row is among the latter, so that 0 stands for one that takes no part.
+    """
 
     def shard(rows, size, queries, relevant, left_out):
         first = lax.axis_index(meshes.ALL_AXES) * len(rows)
@@ -165,12 +168,28 @@ def _counts(rows, size, queries, relevant, left_out, *, mesh: Mesh):
         here = (local >= 0) & (local < len(rows))
         own = jnp.take_along_axis(scores, jnp.clip(local, 0, len(rows) - 1), axis=1)
         own = lax.psum(jnp.where(here, own, 0.0), meshes.ALL_AXES)
-        compared, threshold = scores[:, None], own[:, :, None]
-        greater = (compared > threshold).sum(2, dtype=jnp.int32)
-        equal = (compared == threshold).sum(2, dtype=jnp.int32)
-        greater, equal = lax.psum((greater, equal), meshes.ALL_AXES)
-        return greater, jnp.where((relevant >= 0) & (own > -jnp.inf), equal, 0)
+        above = lax.psum(_above(scores, own), meshes.ALL_AXES)
+        return (jnp.where((relevant >= 0) & (own > -jnp.inf), above, 0),)
 
     return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P(), P(), P(), P()), P())(
         rows, size, queries, relevant, left_out
     )
+
+
+def _above(scores: jax.Array, own: jax.Array) -> jax.Array:
+    """How many of the scores [q, n] exceed each of [q, r], twice, and how many equal it, once."""
+
+    def compared(part):
+        part, threshold = part[:, None], own[:, :, None]
+        return (part > threshold).astype(jnp.int32) + (part >= threshold)
+
+    # A sum over lines, as written, takes the CPU several times as long as their product: here lanes
+    # count side by side and are summed once.
+    lanes = min(max(_LANES, 2**18 // max(own.size, 1)), scores.shape[1])
+    whole = scores.shape[1] // lanes
+
+    def visit(i, counts):
+        return counts + compared(lax.dynamic_slice_in_dim(scores, i * lanes, lanes, axis=1))
+
+    counts = lax.fori_loop(0, whole, visit, jnp.zeros((*own.shape, lanes), jnp.int32))
+    return counts.sum(2) + compared(scores[:, whole * lanes :]).sum(2)
