@@ -141,8 +141,9 @@ def test_leave_one_out(tmp_path):
 def test_classes_in_any_order(tmp_path):
     """Rows of a set need not come by class."""
     classes = np.array([7, 3, 7, 9, 3, 7])
-    rows = [[row for row in line if row >= 0] for line in retrieval.same_class(classes).tolist()]
-    assert rows == [np.flatnonzero(classes == number).tolist() for number in classes]
+    wanted = np.array([3, 9, 7, 5])
+    rows = retrieval.same_class(wanted, classes)
+    assert rows.tolist() == [[1, 4, -1], [3, -1, -1], [0, 2, 5], [-1, -1, -1]]
 
 
 def test_labels_of_other_pictures_fall_to_chance(tmp_path):

@@ -37,14 +37,16 @@ DOMAINS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
 PLACES = (1, 10, 100)  # k of R@k
 
 
-def same_class(classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n r"]:
-    """Row numbers of every row's class, itself included, filled up with `neighbours.NO_ROW`.
+def same_class(
+    wanted: Int[np.ndarray, " q"], classes: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, "q r"]:
+    """Numbers of the rows of each class that is wanted, filled up with `neighbours.NO_ROW`.
 
-    r is the size of the largest class.
+    classes: of every row, in any order; r is the size of the largest class wanted.
     """
     order = np.argsort(classes, kind="stable")
-    first = np.searchsorted(classes, classes, side="left", sorter=order)
-    last = np.searchsorted(classes, classes, side="right", sorter=order)
+    first = np.searchsorted(classes, wanted, side="left", sorter=order)
+    last = np.searchsorted(classes, wanted, side="right", sorter=order)
     places = first[:, None] + np.arange((last - first).max())
     rows = order[np.minimum(places, len(order) - 1)]
     return np.where(places < last[:, None], rows, neighbours.NO_ROW).astype(np.int32)
@@ -94,7 +96,7 @@ class Evaluator:
     ) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
         """AP of every picture as a query: among all, and among all but itself (NaN if alone)."""
         features = embedder.pictures(self.pictures)
-        relevant = same_class(self.pictures.classes)
+        relevant = same_class(self.pictures.classes, self.pictures.classes)
         ranks = neighbours.ranks(features, features, relevant)
         itself = relevant == np.arange(len(relevant))[:, None]
         own = ranks[itself][:, None]

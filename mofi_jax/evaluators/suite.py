@@ -40,14 +40,21 @@ def build_all(towers: Any, configs: Mapping[str, Mapping[str, Any]]) -> Suite:
         try:
             arguments = dict(config)
             evaluator = _evaluator_class(arguments.pop("kind", ""), arguments)
-            missing = [need for need in evaluator.needs if getattr(towers, need) is None]
+            missing = _missing(evaluator, towers)
+            if not missing:
+                evaluator = evaluator(towers, **arguments)
+                missing = _missing(evaluator, towers)  # its files may need more: queries in words
             if missing:
                 suite.skipped[name] = f"the model has no {' and no '.join(missing)}"
             else:
-                suite.evaluators[name] = evaluator(towers, **arguments)
+                suite.evaluators[name] = evaluator
         except BadInput as error:
             raise BadInput(f"Evaluator {name}: {error}") from error
     return suite
+
+
+def _missing(evaluator: Any, towers: Any) -> list[str]:
+    return [need for need in evaluator.needs if getattr(towers, need) is None]
 
 
 def _evaluator_class(kind: str, arguments: Mapping[str, Any]) -> Any:

@@ -62,57 +62,33 @@ class Queries:
         return len(self.names)
 
 
-@dataclasses.dataclass(frozen=True)
-class QueryPictures:
-    """The pictures of queries, cut to their boxes: a `PictureSet` for `Embedder.pictures`."""
+def query_pictures(queries: Queries, pictures: PictureSet) -> PictureSet:
+    """The pictures of `queries` among `pictures`, cut to their boxes, whose corners are rounded.
 
-    source: PictureSet
-    queries: Queries
-    rows: tuple[int, ...]  # in `source`
+    Raises BadInput: one that is not there; when it is read, a box that holds nothing of it.
+    """
+    rows = _rows(pictures)
+    for line, name in enumerate(queries.names, start=1):
+        if name not in rows:
+            raise _missing(queries.path, line, name, pictures)
+    chosen = [rows[name] for name in queries.names]
 
-    @property
-    def path(self) -> epath.Path:
-        return self.queries.path
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.queries.names
-
-    @property
-    def classes(self) -> Int[np.ndarray, " q"]:
-        return self.source.classes[list(self.rows)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, i: int) -> bytes:
-        """The file of picture i, or a PNG of what lies in its box, whose corners are rounded."""
-        data, box = self.source.read(self.rows[i]), self.queries.boxes[i]
+    def read(i: int) -> bytes:
+        data, box = pictures.read(chosen[i]), queries.boxes[i]
         if box is None:
             return data
         left, top, right, bottom = (max(round(side), 0) for side in box)
         picture = ops.decode_rgb(data)[top:bottom, left:right]
         if not picture.size:
             raise BadInput(
-                f"The box {list(box)} of {self.names[i]} in {self.path} holds nothing of that "
-                "picture: give x0, y0, x1, y1 in its pixels."
+                f"The box {list(box)} of {queries.names[i]} in {queries.path} holds nothing of "
+                "that picture: give x0, y0, x1, y1 in its pixels."
             )
         png = io.BytesIO()
         Image.fromarray(picture).save(png, "PNG", compress_level=1)
         return png.getvalue()
 
-    def sha256(self) -> str:
-        """Hash of the whole pictures; the boxes are in the file of the queries."""
-        return self.source.sha256()
-
-
-def query_pictures(queries: Queries, pictures: PictureSet) -> QueryPictures:
-    """The pictures of `queries` among `pictures`; BadInput for one that is not there."""
-    rows = _rows(pictures)
-    for line, name in enumerate(queries.names, start=1):
-        if name not in rows:
-            raise _missing(queries.path, line, name, pictures)
-    return QueryPictures(pictures, queries, tuple(rows[name] for name in queries.names))
+    return PictureSet(queries.path, queries.names, pictures.classes[chosen], read)
 
 
 def read_queries(path: epath.PathLike, index: PictureSet) -> Queries:
@@ -187,7 +163,7 @@ def _query(line: Any) -> dict[str, Any]:
         "box": None if box is None else tuple(float(side) for side in box),
         "positives": _by_setup(line.get("positives", {})),
         "junk": _by_setup(line.get("junk", {})),
-        "classes": [int(number) for number in line.get("classes", ())],
+        "classes": sorted({int(number) for number in line.get("classes", ())}),
         "domain": str(line.get("domain", "")),
         "split": str(line.get("split", "")),
     }
@@ -197,7 +173,7 @@ def _by_setup(names: Any) -> dict[str, list[str]]:
     lists = names if isinstance(names, Mapping) else {"": names}
     if not all(isinstance(n, list) and all(isinstance(x, str) for x in n) for n in lists.values()):
         raise ValueError("positives and junk are lists of names, or such lists by setup")
-    return dict(lists)
+    return {setup: list(dict.fromkeys(each)) for setup, each in lists.items()}
 
 
 def _form(query: Mapping[str, Any]) -> tuple[bool, frozenset[str]]:
