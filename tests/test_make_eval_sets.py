@@ -199,14 +199,17 @@ def test_gldv2(tmp_path):
 def test_met(tmp_path):
     database = [{"id": 7, "path": "MET/7/0.jpg"}, {"id": 8, "path": "MET/8/0.jpg"}]
     test = [{"path": "test_met/0.jpg", "MET_id": 8}, {"path": "test_noart/0.jpg"}]
-    files = layout([f"images/{row['path']}" for row in (*database, *test)])
-    for name, rows in (("MET_database", database), ("mini_MET_database", []), ("testset", test)):
+    val = [{"path": "val_met/0.jpg", "MET_id": 7}]
+    files = layout([f"images/{row['path']}" for row in (*database, *val, *test)])
+    tables = {"MET_database": database, "mini_MET_database": [], "valset": val, "testset": test}
+    for name, rows in tables.items():
         files[f"ground_truth/{name}.json"] = json.dumps(rows).encode()
     pictures, _, _, out = made(tmp_path, "met", put(tmp_path / "d", files))
     np.testing.assert_array_equal(pictures.classes, [7, 8])
     queries = query_index.read_queries(out / "queries.jsonl", pictures)
-    assert queries.classes.tolist() == [[8], [query_index.NO_ROW]]
-    assert len(query_index.query_pictures(queries, picture_sets.read_set(out / "queries.tar"))) == 2
+    assert queries.classes.tolist() == [[7], [8], [query_index.NO_ROW]]
+    assert queries.splits == ("val", "test", "test")
+    assert len(query_index.query_pictures(queries, picture_sets.read_set(out / "queries.tar"))) == 3
 
 
 @pytest.mark.parametrize("name", ["coco_karpathy", "flickr30k"])

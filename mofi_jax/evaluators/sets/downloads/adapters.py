@@ -138,15 +138,16 @@ def gldv2(download: Download) -> Made:
 
 
 def met(download: Download) -> Made:
-    """``MET_database.json`` [id, path] and ``testset.json`` [path, MET_id where there is one]."""
+    """``MET_database.json`` [id, path]; ``valset.json``, ``testset.json`` [path, MET_id or not]."""
     made = Made()
     for row in json.loads(download.text("MET_database.json")):
         _add(made, download, int(row["id"]), row["path"])
-    for row in json.loads(download.text("testset.json")):
-        new = f"{NO_CLASS}_{row['path'].replace('/', '_')}"
-        made.query_pictures[new] = download.find(row["path"])
-        classes = [int(row["MET_id"])] if "MET_id" in row else []
-        made.queries.append({"image": new, "classes": classes})
+    for split in ("val", "test"):
+        for row in json.loads(download.text(f"{split}set.json")):
+            new = f"{NO_CLASS}_{row['path'].replace('/', '_')}"
+            made.query_pictures[new] = download.find(row["path"])
+            classes = [int(row["MET_id"])] if "MET_id" in row else []
+            made.queries.append({"image": new, "classes": classes, "split": split})
     return made
 
 
