@@ -1,19 +1,27 @@
-"""Measures a finished model: one table, result.json with protocol cards, pictures of neighbours.
+"""Measures finished models: one table, protocol cards, and a page with what they find near to what.
 
-    python -m mofi_jax.evaluate --config configs/eval.py:sample --model W [--out D]
+    python -m mofi_jax.evaluate --config configs/eval.py:sample --model W [--step best]
+    python -m mofi_jax.evaluate --config configs/eval.py:sample --models W CLIP raw_pixels --out D
 
-W is a training run, an exported Hugging Face folder, or ``raw_pixels``, the baseline that compares
-pictures by their pixels.  On several hosts, start it on all of them with the flags of
-`mofi_jax.train`.  D (by default W/evaluation) receives
+A model is a training run, a Hugging Face CLIP folder, exported or anybody's, or ``raw_pixels``, the
+baseline that compares pictures by their pixels.  On several hosts, start it on all of them with the
+flags of `mofi_jax.train`.  D (by default W/evaluation) receives
 
-    gallery_NAME.png  queries and neighbours, for every retrieval evaluator
-    result.json       {"model", "metrics": {evaluator: {metric: value}},
-                       "protocols": {evaluator: card}, "left_out": {evaluator: reason}, "seconds"}
+    result.json  {"models": [{"model", "metrics": {evaluator: {metric: value}},
+                  "intervals": {evaluator: {metric: [low, high]}},  # 95 %, where there are queries
+                  "protocols": {evaluator: card}, "left_out": {evaluator: reason}, "seconds"}],
+                  "versions"}
+    results.md   metrics by models, intervals, the best of each row in bold
+    index.html   the same; queries with neighbours, worst queries, confused classes, maps; protocols
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -26,100 +34,145 @@ from mofi_jax.distributed import hosts, meshes
 from mofi_jax.evaluators import retrieval
 from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.evaluators.features import embedding
+from mofi_jax.evaluators.pages import page, table
 
 RAW_PIXELS = "raw_pixels"
+# What decides pixels, features and scores beside this code.
+_LIBRARIES = ("mofi_jax", "jax", "jaxlib", "numpy", "opencv-python-headless", "pillow")
 
 
 def main(
     config: ml_collections.ConfigDict,
-    model: str,
+    model: str = "",
     out: str | None = None,
+    models: Sequence[str] = (),
+    step: str = "",
     coordinator: str = "",
     processes: str = "",
     process: str = "",
 ) -> None:
-    """Evaluates `model` by `config` and writes to the folder `out`.
+    """Evaluates models by `config` and writes to the folder `out`.
 
     Args:
+      model: a training run, a Hugging Face CLIP folder or raw_pixels.
+      models: several of them, in one table.
+      step: of training runs, a saved step or best (config.checkpoint.keep_best); else the last.
       coordinator, processes, process: HOST:PORT of process 0, how many there are, and which one
         this is, counted from 0; left out where jax finds them by itself.
     """
-    start = time.monotonic()
-    default = f"runs/evaluation/{RAW_PIXELS}" if model == RAW_PIXELS else f"{model}/evaluation"
-    files.input_folder(model, "--model")
-    out = files.output_folder(out or default, "--out", bucket=True)
+    models = [*([model] if model else []), *models]
+    if not models or len(set(models)) < len(models):
+        raise BadInput(
+            f"--models names {'no model' if not models else 'a model twice'}: write --models A B, "
+            "each a training run, a Hugging Face CLIP folder or raw_pixels."
+        )
+    default = f"runs/evaluation/{RAW_PIXELS}" if models[0] == RAW_PIXELS else None
+    if len(models) > 1 and not out:
+        raise BadInput("--out is missing: several models need a folder for their table.")
+    for name in models:
+        files.input_folder(name, "--model")
+    out = files.output_folder(out or default or f"{models[0]}/evaluation", "--out", bucket=True)
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)
     # A config of one's own needs none of what concerns several hosts.
     distributed, timeout = config.get("distributed", False), config.get("start_timeout", 300)
     hosts.start(distributed, coordinator, processes, process, timeout)
     mesh = meshes.make_mesh(**config.get("mesh", {}))
-
-    # ---------------------------------------------------------------------- model
-    if model == RAW_PIXELS:
-        if config.preprocess:
+    for name in models:
+        if name == RAW_PIXELS and config.preprocess:
             raise BadInput(
                 "config.preprocess does not apply to raw_pixels: set config.raw_pixels_size."
             )
-        towers = inference.RawPixels(config.raw_pixels_size, mesh)
-        params, description = {}, "raw pixels"
-    else:
-        loaded = inference.load(model, mesh=mesh, batch_size=config.batch_size * mesh.size)
-        towers, params, description = loaded.towers, loaded.params, loaded.description
-        if config.preprocess:
-            towers = dataclasses.replace(towers, preprocess=config.preprocess)
+        if name != RAW_PIXELS:
+            inference.kind(name)  # a mistyped name is told before the first model is measured
 
-    # ---------------------------------------------------------------------- evaluators
+    # ---------------------------------------------------------------------- models
+    measured: list[dict[str, Any]] = []
+    shown: dict[str, page.Shown] = {}
+    for name in models:
+        start = time.monotonic()
+        logging.info("model %d of %d: %s", len(measured) + 1, len(models), name)
+        if name == RAW_PIXELS:
+            towers = inference.RawPixels(config.raw_pixels_size, mesh)
+            params, description = {}, "raw pixels"
+        else:
+            batch = config.batch_size * mesh.size
+            loaded = inference.load(name, mesh=mesh, batch_size=batch, step=step)
+            towers, params, description = loaded.towers, loaded.params, loaded.description
+            if config.preprocess:
+                towers = dataclasses.replace(towers, preprocess=config.preprocess)
+        suite = build(towers, config, name)
+        embedder = embedding.Embedder(towers, params, config.batch_size)
+        result = measure(suite, embedder)
+        for evaluator, of in suite.evaluators.items():
+            if not isinstance(of, retrieval.Evaluator):
+                continue
+            # Several evaluators may have one set.
+            key = str(of.pictures.path)
+            seen = shown.setdefault(key, page.Shown(evaluator, of.pictures, names_of(of), {}))
+            if description not in seen.looks:
+                features = embedder.pictures(of.pictures)
+                seen.looks[description] = page.look(features, of.pictures, seen.names, of.domains)
+        result["seconds"] = round(time.monotonic() - start, 1)
+        measured.append({"model": description, **result})
+
+    # ---------------------------------------------------------------------- results
+    if jax.process_index() != 0:
+        return
+    result = {"models": measured, "versions": versions()}
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "result.json", result)
+    files.write_text(out / "results.md", table.markdown(measured) + "\n")
+    files.write_text(out / "index.html", page.render(result, list(shown.values())))
+    print("\n".join([table.text(measured), *table.left_out(measured)]), flush=True)
+    logging.info("written: %s", out)
+
+
+def build(towers: Any, config: ml_collections.ConfigDict, model: str) -> evaluation.Suite:
+    """The evaluators of a config that apply to a model; BadInput where none does."""
     suite = hosts.all_or_none(lambda: evaluation.build_all(towers, config.evaluators.to_dict()))
     if not suite.evaluators:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in suite.skipped.items())
         raise BadInput(f"No evaluator of --config applies to {model} ({reasons}): use another one.")
-    embedder = embedding.Embedder(towers, params, config.batch_size)
-    scores = evaluation.run_all(suite.evaluators, embedder)
+    return suite
 
-    # ---------------------------------------------------------------------- results
-    for name, evaluator in suite.evaluators.items():
-        if isinstance(evaluator, retrieval.Evaluator):
-            evaluator.gallery(embedder, out / f"gallery_{name}.png")
-    if jax.process_index() != 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
+
+def measure(suite: evaluation.Suite, embedder: embedding.Embedder) -> dict[str, Any]:
+    """The entry of a model in result.json, without its name and time."""
     metrics: dict[str, dict[str, float]] = {}
-    for key, value in scores.items():
-        name, _, metric = key.partition("/")
-        metrics.setdefault(name, {})[metric] = value
-    files.write_json(
-        out / "result.json",
-        {
-            "model": description,
-            "metrics": metrics,
-            "protocols": {name: e.card() for name, e in suite.evaluators.items()},
-            "left_out": suite.skipped,
-            "seconds": round(time.monotonic() - start, 1),
-        },
-    )
-    print(table(description, metrics, suite.skipped), flush=True)
-    logging.info("written: %s", out)
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, evaluator in suite.evaluators.items():
+        start = time.monotonic()
+        for key, value in evaluation.run_all({name: evaluator}, embedder).items():
+            metric = key.removeprefix(f"{name}/")
+            metrics.setdefault(name, {})[metric] = float(value)
+            if hasattr(value, "interval"):
+                intervals.setdefault(name, {})[metric] = value.interval()
+        logging.info("evaluator %s: %.1f s", name, time.monotonic() - start)
+    return {
+        "metrics": metrics,
+        "intervals": intervals,
+        "protocols": {name: of.card() for name, of in suite.evaluators.items()},
+        "left_out": suite.skipped,
+    }
 
 
-def table(
-    title: str, metrics: Mapping[str, Mapping[str, float]], left_out: Mapping[str, str]
-) -> str:
-    """The numbers for people: a line per evaluator and metric, four decimals."""
-    rows = [
-        (name, metric, f"{value:.4f}")
-        for name, values in metrics.items()
-        for metric, value in values.items()
-    ]
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [title, "-" * max(len(title), sum(wide) + 4)]
-    previous = ""
-    for name, metric, value in rows:
-        shown = name if name != previous else ""
-        lines.append(f"{shown:<{wide[0]}}  {metric:<{wide[1]}}  {value:>{wide[2]}}")
-        previous = name
-    lines += [f"{name}: left out, {reason}" for name, reason in left_out.items()]
-    return "\n".join(lines)
+def names_of(evaluator: Any) -> Mapping[int, str]:
+    """What people call the classes of an evaluator's pictures."""
+    known = evaluator.classes
+    return {
+        number: known[number].label if number in known else f"class {number}"
+        for number in sorted(set(evaluator.pictures.classes.tolist()))
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 if __name__ == "__main__":

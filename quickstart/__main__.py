@@ -53,20 +53,6 @@ def train(name: str, arguments: str) -> tuple[str, ...]:
     return ("mofi_jax.train", "--config", config, "--workdir", f"{OUT}/{name}")
 
 
-def evaluate(model: str) -> tuple[str, ...]:
-    path = model if model == "raw_pixels" else f"{OUT}/{model}"
-    out = f"{OUT}/evaluation/{model}"
-    return (
-        "mofi_jax.evaluate",
-        "--config",
-        "configs/eval.py:sample",
-        "--model",
-        path,
-        "--out",
-        out,
-    )
-
-
 # By default glibc hands the buffers of a training step back to the kernel and asks for them again
 # at the next: on a CPU that costs an eighth of the step in page faults.
 ALLOCATOR = {
@@ -118,18 +104,14 @@ STAGES = (
     ),
     Stage(
         "evaluation",
-        "retrieval, entity and zero-shot scores, with galleries",
-        "evaluation/multitask/result.json",
-        evaluate("multitask"),
+        "retrieval, entity and zero-shot scores beside raw pixels, with galleries and maps",
+        "evaluation/result.json",
+        (
+            *("mofi_jax.evaluate", "--config", "configs/eval.py:sample"),
+            *("--models", f"{OUT}/multitask", "raw_pixels", "--out", f"{OUT}/evaluation"),
+        ),
         needs=("multitask",),
-        folder="evaluation/multitask",
-    ),
-    Stage(
-        "baseline",
-        "the same retrieval by raw pixels",
-        "evaluation/raw_pixels/result.json",
-        evaluate("raw_pixels"),
-        folder="evaluation/raw_pixels",
+        folder="evaluation",
     ),
     Stage(
         "export",
@@ -257,7 +239,8 @@ def read(path: str) -> Any:
 def collect(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All figures of the quick start out of what the stages left behind."""
     quality = read("data/label_quality.json")
-    retrieval = {"raw_pixels": scores_of(flatten(read("evaluation/raw_pixels/result.json")))}
+    multitask, raw_pixels = map(flatten, read("evaluation/result.json")["models"])
+    retrieval = {"raw_pixels": scores_of(raw_pixels)}
     curve = [json.loads(line) for line in lines(f"{OUT}/multitask/metrics.jsonl")]
     # The first evaluation precedes the first step.
     retrieval["untrained"] = scores_of(next(line for line in curve if "retrieval_seen/map" in line))
@@ -274,7 +257,7 @@ def collect(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         },
         "retrieval": retrieval,
         "export": {"format": "hf", "max_abs_diff": parity["max_abs_diff"]},
-        "scores": flatten(read("evaluation/multitask/result.json")),
+        "scores": multitask,
         "stages": stages,
     }
 
@@ -284,7 +267,7 @@ def lines(path: str) -> list[str]:
 
 
 def flatten(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation as {"evaluator/metric": value}."""
+    """The metrics of an evaluated model as {"evaluator/metric": value}."""
     return {f"{e}/{m}": v for e, metrics in result["metrics"].items() for m, v in metrics.items()}
 
 

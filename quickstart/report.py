@@ -1,6 +1,5 @@
 """What the quick start shows at the end: a table in the terminal and a page to look at."""
 
-import base64
 import json
 import pathlib
 from collections.abc import Mapping
@@ -65,10 +64,6 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 def page(result: Mapping[str, Any], out: pathlib.Path) -> str:
     """The report as one HTML file, pictures included; `out` holds what the stages wrote."""
-    galleries = {}
-    for name in reversed(SETS):
-        data = (out / f"evaluation/multitask/gallery_retrieval_{name}.png").read_bytes()
-        galleries[name] = base64.b64encode(data).decode()
     lines = (out / "multitask/metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     curves = {}
@@ -82,5 +77,5 @@ def page(result: Mapping[str, Any], out: pathlib.Path) -> str:
         }
         curves[title] = [(name, line) for name, line in series.items() if line]
     template = pathlib.Path(__file__).with_name("report.html.j2")
-    more = {"models": ROWS, "galleries": galleries, "curves": curves}
+    more = {"models": ROWS, "curves": curves}
     return pages.fill(str(template), {**result, **more})

@@ -48,6 +48,14 @@ def test_one_sentence(command, sentence, tmp_path):
     assert not workdir.exists()
 
 
+def test_a_flag_may_take_all_that_follows_it():
+    several = {"--models"}
+    for given in (["--models", "A", "B", "--out", "D"], ["--models=A", "B", "--out", "D"]):
+        found = list(cli._repeated(["main", *given], several))
+        assert found == ["main", "--models=A", "--models=B", "--out", "D"]
+    assert list(cli._repeated(["main", "--out", "D", "E"], several)) == ["main", "--out", "D", "E"]
+
+
 def test_help_shows_the_flags_of_the_command_and_where_its_keys_are_explained():
     done = subprocess.run(
         [sys.executable, "-m", "data_prep.build_i2e", "--help"],

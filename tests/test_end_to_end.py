@@ -109,13 +109,12 @@ def test_evaluate_gives_the_score_of_the_loop(run, one_device, tmp_path):
     }
     with one_device():
         evaluate.main(config, model=str(run / "multitask"), out=str(tmp_path))
-    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "result.json").read_text())["models"][0]["metrics"]
     in_loop = json.loads((run / "multitask/result.json").read_text())["scores"]
     assert metrics["retrieval_unseen"]["map"] == pytest.approx(
         in_loop["retrieval_unseen/map"], abs=1e-6
     )
     assert 0 < metrics["entity_seen"]["coverage"] <= 1
-    assert (tmp_path / "gallery_retrieval_unseen.png").stat().st_size > 10_000
 
 
 def test_exported_model_reads_back_in_transformers(run, tmp_path):

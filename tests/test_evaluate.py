@@ -25,6 +25,7 @@ from mofi_jax.data import records, tokenizer
 from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import suite
 from mofi_jax.evaluators.features import embedding
+from mofi_jax.evaluators.pages import feature_map
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
@@ -265,9 +266,10 @@ def model(tmp_path_factory):
 
 def test_main_on_an_exported_model(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(feature_map, "POINTS", 20)  # t-SNE of more takes seconds
     config = eval_config.get_config("sample").lock()
     evaluate.main(config, str(model), str(tmp_path))
-    result = json.loads((tmp_path / "result.json").read_text())
+    [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert result["left_out"] == {}
     assert sorted(result["metrics"]) == sorted(config.evaluators)
     metrics = result["metrics"]
@@ -283,8 +285,8 @@ def test_main_on_an_exported_model(model, tmp_path, monkeypatch, capsys):
     assert card["preprocessing"] == "decode|resize_short(16)|center_crop(16)"
     assert card["sha256"] == picture_sets.read_set(SAMPLE / "unseen.tar").sha256()
     assert card["ties"] == "mean"
-    for name in ("seen", "unseen"):
-        assert (tmp_path / f"gallery_retrieval_{name}.png").stat().st_size > 50_000
+    page = (tmp_path / "index.html").read_text()
+    assert 50_000 < len(page) < 2_000_000
     printed = capsys.readouterr().out
     for name, values in metrics.items():
         assert name in printed
@@ -295,7 +297,7 @@ def test_preprocessing_of_the_config_replaces_that_of_the_model(model, folder, t
     config = eval_config.get_config(f"gpr1200={folder}")
     config.preprocess = "decode|resize_short(16, method='bilinear')|center_crop(16)"
     evaluate.main(config, str(model), str(tmp_path))
-    result = json.loads((tmp_path / "result.json").read_text())
+    [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert result["protocols"]["gpr1200"]["preprocessing"] == config.preprocess
     with pytest.raises(BadInput, match="does not apply to raw_pixels"):
         evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
@@ -310,7 +312,7 @@ def test_a_model_without_text_tower_is_not_asked_for_words(model, folder, tmp_pa
     monkeypatch.setattr(inference, "load", lambda path, **options: loaded)
     config = eval_config.get_config(f"gpr1200={folder},classes={SAMPLE / 'classes.jsonl'}")
     evaluate.main(config, str(model), str(tmp_path))
-    result = json.loads((tmp_path / "result.json").read_text())
+    [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert list(result["metrics"]) == ["gpr1200"]
     assert list(result["left_out"]) == ["gpr1200_zeroshot"]
 
@@ -319,13 +321,49 @@ def test_main_on_raw_pixels_leaves_out_what_needs_words(folder, tmp_path, capsys
     classes = SAMPLE / "classes.jsonl"
     config = eval_config.get_config(f"gpr1200={folder},classes={classes}")
     evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
-    result = json.loads((tmp_path / "result.json").read_text())
+    [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert list(result["metrics"]) == ["gpr1200"]
     assert result["left_out"] == {"gpr1200_zeroshot": "the model has no tokenizer"}
-    assert "gpr1200_zeroshot: left out, the model has no tokenizer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gpr1200_zeroshot: left out of raw pixels, the model has no tokenizer" in printed
     del config.evaluators["gpr1200"]
     with pytest.raises(BadInput, match="No evaluator of --config applies"):
         evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
+
+
+def test_several_models_in_one_table(model, folder, tmp_path, monkeypatch):
+    """What one has not is a dash; the best is bold; a set's pictures are in the page once."""
+    config = eval_config.get_config(f"gpr1200={folder},classes={SAMPLE / 'classes.jsonl'}")
+    models = [str(model), evaluate.RAW_PIXELS]
+    evaluate.main(config, out=str(tmp_path), models=models)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [of["model"] for of in result["models"]] == [str(model), "raw pixels"]
+    assert {"python", "jax", "numpy", "device"} <= result["versions"].keys()
+    ours, pixels = (of["metrics"]["gpr1200"]["map"] for of in result["models"])
+    low, high = result["models"][0]["intervals"]["gpr1200"]["map"]
+    assert low <= ours <= high
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert lines[0] == "| metric | export | raw pixels |"
+    [scored] = [line for line in lines if line.startswith("| gpr1200/map |")]
+    assert f"**{max(ours, pixels):.4f}** [" in scored
+    assert scored.count("**") == 2
+    [named] = [line for line in lines if line.startswith("| gpr1200_zeroshot/top1 |")]
+    assert named.endswith(" | – |")
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("base64,") == len(list(folder.iterdir()))
+
+
+def test_models_are_named_and_found_before_any_is_measured(model, folder, tmp_path, monkeypatch):
+    config = eval_config.get_config(f"gpr1200={folder}")
+    with pytest.raises(BadInput, match="--models names no model: write --models A B"):
+        evaluate.main(config)
+    with pytest.raises(BadInput, match="--models names a model twice"):
+        evaluate.main(config, out=str(tmp_path), models=[str(model), str(model)])
+    with pytest.raises(BadInput, match="--out is missing: several models"):
+        evaluate.main(config, models=[str(model), "raw_pixels"])
+    monkeypatch.setattr(inference, "load", None)
+    with pytest.raises(BadInput, match="nowhere is neither a training run"):
+        evaluate.main(config, out=str(tmp_path), models=[str(model), str(tmp_path / "nowhere")])
 
 
 def test_config_needs_one_data_set():
@@ -336,7 +374,7 @@ def test_config_needs_one_data_set():
 
 def test_command_line_tells_bad_input_in_one_line(tmp_path):
     command = [sys.executable, "-m", "mofi_jax.evaluate", "--config", "configs/eval.py:sample"]
-    command += ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    command += ["--models", "raw_pixels", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: " in done.stderr

@@ -32,7 +32,7 @@ def test_two_processes_equal_one(tmp_path, layout):
         for key in (k for k in a if not k.startswith(telemetry.TIMED)):
             assert a[key] == pytest.approx(b[key], rel=1e-6), key
     two, one = (
-        json.loads((tmp_path / f"{name}.scores/result.json").read_text())["metrics"]
+        json.loads((tmp_path / f"{name}.scores/result.json").read_text())["models"][0]["metrics"]
         for name in ("two", "one")
     )
     assert two == one

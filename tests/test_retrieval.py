@@ -1,4 +1,4 @@
-"""The GPR1200 protocol: against its published code, at random, with odd classes; the gallery."""
+"""The GPR1200 protocol: against its published code, at random, with odd classes."""
 
 import io
 import tarfile
@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
-from mofi_jax.evaluators import gallery, retrieval
+from mofi_jax.evaluators import retrieval
 from mofi_jax.evaluators.features import embedding
 
 SAMPLE = Path(__file__).parents[1] / "data_prep/sample"
@@ -230,34 +229,3 @@ def test_raw_pixels_on_the_sample(name, score):
     towers = inference.RawPixels(40, meshes.make_mesh())
     evaluator = retrieval.Evaluator(towers, images=SAMPLE / f"{name}.tar")
     assert scores_of(evaluator)["map"] == pytest.approx(score, abs=1e-3)
-
-
-def test_gallery(tmp_path):
-    evaluator = retrieval.Evaluator(
-        inference.RawPixels(8, meshes.make_mesh()),
-        images=SAMPLE / "unseen.tar",
-        classes=SAMPLE / "classes.jsonl",
-    )
-    for name in ("one", "two"):
-        embedder = embedding.Embedder(evaluator.towers, {})
-        evaluator.gallery(embedder, tmp_path / "new" / f"{name}.png")
-    first, second = ((tmp_path / "new" / f"{n}.png").read_bytes() for n in ("one", "two"))
-    assert first == second
-    pixels = np.asarray(Image.open(io.BytesIO(first)).convert("RGB")).astype(int)
-    assert pixels.shape[0] > 900
-    assert pixels.shape[1] > 900
-    # 36 neighbours, each framed in one of the two colours.
-    for colour in (gallery.GREEN, gallery.RED):
-        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (np.abs(pixels - rgb).max(2) < 3).sum() > 500
-
-
-def test_gallery_of_a_tiny_set(tmp_path):
-    """Fewer pictures than queries and neighbours."""
-    jpeg = io.BytesIO()
-    Image.new("RGB", (30, 20), "teal").save(jpeg, "JPEG")
-    for name in ("0_a.jpg", "0_b.jpg", "1_a.jpg"):
-        (tmp_path / name).write_bytes(jpeg.getvalue())
-    evaluator = retrieval.Evaluator(inference.RawPixels(8, meshes.make_mesh()), images=tmp_path)
-    evaluator.gallery(embedding.Embedder(evaluator.towers, {}), tmp_path / "gallery.PNG")
-    assert Image.open(tmp_path / "gallery.PNG").width > 100

@@ -3,7 +3,8 @@
 ``cli.run(main)`` turns the parameters of ``main`` into flags: ``config`` is an ml_collections
 config file (``--config file.py:args``, single keys with ``--config.key=value``), every other
 parameter is a text flag, optional if it has a default; one with the default False is a switch;
-``*names`` takes what is written without a flag, and wants at least one.  A ``~`` at the start of a
+``*names`` takes what is written without a flag, and wants at least one; one with the default ()
+takes all that follows it, up to the next flag.  A ``~`` at the start of a
 flag's or a config key's text is the home folder: shells leave it alone behind ``--flag=``.
 """
 
@@ -38,6 +39,7 @@ def run(main: Callable[..., Any]) -> None:
     """
     named = dict(inspect.signature(main).parameters)
     has_config = named.pop("config", None) is not None
+    several = {f"--{n}" for n, parameter in named.items() if parameter.default == ()}
     positional = next((n for n, p in named.items() if p.kind is p.VAR_POSITIONAL), None)
     named.pop(positional, None)
     required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
@@ -47,8 +49,10 @@ def run(main: Callable[..., Any]) -> None:
     entries = re.findall(r"^  ([\w, ]+): (.+(?:\n    .+)*)", inspect.getdoc(main) or "", re.M)
     described = {name: text for names, text in entries for name in names.split(", ")}
     for name, parameter in named.items():
-        define = flags.DEFINE_bool if isinstance(parameter.default, bool) else flags.DEFINE_string
         default = None if name in required else parameter.default
+        define = {bool: flags.DEFINE_bool, tuple: flags.DEFINE_multi_string}.get(
+            type(default), flags.DEFINE_string
+        )
         define(name, default, described.get(name, "see above"))
     for name in [*named, *["config"] * has_config]:
         # --help shows the flags of the main module, and these are defined in this one.
@@ -58,7 +62,7 @@ def run(main: Callable[..., Any]) -> None:
         if {"--help", "-h"} & {*argv}:
             app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         try:
-            rest = flags.FLAGS([_with_home(argument) for argument in argv])
+            rest = flags.FLAGS([_with_home(argument) for argument in _repeated(argv, several)])
             if positional and len(rest) == 1:
                 raise BadInput(f"No {positional} given: write one or more without a flag.")
             if not positional and len(rest) > 1:
@@ -106,6 +110,18 @@ def run(main: Callable[..., Any]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_from_here)
     app.run(call, flags_parser=parse)
+
+
+def _repeated(argv: Sequence[str], several: set[str]) -> Iterator[str]:
+    """``--names a b`` as ``--names=a --names=b``."""
+    flag = ""
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        if name.startswith("-"):
+            flag = name if name in several else ""
+            if flag and not equals:
+                continue
+        yield f"{flag}={argument}" if flag and not name.startswith("-") else argument
 
 
 def _with_home(value: Any) -> Any:

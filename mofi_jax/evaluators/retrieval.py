@@ -18,13 +18,11 @@ number, not as the first that is found: a copy of it may come before it.
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators import gallery
 from mofi_jax.evaluators.features import embedding, neighbours
 from mofi_jax.evaluators.scores import ranking
 from mofi_jax.evaluators.scores.intervals import Estimate
@@ -165,9 +163,3 @@ class Evaluator:
             "score": "dot product, float32",
             "domains": [[name, 2000] for name in self.domains],
         }
-
-    def gallery(self, embedder: embedding.Embedder, path: epath.PathLike) -> None:
-        """Host 0 writes a PNG of queries and their neighbours; called on all (`gallery.write`)."""
-        features = embedder.pictures(self.pictures).numpy()
-        if jax.process_index() == 0:
-            gallery.write(path, features, self.pictures, self.classes)

@@ -90,7 +90,8 @@ def run_all(
     for name, evaluator in evaluators.items():
         try:
             for metric, value in evaluator.run(embedder):
-                results[f"{name}/{metric}"] = float(value)
+                # An `Estimate` stays one, which can tell its interval.
+                results[f"{name}/{metric}"] = value if isinstance(value, float) else float(value)
                 progress()
         except BadInput as error:
             raise BadInput(f"Evaluator {name}: {error}") from error

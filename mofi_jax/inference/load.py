@@ -39,19 +39,31 @@ def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256, step: str =
 def read(path: epath.PathLike, step: str = "") -> huggingface.Clip:
     """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
     path = files.input_folder(path, "--model")
-    # The kind of folder decides what hosts ask one another next: host 0 looks for all.
-    if hosts.agree((path / run_folder.MODEL_FILE).exists):
+    if kind(path) == "run":
         saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step)
-    elif hosts.agree(lambda: (files.local_input(path, "the model") / "config.json").exists()):
-        saved = hosts.all_or_none(lambda: huggingface.read(path))
     else:
+        saved = hosts.all_or_none(lambda: huggingface.read(path))
+    arrays.check_finite(saved.params, path)
+    return saved
+
+
+def kind(path: epath.PathLike) -> str:
+    """Which of the two a folder is, "run" or "clip"; BadInput for a folder that is neither."""
+    path = epath.Path(path)
+
+    # It decides what hosts ask one another next: host 0 looks for all.
+    def find() -> str:
+        if (path / run_folder.MODEL_FILE).exists():
+            return "run"
+        if (files.local_input(path, "the model") / "config.json").exists():
+            return "clip"
         raise BadInput(
             f"{path} is neither a training run ({run_folder.MODEL_FILE}) nor a Hugging Face CLIP "
             "folder (config.json): give the folder of one of them; `hf download NAME --local-dir "
             "FOLDER` fetches one from the hub."
         )
-    arrays.check_finite(saved.params, path)
-    return saved
+
+    return hosts.agree(find)
 
 
 def _read_run(path: epath.Path, values: dict[str, Any], step: str) -> huggingface.Clip:

@@ -276,7 +276,7 @@ def find_best(
             f"from {', '.join(known)}."
         )
     if known and step and scores[metric] > (best["value"] if best else -np.inf):
-        return {"metric": metric, "step": step, "value": scores[metric]}
+        return {"metric": metric, "step": step, "value": float(scores[metric])}
     return best
 
 
