@@ -3,13 +3,14 @@
     python -m mofi_jax.make_eval_sets list
     python -m mofi_jax.make_eval_sets cub --source CUB_200_2011.tgz --out sets/cub
 
-``list`` says of each set where it is to be had, its size and licence, and whether it can be read:
-nothing is downloaded.  SOURCE is what was downloaded, an archive or a folder of files and archives.
+``list`` says of each set where it is to be had, its size and licence; nothing is downloaded.
+SOURCE is what was downloaded, an archive or a folder of files and archives.
 The folder OUT, which must be new, receives
 
     images.tar      the pictures, or the index, named {class}_{name}, with class 0 for none
     classes.jsonl   what class numbers stand for
-    queries.tar, queries.jsonl   queries apart from the index (`evaluators.query_index`)
+    queries.tar, queries.jsonl, text_queries.jsonl
+                    queries apart from the index (`evaluators.query_index`)
     captions.jsonl  texts of the pictures (`evaluators.image_text`)
     result.json     counts, fingerprints, source and licence; pictures that cannot be decoded, by
                     name: they stay in the set
@@ -84,10 +85,7 @@ def main(*name: str, source: str = "", out: str = "") -> None:
 
 def listed() -> str:
     """The sets for people, a paragraph each."""
-    return "\n".join(
-        f"{name:<15} {origin}{'' if name in adapters.ADAPTERS else ' (cannot be read yet)'}"
-        for name, origin in catalogue.ORIGINS.items()
-    )
+    return "\n".join(f"{name:<15} {origin}" for name, origin in catalogue.ORIGINS.items())
 
 
 def read(name: str, download: archives.Download) -> adapters.Made:
@@ -121,11 +119,9 @@ def write(made: adapters.Made, download: archives.Download, folder: epath.Path) 
         {"class": number, "label": label, **({"id": identity} if identity else {})}
         for number, (label, identity) in sorted(made.classes.items())
     ]
-    for name, rows in (
-        ("classes", classes),
-        ("queries", made.queries),
-        ("captions", made.captions),
-    ):
+    tables = {"classes": classes, "captions": made.captions}
+    tables |= {"queries": made.queries, "text_queries": made.text_queries}
+    for name, rows in tables.items():
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             files.write_text(folder / f"{name}.jsonl", text)
@@ -134,6 +130,7 @@ def write(made: adapters.Made, download: archives.Download, folder: epath.Path) 
         "pictures": len(made.pictures),
         "classes": len({name.partition("_")[0] for name in made.pictures}),
         "queries": len(made.queries),
+        "text_queries": len(made.text_queries),
         "captions": sum(len(row["captions"]) for row in made.captions),
     }
     return {"counts": counts, "sha256": fingerprints, "broken": sorted(broken)}

@@ -30,6 +30,7 @@ class Made:
     classes: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # label, id
     query_pictures: dict[str, str | bytes] = dataclasses.field(default_factory=dict)
     queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # `sets.query_index`
+    text_queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # likewise
     captions: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # `sets.captions`
 
 
@@ -123,16 +124,15 @@ def gldv2(download: Download) -> Made:
 
     Queries that the publishers ignore have nothing to find, and are left out with their pictures.
     """
-    made, known = Made(), set()
-    for row in csv.DictReader(io.StringIO(download.text("retrieval_solution_v2.1.csv"))):
-        known.add(row["id"])
+    made = Made()
+    for row in _table(download, "retrieval_solution_v2.1.csv"):
         if row["Usage"] == "Ignored":
             continue
         new = f"{NO_CLASS}_{row['id']}.jpg"
         made.query_pictures[new] = download.find(f"{row['id']}.jpg")
         positives = [f"{NO_CLASS}_{name}.jpg" for name in row["images"].split()]
         made.queries.append({"image": new, "positives": positives, "split": row["Usage"].lower()})
-    for row in csv.DictReader(io.StringIO(download.text("index.csv"))):
+    for row in _table(download, "index.csv"):
         made.pictures[f"{NO_CLASS}_{row['id']}.jpg"] = download.find(f"{row['id']}.jpg")
     return made
 
@@ -148,6 +148,89 @@ def met(download: Download) -> Made:
             made.query_pictures[new] = download.find(row["path"])
             classes = [int(row["MET_id"])] if "MET_id" in row else []
             made.queries.append({"image": new, "classes": classes, "split": split})
+    return made
+
+
+# Of each part, where the index is.
+_UNED = {
+    **dict.fromkeys(("cars", "sop", "inat", "food2k", "rp2k"), "test"),
+    **dict.fromkeys(("inshop", "met", "gldv2"), "index"),
+}
+
+
+def uned(download: Download) -> Made:
+    """``{part}/test.json`` and, of inshop, met and gldv2, ``{part}/index.json`` [path, class_id].
+
+    One index of all eight parts, as the published scores have it.  Where a part's queries are its
+    index, each is taken out of it for itself.
+    """
+    made, numbers = Made(), {}
+
+    def named(part: str, row: dict[str, Any]) -> tuple[str, list[int]]:
+        ids = row["class_id"] if isinstance(row["class_id"], list) else [row["class_id"]]
+        classes = [numbers.setdefault((part, int(i)), len(numbers)) for i in ids]
+        return f"{classes[0]}_{part}_{row['path'].replace('/', '_')}", classes
+
+    def stored(path: str) -> str:
+        if not download.ending(path):  # as unzip writes the Chinese names of rp2k
+            path = "".join(c if c.isascii() else f"#U{ord(c):04x}" for c in path)
+        return download.find(path)
+
+    for part, split in _UNED.items():
+        for row in json.loads(download.text(f"{part}/{split}.json")):
+            made.pictures[named(part, row)[0]] = stored(row["path"])
+        for row in json.loads(download.text(f"{part}/test.json")):
+            name, classes = named(part, row)
+            made.query_pictures[name] = stored(row["path"])
+            junk = {"junk": [name]} if split == "test" else {}
+            made.queries.append({"image": name, "classes": classes, "domain": part, **junk})
+    return made
+
+
+_DISTRACTOR = 1000  # objects of ILIAS are numbered 0 to 999
+
+
+def ilias(download: Download) -> Made:
+    """``{object}_{number}/query`` with Q*.jpg and T*.txt, ``pos`` with P*.jpg; other .jpg distract.
+
+    Boxes are not used, as in the published scores.
+    """
+    made, texts = Made(), []
+    for name in download.names:
+        *_, folder, part, base = ("", "", *name.split("/"))
+        if not base.endswith((".jpg", ".txt")):
+            continue
+        if part == "query" and base.startswith("T"):
+            texts.append(name)
+        elif part == "query" and base.endswith(".jpg"):
+            number = int(folder.rpartition("_")[2])
+            made.query_pictures[f"{number}_{base}"] = name
+            made.queries.append({"image": f"{number}_{base}", "classes": [number]})
+        elif part == "pos" and base.endswith(".jpg"):
+            made.pictures[f"{int(folder.rpartition('_')[2])}_{base}"] = name
+        elif base.endswith(".jpg"):
+            made.pictures[f"{_DISTRACTOR}_{name.replace('/', '_')}"] = name
+    for name, data in sorted(download.read(texts)):  # all in one pass over the archives
+        number = int(name.split("/")[-3].rpartition("_")[2])
+        made.text_queries.append({"text": data.decode("utf-8").strip(), "classes": [number]})
+    return made
+
+
+def inquire(download: Download) -> Made:
+    """``inquire_queries_{val,test}.csv``, ``inquire_annotations.csv``; the pictures of iNat24."""
+    made, positives = Made(), {}
+    for name in download.names:
+        if name.endswith(".jpg"):
+            made.pictures[f"{NO_CLASS}_{posixpath.basename(name)}"] = name
+    for row in _table(download, "inquire_annotations.csv"):
+        name = f"{NO_CLASS}_{posixpath.basename(row['image_path'])}"
+        positives.setdefault(row["query_id"], []).append(name)
+    for split in ("val", "test"):
+        for row in _table(download, f"inquire_queries_{split}.csv"):
+            found = positives.get(row["query_id"], [])
+            made.text_queries.append(
+                {"text": row["query_text"], "positives": found, "split": split}
+            )
     return made
 
 
@@ -234,7 +317,8 @@ def _cifar(download: Download, file: str) -> Made:
 ADAPTERS: dict[str, Callable[[Download], Made]] = {
     adapter.__name__: adapter
     for adapter in (
-        *(gpr1200, sop, cub, cars, inat18, roxford5k, rparis6k, gldv2, met),
+        *(gpr1200, sop, cub, cars, inat18, roxford5k, rparis6k),
+        *(gldv2, met, uned, ilias, inquire),
         *(coco_karpathy, flickr30k, imagenet, imagenet_train, cifar100, cifar100_train),
     )
 }
@@ -256,6 +340,10 @@ def _pairs(download: Download, end: str) -> Iterator[tuple[str, str]]:
     for line in _lines(download, end):
         key, _, value = line.partition(" ")
         yield key, value.strip()
+
+
+def _table(download: Download, end: str) -> Iterator[dict[str, str]]:
+    return csv.DictReader(io.StringIO(download.text(end)))
 
 
 def _matlab(download: Download, end: str) -> dict[str, Any]:

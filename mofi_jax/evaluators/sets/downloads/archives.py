@@ -71,6 +71,8 @@ class Download:
         """Some of `names` with their contents, in the order in which they are stored."""
         wanted = set(names)
         for name, content in self._entries():
+            if not wanted:
+                return
             if name in wanted:
                 wanted.remove(name)
                 yield name, content()
