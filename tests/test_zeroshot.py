@@ -1,5 +1,6 @@
 """Zero-shot classification: the order of normalising and averaging, labels, templates."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import zeroshot
 from mofi_jax.evaluators.features import embedding
+from mofi_jax.evaluators.sets import prompts
 
 ANGLE = np.deg2rad(40)
 
@@ -67,7 +69,9 @@ def test_prompts_are_normalised_before_they_are_averaged(files):
         atol=1e-6,
     )
     # Cat lies at 45 degrees, the other class at -40: pictures at 40, 0 and -6 degrees.
-    assert dict(evaluator.run(embedder)) == pytest.approx({"top1": 2 / 3, "top5": 1.0})
+    assert dict(evaluator.run(embedder)) == pytest.approx(
+        {"top1": 2 / 3, "top5": 1.0, "mean_per_class": 3 / 4}
+    )
     assert evaluator.card()["templates"] == ["{}", "a {}"]
 
 
@@ -85,10 +89,71 @@ def test_templates_without_a_place_for_the_label(files, templates):
         zeroshot.Evaluator(Spoken([[1.0]], {}), **files, templates=templates)
 
 
+@pytest.mark.parametrize("templates", ["openai", ""])
+def test_unknown_set_of_templates(files, templates):
+    with pytest.raises(BadInput, match="choose from openai_imagenet, openai_imagenet_subset"):
+        zeroshot.Evaluator(Spoken([[1.0]], {}), **files, templates=templates)
+
+
+def test_named_templates_are_the_published_ones(files):
+    """By their number and a hash of their text, taken when they were compared with the source."""
+    digests = {
+        name: (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
+        for name, lines in prompts.TEMPLATES.items()
+    }
+    assert digests == {
+        "openai_imagenet": (80, "4f976686fb651bb5"),
+        "openai_imagenet_subset": (7, "6ef3883987d224b7"),
+        "openai_cifar": (18, "9bbf912e1144ca4c"),
+    }
+    evaluator = zeroshot.Evaluator(Spoken([[1.0]], {}), **files, templates="openai_cifar")
+    assert evaluator.card()["templates"][0] == "a photo of a {}."
+
+
+def write_labels(files, cat, other):
+    rows = [{"class": 7, "label": cat}, {"class": 9, "label": other}]
+    files["classes"].write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_aliases(files):
+    """As rows of their class in one mean, the first alone, or the label as it is written."""
+    write_labels(files, "cat, pussy cat", "dog")
+    texts = {"cat": [1.0, 0.0], "pussy cat": [0.0, 3.0], "cat, pussy cat": [0.6, 0.8]}
+    towers = Spoken([[1.0, 0.0]] * 3, texts | {"dog": [0.0, -1.0]})
+    for names, direction in (
+        ("aliases", [np.sqrt(0.5), np.sqrt(0.5)]),
+        ("first", [1.0, 0.0]),
+        ("label", [0.6, 0.8]),
+    ):
+        evaluator = zeroshot.Evaluator(towers, **files, names=names)
+        classes = evaluator.embed_classes(embedding.Embedder(towers, {}))
+        np.testing.assert_allclose(classes, [direction, [0.0, -1.0]], atol=1e-6)
+        assert evaluator.card()["names"] == names
+    with pytest.raises(BadInput, match="choose from label, first, aliases"):
+        zeroshot.Evaluator(towers, **files, names="last")
+
+
+def test_names_that_are_missing_or_shared(files, caplog):
+    towers = Spoken([[1.0]], {})
+    with pytest.raises(BadInput, match=r"The layout of .* names no classes: give `classes`"):
+        zeroshot.Evaluator(towers, images=files["images"])
+    write_labels(files, "cat", " , dog")
+    for names in ("first", "aliases"):
+        with pytest.raises(BadInput, match=r"Class 9 of .* has an empty name"):
+            zeroshot.Evaluator(towers, **files, names=names)
+    write_labels(files, "cat", "cat")
+    evaluator = zeroshot.Evaluator(towers, **files)
+    assert evaluator.card()["shared_names"] == ["cat"]
+    assert "1 names of" in caplog.text
+    files["classes"].write_text('{"class": 7, "label": "cat"}')
+    with pytest.raises(BadInput, match=r"Class 9 of .* is not in the class table"):
+        zeroshot.Evaluator(towers, **files)
+
+
 def test_equal_classes_come_in_order_of_their_numbers(files):
     """Of two classes with one name the lower number wins: a tie is half right, not all or none."""
     texts = {"cat": [0.0, 1.0], "{}": [0.0, 1.0]}
     towers = Spoken([[0.0, 1.0], [0.1, 0.9], [0.2, 0.8]], texts)
     evaluator = zeroshot.Evaluator(towers, **files)
     scores = dict(evaluator.run(embedding.Embedder(towers, {})))
-    assert scores == pytest.approx({"top1": 2 / 3, "top5": 1.0})
+    assert scores == pytest.approx({"top1": 2 / 3, "top5": 1.0, "mean_per_class": 1 / 2})

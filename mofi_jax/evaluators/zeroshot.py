@@ -4,27 +4,41 @@ CLIP's protocol (open_clip, LAION-AI/CLIP_benchmark): a class is the L2-normalis
 L2-normalised embeddings of all its prompts.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.evaluators.features import embedding
-from mofi_jax.evaluators.sets import pictures as picture_sets
+from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.scores import classification
+from mofi_jax.evaluators.sets import pictures, prompts
+
+# The names of a class, from its label; scores by several names do not compare with those by one.
+NAMES = {
+    "label": lambda label: [label],  # open_clip: one name a class, as it is written
+    "first": lambda label: [label.split(",")[0].strip()],  # big_vision: up to the first comma
+    # big_vision with all aliases: each one's prompts are rows of the class, all in one mean.
+    "aliases": lambda label: [name.strip() for name in label.split(",")],
+}
 
 
 class Evaluator:
     """Top-1 and top-5 by class names on a picture set, among the classes that occur in it.
 
     Args:
-      images: folder or .tar in GPR1200 naming.
-      classes: class table that gives each class number its label (`sets.pictures.read_classes`).
-      templates: prompts, ``{}`` where the label goes.
+      images: a picture set (`pictures.read_set`).
+      classes: class table that gives each class number its label (`pictures.read_classes`); ""
+        for a set whose layout names its classes.
+      templates: prompts, ``{}`` where the name goes, or the name of a set (`prompts.TEMPLATES`).
+      names: what a label holds, one of `NAMES`.
 
-    Raises BadInput: unusable set or class table, no template, or one without its ``{}``.
+    Raises BadInput: unusable set or class table, an unknown `names`, a class without a name, no
+    template, or one without its ``{}``.
     """
 
     needs = ("tokenizer",)
@@ -34,36 +48,65 @@ class Evaluator:
         towers: Any,
         *,
         images: epath.PathLike,
-        classes: epath.PathLike,
-        templates: Sequence[str] = ("{}",),
+        classes: epath.PathLike = "",
+        templates: str | Sequence[str] = ("{}",),
+        names: str = "label",
     ):
-        self.towers = towers
-        self.pictures = picture_sets.read_set(images)
-        table = picture_sets.read_classes(classes, self.pictures)
+        self.towers, self.naming = towers, names
+        if names not in NAMES:
+            raise BadInput(f"There is no way {names!r} of `names`: choose from {', '.join(NAMES)}.")
+        self.templates = prompts.templates(templates)
+        self.pictures = pictures.read_set(images)
         numbers, self.labels = np.unique(self.pictures.classes, return_inverse=True)
-        self.names = [table[int(number)].label for number in numbers]
-        self.templates = tuple(templates)
-        if not self.templates or any(t.count("{}") != 1 for t in self.templates):
+        if classes:
+            table = pictures.read_classes(classes, self.pictures)
+            labels = {number: entry.label for number, entry in table.items()}
+        elif self.pictures.labels:
+            labels = self.pictures.labels
+        else:
             raise BadInput(
-                f"`templates` is {list(self.templates)}: give prompts with one {{}} each, such as "
-                '"a photo of a {}".'
+                f"The layout of {images} names no classes: give `classes`, a table of their labels."
+            )
+        self.names = [NAMES[names](labels[int(number)]) for number in numbers]
+        nameless = [int(n) for n, own in zip(numbers, self.names, strict=True) if not all(own)]
+        if nameless:
+            raise BadInput(
+                f"Class {nameless[0]} of {images} has an empty name ({len(nameless)} such "
+                "classes): name it in its class table."
+            )
+        # OpenAI's own list for ImageNet has two of them.
+        self.shared = [
+            name
+            for name, count in collections.Counter(
+                n for own in self.names for n in set(own)
+            ).items()
+            if count > 1
+        ]
+        if self.shared:
+            logging.warning(
+                "%d names of %s belong to several classes (%s), of which only the lowest number "
+                "can be right where nothing else tells them apart: name them apart.",
+                *(len(self.shared), images, ", ".join(self.shared[:3])),
             )
 
     def run(self, embedder: embedding.Embedder) -> Iterator[tuple[str, float]]:
-        """Yields ``top1`` and ``top5``: shares of pictures, 0..1."""
-        features, classes = embedder.pictures(self.pictures).numpy(), self.embed_classes(embedder)
-        scores, labels = features @ classes.T, self.labels[:, None]
-        right = np.take_along_axis(scores, labels, axis=1)
-        tied_before = (scores == right) & (np.arange(len(classes)) < labels)
-        ahead = ((scores > right) | tied_before).sum(1)  # classes that come before the right one
-        yield "top1", float((ahead < 1).mean())
-        yield "top5", float((ahead < 5).mean())
+        """Yields ``top1``, ``top5`` (shares of pictures) and ``mean_per_class`` (of top1), 0..1."""
+        classes = embedding.Features.of(self.embed_classes(embedder), self.towers.mesh)
+        nearest, _ = neighbours.top_k(embedder.pictures(self.pictures), classes, 5)
+        right = nearest == self.labels[:, None]
+        yield "top1", float(right[:, 0].mean())
+        yield "top5", float(right.any(1).mean())
+        yield "mean_per_class", classification.mean_per_class(right[:, 0], self.labels)
 
     def embed_classes(self, embedder: embedding.Embedder) -> Float[np.ndarray, "c d"]:
         """One unit vector per class, in ascending order of class numbers."""
-        prompts = [t.replace("{}", name) for name in self.names for t in self.templates]
-        texts = _unit(embedder.texts(prompts))
-        return _unit(texts.reshape(len(self.names), len(self.templates), -1).mean(1))
+        texts = [
+            t.replace("{}", name) for own in self.names for name in own for t in self.templates
+        ]
+        rows = _unit(embedder.texts(texts))
+        counts = [len(own) * len(self.templates) for own in self.names]
+        starts = np.cumsum([0, *counts[:-1]])
+        return _unit(np.add.reduceat(rows, starts) / np.array(counts, np.float32)[:, None])
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""
@@ -71,6 +114,8 @@ class Evaluator:
             "protocol": "zero-shot: prompts normalised, averaged, normalised again; cosine",
             **embedding.picture_card(self.towers, self.pictures),
             "templates": list(self.templates),
+            "names": self.naming,
+            "shared_names": self.shared,
             "ties": "the lower class number comes first",
         }
 
