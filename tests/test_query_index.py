@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import metrics
 
+from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
+from mofi_jax.distributed import meshes
 from mofi_jax.evaluators import query_index, suite
 from mofi_jax.evaluators.features import embedding
 from tests.test_retrieval import Fixed, unit, write_set
@@ -240,6 +243,41 @@ def test_queries_in_words_need_a_text_tower(sets):
     (folder / "t.jsonl").write_text('{"image": "0_00.jpg", "classes": [0]}')
     with pytest.raises(BadInput, match="are pictures: name their set in `images`"):
         suite.build_all(Towers(queries), {"words": config})
+
+
+def test_boxes_and_distractors_of_real_pictures(tmp_path):
+    """Each query is one quarter of a picture, and the index has that quarter as a picture."""
+    rng = np.random.default_rng(6)
+    quarters = rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    whole = np.vstack([np.hstack(quarters[:2]), np.hstack(quarters[2:])])
+    for name in ("index", "more", "images"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(whole).save(tmp_path / "images" / "0_whole.png")
+    for i, quarter in enumerate(quarters):
+        Image.fromarray(quarter).save(tmp_path / "index" / f"0_{i}.png")
+        Image.fromarray(255 - quarter).save(tmp_path / "more" / f"0_{i}_.png")
+    lines = [
+        {
+            "image": "0_whole.png",
+            "box": [8.3 * (i % 2), 8 * (i // 2), 8 + 8 * (i % 2), 8 + 8 * (i // 2)],
+            "positives": [f"0_{i}.png"],
+        }
+        for i in range(4)
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {"kind": "query_index", "protocol": "ilias", "queries": tmp_path / "q.jsonl"}
+    config |= {"index": tmp_path / "index", "images": tmp_path / "images"}
+    config["distractors"] = (tmp_path / "more",)
+    towers = inference.RawPixels(8, meshes.make_mesh())
+    evaluators = suite.build_all(towers, {"mine": config}).evaluators
+    assert suite.run_all(evaluators, embedding.Embedder(towers, {})) == {"mine/map_at_1000": 1.0}
+    card = evaluators["mine"].card()
+    assert (card["queries"], card["boxes"], card["distractors"]) == (4, 4, 4)
+    assert card["index"]["pictures"] == 8
+    assert card["queries_with_a_copy"] == 1.0
+    config["distractors"] = (tmp_path / "more", tmp_path / "more")
+    with pytest.raises(BadInput, match="share a name: rename pictures"):
+        suite.build_all(towers, {"mine": config})
 
 
 def test_features_that_are_not_finite(sets):

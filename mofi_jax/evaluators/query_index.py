@@ -13,7 +13,7 @@ mean over them, and ``{metric}_{domain}`` are its parts.
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class Evaluator:
       index: picture set that it is looked for in.
       protocol: one of `PLACES`.
       images: picture set of the queries; left out where they are texts.
+      distractors: picture sets that nothing is looked for in, which stand in the index too, such as
+        the 5 million of ILIAS or the million of Revisited Oxford and Paris.
 
     Raises BadInput: unusable sets or queries, unknown protocol, or one that needs what they lack.
     """
@@ -60,11 +62,14 @@ class Evaluator:
         index: epath.PathLike,
         protocol: str,
         images: epath.PathLike = "",
+        distractors: Sequence[epath.PathLike] = (),
     ):
         if protocol not in PLACES:
             raise BadInput(f"Unknown protocol {protocol!r}: choose from {', '.join(PLACES)}.")
         self.towers, self.protocol = towers, protocol
-        self.index = picture_sets.read_set(index)
+        self.index = query_index.with_distractors(
+            picture_sets.read_set(index), [picture_sets.read_set(path) for path in distractors]
+        )
         self.queries = query_index.read_queries(queries, self.index)
         self.tuned: dict[str, float] = {}
         self.copies = 0.0  # share of query pictures that are in the index, found by the last run
@@ -192,7 +197,7 @@ class Evaluator:
         nearest = ~np.tril(later, -1).any(2) & (classes >= 0)  # first picture of its class
         right = self._found(rows[:, :1], "")[:, 0]
         labelled = self._labelled
-        total = len(np.unique(self.index.classes))
+        total = len(np.unique(self.index.classes[self.index.classes != neighbours.NO_ROW]))
         splits = np.array(self.queries.splits)
 
         def gap(chosen: np.ndarray, k: int, scale: float) -> float:
@@ -231,6 +236,7 @@ class Evaluator:
             "queries": len(self.queries),
             "queries_sha256": hashlib.sha256(self.queries.path.read_bytes()).hexdigest(),
             "index": embedding.picture_card(self.towers, self.index),
+            "distractors": int((self.index.classes == neighbours.NO_ROW).sum()),
             "score": "dot product, float32",
             "self": "as any other picture, if it is in the index; the junk of a query is taken out",
             "ties": TIES.get(self.protocol, "the lower row comes first"),

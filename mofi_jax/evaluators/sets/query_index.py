@@ -24,7 +24,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,29 @@ def query_pictures(queries: Queries, pictures: PictureSet) -> PictureSet:
         return png.getvalue()
 
     return PictureSet(queries.path, queries.names, pictures.classes[chosen], read)
+
+
+def with_distractors(index: PictureSet, distractors: Sequence[PictureSet]) -> PictureSet:
+    """An index with further pictures behind it, which are of no class (`NO_ROW`).
+
+    Raises BadInput: two pictures of one name.
+    """
+    if not distractors:
+        return index
+    parts = [index, *distractors]
+    ends = np.cumsum([len(part) for part in parts])
+    names = tuple(name for part in parts for name in part.names)
+    if len(set(names)) < len(names):
+        where = ", ".join(str(part.path) for part in parts)
+        raise BadInput(f"The index and its distractors ({where}) share a name: rename pictures.")
+
+    def read(i: int) -> bytes:
+        part = int(np.searchsorted(ends, i, side="right"))
+        return parts[part].read(i - int(ends[part]) + len(parts[part]))
+
+    nothing = np.full(len(names) - len(index), NO_ROW, np.int64)
+    classes = np.concatenate([index.classes, nothing])
+    return PictureSet(index.path, names, classes, read, index.labels)
 
 
 def read_queries(path: epath.PathLike, index: PictureSet) -> Queries:
