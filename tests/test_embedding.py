@@ -20,15 +20,11 @@ from tests import test_classification
 DIM = 3
 
 
-class Numbered(PictureSet):
+def numbered(size):
     """Picture i is the number i."""
-
-    def __init__(self, size):
-        object.__setattr__(self, "path", epath.Path("numbers"))
-        object.__setattr__(self, "names", tuple(f"0_{i}.jpg" for i in range(size)))
-
-    def read(self, i):
-        return str(i).encode()
+    names = tuple(f"0_{i}.jpg" for i in range(size))
+    classes = np.zeros(size, np.int64)
+    return PictureSet(epath.Path("numbers"), names, classes, lambda i: str(i).encode())
 
 
 def features_of(numbers):
@@ -69,7 +65,7 @@ def test_last_batches_of_every_size(mesh_of, mesh):
     mesh = permuted(mesh_of["2x2x2"]) if mesh == "permuted" else mesh_of[mesh]
     for size in range(1, 35) if mesh.size == 8 else range(1, 6):
         towers = Towers(mesh)
-        found = Embedder(towers, {}, 2).pictures(Numbered(size))
+        found = Embedder(towers, {}, 2).pictures(numbered(size))
         np.testing.assert_array_equal(found.numpy(), features_of(np.arange(size)))
         assert sorted(towers.decoded) == list(range(size))
         assert set(towers.batches) == {(2 * mesh.size, 1)}
@@ -82,10 +78,10 @@ def test_last_batches_of_every_size(mesh_of, mesh):
 def test_sets_and_texts_are_embedded_once(mesh_of):
     towers = Towers(mesh_of["1x1x1"])
     embedder = Embedder(towers, {})
-    once = embedder.pictures(Numbered(5))
-    assert embedder.pictures(Numbered(5)) is once
+    once = embedder.pictures(numbered(5))
+    assert embedder.pictures(numbered(5)) is once
     # Another part of what lies at one path is another set.
-    assert len(embedder.pictures(Numbered(3))) == 3
+    assert len(embedder.pictures(numbered(3))) == 3
     assert len(towers.decoded) == 8
     assert embedder.texts(["1", "2"]) is embedder.texts(["1", "2"])
     assert embedder.texts(["2", "1"])[0] == 2
@@ -97,11 +93,11 @@ def test_sets_and_texts_are_embedded_once(mesh_of):
 def test_pictures_that_cannot_be_decoded_are_told_when_all_hosts_have_finished(mesh_of):
     towers = Towers(mesh_of["1x8x1"], broken=(7, 30))
     with pytest.raises(BadInput, match=r"^0_7.jpg in numbers cannot .* as 1 more here: fetch"):
-        Embedder(towers, {}, 1).pictures(Numbered(40))
+        Embedder(towers, {}, 1).pictures(numbered(40))
     assert len(towers.batches) == 5
     towers.decode = {b"0": np.zeros(1, np.int32)}.__getitem__  # no fault of the picture
     with pytest.raises(KeyError):
-        Embedder(towers, {}).pictures(Numbered(2))
+        Embedder(towers, {}).pictures(numbered(2))
 
 
 def test_one_program_for_sets_of_all_sizes(mesh_of):
@@ -117,6 +113,6 @@ def test_one_program_for_sets_of_all_sizes(mesh_of):
         object.__setattr__(model, "decode", lambda data: images[int(data)])
         embedder = Embedder(model, params, 2)
         for size in (40, 3, 17):
-            found = embedder.pictures(Numbered(size)).numpy()
+            found = embedder.pictures(numbered(size)).numpy()
             np.testing.assert_allclose(found, expected[:size], atol=1e-6)
     assert towers._split_step._cache_size() == 1
