@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from mofi_jax.evaluators import suite
 from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.pages import feature_map
 from mofi_jax.evaluators.sets import pictures as picture_sets
+from mofi_jax.evaluators.sets.downloads import adapters
 from mofi_jax.interop import huggingface
 from mofi_jax.model import mofi
 
@@ -314,7 +316,7 @@ def test_a_model_without_text_tower_is_not_asked_for_words(model, folder, tmp_pa
     evaluate.main(config, str(model), str(tmp_path))
     [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert list(result["metrics"]) == ["gpr1200"]
-    assert list(result["left_out"]) == ["gpr1200_zeroshot"]
+    assert list(result["left_out"]) == ["gpr1200_text", "gpr1200_zeroshot"]
 
 
 def test_main_on_raw_pixels_leaves_out_what_needs_words(folder, tmp_path, capsys):
@@ -323,7 +325,8 @@ def test_main_on_raw_pixels_leaves_out_what_needs_words(folder, tmp_path, capsys
     evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
     [result] = json.loads((tmp_path / "result.json").read_text())["models"]
     assert list(result["metrics"]) == ["gpr1200"]
-    assert result["left_out"] == {"gpr1200_zeroshot": "the model has no tokenizer"}
+    reason = "the model has no tokenizer"
+    assert result["left_out"] == {"gpr1200_text": reason, "gpr1200_zeroshot": reason}
     printed = capsys.readouterr().out
     assert "gpr1200_zeroshot: left out of raw pixels, the model has no tokenizer" in printed
     del config.evaluators["gpr1200"]
@@ -367,9 +370,67 @@ def test_models_are_named_and_found_before_any_is_measured(model, folder, tmp_pa
 
 
 def test_config_needs_one_data_set():
-    for arg in ("", "sample,gpr1200=somewhere"):
-        with pytest.raises(BadInput, match="one of `sample` and `gpr1200=PATH`"):
+    for arg in ("", "sample,gpr1200=somewhere", "sets=here,gpr1200=somewhere"):
+        with pytest.raises(BadInput, match="one of `sample`, `gpr1200=PATH` and `sets=FOLDER`"):
             eval_config.get_config(arg)
+
+
+def test_every_set_that_can_be_made_is_measured(tmp_path):
+    """With keys that its kind of evaluator has."""
+    files = ("images.tar", "queries.tar", "queries.jsonl", "captions.jsonl")
+    for name in adapters.ADAPTERS:
+        (tmp_path / name).mkdir()
+        texts = {"ilias", "inquire"} & {name} and {"text_queries.jsonl"}
+        for file in {*files, *texts} - ({"queries.jsonl"} if name == "inquire" else set()):
+            (tmp_path / name / file).touch()
+    evaluators = eval_config.get_config(f"sets={tmp_path}").evaluators.to_dict()
+    for name, entry in evaluators.items():
+        kind = entry.pop("kind")
+        assert suite._evaluator_class(kind, entry), name
+    measured = {
+        path.split("/")[-2]
+        for e in evaluators.values()
+        for path in map(str, e.values())
+        if path.startswith(str(tmp_path))
+    }
+    assert measured == set(adapters.ADAPTERS)
+    assert {"inquire_text", "ilias_text", "ilias", "imagenet_knn"} <= set(evaluators)
+    assert "inquire" not in evaluators
+    with pytest.raises(BadInput, match="has no evaluation set"):
+        eval_config.get_config(f"sets={tmp_path / 'nowhere'}")
+
+
+def test_main_on_sets_in_their_layouts(model, folder, tmp_path):
+    """Boxes, queries in words, captions and names of categories, by one config."""
+    names = sorted(path.name for path in folder.iterdir())
+    queries = [
+        {"image": name, "box": [0, 0, 50, 50], "positives": {"easy": [other]}, "junk": [name]}
+        for name, other in itertools.pairwise(names)
+    ]
+    tables = {
+        "gpr1200/classes": [{"class": c, "label": f"thing {c}"} for c in (340, 341)],
+        "roxford5k/queries": queries,
+        "ilias/text_queries": [{"text": "a drawing", "classes": [340]}],
+        "flickr30k/captions": [{"image": name, "captions": [name, "a thing"]} for name in names],
+    }
+    for table, lines in tables.items():
+        path = tmp_path / "sets" / f"{table}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, lines)))
+        shutil.copy(folder.with_suffix(".tar"), path.parent / "images.tar")
+    shutil.copy(folder.with_suffix(".tar"), tmp_path / "sets" / "roxford5k" / "queries.tar")
+    evaluate.main(eval_config.get_config(f"sets={tmp_path / 'sets'}"), str(model), str(tmp_path))
+    [result] = json.loads((tmp_path / "result.json").read_text())["models"]
+    metrics = result["metrics"]
+    assert set(metrics["roxford5k"]) == {
+        f"{m}_easy" for m in ("map", "mp_at_1", "mp_at_5", "mp_at_10")
+    }
+    assert set(metrics["ilias_text"]) == {"map_at_1000"}
+    assert {"text_to_image_recall_at_1", "image_to_text_recall_at_10"} <= set(metrics["flickr30k"])
+    assert metrics["flickr30k"]["image_to_text_recall_at_10"] <= 1
+    assert "text_to_image_map" in metrics["gpr1200_text"]
+    assert result["protocols"]["roxford5k"]["boxes"] == len(queries)
+    assert "map" in result["intervals"]["gpr1200"]
 
 
 def test_command_line_tells_bad_input_in_one_line(tmp_path):

@@ -35,7 +35,10 @@ def test_queries_with_setups_junk_and_boxes(index, tmp_path):
             "positives": {"easy": ["0_b.png"], "hard": ["1_a.png", "1_b.png"]},
             "junk": {"easy": ["0_a.png", "1_a.png"]},
         },
-        {"image": "1_a.png", "positives": {"easy": [], "hard": ["2_a.png"]}, "split": "test"},
+        {
+            **{"image": "1_a.png", "positives": {"easy": [], "hard": ["2_a.png"]}},
+            **{"split": "test", "junk": ["2_b.png"]},  # of every setup
+        },
     ]
     queries = query_index.read_queries(write_lines(tmp_path / "q.jsonl", lines), index)
     assert queries.names == ("0_a.png", "1_a.png")
@@ -43,8 +46,8 @@ def test_queries_with_setups_junk_and_boxes(index, tmp_path):
     assert queries.splits == ("", "test")
     expected = {"easy": [[1], [-1]], "hard": [[2, 3], [4, -1]]}
     assert {setup: rows.tolist() for setup, rows in queries.positives.items()} == expected
-    assert queries.junk["easy"].tolist() == [[0, 2], [-1, -1]]
-    assert queries.junk["hard"].tolist() == [[], []]
+    assert queries.junk["easy"].tolist() == [[0, 2], [5, -1]]
+    assert queries.junk["hard"].tolist() == [[-1], [5]]
     cut = query_index.query_pictures(queries, index)
     assert (len(cut), cut.path, cut.names) == (2, tmp_path / "q.jsonl", queries.names)
     assert cut.classes.tolist() == [0, 1]
@@ -87,6 +90,7 @@ GOOD = {"image": "0_a.png", "positives": ["0_b.png"]}
         ([GOOD, {"text": "x", "positives": []}], "Line 2 of .* is of another form"),
         ([GOOD, {**GOOD, "positives": {"easy": []}}], "Line 2 of .* is of another form"),
         ([GOOD, {**GOOD, "positives": ["x.png"]}], "Line 2 of .* names x.png, which is not in"),
+        ([{**GOOD, "junk": {"easy": []}}], "setup 'easy', which has no positives"),
         ([{**GOOD, "junk": ["y.png"]}], "Line 1 of .* names y.png, which is not in"),
         ([{**GOOD, "positives": []}], "has anything to find"),
         ([], "hold no query"),

@@ -13,7 +13,7 @@ image or text: what is looked for; all lines of a file have the one or all have 
 box: x0, y0, x1, y1 in pixels of the picture as a viewer shows it; the query is what lies in it.
 positives: names of pictures of the index, or such lists by setup (ROxford's easy, medium, hard).
 junk: likewise, the pictures that are taken out before ranks are given, such as the query itself
-  where it is in the index; may be left out.
+  where it is in the index; a list is for every setup; may be left out.
 classes: in place of positives: class numbers of the index, whose pictures are the positives; []
   for a query that nothing in the index shows (Met's distractors).
 domain, split: optional; `mofi_jax.evaluators.query_index` averages over domains, and reports
@@ -152,7 +152,8 @@ def read_queries(path: epath.PathLike, index: PictureSet) -> Queries:
     setups = list(first["positives"]) or [""]
 
     def padded(key: str, setup: str) -> Int[np.ndarray, "q _"]:
-        return _padded([[rows[name] for name in query[key].get(setup, ())] for query in made])
+        lists = [query[key].get(setup, query[key].get("", ())) for query in made]
+        return _padded([[rows[name] for name in names] for names in lists])
 
     if not any(query["classes"] or any(query["positives"].values()) for query in made):
         raise BadInput(f"None of the queries {path} has anything to find: give positives.")
@@ -180,12 +181,15 @@ def _query(line: Any) -> dict[str, Any]:
     box = line.get("box")
     if box is not None and (len(box) != 4 or "text" in line):
         raise ValueError("box needs a picture and four numbers")
+    positives, junk = (_by_setup(line.get(key, {})) for key in ("positives", "junk"))
+    if unknown := set(junk) - set(positives) - {""}:
+        raise ValueError(f"junk of the setup {min(unknown)!r}, which has no positives")
     return {
         "name": str(line["text" if "text" in line else "image"]),
         "text": "text" in line,
         "box": None if box is None else tuple(float(side) for side in box),
-        "positives": _by_setup(line.get("positives", {})),
-        "junk": _by_setup(line.get("junk", {})),
+        "positives": positives,
+        "junk": junk,
         "classes": sorted({int(number) for number in line.get("classes", ())}),
         "domain": str(line.get("domain", "")),
         "split": str(line.get("split", "")),
