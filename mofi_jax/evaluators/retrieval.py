@@ -33,6 +33,7 @@ PROTOCOLS = ("gpr1200", "leave_one_out")
 # published with the data set prints its columns in another order.
 DOMAINS = ("landmarks", "inaturalist", "sketch", "instre", "sop", "faces")
 PLACES = (1, 10, 100)  # k of R@k
+_RANKS = 2**24  # held at a time
 
 
 def same_class(
@@ -93,14 +94,22 @@ class Evaluator:
         self, embedder: embedding.Embedder
     ) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
         """AP of every picture as a query: among all, and among all but itself (NaN if alone)."""
-        features = embedder.pictures(self.pictures)
-        relevant = same_class(self.pictures.classes, self.pictures.classes)
-        ranks = neighbours.ranks(features, features, relevant)
-        itself = relevant == np.arange(len(relevant))[:, None]
-        own = ranks[itself][:, None]
-        # Without the query, what it was ahead of or equal to moves up.
-        others = np.where(itself, np.nan, ranks - (own < ranks) - 0.5 * (own == ranks))
-        return ranking.average_precision(ranks), ranking.average_precision(others)
+        features, classes = embedder.pictures(self.pictures), self.pictures.classes
+        # All ranks of large classes would fill the host: n x r numbers.
+        step = max(_RANKS // int(self.sizes.max()), 1)
+        parts = []
+        for start in range(0, len(classes), step):
+            rows = np.arange(start, min(start + step, len(classes)))
+            relevant = same_class(classes[rows], classes)
+            queries = features if len(rows) == len(classes) else features.take(rows)
+            ranks = neighbours.ranks(queries, features, relevant)
+            itself = relevant == rows[:, None]
+            own = ranks[itself][:, None]
+            # Without the query, what it was ahead of or equal to moves up.
+            others = np.where(itself, np.nan, ranks - (own < ranks) - 0.5 * (own == ranks))
+            parts.append([ranking.average_precision(r) for r in (ranks, others)])
+        among_all, among_others = np.concatenate(parts, axis=1)
+        return among_all, among_others
 
     def recalls(self, embedder: embedding.Embedder) -> dict[int, Float[np.ndarray, " q"]]:
         """R@k of every picture as a query among the others, by k; NaN if alone in its class."""
