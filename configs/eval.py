@@ -1,18 +1,18 @@
-"""What to measure on a finished model.
+"""What to measure on finished models.
 
     python -m mofi_jax.evaluate --config configs/eval.py:sample --model W
     python -m mofi_jax.evaluate --config configs/eval.py:gpr1200=PATH --model W
-    python -m mofi_jax.evaluate --config configs/eval.py:sets=FOLDER --model W
+    python -m mofi_jax.evaluate --config configs/eval.py:sets=FOLDER --models W raw_pixels --out D
 
 ``sample``: the two picture sets of data_prep/sample, new views of things that were trained on
 (`seen`) and of others (`unseen`), with entity top-k and zero-shot by name; 20 s on two CPU cores.
-With ``--model raw_pixels`` its mAP is 0.249 unseen and 0.529 seen.
+``raw_pixels`` has an mAP of 0.249 unseen and 0.529 seen there.
 
 ``gpr1200=PATH``: PATH is the folder with the 12,000 pictures (visual-computing.com, for
 non-commercial research).  The released MOFI models reach 0.834 (B/16), 0.861 (L/14) and 0.868
 (H/14) by their own preprocessing (apple/ml-mofi README and eval/utils.py), which is
 
-    --config.preprocess="decode|resize_short(224, method='bilinear')|center_crop(224)"
+    --config.preprocess=mofi
 
 Add ``,classes=FILE`` with the GPR1200_categoryNumber_to_text.json of its authors for names in the
 gallery, retrieval by the names of categories and zero-shot classification.
@@ -20,6 +20,9 @@ gallery, retrieval by the names of categories and zero-shot classification.
 ``sets=FOLDER``: FOLDER/NAME is what ``python -m mofi_jax.make_eval_sets NAME`` wrote; of each set
 that is there, all that is published of it: retrieval, captions, zero-shot, k-NN and linear probes.
 ImageNet's names of classes are those of its devkit: published zero-shot scores have OpenAI's list.
+Tars right in FOLDER are sets of one's own, whose class numbers FOLDER/classes.jsonl may name, as in
+the sample: retrieval, zero-shot, and entity top-k where classes have ids.  FOLDER+MORE measures
+several folders, which are then part of the names.
 """
 
 import ml_collections
@@ -32,7 +35,7 @@ SAMPLE = "data_prep/sample"
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """sample | gpr1200=PATH[,classes=FILE] | sets=FOLDER."""
+    """sample | gpr1200=PATH[,classes=FILE] | sets=FOLDER[+FOLDER...]."""
     arg = common.parse_arg(arg, sample=False, gpr1200="", classes="", sets="")
     if [arg.sample, bool(arg.gpr1200), bool(arg.sets)].count(True) != 1:
         raise BadInput(
@@ -43,32 +46,58 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.distributed = False  # True on pods: one process a host, jax.distributed
     config.start_timeout = 300  # seconds to wait for the other processes
     config.mesh = common.mesh()
-    # Picture operations in place of the model's own; "" for its own.
+    # Picture operations in place of the model's own, or a name for some (`data.ops`:
+    # mofi, clip_torchvision, clip_hf, siglip, dino); "" for its own.
     config.preprocess = ""
     config.batch_size = 64  # pictures or texts on each device at a time
-    # The size at which the baseline --model raw_pixels looks at pictures: as the quick start's
+    # The size at which the baseline raw_pixels looks at pictures: as the quick start's
     # towers do.
     config.raw_pixels_size = 40
-    if arg.sets:
-        config.evaluators = _sets(epath.Path(arg.sets))
+    if arg.gpr1200:
+        config.evaluators = _gpr1200(arg.gpr1200, arg.classes)
     else:
-        config.evaluators = _sample() if arg.sample else _gpr1200(arg.gpr1200, arg.classes)
+        config.evaluators = _folders((SAMPLE if arg.sample else arg.sets).split("+"))
     return config
 
 
-def _sample() -> dict:
-    classes = f"{SAMPLE}/classes.jsonl"
+def _folders(names: list[str]) -> dict:
+    """All sets in some folders."""
+    evaluators: dict[str, dict] = {}
+    for folder in map(epath.Path, names):
+        if not folder.is_dir():
+            raise BadInput(f"There is no folder {folder}: give sets=FOLDER one with sets in it.")
+        before = f"{folder.name}_" if len(names) > 1 else ""
+        found = _own(before, folder)
+        found |= {f"{before}{name}": options for name, options in _sets(folder).items()}
+        if not found:
+            raise BadInput(
+                f"{folder} has no evaluation set: name the folder of those that "
+                "`python -m mofi_jax.make_eval_sets` wrote, each under its own name, or one with "
+                "tars of {class}_{name}.jpg."
+            )
+        if double := evaluators.keys() & found.keys():
+            raise BadInput(f"{min(double)} comes twice in sets={'+'.join(names)}: rename a folder.")
+        evaluators |= found
+    return evaluators
+
+
+def _own(before: str, folder: epath.Path) -> dict:
+    """Tars of one's own, with the class table beside them."""
+    table, unseen = folder / "classes.jsonl", folder / "unseen.tar"
+    classes = {"classes": str(table)} if table.exists() else {}
+    with_ids = classes and '"id"' in table.read_text().partition("\n")[0]
     evaluators = {}
-    for name in ("seen", "unseen"):
-        images = {"images": f"{SAMPLE}/{name}.tar", "classes": classes}
-        evaluators[f"retrieval_{name}"] = {"kind": "retrieval", **images}
-        evaluators[f"zeroshot_{name}"] = {"kind": "zeroshot", **images}
-    # Things never trained on are in no class table.
-    evaluators["entity_seen"] = {
-        "kind": "classification",
-        "images": f"{SAMPLE}/seen.tar",
-        "classes": classes,
-    }
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".tar" or path.name.startswith("."):
+            continue
+        name, named = f"{before}{path.stem}", {"images": str(path), **classes}
+        evaluators[f"retrieval_{name}"] = {"kind": "retrieval", **named}
+        if classes:
+            evaluators[f"zeroshot_{name}"] = {"kind": "zeroshot", **named}
+        # Things never trained on are in no class table; the others are to be told from them.
+        if with_ids and path != unseen:
+            others = {"unseen": str(unseen)} if unseen.exists() else {}
+            evaluators[f"entity_{name}"] = {"kind": "classification", **named, **others}
     return evaluators
 
 
@@ -96,6 +125,7 @@ CLASSIFICATION = {"imagenet": "openai_imagenet", "cifar100": "openai_cifar"}  # 
 
 
 def _sets(folder: epath.Path) -> dict:
+    """What `make_eval_sets` has written."""
     evaluators = {}
 
     def there(name: str, **keys: str) -> dict[str, str]:
@@ -130,9 +160,4 @@ def _sets(folder: epath.Path) -> dict:
             for form in ("clip_lbfgs", "clip_benchmark_adamw"):
                 probe = {"kind": "linear_probe", "form": form, **images, **train}
                 evaluators[f"{name}_{form}"] = probe
-    if not evaluators:
-        raise BadInput(
-            f"{folder} has no evaluation set: name the folder of those that "
-            "`python -m mofi_jax.make_eval_sets` wrote, each under its own name."
-        )
     return evaluators

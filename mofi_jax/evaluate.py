@@ -159,11 +159,10 @@ def measure(suite: evaluation.Suite, embedder: embedding.Embedder) -> dict[str, 
 
 def names_of(evaluator: Any) -> Mapping[int, str]:
     """What people call the classes of an evaluator's pictures."""
-    known = evaluator.classes
-    return {
-        number: known[number].label if number in known else f"class {number}"
-        for number in sorted(set(evaluator.pictures.classes.tolist()))
-    }
+    known = {number: of.label for number, of in evaluator.classes.items()}
+    known = known or evaluator.pictures.labels
+    numbers = sorted(set(evaluator.pictures.classes.tolist()))
+    return {number: known.get(number, f"class {number}") for number in numbers}
 
 
 def versions() -> dict[str, str]:

@@ -369,10 +369,30 @@ def test_models_are_named_and_found_before_any_is_measured(model, folder, tmp_pa
         evaluate.main(config, out=str(tmp_path), models=[str(model), str(tmp_path / "nowhere")])
 
 
-def test_config_needs_one_data_set():
+def test_config_needs_one_data_set(tmp_path):
     for arg in ("", "sample,gpr1200=somewhere", "sets=here,gpr1200=somewhere"):
         with pytest.raises(BadInput, match="one of `sample`, `gpr1200=PATH` and `sets=FOLDER`"):
             eval_config.get_config(arg)
+    with pytest.raises(BadInput, match=r"There is no folder .*nowhere"):
+        eval_config.get_config(f"sets={tmp_path / 'nowhere'}")
+    with pytest.raises(BadInput, match="has no evaluation set: name the folder of those that"):
+        eval_config.get_config(f"sets={tmp_path}")
+
+
+def test_pictures_of_ones_own_in_several_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        for tar in ("seen.tar", "unseen.tar", ".x.tar"):
+            (tmp_path / name / tar).write_text("")
+    (tmp_path / "a/classes.jsonl").write_text('{"class": 0, "lemmas": ["x"]}\n')
+    (tmp_path / "b/classes.jsonl").write_text('{"class": 0, "label": "x", "id": "Q1"}\n')
+    evaluators = eval_config.get_config(f"sets={tmp_path / 'a'}+{tmp_path / 'b'}").evaluators
+    kinds = ("retrieval", "zeroshot")
+    names = {f"{k}_{f}_{s}" for k in kinds for f in "ab" for s in ("seen", "unseen")}
+    assert set(evaluators) == names | {"entity_b_seen"}
+    assert evaluators.entity_b_seen.unseen == str(tmp_path / "b/unseen.tar")
+    with pytest.raises(BadInput, match="comes twice in sets="):
+        eval_config.get_config(f"sets={tmp_path / 'a'}+{tmp_path / 'a'}")
 
 
 def test_every_set_that_can_be_made_is_measured(tmp_path):
@@ -396,8 +416,6 @@ def test_every_set_that_can_be_made_is_measured(tmp_path):
     assert measured == set(adapters.ADAPTERS)
     assert {"inquire_text", "ilias_text", "ilias", "imagenet_knn"} <= set(evaluators)
     assert "inquire" not in evaluators
-    with pytest.raises(BadInput, match="has no evaluation set"):
-        eval_config.get_config(f"sets={tmp_path / 'nowhere'}")
 
 
 def test_main_on_sets_in_their_layouts(model, folder, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 from jaxtyping import Float32
 
 from mofi_jax.common.pages import page
@@ -66,7 +67,9 @@ def render(result: Mapping[str, Any], shown: Sequence[Shown]) -> str:
     models = result["models"]
     names = [model["model"] for model in models]
     sets, thumbnails = [], {}
-    for number, of in enumerate(shown):
+    # Each map takes seconds.
+    bar = tqdm.tqdm(shown, desc="page", unit="set", leave=False, delay=2, disable=None)
+    for number, of in enumerate(bar):
         seen = {row for one in of.looks.values() for row in _pictures_of(one.gallery)}
         thumbnails |= {f"p{number}-{row}": jpeg for row, jpeg in _thumbnails(of.pictures, seen)}
         looks = [

@@ -89,7 +89,8 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
     """Reads what each class number of a picture set stands for.
 
     Without a path (""), what its layout says.  Of files two formats: JSON lines with ``class``
-    (number), ``label`` (text) and ``id`` (qid, optional), other keys being ignored; or, in a file
+    (number), ``label`` (text; else the first of ``lemmas``, WordNet's words for a thing) and ``id``
+    (qid, optional), other keys being ignored; or, in a file
     named ``.json``, one object {"number": "label"} as GPR1200 publishes it
     (GPR1200_categoryNumber_to_text.json).
 
@@ -113,10 +114,12 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
         else:
             rows = (json.loads(line) for line in text.split("\n") if line.strip())
         for row in rows:
-            classes[int(row["class"])] = Class(str(row.get("id", "")), str(row["label"]))
+            classes[int(row["class"])] = Class(
+                str(row.get("id", "")), str(row["label"] if "label" in row else row["lemmas"][0])
+            )
     except (
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
         ArithmeticError,
