@@ -40,7 +40,7 @@ FORMS = {
             "objective": "scikit-learn LogisticRegression: C * sum of losses + |weights|^2 / 2",
             "optimizer": f"L-BFGS, at most {logistic.MAX_STEPS} iterations, whitened, from the "
             "solutions for other C",
-            "stop": f"within about {logistic.GAP[0]:g} of the least mean loss",
+            "stop": f"within about {logistic.GAP:g} nats of the least mean loss",
             "unlike_clip": "features after the projection and L2-normalised, which asks for a "
             "larger C",
         },

@@ -21,7 +21,7 @@ from mofi_jax.evaluators.features import linear
 from mofi_jax.evaluators.features.embedding import Features
 
 MAX_STEPS = 1000  # as CLIP
-GAP = 1e-4, 1e-8  # of the mean loss: half the squared gradient by its square, and at least
+GAP = 1e-5  # nats of the mean loss that are left to gain, about
 
 
 class Trainer:
@@ -121,11 +121,11 @@ def _solve(rows, labels, start, frame, *, mesh: Mesh) -> tuple[Array, Array]:
     def unfinished(carry):
         _, state, value, decrease = carry
         steps, gradient = (optax.tree.get(state, name) for name in ("count", "grad"))
-        # In these variables the curvature is about 1 for a blind guess, and less in proportion to
-        # the loss: half the squared gradient, divided by the loss, is about what is left to gain.
-        # Below the resolution of float32 there are only line searches in vain.
-        gap = 0.5 * optax.tree.norm(gradient, squared=True)
-        going = (gap > jnp.maximum(GAP[0] * value**2, GAP[1])) & (decrease > 1e-6 * value)
+        # In these variables the curvature is about 1 for a blind guess, and falls with the loss:
+        # half the squared gradient, divided by it, is about what is left to gain.  Below the
+        # resolution of float32 there are only line searches in vain.
+        gap = 0.5 * optax.tree.norm(gradient, squared=True) / jnp.minimum(value, 1.0)
+        going = (gap > GAP) & (decrease > 1e-6 * value)
         return (steps == 0) | ((steps < MAX_STEPS) & going)
 
     carry = start, optimizer.init(start), jnp.inf, jnp.inf
