@@ -47,6 +47,14 @@ def test_the_best_is_the_largest_score_or_the_smallest_error_and_no_fact():
     assert [cell.best for row in table.rows(MODELS[:1]) for cell in row.cells] == [False] * 3
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.0, "0.0000"), (1.0, "1.0000"), (0.00123, "0.0012"), (12.0, "12"), (1e-6, "1e-06")],
+)
+def test_numbers_keep_digits_that_say_something(value, words):
+    assert table.shown(value) == words
+
+
 def test_a_score_that_is_no_number_is_not_the_best():
     rows = table.rows([result("a", {"x": {"map": np.nan}}), result("b", {"x": {"map": 0.1}})])
     assert [cell.best for cell in rows[0].cells] == [False, False]
