@@ -25,7 +25,7 @@ from etils import epath
 from mofi_jax import inference, telemetry
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput, Preempted
-from mofi_jax.data import pipeline, prefetch, training_set
+from mofi_jax.data import ops, pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
 from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.evaluators.features import embedding
@@ -79,7 +79,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # ---------------------------------------------------------------------- data
     data = hosts.all_or_none(lambda: open_data(config))
     builder = pipeline.ExampleBuilder(
-        image_ops=config.data.train_ops,
+        image_ops=ops.expand(config.data.train_ops, config.model.image_size),
         text_sources=config.data.text_sources.to_dict(),
         tokenizer_path=str(data.texts.path),
         context_length=config.model.context_length,

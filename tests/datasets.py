@@ -125,7 +125,7 @@ def tiny_config(
     config.checkpoint.every = "2 steps"
     config.data.dir = str(folder)
     config.data.train_ops = "decode|new_view(16)|flip|light"
-    config.data.eval_ops = "decode|resize_short(16)|center_crop(16)"
+    config.data.eval_ops = "mofi"
     config.data.threads = 1
     config.model.update(
         {

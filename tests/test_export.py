@@ -94,7 +94,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
 
     saved = inference.read(source)
     monkeypatch.setattr(huggingface, "read", wrong)
-    monkeypatch.setattr(inference, "read", lambda path: saved)
+    monkeypatch.setattr(inference, "read", lambda *_: saved)
     with pytest.raises(export.ParityError, match="1e-04 is allowed"):
         export.main(str(source), str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
@@ -103,7 +103,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
 def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
     saved = inference.read(source)
     saved = dataclasses.replace(saved, params={"image": saved.params["image"]})
-    monkeypatch.setattr(inference, "read", lambda path: saved)
+    monkeypatch.setattr(inference, "read", lambda *_: saved)
     with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):
         export.main("supervised", str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
@@ -145,7 +145,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
         return rename(path, target)
 
     monkeypatch.setattr(export, "export", write)
-    monkeypatch.setattr(export.inference, "read", lambda model: None)
+    monkeypatch.setattr(export.inference, "read", lambda *_: None)
     monkeypatch.setattr(type(out), "rename", refuse)
     with pytest.raises(OSError, match="no room"):
         export.main("run", str(out))

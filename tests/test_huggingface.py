@@ -1,6 +1,7 @@
 """CLIPModel folders: transformers reads ours and gives our embeddings, and the other way round."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -11,12 +12,13 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import numpy as safetensors_numpy
 from safetensors import torch as safetensors_torch
 
 from data_prep.dataset import files as dataset_files
 from mofi_jax.common import errors
-from mofi_jax.data import records
+from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import clip_config, clip_weights, huggingface
 from mofi_jax.model import image as image_lib
@@ -273,6 +275,23 @@ def _change(folder, tmp_path, file, change):
     change(values)
     (tmp_path / file).write_text(json.dumps(values))
     return tmp_path
+
+
+@pytest.mark.parametrize("name", ["clip_hf", "siglip"])
+def test_a_named_preprocessing_is_exported_as_its_operations(
+    config, params, tokenizer, tmp_path, name
+):
+    clip = _clip(config, params, tokenizer, preprocess=name)
+    huggingface.write(tmp_path, clip)
+    assert huggingface.read(tmp_path).preprocess == ops.expand(name, SIZE)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 46, 3), np.uint8))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(
+        picture, return_tensors="np", do_rescale=False, do_normalize=False
+    )["pixel_values"][0]
+    ours = ops.decode_to(SIZE, name, file.getvalue())
+    np.testing.assert_array_equal(ours, np.moveaxis(theirs, 0, -1))
 
 
 def test_their_preprocessing_is_read(folder, tmp_path):

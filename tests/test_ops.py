@@ -1,5 +1,6 @@
 """Picture operations: strict decoding of real files, the mini-language, augmentation by seed."""
 
+import functools
 import io
 import struct
 import zlib
@@ -172,15 +173,91 @@ def test_evaluation_preprocessing_gives_squares(height, width):
     assert ops.apply(spec, gradient(height, width)).shape == (16, 16, 3)
 
 
-def test_bilinear_without_antialiasing_equals_torch():
-    """The released MOFI evaluation resizes tensors with antialias=False; half-pixel centres."""
-    torch = pytest.importorskip("torch")
-    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    ours = ops.apply("resize_short(20, 'bilinear')", rgb)
-    theirs = torch.nn.functional.interpolate(
-        torch.tensor(rgb).permute(2, 0, 1)[None].float(), size=(20, 28), mode="bilinear"
-    )[0].permute(1, 2, 0)
-    assert np.abs(ours - theirs.numpy()).max() < 1.01  # rounding to uint8
+def torchvision_center(image, size):
+    """transforms.CenterCrop, of which the CPU build of torch has no torchvision to be had."""
+    top, left = (round((side - size) / 2.0) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def torchvision_short(height, width, size):
+    """transforms.Resize(size): (height, width)."""
+    short, long = sorted((height, width))
+    long = int(size * long / short)
+    return (long, size) if height > width else (size, long)
+
+
+def original_mofi(rgb, size):
+    import torch
+
+    tensor = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 255
+    shape = torchvision_short(*rgb.shape[:2], size)
+    resized = torch.nn.functional.interpolate(tensor, size=shape, mode="bilinear")
+    return torchvision_center(resized[0].permute(1, 2, 0).numpy() * 255, size)
+
+
+def original_of_pillow(rgb, size, short):
+    shape = torchvision_short(*rgb.shape[:2], short)
+    resized = Image.fromarray(rgb).resize(shape[::-1], Image.Resampling.BICUBIC)
+    return torchvision_center(np.asarray(resized), size)
+
+
+@functools.cache
+def processor(kind, size):
+    import transformers
+
+    name = f"{kind}ImageProcessor"  # transformers 5 gives the plain name to another arithmetic
+    of_pillow = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    wanted = {"height": size, "width": size}
+    shape = {"size": {"shortest_edge": size}, "crop_size": wanted}
+    shape = shape if kind == "CLIP" else {"size": wanted}
+    return of_pillow(do_rescale=False, do_normalize=False, **shape)
+
+
+def original_of_transformers(rgb, size, kind):
+    pixels = processor(kind, size)(Image.fromarray(rgb), return_tensors="np")["pixel_values"]
+    return np.moveaxis(pixels[0], 0, -1)
+
+
+ORIGINALS = {
+    "mofi": (original_mofi, 1.01),  # rounding to uint8, in fixed point
+    "clip_torchvision": (functools.partial(original_of_pillow, short=28), 0),
+    "clip_hf": (functools.partial(original_of_transformers, kind="CLIP"), 0),
+    "siglip": (functools.partial(original_of_transformers, kind="Siglip"), 0),
+    "dino": (functools.partial(original_of_pillow, short=32), 0),
+}
+
+
+@pytest.mark.parametrize("name", ops.PREPROCESSINGS)
+def test_preprocessings_by_name_give_the_pixels_of_their_originals(name):
+    """50 sizes, so that margins of 0 to 3 modulo 4 occur, pixels enlarged and pixels shrunk."""
+    rng = np.random.default_rng(0)
+    original, most = ORIGINALS[name]
+    margins = set()
+    for height, width in rng.integers(20, 90, (50, 2)):
+        rgb = cv2.GaussianBlur(rng.integers(0, 256, (height, width, 3), np.uint8), (3, 3), 0)
+        ours = ops.decode_to(28, name, saved(Image.fromarray(rgb), "PNG"))
+        assert np.abs(ours - original(rgb, 28).astype(float)).max() <= most, (height, width)
+        margins |= {(side - 28) % 4 for side in torchvision_short(height, width, 28)}
+    assert margins == {0, 1, 2, 3}
+
+
+def test_an_odd_margin_is_cut_as_the_original_cuts_it():
+    """With half a pixel to decide, torchvision rounds to even and transformers down."""
+    column = np.arange(40, dtype=np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2)
+    first = {}
+    for odd in ("even", "floor"):
+        crops = [ops.apply(f"center_crop(8, {odd!r})", column[:, : 8 + m]) for m in range(8)]
+        first[odd] = [int(crop[0, 0, 0]) for crop in crops]
+    assert first == {"even": [0, 0, 1, 2, 2, 2, 3, 4], "floor": [0, 0, 1, 1, 2, 2, 3, 3]}
+
+
+def test_the_name_of_a_preprocessing_stands_alone_and_has_the_models_size():
+    assert ops.expand("dino", 336) == "decode|resize_short(384, 'bicubic')|center_crop(336)"
+    assert ops.expand("decode|resize(8)", 8) == "decode|resize(8)"
+    for name in ops.PREPROCESSINGS:
+        assert len(ops.parse(ops.expand(name, 224))) >= 2
+    with pytest.raises(BadInput, match=r"Unknown picture operation 'mofi'.*or, alone, mofi, clip_"):
+        ops.parse("mofi|flip")
 
 
 def test_random_operations_depend_on_the_generator_alone():
@@ -224,6 +301,8 @@ def test_new_view_moves_a_picture_without_plain_border_as_a_whole():
         ("resize_short(__import__('os'))", "cannot be read"),
         ("resize_short()", r"Wrong arguments.*resize_short\(size"),
         ("resize_short(4, 'lanczos')", "Wrong arguments"),
+        ("resize(100000)", "Wrong arguments"),
+        ("center_crop(4, 'ceil')", "Wrong arguments"),
     ],
 )
 def test_bad_specifications_are_told_in_one_sentence(spec, sentence):

@@ -94,6 +94,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
         model = os.fspath(work.workdir / "model/fingerprint.txt")
         tasks = [engine.Task(task.name, (model, *task.inputs)) for task in tasks]
         function = functools.partial(_embed, config.clip, config.batch_size)
+        settings = {"version": 2, **settings}
         work.map_shards("eval_embeddings", function, tasks, settings, keys=None, accelerator=True)
     return tuple(m["shard"] for m in written)
 

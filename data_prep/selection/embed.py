@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[str]:
         engine.Task(path.stem, (path, workdir / "pairs" / path.name, fingerprint)) for path in links
     ]
     function = functools.partial(_embed_pairs, *model)
-    settings = {"version": 2, "decoders": pictures.DECODERS}
+    settings = {"version": 3, "decoders": pictures.DECODERS}
     embedded = work.map_shards("embeddings", function, tasks, settings, accelerator=True)
 
     entities = "candidates/entities.parquet"

@@ -4,6 +4,9 @@
 right.  Arguments are Python literals.  Every operation is a pure function of image and generator,
 so that resuming and the number of workers change no pixel.  Nothing here imports jax: data workers
 must never start it.
+
+Where a model's size is known, one name stands for the operations of a whole evaluation:
+`PREPROCESSINGS`.
 """
 
 import ast
@@ -16,6 +19,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import augment
@@ -52,6 +56,29 @@ def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
+# The preprocessings that published scores go by, for a model of `size` pixels.  Each is its
+# original's arithmetic, rounded to uint8.
+PREPROCESSINGS: dict[str, Callable[[int], str]] = {
+    # apple/ml-mofi eval/utils.py: torchvision on the tensor, which without being asked does not
+    # antialias.
+    "mofi": lambda size: f"decode|resize_short({size}, 'bilinear')|center_crop({size})",
+    # open_clip and OpenAI's CLIP: torchvision on the picture, by Pillow.
+    "clip_torchvision": lambda size: f"decode|resize_short({size}, 'bicubic')|center_crop({size})",
+    # transformers' CLIPImageProcessor: the same, up to the pixel at which an odd margin is cut.
+    "clip_hf": lambda size: f"decode|resize_short({size}, 'bicubic')|center_crop({size}, 'floor')",
+    # transformers' SiglipImageProcessor: the whole picture, its aspect given up.
+    "siglip": lambda size: f"decode|resize({size}, 'bicubic')",
+    # DINO and DINOv2: short side to 256 for 224 pixels, so that a margin is cut.
+    "dino": lambda size: f"decode|resize_short({size * 256 // 224}, 'bicubic')|center_crop({size})",
+}
+
+
+def expand(spec: str, size: int) -> str:
+    """The operations that the name of a preprocessing stands for; any other specification as is."""
+    named = PREPROCESSINGS.get(spec.strip())
+    return named(size) if named else spec
+
+
 def apply(spec: str, image: np.ndarray | bytes, rng: Rng = None) -> np.ndarray:
     """What the operations of a specification make of an image; raises BadInput as `parse`."""
     for operation in parse(spec):
@@ -78,7 +105,7 @@ def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
         if name not in OPERATIONS:
             raise BadInput(
                 f"Unknown picture operation {name!r} in {spec!r}: choose from "
-                f"{', '.join(sorted(OPERATIONS))}."
+                f"{', '.join(sorted(OPERATIONS))}; or, alone, {', '.join(PREPROCESSINGS)}."
             )
         signature = inspect.signature(OPERATIONS[name])
         signature = signature.replace(parameters=list(signature.parameters.values())[2:])
@@ -98,14 +125,14 @@ def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
 def decode_to(
     size: int, spec: str, data: bytes, rng: Rng = None, *, name: str = "The preprocessing"
 ) -> np.ndarray:
-    """The uint8 [size, size, 3] that a specification makes of a picture file.
+    """The uint8 [size, size, 3] that a specification, or a name for one, makes of a picture file.
 
     Raises:
       BadInput: operations that fail or give anything else; says so of `name`.
       UndecodableImage: bytes that are not a whole picture.
     """
     try:
-        pixels = apply(spec, data, rng)
+        pixels = apply(expand(spec, size), data, rng)
     except (BadInput, UndecodableImage):
         raise
     except Exception as error:  # OpenCV's own, or Python's, about the operations' arguments
@@ -123,7 +150,11 @@ def decode_to(
 
 # What arguments must be, where the operation would not fail by itself.
 _VALID: dict[str, Callable[..., bool]] = {
-    "resize_short": lambda size, method: size <= MAX_PIXELS**0.5 and method in _INTERPOLATION,
+    **dict.fromkeys(
+        ("resize", "resize_short"),
+        lambda size, method: size <= MAX_PIXELS**0.5 and method in METHODS,
+    ),
+    "center_crop": lambda size, odd: odd in ("even", "floor"),
     "randaugment": lambda num_ops, magnitude: (
         type(num_ops) is int and num_ops >= 0 and 0 <= magnitude <= augment.MAX_MAGNITUDE
     ),
@@ -135,11 +166,13 @@ def decode(data: bytes, rng: Rng) -> np.ndarray:
     return decode_fast(data)
 
 
-_INTERPOLATION = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR}
+METHODS = ("area", "bilinear", "bicubic")
 
 
 def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarray:
-    interpolation = _INTERPOLATION[method]
+    if method == "bicubic":
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    interpolation = cv2.INTER_LINEAR if method == "bilinear" else cv2.INTER_AREA
     if method == "area" and width >= image.shape[1]:
         # Shrinking with INTER_AREA is antialiased; growing with it is nearest-neighbour.
         interpolation = cv2.INTER_CUBIC
@@ -147,10 +180,11 @@ def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarr
 
 
 def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.ndarray:
-    """Short side to ``size``, aspect kept.  ``area`` is antialiased, ``bilinear`` is not.
+    """Short side to ``size``, aspect kept.
 
-    ``bilinear`` is the arithmetic of the released MOFI evaluation (tensor resize with
-    ``antialias=False``, apple/ml-mofi eval/utils.py), up to rounding to uint8.
+    ``area`` (OpenCV, fastest) and ``bicubic`` (Pillow, the arithmetic of CLIP's preprocessings) are
+    antialiased, ``bilinear`` is not: it is the arithmetic of the released MOFI evaluation (tensor
+    resize with ``antialias=False``), up to rounding to uint8.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -160,9 +194,19 @@ def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -
     return _resize(image, wide, high, method)
 
 
-def center_crop(image: np.ndarray, rng: Rng, size: int) -> np.ndarray:
-    """The ``size`` x ``size`` square in the middle; the image must be at least as large."""
-    top, left = (image.shape[0] - size + 1) // 2, (image.shape[1] - size + 1) // 2
+def resize(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.ndarray:
+    """To ``size`` x ``size``, whatever the aspect; methods as of `resize_short`."""
+    return _resize(image, size, size, method)
+
+
+def center_crop(image: np.ndarray, rng: Rng, size: int, odd: str = "even") -> np.ndarray:
+    """The ``size`` x ``size`` square in the middle; the image must be at least as large.
+
+    Where the margin is odd, no square is in the middle: ``even`` begins at the even one of the two
+    pixels in question (torchvision, Python's `round`), ``floor`` at the first (transformers).
+    """
+    halves = [(side - size) / 2 for side in image.shape[:2]]
+    top, left = map(round if odd == "even" else math.floor, halves)
     return image[top : top + size, left : left + size]
 
 
@@ -260,7 +304,7 @@ def light(
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     operation.__name__: operation
     for operation in (
-        *(decode, resize_short, center_crop, random_resized_crop, flip, new_view, light),
+        *(decode, resize, resize_short, center_crop, random_resized_crop, flip, new_view, light),
         augment.randaugment,
     )
 }

@@ -54,15 +54,16 @@ def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
 
     It always antialiases; the exact operations are in preprocess.json beside it.
     """
-    resize = re.search(r"resize_short\((\d+)", preprocess)
-    bilinear = resize and "bilinear" in preprocess
+    resize = re.search(r"resize(_short)?\((\d+)", preprocess)
+    side = int(resize[2]) if resize else image_size
+    square = resize is not None and not resize[1]
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(resize.group(1)) if resize else image_size},
-        "resample": 2 if bilinear else 3,  # Pillow's numbers for bilinear and bicubic
-        "do_center_crop": True,
+        "size": {"height": side, "width": side} if square else {"shortest_edge": side},
+        "resample": 2 if "bilinear" in preprocess else 3,  # Pillow's numbers: bilinear, bicubic
+        "do_center_crop": not square,
         "crop_size": {"height": image_size, "width": image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -91,7 +92,7 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
             raise BadInput(
                 f"{folder / PREPROCESS} lacks the key preprocess: export the model again."
             )
-        ops.parse(spec)
+        ops.parse(ops.expand(spec, image_size))
         return spec
     path = folder / "preprocessor_config.json"
     if not path.exists():
@@ -179,14 +180,15 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
             f"{records.TOKENIZER_FILE} into the folder of the model."
         )
     config = clip_config.to_config(clip.config, clip.tokenizer)
+    preprocess = ops.expand(clip.preprocess, clip.config.image_size)
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / WEIGHTS, state)
     files.write_json(folder / "config.json", config)
     files.write_json(
         folder / "preprocessor_config.json",
-        _to_preprocessor(clip.preprocess, clip.config.image_size),
+        _to_preprocessor(preprocess, clip.config.image_size),
     )
-    files.write_json(folder / PREPROCESS, {"preprocess": clip.preprocess})
+    files.write_json(folder / PREPROCESS, {"preprocess": preprocess})
     _write_tokenizer(folder, clip.tokenizer)
     table = clip.params.get(sharding.ENTITY_TABLE)
     if table is not None and clip.entities is not None:
@@ -195,7 +197,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
         rows = np.asarray(table, np.float32)[class_order.table_rows(ids, len(ids))]
         _save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: rows})
         records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
-    card = model_card.text(clip.config, clip.preprocess, clip.entities)
+    card = model_card.text(clip.config, preprocess, clip.entities)
     (folder / "README.md").write_text(card)
 
 

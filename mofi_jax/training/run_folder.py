@@ -54,8 +54,8 @@ def read_model(run: epath.PathLike) -> dict[str, Any]:
     remedy = "put back a copy, or remove it and start the training again, which writes it"
     values = files.read_json_object(path, remedy)
     try:
-        model_config(values)
-        ops.parse(values["preprocess"])
+        size = model_config(values).image_size
+        ops.parse(ops.expand(values["preprocess"], size))
     except (BadInput, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} does not describe a model ({error}): {remedy}.") from error
     return values
