@@ -130,4 +130,4 @@ def _solve(rows, labels, start, frame, *, mesh: Mesh) -> tuple[Array, Array]:
 
     carry = start, optimizer.init(start), jnp.inf, jnp.inf
     variables, *_ = jax.lax.while_loop(unfinished, step, carry)
-    return unfold(variables)
+    return jax.lax.with_sharding_constraint(unfold(variables), sharding.replicated(mesh))
