@@ -65,9 +65,11 @@ def test_last_batches_of_every_size(mesh_of, mesh):
     mesh = permuted(mesh_of["2x2x2"]) if mesh == "permuted" else mesh_of[mesh]
     for size in range(1, 35) if mesh.size == 8 else range(1, 6):
         towers = Towers(mesh)
-        found = Embedder(towers, {}, 2).pictures(numbered(size))
+        pictures = numbered(size)
+        found = Embedder(towers, {}, 2).pictures(pictures)
         np.testing.assert_array_equal(found.numpy(), features_of(np.arange(size)))
         assert sorted(towers.decoded) == list(range(size))
+        assert pictures.known["sha256"] == numbered(size).sha256()
         assert set(towers.batches) == {(2 * mesh.size, 1)}
         # What is beyond the last picture is zero, and no device holds more than its share.
         assert not np.asarray(found.rows)[size:].any()
@@ -79,7 +81,9 @@ def test_sets_and_texts_are_embedded_once(mesh_of):
     towers = Towers(mesh_of["1x1x1"])
     embedder = Embedder(towers, {})
     once = embedder.pictures(numbered(5))
-    assert embedder.pictures(numbered(5)) is once
+    again = numbered(5)
+    assert embedder.pictures(again) is once
+    assert again.known["sha256"] == numbered(5).sha256()
     # Another part of what lies at one path is another set.
     assert len(embedder.pictures(numbered(3))) == 3
     assert len(towers.decoded) == 8

@@ -6,6 +6,8 @@ features stay split over all devices, and hosts gather only the rows that they a
 
 import dataclasses
 import functools
+import hashlib
+import os
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32, Int
@@ -27,7 +30,7 @@ from mofi_jax.losses import blocks
 
 BATCH_SIZE = 64  # pictures or texts on each device at a time
 
-_THREADS = 8  # that read and decode
+_THREADS = max(8, os.cpu_count() or 8)  # that read and decode
 _TAKEN = 4096  # rows gathered at a time
 
 
@@ -97,7 +100,7 @@ class Embedder:
 
     def __init__(self, towers: Any, params: Any, batch_size: int = BATCH_SIZE):
         self.towers, self.params, self._batch = towers, params, batch_size
-        self._pictures: dict[Any, Features] = {}
+        self._pictures: dict[Any, tuple[Features, PictureSet]] = {}
         self._texts: dict[tuple[str, ...], np.ndarray] = {}
 
     def pictures(self, pictures: PictureSet) -> Features:
@@ -114,8 +117,10 @@ class Embedder:
             bad = int(_first_not_finite(features.rows))
             if bad < len(features):
                 raise _not_finite(pictures.names[bad], bad)
-            self._pictures[key] = features
-        return self._pictures[key]
+            self._pictures[key] = features, pictures
+        features, read = self._pictures[key]
+        pictures.known.update(read.known)
+        return features
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """Features of texts, L2-normalised, on every host; BadInput if they are not finite."""
@@ -138,10 +143,14 @@ class Embedder:
         held = -(-size // mesh.size)  # rows of a device
         split = NamedSharding(mesh, P(meshes.ALL_AXES))
         failures: dict[int, Exception] = {}
+        digests = np.zeros((len(places), held, 32), np.uint8)
 
         def decode(i: int) -> np.ndarray | None:
             try:
-                return self.towers.decode(pictures.read(i))
+                data = pictures.read(i)
+                digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+                digests[np.searchsorted(places[:, 0], i // held), i % held] = digest
+                return self.towers.decode(data)
             except Exception as error:  # noqa: BLE001  told when no other host waits for this one
                 failures[i] = error
                 return None
@@ -181,6 +190,11 @@ class Embedder:
                 previous = found
                 bar.update(min(mesh.size * batch, size - bar.n))
         hosts.all_or_none(lambda: _raise_first(failures, pictures))
+        # Who asks for the set's hash would read all of it again.
+        local, shape = digests.reshape(-1, 32), (mesh.size * held, 32)
+        whole = jax.make_array_from_process_local_data(split, local, shape)
+        whole = multihost_utils.process_allgather(whole, tiled=True)
+        pictures.keep_digests(row.tobytes() for row in whole[:size])
         return Features(features, size, mesh)
 
 

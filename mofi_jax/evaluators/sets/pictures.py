@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from concurrent import futures
 
 import numpy as np
@@ -27,18 +28,25 @@ class PictureSet:
     classes: Int[np.ndarray, " n"]  # int64
     read: listing.Reader  # the file of picture i; safe to call from several threads
     labels: dict[int, str] = dataclasses.field(default_factory=dict)  # where the layout has them
+    known: dict[str, str] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def sha256(self) -> str:
         """Hash of names and contents, the same for a folder and for a tar of the same pictures."""
+        if "sha256" not in self.known:
+            with futures.ThreadPoolExecutor(_THREADS) as pool:
+                read = pool.map(lambda i: hashlib.sha256(self.read(i)).digest(), range(len(self)))
+                self.keep_digests(read)
+        return self.known["sha256"]
+
+    def keep_digests(self, digests: Iterable[bytes]) -> None:
+        """Takes the SHA-256 of each file from who has read them: `sha256` then reads none."""
         total = hashlib.sha256()
-        with futures.ThreadPoolExecutor(_THREADS) as pool:
-            digests = pool.map(lambda i: hashlib.sha256(self.read(i)).hexdigest(), range(len(self)))
-            for name, digest in zip(self.names, digests, strict=True):
-                total.update(f"{digest}  {name}\n".encode())
-        return total.hexdigest()
+        for name, digest in zip(self.names, digests, strict=True):
+            total.update(f"{digest.hex()}  {name}\n".encode())
+        self.known["sha256"] = total.hexdigest()
 
 
 def read_set(path: epath.PathLike) -> PictureSet:
