@@ -118,8 +118,8 @@ def test_another_resolution(world, tmp_path):
     """24 pixels in place of 16: positions of a 3 x 3 grid from those of 2 x 2."""
     size = {
         "model.image_size": 24,
-        "data.train_ops": "decode|resize_short(24)|center_crop(24)",
-        "data.eval_ops": "decode|resize_short(24)|center_crop(24)",
+        "data.train_ops": "clip_hf",
+        "data.eval_ops": "clip_hf",
     }
     ours = flat(start(world, tmp_path, **size))[warm_start.IMAGE_POSITIONS]
     theirs = flat(checkpoint.restore_params(world / "run"))[warm_start.IMAGE_POSITIONS]
