@@ -28,7 +28,7 @@ from mofi_jax.losses import blocks
 NO_ROW = -1  # pads lists of row numbers
 
 _SCORES = 2**24  # held by a device at a time
-_QUERIES = 1024  # at most, however small the index
+_QUERIES = 256  # at most: more scores do not fit the caches of a CPU
 _LANES = 64  # counters of one rank at least
 
 
