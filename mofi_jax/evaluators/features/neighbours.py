@@ -110,7 +110,7 @@ def _in_blocks(
             part = np.asarray(queries[start : start + block], np.float32)
             part = sharding.put(index.mesh, _padded(part, block, 0))
         parts = sharding.put(index.mesh, parts)
-        results.append(run(index.rows, np.int32(len(index)), part, *parts))
+        results.append(run(index.rows, len(index), part, *parts))
         # Fetched one block late: the next one is under way, and no more than that.
         if len(results) > 1:
             results[-2] = jax.tree.map(np.asarray, results[-2])
@@ -125,7 +125,8 @@ def _padded(part: np.ndarray, rows: int, value: int) -> np.ndarray:
 def _scores(rows: jax.Array, first: Any, size: Any, queries: Any, left_out: Any) -> jax.Array:
     """Scores [q, n] of a device's rows; -inf for padding and for what is left out."""
     scores = blocks.dot("qd,nd->qn", queries, rows)
-    scores = jnp.where(first + jnp.arange(len(rows)) < size, scores, -jnp.inf)
+    if size < len(rows) * lax.axis_size(meshes.ALL_AXES):  # a pass over all scores, seldom needed
+        scores = jnp.where(first + jnp.arange(len(rows)) < size, scores, -jnp.inf)
     if left_out.shape[1]:
         local = left_out - first
         local = jnp.where(local < 0, len(rows), local)  # beyond the end: dropped
@@ -136,11 +137,11 @@ def _scores(rows: jax.Array, first: Any, size: Any, queries: Any, left_out: Any)
     return lax.optimization_barrier(scores)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "mesh"))
+@functools.partial(jax.jit, static_argnames=("size", "k", "mesh"))
 def _best(rows, size, queries, left_out, *, k: int, mesh: Mesh):
     """(numbers, scores), each [q, min(k, padded index)], replicated."""
 
-    def shard(rows, size, queries, left_out):
+    def shard(rows, queries, left_out):
         first = lax.axis_index(meshes.ALL_AXES) * len(rows)
         best, columns = lax.top_k(_scores(rows, first, size, queries, left_out), min(k, len(rows)))
         best, numbers = lax.all_gather((best, first + columns), meshes.ALL_AXES, axis=1, tiled=True)
@@ -149,19 +150,19 @@ def _best(rows, size, queries, left_out, *, k: int, mesh: Mesh):
         numbers = jnp.take_along_axis(numbers, picked, axis=1)
         return jnp.where(best > -jnp.inf, numbers, NO_ROW), best
 
-    return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P(), P(), P()), P())(
-        rows, size, queries, left_out
+    return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P(), P()), P())(
+        rows, queries, left_out
     )
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(jax.jit, static_argnames=("size", "mesh"))
 def _counts(rows, size, queries, relevant, left_out, *, mesh: Mesh):
     """Twice the rows that score higher, and once those that score the same, [q, r], replicated.
 
     A relevant row is among the latter, so that 0 stands for one that takes no part.
     """
 
-    def shard(rows, size, queries, relevant, left_out):
+    def shard(rows, queries, relevant, left_out):
         first = lax.axis_index(meshes.ALL_AXES) * len(rows)
         scores = _scores(rows, first, size, queries, left_out)
         local = relevant - first
@@ -171,8 +172,8 @@ def _counts(rows, size, queries, relevant, left_out, *, mesh: Mesh):
         above = lax.psum(_above(scores, own), meshes.ALL_AXES)
         return (jnp.where((relevant >= 0) & (own > -jnp.inf), above, 0),)
 
-    return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P(), P(), P(), P()), P())(
-        rows, size, queries, relevant, left_out
+    return blocks.shard_map(shard, mesh, (P(meshes.ALL_AXES), P(), P(), P()), P())(
+        rows, queries, relevant, left_out
     )
 
 
