@@ -9,7 +9,8 @@ flags of `mofi_jax.train`.  D (by default W/evaluation) receives
 
     result.json  {"models": [{"model", "metrics": {evaluator: {metric: value}},
                   "intervals": {evaluator: {metric: [low, high]}},  # 95 %, where there are queries
-                  "protocols": {evaluator: card}, "left_out": {evaluator: reason}, "seconds"}],
+                  "protocols": {evaluator: card}, "left_out": {evaluator: reason},
+                  "undecodable": {picture set: [name]}, "seconds"}],
                   "versions"}
     results.md   metrics by models, intervals, the best of each row in bold
     index.html   the same; queries with neighbours, worst queries, confused classes, maps; protocols
@@ -20,7 +21,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,6 @@ from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
-from mofi_jax.evaluators import retrieval
 from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.pages import page, table
@@ -88,7 +88,7 @@ def main(
 
     # ---------------------------------------------------------------------- models
     measured: list[dict[str, Any]] = []
-    shown: dict[str, page.Shown] = {}
+    shown: dict[tuple[str, ...], page.Shown] = {}
     for name in models:
         start = time.monotonic()
         logging.info("model %d of %d: %s", len(measured) + 1, len(models), name)
@@ -105,14 +105,15 @@ def main(
         embedder = embedding.Embedder(towers, params, config.batch_size)
         result = measure(suite, embedder)
         for evaluator, of in suite.evaluators.items():
-            if not isinstance(of, retrieval.Evaluator):
+            if not hasattr(of, "search"):
                 continue
-            # Several evaluators may have one set.
-            key = str(of.pictures.path)
-            seen = shown.setdefault(key, page.Shown(evaluator, of.pictures, names_of(of), {}))
+            search = of.search(evaluator)
+            # Several evaluators may look within one set.
+            alone = search.classes is not None
+            key = (str(search.index.path),) if alone else (evaluator, "")
+            seen = shown.setdefault(key, page.Shown(search, {}))
             if description not in seen.looks:
-                features = embedder.pictures(of.pictures)
-                seen.looks[description] = page.look(features, of.pictures, seen.names, of.domains)
+                seen.looks[description] = page.look(seen.search, *of.features(embedder))
         result["seconds"] = round(time.monotonic() - start, 1)
         measured.append({"model": description, **result})
 
@@ -124,7 +125,7 @@ def main(
     files.write_json(out / "result.json", result)
     files.write_text(out / "results.md", table.markdown(measured) + "\n")
     files.write_text(out / "index.html", page.render(result, list(shown.values())))
-    print("\n".join([table.text(measured), *table.left_out(measured)]), flush=True)
+    print("\n".join([table.text(measured), *table.notes(measured)]), flush=True)
     logging.info("written: %s", out)
 
 
@@ -154,15 +155,8 @@ def measure(suite: evaluation.Suite, embedder: embedding.Embedder) -> dict[str, 
         "intervals": intervals,
         "protocols": {name: of.card() for name, of in suite.evaluators.items()},
         "left_out": suite.skipped,
+        "undecodable": embedder.undecodable(),
     }
-
-
-def names_of(evaluator: Any) -> Mapping[int, str]:
-    """What people call the classes of an evaluator's pictures."""
-    known = {number: of.label for number, of in evaluator.classes.items()}
-    known = known or evaluator.pictures.labels
-    numbers = sorted(set(evaluator.pictures.classes.tolist()))
-    return {number: known.get(number, f"class {number}") for number in numbers}
 
 
 def versions() -> dict[str, str]:

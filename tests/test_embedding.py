@@ -12,6 +12,7 @@ from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 from mofi_jax.distributed import meshes
+from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.features.embedding import Embedder
 from mofi_jax.evaluators.sets.pictures import PictureSet
 from mofi_jax.model import mofi
@@ -94,11 +95,39 @@ def test_sets_and_texts_are_embedded_once(mesh_of):
         embedder.texts(["0", "nan"])
 
 
-def test_pictures_that_cannot_be_decoded_are_told_when_all_hosts_have_finished(mesh_of):
-    towers = Towers(mesh_of["1x8x1"], broken=(7, 30))
-    with pytest.raises(BadInput, match=r"^0_7.jpg in numbers cannot .* as 1 more here: fetch"):
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
+def test_a_picture_that_cannot_be_decoded_stays_and_has_a_random_feature(mesh_of, mesh):
+    towers, pictures = Towers(mesh_of[mesh], broken=(7, 30)), numbered(40)
+    embedder = Embedder(towers, {}, 1)
+    found = embedder.pictures(pictures).numpy()
+    broken = np.isin(np.arange(40), (7, 30))
+    np.testing.assert_array_equal(found[~broken], features_of(np.flatnonzero(~broken)))
+    np.testing.assert_allclose(np.linalg.norm(found[broken], axis=1), 1, rtol=1e-6)
+    # As far from each other as from anything: a class that is all broken finds nothing by that.
+    assert abs(found[7] @ found[30]) < 0.99
+    # The same on any mesh, and for any model of as many numbers.
+    expected = np.stack([embedding._random(f"0_{i}.jpg", DIM) for i in (7, 30)])
+    np.testing.assert_array_equal(found[broken], expected)
+    # Named and counted, for every evaluator that asks for the set.
+    assert pictures.known["sha256"] == numbered(40).sha256()
+    again = numbered(40)
+    embedder.pictures(again)
+    towers.preprocess = "none"
+    assert embedding.picture_card(towers, again)["undecodable"] == {
+        "pictures": 2,
+        "names": ["0_7.jpg", "0_30.jpg"],
+        "feature": "random",
+    }
+    whole = numbered(3)
+    embedder.pictures(whole)
+    assert embedding.picture_card(towers, whole)["undecodable"] == {"pictures": 0}
+
+
+def test_a_set_without_any_picture_and_other_faults_end_it_when_all_hosts_have_finished(mesh_of):
+    towers = inference.RawPixels(8, mesh_of["1x8x1"])
+    with pytest.raises(BadInput, match=r"^None of the 40 pictures of numbers .*0_0.jpg.*: fetch"):
         Embedder(towers, {}, 1).pictures(numbered(40))
-    assert len(towers.batches) == 5
+    towers = Towers(mesh_of["1x8x1"])
     towers.decode = {b"0": np.zeros(1, np.int32)}.__getitem__  # no fault of the picture
     with pytest.raises(KeyError):
         Embedder(towers, {}).pictures(numbered(2))

@@ -125,14 +125,6 @@ def test_unusable_picture_sets(folder, tmp_path):
         picture_sets.read_set(tmp_path / "twice.tar")
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "set")
-    data = (copy / "341_2.jpg").read_bytes()
-    (copy / "341_2.jpg").write_bytes(data[:200])
-    with pytest.raises(BadInput, match=r"341_2.jpg in .*cannot be decoded"):
-        raw_pixels({}).pictures(picture_sets.read_set(copy))
-
-
 def test_a_config_of_ones_own_says_nothing_of_hosts(tmp_path):
     values = {"preprocess": "", "raw_pixels_size": 8}
     values["evaluators"] = {"mine": {"kind": "retrieval", "images": str(tmp_path / "nowhere")}}
@@ -332,6 +324,22 @@ def test_main_on_raw_pixels_leaves_out_what_needs_words(folder, tmp_path, capsys
     del config.evaluators["gpr1200"]
     with pytest.raises(BadInput, match="No evaluator of --config applies"):
         evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path))
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_and_counted(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "set")
+    data = (copy / "341_2.jpg").read_bytes()
+    (copy / "341_2.jpg").write_bytes(data[:200])
+    config = eval_config.get_config(f"gpr1200={copy}")
+    evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path / "out"))
+    [result] = json.loads((tmp_path / "out/result.json").read_text())["models"]
+    assert result["undecodable"] == {str(copy): ["341_2.jpg"]}
+    card = result["protocols"]["gpr1200"]
+    assert card["undecodable"] == {"pictures": 1, "names": ["341_2.jpg"], "feature": "random"}
+    assert card["pictures"] == len(picture_sets.read_set(folder))
+    note = f"{copy}: 341_2.jpg cannot be decoded and has a random feature"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "out/index.html").read_text()
 
 
 def test_several_models_in_one_table(model, folder, tmp_path, monkeypatch):

@@ -294,10 +294,29 @@ def test_a_named_preprocessing_is_exported_as_its_operations(
     np.testing.assert_array_equal(ours, np.moveaxis(theirs, 0, -1))
 
 
-def test_their_preprocessing_is_read(folder, tmp_path):
-    copy = _change(folder, tmp_path, "preprocessor_config.json", lambda v: v.update(size=30))
+@pytest.mark.parametrize("resample", [3, 2])
+def test_their_preprocessing_is_read(folder, tmp_path, resample):
+    """Their pixels where they resize by bicubic, as every published CLIP; close elsewhere."""
+    change = {"size": 30, "resample": resample}
+    copy = _change(folder, tmp_path, "preprocessor_config.json", lambda v: v.update(change))
     (copy / huggingface.PREPROCESS).unlink()
-    assert huggingface.read(copy).preprocess == "decode|resize_short(30)|center_crop(24)"
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (9, 14, 3), np.uint8)).resize((70, 45))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    theirs = transformers.AutoImageProcessor.from_pretrained(copy, backend="pil")(
+        picture, return_tensors="np", do_rescale=False, do_normalize=False
+    )["pixel_values"][0]
+    ours = ops.decode_to(SIZE, huggingface.read(copy).preprocess, file.getvalue())
+    difference = np.abs(ours.astype(float) - np.moveaxis(theirs, 0, -1)).max()
+    assert difference <= (0 if resample == 3 else 16)
+
+
+def test_weights_alone_have_the_preprocessing_of_every_clip(folder, tmp_path):
+    copy = _change(folder, tmp_path, "config.json", lambda _: None)
+    for name in (huggingface.PREPROCESS, "preprocessor_config.json"):
+        (copy / name).unlink()
+    assert huggingface.read(copy).preprocess == ops.expand("clip_hf", SIZE)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from etils import epath
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators import retrieval
 from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.pages import gallery
 from mofi_jax.evaluators.scores import ranking
 from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import captions as caption_files
@@ -62,8 +63,7 @@ class Evaluator:
 
         Where a thing has several pictures, also ``text_to_image_map``: by the ranks of all of them.
         """
-        images = embedder.pictures(self.pictures)
-        texts = embedding.Features.of(embedder.texts(self.captions.texts), self.towers.mesh)
+        texts, images = self.features(embedder)
         text_things, picture_things = self.captions.text_things, self.captions.picture_things
         for direction, queries, index, own, other in (
             ("text_to_image", texts, images, text_things, picture_things),
@@ -80,6 +80,28 @@ class Evaluator:
             ranks = neighbours.ranks(texts, images, relevant)
             precision = ranking.average_precision(ranks)
             yield "text_to_image_map", Estimate.mean(precision, text_things)
+
+    def features(
+        self, embedder: embedding.Embedder
+    ) -> tuple[embedding.Features, embedding.Features]:
+        """Of the texts and of the pictures."""
+        texts = embedding.Features.of(embedder.texts(self.captions.texts), self.towers.mesh)
+        return texts, embedder.pictures(self.pictures)
+
+    def search(self, title: str) -> gallery.Search:
+        """What a page shows: pictures found by texts, each with the first of its own."""
+        texts, things = self.captions.text_things, self.captions.picture_things
+        _, first = np.unique(texts, return_index=True)
+        return gallery.Search(
+            title,
+            queries=None,
+            query_words=self.captions.texts,
+            index=self.pictures,
+            index_words=[self.captions.texts[first[thing]] for thing in things],
+            leave_out=np.zeros((len(texts), 0), np.int64),
+            right=lambda asked, rows: things[rows] == texts[asked][:, None],
+            relevant=np.bincount(things)[texts],
+        )
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""

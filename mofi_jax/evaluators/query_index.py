@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.pages import gallery
 from mofi_jax.evaluators.scores import ranking
 from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import pictures as picture_sets
@@ -102,12 +103,7 @@ class Evaluator:
 
         Queries with nothing to find are left out; then ``left_out`` is their number.
         """
-        index = embedder.pictures(self.index)
-        queries = (
-            embedder.texts(self.queries.names)
-            if self.queries.texts
-            else embedder.pictures(self.pictures)
-        )
+        queries, index = self.features(embedder)
         for setup, junk in self.queries.junk.items():
             rows, scores = neighbours.top_k(queries, index, PLACES[self.protocol], leave_out=junk)
             self._tell_copies(scores)
@@ -129,6 +125,29 @@ class Evaluator:
                 k = PLACES[self.protocol]
                 values = {f"map_at_{k}": ranking.average_precision_at(found, relevant, k)}
             yield from self._means(values, relevant, setup)
+
+    def features(
+        self, embedder: embedding.Embedder
+    ) -> tuple[embedding.Features | Float[np.ndarray, "q d"], embedding.Features]:
+        """Of the queries and of the index."""
+        index = embedder.pictures(self.index)
+        if self.queries.texts:
+            return embedder.texts(self.queries.names), index
+        return embedder.pictures(self.pictures), index
+
+    def search(self, title: str) -> gallery.Search:
+        """What a page shows: of several setups the last, the hardest of those published."""
+        setup = list(self.queries.junk)[-1]
+        return gallery.Search(
+            f"{title} ({setup})" if setup else title,
+            queries=None if self.queries.texts else self.pictures,
+            query_words=self.queries.names,
+            index=self.index,
+            index_words=self.index.names,
+            leave_out=self.queries.junk[setup],
+            right=lambda asked, rows: self._found(rows, setup, asked),
+            relevant=self._relevant(setup),
+        )
 
     def _means(
         self,
@@ -154,16 +173,21 @@ class Evaluator:
             if left_out := int(((splits == split) & (relevant == 0)).sum()):
                 yield f"left_out{suffix}", float(left_out)
 
-    def _found(self, rows: Int[np.ndarray, "q k"], setup: str) -> Bool[np.ndarray, "q k"]:
-        """Whether these rows of the index are to be found."""
+    def _found(
+        self,
+        rows: Int[np.ndarray, "m k"],
+        setup: str,
+        asked: Int[np.ndarray, " m"] | slice = slice(None),
+    ) -> Bool[np.ndarray, "m k"]:
+        """Whether these rows of the index are to be found, by all queries or those asked."""
         there = rows != neighbours.NO_ROW
         if self.queries.classes is not None:
-            own = self.queries.classes[:, None, :]
+            own = self.queries.classes[asked][:, None, :]
             same = (self.index.classes[rows][:, :, None] == own) & (own != neighbours.NO_ROW)
             return same.any(2) & there
         # A number for every pair of query and row.
         first = np.arange(len(rows))[:, None] * len(self.index)
-        positives = self.queries.positives[setup]
+        positives = self.queries.positives[setup][asked]
         return np.isin(first + rows, (first + positives)[positives != neighbours.NO_ROW]) & there
 
     @property

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.pages import gallery
 from mofi_jax.evaluators.scores import ranking
 from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import pictures as picture_sets
@@ -90,11 +91,16 @@ class Evaluator:
         # The set is known by its shape.
         self.domains = DOMAINS if len(sizes) == 1200 and np.all(sizes == 10) else ()
 
+    @property
+    def _domain(self) -> Int[np.ndarray, " n"]:
+        """The position in `domains` of every picture's."""
+        return self.numbers * len(self.domains) // (self.numbers.max() + 1)
+
     def precisions(
         self, embedder: embedding.Embedder
     ) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
         """AP of every picture as a query: among all, and among all but itself (NaN if alone)."""
-        features, classes = embedder.pictures(self.pictures), self.pictures.classes
+        (features, _), classes = self.features(embedder), self.pictures.classes
         # All ranks of large classes would fill the host: n x r numbers.
         step = max(_RANKS // int(self.sizes.max()), 1)
         parts = []
@@ -113,7 +119,7 @@ class Evaluator:
 
     def recalls(self, embedder: embedding.Embedder) -> dict[int, Float[np.ndarray, " q"]]:
         """R@k of every picture as a query among the others, by k; NaN if alone in its class."""
-        features, classes = embedder.pictures(self.pictures), self.pictures.classes
+        (features, _), classes = self.features(embedder), self.pictures.classes
         rows, _ = neighbours.top_k(
             features, features, max(PLACES), leave_out=np.arange(len(classes))[:, None]
         )
@@ -147,10 +153,36 @@ class Evaluator:
         if self.sizes.min() < self.sizes.max():
             for name, each in values.items():
                 yield f"{name}_macro", Estimate.macro(each, classes)
-        domain = self.numbers * len(self.domains) // (self.numbers.max() + 1)
         for name, each in values.items():
             for i, title in enumerate(self.domains):
-                yield f"{name}_{title}", Estimate.mean(each[domain == i], classes[domain == i])
+                own = self._domain == i
+                yield f"{name}_{title}", Estimate.mean(each[own], classes[own])
+
+    def features(
+        self, embedder: embedding.Embedder
+    ) -> tuple[embedding.Features, embedding.Features]:
+        """Of the queries and of the index."""
+        return (embedder.pictures(self.pictures),) * 2
+
+    def search(self, title: str) -> gallery.Search:
+        """What a page shows; the map is coloured by domain, or else by class."""
+        classes = self.pictures.classes
+        known = {number: of.label for number, of in self.classes.items()} or self.pictures.labels
+        names = [known.get(int(n), f"class {n}") for n in np.unique(classes)]
+        words = [names[number] for number in self.numbers]
+        groups, group_names = self.numbers, names
+        if self.domains:
+            groups, group_names = self._domain, self.domains
+        return gallery.Search(
+            title,
+            *(self.pictures, words) * 2,
+            leave_out=np.arange(len(classes))[:, None],
+            right=lambda asked, rows: classes[rows] == classes[asked][:, None],
+            relevant=self.sizes - 1,
+            classes=classes,
+            groups=groups,
+            group_names=group_names,
+        )
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""

@@ -97,7 +97,7 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         logging.warning("%s has no preprocessing file: short side to %d.", folder, image_size)
-        return f"decode|resize_short({image_size})|center_crop({image_size})"
+        return ops.expand("clip_hf", image_size)
     values = files.read_json_object(path, COPY_AGAIN)
     statistics = {"image_mean": image_lib.PIXEL_MEAN, "image_std": image_lib.PIXEL_STD}
     for key, expected in statistics.items():
@@ -115,7 +115,9 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
             f"{path} has size {size} and crop_size {crop}: only a short side (shortest_edge) "
             f"and centre crop to the model's {image_size} pixels can be read: add {PREPROCESS}."
         )
-    return f"decode|resize_short({resize})|center_crop({image_size})"
+    # Pillow's number for bicubic, which they take by default; of the others none is exactly ours.
+    method = "bicubic" if values.get("resample", 3) == 3 else "area"
+    return f"decode|resize_short({resize}, {method!r})|center_crop({image_size}, 'floor')"
 
 
 # ------------------------------------------------------------------------------------------ folder

@@ -2,6 +2,9 @@
 
 Every host decodes the pictures whose features its own devices hold, wherever these lie in the mesh;
 features stay split over all devices, and hosts gather only the rows that they ask for.
+
+A picture that cannot be decoded stays in the set with a random feature of its own: it finds, and is
+found, by chance, and damaged pictures are no more like one another than like the others.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -30,8 +34,12 @@ from mofi_jax.losses import blocks
 
 BATCH_SIZE = 64  # pictures or texts on each device at a time
 
+UNDECODABLE = "undecodable"  # their names, in what is known of a picture set
+
 _THREADS = max(8, os.cpu_count() or 8)  # that read and decode
 _TAKEN = 4096  # rows gathered at a time
+_TOLD = 5  # pictures that cannot be decoded whose reasons a host tells
+_NAMED = 20  # of them whose names a card holds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +115,8 @@ class Embedder:
         """Features of a picture set, in its order; called on all hosts.
 
         Raises:
-          BadInput: on every host, pictures that cannot be decoded (skipping them would change the
-            metric), or features that are not finite.
+          BadInput: on every host, a set of which no picture can be decoded, or features that are
+            not finite.
         """
         key = str(pictures.path), pictures.names  # a set may be a part of what lies at its path
         if key not in self._pictures:
@@ -121,6 +129,11 @@ class Embedder:
         features, read = self._pictures[key]
         pictures.known.update(read.known)
         return features
+
+    def undecodable(self) -> dict[str, list[str]]:
+        """Of each picture set embedded so far, the names of what cannot be decoded, if any."""
+        found = {key[0]: of.known[UNDECODABLE] for key, (_, of) in self._pictures.items()}
+        return {path: names for path, names in found.items() if names}
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """Features of texts, L2-normalised, on every host; BadInput if they are not finite."""
@@ -142,18 +155,22 @@ class Embedder:
         places = np.flatnonzero(processes == jax.process_index())[:, None]
         held = -(-size // mesh.size)  # rows of a device
         split = NamedSharding(mesh, P(meshes.ALL_AXES))
+        undecodable: dict[int, ops.UndecodableImage] = {}
         failures: dict[int, Exception] = {}
-        digests = np.zeros((len(places), held, 32), np.uint8)
+        # Of each picture its SHA-256, and whether it cannot be decoded.
+        told = np.zeros((len(places), held, 33), np.uint8)
 
         def decode(i: int) -> np.ndarray | None:
+            own = told[np.searchsorted(places[:, 0], i // held), i % held]
             try:
                 data = pictures.read(i)
-                digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-                digests[np.searchsorted(places[:, 0], i // held), i % held] = digest
+                own[:32] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
                 return self.towers.decode(data)
+            except ops.UndecodableImage as error:
+                undecodable[i], own[32] = error, 1
             except Exception as error:  # noqa: BLE001  told when no other host waits for this one
                 failures[i] = error
-                return None
+            return None
 
         def submit(start: int) -> list[futures.Future | None]:
             numbers = start + np.arange(batch)
@@ -189,26 +206,57 @@ class Embedder:
                 jax.block_until_ready(previous)  # no more than two batches lie on the devices
                 previous = found
                 bar.update(min(mesh.size * batch, size - bar.n))
-        hosts.all_or_none(lambda: _raise_first(failures, pictures))
+        hosts.all_or_none(lambda: _raise_first(failures))
+        for i, error in sorted(undecodable.items())[:_TOLD]:
+            logging.warning("%s in %s: %s", pictures.names[i], pictures.path, error)
         # Who asks for the set's hash would read all of it again.
-        local, shape = digests.reshape(-1, 32), (mesh.size * held, 32)
-        whole = jax.make_array_from_process_local_data(split, local, shape)
-        whole = multihost_utils.process_allgather(whole, tiled=True)
-        pictures.keep_digests(row.tobytes() for row in whole[:size])
+        told = jax.make_array_from_process_local_data(
+            split, told.reshape(-1, 33), (mesh.size * held, 33)
+        )
+        told = multihost_utils.process_allgather(told, tiled=True)[:size]
+        pictures.keep_digests(row.tobytes() for row in told[:, :32])
+        broken = np.flatnonzero(told[:, 32])
+        pictures.known[UNDECODABLE] = [pictures.names[i] for i in broken]
+        if len(broken) == size:
+            raise BadInput(
+                f"None of the {size} pictures of {pictures.path} can be decoded "
+                f"({pictures.names[0]} is the first): fetch the set again."
+            )
+        if len(broken):
+            logging.warning(
+                "%d of the %d pictures of %s cannot be decoded and have random features: its scores "
+                "do not compare with those of the whole set; fetch it again.",
+                *(len(broken), size, pictures.path),
+            )
+            new = np.stack([_random(pictures.names[i], features.shape[1]) for i in broken])
+            new = sharding.put(mesh, (broken.astype(np.int32), new))
+            features = _replace(features, *new, mesh=mesh)
         return Features(features, size, mesh)
 
 
-def _raise_first(failures: dict[int, Exception], pictures: PictureSet) -> None:
-    if not failures:
-        return
-    first = min(failures)
-    if not isinstance(failures[first], ops.UndecodableImage):
-        raise failures[first]
-    others = f", as {len(failures) - 1} more here" if len(failures) > 1 else ""
-    raise BadInput(
-        f"{pictures.names[first]} in {pictures.path} cannot be decoded ({failures[first]}){others}:"
-        " fetch the picture set again, since scores are comparable only on the complete set."
-    )
+def _raise_first(failures: dict[int, Exception]) -> None:
+    if failures:
+        raise failures[min(failures)]
+
+
+def _random(name: str, dim: int) -> Float32[np.ndarray, " d"]:
+    """A direction that is as good as any other, and the same each time."""
+    seed = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest())
+    feature = np.random.default_rng(seed).standard_normal(dim, np.float32)
+    return feature / np.linalg.norm(feature)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _replace(rows, numbers, new, *, mesh: Mesh):
+    """Other rows at these numbers."""
+
+    def shard(rows, numbers, new):
+        local = numbers - lax.axis_index(meshes.ALL_AXES) * len(rows)
+        local = jnp.where(local < 0, len(rows), local)  # beyond the end: dropped
+        return rows.at[local].set(new, mode="drop")
+
+    split = P(meshes.ALL_AXES)
+    return blocks.shard_map(shard, mesh, (split, P(), P()), split)(rows, numbers, new)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -241,6 +289,8 @@ def _not_finite(what: str, row: int) -> BadInput:
 
 def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
     """The part of a protocol card that concerns the pictures and their features."""
+    broken = pictures.known.get(UNDECODABLE, [])
+    named = {"names": broken[:_NAMED], "feature": "random"} if broken else {}
     return {
         "pictures": len(pictures),
         "classes": len(np.unique(pictures.classes)),
@@ -248,4 +298,5 @@ def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
         "preprocessing": towers.preprocess,
         "feature": f"{type(towers).__name__}.embed_images (towers: after the projection), float32",
         "normalisation": "L2",
+        UNDECODABLE: {"pictures": len(broken)} | named,
     }

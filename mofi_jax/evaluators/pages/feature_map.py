@@ -1,6 +1,6 @@
 """Features of a picture set in the plane, by t-SNE: what lies together there was near before."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +22,19 @@ class Chosen(NamedTuple):
     names: list[str]  # of the groups
 
 
-def choose(groups: Int[np.ndarray, " n"], names: Mapping[int, str]) -> Chosen:
+def choose(groups: Int[np.ndarray, " n"], names: Sequence[str]) -> Chosen:
     """Pictures at even distances, and of the groups in colour as many as have room.
 
     Args:
-      groups: of each picture, such as its domain or its class; of more than `GROUPS` only some, at
-        even distances, are in colour.
+      groups: of each picture, such as its domain or its class, from 0; of more than `GROUPS` only
+        some, at even distances, are in colour.
       names: of all groups.
     """
-    numbers = np.unique(groups)
-    coloured = numbers[gallery.evenly(len(numbers), GROUPS)]
+    coloured = gallery.evenly(len(names), GROUPS)
     position = np.full(len(groups), -1)
     for i, number in enumerate(coloured):
         position[groups == number] = i
-    if len(numbers) > GROUPS:
+    if len(names) > GROUPS:
         rows = [np.flatnonzero(position == i) for i in range(len(coloured))]
         rows = np.concatenate([of[gallery.evenly(len(of), _OF_GROUP)] for of in rows])
         others = np.flatnonzero(position < 0)
@@ -43,7 +42,7 @@ def choose(groups: Int[np.ndarray, " n"], names: Mapping[int, str]) -> Chosen:
         rows.sort()
     else:
         rows = gallery.evenly(len(groups), POINTS)
-    return Chosen(rows, position[rows], [names[int(number)] for number in coloured])
+    return Chosen(rows, position[rows], [names[number] for number in coloured])
 
 
 def place(features: Float32[np.ndarray, "m d"]) -> Float[np.ndarray, "m 2"]:

@@ -1,26 +1,46 @@
 """What a model finds near to what: queries at even distances, the worst ones, confused classes."""
 
 import collections
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from mofi_jax.evaluators.features import neighbours
 from mofi_jax.evaluators.features.embedding import Features
+from mofi_jax.evaluators.sets.pictures import PictureSet
 
 QUERIES = 6  # shown of each kind
 NEIGHBOURS = 8  # shown of a query
-ASKED = 4096  # pictures of a large set that are queries here, evenly spaced
-DEPTH = 50  # neighbours looked through for one of the class
+ASKED = 4096  # of many queries those that are looked at, evenly spaced
+DEPTH = 50  # neighbours looked through for a right one
+
+
+class Search(NamedTuple):
+    """What an evaluator looks for, where, and what is right; the same for every model."""
+
+    title: str
+    queries: PictureSet | None  # None for texts
+    query_words: Sequence[str]  # of each query: the text itself, or what is said of the picture
+    index: PictureSet
+    index_words: Sequence[str]
+    leave_out: Int[np.ndarray, "q m"]  # rows that a query may not find, with `neighbours.NO_ROW`
+    # Of the queries with these numbers, whether these rows are right.
+    right: Callable[[Int[np.ndarray, " m"], Int[np.ndarray, "m k"]], Bool[np.ndarray, "m k"]]
+    relevant: Int[np.ndarray, " q"]  # how many rows are right for each query
+    # Where the queries are the index: their classes, and the names of what colours the map.
+    classes: Int[np.ndarray, " n"] | None = None
+    groups: Int[np.ndarray, " n"] | None = None
+    group_names: Sequence[str] = ()
 
 
 class Query(NamedTuple):
-    """A picture and those nearest to it, by their numbers in the set."""
+    """A query and what is nearest to it, by their numbers."""
 
-    picture: int
-    nearest: list[tuple[int, float, bool]]  # number, cosine, whether of the same class
-    first_right: int  # place of the first of the same class, from 1; 0: not among the looked at
+    number: int
+    nearest: list[tuple[int, float, bool]]  # row of the index, cosine, whether it is right
+    first_right: int  # place of the first right one, from 1; 0: not among the looked at
 
 
 class Confusion(NamedTuple):
@@ -43,37 +63,40 @@ class Gallery(NamedTuple):
     confused: list[Confusion]
 
 
-def look(features: Features, classes: Int[np.ndarray, " n"]) -> Gallery:
-    """Looks at a picture set; every host calls it, and of the features only queries are gathered.
+def look(search: Search, queries: Features | Float[np.ndarray, "q d"], index: Features) -> Gallery:
+    """Looks at what a model finds; every host calls it, and gathers only the queries' features.
 
     The even ones are chosen by position alone, so that they are no better than the model.  The
-    worst are those whose first neighbour of the same class is the furthest, of equals those whose
-    wrong neighbour is the nearest; a picture alone in its class is none of them.
+    worst are those whose first right neighbour is the furthest, of equals those whose wrong
+    neighbour is the nearest; a query with nothing to find is none of them.
     """
-    asked = evenly(len(features), ASKED)
+    asked = evenly(len(queries), ASKED)
     nearest, cosines = neighbours.top_k(
-        features.take(asked),
-        features,
-        min(DEPTH, len(features) - 1),
-        leave_out=asked[:, None],
+        queries.take(asked) if isinstance(queries, Features) else queries[asked],
+        index,
+        min(DEPTH, len(index) - (search.classes is not None)),
+        leave_out=search.leave_out[asked],
     )
-    right = (classes[nearest] == classes[asked][:, None]) & (nearest != neighbours.NO_ROW)
+    right = search.right(asked, nearest) & (nearest != neighbours.NO_ROW)
     first_right = np.where(right.any(1), right.argmax(1) + 1, 0)
 
     def query(i: np.integer) -> Query:
         shown = zip(nearest[i].tolist(), cosines[i].tolist(), right[i].tolist(), strict=True)
-        return Query(int(asked[i]), list(shown)[:NEIGHBOURS], int(first_right[i]))
+        shown = [of for of in shown if of[0] != neighbours.NO_ROW]
+        return Query(int(asked[i]), shown[:NEIGHBOURS], int(first_right[i]))
 
-    _, inverse, sizes = np.unique(classes, return_inverse=True, return_counts=True)
     far = np.where(first_right > 0, first_right, nearest.shape[1] + 1)
-    wrong = np.flatnonzero((far > 1) & (sizes[inverse[asked]] > 1))
+    wrong = np.flatnonzero((far > 1) & (search.relevant[asked] > 0))
     worst = wrong[np.lexsort((-cosines[wrong, 0], -far[wrong]))]
+    confused = []
+    if search.classes is not None:
+        confused = _confused(search.classes, asked, nearest[:, 0], cosines[:, 0])
     return Gallery(
         len(asked),
         nearest.shape[1],
         [query(i) for i in evenly(len(asked), QUERIES)],
         [query(i) for i in worst[:QUERIES]],
-        _confused(classes, asked, nearest[:, 0], cosines[:, 0]),
+        confused,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from mofi_jax.common.pages import page
 from mofi_jax.data import ops
@@ -24,38 +24,29 @@ _THUMBNAIL = 168  # pixels, twice what is shown: screens have more than one pixe
 
 
 class Look(NamedTuple):
-    """What is shown of one model on one set."""
+    """What is shown of one model in one search."""
 
     gallery: gallery.Gallery
-    chosen: feature_map.Chosen
+    chosen: feature_map.Chosen | None  # for the map, where there is one
     features: Float32[np.ndarray, "m d"]  # of what is chosen
 
 
 class Shown(NamedTuple):
-    """A picture set, and what is shown of each model on it."""
+    """A search, and what is shown of each model in it."""
 
-    title: str
-    pictures: PictureSet
-    names: Mapping[int, str]  # of its classes
+    search: gallery.Search
     looks: dict[str, Look]  # by model
 
 
 def look(
-    features: Features, pictures: PictureSet, names: Mapping[int, str], domains: Sequence[str] = ()
+    search: gallery.Search, queries: Features | Float[np.ndarray, "q d"], index: Features
 ) -> Look:
-    """Every host calls it.
-
-    Args:
-      domains: names of equally large runs of the class numbers, by which the map is coloured;
-        without any it is coloured by class.
-    """
-    groups, of_groups = pictures.classes, names
-    if domains:
-        numbers, inverse = np.unique(pictures.classes, return_inverse=True)
-        groups = inverse * len(domains) // len(numbers)
-        of_groups = dict(enumerate(domains))
-    chosen = feature_map.choose(groups, of_groups)
-    return Look(gallery.look(features, pictures.classes), chosen, features.take(chosen.rows))
+    """Every host calls it."""
+    chosen, features = None, np.zeros((0, index.rows.shape[1]), np.float32)
+    if search.groups is not None:
+        chosen = feature_map.choose(search.groups, search.group_names)
+        features = index.take(chosen.rows)
+    return Look(gallery.look(search, queries, index), chosen, features)
 
 
 def render(result: Mapping[str, Any], shown: Sequence[Shown]) -> str:
@@ -66,50 +57,67 @@ def render(result: Mapping[str, Any], shown: Sequence[Shown]) -> str:
     """
     models = result["models"]
     names = [model["model"] for model in models]
-    sets, thumbnails = [], {}
+    searches, thumbnails = [], _Thumbnails()
     # Each map takes seconds.
-    bar = tqdm.tqdm(shown, desc="page", unit="set", leave=False, delay=2, disable=None)
-    for number, of in enumerate(bar):
-        seen = {row for one in of.looks.values() for row in _pictures_of(one.gallery)}
-        thumbnails |= {f"p{number}-{row}": jpeg for row, jpeg in _thumbnails(of.pictures, seen)}
+    for of in tqdm.tqdm(shown, desc="page", unit="set", leave=False, delay=2, disable=None):
+        galleries = [one.gallery for one in of.looks.values()]
+        keys = {"index": thumbnails.add(of.search.index, _rows(galleries))}
+        if of.search.queries is not None:
+            numbers = {query.number for one in galleries for query in (*one.even, *one.worst)}
+            keys["queries"] = thumbnails.add(of.search.queries, numbers)
         looks = [
-            {
-                "model": model,
-                "gallery": one.gallery,
-                "names": one.chosen.names,
-                "points": _points(one, of),
-            }
+            {"model": model, "points": _points(one, of.search)} | one._asdict()
             for model, one in of.looks.items()
         ]
-        sets.append({"number": number, "of": of, "looks": looks})
+        searches.append({"of": of.search, "looks": looks, **keys})
     values = {
         "models": models,
         "labels": dict(zip(names, table.labels(names), strict=True)),
         "rows": table.rows(models),
-        "left_out": table.left_out(models),
+        "notes": table.notes(models),
         "versions": result["versions"],
-        "sets": sets,
-        "thumbnails": thumbnails,
+        "searches": searches,
+        "thumbnails": thumbnails.found,
     }
     return page.fill(_TEMPLATE, values)
 
 
-def _points(one: Look, of: Shown) -> list[tuple[float, float, int, str]]:
-    """(x, y, group, class) of the map, those in colour on top; none where they are too few."""
+def _points(one: Look, search: gallery.Search) -> list[tuple[float, float, int, str]]:
+    """(x, y, group, words) of the map, those in colour on top; none where they are too few."""
     if len(one.features) < feature_map.LEAST:
         return []
     places = feature_map.place(one.features)
-    classes = of.pictures.classes[one.chosen.rows]
-    rows = zip(places.tolist(), one.chosen.groups.tolist(), classes.tolist(), strict=True)
-    points = [(x, y, group, of.names[number]) for (x, y), group, number in rows]
+    words = [search.index_words[row] for row in one.chosen.rows]
+    points = [
+        (x, y, group, word)
+        for (x, y), group, word in zip(
+            places.tolist(), one.chosen.groups.tolist(), words, strict=True
+        )
+    ]
     return sorted(points, key=lambda point: point[2] >= 0)
 
 
-def _pictures_of(found: gallery.Gallery) -> list[int]:
-    queries = [*found.even, *found.worst]
-    near = [row for query in queries for row, _, _ in query.nearest]
-    pairs = [row for pair in found.confused for row in pair.example]
-    return [query.picture for query in queries] + near + pairs
+def _rows(galleries: Sequence[gallery.Gallery]) -> set[int]:
+    """What of an index is seen."""
+    queries = [query for one in galleries for query in (*one.even, *one.worst)]
+    near = {row for query in queries for row, _, _ in query.nearest}
+    return near | {row for one in galleries for pair in one.confused for row in pair.example}
+
+
+class _Thumbnails:
+    """Pictures of a page by the names of their classes in its style, each of them once."""
+
+    def __init__(self):
+        self.found: dict[str, str] = {}  # JPEG in base64
+        self._sets: dict[Any, int] = {}
+
+    def add(self, pictures: PictureSet, rows: set[int]) -> str:
+        """What the names of this set's pictures begin with; their row numbers follow."""
+        key = str(pictures.path), pictures.names
+        prefix = f"p{self._sets.setdefault(key, len(self._sets))}-"
+        new = {row for row in rows if f"{prefix}{row}" not in self.found}
+        self.found |= {f"{prefix}{row}": jpeg for row, jpeg in _thumbnails(pictures, new)}
+        return prefix
 
 
 def _thumbnails(pictures: PictureSet, rows: set[int]) -> list[tuple[int, str]]:

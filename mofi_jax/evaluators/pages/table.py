@@ -112,11 +112,20 @@ def text(models: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def left_out(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which evaluators were left out of which model, and why, in sentences."""
+def notes(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on what the scores do not say: what was left out of which model and why, and which
+    pictures could not be decoded, which is the same for all models."""
     names = labels([model["model"] for model in models])
-    return [
+    found = [
         f"{evaluator}: left out of {name}, {reason}"
         for name, model in zip(names, models, strict=True)
         for evaluator, reason in model["left_out"].items()
     ]
+    for model in models:
+        for path, broken in model["undecodable"].items():
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            found.append(
+                f"{path}: {', '.join(broken[:3])}{more} cannot be decoded and "
+                f"{'has a random feature' if len(broken) == 1 else 'have random features'}"
+            )
+    return list(dict.fromkeys(found))

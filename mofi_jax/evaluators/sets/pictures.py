@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -28,7 +29,7 @@ class PictureSet:
     classes: Int[np.ndarray, " n"]  # int64
     read: listing.Reader  # the file of picture i; safe to call from several threads
     labels: dict[int, str] = dataclasses.field(default_factory=dict)  # where the layout has them
-    known: dict[str, str] = dataclasses.field(default_factory=dict, init=False, compare=False)
+    known: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
