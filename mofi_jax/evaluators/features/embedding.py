@@ -224,8 +224,8 @@ class Embedder:
             )
         if len(broken):
             logging.warning(
-                "%d of the %d pictures of %s cannot be decoded and have random features: its scores "
-                "do not compare with those of the whole set; fetch it again.",
+                "%d of the %d pictures of %s cannot be decoded and have random features: scores do "
+                "not compare with those of the whole set; fetch it again.",
                 *(len(broken), size, pictures.path),
             )
             new = np.stack([_random(pictures.names[i], features.shape[1]) for i in broken])
