@@ -31,15 +31,23 @@ from tests import datasets
 REPOSITORY = epath.Path(__file__).parent.parent
 PROCESSES, DEVICES = 2, 4
 MANY = 1003  # pictures, which divide neither over devices nor into batches
+FEW, OF_CLASS = 9, 40  # pictures of three classes, and more of them to train probes on
 
 
 def prepare(folder):
     """Data, and a picture set with its classes."""
     datasets.write(folder / "data")
     (folder / "pictures").mkdir()
-    for entity, i in itertools.product(range(3), range(3)):
+    (folder / "training").mkdir()
+    for entity, i in itertools.product(range(3), range(FEW // 3 + OF_CLASS)):
         picture = ops.encode_jpeg(datasets.drawing(entity, 50 + i), 95)
-        (folder / "pictures" / f"{entity}_{i}.jpg").write_bytes(picture)
+        part = "pictures" if i < FEW // 3 else "training"
+        (folder / part / f"{entity}_{i}.jpg").write_bytes(picture)
+    queries = (
+        json.dumps({"image": path.name, "classes": [int(path.name.partition("_")[0])]})
+        for path in (folder / "pictures").iterdir()
+    )
+    (folder / "queries.jsonl").write_text("\n".join(queries))
     lines = [
         json.dumps({"class": i, "label": datasets.name_of(i), "id": f"Q{i:03d}"}) for i in range(3)
     ]
@@ -70,7 +78,21 @@ def train_and_evaluate(folder, name, mesh, **where):
     evaluate.main(config, str(folder / name), str(folder / f"{name}.scores"))
     # To the bit: towers whose weights are split may add up in another order.
     many = {"kind": "retrieval", "images": str(folder / "many")}
-    config.evaluators = {"many": many, "again": many}
+    probes = {"images": str(folder / "pictures"), "train": str(folder / "training")}
+    config.evaluators = {
+        **{"many": many, "again": many},
+        "knn": {"kind": "knn", **probes},
+        "few_shot": {"kind": "few_shot", "shots": (2, 5), **probes},
+        "lbfgs": {"kind": "linear_probe", **probes},
+        "adamw": {"kind": "linear_probe", "form": "clip_benchmark_adamw", **probes},
+        "query_index": {
+            "kind": "query_index",
+            "protocol": "uned",
+            "queries": str(folder / "queries.jsonl"),
+            "images": str(folder / "pictures"),
+            "index": str(folder / "training"),
+        },
+    }
     config.raw_pixels_size = 8
     decode, decoded = inference.RawPixels.decode, []
 

@@ -33,21 +33,26 @@ def test_two_processes_equal_one(tmp_path, layout):
             assert a[key] == pytest.approx(b[key], rel=1e-6), key
     for part, names in {
         "scores": {"retrieval", "zeroshot", "classification"},
-        "many": {"many", "again"},
+        "many": {"many", "again", "knn", "few_shot", "lbfgs", "adamw", "query_index"},
     }.items():
         two, one = (
             json.loads((tmp_path / f"{name}.{part}/result.json").read_text())["models"][0]
             for name in ("two", "one")
         )
-        assert two["metrics"] == one["metrics"]
+        assert two["metrics"].keys() == one["metrics"].keys()
+        for name, values in two["metrics"].items():
+            # Probes add up rows in another order.
+            within = 1e-6 if name in ("few_shot", "lbfgs", "adamw") else 0
+            assert values == pytest.approx(one["metrics"][name], abs=within), name
         assert two["protocols"] == one["protocols"]
         assert set(one["metrics"]) == names
     # Each picture once over the whole job, and half of them by each process.
     shares = [(tmp_path / f"two.decoded.{i}").read_text().split() for i in range(2)]
     everything = (tmp_path / "one.decoded.0").read_text().split()
-    assert len(set(everything)) == len(everything) == processes.MANY
+    total = processes.MANY + processes.FEW + 3 * processes.OF_CLASS
+    assert len(everything) == total
     assert sorted(itertools.chain(*shares)) == sorted(everything)
-    assert max(map(len, shares)) <= 4 * -(-processes.MANY // 8)
+    assert max(map(len, shares)) <= total * 0.52
 
 
 def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):

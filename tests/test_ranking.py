@@ -136,6 +136,13 @@ def test_intervals():
     copies = intervals.Estimate.mean(np.repeat(few, 10), np.repeat(np.arange(40), 10))
     assert copies.interval() == pytest.approx(intervals.Estimate.mean(few).interval(), abs=1e-9)
     assert intervals.Estimate.macro(np.array([1.0, 0, np.nan, 1]), np.array([0, 0, 1, 2])) == 0.75
+    # Any score of what is drawn, from one sample or several.
+    resampled = intervals.Estimate.resampled(lambda drawn: few[drawn].mean(), len(few))
+    assert resampled == few.mean()
+    assert resampled.interval() == pytest.approx(intervals.Estimate.mean(few).interval(), abs=1e-12)
+    two = intervals.Estimate.resampled(lambda a, b: a.mean() - b.mean(), 50, 70)
+    error = 1.96 * np.sqrt(50 / 12 + 70 / 12)
+    assert two.interval() == pytest.approx((two - error, two + error), abs=0.2 * error)
     # Domains of constant values: their difference is no uncertainty.
     parts = [intervals.Estimate.mean(np.full(5, v)) for v in (0.0, 1.0)]
     assert intervals.Estimate.average(parts) == 0.5

@@ -17,6 +17,7 @@ from etils import epath
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.scores import classification as scores
+from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import pictures
 from mofi_jax.model import mofi
 
@@ -83,25 +84,37 @@ class Evaluator:
         k = min(5, len(self.towers.entities))
         nearest, cosines = self.towers.nearest_entities(params, features, k)
         right = nearest == labels[:, None]
-        top1 = right[:, 0].astype(np.float64)
-        yield "top1", float(top1.mean())
-        yield "top5", float(right.any(1).mean())
-        yield "entity_macro", scores.mean_per_class(right[:, 0], labels)
+        top1 = right[:, 0]
+        yield "top1", Estimate.mean(top1)
+        yield "top5", Estimate.mean(right.any(1))
+        yield "entity_macro", Estimate.macro(top1, labels)
         starts = [start for _, start in BUCKETS]
         bucket = np.searchsorted(starts, self.towers.entities.counts[labels], side="right") - 1
         for i, (name, _) in enumerate(BUCKETS):
             if (bucket == i).any():
-                yield f"top1_{name}", float(top1[bucket == i].mean())
+                yield f"top1_{name}", Estimate.mean(top1[bucket == i])
         learned = params.get("entity_log_scale")
         scale = self.scale if learned is None else float(mofi.capped_exp(learned))
         if scale:
             log_sum = self.towers.entity_log_sum(params, features, scale)
             confidence = np.exp(scale * cosines[:, 0].astype(np.float64) - log_sum)
-            yield "ece", scores.calibration_error(confidence, right[:, 0])
+            yield (
+                "ece",
+                Estimate.resampled(
+                    lambda drawn: scores.calibration_error(confidence[drawn], top1[drawn]),
+                    len(top1),
+                ),
+            )
         if len(self.strangers):
             others = embedder.pictures(self.unseen).take(self.strangers)
             _, unseen = self.towers.nearest_entities(params, others, 1)
-            yield "open_set_auroc", scores.auroc(cosines[:, 0], unseen[:, 0])
+            yield (
+                "open_set_auroc",
+                Estimate.resampled(
+                    lambda *drawn: scores.auroc(cosines[drawn[0], 0], unseen[drawn[1], 0]),
+                    *(len(cosines), len(unseen)),
+                ),
+            )
 
     def card(self) -> dict[str, Any]:
         """The protocol card, with the hash of the pictures."""

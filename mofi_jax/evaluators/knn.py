@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import embedding, neighbours
+from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import split
 
 _VOTES = 2**24  # held at a time
@@ -56,7 +57,7 @@ class Evaluator:
         scores = []
         for k in self.k:
             answers = self._vote(rows[:, :k], cosines[:, :k])
-            scores.append(float((answers == self.split.test_labels).mean()))
+            scores.append(Estimate.mean(answers == self.split.test_labels))
             yield f"dino_k{k}", scores[-1]
         yield "dino_best", max(scores)
 

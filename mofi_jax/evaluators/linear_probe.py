@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import adamw, embedding, linear, logistic
-from mofi_jax.evaluators.scores import classification
+from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import split
 
 
@@ -118,9 +118,8 @@ class Evaluator:
         strength = self.form.grid[best]
         answers = linear.answers(test, *fit(labels, strength))
         right = answers == self.split.test_labels
-        yield f"{self.name}_top1", float(right.mean())
-        mean = classification.mean_per_class(right, self.split.test_labels)
-        yield f"{self.name}_mean_per_class", mean
+        yield f"{self.name}_top1", Estimate.mean(right)
+        yield f"{self.name}_mean_per_class", Estimate.macro(right, self.split.test_labels)
         yield f"{self.name}_validation", score
         yield f"{self.name}_{self.form.strength}", strength
 

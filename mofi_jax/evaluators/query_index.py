@@ -237,9 +237,15 @@ class Evaluator:
         k, scale = max(tried, key=lambda pair: gap(splits == "val", *pair))  # the first of equals
         self.tuned = {"neighbours": k, "scale": scale}
         test = splits == "test"
-        yield "gap", gap(test, k, scale)
-        yield "gap_minus", gap(test & labelled, k, scale)
-        yield "accuracy", Estimate.mean(right[test & labelled].astype(np.float64))
+        for name, chosen in (("gap", test), ("gap_minus", test & labelled)):
+            numbers = np.flatnonzero(chosen)
+            yield (
+                name,
+                Estimate.resampled(
+                    lambda drawn, numbers=numbers: gap(numbers[drawn], k, scale), len(numbers)
+                ),
+            )
+        yield "accuracy", Estimate.mean(right[test & labelled])
 
     def _tell_copies(self, scores: Float[np.ndarray, "q k"]) -> None:
         if self.queries.texts:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.features import embedding, neighbours
-from mofi_jax.evaluators.scores import classification
+from mofi_jax.evaluators.scores.intervals import Estimate
 from mofi_jax.evaluators.sets import pictures, prompts
 
 # The names of a class, from its label; scores by several names do not compare with those by one.
@@ -94,9 +94,9 @@ class Evaluator:
         classes = embedding.Features.of(self.embed_classes(embedder), self.towers.mesh)
         nearest, _ = neighbours.top_k(embedder.pictures(self.pictures), classes, 5)
         right = nearest == self.labels[:, None]
-        yield "top1", float(right[:, 0].mean())
-        yield "top5", float(right.any(1).mean())
-        yield "mean_per_class", classification.mean_per_class(right[:, 0], self.labels)
+        yield "top1", Estimate.mean(right[:, 0])
+        yield "top5", Estimate.mean(right.any(1))
+        yield "mean_per_class", Estimate.macro(right[:, 0], self.labels)
 
     def embed_classes(self, embedder: embedding.Embedder) -> Float[np.ndarray, "c d"]:
         """One unit vector per class, in ascending order of class numbers."""

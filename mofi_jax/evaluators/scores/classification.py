@@ -1,13 +1,7 @@
-"""Scores of classifiers from their answers; NumPy alone."""
+"""Scores of how sure classifiers are; NumPy alone."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-
-
-def mean_per_class(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
-    """Mean over the classes that occur of the share of their pictures that are right."""
-    _, places = np.unique(labels, return_inverse=True)
-    return float(np.mean(np.bincount(places, right) / np.bincount(places)))
+from jaxtyping import Bool, Float
 
 
 def calibration_error(
