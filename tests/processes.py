@@ -45,7 +45,7 @@ def prepare(folder):
         (folder / part / f"{entity}_{i}.jpg").write_bytes(picture)
     queries = (
         json.dumps({"image": path.name, "classes": [int(path.name.partition("_")[0])]})
-        for path in (folder / "pictures").iterdir()
+        for path in sorted((folder / "pictures").iterdir())
     )
     (folder / "queries.jsonl").write_text("\n".join(queries))
     lines = [
