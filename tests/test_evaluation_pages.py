@@ -220,7 +220,7 @@ class _Parser(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-        if tag not in ("meta", "br", "circle", "img"):
+        if tag not in ("meta", "br", "circle", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -247,7 +247,7 @@ def rendered(tmp_path_factory):
     (folder / "3_11.jpg").write_bytes(b"gone")  # read once more for the page alone
     more = {"protocols": {EVIL: {"sha256": EVIL, "k": [10, 20]}}, "left_out": {EVIL: EVIL}}
     models = [
-        result(name, {EVIL: {"map": 0.5}}, {EVIL: {"map": (0.1, 0.9)}}, **more) for name in "ab"
+        result(name, {EVIL: {EVIL: 0.5}}, {EVIL: {EVIL: (0.1, 0.9)}}, **more) for name in "ab"
     ]
     values = {"models": models, "versions": {"jax": EVIL}}
     return page.render(values, [page.Shown(search, of), page.Shown(texts, of_texts)])
