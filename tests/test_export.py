@@ -14,7 +14,7 @@ from mofi_jax import export, inference
 from mofi_jax.common import errors
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import meshes
-from mofi_jax.interop import huggingface
+from mofi_jax.interop import huggingface, parity
 from mofi_jax.model import mofi
 
 
@@ -54,6 +54,10 @@ def test_folder_and_report(source, tmp_path):
     report = json.loads((out / "result.json").read_text())
     assert report["format"] == "hf"
     assert report["reader"] == ["mofi_jax", "transformers"]
+    assert report["not_run"] == {}
+    assert report["tokens"]["transformers"] == {"texts": len(parity.TEXTS), "differing": 0}
+    pixels = report["pixels"]["transformers"]
+    assert pixels["sizes"] == len(parity.SIZES)
     assert 0 < report["max_abs_diff"] <= 1e-4
     theirs = report["differences"]["transformers"]
     assert report["max_abs_diff"] == max(theirs["image"]["max"], theirs["text"]["max"])
@@ -95,7 +99,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
     saved = inference.read(source)
     monkeypatch.setattr(huggingface, "read", wrong)
     monkeypatch.setattr(inference, "read", lambda *_: saved)
-    with pytest.raises(export.ParityError, match="1e-04 is allowed"):
+    with pytest.raises(parity.ParityError, match="1e-04 is allowed"):
         export.main(str(source), str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
 
@@ -110,8 +114,8 @@ def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
 
 
 def test_bad_flags(source, tmp_path):
-    with pytest.raises(errors.BadInput, match="--format=onnx is unknown: choose hf"):
-        export.main(str(source), str(tmp_path / "exported"), "onnx")
+    with pytest.raises(errors.BadInput, match="--format=tflite is unknown: choose from hf"):
+        export.main(str(source), str(tmp_path / "exported"), "tflite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(errors.BadInput, match="something else than an export"):
@@ -123,17 +127,17 @@ def test_bad_flags(source, tmp_path):
 
 
 def test_probes_are_always_the_same():
-    first, second = (export.probe_pictures(16) for _ in range(2))
+    first, second = (parity.probe_pictures(16) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == export.PICTURES
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == parity.PICTURES
 
 
 def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
     out = epath.Path(tmp_path / "out")
     out.mkdir()
-    (out / huggingface.PREPROCESS).write_text("the old one")
+    (out / "result.json").write_text('{"max_abs_diff": 0}')
 
-    def write(saved, folder):
+    def write(saved, folder, format):
         folder.mkdir()
         return {"reader": ["none"], "max_abs_diff": 0.0}
 
@@ -150,4 +154,4 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
     with pytest.raises(OSError, match="no room"):
         export.main("run", str(out))
     assert [path.name for path in epath.Path(tmp_path).iterdir()] == ["out"]
-    assert (out / huggingface.PREPROCESS).read_text() == "the old one"
+    assert (out / "result.json").read_text() == '{"max_abs_diff": 0}'

@@ -1,0 +1,74 @@
+"""The export for the Hugging Face hub: the folder as its libraries open it."""
+
+import functools
+import io
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from mofi_jax.common import files
+from mofi_jax.interop import huggingface, parity
+
+
+def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
+    """Writes the folder that transformers, sentence-transformers and `huggingface.read` open.
+
+    Raises BadInput: what the format cannot express, see `huggingface.write`.
+    """
+    huggingface.write(folder, clip)
+
+
+def readers(folder: epath.PathLike) -> dict[str, parity.Reader]:
+    """Who opens the folder."""
+    return {
+        "mofi_jax": functools.partial(_read_here, folder),
+        "transformers": functools.partial(_read_by_transformers, folder),
+    }
+
+
+def _read_here(
+    folder: epath.PathLike, pictures: np.ndarray, texts: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    return parity.embedder(huggingface.read(folder))(pictures, texts)
+
+
+def _read_by_transformers(
+    folder: epath.PathLike, pictures: np.ndarray, texts: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """transformers itself, which this project never requires."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise parity.NotRun(f"cannot be imported: {error}") from error
+
+    folder = os.fspath(folder)
+    values = files.read_json_object(epath.Path(folder) / "config.json", huggingface.COPY_AGAIN)
+    architecture = getattr(transformers, values["architectures"][0])
+    model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    found = {}
+
+    def unit(output: Any) -> np.ndarray:
+        # transformers 5 returns an object, transformers 4 the tensor.
+        vectors = getattr(output, "pooler_output", output)
+        return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+    with torch.no_grad():
+        as_they_are = {"do_resize": False, "do_center_crop": False}
+        pixels = processor(list(pictures), return_tensors="pt", **as_they_are)
+        if hasattr(model, "get_image_features"):
+            found["image"] = unit(model.get_image_features(**pixels))
+        else:
+            found["image"] = unit(model(**pixels).image_embeds)
+        if hasattr(model, "get_text_features"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            ids = tokenizer(
+                list(texts), padding="max_length", truncation=True, return_tensors="pt"
+            )["input_ids"]
+            found |= {"text": unit(model.get_text_features(input_ids=ids)), "tokens": ids.numpy()}
+    opened = [Image.open(io.BytesIO(data)) for data in parity.picture_files()]
+    return found | {"pixels": processor(opened, return_tensors="np")["pixel_values"]}
