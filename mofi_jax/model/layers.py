@@ -161,7 +161,7 @@ class AttentionWeights(NamedTuple):
                 for x in (query, unit @ self.key, unit @ self.value)
             )
             attended = attention.attend(*arrays, implementation=implementation, **options)
-        return _add_bias(attended.reshape(len(unit), -1) @ self.out, self.out_bias, platform)
+        return _add_bias(attended.reshape(unit.shape[0], -1) @ self.out, self.out_bias, platform)
 
 
 class Attention(nnx.Module):
