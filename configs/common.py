@@ -59,6 +59,7 @@ def model(variant: str, *, image_size: int, context_length: int) -> ml_collectio
     shape = mofi.VARIANTS[variant]
     return ml_collections.ConfigDict(
         {
+            "family": "clip",
             "image_size": image_size,
             "patch_size": shape["patch_size"],
             "image": dataclasses.asdict(shape["image"]),

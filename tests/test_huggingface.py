@@ -41,7 +41,7 @@ def config(tokenizer):
     return mofi.MofiConfig(
         image_size=SIZE,
         patch_size=8,
-        image=mofi.TowerConfig(32, 3, 4),
+        image=mofi.TowerConfig(32, 3, 4, mlp_width=40),
         text=mofi.TowerConfig(24, 2, 2),
         vocab_size=tokenizer.vocab_size,
         context_length=tokenizer.context_length,
@@ -72,9 +72,8 @@ def _clip(config, params, tokenizer, **changes):
 
 
 def _transformers_embeddings(model, pictures, ids):
-    pixels = (pictures.astype(np.float32) / 255 - np.float32(image_lib.PIXEL_MEAN)) / np.float32(
-        image_lib.PIXEL_STD
-    )
+    mean, std = (np.float32(values) for values in image_lib.pixel_statistics("clip"))
+    pixels = (pictures.astype(np.float32) / 255 - mean) / std
     with torch.no_grad():
         image = model.get_image_features(
             pixel_values=torch.tensor(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
@@ -263,7 +262,8 @@ def test_image_processor_reads_the_nearest_form(folder):
     picture = np.full((40, 60, 3), 200, np.uint8)
     pixels = np.asarray(processor(picture, return_tensors="np")["pixel_values"])
     assert pixels.shape == (1, 3, SIZE, SIZE)
-    expected = (200 / 255 - np.array(image_lib.PIXEL_MEAN)) / np.array(image_lib.PIXEL_STD)
+    mean, std = (np.array(values) for values in image_lib.pixel_statistics("clip"))
+    expected = (200 / 255 - mean) / std
     np.testing.assert_allclose(pixels[0].mean((1, 2)), expected, atol=1e-4)
 
 
@@ -350,7 +350,6 @@ def test_missing_field_is_no_default(folder, tmp_path, section, key):
     ("section", "change", "named"),
     [
         ("text_config", {"hidden_act": "quick_gelu"}, "'quick_gelu' for text and 'gelu'"),
-        ("text_config", {"intermediate_size": 50}, "intermediate_size"),
         ("vision_config", {"image_size": [24, 32]}, "image_size"),
         ("text_config", {"eos_token_id": 7}, "eos_token_id 7"),
     ],

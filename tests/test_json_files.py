@@ -99,6 +99,11 @@ def test_descriptions_that_are_whole_are_read(tmp_path):
     more = {**DESCRIPTION, "remat": "dots", "attention": "cudnn"}
     (tmp_path / "model.json").write_text(json.dumps(more))
     assert run_folder.read_model(tmp_path) == more
+    # And had no families and one width of MLPs.
+    tower = {"width": 16, "layers": 1, "heads": 2}
+    less = {k: v for k, v in DESCRIPTION.items() if k != "family"} | {"image": tower, "text": tower}
+    (tmp_path / "model.json").write_text(json.dumps(less))
+    assert run_folder.read_model(tmp_path) == DESCRIPTION
     found = clip_config.from_config(CLIP, "config.json")
     assert found == mofi.MofiConfig.from_dict({**CONFIG.to_dict(), "dtype": "float32"})
 

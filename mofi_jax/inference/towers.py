@@ -255,6 +255,6 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
 @jax.jit
 def _raw_features(images: jax.Array) -> jax.Array:
     pixels = images.astype(jnp.float32) / 255
-    centred = (pixels - jnp.float32(image_lib.PIXEL_MEAN)) / jnp.float32(image_lib.PIXEL_STD)
-    flat = centred.reshape(len(centred), -1)
+    mean, std = (jnp.float32(values) for values in image_lib.pixel_statistics("clip"))
+    flat = ((pixels - mean) / std).reshape(len(pixels), -1)
     return flat / jnp.maximum(jnp.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)

@@ -53,7 +53,7 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> di
     def tower(shape: mofi.TowerConfig) -> dict[str, Any]:
         return {
             "hidden_size": shape.width,
-            "intermediate_size": 4 * shape.width,
+            "intermediate_size": shape.hidden_width,
             "num_hidden_layers": shape.layers,
             "num_attention_heads": shape.heads,
             "hidden_act": ACTIVATION_TO[config.activation],
@@ -123,10 +123,11 @@ def from_config(
 
     def tower(section: str) -> mofi.TowerConfig:
         width = field_of(section, "hidden_size")
-        if field_of(section, "intermediate_size") != 4 * width:
-            refuse(f"{section}.intermediate_size other than 4 x hidden_size")
-        layers = field_of(section, "num_hidden_layers")
-        return mofi.TowerConfig(width, layers, field_of(section, "num_attention_heads"))
+        layers, heads, mlp_width = (
+            field_of(section, name)
+            for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        )
+        return mofi.TowerConfig(width, layers, heads, mlp_width)
 
     activation = same("hidden_act")
     if activation not in ACTIVATION_FROM:

@@ -90,7 +90,7 @@ def _norm(path: str, name: str, w: int, layers: int | None = None) -> Iterator[W
 
 
 def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight]:
-    w, heads, n = config.width, config.heads, config.layers
+    w, heads, n, hidden = config.width, config.heads, config.layers, config.hidden_width
     split = (heads, w // heads)
     name = prefix + "encoder.layers.{}."
     yield from _norm(path + "norm1", name + "layer_norm1", w, n)
@@ -100,8 +100,8 @@ def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight
         ("attention/key", "self_attn.k_proj", (w,), split),
         ("attention/value", "self_attn.v_proj", (w,), split),
         ("attention/out", "self_attn.out_proj", split, (w,)),
-        ("mlp/fc1", "mlp.fc1", (w,), (4 * w,)),
-        ("mlp/fc2", "mlp.fc2", (4 * w,), (w,)),
+        ("mlp/fc1", "mlp.fc1", (w,), (hidden,)),
+        ("mlp/fc2", "mlp.fc2", (hidden,), (w,)),
     ):
         own, clip, shape = path + module, name + clip_module, inputs + outputs
         yield Weight(own + "/kernel", clip + ".weight", shape, "matrix", n, len(inputs))

@@ -49,11 +49,12 @@ class Clip:
 # ----------------------------------------------------------------------------------- preprocessing
 
 
-def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
+def _to_preprocessor(preprocess: str, image_size: int, family: str) -> dict[str, Any]:
     """preprocessor_config.json: the nearest that CLIPImageProcessor can express.
 
     It always antialiases; the exact operations are in preprocess.json beside it.
     """
+    mean, std = image_lib.pixel_statistics(family)
     resize = re.search(r"resize(_short)?\((\d+)", preprocess)
     side = int(resize[2]) if resize else image_size
     square = resize is not None and not resize[1]
@@ -68,8 +69,8 @@ def _to_preprocessor(preprocess: str, image_size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image_lib.PIXEL_MEAN),
-        "image_std": list(image_lib.PIXEL_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
 
 
@@ -81,7 +82,7 @@ def _close(actual: Any, expected: Sequence[float]) -> bool:
     return actual.shape == np.shape(expected) and np.allclose(actual, expected, rtol=0, atol=1e-4)
 
 
-def _read_preprocess(folder: epath.Path, image_size: int) -> str:
+def _read_preprocess(folder: epath.Path, image_size: int, family: str) -> str:
     """The picture operations: preprocess.json if ours, else nearest to preprocessor_config.json.
 
     A folder with neither (weights alone) gets the short side and centre crop of every CLIP.
@@ -99,8 +100,8 @@ def _read_preprocess(folder: epath.Path, image_size: int) -> str:
         logging.warning("%s has no preprocessing file: short side to %d.", folder, image_size)
         return ops.expand("clip_hf", image_size)
     values = files.read_json_object(path, COPY_AGAIN)
-    statistics = {"image_mean": image_lib.PIXEL_MEAN, "image_std": image_lib.PIXEL_STD}
-    for key, expected in statistics.items():
+    statistics = image_lib.pixel_statistics(family)
+    for key, expected in zip(("image_mean", "image_std"), statistics, strict=True):
         if not _close(values.get(key, expected), expected):
             raise BadInput(
                 f"{path} normalises with {key} {values[key]} and this model with "
@@ -160,7 +161,7 @@ def read(folder: epath.PathLike) -> Clip:
             )
         ids = class_order.table_entities(np.arange(len(table)), len(table))
         params[sharding.ENTITY_TABLE] = table[ids]
-    preprocess = _read_preprocess(folder, config.image_size)
+    preprocess = _read_preprocess(folder, config.image_size, config.family)
     return Clip(config, params, tokenizer, entities, preprocess)
 
 
@@ -188,7 +189,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     files.write_json(folder / "config.json", config)
     files.write_json(
         folder / "preprocessor_config.json",
-        _to_preprocessor(preprocess, clip.config.image_size),
+        _to_preprocessor(preprocess, clip.config.image_size, clip.config.family),
     )
     files.write_json(folder / PREPROCESS, {"preprocess": preprocess})
     _write_tokenizer(folder, clip.tokenizer)

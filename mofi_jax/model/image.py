@@ -8,9 +8,22 @@ from jaxtyping import Array, Float, UInt8
 
 from mofi_jax.model import layers, norms
 
-# CLIP's pixel statistics; the released MOFI evaluation uses them too (apple/ml-mofi eval/utils.py).
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+# Mean and standard deviation of pixels from 0 to 1.  CLIP's are what the released MOFI evaluation
+# uses too (apple/ml-mofi eval/utils.py); SigLIP's take pixels to -1 to 1.
+_STATISTICS: dict[str, Statistics] = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def pixel_statistics(family: str) -> Statistics:
+    """Mean and standard deviation of red, green and blue by which a family's pixels are normalised.
+
+    Of pixels divided by 255; `family` as in `mofi_jax.model.mofi.MofiConfig`.
+    """
+    return _STATISTICS[family]
 
 
 class ImageTower(nnx.Module):
@@ -40,7 +53,8 @@ class ImageTower(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = images.astype(jnp.float32) / 255.0
-        x = (x - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+        mean, std = (jnp.asarray(values) for values in pixel_statistics(config.family))
+        x = (x - mean) / std
         patches = _patches(x.astype(dtype), config.patch_size)
         # The class token and padding are patches of zeros: concatenated to their embeddings, they
         # would cost a copy of these, forward and backward.

@@ -213,11 +213,11 @@ class MlpWeights(NamedTuple):
 
 
 class Mlp(nnx.Module):
-    """width -> 4 width -> width."""
+    """width -> hidden -> width."""
 
-    def __init__(self, width: int, *, std: float, out_std: float, rngs: nnx.Rngs):
-        self.fc1 = Projection((width,), (4 * width,), std=std, use_bias=True, rngs=rngs)
-        self.fc2 = Projection((4 * width,), (width,), std=out_std, use_bias=True, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+        self.fc1 = Projection((width,), (hidden,), std=std, use_bias=True, rngs=rngs)
+        self.fc2 = Projection((hidden,), (width,), std=out_std, use_bias=True, rngs=rngs)
 
     def fold(self, norm: norms.LayerNorm) -> MlpWeights:
         """The weights with scale and bias of the norm before them folded in, float32."""
@@ -250,7 +250,8 @@ class Block(nnx.Module):
         self.norm1 = norms.LayerNorm(width, eps=eps)
         self.attention = Attention(width, tower.heads, std=std, out_std=out_std, rngs=rngs)
         self.norm2 = norms.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs)
+        hidden = tower.hidden_width
+        self.mlp = Mlp(width, hidden, std=(2 * width) ** -0.5, out_std=out_std, rngs=rngs)
         self.activation = config.activation
 
     def fold(self, dtype: jnp.dtype) -> tuple[AttentionWeights, MlpWeights]:

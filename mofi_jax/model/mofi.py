@@ -37,6 +37,7 @@ LIMITS = {
     "width": (1, 65_536),
     "layers": (1, 1_024),
     "heads": (1, 1_024),
+    "mlp_width": (0, 262_144),
     "vocab_size": (1, 10_000_000),
     "context_length": (1, 65_536),
     "eos_id": (0, 10_000_000),
@@ -46,11 +47,21 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """Shape of one transformer; its MLPs are four times as wide."""
+    """Shape of one transformer."""
 
     width: int
     layers: int
     heads: int
+    mlp_width: int = 0  # 0: four times the width
+
+    def __post_init__(self):
+        if self.mlp_width == 4 * self.width:  # one spelling, so that equal shapes are equal
+            object.__setattr__(self, "mlp_width", 0)
+
+    @property
+    def hidden_width(self) -> int:
+        """The width inside the MLPs."""
+        return self.mlp_width or 4 * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,7 @@ class MofiConfig:
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters are always float32
     remat: str = "none"  # or "dots", "full", see `layers.REMAT`
     attention: str = "auto"  # or "xla", "cudnn", "pallas", see `attention.AUTO`
+    family: str = "clip"  # whose arithmetic the towers have
 
     def __post_init__(self):
         for prefix, part in (("", self), ("image.", self.image), ("text.", self.text)):
@@ -101,6 +113,7 @@ class MofiConfig:
                 "change config.model.image_size or the variant."
             )
         choices = {
+            "family": ("clip",),
             "activation": tuple(activations.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
             "remat": tuple(layers.REMAT),

@@ -60,7 +60,7 @@ def image_input(model: mofi.MofiConfig) -> float:
 def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:
     """The blocks, and the projection of the pooled token."""
     width = tower.width
-    # Query, key, value and out; both layers of an MLP four times as wide.
-    weights = 4 * width**2 + 2 * 4 * width**2
+    # Query, key, value and out; both layers of the MLP.
+    weights = 4 * width**2 + 2 * tower.hidden_width * width
     attention = 2 * tokens * width
     return 2.0 * (tower.layers * tokens * (weights + attention) + width * embed_dim)

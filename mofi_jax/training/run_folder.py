@@ -49,16 +49,20 @@ def describe_model(
 
 
 def read_model(run: epath.PathLike) -> dict[str, Any]:
-    """The content of a run's model.json; BadInput if it is not there or describes no model."""
+    """The content of a run's model.json; BadInput if it is not there or describes no model.
+
+    Fields that earlier versions did not have are there with their defaults.
+    """
     path = epath.Path(run) / MODEL_FILE
     remedy = "put back a copy, or remove it and start the training again, which writes it"
     values = files.read_json_object(path, remedy)
     try:
-        size = model_config(values).image_size
-        ops.parse(ops.expand(values["preprocess"], size))
+        model = model_config(values)
+        ops.parse(ops.expand(values["preprocess"], model.image_size))
     except (BadInput, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} does not describe a model ({error}): {remedy}.") from error
-    return values
+    fields = {k: v for k, v in model.to_dict().items() if k not in TRAINING_ONLY}
+    return fields | values | {name: fields[name] for name in mofi.TOWERS}
 
 
 def model_config(description: Mapping[str, Any]) -> mofi.MofiConfig:
