@@ -83,8 +83,7 @@ def normalised(
     pictures: UInt8[np.ndarray, "n s s 3"], config: mofi.MofiConfig
 ) -> Float32[np.ndarray, "n 3 s s"]:
     """The pixels of pictures as other people's models take them."""
-    del config  # one family of models so far
-    mean, std = (np.float32(v) for v in (image_lib.PIXEL_MEAN, image_lib.PIXEL_STD))
+    mean, std = (np.float32(v) for v in image_lib.pixel_statistics(config.family))
     pixels = ((pictures.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(pixels)
 
