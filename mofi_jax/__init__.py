@@ -1,0 +1,42 @@
+"""Image embeddings from noisy web pictures, in JAX.
+
+    import mofi_jax
+
+    model = mofi_jax.load("runs/quickstart/export")
+    model.embed_images(["cat.jpg", "dog.png"])          # float32 [2, d]
+    model.name_entities("cat.jpg", k=3)                 # [[Entity(qid, name, description, score)]]
+
+What `load` needs is imported when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    import jax
+
+    from mofi_jax.inference import Model
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    step: str = "",
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int = 256,
+) -> Model:
+    """Opens a trained model: a training run, or a folder that `mofi_jax.inference.load` knows.
+
+    Args:
+      step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.
+      mesh: devices of `mofi_jax.distributed.meshes.make_mesh`; all of this process without one.
+      batch_size: pictures or texts on all devices at a time.
+
+    Raises mofi_jax.common.errors.BadInput: a folder that is no model, or one that is damaged.
+    """
+    from mofi_jax import inference
+
+    return inference.load(path, step=step, mesh=mesh, batch_size=batch_size)

@@ -141,8 +141,7 @@ def test_names_entities_of_a_picture(run):
     model = inference.load(run / "multitask", mesh=meshes.make_mesh())
     with tarfile.open(SAMPLE / "seen.tar") as tar:
         picture = tar.extractfile(tar.getmembers()[0]).read()
-    embedding = model.embed_images([picture])
-    ids, cosines = model.name_entities(embedding, 3)
-    assert ids.shape == cosines.shape == (1, 3)
-    assert (np.diff(cosines[0]) <= 0).all()
-    assert all(model.towers.entities.names[i] for i in ids[0])
+    [named] = model.name_entities(picture, 3)
+    scores = [entity.score for entity in named]
+    assert scores == sorted(scores, reverse=True)
+    assert all(entity.name and entity.qid for entity in named)

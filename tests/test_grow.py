@@ -124,7 +124,7 @@ def test_new_rows_are_what_the_text_tower_says(data, trained, tmp_path):
     model = inference.load(tmp_path / "grown", mesh=meshes.make_mesh())
     fresh = [i for i, qid in enumerate(model.towers.entities.qids) if qid in ("Q007", "Q008")]
     words = [model.towers.entities.text(i, with_description=True) for i in fresh]
-    ids, cosines = model.name_entities(model.embed_texts(words), 1)
+    ids, cosines = model.towers.nearest_entities(model.params, model.embed_texts(words), 1)
     assert ids[:, 0].tolist() == fresh
     np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-5)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep.dataset import files as dataset_files
 from mofi_jax import inference
 from mofi_jax.common import errors
-from mofi_jax.data import ops, records
+from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import hosts, meshes
 from mofi_jax.evaluators.features import embedding
@@ -127,9 +127,11 @@ def test_nothing_in_nothing_out(mesh_of, config, params, tokenizer, entities):
 def test_compiled_once_for_all_batches(mesh_of, config, params, tokenizer, entities):
     towers = _towers(config, tokenizer, entities, mesh_of["1x1x1"], batch_size=2)
     on_devices = towers.put(params)
-    for number in (1, 2, 5):
+    for number in (2, 3, 5):
         towers.embed_images(on_devices, np.zeros((number, SIZE, SIZE, 3), np.uint8))
     assert towers._image_step._cache_size() == 1
+    towers.embed_images(on_devices, np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    assert towers._image_step._cache_size() == 2  # less than a batch costs less
 
 
 def test_load_exported_folder(exported, mesh_of, config, params):
@@ -140,11 +142,6 @@ def test_load_exported_folder(exported, mesh_of, config, params):
     pixels = np.stack([model.towers.decode(data) for data in files])
     expected = jax.jit(mofi.embed_images, static_argnums=0)(config, params, pixels)
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
-    ids, cosines = model.name_entities(embeddings, 5)
-    np.testing.assert_array_equal(np.sort(ids, axis=1), np.arange(5)[None].repeat(3, 0))
-    assert (np.diff(cosines, axis=1) <= 0).all()
-    with pytest.raises(errors.BadInput, match="k=6"):
-        model.name_entities(embeddings, 6)
 
 
 def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, tokenizer, entities):
@@ -234,14 +231,6 @@ def test_supervised_model_has_no_text_tower(mesh_of, config, params, tokenizer):
     towers = _towers(config, tokenizer, None, mesh_of["1x1x1"], batch_size=4)
     with pytest.raises(errors.BadInput, match="no text tower"):
         towers.embed_texts({"image": params["image"]}, ["a"])
-
-
-def test_damaged_picture_is_named(exported, mesh_of):
-    model = inference.load(exported, mesh=mesh_of["1x1x1"])
-    with pytest.raises(errors.BadInput, match=r"Picture 1 of 2 .*not_a_picture"):
-        model.embed_images([_picture("red"), b"GIF89a?"])
-    with pytest.raises(ops.UndecodableImage):
-        model.towers.decode(b"")
 
 
 def test_preprocessing_of_another_size(mesh_of, config, tokenizer):

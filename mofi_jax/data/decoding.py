@@ -97,7 +97,14 @@ def decode_rgb(data: bytes) -> np.ndarray:
 
     Raises UndecodableImage: as `open_picture`, "truncated" or "corrupt".
     """
-    picture = open_picture(data)
+    return to_rgb(open_picture(data))
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow picture of any mode, as `decode_rgb` gives those of a file.
+
+    Raises UndecodableImage: "truncated" or "corrupt".
+    """
     try:
         picture.load()
         return _to_rgb(picture)

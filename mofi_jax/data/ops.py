@@ -30,9 +30,10 @@ from mofi_jax.data.decoding import (
     decode_rgb,
     open_picture,
     orientation,
+    to_rgb,
 )
 
-__all__ = ["MAX_PIXELS", "UndecodableImage", "decode_rgb", "open_picture", "orientation"]
+__all__ = ["MAX_PIXELS", "UndecodableImage", "decode_rgb", "open_picture", "orientation", "to_rgb"]
 
 cv2.setNumThreads(0)  # the pipeline has its own threads
 
@@ -123,9 +124,16 @@ def parse(spec: str) -> tuple[Callable[..., np.ndarray], ...]:
 
 
 def decode_to(
-    size: int, spec: str, data: bytes, rng: Rng = None, *, name: str = "The preprocessing"
+    size: int,
+    spec: str,
+    data: bytes | np.ndarray,
+    rng: Rng = None,
+    *,
+    name: str = "The preprocessing",
 ) -> np.ndarray:
-    """The uint8 [size, size, 3] that a specification, or a name for one, makes of a picture file.
+    """The uint8 [size, size, 3] that a specification, or a name for one, makes of a picture.
+
+    `data` is a picture file, or the uint8 [h, w, 3] that is in it.
 
     Raises:
       BadInput: operations that fail or give anything else; says so of `name`.
@@ -161,9 +169,9 @@ _VALID: dict[str, Callable[..., bool]] = {
 }
 
 
-def decode(data: bytes, rng: Rng) -> np.ndarray:
-    """Bytes -> RGB; see `decode_fast`."""
-    return decode_fast(data)
+def decode(data: bytes | np.ndarray, rng: Rng) -> np.ndarray:
+    """Bytes -> RGB; see `decode_fast`. RGB stays what it is."""
+    return data if isinstance(data, np.ndarray) else decode_fast(data)
 
 
 METHODS = ("area", "bilinear", "bicubic")

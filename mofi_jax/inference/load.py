@@ -10,26 +10,31 @@ from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.distributed import hosts, sharding
-from mofi_jax.inference.towers import Model, Towers
+from mofi_jax.distributed import hosts, meshes, sharding
+from mofi_jax.inference.model import Model
+from mofi_jax.inference.towers import Towers
 from mofi_jax.interop import huggingface
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 from mofi_jax.training import arrays, checkpoint, run_folder
 
 
-def load(path: epath.PathLike, *, mesh: Mesh, batch_size: int = 256, step: str = "") -> Model:
+def load(
+    path: epath.PathLike, *, step: str = "", mesh: Mesh | None = None, batch_size: int = 256
+) -> Model:
     """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
 
     Args:
       step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.
+      mesh: the devices to use; all of this process without one.
+      batch_size: pictures or texts on all devices at a time.
 
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
     saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
-        mesh=mesh,
+        mesh=meshes.make_mesh(devices=jax.local_devices()) if mesh is None else mesh,
         batch_size=batch_size,
     )
     of_step = f", step {step}" if step else ""

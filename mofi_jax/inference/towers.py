@@ -1,7 +1,7 @@
-"""A model as functions: pictures, texts and embeddings in, numpy out.
+"""A model as functions: pixels, texts and embeddings in, numpy out.
 
 `Towers` are a model's functions without its parameters, which is what evaluators and the training
-loop share; `Model` has both.  `RawPixels` is the baseline with the same interface.
+loop share.  `RawPixels` is the baseline with the same interface.
 
 In a multi-host job every host passes the same inputs and gets all results; the devices of each are
 given only what lies on them.  Pictures that lie on the devices already stay there.
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
@@ -43,15 +43,17 @@ class Towers:
         return self.config.image_size
 
     def embed_images(
-        self, params: mofi.Params, images: UInt8[np.ndarray | jax.Array, "n s s 3"]
+        self,
+        params: mofi.Params,
+        images: UInt8[np.ndarray | jax.Array, "n s s 3"] | Float32[np.ndarray, "n s s 3"],
     ) -> Float32[np.ndarray | jax.Array, "n d"]:
-        """L2-normalised embeddings of RGB pictures as `decode` gives them.
+        """L2-normalised embeddings of RGB pictures as `decode` gives them, or normalised pixels.
 
         A jax array is one batch, split over all devices of the mesh, and so are its embeddings.
         """
         if isinstance(images, jax.Array):
             return self._split_step(params, images)
-        return self._in_batches(self._image_step, params, np.asarray(images, np.uint8))
+        return self._in_batches(self._image_step, params, images)
 
     def embed_image_batches(
         self, params: mofi.Params, batches: Iterable[UInt8[np.ndarray, "_ s s 3"]]
@@ -60,7 +62,7 @@ class Towers:
 
         Batches have `batch_size` pictures or fewer; yields the embeddings of each, in order.
         """
-        return self._stream(self._image_step, params, batches)
+        return self._stream(self._image_step, params, batches, self._step_size)
 
     def embed_texts(self, params: mofi.Params, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """L2-normalised embeddings of texts of any length; raises BadInput without a text tower."""
@@ -71,8 +73,8 @@ class Towers:
             )
         return self._in_batches(self._text_step, params, self.tokenizer(list(texts)))
 
-    def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
-        """Picture file -> the pixels that the image tower takes, by `ops.decode_to`."""
+    def decode(self, data: bytes | UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+        """Picture file or RGB -> the pixels that the image tower takes, by `ops.decode_to`."""
         return ops.decode_to(self.config.image_size, self.preprocess, data)
 
     def put(self, params: Any) -> mofi.Params:
@@ -93,14 +95,14 @@ class Towers:
         """
         table = self._entity_table(params)
         step = functools.partial(self._entity_step, k)
-        return self._in_batches(step, table, _unit(embeddings))
+        return self._in_batches(step, table, unit(embeddings))
 
     def entity_log_sum(
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], scale: float
     ) -> Float32[np.ndarray, " n"]:
         """log sum exp(scale * cosine) over the vocabulary; BadInput as `nearest_entities`."""
         inputs = self._entity_table(params), np.float32(scale)
-        return self._in_batches(self._log_sum_step, inputs, _unit(embeddings))
+        return self._in_batches(self._log_sum_step, inputs, unit(embeddings))
 
     def _entity_table(self, params: mofi.Params) -> jax.Array:
         table = params.get(sharding.ENTITY_TABLE)
@@ -158,15 +160,22 @@ class Towers:
         return -(-self.batch_size // shards) * shards
 
     def _in_batches(self, step: Callable, params: Any, inputs: np.ndarray) -> Any:
-        """Numpy results of step(params, batch) over all inputs, in batches of one size."""
-        size = self._step_size
+        """Numpy results of step(params, batch) over all inputs, in batches of one size.
+
+        Fewer inputs than a batch get a smaller program: one picture does not cost as many as 256.
+        """
+        shards = global_batch.batch_shards(self.mesh)
+        each = -(-max(len(inputs), 1) // shards)
+        size = min(self._step_size, shards << (each - 1).bit_length())
         # One step even for no input at all, so that its result has the right shape.
         starts = range(0, max(len(inputs), 1), size)
         batches = (inputs[start : start + size] for start in starts)
-        results = self._stream(step, params, batches)
+        results = self._stream(step, params, batches, size)
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
-    def _stream(self, step: Callable, params: Any, batches: Iterable[np.ndarray]) -> Iterator[Any]:
+    def _stream(
+        self, step: Callable, params: Any, batches: Iterable[np.ndarray], size: int
+    ) -> Iterator[Any]:
         """Yields step(params, batch) without the padding that gives all batches one size."""
         split = global_batch.batch_sharding(self.mesh)
 
@@ -175,7 +184,7 @@ class Towers:
 
         waiting = None
         for part in batches:
-            batch = np.zeros((self._step_size, *part.shape[1:]), part.dtype)
+            batch = np.zeros((size, *part.shape[1:]), part.dtype)
             batch[: len(part)] = part
             placed = jax.make_array_from_callback(batch.shape, split, batch.__getitem__)
             result = step(params, placed)
@@ -185,38 +194,6 @@ class Towers:
             waiting = result, len(part)
         if waiting is not None:
             yield fetch(*waiting)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """Towers with their parameters."""
-
-    towers: Towers
-    params: mofi.Params  # on the devices of `towers.mesh`
-    description: str  # where it came from, for tables and logs
-
-    def embed_images(self, files: Sequence[bytes]) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised embeddings of picture files; raises BadInput with one that is damaged."""
-        size = self.towers.config.image_size
-        pixels = np.zeros((len(files), size, size, 3), np.uint8)
-        for i, data in enumerate(files):
-            try:
-                pixels[i] = self.towers.decode(data)
-            except ops.UndecodableImage as error:
-                raise BadInput(
-                    f"Picture {i} of {len(files)} cannot be decoded ({error}): replace it "
-                    "or leave it out."
-                ) from error
-        return self.towers.embed_images(self.params, pixels)
-
-    def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        return self.towers.embed_texts(self.params, texts)
-
-    def name_entities(
-        self, embeddings: Float32[np.ndarray, "n d"], k: int
-    ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Entity ids (rows of `towers.entities`) and cosines, best first."""
-        return self.towers.nearest_entities(self.params, embeddings, k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +224,8 @@ class RawPixels:
         return ops.decode_to(self.image_size, self.preprocess, data)
 
 
-def _unit(embeddings: np.ndarray) -> np.ndarray:
+def unit(embeddings: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows of length one; zeros stay zeros."""
     embeddings = np.asarray(embeddings, np.float32)
     return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
 

@@ -1,7 +1,7 @@
 """Our models in mteb, other people's benchmark of embeddings (``pip install mofi_jax[mteb]``).
 
     import mteb
-    model = mteb_model.MtebModel(inference.load(FOLDER, mesh=meshes.make_mesh()), "me/model")
+    model = mteb_model.MtebModel(mofi_jax.load(FOLDER), "me/model")
     mteb.evaluate(model, mteb.get_tasks(tasks=["CIFAR100ZeroShot", "SOPI2IRetrieval"]))
 
 It is mteb's EncoderProtocol (mteb 2, mteb/models/models_protocols.py) in NumPy, without torch.
@@ -10,13 +10,12 @@ of the first 5 and its Met task by the hit rate at 1, other metrics than the tra
 of the literature, which `mofi_jax.evaluate` gives: never put both in one table.
 """
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 from mofi_jax.model import mofi
@@ -26,7 +25,7 @@ class MtebModel:
     """A model as mteb asks it: batches of pictures, texts or both in, one vector each out.
 
     Args:
-      model: what `mofi_jax.inference.load` returns.
+      model: what `mofi_jax.load` returns.
       name: ORGANISATION/MODEL, under which mteb files the results.
       revision: of the model, likewise.
     """
@@ -61,30 +60,11 @@ class MtebModel:
                 texts.extend(batch.get("text", ()))
                 yield from batch.get("image", ())
 
-        towers, params = self._model.towers, self._model.params
-        parts = [*towers.embed_image_batches(params, self._chunks(pictures()))]
-        embedded = [np.concatenate(parts)] if parts else []
+        total = self._model.embed_images(pictures())  # empties `inputs` of texts too
         if texts:
-            embedded.append(self._model.embed_texts(texts))
-        if not embedded:
-            return np.zeros((0, towers.config.embed_dim), np.float32)
-        total = np.sum(embedded, axis=0, dtype=np.float32)
+            words = self._model.embed_texts(texts)
+            total = total + words if len(total) else words
         return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
-
-    def _chunks(self, pictures: Iterator[Image.Image]) -> Iterator[UInt8[np.ndarray, "_ s s 3"]]:
-        """Pixels as the model takes them, in batches of its own size."""
-        towers, pixels = self._model.towers, []
-        for picture in pictures:
-            file = io.BytesIO()
-            # Through a file without loss, so that all that may be odd about a picture is handled
-            # where pictures are read.
-            picture.save(file, "PNG", compress_level=0)
-            pixels.append(towers.decode(file.getvalue()))
-            if len(pixels) == towers.batch_size:
-                yield np.stack(pixels)
-                pixels = []
-        if pixels:
-            yield np.stack(pixels)
 
     def similarity(
         self, embeddings1: Float[np.ndarray, "n d"], embeddings2: Float[np.ndarray, "m d"]

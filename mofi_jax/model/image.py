@@ -48,13 +48,14 @@ class ImageTower(nnx.Module):
         self.config = config
 
     def __call__(
-        self, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
+        self, images: UInt8[Array, "b s s 3"] | Float[Array, "b s s 3"], mesh: Mesh | None = None
     ) -> Float[Array, "b d"]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        x = images.astype(jnp.float32) / 255.0
-        mean, std = (jnp.asarray(values) for values in pixel_statistics(config.family))
-        x = (x - mean) / std
+        x = images.astype(jnp.float32)
+        if images.dtype == jnp.uint8:  # others are normalised already
+            mean, std = (jnp.asarray(values) for values in pixel_statistics(config.family))
+            x = (x / 255.0 - mean) / std
         patches = _patches(x.astype(dtype), config.patch_size)
         # The class token and padding are patches of zeros: concatenated to their embeddings, they
         # would cost a copy of these, forward and backward.

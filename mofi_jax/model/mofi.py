@@ -207,9 +207,15 @@ def _run(
 
 
 def embed_images(
-    config: MofiConfig, params: Params, images: UInt8[Array, "b s s 3"], mesh: Mesh | None = None
+    config: MofiConfig,
+    params: Params,
+    images: UInt8[Array, "b s s 3"] | Float[Array, "b s s 3"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b d"]:
-    """RGB pictures -> float32 L2-normalised embeddings; the mesh's batch axes split the batch."""
+    """RGB pictures -> float32 L2-normalised embeddings; the mesh's batch axes split the batch.
+
+    uint8 is normalised by the pixel statistics, floats are normalised already.
+    """
     return _run(config, params, "image", images, mesh)
 
 
