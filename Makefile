@@ -18,11 +18,11 @@ quickstart: $(VENV)/.core
 compare: $(VENV)/.core
 	$(RUN) -m quickstart --compare
 
-test: lint $(VENV)/.tpu_compiler
+test: lint $(VENV)/.tpu_compiler $(VENV)/.readers
 	$(PYTEST) -m "not slow"
 
 # Without the flags that conftest.py sets, programs are compiled as users compile them.
-test-all: lint $(VENV)/.tpu_compiler
+test-all: lint $(VENV)/.tpu_compiler $(VENV)/.readers
 	XLA_FLAGS= $(PYTEST)
 
 lint: $(VENV)/.test
@@ -60,4 +60,9 @@ $(VENV)/.test: requirements.txt requirements-test.txt
 $(VENV)/.tpu_compiler: $(VENV)/.test
 	libtpu=$$($(RUN) -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))') && \
 	  $(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/tpu_compiler "$$libtpu"
+	touch $@
+
+# Other people's readers of exports, in a folder that only the tests of them look into.
+$(VENV)/.readers: $(VENV)/.test requirements-readers.txt
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/readers -r requirements-readers.txt
 	touch $@

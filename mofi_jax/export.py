@@ -11,7 +11,7 @@ that differs by more than 1e-4 is a failure: the folder does not appear and the 
 
 | --format | who opens it |
 |---|---|
-| hf | transformers (`CLIPModel.from_pretrained`), `mofi_jax.inference.load` |
+| hf | transformers (`CLIPModel.from_pretrained`), sentence-transformers, `inference.load` |
 
 It runs on one host, on its CPU: what is written and compared are whole arrays in float32, and the
 accelerators of a pod would wait for all of their hosts.

@@ -53,14 +53,16 @@ def test_folder_and_report(source, tmp_path):
     export.main(str(source), str(out), "hf")
     report = json.loads((out / "result.json").read_text())
     assert report["format"] == "hf"
-    assert report["reader"] == ["mofi_jax", "transformers"]
+    assert report["reader"] == ["mofi_jax", "transformers", "sentence_transformers"]
     assert report["not_run"] == {}
     assert report["tokens"]["transformers"] == {"texts": len(parity.TEXTS), "differing": 0}
     pixels = report["pixels"]["transformers"]
     assert pixels["sizes"] == len(parity.SIZES)
     assert 0 < report["max_abs_diff"] <= 1e-4
     theirs = report["differences"]["transformers"]
-    assert report["max_abs_diff"] == max(theirs["image"]["max"], theirs["text"]["max"])
+    assert report["differences"]["sentence_transformers"]["text"]["max"] <= 1e-5
+    largest = max(d["max"] for by in report["differences"].values() for d in by.values())
+    assert report["max_abs_diff"] == largest
     assert theirs["text"]["min_cosine"] == pytest.approx(1)
     ours = report["differences"]["mofi_jax"]
     assert ours["image"]["max"] == ours["text"]["max"] == 0
