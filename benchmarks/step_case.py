@@ -19,7 +19,7 @@ import numpy as np
 
 from mofi_jax.distributed import global_batch, meshes
 from mofi_jax.losses import class_order
-from mofi_jax.model import attention, layers, mofi
+from mofi_jax.model import attention, image, layers, mofi
 from mofi_jax.telemetry import accelerators, flops
 from mofi_jax.training import cadence, optim, step
 from mofi_jax.training import state as state_lib
@@ -35,6 +35,7 @@ class Case:
       task: "supervised", "contrastive" or "multitask".
       entities: rows of the class table.
       unroll: stacks of up to so many layers run without a loop; -1 for what the device has.
+      layers: of the image tower; 0 for the variant's own.
       groups, steps: groups of steps between two looks at the clock, and steps of a group.
     """
 
@@ -47,18 +48,24 @@ class Case:
     remat: str = "dots"
     attention: str = "auto"
     unroll: int = -1
+    patch_dropout: float = 0.0
+    layers: int = 0
     groups: int = 5
     steps: int = 5
 
     def __str__(self) -> str:
-        unrolled = "" if self.unroll < 0 else f" unroll={self.unroll}"
+        changes = "" if self.unroll < 0 else f" unroll={self.unroll}"
+        changes += f" layers={self.layers}" if self.layers else ""
+        changes += f" patch_dropout={self.patch_dropout}" if self.patch_dropout else ""
         return (
             f"{self.variant} {self.image_size}px {self.task} B={self.batch:,} "
-            f"remat={self.remat} attention={self.attention}{unrolled}"
+            f"remat={self.remat} attention={self.attention}{changes}"
         )
 
 
 def model_config(case: Case) -> mofi.MofiConfig:
+    shape = mofi.VARIANTS[case.variant]
+    tower = dataclasses.replace(shape["image"], layers=case.layers or shape["image"].layers)
     return mofi.MofiConfig(
         image_size=case.image_size,
         vocab_size=VOCABULARY,
@@ -67,7 +74,7 @@ def model_config(case: Case) -> mofi.MofiConfig:
         dtype=case.dtype,
         remat=case.remat,
         attention=case.attention,
-        **mofi.VARIANTS[case.variant],
+        **shape | {"image": tower},
     )
 
 
@@ -142,7 +149,8 @@ def measure(case: Case) -> dict[str, Any]:
     init = state_lib.initialiser(model, tx, losses=losses, table_rows=rows)
     state, places = state_lib.create(init, 0, mesh)
     data = global_batch.to_global(mesh, random_batch(case))
-    context = step.StepContext(model, mesh, losses, case.entities if "entity" in losses else 0)
+    entities = case.entities if "entity" in losses else 0
+    context = step.StepContext(model, mesh, losses, entities, patch_dropout=case.patch_dropout)
     update = step.make_train_step(context, tx, places)
 
     start = time.perf_counter()
@@ -168,7 +176,8 @@ def measure(case: Case) -> dict[str, Any]:
         "loss": float(metrics["loss"]),
         "attention": attention.choose(
             case.attention,
-            length=(case.image_size // model.patch_size) ** 2 + 1,
+            length=1
+            + image.kept_count((case.image_size // model.patch_size) ** 2, case.patch_dropout),
             head_dim=model.image.width // model.image.heads,
             dtype=jax.numpy.dtype(model.dtype),
             device=device,

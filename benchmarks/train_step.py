@@ -10,6 +10,8 @@ asked for does not hold.  Sections:
 * speed: the supervised step by rematerialisation and attention, then the other tasks the first
   way; img/s and MFU (model arithmetic, nothing computed again, over the device's peak).
 * torch: the same model, batch and optimiser in PyTorch (`benchmarks.torch_vit`), in the same run.
+* patch_dropout: the supervised step that looks at half of the patches, over the one that looks at
+  all; a CPU runs two layers of the variant in float32.
 * attention: forward and backward of attention alone by each implementation
   (`benchmarks.attention_case`), and which one `mofi_jax.model.attention.AUTO` should name.
 
@@ -37,12 +39,13 @@ from benchmarks import figures
 from benchmarks.step_case import Case
 from mofi_jax.model import mofi
 
-SECTIONS = ("speed", "torch", "attention")
+SECTIONS = ("speed", "torch", "patch_dropout", "attention")
 
 # Halved where they do not fit.
 BATCH = {"B/16": 1024, "L/14": 256, "H/14": 128, "Ti/16": 16}
 ASKED = {"B/16": 3750, "L/14": 813, "H/14": 394}  # img/s on one H200, supervised
 ASKED_OVER_TORCH = 1.1
+ASKED_OF_PATCH_DROPOUT = 1.7  # times the img/s at 0.5, ViT-B/16
 
 Result = dict[str, Any]
 
@@ -85,6 +88,12 @@ class Runner:
         print(done.stderr[-3000:], file=sys.stderr)
         lines = [line for line in done.stderr.splitlines() if "Error" in line]
         return {"error": lines[-1][:300] if lines else f"exit code {done.returncode}"}
+
+    def platform(self) -> str:
+        """Jax's, asked in a process that does not keep the device's memory."""
+        code = "import jax; print(jax.default_backend())"
+        asked = [sys.executable, "-c", code]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
     def fit(self, case: Case) -> tuple[Case, Result | None]:
         """Measures the case with its batch or the largest half of a half of it that fits."""
@@ -216,6 +225,25 @@ def add_best(
     report.add(f"fastest of this batch / PyTorch: {best}", ratio, "x", device(result), asked)
 
 
+def patch_dropout(report: figures.Report, runner: Runner, flags: argparse.Namespace) -> None:
+    """Half of the patches against all, in the same run."""
+    for variant in flags.variants:
+        whole = flags.case(variant, "supervised", flags.remat[0], flags.attention[0])
+        if runner.platform() == "cpu":
+            whole = dataclasses.replace(
+                whole, batch=16, entities=1_000, dtype="float32", layers=2, groups=3, steps=2
+            )
+        whole, all_of_them = runner.fit(whole)
+        case, half = runner.fit(dataclasses.replace(whole, patch_dropout=0.5))
+        if all_of_them is None or half is None or case.batch != whole.batch:
+            continue
+        for measured, result in ((whole, all_of_them), (case, half)):
+            report.add(str(measured), per_second(measured, result), "img/s", device(result))
+        asked = f">= {ASKED_OF_PATCH_DROPOUT}" if variant == "B/16" else None
+        ratio = all_of_them["seconds"] / half["seconds"]
+        report.add(f"patch_dropout 0.5 / 0: {variant}", ratio, "x", device(half), asked)
+
+
 def attention(report: figures.Report, runner: Runner, flags: argparse.Namespace) -> None:
     """Milliseconds of attention's forward and backward pass by implementation."""
     for variant in flags.variants:
@@ -289,6 +317,8 @@ def main() -> int:
     report, runner = figures.Report(), Runner(flags.minutes)
     if {"speed", "torch"} & set(flags.sections):
         steps(report, runner, flags)
+    if "patch_dropout" in flags.sections:
+        patch_dropout(report, runner, flags)
     if "attention" in flags.sections:
         attention(report, runner, flags)
     return report.finish()

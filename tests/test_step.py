@@ -133,7 +133,7 @@ def lowered(mesh, parts, rows):
 
     def loss(params, images):
         embed = functools.partial(mofi.embed_images, MODEL, params)
-        return jnp.sum(jnp.sin(step.in_microbatches(embed, images, context)))
+        return jnp.sum(jnp.sin(step.in_microbatches(embed, [images], context)))
 
     return jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
 

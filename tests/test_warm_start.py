@@ -13,6 +13,7 @@ from mofi_jax.data import records
 from mofi_jax.distributed import meshes, sharding
 from mofi_jax.inference import warm_start
 from mofi_jax.losses import class_order
+from mofi_jax.model import image
 from mofi_jax.training import checkpoint
 from tests import datasets
 
@@ -124,7 +125,7 @@ def test_another_resolution(world, tmp_path):
     ours = flat(start(world, tmp_path, **size))[warm_start.IMAGE_POSITIONS]
     theirs = flat(checkpoint.restore_params(world / "run"))[warm_start.IMAGE_POSITIONS]
     assert (theirs.shape[0], ours.shape[0]) == (5, 10)
-    np.testing.assert_array_equal(ours, warm_start.resampled(theirs, 10))
+    np.testing.assert_array_equal(ours, image.resampled(theirs, 10))
     np.testing.assert_array_equal(ours[0], theirs[0])
 
 
@@ -138,11 +139,11 @@ def test_resampling_keeps_what_varies_slowly():
     expected = torch.nn.functional.interpolate(
         grid, size=(14, 14), mode="bicubic", antialias=True, align_corners=False
     )
-    ours = warm_start.resampled(old, 1 + 196)[1:].reshape(14, 14, 6)
+    ours = image.resampled(old, 1 + 196)[1:].reshape(14, 14, 6)
     theirs = expected[0].permute(1, 2, 0).numpy()
     # At the rim the two weigh what is missing differently.
     np.testing.assert_allclose(ours[4:-4, 4:-4], theirs[4:-4, 4:-4], atol=1e-5)
-    np.testing.assert_array_equal(warm_start.resampled(old, 50), old)
+    np.testing.assert_array_equal(image.resampled(old, 50), old)
 
 
 def test_what_does_not_fit_is_told_at_once(world, tmp_path):

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.distributed import sharding
+from mofi_jax.model import image
 from mofi_jax.training import class_table, optim
 from mofi_jax.training.state import TrainState
 
@@ -74,8 +75,8 @@ def read(
                 matches = class_table.match(saved.entities.qids, entities.qids)
                 table_rows = class_table.rows_of_sources(matches, len(saved.entities))
                 shape = value.shape
-            elif name == IMAGE_POSITIONS and _side(len(value)) and _side(shape[0]):
-                value = resampled(value, shape[0])
+            elif name == IMAGE_POSITIONS and image.side(len(value)) and image.side(shape[0]):
+                value = np.asarray(image.resampled(value, shape[0]))
             elif name == TEXT_POSITIONS:
                 value = value[: shape[0]]  # a causal tower never looked further
         if value.shape == shape:
@@ -113,25 +114,6 @@ def apply(state: TrainState, source: Source) -> TrainState:
         known = int((source.table_rows >= 0).sum())
         logging.info("warm start: %d of %d entities", known, len(source.table_rows))
     return dataclasses.replace(state, params=params, ema=ema)
-
-
-def resampled(positions: Float[np.ndarray, "n d"], length: int) -> Float[np.ndarray, "m d"]:
-    """Position embeddings of a square grid, row by row after its class token, for `length` of them.
-
-    Bicubic, antialiased where the grid shrinks; the class token's stays (as open_clip and timm do).
-    """
-    old, new = _side(positions.shape[0]), _side(length)
-    if old == new:
-        return positions
-    grid = positions[1:].reshape(old, old, -1).astype(np.float32)
-    grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True)
-    return np.concatenate([positions[:1], np.asarray(grid).reshape(new * new, -1)])
-
-
-def _side(length: int) -> int:
-    """Patches along a side, 0 if they are no square."""
-    side = round((length - 1) ** 0.5)
-    return side if side * side == length - 1 else 0
 
 
 def _table(leaf: jax.Array, value: np.ndarray, rows: np.ndarray) -> jax.Array:

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mofi_jax.model import layers, norms
 
@@ -48,8 +49,19 @@ class ImageTower(nnx.Module):
         self.config = config
 
     def __call__(
-        self, images: UInt8[Array, "b s s 3"] | Float[Array, "b s s 3"], mesh: Mesh | None = None
+        self,
+        images: UInt8[Array, "b s s 3"] | Float[Array, "b s s 3"],
+        mesh: Mesh | None = None,
+        kept: Int[Array, "b k"] | None = None,
     ) -> Float[Array, "b d"]:
+        """Embeddings of pictures of any size that is a multiple of the patch.
+
+        Positions are resampled (`resampled`) where the size is not the config's.
+
+        Args:
+          kept: the patches of each picture that are looked at, row by row from 0 (`kept_patches`);
+            all of them if left out.
+        """
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = images.astype(jnp.float32)
@@ -57,16 +69,66 @@ class ImageTower(nnx.Module):
             mean, std = (jnp.asarray(values) for values in pixel_statistics(config.family))
             x = (x / 255.0 - mean) / std
         patches = _patches(x.astype(dtype), config.patch_size)
+        positions = resampled(self.position_embedding[...], 1 + patches.shape[1])
+        if kept is not None:
+            patches = jnp.take_along_axis(patches, kept[:, :, None, None, None], axis=1)
         # The class token and padding are patches of zeros: concatenated to their embeddings, they
         # would cost a copy of these, forward and backward.
         length = 1 + patches.shape[1]
         after = layers.padded_length(length, config.image, config, mesh) - length
         patches = jnp.pad(patches, ((0, 0), (1, after), (0, 0), (0, 0), (0, 0)))
-        positions = self.position_embedding[...].at[0].add(self.class_embedding[...])
-        x = self.patch_embedding(patches) + jnp.pad(positions, ((0, after), (0, 0))).astype(dtype)
+        positions = positions.at[0].add(self.class_embedding[...]).astype(dtype)
+        if kept is None:
+            positions = jnp.pad(positions, ((0, after), (0, 0)))
+        else:
+            # As a product, for the gradient of a lookup would add up rows one by one.  -1 is zeros.
+            rows = jnp.pad(1 + kept, ((0, 0), (1, 0)))
+            rows = jnp.pad(rows, ((0, 0), (0, after)), constant_values=-1)
+            positions = jax.nn.one_hot(rows, len(positions), dtype=dtype) @ positions
+        x = self.patch_embedding(patches) + positions
         x = self.pre_norm(x)
         x = layers.run_stack(self.blocks, x, config, length=length, causal=False, mesh=mesh)
         return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
+
+
+def resampled(
+    positions: Float[Array | np.ndarray, "n w"], length: int
+) -> Float[Array | np.ndarray, "m w"]:
+    """Position embeddings of a square grid, row by row after its class token, for `length` of them.
+
+    Bicubic, antialiased where the grid shrinks; the class token's stays (as open_clip and timm do).
+    """
+    if len(positions) == length:
+        return positions
+    old, new = side(len(positions)), side(length)
+    grid = positions[1:].reshape(old, old, -1)
+    grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True)
+    return jnp.concatenate([positions[:1], grid.reshape(new * new, -1)])
+
+
+def side(length: int) -> int:
+    """Patches along a side of a grid with class token, 0 if they are no square."""
+    side = round((length - 1) ** 0.5)
+    return side if side * side == length - 1 else 0
+
+
+def kept_patches(key: jax.Array, batch: int, patches: int, dropout: float) -> Int[Array, "b k"]:
+    """Patch dropout: a random subset of each picture's patches, ascending (FLIP, arXiv 2212.00794).
+
+    A picture's subset depends on the key and on its row in the batch alone, on no mesh.
+
+    Args:
+      patches: of a picture.
+      dropout: share of them that is left out; one stays at least.
+    """
+    noise = jax.random.uniform(key, (batch, patches))
+    order = jnp.argsort(noise, axis=1)[:, : kept_count(patches, dropout)]
+    return jnp.sort(order, axis=1)
+
+
+def kept_count(patches: int, dropout: float) -> int:
+    """How many of a picture's patches patch dropout leaves."""
+    return max(1, round(patches * (1 - dropout)))
 
 
 def _waves(side: int, width: int) -> Float[Array, "n w"]:

@@ -186,7 +186,12 @@ def create(
 
 
 def _run(
-    config: MofiConfig, params: Params, tower: str, inputs: jax.Array, mesh: Mesh | None
+    config: MofiConfig,
+    params: Params,
+    tower: str,
+    inputs: jax.Array,
+    *options: Any,
+    mesh: Mesh | None,
 ) -> jax.Array:
     if tower not in params:
         raise BadInput(
@@ -200,7 +205,7 @@ def _run(
         else jax.tree.map(lambda leaf: global_batch.gathered(leaf, mesh), part)
         for name, part in params[tower].items()
     }
-    embeddings = nnx.merge(_graph(config, tower), parts)(inputs, mesh)
+    embeddings = nnx.merge(_graph(config, tower), parts)(inputs, mesh, *options)
     # Not norm(): its gradient at a vector of zeros is NaN, whatever bounds it afterwards.
     square = jnp.sum(embeddings * embeddings, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -211,19 +216,22 @@ def embed_images(
     params: Params,
     images: UInt8[Array, "b s s 3"] | Float[Array, "b s s 3"],
     mesh: Mesh | None = None,
+    kept: Int[Array, "b k"] | None = None,
 ) -> Float[Array, "b d"]:
     """RGB pictures -> float32 L2-normalised embeddings; the mesh's batch axes split the batch.
 
-    uint8 is normalised by the pixel statistics, floats are normalised already.
+    uint8 is normalised by the pixel statistics, floats are normalised already.  Pictures may have
+    another size than the config's, and a training may look at `kept` patches of each alone: see
+    `image.ImageTower`.
     """
-    return _run(config, params, "image", images, mesh)
+    return _run(config, params, "image", images, kept, mesh=mesh)
 
 
 def embed_texts(
     config: MofiConfig, params: Params, tokens: Int[Array, "b t"], mesh: Mesh | None = None
 ) -> Float[Array, "b d"]:
     """int32 token ids -> float32 L2-normalised embeddings; `mesh` as for `embed_images`."""
-    return _run(config, params, "text", tokens, mesh)
+    return _run(config, params, "text", tokens, mesh=mesh)
 
 
 def capped_exp(logarithm: Float[Array, ""]) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ logits are computed too.
 from typing import Any
 
 from mofi_jax.losses import class_order, entity_sampling
-from mofi_jax.model import mofi
+from mofi_jax.model import image, mofi
 
 TRAINED, FROZEN = 3, 1  # forward, and the gradients of inputs and of weights
 
@@ -19,7 +19,8 @@ def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
     """Model FLOPs of one step over the global batch, on all devices together.
 
     Args:
-      context: `training.step.StepContext`; a frozen tower has no backward pass.
+      context: `training.step.StepContext`; a frozen tower has no backward pass, and dropped
+        patches cost nothing.
 
     Returns:
       "image" and "text", the towers with their projections; "classes", cosines with the class
@@ -29,8 +30,9 @@ def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
     classes = text = pairs = 0.0
     times = {name: FROZEN if name in context.frozen else TRAINED for name in mofi.TOWERS}
     # The pixels have no gradient, so their projection has one pass less.
-    backward_free = image_input(model) if "image" not in context.frozen else 0.0
-    image = batch_size * (times["image"] * image_forward(model) - backward_free)
+    dropout = context.patch_dropout
+    backward_free = image_input(model, dropout) if "image" not in context.frozen else 0.0
+    pictures = batch_size * (times["image"] * image_forward(model, dropout) - backward_free)
     if "entity" in losses:
         rows, rate = context.num_entities, losses["entity"]["sample_rate"]
         if rate < 1:  # rows of the class table that a step compares each picture with
@@ -42,19 +44,22 @@ def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
         one = _tower(model.text, model.context_length, model.embed_dim)
         text = batch_size * times["text"] * one
         pairs = TRAINED * 2.0 * batch_size**2 * model.embed_dim
-    return {"image": image, "text": text, "classes": classes, "pairs": pairs}
+    return {"image": pictures, "text": text, "classes": classes, "pairs": pairs}
 
 
-def image_forward(model: mofi.MofiConfig) -> float:
-    """FLOPs of one picture through the image tower."""
-    tokens = (model.image_size // model.patch_size) ** 2 + 1
-    return image_input(model) + _tower(model.image, tokens, model.embed_dim)
+def image_forward(model: mofi.MofiConfig, dropout: float = 0.0) -> float:
+    """FLOPs of one picture through the image tower, a share of its patches left out."""
+    tokens = _patches(model, dropout) + 1
+    return image_input(model, dropout) + _tower(model.image, tokens, model.embed_dim)
 
 
-def image_input(model: mofi.MofiConfig) -> float:
+def image_input(model: mofi.MofiConfig, dropout: float = 0.0) -> float:
     """FLOPs of one picture's patch embedding."""
-    patches = (model.image_size // model.patch_size) ** 2
-    return 2.0 * patches * 3 * model.patch_size**2 * model.image.width
+    return 2.0 * _patches(model, dropout) * 3 * model.patch_size**2 * model.image.width
+
+
+def _patches(model: mofi.MofiConfig, dropout: float) -> int:
+    return image.kept_count((model.image_size // model.patch_size) ** 2, dropout)
 
 
 def _tower(tower: mofi.TowerConfig, tokens: int, embed_dim: int) -> float:

@@ -1,7 +1,7 @@
 """One jitted update: a dict of weighted task losses on one shared embedding (paper section 3)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mofi_jax.distributed import global_batch, meshes, sharding
 from mofi_jax.losses import class_order, contrastive, entity, entity_sampling, siglip
-from mofi_jax.model import mofi
+from mofi_jax.model import image, mofi
 from mofi_jax.training import class_table, optim
 from mofi_jax.training.state import TrainState, updated_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+# In a batch inside the step: the patches that patch dropout keeps.
+KEPT = "kept_patches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,9 @@ class StepContext:
       microbatches: parts in which the towers process a batch (`in_microbatches`).
       frozen: parts of the parameters that are constants (`optim.in_parts`).
       ema_decay: of the moving average of the parameters, 0 for none (`state.updated_ema`).
-      seed: of the classes drawn by a sampled entity loss, with the step's number.
+      seed: of what a step draws, with its number: classes of a sampled entity loss, and patches.
+      patch_dropout: share of each picture's patches that a step does not look at, drawn anew for
+        each picture and step (`image.kept_patches`).
     """
 
     model: mofi.MofiConfig
@@ -40,6 +45,7 @@ class StepContext:
     frozen: tuple[str, ...] = ()
     ema_decay: float = 0.0
     seed: int = 0
+    patch_dropout: float = 0.0
 
 
 def entity_task(
@@ -84,7 +90,7 @@ def contrastive_task(
     options = context.losses["contrastive"]
     texts = in_microbatches(
         lambda tokens: mofi.embed_texts(context.model, params, tokens, context.mesh),
-        batch["tokens"],
+        [batch["tokens"]],
         context,
     )
     scale = mofi.capped_exp(params["logit_scale"])
@@ -115,9 +121,9 @@ TASKS = {"entity": entity_task, "contrastive": contrastive_task}
 
 
 def in_microbatches(
-    function: Callable[[jax.Array], jax.Array], inputs: jax.Array, context: StepContext
+    function: Callable[..., jax.Array], inputs: Sequence[jax.Array], context: StepContext
 ) -> jax.Array:
-    """function(inputs) with gradient accumulation: a part of the batch at a time, both ways.
+    """function(*inputs) with gradient accumulation: a part of the batch at a time, both ways.
 
     The losses compare all rows of the global batch, so its size must not depend on the memory of
     the towers' activations.  Only each part's inputs and results are kept; the backward pass
@@ -126,24 +132,27 @@ def in_microbatches(
     """
     parts, mesh = context.microbatches, context.mesh
     if parts == 1:
-        return function(inputs)
+        return function(*inputs)
     shards = global_batch.batch_shards(mesh)
 
     def place(x: jax.Array, *spec: Any) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     axes = meshes.BATCH_AXES
-    x = place(inputs.reshape(shards, parts, -1, *inputs.shape[1:]), axes)
-    x = place(x.swapaxes(0, 1), None, axes)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = place(x.reshape(shards, parts, -1, *x.shape[1:]), axes)
+        return place(x.swapaxes(0, 1), None, axes)
+
     run = jax.checkpoint(function, prevent_cse=False)
 
-    def part(x: jax.Array) -> jax.Array:
-        result = run(place(x.reshape(-1, *inputs.shape[1:]), axes))
+    def part(cuts: Sequence[jax.Array]) -> jax.Array:
+        result = run(*(place(x.reshape(-1, *x.shape[2:]), axes) for x in cuts))
         return place(result.reshape(shards, -1, *result.shape[1:]), axes)
 
-    results = place(jax.lax.map(part, x), None, axes).swapaxes(0, 1)
+    results = place(jax.lax.map(part, [cut(x) for x in inputs]), None, axes).swapaxes(0, 1)
     results = place(results, axes)
-    return place(results.reshape(inputs.shape[0], *results.shape[3:]), axes)
+    return place(results.reshape(-1, *results.shape[3:]), axes)
 
 
 def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
@@ -162,8 +171,10 @@ def make_loss(context: StepContext) -> Callable[..., tuple[jax.Array, Metrics]]:
             params,
         )
         images = in_microbatches(
-            lambda pixels: mofi.embed_images(context.model, params, pixels, context.mesh),
-            batch["image"],
+            lambda pixels, kept=None: mofi.embed_images(
+                context.model, params, pixels, context.mesh, kept
+            ),
+            [batch[name] for name in ("image", KEPT) if name in batch],
             context,
         )
         total, metrics = jnp.zeros(()), {}
@@ -184,6 +195,10 @@ def make_train_step(
     grad_fn = jax.value_and_grad(make_loss(context), has_aux=True)
     rate = losses["entity"]["sample_rate"] if "entity" in losses else 1.0
 
+    def random_key(purpose: int, step: jax.Array) -> jax.Array:
+        # Keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(context.seed), purpose), step)
+
     @jax.named_scope("optimizer")
     def optimizer(state: TrainState, grads: Any) -> tuple[TrainState, Metrics]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -200,14 +215,19 @@ def make_train_step(
     def dense_step(
         state: TrainState, batch: Batch, sample: entity.Sample | None = None
     ) -> tuple[TrainState, Metrics]:
+        if context.patch_dropout:
+            side = batch["image"].shape[1] // context.model.patch_size
+            kept = image.kept_patches(
+                random_key(4, state.step), len(batch["image"]), side**2, context.patch_dropout
+            )
+            batch = {**batch, KEPT: global_batch.over_batch(kept, mesh)}
         (_, metrics), grads = grad_fn(state.params, batch, sample)
         new_state, norms = optimizer(state, grads)
         return new_state, metrics | norms
 
     def sampled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sample = entity_sampling.draw(
-            # 3: keys 0 to 2 of this seed made the towers and the table (`state.initialiser`).
-            jax.random.fold_in(jax.random.fold_in(jax.random.key(context.seed), 3), state.step),
+            random_key(3, state.step),
             class_order.table_rows(batch["entity_ids"], context.num_entities),
             table_rows=state.params[sharding.ENTITY_TABLE].shape[0],
             num_entities=context.num_entities,
