@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.evaluators.sets import parquets
+from mofi_jax.data.pictures import parquets
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from tests import datasets
 
@@ -172,9 +172,9 @@ def test_labels_of_parquet(tmp_path):
 def test_row_groups_are_unpacked_once_while_they_fit(tmp_path, monkeypatch):
     hugging_face(tmp_path / "x.parquet", [0] * 6)  # three groups of two
     unpacked = []
-    inner = parquets._Rows._read_group
+    inner = parquets.Rows._read_group
     monkeypatch.setattr(
-        parquets._Rows, "_read_group", lambda self, i: unpacked.append(i) or inner(self, i)
+        parquets.Rows, "_read_group", lambda self, i: unpacked.append(i) or inner(self, i)
     )
     pictures = picture_sets.read_set(tmp_path / "x.parquet")
     for i in (0, 2, 1, 3, 4, 0):  # as two devices read
@@ -187,7 +187,7 @@ def test_row_groups_are_unpacked_once_while_they_fit(tmp_path, monkeypatch):
 
 
 def test_row_groups_too_large_to_be_read_picture_by_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr("mofi_jax.evaluators.sets.parquets._GROUP_BYTES", 100)
+    monkeypatch.setattr("mofi_jax.data.pictures.parquets._GROUP_BYTES", 100)
     hugging_face(tmp_path / "x.parquet", [0, 1])
     with pytest.raises(BadInput, match=r"row group of .*too much to read pictures one by one"):
         picture_sets.read_set(tmp_path / "x.parquet")

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from data_prep.pairs.formats import tar_headers
+from mofi_jax.data.pictures import tar_headers
 
 END = bytes(1024)
 DATA = b"bytes of a picture"

@@ -30,9 +30,9 @@ from absl import logging
 from data_prep import engine
 from data_prep.pairs import pictures, samples
 from data_prep.pairs.formats import parquets
-from data_prep.pairs.formats.tar_headers import Listing, Member, list_members
 from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
+from mofi_jax.data.pictures.tar_headers import Listing, Member, list_members
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _TINY = 1_000  # bytes; one pixel takes 70 as PNG, 630 as JPEG

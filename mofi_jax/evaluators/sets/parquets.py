@@ -1,28 +1,21 @@
 """Pictures in Hugging Face's parquet: a column of ``struct<bytes, path>``, one of class labels.
 
-Rows stay in the order of the files.  A row group is the smallest piece that parquet reads, so that
-reading picture by picture in another order would unpack a hundred pictures for each.
+Rows stay in the order of the files.
 """
 
-import bisect
-import itertools
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data.pictures.parquets import Rows, pick
 from mofi_jax.evaluators.sets import listing
 
 SUFFIX = ".parquet"
-PICTURES = ("image", "img", "jpg", "picture", "photo")
 LABELS = ("label", "labels", "fine_label", "class", "category")
-_GROUP_BYTES = 1 << 30  # as they lie unpacked in memory
-_KEPT_BYTES = 1 << 30  # of those used last: each device's part of a batch lies in another one
 _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})")
 
 
@@ -66,99 +59,14 @@ def read(files: Sequence[epath.Path]) -> listing.Listing:
       BadInput: not parquet, no column of pictures or of labels that is known, a row without one of
         them, row groups too large to read picture by picture.
     """
-    rows = _Rows(files)
+    rows = Rows(files)
     classes, labels = _classes(rows)
     paths = rows.column(f"{rows.picture}.path") if rows.has_paths else [None] * len(classes)
     names = [f"{i:08d}_{name}" if name else f"{i:08d}" for i, name in enumerate(paths)]
     return listing.Listing(names, classes, labels, rows.picture_bytes)
 
 
-class _Rows:
-    """Row groups of several files as one table, of which the last few used are kept."""
-
-    def __init__(self, paths: Sequence[epath.Path]):
-        import pyarrow as pa
-
-        self._paths = paths
-        self._files = [_open(path) for path in paths]
-        self.schema = self._files[0].schema_arrow
-        self._groups, lengths = [], []
-        for file, path in zip(self._files, paths, strict=True):
-            if file.schema_arrow != self.schema:
-                raise BadInput(f"{path} has other columns than {paths[0]}: fetch both again.")
-            for group in range(file.num_row_groups):
-                facts = file.metadata.row_group(group)
-                if facts.total_byte_size > _GROUP_BYTES:
-                    raise BadInput(
-                        f"A row group of {path} takes {facts.total_byte_size >> 20} MiB, which is "
-                        "too much to read pictures one by one: write it anew with row groups "
-                        "of some hundred pictures."
-                    )
-                self._groups.append((file, group))
-                lengths.append(facts.num_rows)
-        self._ends = list(itertools.accumulate(lengths))
-        self._lock = threading.Lock()
-        self._kept: dict[int, Any] = {}  # unpacked groups, that used last at the end
-        structs = [f.name for f in self.schema if pa.types.is_struct(f.type)]
-        with_bytes = [n for n in structs if self.schema.field(n).type.get_field_index("bytes") >= 0]
-        self.picture = pick(paths[0], self.schema.names, with_bytes, PICTURES, "pictures")
-        self.has_paths = self.schema.field(self.picture).type.get_field_index("path") >= 0
-
-    def column(self, name: str) -> list[Any]:
-        """All values of a column or ``struct.member``; read without the pictures."""
-        top, _, member = name.partition(".")
-        values = []
-        for file in self._files:
-            column = file.read(columns=[name]).column(top)
-            cells = column.to_pylist()
-            values += [cell and cell[member] for cell in cells] if member else cells
-        return values
-
-    def picture_bytes(self, i: int) -> bytes:
-        number = bisect.bisect_right(self._ends, i)
-        with self._lock:  # a group is read once, by the first thread that asks for it
-            group = self._kept.pop(number, None)
-            group = self._read_group(number) if group is None else group
-            self._kept[number] = group
-            while len(self._kept) > 1 and sum(g.nbytes for g in self._kept.values()) > _KEPT_BYTES:
-                del self._kept[next(iter(self._kept))]
-        data = group[i - self._ends[number]].as_py()  # counted from the end of the group
-        if data is None:
-            raise BadInput(f"Row {i} of {self._paths[0]} has no picture in it: fetch it again.")
-        return data
-
-    def _read_group(self, number: int) -> Any:
-        from pyarrow import compute
-
-        file, group = self._groups[number]
-        table = file.read_row_group(group, columns=[f"{self.picture}.bytes"])
-        return compute.struct_field(table.column(self.picture), "bytes").combine_chunks()
-
-
-def _open(path: epath.Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(str(path))
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path} cannot be read as parquet ({error}): fetch it again.") from error
-
-
-def pick(
-    path: epath.Path, names: Sequence[str], fitting: Sequence[str], known: Sequence[str], what: str
-) -> str:
-    """The first of the `known` names that fits, or the only one that does; else BadInput."""
-    found = [name for name in known if name in fitting] or list(fitting)
-    if not found or (len(found) > 1 and found[0] not in known):
-        raise BadInput(
-            f"{path} has no column of {what} that is known by its name (columns: "
-            f"{', '.join(names)}): call it one of {', '.join(known)}."
-        )
-    return found[0]
-
-
-def _classes(rows: _Rows) -> tuple[np.ndarray, dict[int, str]]:
+def _classes(rows: Rows) -> tuple[np.ndarray, dict[int, str]]:
     import pyarrow as pa
 
     types = pa.types
@@ -168,7 +76,7 @@ def _classes(rows: _Rows) -> tuple[np.ndarray, dict[int, str]]:
         for field in rows.schema
         if types.is_integer(field.type) or types.is_string(field.type)
     ]
-    path = rows._paths[0]
+    path = rows.paths[0]
     # An unnamed integer may be a height: only a column of class labels is taken for its kind.
     known = [name for name in fitting if name in LABELS or name in fields]
     name = pick(path, rows.schema.names, known, LABELS, "labels")

@@ -4,20 +4,18 @@ Neither TensorFlow nor the code of a data set's builder is needed.  Records stay
 """
 
 import os
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import metadata, records
+from mofi_jax.data.pictures import examples
 from mofi_jax.evaluators.sets import catalogue, listing
 
 PREFIX = "tfds:"
-_PICTURES = ("image", "jpg", "picture", "photo")
 _ENTITIES = "entity_ids"
 _LABELS = (_ENTITIES, "label", "labels", "fine_label", "class", "class_id")
-_NAMES = ("key", "file_name", "image/filename", "filename", "id")
 _BATCH = 64  # records in one read
 
 
@@ -54,41 +52,28 @@ def read(directory: epath.Path, split: str) -> listing.Listing:
 
     Raises BadInput: as `records.open_directory`; records without picture or label.
     """
-    source = records.open_directory(directory, split, _fields)
+    source = records.open_directory(directory, split, examples.fields)
     names, classes = [], []
     for start in range(0, len(source), _BATCH):
         for record in source.read(range(start, min(start + _BATCH, len(source)))):
             number = len(names)
-            label = _first(record, _LABELS)
-            if label is None or label < 0 or _first(record, _PICTURES) is None:
+            label = examples.first(record, _LABELS)
+            if label is None or label < 0 or examples.first(record, examples.PICTURES) is None:
                 raise BadInput(
                     f"{source.place(number)} lacks a {'label' if label is None else 'picture'} "
                     f"(features: {', '.join(sorted(record))}): use a split and set with both."
                 )
-            name = _first(record, _NAMES)
+            name = examples.first(record, examples.NAMES)
             classes.append(label)
             name = name.decode(errors="replace") if isinstance(name, bytes) else name
             names.append(f"{number:08d}" if name is None else f"{number:08d}_{name}")
     feature = next(name for name in _LABELS if name in record)
     labels = _class_names(directory, feature, set(classes))
-    return listing.Listing(
-        names, np.array(classes, np.int64), labels, lambda i: _first(source[i], _PICTURES)
-    )
 
+    def read_picture(i: int) -> bytes:
+        return examples.first(source[i], examples.PICTURES)
 
-def _fields(record: bytes) -> dict[str, Any]:
-    """The first value of each feature; None for one that is empty."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    found = {}
-    for name, field in tf_example_pb2.Example.FromString(record).features.feature.items():
-        kind = field.WhichOneof("kind")
-        found[name] = next(iter(getattr(field, kind).value), None) if kind else None
-    return found
-
-
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((record[name] for name in names if name in record), None)
+    return listing.Listing(names, np.array(classes, np.int64), labels, read_picture)
 
 
 def _class_names(directory: epath.Path, feature: str, classes: set[int]) -> dict[int, str]:
