@@ -16,10 +16,7 @@ flags of `mofi_jax.train`.  D (by default W/evaluation) receives
     index.html   the same; queries with neighbours, worst queries, confused classes, maps; protocols
 """
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import platform
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +27,7 @@ from absl import logging
 
 from mofi_jax import inference
 from mofi_jax.common import cli, files
+from mofi_jax.common import versions as version_numbers
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
 from mofi_jax.evaluators import suite as evaluation
@@ -38,7 +36,7 @@ from mofi_jax.evaluators.pages import page, table
 
 RAW_PIXELS = "raw_pixels"
 # What decides pixels, features and scores beside this code.
-_LIBRARIES = ("mofi_jax", "jax", "jaxlib", "numpy", "opencv-python-headless", "pillow")
+_LIBRARIES = ("jax", "jaxlib", "numpy", "opencv-python-headless", "pillow")
 
 
 def main(
@@ -161,11 +159,7 @@ def measure(suite: evaluation.Suite, embedder: embedding.Embedder) -> dict[str, 
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for name in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
-            found[name] = importlib.metadata.version(name)
-    return found
+    return version_numbers.of(*_LIBRARIES) | {"device": jax.devices()[0].device_kind}
 
 
 if __name__ == "__main__":

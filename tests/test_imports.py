@@ -23,7 +23,10 @@ FLOORS = (
     ("common", "distributed"),
     ("data", "interop", "losses", "model", "telemetry"),
     ("evaluators", "inference", "training"),
-    ("curves", "doctor", "evaluate", "export", "grow", "make_eval_sets", "plan", "sweep", "train"),
+    (
+        *("curves", "doctor", "embed", "evaluate", "export", "grow", "make_eval_sets", "plan"),
+        *("search", "sweep", "train"),
+    ),
 )
 
 # In the order in which data flows; the mains come last.

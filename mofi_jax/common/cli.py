@@ -200,6 +200,13 @@ def _key(error: BaseException) -> str:
     return " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
 
 
+def whole(flag: str, text: str, least: int = 0) -> int:
+    """The whole number that a flag gives; BadInput for anything else or a smaller one."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise BadInput(f"{flag}={text} cannot be used: give a whole number from {least} on.")
+    return int(text)
+
+
 # Control characters, embeddings and overrides of direction, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -26,7 +26,7 @@ _RETRY_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def held(workdir: epath.Path) -> Iterator[None]:
+def held(workdir: epath.Path, flag: str = "--workdir") -> Iterator[None]:
     """Makes the folder and holds its lock inside the block; host 0 holds it for all hosts.
 
     Where there are no locks (a bucket, some mounts of buckets), a warning says so.  BadInput where
@@ -36,7 +36,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
 
     def take() -> None:
         nonlocal file
-        file = _take(workdir)
+        file = _take(workdir, flag)
 
     new = not workdir.exists()
     hosts.agree(take)
@@ -51,7 +51,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
                     os.rmdir(workdir)
 
 
-def _take(workdir: epath.Path) -> IO[str] | None:
+def _take(workdir: epath.Path, flag: str) -> IO[str] | None:
     """The locked file, or None where there are no locks."""
     unlocked = "%s cannot be locked (%s): start no second run in it"
     if files.is_remote(workdir):
@@ -77,7 +77,7 @@ def _take(workdir: epath.Path) -> IO[str] | None:
                 owner = _owner(file)
             if owner.get("host") == socket.gethostname() or time.monotonic() > deadline:
                 raise BadInput(
-                    f"--workdir={workdir} is in use by process {owner.get('process', '?')} on "
+                    f"{flag}={workdir} is in use by process {owner.get('process', '?')} on "
                     f"{owner.get('host', '?')} since {owner.get('since', '?')}: let it finish, end "
                     "it, or name another folder; processes of one run need config.distributed."
                 ) from error

@@ -27,7 +27,8 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
     *(".avif", ".gif", ".bmp", ".tif", ".tiff"),
 )
-_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+# Packed as a whole: no picture in them has a place.
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 # Of files without a suffix their first bytes tell: JPEG, PNG, GIF, WebP, TIFF.
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 _MOST = 1 << 30  # bytes read of a picture; more is none
@@ -70,10 +71,8 @@ def find(root: epath.PathLike, passed_over: collections.Counter[str]) -> Iterato
         found = _places(folder, name)
         if found is None:
             lower = name.lower()
-            suffix = next((s for s in _ARCHIVES if lower.endswith(s)), posixpath.splitext(lower)[1])
+            suffix = next((s for s in ARCHIVES if lower.endswith(s)), posixpath.splitext(lower)[1])
             passed_over[_text(suffix)] += 1
-            if suffix in _ARCHIVES:
-                logging.warning("%s is passed over: unpack it to have its pictures", folder / name)
         else:
             yield from found
 
@@ -95,9 +94,7 @@ def _walk(root: str) -> Iterator[str]:
             if not entry.is_dir():
                 yield name
             elif (real := os.path.realpath(entry.path)) in above:
-                logging.warning(
-                    "%s is a link to a folder that it lies in: not followed", entry.path
-                )
+                logging.warning("%s links to a folder that it lies in: not followed", entry.path)
             else:
                 yield from visit(entry.path, name, above | {real})
 
