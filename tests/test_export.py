@@ -106,13 +106,15 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
     assert _names(tmp_path) == []
 
 
-def test_supervised_run_has_no_clip_model(source, tmp_path, monkeypatch):
+def test_a_supervised_run_is_an_image_tower(source, tmp_path, monkeypatch):
     saved = inference.read(source)
-    saved = dataclasses.replace(saved, params={"image": saved.params["image"]})
+    saved = dataclasses.replace(saved, params={"image": saved.params["image"]}, tokenizer=None)
     monkeypatch.setattr(inference, "read", lambda *_: saved)
-    with pytest.raises(errors.BadInput, match="CLIPModel needs both an image and a text tower"):
-        export.main("supervised", str(tmp_path / "exported"), "hf")
-    assert _names(tmp_path) == []
+    export.main("supervised", str(tmp_path / "exported"), "hf")
+    report = json.loads((tmp_path / "exported" / "result.json").read_text())
+    assert {"mofi_jax", "transformers"} <= set(report["reader"])
+    assert all(set(found) == {"image"} for found in report["differences"].values())
+    assert report["max_abs_diff"] <= 1e-4
 
 
 def test_bad_flags(source, tmp_path):

@@ -14,6 +14,7 @@ from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import clip_config, huggingface
+from mofi_jax.interop.folder import weights
 from mofi_jax.model import mofi
 from mofi_jax.training import run_folder
 
@@ -104,7 +105,7 @@ def test_descriptions_that_are_whole_are_read(tmp_path):
     less = {k: v for k, v in DESCRIPTION.items() if k != "family"} | {"image": tower, "text": tower}
     (tmp_path / "model.json").write_text(json.dumps(less))
     assert run_folder.read_model(tmp_path) == DESCRIPTION
-    found = clip_config.from_config(CLIP, "config.json")
+    found = clip_config.from_config(clip_config.resolve(CLIP, "config.json"), "config.json")
     assert found == mofi.MofiConfig.from_dict({**CONFIG.to_dict(), "dtype": "float32"})
 
 
@@ -155,6 +156,6 @@ def test_a_damaged_goodput_file_costs_only_the_time_before(tmp_path, content, ca
 @pytest.mark.parametrize("names", [[1], {"a": 5}, {"a": "../secret.safetensors"}, 3])
 def test_an_index_leads_nowhere_else(tmp_path, names):
     (tmp_path / "config.json").write_text(json.dumps(CLIP))
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    (tmp_path / (weights.WEIGHTS + weights.INDEX)).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(BadInput, match="has no weight_map from arrays to files beside it"):
         huggingface.read(tmp_path)

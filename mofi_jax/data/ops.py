@@ -174,12 +174,21 @@ def decode(data: bytes | np.ndarray, rng: Rng) -> np.ndarray:
     return data if isinstance(data, np.ndarray) else decode_fast(data)
 
 
-METHODS = ("area", "bilinear", "bicubic")
+# Pillow's filters; all but the last are antialiased.
+PILLOW = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear_antialias": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
+}
+METHODS = ("area", "bilinear", *PILLOW)
 
 
 def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarray:
-    if method == "bicubic":
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    if method in PILLOW:
+        return np.asarray(Image.fromarray(image).resize((width, height), PILLOW[method]))
     interpolation = cv2.INTER_LINEAR if method == "bilinear" else cv2.INTER_AREA
     if method == "area" and width >= image.shape[1]:
         # Shrinking with INTER_AREA is antialiased; growing with it is nearest-neighbour.
@@ -190,9 +199,10 @@ def _resize(image: np.ndarray, width: int, height: int, method: str) -> np.ndarr
 def resize_short(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.ndarray:
     """Short side to ``size``, aspect kept.
 
-    ``area`` (OpenCV, fastest) and ``bicubic`` (Pillow, the arithmetic of CLIP's preprocessings) are
-    antialiased, ``bilinear`` is not: it is the arithmetic of the released MOFI evaluation (tensor
-    resize with ``antialias=False``), up to rounding to uint8.
+    ``area`` (OpenCV, fastest) and Pillow's filters (``bicubic`` is the arithmetic of CLIP's
+    preprocessings, ``bilinear_antialias``, ...) are antialiased, ``bilinear`` is not: it is the
+    arithmetic of the released MOFI evaluation (tensor resize with ``antialias=False``), up to
+    rounding to uint8.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -208,11 +218,14 @@ def resize(image: np.ndarray, rng: Rng, size: int, method: str = "area") -> np.n
 
 
 def center_crop(image: np.ndarray, rng: Rng, size: int, odd: str = "even") -> np.ndarray:
-    """The ``size`` x ``size`` square in the middle; the image must be at least as large.
+    """The ``size`` x ``size`` square in the middle; a smaller image gets a black border.
 
     Where the margin is odd, no square is in the middle: ``even`` begins at the even one of the two
     pixels in question (torchvision, Python's `round`), ``floor`` at the first (transformers).
     """
+    missing = [max(0, size - side) for side in image.shape[:2]]
+    if any(missing):
+        image = np.pad(image, [*((n // 2, n - n // 2) for n in missing), (0, 0)])
     halves = [(side - size) / 2 for side in image.shape[:2]]
     top, left = map(round if odd == "even" else math.floor, halves)
     return image[top : top + size, left : left + size]

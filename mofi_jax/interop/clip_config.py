@@ -1,23 +1,27 @@
-"""config.json of Hugging Face CLIPModel, both directions.
+"""config.json of Hugging Face CLIPModel and CLIPVisionModelWithProjection, both directions.
 
-Every field is read, never assumed: one that is not there is an error, because a library default
-(the activation above all) costs accuracy without a word.
+A file is read as transformers reads it: what it leaves out is at transformers' default (since 4.32
+only differences from the defaults are saved), and `text_config_dict` or `vision_config_dict`, where
+there, stands for the section of that name. Which defaults were taken is logged.
 
 Text pooling. Ours is "first EOS". transformers pools there too, unless `eos_token_id` is 2: then it
 pools at the largest id of the row (transformers PR #24773, for configurations written with a wrong
-id). A folder with that 2 is read if its tokenizer shows that both rules agree, which is when its
-EOS has the highest id of the vocabulary; a model whose EOS really is 2 is not written at all.
+id). A folder with that 2 is read as "first EOS" if its tokenizer shows that both rules agree, which
+is when its EOS has the highest id of the vocabulary, else as "largest id". A model that pools at
+its first EOS, of id 2, is not written at all.
 """
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.model import mofi
+from mofi_jax.model import text as text_lib
 
 # gelu_new and gelu_pytorch_tanh are one formula under two names.
 ACTIVATION_FROM = {
@@ -28,27 +32,56 @@ ACTIVATION_FROM = {
 }
 ACTIVATION_TO = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
+# What transformers takes for a field that is not there or null, of the fields read here: those of
+# CLIPConfig, CLIPTextConfig and CLIPVisionConfig (models/clip/configuration_clip.py of 5.24). They
+# are older than the saving of differences: the last to change was eos_token_id (PR #24773, 4.31).
+_TOWER = {
+    "num_hidden_layers": 12,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {"projection_dim": 512},
+    "text_config": _TOWER
+    | {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "eos_token_id": 49407,
+    },
+    "vision_config": _TOWER
+    | {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32,
+        "num_channels": 3,
+    },
+}
+
 # Types of the fields that are not whole numbers, and fields that may also be a list of numbers.
 KINDS = {"hidden_act": (str, "a name"), "layer_norm_eps": ((int, float), "a number")}
 LISTS = ("eos_token_id", "image_size", "patch_size")
 
+CLIP_MODEL, VISION_MODEL = "clip", "clip_vision_model"
+
 # transformers compares with this id before it decides how to pool.
 ARGMAX_EOS = 2
 
+# What MofiConfig says of the text tower of a model that has none.
+NO_TEXT = {"text": mofi.TowerConfig(1, 1, 1), "vocab_size": 1, "context_length": 1, "eos_id": 0}
 
-def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
-    """config.json's content; raises BadInput for another model's tokenizer or an EOS of id 2."""
-    if tokenizer.eos_id != config.eos_id or tokenizer.vocab_size > config.vocab_size:
-        raise BadInput(
-            f"The tokenizer {tokenizer.path} (EOS {tokenizer.eos_id}, {tokenizer.vocab_size} ids) "
-            f"is not the model's (EOS {config.eos_id}, {config.vocab_size} ids): give the one it "
-            "was trained with."
-        )
-    if config.eos_id == ARGMAX_EOS:
-        raise BadInput(
-            f"The EOS of {tokenizer.path} has the id 2, for which transformers pools texts at "
-            "another token than this model does: train with a tokenizer whose EOS has another id."
-        )
+
+def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:
+    """config.json's content: of CLIPModel, or without a tokenizer of CLIPVisionModelWithProjection.
+
+    Raises BadInput for another model's tokenizer, or an EOS of id 2.
+    """
+    if tokenizer is not None:
+        _check_tokenizer(config, tokenizer)
 
     def tower(shape: mofi.TowerConfig) -> dict[str, Any]:
         return {
@@ -62,11 +95,21 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> di
             "projection_dim": config.embed_dim,
         }
 
+    # Under both names: the second is the one before transformers v5.
+    dtype = {"dtype": "float32", "torch_dtype": "float32"}
+    vision = {
+        "model_type": VISION_MODEL,
+        **tower(config.image),
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+    }
+    if tokenizer is None:
+        return {"architectures": ["CLIPVisionModelWithProjection"], **dtype, **vision}
     return {
         "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "dtype": "float32",
-        "torch_dtype": "float32",  # the name before transformers v5
+        "model_type": CLIP_MODEL,
+        **dtype,
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": mofi.INITIAL_LOGIT_SCALE,
         "text_config": {
@@ -75,17 +118,75 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> di
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.context_length,
             "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
+            "eos_token_id": ARGMAX_EOS
+            if config.eos_id == text_lib.LARGEST_ID
+            else tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            **tower(config.image),
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "num_channels": 3,
-        },
+        "vision_config": vision,
     }
+
+
+def _check_tokenizer(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    same_end = config.eos_id in (tokenizer.eos_id, text_lib.LARGEST_ID)
+    if not same_end or tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(
+            f"The tokenizer {tokenizer.path} (EOS {tokenizer.eos_id}, {tokenizer.vocab_size} ids) "
+            f"is not the model's (EOS {config.eos_id}, {config.vocab_size} ids): give the one it "
+            "was trained with."
+        )
+    if config.eos_id == ARGMAX_EOS:
+        raise BadInput(
+            f"The EOS of {tokenizer.path} has the id 2, for which transformers pools texts at "
+            "another token than this model does: train with a tokenizer whose EOS has another id."
+        )
+
+
+def resolve(values: Mapping[str, Any], where: epath.PathLike) -> dict[str, Any]:
+    """config.json with every field that `from_config` reads, as transformers resolves them.
+
+    Without `text_config` if it describes an image tower alone. Raises BadInput for what describes
+    neither that nor a CLIPModel.
+    """
+    kind = values.get("model_type")
+    if kind == VISION_MODEL:
+        values = {
+            "model_type": kind,
+            "projection_dim": values.get("projection_dim"),
+            "vision_config": values,
+        }
+    elif kind != CLIP_MODEL:
+        raise BadInput(
+            f"{where} describes a model of type {kind!r}: give a folder of type {CLIP_MODEL!r} "
+            f"(CLIPModel) or {VISION_MODEL!r} (CLIPVisionModelWithProjection)."
+        )
+    resolved: dict[str, Any] = {"model_type": kind}
+    taken = []
+    for section, defaults in DEFAULTS.items():
+        if kind == VISION_MODEL and section == "text_config":
+            continue
+        # The _dict is a whole configuration: what it leaves out is at its default, whatever the
+        # section of that name says.
+        override = values.get(f"{section}_dict")
+        part = (values if not section else values.get(section)) if override is None else override
+        part = {} if part is None else part
+        if not isinstance(part, Mapping):
+            raise BadInput(
+                f"{where} has {section}={part!r}, not an object of fields: copy the file again."
+            )
+        found = {
+            key: default if part.get(key) is None else part[key]
+            for key, default in defaults.items()
+        }
+        taken += [
+            f"{section}.{key}={default!r}".lstrip(".")
+            for key, default in defaults.items()
+            if part.get(key) is None
+        ]
+        resolved |= {section: found} if section else found
+    if taken:
+        logging.info("%s leaves at transformers' defaults: %s", where, ", ".join(taken))
+    return resolved
 
 
 def from_config(
@@ -93,26 +194,22 @@ def from_config(
     where: epath.PathLike,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> mofi.MofiConfig:
-    """config.json -> MofiConfig with dtype float32; `where` is the file named in errors.
+    """What `resolve` gives -> MofiConfig with dtype float32; `where` is the file named in errors.
 
-    Raises BadInput: not a CLIPModel, a field missing, or a value that our model cannot express.
+    An image tower alone has `NO_TEXT` in place of a text tower. Raises BadInput: a value of another
+    type, or one that our model cannot express.
     """
-    if values.get("model_type") != "clip":
-        raise BadInput(
-            f"{where} describes a model of type {values.get('model_type')!r}: give a folder of "
-            "type 'clip' (CLIPModel)."
-        )
-
     field_of = functools.partial(field, values, where)
+    sections = [section for section in ("text_config", "vision_config") if section in values]
 
     def refuse(what: str) -> None:
         raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
 
     def same(key: str) -> Any:
-        text, vision = field_of("text_config", key), field_of("vision_config", key)
-        if text != vision:
-            refuse(f"{key} {text!r} for text and {vision!r} for pictures")
-        return text
+        first, last = (field_of(section, key) for section in (sections[0], sections[-1]))
+        if first != last:
+            refuse(f"{key} {first!r} for text and {last!r} for pictures")
+        return last
 
     def square(key: str) -> int:
         value = field_of("vision_config", key)
@@ -136,36 +233,37 @@ def from_config(
         "image_size": square("image_size"),
         "patch_size": square("patch_size"),
         "image": tower("vision_config"),
-        "text": tower("text_config"),
-        "vocab_size": field_of("text_config", "vocab_size"),
-        "context_length": field_of("text_config", "max_position_embeddings"),
-        "eos_id": _pooling_eos(field_of("text_config", "eos_token_id"), where, tokenizer),
         "embed_dim": field_of("", "projection_dim"),
         "activation": ACTIVATION_FROM[activation],
     }
+    if field_of("vision_config", "num_channels") != 3:
+        refuse("vision_config.num_channels other than 3")
+    text = NO_TEXT
+    if "text_config" in sections:
+        stated = field_of("text_config", "eos_token_id")
+        text = {
+            "text": tower("text_config"),
+            "vocab_size": field_of("text_config", "vocab_size"),
+            "context_length": field_of("text_config", "max_position_embeddings"),
+            "eos_id": _pooling_eos(stated, where, tokenizer),
+        }
     epsilon = same("layer_norm_eps")
     try:
-        return mofi.MofiConfig(**fields, layer_norm_eps=float(epsilon), dtype="float32")
+        return mofi.MofiConfig(**fields, **text, layer_norm_eps=float(epsilon), dtype="float32")
     except (BadInput, OverflowError) as error:
         raise BadInput(f"{where} describes no model that can be built: {error}") from error
 
 
 def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: str) -> Any:
-    """A value of config.json; raises BadInput where it is missing or of another type.
+    """A value of what `resolve` gives; raises BadInput where it is of another type.
 
     The section is "text_config", "vision_config", or "" for the top.
     """
-    part = values.get(section) if section else values
-    value = part.get(key) if isinstance(part, Mapping) else None
-    name = f"{section}.{key}".lstrip(".")
-    if value is None:
-        raise BadInput(
-            f"{where} lacks {name}: add the value the model was trained with, since a default "
-            "would be a guess."
-        )
+    value = values[section][key] if section else values[key]
     kinds, wanted = KINDS.get(key, (int, "a whole number"))
     items = value if key in LISTS and isinstance(value, list) and value else [value]
     if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in items):
+        name = f"{section}.{key}".lstrip(".")
         raise BadInput(f"{where} has {name}={value!r}, not {wanted}: copy the file again.")
     return value
 
@@ -173,16 +271,17 @@ def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: s
 def _pooling_eos(
     stated: int | list[int], where: epath.PathLike, tokenizer: tokenizer_lib.Tokenizer | None
 ) -> int:
-    """The id at whose first occurrence transformers pools, see the top of this file."""
+    """The id at whose first occurrence transformers pools, or LARGEST_ID: the top of this file."""
     stated = stated[0] if isinstance(stated, list) else stated
     if stated == ARGMAX_EOS:
-        if tokenizer is None or tokenizer.eos_id != tokenizer.vocab_size - 1:
-            raise BadInput(
-                f"{where} says eos_token_id 2, with which transformers pools texts at the largest "
-                "id, but no tokenizer.json beside it shows an EOS with the highest id: set "
-                "text_config.eos_token_id to the id of the EOS that the model was trained with."
-            )
-        return tokenizer.eos_id
+        if tokenizer is not None and tokenizer.eos_id == tokenizer.vocab_size - 1:
+            return tokenizer.eos_id
+        logging.warning(
+            "%s says eos_token_id 2, so that texts pool at their largest id, and no tokenizer "
+            "beside it shows that this is the EOS.",
+            where,
+        )
+        return text_lib.LARGEST_ID
     if tokenizer is not None and tokenizer.eos_id != stated:
         raise BadInput(
             f"{where} says eos_token_id {stated} and {tokenizer.path} has {tokenizer.eos_id}: put "

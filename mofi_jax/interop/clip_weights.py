@@ -17,6 +17,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import sharding
 from mofi_jax.model import mofi
 
+PROJECTION = "visual_projection.weight"
 NAMED = 10  # arrays of one kind that an error names
 # Parameters of the training losses that are no part of CLIPModel.
 OF_LOSSES = (sharding.ENTITY_TABLE, "entity_log_scale", "logit_bias")
@@ -56,12 +57,11 @@ class Weight:
         return np.array(array.reshape(self.shape), order="C")
 
 
-def weights(config: mofi.MofiConfig) -> Iterator[Weight]:
-    """All parameters of both towers."""
+def weights(config: mofi.MofiConfig, *, text: bool = True) -> Iterator[Weight]:
+    """All parameters of both towers, or without `text` of CLIPVisionModelWithProjection alone."""
     d, p = config.embed_dim, config.patch_size
     w, t = config.image.width, config.text.width
     positions = 1 + (config.image_size // p) ** 2
-    yield Weight("logit_scale", "logit_scale", ())
 
     vision = "vision_model."
     name = vision + "embeddings."
@@ -72,8 +72,11 @@ def weights(config: mofi.MofiConfig) -> Iterator[Weight]:
     yield from _norm("image/pre_norm", vision + "pre_layrnorm", w)  # sic
     yield from _blocks("image/blocks/", vision, config.image)
     yield from _norm("image/post_norm", vision + "post_layernorm", w)
-    yield Weight("image/projection/kernel", "visual_projection.weight", (w, d), "matrix")
+    yield Weight("image/projection/kernel", PROJECTION, (w, d), "matrix")
+    if not text:
+        return
 
+    yield Weight("logit_scale", "logit_scale", ())
     name = "text_model.embeddings."
     shape = (config.vocab_size, t)
     yield Weight("text/token_embedding", name + "token_embedding.weight", shape)
@@ -111,21 +114,21 @@ def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
     """Our parameters -> CLIPModel's state dict (float32, torch layout).
 
-    The class table and other parameters of the losses are no part of CLIPModel and are left out.
+    Without a text tower it is that of CLIPVisionModelWithProjection. The class table and other
+    parameters of the losses are no part of either and are left out.
 
-    Raises BadInput: a tower is missing, or the parameters are not those of `config`.
+    Raises BadInput: no image tower, or the parameters are not those of `config`.
     """
-    missing = [name for name in ("image", "text") if name not in params]
-    if missing:
+    if "image" not in params:
         raise BadInput(
-            f"The model has no {' and no '.join(missing)} tower, and Hugging Face CLIPModel needs "
-            "both an image and a text tower: train with task=multitask or task=contrastive."
+            "The model has no image tower, which every format of Hugging Face CLIP needs: train "
+            "it with another task."
         )
     left = traverse_util.flatten_dict(
         {k: v for k, v in params.items() if k not in OF_LOSSES}, sep="/"
     )
     state, problems = {}, []
-    for weight in weights(config):
+    for weight in weights(config, text="text" in params):
         array = left.pop(weight.path, None)
         shape = weight.shape if weight.layers is None else (weight.layers, *weight.shape)
         if array is None or tuple(array.shape) != shape:
@@ -142,12 +145,16 @@ def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.
 
 
 def check_shapes(
-    config: mofi.MofiConfig, shapes: Mapping[str, tuple[int, ...]], where: epath.PathLike
+    config: mofi.MofiConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: epath.PathLike,
+    *,
+    text: bool = True,
 ) -> None:
     """Raises BadInput with all keys of a state dict that CLIPModel lacks or shapes otherwise."""
     expected = {
         weight.name.format(i): weight.clip_shape()
-        for weight in weights(config)
+        for weight in weights(config, text=text)
         for i in range(weight.layers or 1)
     }
     problems = {
@@ -174,10 +181,12 @@ def check_shapes(
         )
 
 
-def from_state_dict(config: mofi.MofiConfig, state: Mapping[str, np.ndarray]) -> mofi.Params:
+def from_state_dict(
+    config: mofi.MofiConfig, state: Mapping[str, np.ndarray], *, text: bool = True
+) -> mofi.Params:
     """CLIPModel's state dict, of the shapes that `check_shapes` asks for -> float32 parameters."""
     params = {}
-    for weight in weights(config):
+    for weight in weights(config, text=text):
         layers = [
             weight.from_clip(np.asarray(state[weight.name.format(i)], np.float32))
             for i in range(weight.layers or 1)

@@ -1,38 +1,22 @@
 """The README.md of an exported model: what it is, how to use it, what to mind."""
 
+from collections.abc import Collection
+
 from mofi_jax.data import records
 from mofi_jax.model import mofi
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-tags:
-- clip
-- mofi
-- image-feature-extraction
----
-# Image and text embeddings trained with mofi_jax
-
-An image tower and a text tower with one shared embedding space, for picture retrieval and for
-comparing pictures with text. The recipe is that of [MOFI: Learning Image Representations from Noisy
-Entity Annotated Images](https://arxiv.org/abs/2306.07952).
-
-| | image | text |
+# The sentences of a model with both towers, and of one that has none for texts.
+_BOTH = {
+    "pipeline": "zero-shot-image-classification",
+    "title": "Image and text embeddings",
+    "what": """An image tower and a text tower with one shared embedding space, for picture
+retrieval and for comparing pictures with text.""",
+    "table": """| | image | text |
 |---|---|---|
-| layers x width / heads | {c.image.layers} x {c.image.width} / {c.image.heads} | \
-{c.text.layers} x {c.text.width} / {c.text.heads} |
-| parameters without projection | {image:,} | {text:,} |
-| input | {c.image_size} x {c.image_size} pixels, patches of {c.patch_size} | \
-{c.context_length} tokens of {c.vocab_size:,} |
-
-Embedding size {c.embed_dim}; activation {c.activation}; {entities}.
-
-## Use
-```python
-import torch, transformers
-from PIL import Image
-
-model = transformers.CLIPModel.from_pretrained(FOLDER)
+| layers x width / heads | {image} | {c.text.layers} x {c.text.width} / {c.text.heads} |
+| parameters without projection | {image_parameters:,} | {text_parameters:,} |
+| input | {pixels} | {c.context_length} tokens of {c.vocab_size:,} |""",
+    "use": """model = transformers.CLIPModel.from_pretrained(FOLDER)
 tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
 processor = transformers.AutoImageProcessor.from_pretrained(FOLDER)
 
@@ -43,17 +27,62 @@ with torch.no_grad():
     image = model.get_image_features(**pixels)
 # transformers 5 returns an object, transformers 4 the vectors; neither normalises.
 text, image = (getattr(x, "pooler_output", x) for x in (text, image))
-cosine = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+cosine = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T""",
+    "mind": """- Texts pool at the first `eos_token` (id {c.eos_id}). Every row holds exactly one,
+  the last token before the padding, also after truncation; the attention is causal, so no attention
+  mask is needed.
+- Cosines between pictures and between a picture and a text have different ranges: do not share a
+  threshold between them.
+""",
+}
+_IMAGE = {
+    "pipeline": "image-feature-extraction",
+    "title": "Image embeddings",
+    "what": "An image tower, for picture retrieval.",
+    "table": """| | image |
+|---|---|
+| layers x width / heads | {image} |
+| parameters without projection | {image_parameters:,} |
+| input | {pixels} |""",
+    "use": """model = transformers.CLIPVisionModelWithProjection.from_pretrained(FOLDER)
+processor = transformers.AutoImageProcessor.from_pretrained(FOLDER)
+
+pixels = processor([Image.open("cat.jpg"), Image.open("dog.jpg")], return_tensors="pt")
+with torch.no_grad():
+    image = torch.nn.functional.normalize(model(**pixels).image_embeds)
+cosine = image @ image.T""",
+    "mind": "",
+}
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline}
+tags:
+- clip
+- mofi
+- image-feature-extraction
+---
+# {title} trained with mofi_jax
+
+{what} The recipe is that of [MOFI: Learning Image Representations from Noisy
+Entity Annotated Images](https://arxiv.org/abs/2306.07952).
+
+{table}
+
+Embedding size {c.embed_dim}; activation {c.activation}; {entities}.
+
+## Use
+```python
+import torch, transformers
+from PIL import Image
+
+{use}
 ```
 
 ## What to mind
-- Texts pool at the first `eos_token` (id {eos}). Every row holds exactly one, the last token before
-  the padding, also after truncation; the attention is causal, so no attention mask is needed.
-- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255 and
-  normalised with CLIP's mean and deviation. `preprocessor_config.json` is the nearest form that
+{mind}- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255
+  and normalised with CLIP's mean and deviation. `preprocessor_config.json` is the nearest form that
   transformers can express; its resampling differs slightly.
-- Cosines between pictures and between a picture and a text have different ranges: do not share a
-  threshold between them.
 - `result.json` holds the largest difference between this folder as read back and the original.
 """
 
@@ -62,14 +91,27 @@ _ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row fo
 says how well the entity fits"""
 
 
-def text(config: mofi.MofiConfig, preprocess: str, entities: records.Entities | None) -> str:
+def text(
+    config: mofi.MofiConfig,
+    preprocess: str,
+    entities: records.Entities | None,
+    *,
+    towers: Collection[str] = tuple(mofi.TOWERS),
+) -> str:
     """The model card of one model; `entities` is the vocabulary of its class table, if any."""
-    image, text = (mofi.parameter_count(config, tower) for tower in ("image", "text"))
+    parts = _BOTH if "text" in towers else _IMAGE
+    shape = config.image
+    facts = {
+        "c": config,
+        "image": f"{shape.layers} x {shape.width} / {shape.heads}",
+        "pixels": f"{config.image_size} x {config.image_size} pixels, patches of "
+        f"{config.patch_size}",
+        **{f"{name}_parameters": mofi.parameter_count(config, name) for name in towers},
+    }
+    filled = parts | {name: parts[name].format(**facts) for name in ("table", "mind")}
     return _CARD.format(
+        **filled,
         c=config,
-        eos=config.eos_id,
-        image=image,
-        text=text,
         entities="no entity table" if entities is None else _ENTITIES.format(count=len(entities)),
         preprocess=preprocess,
     )

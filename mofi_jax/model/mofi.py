@@ -40,7 +40,7 @@ LIMITS = {
     "mlp_width": (0, 262_144),
     "vocab_size": (1, 10_000_000),
     "context_length": (1, 65_536),
-    "eos_id": (0, 10_000_000),
+    "eos_id": (text.LARGEST_ID, 10_000_000),
     "embed_dim": (1, 65_536),
 }
 
@@ -74,7 +74,7 @@ class MofiConfig:
     text: TowerConfig
     vocab_size: int
     context_length: int
-    eos_id: int  # texts pool at the first one
+    eos_id: int  # texts pool at the first one, or as `text.LARGEST_ID` says
     embed_dim: int
     activation: str = "gelu"  # exact; or "gelu_tanh", "quick_gelu"
     layer_norm_eps: float = 1e-5

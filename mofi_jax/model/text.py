@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from mofi_jax.model import layers, norms
 
+# As eos_id: texts pool at their largest id (`interop.clip_config` says of which models).
+LARGEST_ID = -1
+
 
 class TextTower(nnx.Module):
     """Token ids -> embeddings before normalisation; Hugging Face CLIPTextModel's arithmetic."""
@@ -39,6 +42,7 @@ class TextTower(nnx.Module):
         x = layers.run_stack(self.blocks, x, config, length=length, causal=True, mesh=mesh)
         # What follows the end-of-text token cannot reach it through the causal mask, so padding
         # needs no mask of its own.
-        end = jnp.argmax(tokens == config.eos_id, axis=1)
+        largest = config.eos_id == LARGEST_ID
+        end = jnp.argmax(tokens if largest else tokens == config.eos_id, axis=1)
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         return self.projection(self.final_norm(pooled)).astype(jnp.float32)

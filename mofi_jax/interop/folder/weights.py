@@ -1,0 +1,175 @@
+"""The arrays of a folder: safetensors, or PyTorch's own files, each in one file or in many.
+
+Nothing is read before its shape is known, and then an array at a time. A `pytorch_model.bin` is a
+pickle, which can run anything: it is opened by PyTorch's loader of tensors alone, or not at all.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors import numpy as safetensors_numpy
+
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
+
+WEIGHTS = "model.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"
+INDEX = ".index.json"  # after either name, where the arrays lie in several files
+
+# The types that weights come in, as safetensors and as PyTorch spell them.
+DTYPES = ("F16", "BF16", "F32", "F64", "float16", "bfloat16", "float32", "float64")
+# Before it, files can get round `weights_only` (CVE-2025-32434).
+SAFE_TORCH = (2, 6)
+COPY_AGAIN = "copy the whole folder again"
+
+
+class Stored(NamedTuple):
+    """An array of a file that is not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    path: epath.Path
+    read: Callable[[], np.ndarray]
+
+
+class Arrays(Mapping):
+    """The arrays of files by name, float32, each read when asked for; BadInput if damaged."""
+
+    def __init__(self, stored: Mapping[str, Stored]):
+        self._stored = stored
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in self._stored.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._stored[name]
+        try:
+            # bfloat16 is a numpy type here because ml_dtypes (with jax) registers it.
+            return array.read().astype(np.float32)
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise _unreadable(array.path, error) from error
+
+    def with_array(self, name: str, array: np.ndarray) -> "Arrays":
+        """The same with one more, or another in its place."""
+        more = Stored(array.shape, "float32", epath.Path(), lambda: array)
+        return Arrays({**self._stored, name: more})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def open_folder(folder: epath.PathLike) -> Arrays:
+    """The weights of a model, found as transformers finds them; raises BadInput as `open_files`."""
+    folder = epath.Path(folder)
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        if (folder / name).exists():
+            return open_files([folder / name])
+        if (folder / (name + INDEX)).exists():
+            return open_files(_shards(folder / (name + INDEX)))
+    raise BadInput(
+        f"{folder} has no weights ({WEIGHTS}, {TORCH_WEIGHTS}, or either in parts with its "
+        f"{INDEX}): {COPY_AGAIN}."
+    )
+
+
+def open_files(paths: Sequence[epath.Path]) -> Arrays:
+    """All arrays of safetensors files, or of PyTorch's where the name ends in .bin.
+
+    Raises BadInput: a file that is missing, damaged or more than tensors, .bin without PyTorch, or
+    an array whose type is not of `DTYPES`.
+    """
+    stored: dict[str, Stored] = {}
+    for path in paths:
+        stored |= (_torch if path.suffix == ".bin" else _safetensors)(path)
+    for name, array in stored.items():
+        # Position ids are whole numbers, and buffers of old transformers rather than weights.
+        if array.dtype not in DTYPES and not name.endswith(".position_ids"):
+            raise BadInput(
+                f"{array.path} holds {name} as {array.dtype}, which is no type of weights: save "
+                "the model as float32, float16 or bfloat16."
+            )
+    return Arrays(stored)
+
+
+def save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file."""
+    # transformers refuses a file that does not name its layout.
+    safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # safetensors makes it private to its owner
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    place = files.read_json_object(index, COPY_AGAIN).get("weight_map")
+    names = set(place.values()) if isinstance(place, dict) else {None}
+    # A name is that of a file beside the index, and of nothing else on this machine.
+    if not all(isinstance(name, str) and name == epath.Path(name).name for name in names):
+        raise BadInput(f"{index} has no weight_map from arrays to files beside it: {COPY_AGAIN}.")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _safetensors(path: epath.Path) -> dict[str, Stored]:
+    try:
+        file = safetensors.safe_open(path, "np")
+        names = file.keys()
+        parts = {name: file.get_slice(name) for name in names}
+        return {
+            name: Stored(tuple(part.get_shape()), part.get_dtype(), path, _reader(file, name))
+            for name, part in parts.items()
+        }
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _reader(file: Any, name: str) -> Callable[[], np.ndarray]:
+    return lambda: file.get_tensor(name)
+
+
+def _torch(path: epath.Path) -> dict[str, Stored]:
+    if importlib.util.find_spec("torch") is None:
+        raise BadInput(
+            f"{path} is a file of PyTorch, which is not installed: pip install torch, or save the "
+            f"model as {WEIGHTS}."
+        )
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise BadInput(
+            f"{path} is a pickle, which PyTorch {torch.__version__} does not open safely: pip "
+            f"install 'torch>={'.'.join(map(str, SAFE_TORCH))}', or save the model as {WEIGHTS}."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can make its reader raise anything
+        raise BadInput(
+            f"{path} is damaged, or a pickle of more than tensors, which could run anything and "
+            f"is not opened ({type(error).__name__}): get the model as {WEIGHTS}."
+        ) from error
+    kind = torch.Tensor
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, kind) for name, value in state.items()
+    ):
+        raise BadInput(f"{path} is no state dict of tensors by name: get the model as {WEIGHTS}.")
+    return {
+        name: Stored(
+            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), path, _numpy(tensor)
+        )
+        for name, tensor in state.items()
+    }
+
+
+def _numpy(tensor: Any) -> Callable[[], np.ndarray]:
+    # numpy has no bfloat16 that PyTorch knows of.
+    return lambda: tensor.detach().float().numpy()
+
+
+def _unreadable(path: epath.Path, error: Exception) -> BadInput:
+    return BadInput(f"The weights {path} cannot be read ({error}): copy the file again.")
