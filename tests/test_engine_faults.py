@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import engine
-from data_prep.engine import executors, jobs, manifests
-from mofi_jax.common import errors
+from data_prep.engine import jobs, manifests
+from mofi_jax.common import errors, processes
 
 
 def shout(task, outputs, settings):
@@ -145,7 +145,7 @@ def test_a_full_disk_is_told_at_once_and_finished_shards_stay(tmp_path):
         from data_prep import engine
         from tests import test_engine_faults
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        from mofi_jax.common import errors
+        from mofi_jax.common import errors, processes
         tasks = test_engine_faults.make_tasks(pathlib.Path({str(tmp_path / "in")!r}), ["a", "b"])
         work = engine.Engine({str(tmp_path / "w")!r}, failure_budget=0.9)
         work.map_shards("loud", test_engine_faults.loud, tasks[:1], {{"bytes": 1000}})
@@ -186,7 +186,7 @@ def test_a_killed_worker_costs_its_shard_alone(tmp_path):
 
 @pytest.mark.parametrize("accelerator", [False, True])
 def test_a_worker_that_dies_as_it_starts_costs_its_shard(tmp_path, monkeypatch, accelerator):
-    monkeypatch.setattr(executors, "_die_with_parent", functools.partial(os._exit, 1))
+    monkeypatch.setattr(processes, "die_with_parent", functools.partial(os._exit, 1))
     tasks = make_tasks(tmp_path, ["one"])
     work = engine.Engine(tmp_path / "w", workers=2)
     with work, pytest.raises(engine.ShardError, match="shard 00000: its worker process died twice"):

@@ -6,9 +6,12 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 
 import grain
 import numpy as np
+import psutil
 import pytest
 
 from mofi_jax.common.errors import BadInput
@@ -128,6 +131,26 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_run(folder):
     assert len(list(itertools.islice(stream, 20))) == 20
     stream.close()
     assert not multiprocessing.active_children()
+
+
+def test_workers_end_when_the_run_is_killed(folder):
+    script = f"""
+import multiprocessing, pathlib, time
+from tests import test_pipeline as t
+options = {{"seed": 3, "start": 0, "batch_size": 8, "threads": 1, "workers": 2}}
+folder = pathlib.Path({str(folder)!r})
+stream = t.pipeline.training_stream(t.alone(folder), t.builder(folder), **options)
+next(stream)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 def test_two_hosts_of_workers_and_the_one_that_goes_on_see_every_example_once(folder):

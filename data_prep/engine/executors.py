@@ -13,20 +13,18 @@ import concurrent.futures
 import concurrent.futures.process
 import dataclasses
 import multiprocessing
-import multiprocessing.connection
 import multiprocessing.managers
 import os
 import pathlib
 import socket
 import sys
-import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
 from data_prep.engine import jobs
-from mofi_jax.common import errors
+from mofi_jax.common import errors, processes
 
 Outcome = tuple[jobs.Job, jobs.Made | jobs.Failure]
 
@@ -134,7 +132,7 @@ def spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_die_with_parent,
+        initializer=processes.die_with_parent,
     )
 
 
@@ -147,7 +145,7 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
         address, context = ("127.0.0.1", 0), multiprocessing.get_context("spawn")
         self._manager = _Manager(address, ctx=context)
         try:
-            self._manager.start(_die_with_parent)
+            self._manager.start(processes.die_with_parent)
         except EOFError as error:
             raise concurrent.futures.process.BrokenProcessPool("died as it started") from error
         self._accelerator = self._manager.accelerator()
@@ -168,21 +166,6 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
 
 class _Manager(multiprocessing.managers.BaseManager):
     pass
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when the parent is gone.
-
-    A worker waits on a queue whose writing end it holds itself, so after kill -9 of the parent it
-    would wait for ever.
-    """
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
 
 
 def import_paths() -> str:

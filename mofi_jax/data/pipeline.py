@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Int
 
+from mofi_jax.common import processes
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, ops, order, records, tokenizer
 from mofi_jax.distributed import preemption
@@ -366,6 +367,12 @@ def training_stream(
         limits.require_shared_memory(held.shared * size, workers)
         # Grain hands the groups to its workers in turn, and takes them back in turn.
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), preemption.ignore_signals
+            grain.MultiprocessingOptions(num_workers=workers), _start_worker
         )
     return _batches(iter(stream), len(rows))
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    del worker, workers
+    preemption.ignore_signals()
+    processes.die_with_parent()

@@ -28,9 +28,8 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def ignore_signals(worker: int, workers: int) -> None:
+def ignore_signals() -> None:
     """In a data worker: SLURM and terminals signal all processes, and the run ends its workers."""
-    del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
