@@ -1,4 +1,4 @@
-"""Opens what a model was saved as: a training run, or a Hugging Face CLIP folder."""
+"""Opens what a model was saved as: a training run, a Hugging Face CLIP folder, or open_clip's."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import hosts, meshes, sharding
 from mofi_jax.inference.model import Model
 from mofi_jax.inference.towers import Towers
-from mofi_jax.interop import huggingface
+from mofi_jax.interop import huggingface, open_clip
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 from mofi_jax.training import arrays, checkpoint, run_folder
@@ -22,7 +22,7 @@ from mofi_jax.training import arrays, checkpoint, run_folder
 def load(
     path: epath.PathLike, *, step: str = "", mesh: Mesh | None = None, batch_size: int = 256
 ) -> Model:
-    """Opens a training run folder (model.json) or a Hugging Face CLIP folder (config.json).
+    """Opens a training run folder (model.json), a Hugging Face CLIP folder or one of open_clip.
 
     Args:
       step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.
@@ -44,28 +44,32 @@ def load(
 def read(path: epath.PathLike, step: str = "") -> huggingface.Clip:
     """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
     path = files.input_folder(path, "--model")
-    if kind(path) == "run":
+    found = kind(path)
+    if found == "run":
         saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step)
     else:
-        saved = hosts.all_or_none(lambda: huggingface.read(path))
+        folder = {"clip": huggingface, "open_clip": open_clip}[found]
+        saved = hosts.all_or_none(lambda: folder.read(path))
     arrays.check_finite(saved.params, path)
     return saved
 
 
 def kind(path: epath.PathLike) -> str:
-    """Which of the two a folder is, "run" or "clip"; BadInput for a folder that is neither."""
+    """What a folder is: "run", "clip" or "open_clip"; BadInput for a folder that is none."""
     path = epath.Path(path)
 
     # It decides what hosts ask one another next: host 0 looks for all.
     def find() -> str:
         if (path / run_folder.MODEL_FILE).exists():
             return "run"
-        if (files.local_input(path, "the model") / "config.json").exists():
+        if open_clip.is_folder(files.local_input(path, "the model")):
+            return "open_clip"
+        if (path / "config.json").exists():
             return "clip"
         raise BadInput(
             f"{path} is neither a training run ({run_folder.MODEL_FILE}) nor a Hugging Face CLIP "
-            "folder (config.json): give the folder of one of them; `hf download NAME --local-dir "
-            "FOLDER` fetches one from the hub."
+            "folder (config.json) nor open_clip's (open_clip_config.json): give the folder of one "
+            "of them; `hf download NAME --local-dir FOLDER` fetches one from the hub."
         )
 
     return hosts.agree(find)

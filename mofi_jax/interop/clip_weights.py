@@ -47,7 +47,7 @@ class Weight:
             array = array.reshape(self.clip_shape()[::-1]).T
         elif self.kind == "patches":
             array = array.transpose(3, 2, 0, 1)
-        return np.array(array.reshape(self.clip_shape()), np.float32, order="C")
+        return np.asarray(array.reshape(self.clip_shape()), np.float32)
 
     def from_clip(self, array: np.ndarray) -> np.ndarray:
         if self.kind == "matrix":
@@ -112,7 +112,7 @@ def _blocks(path: str, prefix: str, config: mofi.TowerConfig) -> Iterator[Weight
 
 
 def to_state_dict(config: mofi.MofiConfig, params: mofi.Params) -> dict[str, np.ndarray]:
-    """Our parameters -> CLIPModel's state dict (float32, torch layout).
+    """Our parameters -> CLIPModel's state dict (float32, torch layout), views where they can be.
 
     Without a text tower it is that of CLIPVisionModelWithProjection. The class table and other
     parameters of the losses are no part of either and are left out.

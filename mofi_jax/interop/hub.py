@@ -81,11 +81,9 @@ def _read_by_transformers(
     folder: epath.PathLike, pictures: np.ndarray, texts: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
     """transformers itself, which this project never requires."""
-    try:
+    with parity.imports():
         import torch
         import transformers
-    except ImportError as error:
-        raise parity.NotRun(f"cannot be imported: {error}") from error
 
     folder = os.fspath(folder)
     values = files.read_json_object(epath.Path(folder) / "config.json", huggingface.COPY_AGAIN)
@@ -119,10 +117,8 @@ def _read_by_transformers(
 def _read_by_sentence_transformers(
     folder: epath.PathLike, pictures: np.ndarray, texts: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    try:
+    with parity.imports():
         import sentence_transformers
-    except ImportError as error:
-        raise parity.NotRun(f"cannot be imported: {error}") from error
 
     model = sentence_transformers.SentenceTransformer(os.fspath(folder), device="cpu")
     as_they_are = {"image": {"do_resize": False, "do_center_crop": False}}

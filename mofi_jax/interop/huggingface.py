@@ -24,6 +24,7 @@ from mofi_jax.model import mofi
 
 ENTITY_TABLE_FILE = "entity_table.safetensors"
 COPY_AGAIN = "copy the whole folder again"
+TABLE_BLOCK = 8_192  # rows of the class table that are put in order at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +70,31 @@ def read(folder: epath.PathLike) -> Clip:
         state = state.with_array(clip_weights.PROJECTION, np.eye(config.embed_dim))
     clip_weights.check_shapes(config, state.shapes, folder, text=has_text)
     params = clip_weights.from_state_dict(config, state, text=has_text)
-    _fold(params["image"], pixels, config.family)
-    entities = None
-    path = folder / ENTITY_TABLE_FILE
-    if path.exists():
-        entities = records.read_entities(folder / records.ENTITIES_FILE)
-        table = weights.open_files([path]).get(sharding.ENTITY_TABLE)
-        if table is None or table.shape != (len(entities), config.embed_dim):
-            raise BadInput(
-                f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: export "
-                "the model again."
-            )
-        ids = class_order.table_entities(np.arange(len(table)), len(table))
-        params[sharding.ENTITY_TABLE] = table[ids]
+    fold(params["image"], pixels, config.family)
+    entities = read_entities(folder, config, params)
     return Clip(config, params, tokenizer, entities, pixels.operations)
 
 
-def _fold(tower: mofi.Params, pixels: processor.Processor, family: str) -> None:
+def read_entities(
+    folder: epath.Path, config: mofi.MofiConfig, params: mofi.Params
+) -> records.Entities | None:
+    """The vocabulary of a folder that has one, whose class table becomes one of `params`."""
+    path = folder / ENTITY_TABLE_FILE
+    if not path.exists():
+        return None
+    entities = records.read_entities(folder / records.ENTITIES_FILE)
+    table = weights.open_files([path]).get(sharding.ENTITY_TABLE)
+    if table is None or table.shape != (len(entities), config.embed_dim):
+        raise BadInput(
+            f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: export the "
+            "model again."
+        )
+    ids = class_order.table_entities(np.arange(len(table)), len(table))
+    params[sharding.ENTITY_TABLE] = table[ids]
+    return entities
+
+
+def fold(tower: mofi.Params, pixels: processor.Processor, family: str) -> None:
     """Makes the image tower take pixels as the family normalises them, in place of the folder's."""
     kernel, bias = pixels.folded(tower["patch_embedding"]["kernel"], family)
     tower["patch_embedding"]["kernel"] = kernel
@@ -124,20 +133,28 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     )
     files.write_json(folder / processor.PREPROCESS, {"preprocess": preprocess})
     if tokenizer is not None:
-        _write_tokenizer(folder, tokenizer)
-    table = clip.params.get(sharding.ENTITY_TABLE)
-    if table is not None and clip.entities is not None:
-        # In the file row i is entity i, as in entities.parquet.
-        ids = np.arange(len(clip.entities))
-        rows = np.asarray(table, np.float32)[class_order.table_rows(ids, len(ids))]
-        weights.save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: rows})
-        records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
+        write_tokenizer(folder, tokenizer)
+    write_entities(folder, clip)
     towers = [name for name in mofi.TOWERS if name in clip.params]
     card = model_card.text(clip.config, preprocess, clip.entities, towers=towers)
     (folder / "README.md").write_text(card)
 
 
-def _write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
+def write_entities(folder: epath.Path, clip: Clip) -> None:
+    """The vocabulary and its class table, of a model that has them."""
+    table = clip.params.get(sharding.ENTITY_TABLE)
+    if table is None or clip.entities is None:
+        return
+    # In the file row i is entity i, as in entities.parquet.
+    number = len(clip.entities)
+    rows = class_order.table_rows(np.arange(number), number)
+    blocks = (table[rows[i : i + TABLE_BLOCK]] for i in range(0, number, TABLE_BLOCK))
+    stream = weights.Rows((number, table.shape[1]), blocks)
+    weights.save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: stream})
+    records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
+
+
+def write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
     """tokenizer.json as it is, unless it does not frame texts with BOS and EOS by itself."""
     text = tokenizer.path.read_text()
     backend = tokenizers.Tokenizer.from_str(text)

@@ -106,7 +106,7 @@ def read(folder: epath.Path, image_size: int, family: str) -> Processor:
     else:
         processor = _Resolver(values, path, family).processor(image_size)
     if (folder / PREPROCESS).exists():
-        return dataclasses.replace(processor, operations=_exact(folder / PREPROCESS, image_size))
+        return dataclasses.replace(processor, operations=exact(folder / PREPROCESS, image_size))
     if values is None:
         logging.warning(
             "%s has no %s: pictures are preprocessed as %s does.", folder, PREPROCESSOR, usual
@@ -141,7 +141,7 @@ def to_config(preprocess: str, image_size: int, family: str) -> dict[str, Any]:
     }
 
 
-def _exact(path: epath.Path, image_size: int) -> str:
+def exact(path: epath.Path, image_size: int) -> str:
     spec = files.read_json_object(path, "copy the whole folder again").get("preprocess")
     if not isinstance(spec, str):
         raise BadInput(f"{path} lacks the key preprocess: export the model again.")

@@ -5,14 +5,14 @@ pickle, which can run anything: it is opened by PyTorch's loader of tensors alon
 """
 
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 from etils import epath
-from safetensors import numpy as safetensors_numpy
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
@@ -26,6 +26,7 @@ DTYPES = ("F16", "BF16", "F32", "F64", "float16", "bfloat16", "float32", "float6
 # Before it, files can get round `weights_only` (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 COPY_AGAIN = "copy the whole folder again"
+BLOCK = 64 << 20  # bytes of an array that are written at a time
 
 
 class Stored(NamedTuple):
@@ -100,11 +101,38 @@ def open_files(paths: Sequence[epath.Path]) -> Arrays:
     return Arrays(stored)
 
 
-def save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file."""
+class Rows(NamedTuple):
+    """An array that is written as its rows come."""
+
+    shape: tuple[int, ...]
+    blocks: Iterable[np.ndarray]  # which make it up along the first axis
+
+
+def save(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Rows]) -> None:
+    """Writes a safetensors file of float32.
+
+    The library's own writer holds a copy of all arrays; this one of `BLOCK` bytes, and takes views
+    that are not contiguous as they are.
+    """
     # transformers refuses a file that does not name its layout.
-    safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)  # safetensors makes it private to its owner
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + 4 * math.prod(array.shape)
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            for block in array.blocks if isinstance(array, Rows) else [array]:
+                # A scalar has no rows.
+                block = block.reshape(block.shape or (1,))
+                rows = max(1, BLOCK // max(1, 4 * math.prod(block.shape[1:])))
+                for i in range(0, len(block), rows):
+                    file.write(np.ascontiguousarray(block[i : i + rows], "<f4").data)
+        if file.tell() != 8 + len(text) + end:
+            raise ValueError(f"{path} has other rows than its arrays should have")
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
