@@ -93,12 +93,13 @@ class Processor:
         return (kernel * scale[:, None]).astype(kernel.dtype), bias.astype(kernel.dtype)
 
 
-def read(folder: epath.Path, image_size: int, family: str) -> Processor:
+def read(folder: epath.PathLike, image_size: int, family: str) -> Processor:
     """What a folder says of pixels: preprocess.json if ours, else transformers' file.
 
     A folder with neither (weights alone) gets the family's usual preprocessing. Raises BadInput:
     a damaged file, or one that does not end in squares of `image_size`.
     """
+    folder = epath.Path(folder)
     values, path = _values(folder)
     usual = {"clip": "clip_hf", "siglip": "siglip"}[family]
     if values is None:
