@@ -88,7 +88,13 @@ class Model:
 
         Raises BadInput: as `embed_images`; a model without class table; k beyond the vocabulary.
         """
-        ids, cosines = self.towers.nearest_entities(self.params, self.embed_images(images), k)
+        return self.nearest_entities(self.embed_images(images), k)
+
+    def nearest_entities(
+        self, embeddings: Float32[np.ndarray, "n d"], k: int = 5
+    ) -> list[list[Entity]]:
+        """As `name_entities`, for embeddings of pictures."""
+        ids, cosines = self.towers.nearest_entities(self.params, embeddings, k)
         known = self.towers.entities
         return [
             [
