@@ -372,6 +372,18 @@ def test_downloads_that_cannot_be_used(tmp_path):
     put(folder, {"more.zip": as_zip(layout(names))[:50]})
     with pytest.raises(BadInput, match=r"or an archive in it cannot be read"):
         make_eval_sets.main("inat18", source=str(folder), out=str(tmp_path / "out"))
+    # A picture whose bytes are not those that were packed, or that a password hides.
+    data = bytearray(as_zip(layout(["images/1_a.jpg"])))
+    for place, told in ((100, "Bad CRC-32"), (6, "is encrypted")):
+        broken = data.copy()
+        broken[place] ^= 1
+        if place == 6:
+            broken[broken.index(b"PK\x01\x02") + 8] ^= 1
+        (tmp_path / "broken.zip").write_bytes(broken)
+        with pytest.raises(BadInput, match=rf"broken.zip or an archive in it .*{told}.*: unpack"):
+            make_eval_sets.main(
+                "gpr1200", source=str(tmp_path / "broken.zip"), out=str(tmp_path / "out")
+            )
     with pytest.raises(BadInput, match=r"--source and --out are needed; the set is iNaturalist"):
         make_eval_sets.main("inat18")
     with pytest.raises(BadInput, match=r"is there already"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -58,10 +59,13 @@ def test_a_folder_for_each_class_is_told_from_numbered_names(tmp_path):
 def test_class_folders_that_cannot_be_right(tmp_path):
     root = write(tmp_path / "set", *CLASSES)
     (root / "empty").mkdir()
-    for path in (root, as_tar(root, tmp_path / "empty.tar")):
-        with pytest.raises(BadInput, match=r"Class (set/)?empty of .* holds no pictures \(1 such"):
-            picture_sets.read_set(path)
-    (root / "empty").rmdir()
+    for hidden in ("", ".DS_Store"):  # what macOS leaves fills no folder
+        if hidden:
+            (root / "empty" / hidden).touch()
+        for path in (root, as_tar(root, tmp_path / "empty.tar")):
+            with pytest.raises(BadInput, match=r"Class (set/)?empty of .* holds no pictures \(1 s"):
+                picture_sets.read_set(path)
+    shutil.rmtree(root / "empty")
     write(root, "a.jpg")
     for path in (root, as_tar(root, tmp_path / "loose.tar")):
         with pytest.raises(BadInput, match=r"class folders and beside them \(a.jpg, 1 such"):
@@ -94,6 +98,18 @@ def test_links_are_followed_and_told_where_they_lead_nowhere(tmp_path):
     (root / "dog/up").symlink_to(root)
     with pytest.raises(BadInput, match=r"dog/up in .* is a link to a folder that it lies in"):
         picture_sets.read_set(root)
+
+
+def test_a_tar_that_is_damaged_in_its_middle_is_told(tmp_path):
+    """To tarfile a header that it cannot read is the end: the rest would be no part of the set."""
+    path = as_tar(write(tmp_path / "set", *CLASSES), tmp_path / "set.tar")
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[-2].offset
+    data = bytearray(path.read_bytes())
+    data[place + 10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=rf"cannot be read .*bad checksum at byte {place}\)"):
+        picture_sets.read_set(path)
 
 
 def test_a_path_is_no_pattern(tmp_path):
@@ -159,11 +175,18 @@ def test_labels_of_parquet(tmp_path):
         "has no label": {"labels": [0, -1]},
         "no column of labels that is known": {"labels": [1, 2], "column": "height", "names": None},
         "has no picture": {"labels": [0], "rows": [{"bytes": None, "path": "a.jpg"}]},
+        "classes 0 to 2 and names for 2": {"labels": [0, 2]},
+        "classes -2 to 0 and names for 2": {"labels": [0, -2]},
     }
     for sentence, arguments in wrong.items():
         hugging_face(path, **arguments)
         with pytest.raises(BadInput, match=sentence):
             picture_sets.read_set(path).read(0)
+    hugging_face(path, [0])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 36 + data[40:])  # the first page of the pictures
+    with pytest.raises(BadInput, match="cannot be read as parquet"):
+        picture_sets.read_set(path).read(0)
     path.write_bytes(b"PAR1")
     with pytest.raises(BadInput, match="cannot be read as parquet"):
         picture_sets.read_set(path)

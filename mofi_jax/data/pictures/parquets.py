@@ -5,9 +5,10 @@ order than that of the file would unpack a hundred pictures for each.
 """
 
 import bisect
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -38,7 +39,7 @@ class Rows:
                         "too much to read pictures one by one: write it anew with row groups "
                         "of some hundred pictures."
                     )
-                self._groups.append((file, group))
+                self._groups.append((file, group, path))
                 lengths.append(facts.num_rows)
         self._ends = list(itertools.accumulate(lengths))
         self._lock = threading.Lock()
@@ -52,8 +53,9 @@ class Rows:
         """All values of a column or ``struct.member``; read without the pictures."""
         top, _, member = name.partition(".")
         values = []
-        for file in self._files:
-            column = file.read(columns=[name]).column(top)
+        for file, path in zip(self._files, self.paths, strict=True):
+            with _damage_told(path):
+                column = file.read(columns=[name]).column(top)
             cells = column.to_pylist()
             values += [cell and cell[member] for cell in cells] if member else cells
         return values
@@ -74,18 +76,26 @@ class Rows:
     def _read_group(self, number: int) -> Any:
         from pyarrow import compute
 
-        file, group = self._groups[number]
-        table = file.read_row_group(group, columns=[f"{self.picture}.bytes"])
+        file, group, path = self._groups[number]
+        with _damage_told(path):
+            table = file.read_row_group(group, columns=[f"{self.picture}.bytes"])
         return compute.struct_field(table.column(self.picture), "bytes").combine_chunks()
 
 
 def open_file(path: epath.Path) -> Any:
     """`pyarrow.parquet.ParquetFile`; raises BadInput where it is none."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _damage_told(path):
         return pq.ParquetFile(str(path))
+
+
+@contextlib.contextmanager
+def _damage_told(path: epath.Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path} cannot be read as parquet ({error}): fetch it again.") from error
 

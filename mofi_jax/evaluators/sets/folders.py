@@ -27,7 +27,7 @@ class _Content:
     """What lies in a folder or tar: paths from it, with slashes."""
 
     pictures: dict[str, tuple[int, int] | None]  # offset and length in the tar; None in a folder
-    empty: list[str]  # folders without a file
+    empty: list[str]  # folders without a file, but for hidden ones such as .DS_Store
 
 
 def read(path: epath.Path) -> listing.Listing:
@@ -135,7 +135,7 @@ def _walk(path: epath.Path) -> _Content:
                     raise _nowhere(path, name)
                 yield name
                 found = True
-            else:
+            elif not entry.name.startswith("."):
                 found = True
         if not found:
             empty.append(inside)
@@ -145,13 +145,25 @@ def _walk(path: epath.Path) -> _Content:
     return _Content(pictures, empty)
 
 
+class Member(tarfile.TarInfo):
+    """For `tarfile.open`, which takes a damaged header for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Member":
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+
+
 def _members(path: epath.Path) -> _Content:
     spans, links, folders, filled = {}, {}, [], set()
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
-                filled.update(itertools.accumulate(name.split("/")[:-1], posixpath.join))
+                if not posixpath.basename(name).startswith("."):
+                    filled.update(itertools.accumulate(name.split("/")[:-1], posixpath.join))
                 if member.isdir():
                     folders.append(name)
                 elif member.issym():

@@ -89,7 +89,13 @@ def _classes(rows: Rows) -> tuple[np.ndarray, dict[int, str]]:
     if isinstance(values[0], str):
         texts, classes = np.unique(values, return_inverse=True)
         return classes.astype(np.int64), {i: str(text) for i, text in enumerate(texts)}
-    return np.array(values, np.int64), dict(enumerate(fields.get(name, ())))
+    classes, names = np.array(values, np.int64), fields.get(name, [])
+    if names and not 0 <= classes.min() <= classes.max() < len(names):
+        raise BadInput(
+            f"{path} has rows of the classes {classes.min()} to {classes.max()} and names for "
+            f"{len(names)}: fetch it again."
+        )
+    return classes, dict(enumerate(names))
 
 
 def _class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -1,7 +1,9 @@
 """What a person has downloaded, as one list of files: folders, zips and tars, tars in tars too."""
 
 import bisect
+import contextlib
 import gzip
+import lzma
 import os
 import posixpath
 import tarfile
@@ -13,9 +15,13 @@ from typing import Any
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.evaluators.sets import folders
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(OSError, RuntimeError),  # of bz2; a zip with a password, or compressed by another method
+)
 _Entry = tuple[str, Callable[[], bytes]]
 
 
@@ -75,18 +81,26 @@ class Download:
                 return
             if name in wanted:
                 wanted.remove(name)
-                yield name, content()
+                with self._damage_told():
+                    data = content()
+                yield name, data
 
     def _entries(self) -> Iterator[_Entry]:
-        try:
+        with self._damage_told():
             if self.path.is_dir():
                 yield from _of_folder(self.path)
             else:
                 with self.path.open("rb") as file:
                     yield from _of_archive(self.path.name, file)
+
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
         except _DAMAGE as error:
             raise BadInput(
-                f"{self.path} or an archive in it cannot be read ({error}): fetch it again."
+                f"{self.path} or an archive in it cannot be read ({error}): unpack it and name the "
+                "folder, or fetch it again."
             ) from error
 
 
@@ -112,7 +126,7 @@ def _of_archive(name: str, file: Any) -> Iterator[_Entry]:
                 if not info.is_dir():
                     yield from _member(info.filename, lambda info=info: archive.open(info))
         return
-    with tarfile.open(fileobj=file, mode="r:*") as archive:
+    with tarfile.open(fileobj=file, mode="r:*", tarinfo=folders.Member) as archive:
         for member in archive:
             if member.isfile():
                 yield from _member(
