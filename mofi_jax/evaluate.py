@@ -17,6 +17,7 @@ flags of `mofi_jax.train`.  D (by default W/evaluation) receives
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +60,8 @@ def main(
         this is, counted from 0; left out where jax finds them by itself.
     """
     models = [*([model] if model else []), *models]
-    if not models or len(set(models)) < len(models):
+    places = {name if files.is_remote(name) else os.path.realpath(name) for name in models}
+    if not models or len(places) < len(models):
         raise BadInput(
             f"--models names {'no model' if not models else 'a model twice'}: write --models A B, "
             "each a training run, a Hugging Face CLIP folder or raw_pixels."

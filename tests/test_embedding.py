@@ -106,7 +106,8 @@ def test_a_picture_that_cannot_be_decoded_stays_and_has_a_random_feature(mesh_of
     # As far from each other as from anything: a class that is all broken finds nothing by that.
     assert abs(found[7] @ found[30]) < 0.99
     # The same on any mesh, and for any model of as many numbers.
-    expected = np.stack([embedding._random(f"0_{i}.jpg", DIM) for i in (7, 30)])
+    own = numbered(40).sha256()
+    expected = np.stack([embedding._random(f"{own} 0_{i}.jpg", DIM) for i in (7, 30)])
     np.testing.assert_array_equal(found[broken], expected)
     # Named and counted, for every evaluator that asks for the set.
     assert pictures.known["sha256"] == numbered(40).sha256()
@@ -119,18 +120,34 @@ def test_a_picture_that_cannot_be_decoded_stays_and_has_a_random_feature(mesh_of
         "feature": "random",
     }
     whole = numbered(3)
+    assert "undecodable" not in embedding.picture_card(towers, whole)  # nobody has looked
     embedder.pictures(whole)
     assert embedding.picture_card(towers, whole)["undecodable"] == {"pictures": 0}
+    # What has its name in another set is not found there.
+    other = embedder.pictures(numbered(8)).numpy()
+    assert abs(other[7] @ found[7]) < 0.99
+    # All that lies at one path is told, whatever part of it was asked for last.
+    assert embedder.undecodable() == {"numbers": ["0_7.jpg", "0_30.jpg"]}
 
 
 def test_a_set_without_any_picture_and_other_faults_end_it_when_all_hosts_have_finished(mesh_of):
     towers = inference.RawPixels(8, mesh_of["1x8x1"])
     with pytest.raises(BadInput, match=r"^None of the 40 pictures of numbers .*0_0.jpg.*: fetch"):
         Embedder(towers, {}, 1).pictures(numbered(40))
+
+    def read(i):
+        raise PermissionError(13, "Permission denied")
+
+    pictures = PictureSet(epath.Path("set"), ("0_a.jpg",), np.zeros(1, np.int64), read)
+    with pytest.raises(BadInput, match=r"^0_a.jpg in set cannot be read \(Permission denied\): co"):
+        Embedder(towers, {}).pictures(pictures)
+
     towers = Towers(mesh_of["1x8x1"])
     towers.decode = {b"0": np.zeros(1, np.int32)}.__getitem__  # no fault of the picture
     with pytest.raises(KeyError):
         Embedder(towers, {}).pictures(numbered(2))
+    with pytest.raises(BadInput, match="batch size is 0"):
+        Embedder(towers, {}, 0)
 
 
 def test_one_program_for_sets_of_all_sizes(mesh_of):

@@ -141,6 +141,7 @@ def test_class_tables(tmp_path):
     with pytest.raises(BadInput, match="no class table at"):
         picture_sets.read_classes(tmp_path / "nowhere.jsonl")
     wrong = ("not json", '{"class": 1}', '{"class": "x", "label": "y"}', "[1]", "[" * 100_000)
+    wrong += ('{"class": 1, "label": null}', '{"class": 0, "label": "y"}')
     for line in (*wrong, '{"class": 1e400, "label": "y"}'):
         broken = tmp_path / "broken.jsonl"
         broken.write_text('{"class": 0, "label": "a\u2028b"}\n' + line, "utf-8")
@@ -342,6 +343,24 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_counted(folder, tmp_path,
     assert note in (tmp_path / "out/index.html").read_text()
 
 
+def test_names_that_are_no_unicode(folder, tmp_path):
+    """As old archives leave them on disk: bytes of Latin-1, which are shown as escapes."""
+    copy = shutil.copytree(folder, tmp_path / "set")
+    named = os.fsencode(copy) + b"/340_caf\xe9.jpg"
+    os.rename(copy / "340_0.jpg", named)
+    queries = [{"image": os.fsdecode(b"340_caf\xe9.jpg"), "classes": [340]}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    config = eval_config.get_config(f"gpr1200={copy}")
+    found = {"kind": "query_index", "protocol": "ilias", "queries": str(tmp_path / "q.jsonl")}
+    config.evaluators["found"] = {**found, "index": str(copy), "images": str(copy)}
+    evaluate.main(config, evaluate.RAW_PIXELS, str(tmp_path / "out"))
+    assert "340_caf\\udce9.jpg" in (tmp_path / "out/index.html").read_text("utf-8")
+    as_tar = tmp_path / "set.tar"
+    with tarfile.open(as_tar, "w") as tar:
+        tar.add(copy, "set")
+    assert picture_sets.read_set(as_tar).sha256() == picture_sets.read_set(copy).sha256()
+
+
 def test_several_models_in_one_table(model, folder, tmp_path, monkeypatch):
     """What one has not is a dash; the best is bold; a set's pictures are in the page once."""
     config = eval_config.get_config(f"gpr1200={folder},classes={SAMPLE / 'classes.jsonl'}")
@@ -368,8 +387,10 @@ def test_models_are_named_and_found_before_any_is_measured(model, folder, tmp_pa
     config = eval_config.get_config(f"gpr1200={folder}")
     with pytest.raises(BadInput, match="--models names no model: write --models A B"):
         evaluate.main(config)
-    with pytest.raises(BadInput, match="--models names a model twice"):
-        evaluate.main(config, out=str(tmp_path), models=[str(model), str(model)])
+    (tmp_path / "link").symlink_to(model)
+    for same in (str(model), f"{model}/", str(tmp_path / "link")):
+        with pytest.raises(BadInput, match="--models names a model twice"):
+            evaluate.main(config, out=str(tmp_path), models=[str(model), same])
     with pytest.raises(BadInput, match="--out is missing: several models"):
         evaluate.main(config, models=[str(model), "raw_pixels"])
     monkeypatch.setattr(inference, "load", None)

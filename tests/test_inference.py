@@ -135,7 +135,8 @@ def test_compiled_once_for_all_batches(mesh_of, config, params, tokenizer, entit
 
 
 def test_load_exported_folder(exported, mesh_of, config, params):
-    model = inference.load(exported, mesh=mesh_of["2x2x2"], batch_size=8)
+    # It has no steps.
+    model = inference.load(exported, mesh=mesh_of["2x2x2"], batch_size=8, step="7")
     assert model.description == str(exported)
     files = [_picture("red"), _picture((0, 90, 200), (16, 16), "JPEG"), _picture("white", (1, 1))]
     embeddings = model.embed_images(files)

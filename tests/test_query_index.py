@@ -280,6 +280,28 @@ def test_boxes_and_distractors_of_real_pictures(tmp_path):
         suite.build_all(towers, {"mine": config})
 
 
+def test_one_file_of_queries_for_pictures_of_two_sets(tmp_path):
+    """As of a set and its blurred copy: each has features, and thumbnails, of its own."""
+    for name in ("index", "images", "copy"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = np.zeros((8, 8, 3), np.uint8)
+            pixels[:, 4 * (i == 1) : 4 + 4 * (i != 0)] = 255
+            Image.fromarray(255 - pixels if name == "copy" else pixels).save(
+                tmp_path / name / f"0_{i}.png"
+            )
+    (tmp_path / "q.jsonl").write_text('{"image": "0_0.png", "positives": ["0_0.png"]}')
+    config = {"kind": "query_index", "protocol": "gldv2", "index": tmp_path / "index"}
+    config["queries"] = tmp_path / "q.jsonl"
+    towers = inference.RawPixels(8, meshes.make_mesh())
+    configs = {name: {**config, "images": tmp_path / name} for name in ("images", "copy")}
+    evaluators = suite.build_all(towers, configs).evaluators
+    scores = suite.run_all(evaluators, embedding.Embedder(towers, {}))
+    assert scores["images/map_at_100"] == 1
+    assert scores["copy/map_at_100"] < 1
+    assert len({of.pictures.key for of in evaluators.values()}) == 2
+
+
 def test_features_that_are_not_finite(sets):
     """Of texts and of pictures."""
     folder, index, queries, _, _ = sets

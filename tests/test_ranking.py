@@ -1,5 +1,7 @@
 """Every ranking metric against its definition, walked through place by place, and scikit-learn."""
 
+import warnings
+
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -117,6 +119,8 @@ def test_global_average_precision():
     value = ranking.global_average_precision(confidence, right, labelled)
     assert value == pytest.approx(expected, abs=1e-12)
     assert ranking.global_average_precision(np.ones(3), np.zeros(3, bool), 2) == 0
+    with warnings.catch_warnings(action="error"):
+        assert np.isnan(ranking.global_average_precision(np.ones(3), np.zeros(3, bool), 0))
 
 
 def test_intervals():

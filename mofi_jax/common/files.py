@@ -179,14 +179,17 @@ def read_json_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file; it appears complete or not at all."""
-    path = epath.Path(path)
+    """Writes a file; it appears complete or not at all.
+
+    What is no Unicode, such as half a surrogate pair or the bytes of an old file name, is escaped.
+    """
+    path, data = epath.Path(path), text.encode(errors="backslashreplace")
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)

@@ -37,7 +37,7 @@ def load(
         mesh=meshes.make_mesh(devices=jax.local_devices()) if mesh is None else mesh,
         batch_size=batch_size,
     )
-    of_step = f", step {step}" if step else ""
+    of_step = f", step {step}" if step and kind(path) == "run" else ""
     return Model(towers, towers.put(saved.params), f"{path}{of_step}")
 
 

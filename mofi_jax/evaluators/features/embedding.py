@@ -104,9 +104,13 @@ class Embedder:
 
     Args:
       batch_size: pictures on each device at a time, in all sets, so that there is one program.
+
+    Raises BadInput: a batch without a picture.
     """
 
     def __init__(self, towers: Any, params: Any, batch_size: int = BATCH_SIZE):
+        if batch_size < 1:
+            raise BadInput(f"The batch size is {batch_size}: give at least one picture.")
         self.towers, self.params, self._batch = towers, params, batch_size
         self._pictures: dict[Any, tuple[Features, PictureSet]] = {}
         self._texts: dict[tuple[str, ...], np.ndarray] = {}
@@ -115,10 +119,10 @@ class Embedder:
         """Features of a picture set, in its order; called on all hosts.
 
         Raises:
-          BadInput: on every host, a set of which no picture can be decoded, or features that are
-            not finite.
+          BadInput: on every host, a set of which no picture can be decoded, or one cannot even be
+            read, or features that are not finite.
         """
-        key = str(pictures.path), pictures.names  # a set may be a part of what lies at its path
+        key = pictures.key
         if key not in self._pictures:
             features = self._embed(pictures)
             # NaN compares false with everything, which would give every relevant row rank 1.
@@ -132,8 +136,10 @@ class Embedder:
 
     def undecodable(self) -> dict[str, list[str]]:
         """Of each picture set embedded so far, the names of what cannot be decoded, if any."""
-        found = {key[0]: of.known[UNDECODABLE] for key, (_, of) in self._pictures.items()}
-        return {path: names for path, names in found.items() if names}
+        found: dict[str, dict[str, None]] = {}
+        for _, of in self._pictures.values():  # several may be called by one path
+            found.setdefault(str(of.path), {}).update(dict.fromkeys(of.known[UNDECODABLE]))
+        return {path: list(names) for path, names in found.items() if names}
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """Features of texts, L2-normalised, on every host; BadInput if they are not finite."""
@@ -206,7 +212,7 @@ class Embedder:
                 jax.block_until_ready(previous)  # no more than two batches lie on the devices
                 previous = found
                 bar.update(min(mesh.size * batch, size - bar.n))
-        hosts.all_or_none(lambda: _raise_first(failures))
+        hosts.all_or_none(lambda: _raise_first(failures, pictures))
         for i, error in sorted(undecodable.items())[:_TOLD]:
             logging.warning("%s in %s: %s", pictures.names[i], pictures.path, error)
         # Who asks for the set's hash would read all of it again.
@@ -228,21 +234,32 @@ class Embedder:
                 "not compare with those of the whole set; fetch it again.",
                 *(len(broken), size, pictures.path),
             )
-            new = np.stack([_random(pictures.names[i], features.shape[1]) for i in broken])
+            # By the set too: what has one name in two of them, such as the training and the test
+            # set, is not to find itself there.
+            seeds = [f"{pictures.sha256()} {pictures.names[i]}" for i in broken]
+            new = np.stack([_random(seed, features.shape[1]) for seed in seeds])
             new = sharding.put(mesh, (broken.astype(np.int32), new))
             features = _replace(features, *new, mesh=mesh)
         return Features(features, size, mesh)
 
 
-def _raise_first(failures: dict[int, Exception]) -> None:
-    if failures:
-        raise failures[min(failures)]
+def _raise_first(failures: dict[int, Exception], pictures: PictureSet) -> None:
+    if not failures:
+        return
+    first = min(failures)
+    error = failures[first]
+    if isinstance(error, OSError):
+        raise BadInput(
+            f"{pictures.names[first]} in {pictures.path} cannot be read "
+            f"({error.strerror or error}): correct its permissions, or fetch the set again."
+        ) from error
+    raise error
 
 
-def _random(name: str, dim: int) -> Float32[np.ndarray, " d"]:
+def _random(seed: str, dim: int) -> Float32[np.ndarray, " d"]:
     """A direction that is as good as any other, and the same each time."""
-    seed = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest())
-    feature = np.random.default_rng(seed).standard_normal(dim, np.float32)
+    number = int.from_bytes(hashlib.sha256(seed.encode(errors="surrogateescape")).digest())
+    feature = np.random.default_rng(number).standard_normal(dim, np.float32)
     return feature / np.linalg.norm(feature)
 
 
@@ -289,8 +306,11 @@ def _not_finite(what: str, row: int) -> BadInput:
 
 def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
     """The part of a protocol card that concerns the pictures and their features."""
-    broken = pictures.known.get(UNDECODABLE, [])
-    named = {"names": broken[:_NAMED], "feature": "random"} if broken else {}
+    facts = {}
+    if UNDECODABLE in pictures.known:  # of a set that was not asked for nobody knows
+        broken = pictures.known[UNDECODABLE]
+        named = {"names": broken[:_NAMED], "feature": "random"} if broken else {}
+        facts[UNDECODABLE] = {"pictures": len(broken)} | named
     return {
         "pictures": len(pictures),
         "classes": len(np.unique(pictures.classes)),
@@ -298,5 +318,5 @@ def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
         "preprocessing": towers.preprocess,
         "feature": f"{type(towers).__name__}.embed_images (towers: after the projection), float32",
         "normalisation": "L2",
-        UNDECODABLE: {"pictures": len(broken)} | named,
+        **facts,
     }

@@ -113,8 +113,7 @@ class _Thumbnails:
 
     def add(self, pictures: PictureSet, rows: set[int]) -> str:
         """What the names of this set's pictures begin with; their row numbers follow."""
-        key = str(pictures.path), pictures.names
-        prefix = f"p{self._sets.setdefault(key, len(self._sets))}-"
+        prefix = f"p{self._sets.setdefault(pictures.key, len(self._sets))}-"
         new = {row for row in rows if f"{prefix}{row}" not in self.found}
         self.found |= {f"{prefix}{row}": jpeg for row, jpeg in _thumbnails(pictures, new)}
         return prefix

@@ -77,8 +77,10 @@ def global_average_precision(
 
     M = `labelled`: the queries that have a label; predictions for others are wrong and count in the
     precision alone (nikosips/met).  Of equal confidences all come before P is taken, so that the
-    order of queries decides nothing.
+    order of queries decides nothing.  NaN where none has a label.
     """
+    if not labelled:
+        return np.nan
     order = np.argsort(-confidence, kind="stable")
     falling, found = -confidence[order], np.cumsum(right[order])
     upto = np.searchsorted(falling, falling, side="right")  # of the i-th, with all its equals

@@ -57,7 +57,14 @@ def read_captions(path: epath.PathLike, pictures: PictureSet) -> Captions:
             if thing in texts or len(by) > 1:
                 raise ValueError("a second line of one thing, or image and class in one file")
             texts[thing] = captions[:FIRST]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise BadInput(
             f"Line {number} of the captions {path} cannot be read ({error!r}): write lines such as "
             '{"image": "1.jpg", "captions": ["a dog"]}.'

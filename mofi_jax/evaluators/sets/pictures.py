@@ -29,10 +29,16 @@ class PictureSet:
     classes: Int[np.ndarray, " n"]  # int64
     read: listing.Reader  # the file of picture i; safe to call from several threads
     labels: dict[int, str] = dataclasses.field(default_factory=dict)  # where the layout has them
+    sources: tuple[epath.Path, ...] = ()  # where it was put together, the sets that it is of
     known: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other sets, of which several may be called by one path."""
+        return str(self.path), self.sources, self.names
 
     def sha256(self) -> str:
         """Hash of names and contents, the same for a folder and for a tar of the same pictures."""
@@ -46,7 +52,8 @@ class PictureSet:
         """Takes the SHA-256 of each file from who has read them: `sha256` then reads none."""
         total = hashlib.sha256()
         for name, digest in zip(self.names, digests, strict=True):
-            total.update(f"{digest.hex()}  {name}\n".encode())
+            # A name on disk need not be UTF-8: these are its bytes.
+            total.update(f"{digest.hex()}  {name}\n".encode(errors="surrogateescape"))
         self.known["sha256"] = total.hexdigest()
 
 
@@ -104,8 +111,8 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
     (GPR1200_categoryNumber_to_text.json).
 
     Raises:
-      BadInput: missing file, a line that is not as described, or one that lacks a class of
-        `pictures`.
+      BadInput: missing file, a line that is not as described, two lines of a class, or a file
+        that lacks a class of `pictures`.
     """
     if not str(path):
         if pictures is None or not pictures.labels:
@@ -123,9 +130,11 @@ def read_classes(path: epath.PathLike, pictures: PictureSet | None = None) -> di
         else:
             rows = (json.loads(line) for line in text.split("\n") if line.strip())
         for row in rows:
-            classes[int(row["class"])] = Class(
-                str(row.get("id", "")), str(row["label"] if "label" in row else row["lemmas"][0])
-            )
+            number = int(row["class"])
+            label = row["label"] if "label" in row else row["lemmas"][0]
+            if label is None or number in classes:
+                raise ValueError("a class without a label" if label is None else "a second entry")
+            classes[number] = Class(str(row.get("id", "")), str(label))
     except (
         ValueError,
         LookupError,

@@ -92,7 +92,9 @@ def query_pictures(queries: Queries, pictures: PictureSet) -> PictureSet:
         Image.fromarray(picture).save(png, "PNG", compress_level=1)
         return png.getvalue()
 
-    return PictureSet(queries.path, queries.names, pictures.classes[chosen], read)
+    sources = (pictures.path, *pictures.sources)
+    classes = pictures.classes[chosen]
+    return PictureSet(queries.path, queries.names, classes, read, sources=sources)
 
 
 def with_distractors(index: PictureSet, distractors: Sequence[PictureSet]) -> PictureSet:
@@ -115,7 +117,8 @@ def with_distractors(index: PictureSet, distractors: Sequence[PictureSet]) -> Pi
 
     nothing = np.full(len(names) - len(index), NO_ROW, np.int64)
     classes = np.concatenate([index.classes, nothing])
-    return PictureSet(index.path, names, classes, read, index.labels)
+    sources = tuple(part.path for part in parts)
+    return PictureSet(index.path, names, classes, read, index.labels, sources)
 
 
 def read_queries(path: epath.PathLike, index: PictureSet) -> Queries:
@@ -135,7 +138,7 @@ def read_queries(path: epath.PathLike, index: PictureSet) -> Queries:
             number += 1
             if text.strip():
                 lines.append((number, _query(json.loads(text))))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise BadInput(
             f"Line {number} of the queries {path} cannot be read ({error}): write lines such as "
             '{"image": "q.jpg", "positives": ["a.jpg"]}.'
@@ -183,18 +186,23 @@ def _query(line: Any) -> dict[str, Any]:
     if ("positives" in line) == ("classes" in line):
         raise ValueError("needs positives or classes")
     box = line.get("box")
-    if box is not None and (len(box) != 4 or "text" in line):
-        raise ValueError("box needs a picture and four numbers")
+    if box is not None:
+        box = tuple(float(side) for side in box)
+        if len(box) != 4 or not np.isfinite(box).all() or "text" in line:
+            raise ValueError("box needs a picture and four numbers")
+    classes = line.get("classes", [])
+    if not isinstance(classes, list):
+        raise ValueError("classes is a list of numbers")
     positives, junk = (_by_setup(line.get(key, {})) for key in ("positives", "junk"))
     if unknown := set(junk) - set(positives) - {""}:
         raise ValueError(f"junk of the setup {min(unknown)!r}, which has no positives")
     return {
         "name": str(line["text" if "text" in line else "image"]),
         "text": "text" in line,
-        "box": None if box is None else tuple(float(side) for side in box),
+        "box": box,
         "positives": positives,
         "junk": junk,
-        "classes": sorted({int(number) for number in line.get("classes", ())}),
+        "classes": np.unique(np.array([int(number) for number in classes], np.int64)).tolist(),
         "domain": str(line.get("domain", "")),
         "split": str(line.get("split", "")),
     }
