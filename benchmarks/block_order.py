@@ -33,7 +33,6 @@ def config(seed: int, block: int, steps: int, data: pathlib.Path, programs: path
     made.data.update(
         dir=str(data),
         block=block,
-        train_ops=made.data.train_ops.replace("new_view(40", f"new_view({SIZE}"),
         eval_ops=f"decode|resize_short({SIZE})|center_crop({SIZE})",
     )
     made.evaluators = {"unseen": made.evaluators.retrieval_unseen.to_dict()}

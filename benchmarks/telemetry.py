@@ -67,7 +67,6 @@ class Loop:
             self.goodput,
             images_per_step=batch_size,
             tokens_per_step=batch_size * config.model.context_length,
-            flops_per_step=1e12,
             peak_flops=1e12,
         )
         self.console = telemetry.Console(10_000, batch_size)
@@ -106,7 +105,10 @@ class Loop:
         self.metrics.watch(self.step, self.values)
         self.console.show(self.step - 1, self.metrics.flush())
         if self.step % LOG_EVERY == 0:
-            measured = {**self.learning_rates(self.step), **self.meter.read(self.step)}
+            measured = {
+                **self.learning_rates(self.step),
+                **self.meter.read(self.step, 1e12 * self.step),
+            }
             self.metrics.push(self.step, {**self.values, **measured})
             self.goodput.heartbeat()
 

@@ -135,3 +135,24 @@ def extra_sets(text: str) -> dict[str, dict[str, Any]]:
                 "between them, each name once."
             ) from None
     return sets
+
+
+def stages(text: str) -> tuple[dict[str, Any], ...]:
+    """``PIXELS@DROPOUT@LENGTH+PIXELS@DROPOUT@LENGTH`` -> ``config.stages``.
+
+    Raises:
+      BadInput: what cannot be read so.
+    """
+    found = []
+    for part in filter(None, text.split("+")):
+        try:
+            pixels, dropout, length = part.split("@")
+            found.append(
+                {"length": length, "image_size": int(pixels), "patch_dropout": float(dropout)}
+            )
+        except ValueError:
+            raise BadInput(
+                f"stages={text} cannot be read at {part!r}: write PIXELS@DROPOUT@LENGTH, as "
+                "112@0.5@80 percent, several with + between them."
+            ) from None
+    return tuple(found)

@@ -22,9 +22,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     gpr1200=PATH measures retrieval on a folder or tar of {class}_{name}.jpg while it trains.
     extra=NAME@DIR@WEIGHT+... mixes in the sets DIR/i2e, each WEIGHT examples for one of the primary
-    set.
+    set.  stages=112@0.5@80 percent+... begins with smaller pictures and patch dropout.
     """
-    arg = common.parse_arg(arg, task="multitask", variant="B/16", res=224, gpr1200="", extra="")
+    arg = common.parse_arg(
+        arg, task="multitask", variant="B/16", res=224, gpr1200="", extra="", stages=""
+    )
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.distributed = False  # True on pods: one process a host, jax.distributed
@@ -39,6 +41,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # 77 tokens: CLOC Table A; it also reproduces the published text tower sizes.
     config.model = common.model(arg.variant, image_size=arg.res, context_length=77)
 
+    # Stages of the run, one after the other, each a dictionary: `length`; `image_size`, in pixels;
+    # `patch_dropout`, the share of a picture's patches that a step does not look at (FLIP); and
+    # `learning_rate_multiplier`.  What they leave of the run is trained as the model is, and it is
+    # at the model's size that a run is evaluated and saved at any time.
+    config.stages = common.stages(arg.stages)
+
     config.data = {
         "dir": "data",  # holds i2e/1.0.0/, as data_prep.build_i2e writes it
         "name": "i2e",
@@ -47,7 +55,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # others are matched by QID, and dropped where its vocabulary lacks them.
         "extra": common.extra_sets(arg.extra),
         # axlearn vision/input_image.py: random crop, flip, no RandAugment ("|randaugment(2, 9)").
-        "train_ops": f"decode|random_resized_crop({arg.res})|flip",
+        # {size} is the model's, or the stage's.
+        "train_ops": "decode|random_resized_crop({size})|flip",
         # apple/ml-mofi eval/utils.py: short side, bilinear without antialiasing, centre crop.
         "eval_ops": f"decode|resize_short({arg.res}, 'bilinear')|center_crop({arg.res})",
         # Alt-text or entity text, drawn per example; the paper's mixing rule is not public.

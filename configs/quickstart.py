@@ -38,7 +38,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "dir": "runs/quickstart/data",
             "name": arg.data,
             "train_ops": (
-                "decode|new_view(40, scale=(0.55, 1.0), rotate=25.0)|flip|light(0.25, 0.25, 0.25)"
+                "decode|new_view({size}, scale=(0.55, 1.0), rotate=25.0)|flip"
+                "|light(0.25, 0.25, 0.25)"
             ),
             "eval_ops": "decode|resize_short(40)|center_crop(40)",
             "text_sources": {"alt_text": 0.5, "name_and_description": 0.25, "name": 0.25},

@@ -138,6 +138,8 @@ def read_config(run: epath.Path) -> ml_collections.ConfigDict:
     try:
         if "block" not in config.data:  # written by an earlier version
             config.data.block = 1
+        if "stages" not in config:
+            config.stages = ()
         settings.validate(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is no training config ({error}): {remedy}.") from error

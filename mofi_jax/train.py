@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +32,16 @@ from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.evaluators.features import embedding
 from mofi_jax.inference import warm_start
 from mofi_jax.telemetry import accelerators, flops
-from mofi_jax.training import checkpoint, optim, run_folder, run_lock, settings, setup, state
+from mofi_jax.training import (
+    cadence,
+    checkpoint,
+    optim,
+    run_folder,
+    run_lock,
+    settings,
+    setup,
+    state,
+)
 from mofi_jax.training import step as step_lib
 
 
@@ -98,6 +108,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     logging.log(logging.WARNING if much else logging.INFO, "%s", lies)
     context, clock = train_setup.context, train_setup.clock
     model, num_entities = context.model, context.num_entities
+    for stage in train_setup.stages if config.stages else ():
+        logging.info("stage of %s", stage)
     for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
         logging.warning("%s", sentence)
     profiler = telemetry.Profile(profile, workdir, total_steps=clock.total_steps)
@@ -162,7 +174,6 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     else:
         train_state, _ = state.create(train_setup.init, config.seed, mesh)
         train_state = warm_start.apply(train_state, warm) if warm else train_state
-    train_step = step_lib.make_train_step(context, train_setup.tx, shardings)
 
     # ---------------------------------------------------------------------- logging
     goodput.resume(workdir, position.seconds)
@@ -185,27 +196,37 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         goodput,
         images_per_step=batch_size,
         tokens_per_step=contrasted * config.model.context_length,
-        flops_per_step=sum(flops.of_step(context, batch_size=batch_size).values()),
         peak_flops=chip.device_flops * mesh.size if chip else None,
     )
     console = telemetry.Console(clock.total_steps, batch_size)
 
     # ---------------------------------------------------------------------- input
-    stream = hosts.all_or_none(
-        lambda: pipeline.training_stream(
-            data.parts,
-            builder,
-            seed=config.seed,
-            start=examples,
-            block=config.data.block,
-            batch_size=batch_size,
-            rows=global_batch.batch_rows(mesh, batch_size),
-            threads=config.data.threads,
-            workers=config.data.workers,
+    def begin(
+        stage: cadence.Stage,
+    ) -> tuple[Callable[..., Any], float, Iterator[dict[str, jax.Array]]]:
+        """A stage's update, its model FLOPs, and its batches from the next example on."""
+        of_stage = train_setup.context_of(stage)
+        image_ops = ops.expand(config.data.train_ops, stage.image_size)
+        stream = hosts.all_or_none(
+            lambda: pipeline.training_stream(
+                data.parts,
+                dataclasses.replace(builder, image_ops=image_ops),
+                seed=config.seed,
+                start=examples,
+                block=config.data.block,
+                batch_size=batch_size,
+                rows=global_batch.batch_rows(mesh, batch_size),
+                threads=config.data.threads,
+                workers=config.data.workers,
+            )
         )
-    )
-    batches = prefetch.DeviceBatches(stream, mesh, config.data.prefetch)
-    cleanup.callback(batches.close)
+        batches = prefetch.DeviceBatches(stream, mesh, config.data.prefetch)
+        cleanup.callback(batches.close)
+        update = step_lib.make_train_step(of_stage, train_setup.tx, shardings)
+        return update, sum(flops.of_step(of_stage, batch_size=batch_size).values()), batches
+
+    stage, spent_flops = train_setup.stage_at(first), 0.0
+    train_step, step_flops, batches = begin(stage)
 
     # ---------------------------------------------------------------------- loop
     scores: dict[str, float] = {}
@@ -263,6 +284,12 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             profiler.at(step, in_flight=values)
         if step == total:
             break
+        if step == stage.end:
+            with goodput.phase("input"):
+                stage = train_setup.stage_at(step)
+                batches.close()
+                train_step, step_flops, batches = begin(stage)
+            logging.info("stage of %s", stage)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             with goodput.phase("input"):
                 batch = next(batches)
@@ -279,9 +306,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         metrics.watch(step + 1, values)
         console.show(step, metrics.flush())
         if clock.due(step + 1, train_setup.log_every):
-            measured = {**train_setup.learning_rates(step), **meter.read(steps=step - first)}
+            measured = {**train_setup.learning_rates(step), **meter.read(step - first, spent_flops)}
             metrics.push(step + 1, {**values, **measured})
             goodput.heartbeat()
+        spent_flops += step_flops
     console.show(total, metrics.flush())
     metrics.close()
     with goodput.phase("checkpoint"):

@@ -124,7 +124,7 @@ def tiny_config(
     config.log_every = "1 steps"
     config.checkpoint.every = "2 steps"
     config.data.dir = str(folder)
-    config.data.train_ops = "decode|new_view(16)|flip|light"
+    config.data.train_ops = "decode|new_view({size})|flip|light"
     config.data.eval_ops = "mofi"
     config.data.threads = 1
     config.model.update(

@@ -16,7 +16,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.plan import __main__ as plan
 from mofi_jax.plan import hlo, tpu_topology
 from mofi_jax.telemetry import accelerators
-from mofi_jax.training import setup, state
+from mofi_jax.training import cadence, setup, state
 
 REPOSITORY = epath.Path(__file__).parent.parent
 
@@ -130,12 +130,32 @@ def test_other_errors_are_not_out_of_memory():
     assert plan.memory_in("RESOURCE_EXHAUSTED: hbm is full") is None
 
 
+def test_of_stages_the_largest_is_planned_and_the_hours_are_those_of_all(mesh_of):
+    config = quickstart.get_config("task=supervised")
+    config.stages = (
+        {"length": "75 percent", "image_size": 16, "patch_dropout": 0.5},
+        {"length": "10 percent", "patch_dropout": 0.5},
+    )
+    sizes = {"vocab_size": 300, "eos_id": 299, "num_entities": 9, "examples_per_epoch": 100}
+    made = setup.make(config, mesh_of["1x1x1"], **sizes)
+    stage, cost, shortened = plan.largest_stage(made, 128)
+    assert (stage.image_size, stage.patch_dropout) == (40, 0.0)
+    assert cost["image"] > cost["classes"] > 0
+    assert 0.15 < shortened < 0.5
+    whole, part = planned(config, stage=stage), planned(config, stage=stage, shortened=shortened)
+    hours = [plan.run_hours(config, p)[1] for p in (whole, part)]
+    assert hours[1] == pytest.approx(shortened * hours[0])
+    assert "the largest stage, steps 723 to 850: 40 pixels" in plan.describe(config, part)
+
+
 def planned(config, *, fits=True, needed=4.0, temporaries=3.0, table=0.5, **changes):
     """A plan for 16 chips with numbers of GiB."""
     memory = {"parameters": 0.2, "optimizer": 0.3, "class table": table, "its moments": 0.0}
     memory = {kind: int(gib * plan.GIB) for kind, gib in memory.items()}
     memory |= {"batch": 0} | ({"temporaries": int(temporaries * plan.GIB)} if fits else {})
     fields = {
+        "stage": cadence.Stage(0, 10, 224),
+        "shortened": 1.0,
         "slices": 1,
         "devices": 16,
         "chips": 16,

@@ -123,9 +123,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_rates_count_input_and_step_alone(clock, goodput):
-    meter = telemetry.Meter(
-        goodput, images_per_step=8, tokens_per_step=80, flops_per_step=6e9, peak_flops=12e9
-    )
+    meter = telemetry.Meter(goodput, images_per_step=8, tokens_per_step=80, peak_flops=12e9)
     goodput.enter("step")
     clock.now += 5
     goodput.compiled(4.0)
@@ -136,7 +134,7 @@ def test_rates_count_input_and_step_alone(clock, goodput):
         clock.now += 1
     with goodput.phase("eval"):
         clock.now += 100
-    values = meter.read(steps=2)
+    values = meter.read(steps=2, flops=12e9)
     assert values["speed/images_per_second"] == pytest.approx(2 * 8 / 4)
     assert values["speed/tokens_per_second"] == pytest.approx(2 * 80 / 4)
     assert values["speed/step_seconds"] == pytest.approx(2)
@@ -147,9 +145,9 @@ def test_rates_count_input_and_step_alone(clock, goodput):
 
 
 def test_what_is_not_known_is_not_logged(clock, goodput, monkeypatch):
-    meter = telemetry.Meter(goodput, images_per_step=8, flops_per_step=6e9, peak_flops=None)
+    meter = telemetry.Meter(goodput, images_per_step=8, peak_flops=None)
     clock.now += 1
-    values = meter.read(steps=1)
+    values = meter.read(steps=1, flops=6e9)
     assert not {"speed/mfu", "speed/tokens_per_second", "memory/device_gib"} & values.keys()
     stats = [{"bytes_in_use": 1, "peak_bytes_in_use": n * 2**30} for n in (2, 3)] + [None]
     devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]

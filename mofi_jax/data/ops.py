@@ -75,9 +75,9 @@ PREPROCESSINGS: dict[str, Callable[[int], str]] = {
 
 
 def expand(spec: str, size: int) -> str:
-    """The operations that the name of a preprocessing stands for; any other specification as is."""
+    """The operations that the name of a preprocessing stands for; in others {size} is the size."""
     named = PREPROCESSINGS.get(spec.strip())
-    return named(size) if named else spec
+    return named(size) if named else spec.replace("{size}", str(size))
 
 
 def apply(spec: str, image: np.ndarray | bytes, rng: Rng = None) -> np.ndarray:

@@ -63,12 +63,19 @@ def open_training_set(config: Any) -> TrainingSet:
 
 
 def check_operations(config: Any, picture: bytes) -> None:
-    """Runs ``train_ops`` and ``eval_ops`` on one picture; raises BadInput for a wrong one."""
-    for key in ("train_ops", "eval_ops"):
+    """Runs ``train_ops`` and ``eval_ops`` on one picture; raises BadInput for a wrong one.
+
+    ``train_ops`` for the pixels of every stage too.
+    """
+    own = config.model.image_size
+    stages = [("train_ops", stage.get("image_size", own)) for stage in config.stages]
+    for key, size in (("eval_ops", own), ("train_ops", own), *stages):
         name = f"config.data.{key}={config.data[key]!r}"
+        if size != own:
+            name += f" in the stage of {size} pixels, for which {{size}} may stand,"
         rng = np.random.default_rng(0)
         try:
-            ops.decode_to(config.model.image_size, config.data[key], picture, rng, name=name)
+            ops.decode_to(size, config.data[key], picture, rng, name=name)
         except ops.UndecodableImage as error:
             raise BadInput(
                 f"{name} cannot take the first picture ({error}): copy the data set again, or "

@@ -101,7 +101,9 @@ def check_data(report: Report, config: Any, hosts: int) -> training_set.Training
     with report.about("shared memory"):
         local, workers = -(-config.batch_size // hosts), config.data.workers
         held = pipeline.buffers(local, config.data.threads, workers).shared
-        limits.require_shared_memory(held * config.model.image_size**2 * 3, workers)
+        sizes = [stage.get("image_size", 0) for stage in config.stages]
+        largest = max(config.model.image_size, *sizes, 0)
+        limits.require_shared_memory(held * largest**2 * 3, workers)
     with report.about("first record"):
         first = data.primary[0]
         training_set.check_operations(config, first["image"])

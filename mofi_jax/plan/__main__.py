@@ -36,9 +36,10 @@ OUT_OF_HBM = re.compile(r"RESOURCE_EXHAUSTED.*\bhbm\b", re.IGNORECASE | re.DOTAL
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one step.
+    """What the compiler says of one step: of a run's stages, of that with the most FLOPs.
 
     Attributes:
+      stage: that stage; shortened: FLOPs of a step on the run's average, over those of this one.
       memory: bytes of a chip by kind; "temporaries" are missing where the compiler found no room.
       mesh: sizes by axis; layout: how the state lies on it, in words (`sharding.layout`).
       needed, available: bytes of a chip; None for what the compiler did not say.
@@ -48,6 +49,8 @@ class Plan:
       not_estimated: operations of which it holds no more than the bytes that they move.
     """
 
+    stage: cadence.Stage
+    shortened: float
     slices: int
     devices: int
     chips: int
@@ -148,12 +151,13 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
     sizes = {"vocab_size": vocab_size, "eos_id": vocab_size - 1, "num_entities": num_entities}
     made = setup.make(config, mesh, **sizes, examples_per_epoch=EXAMPLES_PER_EPOCH)
     structs, shardings = state.abstract(made.init, mesh)
-    batch = setup.batch_structs(config, mesh)
+    stage, cost, shortened = largest_stage(made, config.batch_size)
+    batch = setup.batch_structs(config, mesh, stage.image_size)
     memory = {kind: chip.devices * n for kind, n in state_bytes(structs, batch).items()}
     needed, available, read = None, int(chip.hbm_bytes), {}
     logging.info("compiling a batch of %d for %d devices", config.batch_size, mesh.size)
     try:
-        train_step = step.make_train_step(made.context, made.tx, shardings)
+        train_step = step.make_train_step(made.context_of(stage), made.tx, shardings)
         compiled = train_step.lower(structs, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if not OUT_OF_HBM.search(str(error)):
@@ -178,6 +182,8 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
         read["estimate"], read["not_estimated"] = clock.seconds(program, read["collectives"], chip)
     slices = meshes.count_slices(mesh.devices.flat)
     return Plan(
+        stage=stage,
+        shortened=shortened,
         slices=slices,
         devices=mesh.size,
         chips=mesh.size // chip.devices,
@@ -188,9 +194,22 @@ def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:
         memory=memory,
         needed=needed,
         available=available,
-        model=flops.of_step(made.context, batch_size=config.batch_size),
+        model=cost,
         **read,
     )
+
+
+def largest_stage(
+    made: setup.TrainSetup, batch_size: int
+) -> tuple[cadence.Stage, dict[str, float], float]:
+    """The stage of a run with the most FLOPs a step, these, and `Plan.shortened`."""
+    costs = {
+        stage: flops.of_step(made.context_of(stage), batch_size=batch_size) for stage in made.stages
+    }
+    totals = {stage: sum(cost.values()) for stage, cost in costs.items()}
+    largest = max(made.stages, key=totals.get)
+    of_run = sum((stage.end - stage.first) * total for stage, total in totals.items())
+    return largest, costs[largest], of_run / made.clock.total_steps / totals[largest]
 
 
 def state_bytes(structs: state.TrainState, batch: dict[str, Any]) -> dict[str, int]:
@@ -280,6 +299,7 @@ def describe(config: Any, planned: Plan) -> str:
         f"batch {planned.batch_size:,} on {planned.chips} {planned.chip.name}, "
         f"{planned.devices} devices, slices {planned.slices}",
         f"mesh {axes}: {planned.layout}",
+        *([f"the largest stage, {planned.stage}"] if config.stages else []),
         *("", f"{'memory of a chip':<28} {'GiB':>9}  of {planned.available / GIB:.1f}"),
         *(f"  {kind:<26} {size / GIB:>9.3f}" for kind, size in memory.items() if size),
         "",
@@ -323,13 +343,13 @@ def describe(config: Any, planned: Plan) -> str:
 
 
 def run_hours(config: Any, planned: Plan) -> tuple[str, float]:
-    """The run's length and its hours by the estimate.
+    """The run's length and its hours by the estimate, other stages by their share of its FLOPs.
 
     The examples of an epoch are the data set's: in their place, those of a billion examples.
     """
     total = "1e9 examples" if "epoch" in config.total else config.total
     run = cadence.make_clock(total, batch_size=planned.batch_size, examples_per_epoch=1)
-    return total, run.total_steps * planned.step_seconds / 3600
+    return total, run.total_steps * planned.step_seconds * planned.shortened / 3600
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ class Meter:
       images_per_step: global batch.
       tokens_per_step: texts of the global batch times the context length, padding included; 0
         without a text tower.
-      flops_per_step: model FLOP of a step on all devices together.
       peak_flops: FLOP/s of all devices together; None: unknown, then no MFU.
     """
 
@@ -34,18 +33,20 @@ class Meter:
         *,
         images_per_step: int,
         tokens_per_step: int = 0,
-        flops_per_step: float = 0.0,
         peak_flops: float | None = None,
     ):
         self._goodput = goodput
         self._images = images_per_step
         self._tokens = tokens_per_step
-        self._busy_seconds = flops_per_step / peak_flops if peak_flops else None
-        self._steps = 0
+        self._peak = peak_flops
+        self._steps, self._flops = 0, 0.0
         self._before = goodput.seconds()
 
-    def read(self, steps: int) -> dict[str, float]:
+    def read(self, steps: int, flops: float = 0.0) -> dict[str, float]:
         """What to log after so many steps since this meter was made.
+
+        Args:
+          flops: model FLOP of these steps, on all devices together.
 
         Returns:
           ``speed/``: images_per_second, tokens_per_second, step_seconds, data_wait (share of the
@@ -65,9 +66,9 @@ class Meter:
                 values["speed/tokens_per_second"] = done * self._tokens / spent
             values["speed/step_seconds"] = spent / done
             values["speed/data_wait"] = waited / spent
-            if self._busy_seconds is not None:
-                values["speed/mfu"] = done * self._busy_seconds / spent
-            self._steps, self._before = steps, seconds
+            if self._peak:
+                values["speed/mfu"] = (flops - self._flops) / self._peak / spent
+            self._steps, self._flops, self._before = steps, flops, seconds
         values["memory/host_gib"] = psutil.Process().memory_info().rss / _GIB
         stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
         if stats:

@@ -1,7 +1,12 @@
-"""Durations as data: ``"20 epochs"``, ``"2000 steps"``, ``"1e6 examples"``, ``"5 percent"``."""
+"""Durations as data: ``"20 epochs"``, ``"2000 steps"``, ``"1e6 examples"``, ``"5 percent"``.
+
+And the stages of a run, which are told by them.
+"""
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mofi_jax.common.errors import BadInput
 
@@ -58,3 +63,56 @@ def make_clock(total: str, *, batch_size: int, examples_per_epoch: int) -> Clock
             f"config.total={total!r} is more steps than can be counted: make it shorter."
         )
     return dataclasses.replace(clock, total_steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps of a run, from ``first`` up to ``end``, that see pictures in one way."""
+
+    first: int
+    end: int
+    image_size: int
+    patch_dropout: float = 0.0
+    learning_rate_multiplier: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"steps {self.first} to {self.end}: {self.image_size} pixels, patch dropout "
+            f"{self.patch_dropout:g}, learning rate times {self.learning_rate_multiplier:g}"
+        )
+
+
+def make_stages(
+    wanted: Sequence[Mapping[str, Any]], clock: Clock, *, image_size: int, patch_size: int
+) -> tuple[Stage, ...]:
+    """The stages of a run, one after the other; what they leave of it is one as the model is.
+
+    Args:
+      wanted: ``config.stages``, each with a ``length`` and what differs from the defaults of
+        `Stage` and the model's ``image_size``.
+
+    Raises BadInput: stages that are longer than the run or have no step, and sizes that do not
+      divide into patches.
+    """
+    stages: list[Stage] = []
+    first, total = 0, clock.total_steps
+    for number, options in enumerate(wanted):
+        key = f"config.stages[{number}]"
+        options = {"image_size": image_size, **options}
+        length = clock.steps(options.pop("length"), key=f"{key}.length")
+        # Rounded lengths may add up to a step more than the run for each of them.
+        if not length or first >= total or first + length > total + number:
+            raise BadInput(
+                f"{key} would be {length} steps from step {first} of {total} of the run: choose "
+                "lengths above 0 that the run (config.total) has room for."
+            )
+        if options["image_size"] % patch_size:
+            raise BadInput(
+                f"{key}.image_size={options['image_size']} is not a multiple of the patch, "
+                f"{patch_size} pixels: choose one that is."
+            )
+        stages.append(Stage(first, min(first + length, total), **options))
+        first = stages[-1].end
+    if first < total:
+        stages.append(Stage(first, total, image_size))
+    return tuple(stages)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mofi_jax.common.errors import BadInput
@@ -37,32 +38,53 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def schedule(config: Any, clock: cadence.Clock) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to ``final_fraction`` of the peak at the last step."""
+def schedule(
+    config: Any, clock: cadence.Clock, stages: Sequence[cadence.Stage] = ()
+) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to ``final_fraction`` of the peak at the last step.
+
+    The steps of each stage have this times its multiplier.
+    """
     warmup = clock.steps(config.warmup, key="config.optimizer.warmup")
-    return optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
         peak_value=config.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(clock.total_steps, warmup + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
+    factors = [stage.learning_rate_multiplier for stage in stages]
+    if set(factors) <= {1.0}:
+        return rate
+    ends = np.array([stage.end for stage in stages[:-1]], np.int32)
+
+    def multiplied(step: jax.typing.ArrayLike) -> jax.Array:
+        stage = jnp.searchsorted(jnp.asarray(ends), step, side="right")
+        return rate(step) * jnp.asarray(factors, jnp.float32)[stage]
+
+    return multiplied
 
 
 def learning_rates(
-    config: Any, clock: cadence.Clock, *, entity_loss: bool
+    config: Any,
+    clock: cadence.Clock,
+    stages: Sequence[cadence.Stage] = (),
+    *,
+    entity_loss: bool,
 ) -> Callable[[int], dict[str, jax.Array]]:
     """The learning rates to log of a step, on the device: the towers', and the table's if any."""
-    rate, factors = schedule(config, clock), {"learning_rate": 1.0}
+    rate, factors = schedule(config, clock, stages), {"learning_rate": 1.0}
     if entity_loss:
         factors["learning_rate/class_table"] = config.table.learning_rate_multiplier
     # One program for the host to start, and not a dozen operations.
     return jax.jit(lambda step: {name: rate(step) * factor for name, factor in factors.items()})
 
 
-def make(config: Any, clock: cadence.Clock) -> optax.GradientTransformation:
+def make(
+    config: Any, clock: cadence.Clock, stages: Sequence[cadence.Stage] = ()
+) -> optax.GradientTransformation:
     """The update rule of ``config.optimizer``; weight decay is multiplied by the learning rate."""
-    rate = schedule(config, clock)
+    rate = schedule(config, clock, stages)
     table = config.table
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     moments["mu_dtype"] = config.first_moment_dtype

@@ -109,7 +109,7 @@ def data_fingerprint(
         "tokenizer": texts.fingerprint,
         "seed": config.seed,
         "block": config.data.block,
-        "train_ops": config.data.train_ops,
+        "train_ops": config.data.train_ops.replace("{size}", str(config.model.image_size)),
         "text_sources": config.data.text_sources.to_dict(),
         "max_labels": config.data.max_labels,
     }

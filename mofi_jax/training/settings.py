@@ -63,6 +63,12 @@ OF_LOSSES: dict[str, dict[str, Check]] = {
     },
     "contrastive": {"kind": choice(KINDS), "same_entity": choice(relations.SAME_ENTITY)},
 }
+OF_STAGE: dict[str, Check] = {
+    "length": ("a duration, as '80 percent'", TEXT[1]),
+    "image_size": whole(*POSITIVE),
+    "patch_dropout": real(*BELOW_ONE),
+    "learning_rate_multiplier": real(*POSITIVE),
+}
 CHECKS: dict[str, Check] = {
     "seed": whole(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32),
     "start_timeout": whole(*POSITIVE),
@@ -91,6 +97,13 @@ CHECKS: dict[str, Check] = {
         ),
     ),
     "model.context_length": whole(*POSITIVE),
+    "stages": (
+        f"stages in brackets, each with a length and {', '.join(list(OF_STAGE)[1:])}",
+        lambda stages: (
+            isinstance(stages, tuple | list)
+            and all("length" in stage and set(stage) <= OF_STAGE.keys() for stage in stages)
+        ),
+    ),
     "evaluators": MAPPING,
     "init.model": ("text, empty for none", lambda x: not x or TEXT[1](x)),
     "init.parts": PARTS,
@@ -120,29 +133,29 @@ def validate(config: Any) -> None:
     for name in config.losses:
         of_loss = {"weight": real(*POSITIVE), **OF_LOSSES[name]}
         _check(config, {f"losses.{name}.{key}": check for key, check in of_loss.items()})
+    for number, stage in enumerate(config.stages):
+        _check(stage, {key: OF_STAGE[key] for key in stage}, f"stages[{number}].")
     if "entity" in config.losses and config.losses.entity.learn_scale:
         cap = mofi.MAX_LOGIT_SCALE
         words = f"at most {cap:g}, its cap, where it is learned"
         _check(config, {"losses.entity.scale": real(words, lambda x: x <= cap)})
 
 
-def _check(config: Any, checks: Mapping[str, Check]) -> None:
+def _check(config: Any, checks: Mapping[str, Check], prefix: str = "") -> None:
     for key, (wanted, fits) in checks.items():
-        value = config
+        value, name = config, f"config.{prefix}{key}"
         try:
             for part in key.split("."):
                 value = value[part]
         except (KeyError, TypeError):
-            raise BadInput(f"config.{key} is missing: add it, see configs/mofi.py.") from None
+            raise BadInput(f"{name} is missing: add it, see configs/mofi.py.") from None
         try:
             fine = fits(value)
         except (TypeError, AttributeError):  # of another kind altogether
             fine = False
         if not fine:
             shown = "" if hasattr(value, "items") else f", not {value!r}"
-            raise BadInput(
-                f"config.{key} must be {wanted}{shown}: change it in the config file or flag."
-            )
+            raise BadInput(f"{name} must be {wanted}{shown}: change it in the config file or flag.")
 
 
 def warnings(config: Any, clock: cadence.Clock, *, eos_id: int) -> list[str]:

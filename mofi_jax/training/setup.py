@@ -27,10 +27,20 @@ class TrainSetup:
     tx: optax.GradientTransformation
     init: Callable[[jax.Array], state.TrainState]  # of a uint32 seed, see `state.create`
     clock: cadence.Clock
+    stages: tuple[cadence.Stage, ...]  # from the first step to the last
     log_every: int  # periods in steps, 0 for never
     save_every: int
     keep_every: int
     learning_rates: Callable[[int], dict[str, jax.Array]]  # by step, as they are logged
+
+    def stage_at(self, step: int) -> cadence.Stage:
+        """The stage of the update from a step on; at the end of the run, its last."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
+
+    def context_of(self, stage: cadence.Stage) -> step.StepContext:
+        """The context of a stage's updates; parameters are those of the model all the same."""
+        model = dataclasses.replace(self.context.model, image_size=stage.image_size)
+        return dataclasses.replace(self.context, model=model, patch_dropout=stage.patch_dropout)
 
 
 def make(
@@ -67,7 +77,10 @@ def make(
         )
     losses = config.losses.to_dict()
     num_entities = num_entities if entity_loss else 0
-    tx = optim.make(config.optimizer, clock)
+    stages = cadence.make_stages(
+        config.stages, clock, image_size=model.image_size, patch_size=model.patch_size
+    )
+    tx = optim.make(config.optimizer, clock, stages)
     return TrainSetup(
         context=step.StepContext(
             model,
@@ -88,10 +101,13 @@ def make(
             ema=config.ema.decay > 0,
         ),
         clock=clock,
+        stages=stages,
         log_every=clock.steps(config.log_every, key="config.log_every"),
         save_every=save_every,
         keep_every=keep_every,
-        learning_rates=optim.learning_rates(config.optimizer, clock, entity_loss=entity_loss),
+        learning_rates=optim.learning_rates(
+            config.optimizer, clock, stages, entity_loss=entity_loss
+        ),
     )
 
 
@@ -107,9 +123,14 @@ def check_batch(config: Any, mesh: Mesh) -> None:
         )
 
 
-def batch_structs(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of `data.pipeline.ExampleBuilder` and `global_batch.to_global`, abstract."""
-    size, labels = config.model.image_size, config.data.max_labels
+def batch_structs(
+    config: Any, mesh: Mesh, image_size: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of `data.pipeline.ExampleBuilder` and `global_batch.to_global`, abstract.
+
+    Of pictures of the model's size, or of another stage's.
+    """
+    size, labels = image_size or config.model.image_size, config.data.max_labels
     sharding = global_batch.batch_sharding(mesh)
 
     def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
