@@ -18,9 +18,10 @@ from jax.extend import core
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import records
+from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface, parity
+from mofi_jax.interop.folder import processor
 from mofi_jax.model import mofi
 
 PROGRAMS = "stablehlo.json"  # what the files are, and who wrote them
@@ -82,7 +83,7 @@ def text_shape(config: mofi.MofiConfig) -> tuple[Any, Any]:
 def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     """Writes image.stablehlo, text.stablehlo unless the model has no such tower, and the rest.
 
-    Raises BadInput: a tower above 2 GiB, or what `huggingface.write` refuses.
+    Raises BadInput: a tower above 2 GiB, or a text tower without tokenizer.
     """
     folder, config = epath.Path(folder), clip.config
     towers = [name for name in mofi.TOWERS if name in clip.params]
@@ -93,7 +94,17 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
                 f"The {name} tower has {size / 2**30:.1f} GiB, and a StableHLO file with its "
                 "weights ends at 2: export this model with --format=hf."
             )
-    write_companions(folder, clip)
+    if "text" in towers and clip.tokenizer is None:
+        raise BadInput(
+            "The model has no tokenizer, without which its text tower is of no use: put its "
+            f"{records.TOKENIZER_FILE} into the folder of the model."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = ops.expand(clip.preprocess, config.image_size)
+    files.write_json(folder / processor.PREPROCESS, {"preprocess": preprocess})
+    if "text" in towers:
+        huggingface.write_tokenizer(folder, clip.tokenizer)
+    huggingface.write_entities(folder, clip)
     side = config.image_size
     inputs = {
         "image": (jnp.uint8, (*export.symbolic_shape("batch_size"), side, side, 3)),
@@ -123,12 +134,6 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
         text=_TEXT.format(c=config, t=t) if "text" in towers else "",
     )
     (folder / "README.md").write_text(card)
-
-
-def write_companions(folder: epath.PathLike, clip: huggingface.Clip) -> None:
-    """The files of the Hugging Face folder other than the weights of the towers."""
-    huggingface.write(folder, clip)
-    (epath.Path(folder) / huggingface.WEIGHTS).unlink()
 
 
 def readers(folder: epath.PathLike) -> dict[str, parity.Reader]:
