@@ -94,6 +94,7 @@ def test_knn_of_more_neighbours_than_pictures(sets, mesh_of):
     """All of them vote."""
     scores = scores_of(knn, mesh_of["1x8x1"], **sets, k=(len(TRAIN), 500))
     assert scores[f"dino_k{len(TRAIN)}"] == scores["dino_k500"]
+    assert scores_of(knn, mesh_of["1x8x1"], **sets, k=500)["dino_best"] == scores["dino_k500"]
 
 
 def official_shots(labels, shots, seed):
@@ -273,7 +274,9 @@ def test_what_cannot_be_learned_from(tmp_path, sets, mesh_of, kind):
         (knn, {"k": ()}, "numbers of neighbours"),
         (knn, {"k": (0,)}, "numbers of neighbours"),
         (knn, {"temperature": 0.0}, "temperature above 0"),
+        (knn, {"k": 0}, "numbers of neighbours from 1 on"),
         (few_shot, {"shots": (0,)}, "numbers above 0"),
+        (few_shot, {"shots": 0}, "of shots and seeds whole ones"),
         (few_shot, {"l2": ()}, "numbers above 0"),
         (few_shot, {"seeds": 0}, "numbers above 0"),
         (linear_probe, {"form": "sgd"}, "choose from clip_lbfgs"),

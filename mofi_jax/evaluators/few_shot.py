@@ -43,15 +43,17 @@ class Evaluator:
         *,
         train: epath.PathLike,
         images: epath.PathLike,
-        shots: Sequence[int] = (5, 10, 25),
-        l2: Sequence[float] = GRID,
+        shots: int | Sequence[int] = (5, 10, 25),
+        l2: float | Sequence[float] = GRID,
         seeds: int = 3,
     ):
-        self.towers, self.shots, self.l2, self.seeds = towers, tuple(shots), tuple(l2), seeds
-        if not (self.shots and self.l2) or min(*self.shots, *self.l2, seeds) <= 0:
+        self.towers, self.seeds = towers, seeds
+        self.shots, self.l2 = (np.atleast_1d(numbers).tolist() for numbers in (shots, l2))
+        whole = all(type(number) is int for number in (*self.shots, seeds))
+        if not (self.shots and self.l2 and whole and min(*self.shots, *self.l2, seeds) > 0):
             raise BadInput(
-                f"`shots` is {list(self.shots)}, `l2` {list(self.l2)} and `seeds` {seeds}: give "
-                "numbers above 0."
+                f"`shots` is {self.shots}, `l2` {self.l2} and `seeds` {seeds}: give numbers above "
+                "0, of shots and seeds whole ones."
             )
         self.split = split.read_split(train, images)
 
@@ -84,9 +86,9 @@ class Evaluator:
             "protocol": "few-shot ridge regression (big_vision/evaluators/fewshot_lsr.py)",
             "train": embedding.picture_card(self.towers, self.split.train),
             "test": embedding.picture_card(self.towers, self.split.test),
-            "shots": list(self.shots),
+            "shots": self.shots,
             "classes_with_fewer": {str(s): int((sizes < s).sum()) for s in self.shots},
-            "l2": list(self.l2),
+            "l2": self.l2,
             "seeds": self.seeds,
             "bias_constant": BIAS,
             "unlike_big_vision": "features after the projection and L2-normalised",

@@ -39,13 +39,14 @@ class Evaluator:
         *,
         train: epath.PathLike,
         images: epath.PathLike,
-        k: Sequence[int] = (10, 20, 100, 200),
+        k: int | Sequence[int] = (10, 20, 100, 200),
         temperature: float = 0.07,
     ):
-        self.towers, self.k, self.temperature = towers, tuple(k), temperature
-        if not self.k or min(self.k) < 1 or not temperature > 0:
+        self.towers, self.k, self.temperature = towers, np.atleast_1d(k).tolist(), temperature
+        whole = all(type(number) is int and number > 0 for number in self.k)
+        if not (self.k and whole and temperature > 0):
             raise BadInput(
-                f"`k` is {list(self.k)} and `temperature` {temperature}: give numbers of "
+                f"`k` is {self.k} and `temperature` {temperature}: give numbers of "
                 "neighbours from 1 on and a temperature above 0."
             )
         self.split = split.read_split(train, images)
@@ -84,7 +85,7 @@ class Evaluator:
             "protocol": "k-NN (facebookresearch/dino eval_knn.py): votes weighted by exp(cosine/T)",
             "train": embedding.picture_card(self.towers, self.split.train),
             "test": embedding.picture_card(self.towers, self.split.test),
-            "k": list(self.k),
+            "k": self.k,
             "temperature": self.temperature,
             "best": "of the k, chosen on the test set, as published",
             "ties": "votes: the lower class; neighbours: the lower row",
