@@ -211,11 +211,14 @@ def whole(flag: str, text: str, least: int = 0) -> int:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what could steer a terminal."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def complain(error: BaseException | str) -> None:
     """Prints one line on stderr and exits with code 2; what it quotes cannot steer a terminal."""
-    told = " ".join(str(error).split())
-    told = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), told)
-    print(f"error: {told}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     if isinstance(error, StorageFailed):
         os._exit(error.exit_code)
     sys.exit(2)
