@@ -16,7 +16,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,6 +264,28 @@ def _check_shard(path: epath.Path, length: int) -> None:
     )
 
 
+class Strings(Sequence[str]):
+    """A column of a table as a list of strings; null is "". Millions take no Python strings."""
+
+    def __init__(self, column: Any):  # pyarrow.ChunkedArray
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return list(self)[i]
+        return self._column[range(len(self))[i]].as_py() or ""
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            yield from (value or "" for value in chunk.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entities:
     """The vocabulary of a labelled data set; row i is entity id i.
@@ -272,9 +294,9 @@ class Entities:
     counts int64[e]: images per entity; descending, until records are removed: ids then stay.
     """
 
-    qids: list[str]
-    names: list[str]
-    descriptions: list[str]
+    qids: Sequence[str]
+    names: Sequence[str]
+    descriptions: Sequence[str]
     counts: np.ndarray
 
     def __len__(self) -> int:
@@ -343,5 +365,4 @@ def read_entities(path: epath.PathLike) -> Entities:
         raise errors.BadInput(
             f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
         )
-    qids, names, descriptions = (table[c].to_pylist() for c in ("qid", "name", "description"))
-    return Entities(qids, names, [description or "" for description in descriptions], counts)
+    return Entities(*(Strings(table[c]) for c in ("qid", "name", "description")), counts)

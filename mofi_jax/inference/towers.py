@@ -22,7 +22,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import global_batch, meshes, sharding
-from mofi_jax.losses import class_order, entity_topk
+from mofi_jax.losses import class_order, entity_topk, mapped_table
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
 
@@ -78,9 +78,14 @@ class Towers:
         return ops.decode_to(self.config.image_size, self.preprocess, data)
 
     def put(self, params: Any) -> mofi.Params:
-        """Parameters onto the mesh by its path rules; the class table is padded to divide."""
+        """Parameters onto the mesh by its path rules; the class table is padded to divide.
+
+        One that lies in a file stays there for CPUs, which would but copy it.
+        """
         table = params.get(sharding.ENTITY_TABLE)
-        if table is not None:
+        mapped = isinstance(table, mapped_table.MappedTable)
+        on_cpus = all(device.platform == "cpu" for device in self.mesh.devices.flat)
+        if table is not None and not (mapped and on_cpus):
             missing = class_order.padded_rows(table.shape[0], self.mesh) - table.shape[0]
             table = np.pad(np.asarray(table), ((0, missing), (0, 0)))
             params = params | {sharding.ENTITY_TABLE: table}
@@ -94,6 +99,8 @@ class Towers:
         Raises BadInput for a model without class table, or k beyond the vocabulary.
         """
         table = self._entity_table(params)
+        if isinstance(table, mapped_table.MappedTable):
+            return table.nearest(unit(embeddings), k)
         step = functools.partial(self._entity_step, k)
         return self._in_batches(step, table, unit(embeddings))
 
@@ -101,10 +108,13 @@ class Towers:
         self, params: mofi.Params, embeddings: Float32[np.ndarray, "n d"], scale: float
     ) -> Float32[np.ndarray, " n"]:
         """log sum exp(scale * cosine) over the vocabulary; BadInput as `nearest_entities`."""
-        inputs = self._entity_table(params), np.float32(scale)
+        table = self._entity_table(params)
+        if isinstance(table, mapped_table.MappedTable):
+            return table.log_sum(unit(embeddings), scale)
+        inputs = table, np.float32(scale)
         return self._in_batches(self._log_sum_step, inputs, unit(embeddings))
 
-    def _entity_table(self, params: mofi.Params) -> jax.Array:
+    def _entity_table(self, params: mofi.Params) -> jax.Array | mapped_table.MappedTable:
         table = params.get(sharding.ENTITY_TABLE)
         if self.entities is None or table is None:
             raise BadInput(

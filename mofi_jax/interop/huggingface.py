@@ -19,7 +19,7 @@ from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import sharding
 from mofi_jax.interop import clip_config, clip_weights, model_card
 from mofi_jax.interop.folder import processor, weights
-from mofi_jax.losses import class_order
+from mofi_jax.losses import class_order, mapped_table
 from mofi_jax.model import mofi
 
 ENTITY_TABLE_FILE = "entity_table.safetensors"
@@ -32,7 +32,9 @@ class Clip:
     """What a folder holds, in our terms."""
 
     config: mofi.MofiConfig  # with dtype float32, that of the weights; choose another for speed
-    params: mofi.Params  # numpy float32 as of `mofi.create`, with `entity_table` if classified
+    # numpy float32 as of `mofi.create`, with `entity_table` if classified; that of a folder lies in
+    # its file until it is asked for (`losses.mapped_table`)
+    params: mofi.Params
     tokenizer: tokenizer_lib.Tokenizer | None
     entities: records.Entities | None
     preprocess: str  # picture operations (`data.ops`) from bytes to uint8 [s, s, 3]
@@ -83,14 +85,13 @@ def read_entities(
     if not path.exists():
         return None
     entities = records.read_entities(folder / records.ENTITIES_FILE)
-    table = weights.open_files([path]).get(sharding.ENTITY_TABLE)
-    if table is None or table.shape != (len(entities), config.embed_dim):
+    table = mapped_table.MappedTable.open(path, sharding.ENTITY_TABLE)
+    if table.shape != (len(entities), config.embed_dim):
         raise BadInput(
             f"{path} is not a table of {len(entities)} entities x {config.embed_dim}: export the "
             "model again."
         )
-    ids = class_order.table_entities(np.arange(len(table)), len(table))
-    params[sharding.ENTITY_TABLE] = table[ids]
+    params[sharding.ENTITY_TABLE] = table
     return entities
 
 
