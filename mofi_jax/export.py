@@ -48,17 +48,34 @@ def main(model: str, out: str, format: str = "hf", step: str = "") -> None:
     """
     if format not in FORMATS:
         raise BadInput(f"--format={format} is unknown: choose from {', '.join(FORMATS)}.")
+    target = target_folder(out)
+    jax.config.update("jax_platforms", "cpu")
+    write(inference.read(model, step), target, format, {"model": str(model)})
+
+
+def target_folder(out: str) -> epath.Path:
+    """The folder of an export; BadInput where something else lies there."""
     target = files.replaced_folder(out, "--out")
     if target.is_dir() and any(target.iterdir()) and not _is_export(target):
         raise BadInput(
             f"--out={out} holds something else than an export: name a folder that is new or empty."
         )
-    jax.config.update("jax_platforms", "cpu")
-    saved = inference.read(model, step)
+    return target
+
+
+def write(saved: huggingface.Clip, target: epath.Path, format: str, origin: dict[str, Any]) -> None:
+    """Exports to a folder, which appears, in place of an older export, once it has been compared.
+
+    Args:
+      target: by `target_folder`.
+      origin: what result.json says of where the model is from.
+
+    Raises BadInput, ParityError: as `export`.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"
-        report = export(saved, new, format) | {"model": str(model)}
+        report = export(saved, new, format) | origin
         files.write_json(new / "result.json", report)
         if target.exists():
             target.rename(old)
