@@ -48,27 +48,34 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 TASKS = ("supervised", "contrastive", "multitask")
 
 
-def model(variant: str, *, image_size: int, context_length: int) -> ml_collections.ConfigDict:
-    """The shape of a named variant, every number spelled out so that each can be overridden."""
+def model(
+    variant: str, *, image_size: int, context_length: int, family: str = "clip"
+) -> ml_collections.ConfigDict:
+    """The shape of a named variant, every number spelled out so that each can be overridden.
+
+    A variant is the same in either family, "clip" or "siglip", but for what SigLIP has instead of
+    CLIP's class token, projection of pictures, and activation.
+    """
     from mofi_jax.model import mofi  # here, so that configs of data preparation load no jax
 
     if variant not in mofi.VARIANTS:
         raise BadInput(
             f"Unknown variant {variant!r}: choose from {', '.join(sorted(mofi.VARIANTS))}."
         )
-    shape = mofi.VARIANTS[variant]
+    shape, siglip = mofi.VARIANTS[variant], family == "siglip"
     return ml_collections.ConfigDict(
         {
-            "family": "clip",
+            "family": family,
             "image_size": image_size,
             "patch_size": shape["patch_size"],
             "image": dataclasses.asdict(shape["image"]),
             "text": dataclasses.asdict(shape["text"]),
-            "embed_dim": shape["embed_dim"],
+            "embed_dim": shape["image"].width if siglip else shape["embed_dim"],
             "context_length": context_length,
-            # axlearn vision/clip.py: LayerNorm epsilon 1e-5; exact GELU as OpenCLIP's H/14.
-            "activation": "gelu",
-            "layer_norm_eps": 1e-5,
+            # axlearn vision/clip.py: LayerNorm epsilon 1e-5; exact GELU as OpenCLIP's H/14.  Both
+            # of SigLIP as in its release.
+            "activation": "gelu_tanh" if siglip else "gelu",
+            "layer_norm_eps": 1e-6 if siglip else 1e-5,
             "dtype": "bfloat16",
             # What each block keeps for its backward pass: none everything, dots the results of its
             # matrix products (attention is computed again, 1.4 %), full its input alone (a third

@@ -20,12 +20,20 @@ from configs import common
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """task=supervised|contrastive|multitask, variant=B/16|L/14|H/14|S/16|Ti/16, res=pixels.
 
+    family=clip|siglip: the towers' arithmetic, and with siglip the sigmoid loss.
     gpr1200=PATH measures retrieval on a folder or tar of {class}_{name}.jpg while it trains.
     extra=NAME@DIR@WEIGHT+... mixes in the sets DIR/i2e, each WEIGHT examples for one of the primary
     set.  stages=112@0.5@80 percent+... begins with smaller pictures and patch dropout.
     """
     arg = common.parse_arg(
-        arg, task="multitask", variant="B/16", res=224, gpr1200="", extra="", stages=""
+        arg,
+        task="multitask",
+        variant="B/16",
+        res=224,
+        family="clip",
+        gpr1200="",
+        extra="",
+        stages="",
     )
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -39,7 +47,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.total = "439087 steps"  # CLOC Table A: about 14 billion samples
 
     # 77 tokens: CLOC Table A; it also reproduces the published text tower sizes.
-    config.model = common.model(arg.variant, image_size=arg.res, context_length=77)
+    config.model = common.model(
+        arg.variant, image_size=arg.res, context_length=77, family=arg.family
+    )
 
     # Stages of the run, one after the other, each a dictionary: `length`; `image_size`, in pixels;
     # `patch_dropout`, the share of a picture's patches that a step does not look at (FLIP); and
@@ -79,6 +89,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init = {"model": "", "parts": ()}
 
     config.losses = common.losses(arg.task, scale=32.0, margin=0.3)
+    if arg.family == "siglip" and "contrastive" in config.losses:
+        config.losses.contrastive.kind = "sigmoid"
     # Parts in which the towers see a batch: more of them need less memory and some more time, and
     # change neither the losses nor their global batch.
     config.microbatches = 1

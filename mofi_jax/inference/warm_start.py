@@ -75,9 +75,9 @@ def read(
                 matches = class_table.match(saved.entities.qids, entities.qids)
                 table_rows = class_table.rows_of_sources(matches, len(saved.entities))
                 shape = value.shape
-            elif name == IMAGE_POSITIONS and image.side(len(value)) and image.side(shape[0]):
+            elif name == IMAGE_POSITIONS and image.can_resample(len(value), shape[0]):
                 value = np.asarray(image.resampled(value, shape[0]))
-            elif name == TEXT_POSITIONS:
+            elif name == TEXT_POSITIONS and saved.config.family == "clip":
                 value = value[: shape[0]]  # a causal tower never looked further
         if value.shape == shape:
             params[name] = value

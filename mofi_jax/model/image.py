@@ -1,4 +1,10 @@
-"""The image tower: a ViT with class token, pre-LN, bias-free patch convolution and projection."""
+"""The image tower, a ViT.
+
+CLIP's has a class token, a norm before the blocks, a bias-free patch convolution and a projection;
+SigLIP's a bias and attention pooling.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mofi_jax.model import layers, norms
+from mofi_jax.model import layers, norms, pooling
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -28,24 +34,35 @@ def pixel_statistics(family: str) -> Statistics:
 
 
 class ImageTower(nnx.Module):
-    """uint8 pictures -> embeddings before normalisation; transformers' CLIPVisionModel."""
+    """uint8 pictures -> embeddings before normalisation.
+
+    transformers' CLIPVisionModelWithProjection or SiglipVisionModel, by the family.
+    """
 
     def __init__(self, config, *, rngs: nnx.Rngs):  # config: a `mofi_jax.model.mofi.MofiConfig`
         width, patch = config.image.width, config.patch_size
         std = width**-0.5
-        normal = jax.random.normal
-        self.class_embedding = nnx.Param(std * normal(rngs.params(), (width,), jnp.float32))
+        positions = _waves(config.image_size // patch, width)
+        clip = config.family == "clip"
+        if clip:
+            normal = jax.random.normal(rngs.params(), (width,), jnp.float32)
+            self.class_embedding = nnx.Param(std * normal)
+            positions = jnp.pad(positions, ((1, 0), (0, 0)))
         # N(0, 1/fan_in): pixels enter with variance about one.
         self.patch_embedding = layers.Projection(
-            (patch, patch, 3), (width,), std=(3 * patch**2) ** -0.5, use_bias=False, rngs=rngs
+            (patch, patch, 3), (width,), std=(3 * patch**2) ** -0.5, use_bias=not clip, rngs=rngs
         )
-        self.position_embedding = nnx.Param(_waves(config.image_size // patch, width))
-        self.pre_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
+        self.position_embedding = nnx.Param(positions)
+        if clip:
+            self.pre_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
         self.blocks = layers.make_stack(config.image, config, rngs)
         self.post_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
-        self.projection = layers.Projection(
-            (width,), (config.embed_dim,), std=std, use_bias=False, rngs=rngs
-        )
+        if clip:
+            self.projection = layers.Projection(
+                (width,), (config.embed_dim,), std=std, use_bias=False, rngs=rngs
+            )
+        else:
+            self.head = pooling.AttentionPooling(config.image, config, rngs=rngs)
         self.config = config
 
     def __call__(
@@ -69,47 +86,64 @@ class ImageTower(nnx.Module):
             mean, std = (jnp.asarray(values) for values in pixel_statistics(config.family))
             x = (x / 255.0 - mean) / std
         patches = _patches(x.astype(dtype), config.patch_size)
-        positions = resampled(self.position_embedding[...], 1 + patches.shape[1])
+        clip = config.family == "clip"
+        before = 1 if clip else 0
+        positions = resampled(self.position_embedding[...], before + patches.shape[1])
         if kept is not None:
             patches = jnp.take_along_axis(patches, kept[:, :, None, None, None], axis=1)
         # The class token and padding are patches of zeros: concatenated to their embeddings, they
         # would cost a copy of these, forward and backward.
-        length = 1 + patches.shape[1]
+        length = before + patches.shape[1]
         after = layers.padded_length(length, config.image, config, mesh) - length
-        patches = jnp.pad(patches, ((0, 0), (1, after), (0, 0), (0, 0), (0, 0)))
-        positions = positions.at[0].add(self.class_embedding[...]).astype(dtype)
+        patches = jnp.pad(patches, ((0, 0), (before, after), (0, 0), (0, 0), (0, 0)))
+        if clip:
+            positions = positions.at[0].add(self.class_embedding[...])
+        positions = positions.astype(dtype)
         if kept is None:
             positions = jnp.pad(positions, ((0, after), (0, 0)))
         else:
             # As a product, for the gradient of a lookup would add up rows one by one.  -1 is zeros.
-            rows = jnp.pad(1 + kept, ((0, 0), (1, 0)))
+            rows = jnp.pad(before + kept, ((0, 0), (before, 0)))
             rows = jnp.pad(rows, ((0, 0), (0, after)), constant_values=-1)
             positions = jax.nn.one_hot(rows, len(positions), dtype=dtype) @ positions
         x = self.patch_embedding(patches) + positions
-        x = self.pre_norm(x)
+        if clip:
+            x = self.pre_norm(x)
         x = layers.run_stack(self.blocks, x, config, length=length, causal=False, mesh=mesh)
-        return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
+        if clip:
+            return self.projection(self.post_norm(x[:, 0])).astype(jnp.float32)
+        return self.head(self.post_norm(x[:, :length])).astype(jnp.float32)
 
 
 def resampled(
     positions: Float[Array | np.ndarray, "n w"], length: int
 ) -> Float[Array | np.ndarray, "m w"]:
-    """Position embeddings of a square grid, row by row after its class token, for `length` of them.
+    """Position embeddings of a square grid, row by row after a class token, for `length` of them.
 
-    Bicubic, antialiased where the grid shrinks; the class token's stays (as open_clip and timm do).
+    Bicubic, antialiased where the grid shrinks; that of the class token, where there is one (CLIP),
+    stays, as in open_clip and timm.
     """
     if len(positions) == length:
         return positions
-    old, new = side(len(positions)), side(length)
-    grid = positions[1:].reshape(old, old, -1)
+    (old, first), (new, _) = _grid(len(positions)), _grid(length)
+    grid = positions[first:].reshape(old, old, -1)
     grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True)
-    return jnp.concatenate([positions[:1], grid.reshape(new * new, -1)])
+    return jnp.concatenate([positions[:first], grid.reshape(new * new, -1)])
 
 
-def side(length: int) -> int:
-    """Patches along a side of a grid with class token, 0 if they are no square."""
-    side = round((length - 1) ** 0.5)
-    return side if side * side == length - 1 else 0
+def can_resample(old: int, new: int) -> bool:
+    """Whether `resampled` fits: both lengths are a square, or both a square and a class token."""
+    grids = _grid(old), _grid(new)
+    return all(side for side, _ in grids) and len({first for _, first in grids}) == 1
+
+
+def _grid(length: int) -> tuple[int, int]:
+    """Patches along a side and class tokens; a side of 0 if the others are no square."""
+    for first in (1, 0):
+        side = math.isqrt(max(0, length - first))
+        if side and side * side == length - first:
+            return side, first
+    return 0, 0
 
 
 def kept_patches(key: jax.Array, batch: int, patches: int, dropout: float) -> Int[Array, "b k"]:
@@ -132,7 +166,7 @@ def kept_count(patches: int, dropout: float) -> int:
 
 
 def _waves(side: int, width: int) -> Float[Array, "n w"]:
-    """Initial position embedding: sines and cosines of row and column, zeros for the class token.
+    """Initial position embedding of the patches: sines and cosines of row and column.
 
     Learned from there on.  In short runs a ViT gets to the same loss much sooner than from small
     random numbers (arXiv 2205.01580, section 3).
@@ -142,7 +176,7 @@ def _waves(side: int, width: int) -> Float[Array, "n w"]:
     wave = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     rows, columns = jnp.repeat(wave, side, axis=0), jnp.tile(wave, (side, 1))
     grid = jnp.concatenate([rows, columns], axis=-1)
-    return jnp.pad(grid, ((1, 0), (0, width - grid.shape[1])))
+    return jnp.pad(grid, ((0, 0), (0, width - grid.shape[1])))
 
 
 @jax.named_scope("patch_embedding")

@@ -1,8 +1,12 @@
 """MOFI: an image tower and a text tower with one shared embedding space.
 
+In one of two families: "clip" is MOFI's own and CLIP's, "siglip" SigLIP's and SigLIP 2's
+(arXiv 2303.15343, 2502.14786), with attention pooling, texts without a causal mask and no
+projection of pictures.
+
 Functions of (config, params, inputs) for everyone outside ``model/``; NNX stays inside.  The tower
 shapes are those of the release (apple/ml-mofi README: image 86/303/631 M, text 64/124/354 M
-parameters without projections), the arithmetic is that of Hugging Face CLIPModel.
+parameters without projections), the arithmetic is that of Hugging Face CLIPModel or SiglipModel.
 """
 
 import dataclasses
@@ -29,6 +33,10 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = 100.0
 # The parameters that are logarithms of a scale.
 LOG_SCALES = ("logit_scale", "entity_log_scale")
+
+# SigLIP's temperature and bias at the start: nearly all pairs are negatives, and the bias says so
+# before anything is learned (arXiv 2303.15343, section 3.2).
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10.0), -10.0
 
 # What sizes may be: generous, yet small enough that a damaged file does not take all memory.
 LIMITS = {
@@ -74,14 +82,14 @@ class MofiConfig:
     text: TowerConfig
     vocab_size: int
     context_length: int
-    eos_id: int  # texts pool at the first one, or as `text.LARGEST_ID` says
+    eos_id: int  # CLIP's texts pool at the first one, or as `text.LARGEST_ID` says
     embed_dim: int
     activation: str = "gelu"  # exact; or "gelu_tanh", "quick_gelu"
     layer_norm_eps: float = 1e-5
     dtype: str = "bfloat16"  # of matrix products, or "float32"; parameters are always float32
     remat: str = "none"  # or "dots", "full", see `layers.REMAT`
     attention: str = "auto"  # or "xla", "cudnn", "pallas", see `attention.AUTO`
-    family: str = "clip"  # whose arithmetic the towers have
+    family: str = "clip"  # or "siglip", whose arithmetic the towers have
 
     def __post_init__(self):
         for prefix, part in (("", self), ("image.", self.image), ("text.", self.text)):
@@ -113,7 +121,7 @@ class MofiConfig:
                 "change config.model.image_size or the variant."
             )
         choices = {
-            "family": ("clip",),
+            "family": ("clip", "siglip"),
             "activation": tuple(activations.ACTIVATIONS),
             "dtype": ("bfloat16", "float32"),
             "remat": tuple(layers.REMAT),
@@ -125,6 +133,12 @@ class MofiConfig:
                     f"config.model.{key}={getattr(self, key)!r} is unknown: choose from "
                     f"{', '.join(allowed)}."
                 )
+        if self.family == "siglip" and self.embed_dim != self.image.width:
+            raise BadInput(
+                f"A model of family siglip has no projection of pictures, so that embed_dim "
+                f"{self.embed_dim} would have to be the image tower's width: set "
+                f"config.model.embed_dim={self.image.width}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -172,8 +186,9 @@ def create(
     """New float32 parameters; run it under jit with ``out_shardings`` to create them sharded.
 
     Returns:
-      {"image": ..., "text": ..., "logit_scale": scalar} or those of the towers asked for; the
-      leaves of each tower's "blocks" are stacked along a leading layer axis.
+      {"image": ..., "text": ..., "logit_scale": scalar, and of SigLIP "logit_bias": scalar} or
+      those of the towers asked for; the leaves of each tower's "blocks" are stacked along a leading
+      layer axis.
     """
     params: Params = {}
     for name in towers:
@@ -181,8 +196,17 @@ def create(
         tower = TOWERS[name](config, rngs=nnx.Rngs(params=tower_key))
         params[name] = nnx.to_pure_dict(nnx.state(tower, nnx.Param))
     if "text" in towers:
-        params["logit_scale"] = jnp.asarray(INITIAL_LOGIT_SCALE, jnp.float32)
+        siglip = config.family == "siglip"
+        params |= siglip_logits() if siglip else {"logit_scale": jnp.float32(INITIAL_LOGIT_SCALE)}
     return params
+
+
+def siglip_logits() -> Params:
+    """The initial temperature and bias of SigLIP's loss."""
+    return {
+        "logit_scale": jnp.float32(SIGLIP_LOGIT_SCALE),
+        "logit_bias": jnp.float32(SIGLIP_LOGIT_BIAS),
+    }
 
 
 def _run(
@@ -241,12 +265,21 @@ def capped_exp(logarithm: Float[Array, ""]) -> Float[Array, ""]:
     return jax.lax.stop_gradient(value) * jnp.exp(logarithm - jax.lax.stop_gradient(logarithm))
 
 
-def capped(params: Params, frozen: Sequence[str] = ()) -> Params:
+def logit_scale(config: MofiConfig, params: Params) -> Float[Array, ""]:
+    """By what the cosines of pictures with texts are multiplied.
+
+    SigLIP has no cap: its releases have scales beyond 100.
+    """
+    return (capped_exp if config.family == "clip" else jnp.exp)(params["logit_scale"])
+
+
+def capped(config: MofiConfig, params: Params, frozen: Sequence[str] = ()) -> Params:
     """The parameters after an update: scales beyond their cap, if not frozen, are put back to it.
 
-    CLIP does so too.
+    CLIP does so too; SigLIP's `logit_scale` has no cap.
     """
-    names = [name for name in LOG_SCALES if name in params and name not in frozen]
+    scales = LOG_SCALES if config.family == "clip" else LOG_SCALES[1:]
+    names = [name for name in scales if name in params and name not in frozen]
     cap = math.log(MAX_LOGIT_SCALE)
     return params | {name: jnp.minimum(params[name], cap) for name in names}
 
@@ -254,5 +287,5 @@ def capped(params: Params, frozen: Sequence[str] = ()) -> Params:
 def parameter_count(config: MofiConfig, tower: str) -> int:
     """Number of parameters of one tower without its projection, as the released table counts."""
     shapes = jax.eval_shape(lambda k: create(config, k, towers=(tower,)), jax.random.key(0))[tower]
-    del shapes["projection"]
+    shapes.pop("projection", None)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer, pooled at the first end-of-text token."""
+"""The text tower: causal and pooled at the first end-of-text token (CLIP), or neither (SigLIP)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ LARGEST_ID = -1
 
 
 class TextTower(nnx.Module):
-    """Token ids -> embeddings before normalisation; Hugging Face CLIPTextModel's arithmetic."""
+    """Token ids -> embeddings before normalisation.
+
+    transformers' CLIPTextModelWithProjection or SiglipTextModel, by the family.
+    """
 
     def __init__(self, config, *, rngs: nnx.Rngs):  # config: a `mofi_jax.model.mofi.MofiConfig`
         width = config.text.width
@@ -27,7 +30,11 @@ class TextTower(nnx.Module):
         self.blocks = layers.make_stack(config.text, config, rngs)
         self.final_norm = norms.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = layers.Projection(
-            (width,), (config.embed_dim,), std=width**-0.5, use_bias=False, rngs=rngs
+            (width,),
+            (config.embed_dim,),
+            std=width**-0.5,
+            use_bias=config.family == "siglip",
+            rngs=rngs,
         )
         self.config = config
 
@@ -39,10 +46,15 @@ class TextTower(nnx.Module):
         with jax.named_scope("token_embedding"):
             x = self.token_embedding[...][jnp.pad(tokens, ((0, 0), (0, after)))] + positions
         x = x.astype(jnp.dtype(config.dtype))
-        x = layers.run_stack(self.blocks, x, config, length=length, causal=True, mesh=mesh)
-        # What follows the end-of-text token cannot reach it through the causal mask, so padding
-        # needs no mask of its own.
-        largest = config.eos_id == LARGEST_ID
-        end = jnp.argmax(tokens if largest else tokens == config.eos_id, axis=1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        causal = config.family == "clip"
+        x = layers.run_stack(self.blocks, x, config, length=length, causal=causal, mesh=mesh)
+        if causal:
+            # What follows the end-of-text token cannot reach it through the causal mask, so padding
+            # needs no mask of its own.
+            largest = config.eos_id == LARGEST_ID
+            end = jnp.argmax(tokens if largest else tokens == config.eos_id, axis=1)
+            pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        else:
+            # Padding takes part: SigLIP was trained with it, and pools at the last position.
+            pooled = x[:, length - 1]
         return self.projection(self.final_norm(pooled)).astype(jnp.float32)

@@ -49,8 +49,13 @@ def of_step(context: Any, *, batch_size: int) -> dict[str, float]:
 
 def image_forward(model: mofi.MofiConfig, dropout: float = 0.0) -> float:
     """FLOPs of one picture through the image tower, a share of its patches left out."""
-    tokens = _patches(model, dropout) + 1
-    return image_input(model, dropout) + _tower(model.image, tokens, model.embed_dim)
+    patches, first = _patches(model, dropout), image_input(model, dropout)
+    if model.family == "clip":
+        return first + _tower(model.image, patches + 1, model.embed_dim)
+    # Attention pooling (`mofi_jax.model.pooling`): logits, means, and value, out and MLP of these.
+    tower, width = model.image, model.image.width
+    pooling = 2 * patches * tower.heads + 2 * width + 2 * tower.hidden_width
+    return first + _tower(tower, patches, 0) + 2.0 * width * pooling
 
 
 def image_input(model: mofi.MofiConfig, dropout: float = 0.0) -> float:

@@ -25,10 +25,10 @@ KINDS = ("adamw", "adafactor")
 # this long.  An attention kernel is [width, heads, head size], so heads of 64 have to count.
 FACTORED_FROM = 32
 
-# No decay on vectors (norms, biases, class token), the temperature and the class table; position
+# No decay on vectors (norms, biases, class token, probe), temperature and class table; position
 # embeddings are matrices by shape and biases by function (open_clip decays neither 1-d arrays nor
 # the temperature).
-NO_DECAY = r"(bias|scale|class_embedding|position_embedding|entity_table)$"
+NO_DECAY = r"(bias|scale|class_embedding|position_embedding|probe|entity_table)$"
 
 
 def decay_mask(params: Any) -> Any:
@@ -147,14 +147,14 @@ def scale_by_adafactor(config: Any) -> optax.GradientTransformation:
 def scale_by_depth(decay: float) -> optax.GradientTransformation:
     """Layer-wise learning rate decay: ``decay`` ** (blocks above + 1) (BEiT, arXiv 2106.08254).
 
-    A tower's embeddings lie below its first block; its last norm and projection, and what belongs
-    to no tower, are not scaled.
+    A tower's embeddings lie below its first block; its last norm, projection and pooling, and what
+    belongs to no tower, are not scaled.
     """
 
     def factor(path: tuple[Any, ...], update: jax.Array, layers: dict[str, int]) -> jax.Array:
         names = sharding.path_name(path).split("/")
         depth = layers.get(names[0])
-        if depth is None or names[1] in ("final_norm", "post_norm", "projection"):
+        if depth is None or names[1] in ("final_norm", "post_norm", "projection", "head"):
             return update
         if names[1] == "blocks":  # a stack: one slice for each block
             scale = decay ** (depth - jnp.arange(depth, dtype=jnp.float32))

@@ -16,10 +16,6 @@ from mofi_jax.model import mofi
 # N(0, 0.01) rows, as UNICOM and Partial FC initialise theirs; only their direction matters.
 TABLE_STD = 0.01
 
-# SigLIP's temperature and bias at the start: nearly all pairs are negatives, and the bias says so
-# before anything is learned (arXiv 2303.15343, section 3.2).
-SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10.0), -10.0
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +76,7 @@ def initialiser(
         key = jax.random.key(seed)
         params = mofi.create(model, key, towers=towers)
         if "contrastive" in losses and losses["contrastive"]["kind"] == "sigmoid":
-            params["logit_scale"] = jnp.asarray(SIGLIP_LOGIT_SCALE, jnp.float32)
-            params["logit_bias"] = jnp.asarray(SIGLIP_LOGIT_BIAS, jnp.float32)
+            params |= mofi.siglip_logits()
         if "entity" in losses:
             if losses["entity"]["learn_scale"]:
                 scale = math.log(losses["entity"]["scale"])

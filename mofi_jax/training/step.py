@@ -93,7 +93,7 @@ def contrastive_task(
         [batch["tokens"]],
         context,
     )
-    scale = mofi.capped_exp(params["logit_scale"])
+    scale = mofi.logit_scale(context.model, params)
     text_entity = batch["text_group"]
     relations = {
         "valid": batch["text_valid"],
@@ -202,7 +202,8 @@ def make_train_step(
     @jax.named_scope("optimizer")
     def optimizer(state: TrainState, grads: Any) -> tuple[TrainState, Metrics]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = mofi.capped(optax.apply_updates(state.params, updates), context.frozen)
+        params = optax.apply_updates(state.params, updates)
+        params = mofi.capped(context.model, params, context.frozen)
         groups = optim.clipped_groups(grads)
         norms = {f"gradient_norm/{name}": optax.tree.norm(part) for name, part in groups.items()}
         # Of the difference, not of the updates: XLA for TPUs then passes over parameters and
