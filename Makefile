@@ -18,11 +18,11 @@ quickstart: $(VENV)/.core
 compare: $(VENV)/.core
 	$(RUN) -m quickstart --compare
 
-test: lint $(VENV)/.tpu_compiler $(VENV)/.readers
+test: lint $(VENV)/.tpu_compiler $(VENV)/.readers $(VENV)/.onnx_exporter
 	$(PYTEST) -m "not slow"
 
 # Without the flags that conftest.py sets, programs are compiled as users compile them.
-test-all: lint $(VENV)/.tpu_compiler $(VENV)/.readers
+test-all: lint $(VENV)/.tpu_compiler $(VENV)/.readers $(VENV)/.onnx_exporter
 	XLA_FLAGS= $(PYTEST)
 
 lint: $(VENV)/.test
@@ -65,4 +65,9 @@ $(VENV)/.tpu_compiler: $(VENV)/.test
 # Other people's readers of exports, in a folder that only the tests of them look into.
 $(VENV)/.readers: $(VENV)/.test requirements-readers.txt
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/readers -r requirements-readers.txt
+	touch $@
+
+# What the ONNX export starts in a process of its own.
+$(VENV)/.onnx_exporter: $(VENV)/.test requirements-onnx.txt
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/onnx_exporter -r requirements-onnx.txt
 	touch $@

@@ -13,6 +13,7 @@ that differs by more than 1e-4 is a failure: the folder does not appear and the 
 |---|---|
 | hf | transformers (`CLIPModel.from_pretrained`), sentence-transformers, `inference.load` |
 | open_clip | open_clip (`local-dir:FOLDER`), timm its image tower, `inference.load` |
+| onnx | onnxruntime, transformers.js (`onnx/vision_model.onnx`, `onnx/text_model.onnx`) |
 | stablehlo | jax alone (`jax.export.deserialize`), on CPUs, GPUs and TPUs |
 
 It runs on one host, on its CPU: what is written and compared are whole arrays in float32, and the
@@ -29,10 +30,10 @@ from etils import epath
 from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.interop import hub, huggingface, open_clip, parity, stablehlo
+from mofi_jax.interop import hub, huggingface, onnx, open_clip, parity, stablehlo
 
 # A format: `write(folder, clip)`, and `readers(folder)`, who opens it, by name.
-FORMATS = {"hf": hub, "open_clip": open_clip, "stablehlo": stablehlo}
+FORMATS = {"hf": hub, "open_clip": open_clip, "onnx": onnx, "stablehlo": stablehlo}
 
 
 def main(model: str, out: str, format: str = "hf", step: str = "") -> None:

@@ -1,0 +1,152 @@
+"""The folder of an ONNX export: graphs, and the files by which transformers.js opens them."""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+import mofi_jax
+from mofi_jax.common import files
+from mofi_jax.common.errors import BadInput
+from mofi_jax.data import records
+from mofi_jax.data import tokenizer as tokenizer_lib
+from mofi_jax.interop import huggingface, parity
+from mofi_jax.interop.folder import processor, weights
+from mofi_jax.interop.onnx import graph
+from mofi_jax.model import mofi
+
+EXPORTER = Path(sys.prefix) / "onnx_exporter"  # where requirements-onnx.txt is installed
+ROOT = Path(mofi_jax.__file__).parents[1]
+
+# Files of protocol buffers end at 2 GiB; some bytes are left for the graph itself.
+LARGEST = 2**31 - 2**25
+
+_CARD = """---
+library_name: transformers.js
+tags:
+- onnx
+- mofi
+- image-feature-extraction
+---
+# Image and text embeddings trained with mofi_jax, as ONNX
+
+```js
+import {{ AutoProcessor, AutoTokenizer, {models}, RawImage }} from "@huggingface/transformers";
+
+const processor = await AutoProcessor.from_pretrained(FOLDER);
+const vision = await {vision}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
+const {{ {image} }} = await vision(await processor(await RawImage.read("cat.jpg")));
+{text}```
+
+| graph | input | output |
+|---|---|---|
+| `onnx/vision_model.onnx` | `pixel_values` float32 [b, 3, {c.image_size}, {c.image_size}], \
+normalised | `{image}` float32 [b, {c.embed_dim}] |
+{row}
+The vectors have length 1, unlike those of PyTorch's CLIP, so that a product is a cosine. Opset
+{opset}; batches of any size; float32, weights inside. `result.json` holds the largest difference
+from the model itself, by onnxruntime.
+"""
+
+_TEXT = """
+const tokenizer = await AutoTokenizer.from_pretrained(FOLDER);
+const words = await {name}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
+const {{ {output} }} = await words(tokenizer(["a photo of a cat"], {padding}));
+"""
+_ROW = "| `onnx/text_model.onnx` | `input_ids` int64 {shape} | `{output}` float32 [b, {d}] |\n"
+
+
+def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
+    """Writes the graphs, and the Hugging Face folder without its weights.
+
+    Raises BadInput: jax2onnx is not installed, a tower above 2 GiB, or what `huggingface.write`
+      refuses.
+    """
+    folder, config = epath.Path(folder), clip.config
+    if not (EXPORTER / "jax2onnx").is_dir():
+        raise BadInput(
+            "The ONNX export runs jax2onnx from a folder of its own: run `python -m pip install "
+            f"--no-deps --target {EXPORTER} -r {ROOT / 'requirements-onnx.txt'}`."
+        )
+    towers = [name for name in mofi.TOWERS if name in clip.params]
+    for name in towers:
+        size = 4 * sum(leaf.size for leaf in jax.tree.leaves(clip.params[name]))
+        if size > LARGEST:
+            raise BadInput(
+                f"The {name} tower has {size / 2**30:.1f} GiB, and an ONNX file with its weights "
+                "ends at 2: export this model with --format=hf."
+            )
+    huggingface.write(folder, clip)
+    _start("write", folder)
+    (folder / weights.WEIGHTS).unlink()
+    (folder / "README.md").write_text(_card(config, towers))
+
+
+def _card(config: mofi.MofiConfig, towers: list[str]) -> str:
+    siglip = config.family == "siglip"
+    suffix = "Model" if siglip else "ModelWithProjection"
+    image, text = (graph.output(name, config.family) for name in mofi.TOWERS)
+    # CLIP's texts need no padding but that of the longest; SigLIP's pool where it ends.
+    padding = '{ padding: "max_length", truncation: true }'
+    shape = f"[b, {config.context_length}]"
+    if not siglip:
+        padding, shape = "{ padding: true, truncation: true }", f"[b, t <= {config.context_length}]"
+    names = {kind: f"{'Siglip' if siglip else 'CLIP'}{kind}{suffix}" for kind in ("Vision", "Text")}
+    with_text = "text" in towers
+    return _CARD.format(
+        c=config,
+        models=", ".join(names.values() if with_text else [names["Vision"]]),
+        vision=names["Vision"],
+        image=image,
+        text=_TEXT.format(name=names["Text"], output=text, padding=padding) if with_text else "",
+        row=_ROW.format(shape=shape, output=text, d=config.embed_dim) if with_text else "",
+        opset=graph.OPSET,
+    )
+
+
+def _start(*arguments: os.PathLike | str) -> None:
+    """Runs `graph` where its packages are, in a process of its own."""
+    paths = [str(EXPORTER), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", graph.__name__, *map(os.fspath, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    # Whatever goes well, jax2onnx prints tracebacks about packages that it could have used.
+    if done.returncode:
+        raise RuntimeError(f"{graph.__name__} failed:\n{done.stderr[-5000:]}")
+
+
+def readers(folder: epath.PathLike) -> dict[str, parity.Reader]:
+    """Who opens the folder."""
+    return {"onnxruntime": functools.partial(_read, epath.Path(folder))}
+
+
+def _read(
+    folder: epath.Path, pictures: np.ndarray, texts: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """Pixels by the mean and deviation of the preprocessor's own file, ids of the tokenizer's."""
+    remedy = "export the model again"
+    pixels = files.read_json_object(folder / processor.PREPROCESSOR, remedy)
+    mean, std = (np.float32(pixels[key]) for key in ("image_mean", "image_std"))
+    values = (pictures.astype(np.float32) / 255 - mean) / std
+    inputs = {"image": np.ascontiguousarray(values.transpose(0, 3, 1, 2))}
+    if (folder / "onnx" / graph.GRAPHS["text"]).exists():
+        length = files.read_json_object(folder / "tokenizer_config.json", remedy)[
+            "model_max_length"
+        ]
+        tokenizer = tokenizer_lib.Tokenizer(folder / records.TOKENIZER_FILE, length)
+        inputs["text"] = tokenizer(list(texts)).astype(np.int64)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = (epath.Path(scratch) / name for name in ("in.npz", "out.npz"))
+        np.savez(source, **inputs)
+        _start("run", folder, source, target)
+        found = dict(np.load(target))
+    return found | ({"tokens": inputs["text"]} if "text" in inputs else {})
