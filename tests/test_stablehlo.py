@@ -1,5 +1,6 @@
 """Exported programs: other batches, other lengths, a process that has nothing but jax."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -58,12 +59,17 @@ def clip(tmp_path_factory):
         eos_id=tokenizer.eos_id,
         embed_dim=8,
     )
-    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
+    params = parameters(config)
+    rng = np.random.default_rng(1)
     params["entity_table"] = rng.normal(0, 1, (3, 8)).astype(np.float32)
     entities = records.Entities(["Q1", "Q2", "Q3"], ["a", "b", "c"], [""] * 3, np.ones(3, int))
     return huggingface.Clip(config, params, tokenizer, entities, "decode|resize(16)")
+
+
+def parameters(config):
+    shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
 
 
 def test_opens_with_jax_alone(clip, tmp_path):
@@ -96,6 +102,32 @@ def test_opens_with_jax_alone(clip, tmp_path):
         theirs = np.load(tmp_path / f"{name}.npy")
         ours = expected[kind][: int(count) if count.isdigit() else 1]
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_of_the_siglip_family(clip, tmp_path):
+    config = dataclasses.replace(
+        clip.config, family="siglip", embed_dim=16, activation="gelu_tanh", layer_norm_eps=1e-6
+    )
+    clip = dataclasses.replace(clip, config=config, params=parameters(config), entities=None)
+    assert export.export(clip, tmp_path, "stablehlo")["max_abs_diff"] <= 1e-5
+    written = json.loads((tmp_path / "stablehlo.json").read_text())
+    # SigLIP's texts pool at the last position, where their padding ends.
+    assert written["programs"]["text"]["input"] == "int32[batch_size, 12]"
+
+
+def test_an_image_tower_alone(clip, tmp_path):
+    clip = dataclasses.replace(clip, params={"image": clip.params["image"]}, tokenizer=None)
+    report = export.export(dataclasses.replace(clip, entities=None), tmp_path, "stablehlo")
+    assert report["max_abs_diff"] <= 1e-5
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["README.md", "image.stablehlo", "preprocess.json", "stablehlo.json"]
+    assert "text" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_text_tower_without_tokenizer(clip, tmp_path):
+    with pytest.raises(errors.BadInput, match="The model has no tokenizer"):
+        stablehlo.write(tmp_path / "out", dataclasses.replace(clip, tokenizer=None))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tower_too_large_for_the_format(clip, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ tags:
 - mofi
 - image-feature-extraction
 ---
-# Image and text embeddings trained with mofi_jax, as StableHLO
+# Embeddings trained with mofi_jax, as StableHLO
 
 ```python
 import jax, jax.export, numpy as np
@@ -47,14 +47,14 @@ embed(np.zeros((3, {c.image_size}, {c.image_size}, 3), np.uint8))  # float32 [3,
 ```
 
 `image.stablehlo` takes RGB pictures, uint8 [b, {c.image_size}, {c.image_size}, 3], prepared as
-`preprocess.json` says. {text}Both return float32 [b, {c.embed_dim}] of length 1, and run on
-{platforms} in float32 with products of the highest precision, weights inside. Written with jax
+`preprocess.json` says. {text}What comes out is float32 [b, {c.embed_dim}] of length 1.
+Programs run on {platforms} in float32 with products of the highest precision, weights inside. Written with jax
 {jax}; programs open with later releases of jax for at least six months. `result.json` holds the
 largest difference from the model itself.
 """
 
 _TEXT = """`text.stablehlo` takes the ids of `tokenizer.json`, int32 [b, {t}], each text
-ending with the token {c.eos_id}, then padding. """
+ending with the token {eos}, then padding. """
 
 
 def embedder(config: mofi.MofiConfig, params: mofi.Params, tower: str) -> Callable[..., jax.Array]:
@@ -131,7 +131,7 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
         c=config,
         jax=jax.__version__,
         platforms=", ".join(PLATFORMS),
-        text=_TEXT.format(c=config, t=t) if "text" in towers else "",
+        text=_TEXT.format(t=t, eos=clip.tokenizer.eos_id) if "text" in towers else "",
     )
     (folder / "README.md").write_text(card)
 

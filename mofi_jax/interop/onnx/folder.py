@@ -34,7 +34,7 @@ tags:
 - mofi
 - image-feature-extraction
 ---
-# Image and text embeddings trained with mofi_jax, as ONNX
+# Embeddings trained with mofi_jax, as ONNX
 
 ```js
 import {{ AutoProcessor, AutoTokenizer, {models}, RawImage }} from "@huggingface/transformers";
