@@ -48,7 +48,8 @@ embed(np.zeros((3, {c.image_size}, {c.image_size}, 3), np.uint8))  # float32 [3,
 
 `image.stablehlo` takes RGB pictures, uint8 [b, {c.image_size}, {c.image_size}, 3], prepared as
 `preprocess.json` says. {text}What comes out is float32 [b, {c.embed_dim}] of length 1.
-Programs run on {platforms} in float32 with products of the highest precision, weights inside. Written with jax
+Programs run on {platforms} in float32 with products of the highest precision, weights inside,
+written with jax
 {jax}; programs open with later releases of jax for at least six months. `result.json` holds the
 largest difference from the model itself.
 """
