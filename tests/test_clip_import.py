@@ -343,3 +343,18 @@ def test_a_tokenizer_of_another_model(whole, tmp_path):
     with pytest.raises(errors.BadInput, match=r"eos_token_id 299 and .* has"):
         huggingface.read(tmp_path)
     assert tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", 77).eos_id != 299
+
+
+def test_the_vocabulary_of_a_slow_tokenizer_becomes_a_tokenizer_json(whole, tmp_path):
+    """vocab.json and merges.txt are what transformers 4 saved of CLIP's slow tokenizer."""
+    for path in whole[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    words = [*map(chr, range(33, 127)), "a</w>", "t</w>", "at</w>", tokenizer_lib.BOS]
+    vocabulary = {word: i for i, word in enumerate(words)} | {tokenizer_lib.EOS: 299}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na t</w>\n")
+    saved = huggingface.read(tmp_path)
+    assert saved.tokenizer.eos_id == saved.config.eos_id == 299
+    huggingface.write(tmp_path / "out", saved)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(["a at"])["input_ids"] == [saved.tokenizer(["a at"])[0, :4].tolist()]

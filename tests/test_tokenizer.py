@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
+import transformers
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,3 +191,59 @@ def test_bad_input(tmp_path, path):
         tokenizer_lib.Tokenizer(cut, CONTEXT)
     with pytest.raises(errors.BadInput, match="context_length=2"):
         tokenizer_lib.Tokenizer(path, 2)
+
+
+# --------------------------------------------------------------- CLIP's vocab.json with merges.txt
+
+
+@pytest.fixture
+def clip_files(tmp_path):
+    """As a slow CLIPTokenizer saves itself, and transformers' own reading of it."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(a + "</w>" for a in letters), "do", "dog</w>", tokenizer_lib.BOS]
+    words.append(tokenizer_lib.EOS)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    merges = [("d", "o"), ("do", "g</w>")]
+    return tmp_path, transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
+
+
+def test_clips_vocabulary_and_merges(clip_files):
+    folder, theirs = clip_files
+    found = tokenizer_lib.find(epath.Path(folder))
+    assert found.name == "vocab.json"
+    ours = tokenizer_lib.Tokenizer(found, 77)
+    texts = ["a dog!", "", "Dog's  Ümläut 3 !!", "x" * 40, "日本 123 don't\n\tdog", "!"]
+    for row, ids in zip(ours(texts), theirs(texts)["input_ids"], strict=True):
+        np.testing.assert_array_equal(row[: len(ids)], ids)
+    again = folder / "tokenizer.json"
+    again.write_text(ours.serialized)
+    assert tokenizer_lib.find(epath.Path(folder)).name == "tokenizer.json"
+    np.testing.assert_array_equal(tokenizer_lib.Tokenizer(again, 77)(texts), ours(texts))
+
+
+def test_a_vocabulary_of_another_kind_is_no_tokenizer_of_ours(clip_files):
+    folder, _ = clip_files
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\n")  # GPT-2's
+    assert tokenizer_lib.find(epath.Path(folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("vocab.json", "[1]"), ("vocab.json", "{"), ("vocab.json", "{}"), ("merges.txt", "a b c")],
+)
+def test_damaged_vocabularies_and_merges(clip_files, name, content):
+    folder, _ = clip_files
+    (folder / name).write_text(content)
+    with pytest.raises(errors.BadInput, match=r"vocab\.json"):
+        tokenizer_lib.Tokenizer(folder / "vocab.json", 77)
+
+
+def test_a_normalizer_that_would_fill_the_memory(path, tmp_path):
+    values = json.loads(path.read_text())
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 60}
+    values["normalizer"] = {"type": "Sequence", "normalizers": [longer, longer]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(errors.BadInput, match="more than 100 times as long"):
+        tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", 77)

@@ -6,7 +6,10 @@ open_clip; it needs an EOS with the highest id) and "last token that is no paddi
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,6 +18,14 @@ from jaxtyping import Int32
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
+
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+# How CLIP splits a text into words, and each of them into bytes (openai/CLIP simple_tokenizer.py).
+CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+# How many times as long a tokenizer may make a text before it is split.
+MAX_GROWTH = 100
 
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 
@@ -27,13 +38,16 @@ KNOWN_NAMES = {
 
 
 class Tokenizer:
-    """A tokenizer.json: texts -> fixed-length rows of ids.
+    """A tokenizer.json, or a vocab.json with merges.txt of CLIP's: texts -> rows of ids.
+
+    The second is how transformers before version 5 saved CLIP's tokenizer if it was a slow one.
 
     Special tokens are those that a tokenizer_config.json beside the file names (`bos_token`,
     `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer pads
     with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal attention what
     stands after the EOS changes nothing, and each row keeps exactly one EOS.
-    `vocab_size` is the highest id in use, plus one; `fingerprint` the sha256 of the file.
+    `vocab_size` is the highest id in use, plus one; `serialized` the tokenizer.json's text, and
+    `fingerprint` its sha256.
     """
 
     def __init__(self, path: epath.PathLike, context_length: int):
@@ -47,18 +61,25 @@ class Tokenizer:
         self.path = epath.Path(path)
         self.context_length = context_length
         try:
-            data = self.path.read_bytes()
+            self.serialized = _serialized(self.path)
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.serialized)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise BadInput(
                 f"There is no tokenizer at {self.path}: give the path of a tokenizer.json."
             ) from error
-        self.fingerprint = hashlib.sha256(data).hexdigest()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except BadInput:
+            raise
         except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot read.
             raise BadInput(
                 f"{self.path} is not a tokenizer.json ({error}): write it again or copy it anew."
             ) from error
+        self.fingerprint = hashlib.sha256(self.serialized.encode()).hexdigest()
+        normalizer = self._tokenizer.normalizer
+        if normalizer is not None and _growth(json.loads(normalizer.__getstate__())) > MAX_GROWTH:
+            raise BadInput(
+                f"The normalizer of {self.path} makes texts more than {MAX_GROWTH} times as long: "
+                "use another tokenizer."
+            )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # A caption that spells "<|endoftext|>" is text like any other, not a second EOS.
@@ -86,6 +107,57 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The spelling of one id, e.g. of `eos_id`."""
         return self._tokenizer.id_to_token(token_id)
+
+
+def find(folder: epath.Path) -> epath.Path | None:
+    """The tokenizer's file of a model's folder, if it has one that `Tokenizer` reads."""
+    if (folder / "tokenizer.json").exists():
+        return folder / "tokenizer.json"
+    if all((folder / name).exists() for name in (VOCABULARY, MERGES)):
+        # GPT-2's, which other models have, lie in files of the same names.
+        clip = b"</w>" in (folder / MERGES).read_bytes()
+        return folder / VOCABULARY if clip else None
+    return None
+
+
+def _serialized(path: epath.Path) -> str:
+    """The text of a tokenizer.json, or the same made of CLIP's vocab.json and merges.txt."""
+    text = path.read_bytes().decode()
+    if path.name != VOCABULARY:
+        return text
+    vocabulary = files.read_json_object(path, "copy it anew")
+    lines = (path.parent / MERGES).read_bytes().decode().splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    model = tokenizers.models.BPE(
+        vocabulary,
+        merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+        unk_token=EOS,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [
+            tokenizers.normalizers.NFC(),
+            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            tokenizers.normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), "removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    return tokenizer.to_str()
+
+
+def _growth(normalizer: Mapping[str, Any]) -> int:
+    """At most how many times as long a text becomes: a stranger's file could fill the memory."""
+    parts = normalizer.get("normalizers", [])
+    return max(1, len(normalizer.get("content", ""))) * math.prod(map(_growth, parts))
 
 
 def encodable(text: str) -> str:

@@ -66,6 +66,11 @@ class Towers:
 
     def embed_texts(self, params: mofi.Params, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """L2-normalised embeddings of texts of any length; raises BadInput without a text tower."""
+        if "text" not in params:
+            raise BadInput(
+                "The model has no text tower, so it cannot read text: use one trained with "
+                "task=contrastive or task=multitask."
+            )
         if self.tokenizer is None:
             raise BadInput(
                 f"The model has no {records.TOKENIZER_FILE}, so it cannot read text: put the file "

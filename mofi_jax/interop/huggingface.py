@@ -55,9 +55,10 @@ def read(folder: epath.PathLike) -> Clip:
     values = clip_config.resolve(files.read_json_object(path, COPY_AGAIN), path)
     has_text = "text_config" in values
     tokenizer = None
-    if has_text and (folder / records.TOKENIZER_FILE).exists():
+    tokenizer_path = tokenizer_lib.find(folder)
+    if has_text and tokenizer_path is not None:
         length = clip_config.field(values, path, "text_config", "max_position_embeddings")
-        tokenizer = tokenizer_lib.Tokenizer(folder / records.TOKENIZER_FILE, length)
+        tokenizer = tokenizer_lib.Tokenizer(tokenizer_path, length)
     config = clip_config.from_config(values, path, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
@@ -157,7 +158,7 @@ def write_entities(folder: epath.Path, clip: Clip) -> None:
 
 def write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
     """tokenizer.json as it is, unless it does not frame texts with BOS and EOS by itself."""
-    text = tokenizer.path.read_text()
+    text = tokenizer.serialized
     backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
