@@ -17,8 +17,8 @@ from mofi_jax.common import errors
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import clip_config, huggingface
+from mofi_jax.model import activations, mofi
 from mofi_jax.model import image as image_lib
-from mofi_jax.model import mofi
 from mofi_jax.model import text as text_lib
 
 # Width, heads (of the size they have in the published models: 64, and 80 for pictures of H/14) and
@@ -189,6 +189,14 @@ def test_defaults_are_those_of_transformers():
     for section, defaults in clip_config.DEFAULTS.items():
         for key, value in defaults.items():
             assert (theirs[section] if section else theirs)[key] == value
+
+
+@pytest.mark.parametrize("name", clip_config.ACTIVATION_FROM)
+def test_names_of_activations(name):
+    x = np.linspace(-6, 6, 501, dtype=np.float32)
+    theirs = transformers.activations.get_activation(name)(torch.tensor(x)).numpy()
+    ours = activations.ACTIVATIONS[clip_config.ACTIVATION_FROM[name]](jax.numpy.asarray(x))
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 @pytest.mark.parametrize(

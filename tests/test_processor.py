@@ -1,13 +1,16 @@
 """preprocessor_config.json of other people: our pixels and embeddings against their processor's."""
 
+import contextlib
 import io
 import json
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import strategies as st
 from PIL import Image
 
 from mofi_jax.common import errors
@@ -199,6 +202,25 @@ def test_weights_alone_have_the_preprocessing_of_every_clip(model):
 def test_what_cannot_be_read_is_one_sentence(change, named, tmp_path):
     with pytest.raises(errors.BadInput, match=named):
         processor.read(_write(tmp_path, CLIP | change), SIZE, "clip")
+
+
+JUNK = [None, True, -1, 0, 24, 10**9, 10**400, 2.5, float("inf"), float("nan"), "", "x", [], {}]
+JUNK += [[24, 24], [None], {"height": 24}, {"shortest_edge": None}, {"height": "x", "width": 24}]
+
+
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
+@hypothesis.given(
+    changes=st.dictionaries(
+        st.sampled_from([*processor.DEFAULTS["CLIP"], "image_processor_type"]),
+        st.sampled_from(JUNK),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_damage_is_one_sentence(changes, tmp_path_factory):
+    folder = _write(tmp_path_factory.getbasetemp(), CLIP | changes)
+    with contextlib.suppress(errors.BadInput):
+        ops.parse(processor.read(folder, SIZE, "clip").operations)
 
 
 def test_pictures_that_would_keep_their_aspect_are_cropped(tmp_path, caplog):

@@ -23,12 +23,14 @@ from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.model import mofi
 from mofi_jax.model import text as text_lib
 
-# gelu_new and gelu_pytorch_tanh are one formula under two names.
+# transformers has several names for each formula.
 ACTIVATION_FROM = {
-    "gelu": "gelu",
     "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(
+        ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
+        "gelu_tanh",
+    ),
 }
 ACTIVATION_TO = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
