@@ -23,12 +23,15 @@ _TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jax.n
 
 
 @jax.tree_util.register_static  # to jax a tree's part without arrays: nothing of it goes anywhere
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class MappedTable:
     """Entities' rows in a file; `np.asarray` gives the class table that they are, in memory."""
 
     path: str
     rows: Float[np.ndarray, "e d"]  # memory-mapped; row i is entity i
+
+    def __post_init__(self):
+        self._lengths = np.zeros(len(self.rows), np.float32)  # 0 until a row's is known
 
     @classmethod
     def open(cls, path: epath.PathLike, name: str) -> "MappedTable":
@@ -119,15 +122,17 @@ class MappedTable:
 
         def run(start: int) -> Any:
             block = self.rows[start : start + size].astype(np.float32, copy=False)
+            lengths = self._lengths[start : start + size]
+            if not lengths.all():
+                lengths[:] = np.maximum(np.sqrt(np.vecdot(block, block)), 1e-12)
+                if not np.isfinite(lengths).all():
+                    lengths[:] = 0
+                    raise BadInput(
+                        f"{self.path} holds values that are not finite: nothing can be computed "
+                        "with them; export another checkpoint."
+                    )
             # A product of matrices would start BLAS's own threads in each of these.
-            squares = np.vecdot(block, block)
-            if not np.isfinite(squares).all():
-                raise BadInput(
-                    f"{self.path} holds values that are not finite: nothing can be computed with "
-                    "them; export another checkpoint."
-                )
-            cosines = np.vecdot(embeddings[:, None], block)
-            return function(start, cosines / np.maximum(np.sqrt(squares), 1e-12))
+            return function(start, np.vecdot(embeddings[:, None], block) / lengths)
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(run, range(0, len(self), size)))
