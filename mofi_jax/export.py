@@ -15,6 +15,7 @@ that differs by more than 1e-4 is a failure: the folder does not appear and the 
 | open_clip | open_clip (`local-dir:FOLDER`), timm its image tower, `inference.load` |
 | onnx | onnxruntime, transformers.js (`onnx/vision_model.onnx`, `onnx/text_model.onnx`) |
 | stablehlo | jax alone (`jax.export.deserialize`), on CPUs, GPUs and TPUs |
+| web | a browser: a page with the ONNX export in it, for any server of static files |
 
 It runs on one host, on its CPU: what is written and compared are whole arrays in float32, and the
 accelerators of a pod would wait for all of their hosts.
@@ -31,9 +32,10 @@ from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.interop import hub, huggingface, onnx, open_clip, parity, stablehlo
+from mofi_jax.interop.onnx import web
 
 # A format: `write(folder, clip)`, and `readers(folder)`, who opens it, by name.
-FORMATS = {"hf": hub, "open_clip": open_clip, "onnx": onnx, "stablehlo": stablehlo}
+FORMATS = {"hf": hub, "open_clip": open_clip, "onnx": onnx, "stablehlo": stablehlo, "web": web}
 
 
 def main(model: str, out: str, format: str = "hf", step: str = "") -> None:

@@ -1,11 +1,13 @@
 """The folder of an ONNX export: graphs, and the files by which transformers.js opens them."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
-from mofi_jax.interop import huggingface, parity
+from mofi_jax.interop import huggingface, parity, stablehlo
 from mofi_jax.interop.folder import processor, weights
 from mofi_jax.interop.onnx import graph
 from mofi_jax.model import mofi
@@ -37,12 +39,12 @@ tags:
 # Embeddings trained with mofi_jax, as ONNX
 
 ```js
-import {{ AutoProcessor, AutoTokenizer, {models}, RawImage }} from "@huggingface/transformers";
+import {{ AutoProcessor, AutoTokenizer, {classes}, RawImage }} from "@huggingface/transformers";
 
 const processor = await AutoProcessor.from_pretrained(FOLDER);
-const vision = await {vision}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
+const vision = await {vision_class}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
 const {{ {image} }} = await vision(await processor(await RawImage.read("cat.jpg")));
-{text}```
+{use}```
 
 | graph | input | output |
 |---|---|---|
@@ -56,10 +58,13 @@ from the model itself, by onnxruntime.
 
 _TEXT = """
 const tokenizer = await AutoTokenizer.from_pretrained(FOLDER);
-const words = await {name}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
-const {{ {output} }} = await words(tokenizer(["a photo of a cat"], {padding}));
+const words = await {text_class}.from_pretrained(FOLDER, {{ dtype: "fp32" }});
+const tokens = tokenizer(["a photo of a cat"], {{ padding: {padding}, truncation: true }});
+const {{ {text} }} = await words(tokens);
 """
-_ROW = "| `onnx/text_model.onnx` | `input_ids` int64 {shape} | `{output}` float32 [b, {d}] |\n"
+_ROW = """| `onnx/text_model.onnx` | `input_ids` int64 [b, {length}] | \
+`{text}` float32 [b, {c.embed_dim}] |
+"""
 
 
 def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
@@ -88,26 +93,28 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     (folder / "README.md").write_text(_card(config, towers))
 
 
-def _card(config: mofi.MofiConfig, towers: list[str]) -> str:
+def transformers_js(config: mofi.MofiConfig) -> dict[str, Any]:
+    """By which names transformers.js has the towers, their outputs, and padding of texts."""
     siglip = config.family == "siglip"
-    suffix = "Model" if siglip else "ModelWithProjection"
-    image, text = (graph.output(name, config.family) for name in mofi.TOWERS)
-    # CLIP's texts need no padding but that of the longest; SigLIP's pool where it ends.
-    padding = '{ padding: "max_length", truncation: true }'
-    shape = f"[b, {config.context_length}]"
-    if not siglip:
-        padding, shape = "{ padding: true, truncation: true }", f"[b, t <= {config.context_length}]"
-    names = {kind: f"{'Siglip' if siglip else 'CLIP'}{kind}{suffix}" for kind in ("Vision", "Text")}
-    with_text = "text" in towers
-    return _CARD.format(
-        c=config,
-        models=", ".join(names.values() if with_text else [names["Vision"]]),
-        vision=names["Vision"],
-        image=image,
-        text=_TEXT.format(name=names["Text"], output=text, padding=padding) if with_text else "",
-        row=_ROW.format(shape=shape, output=text, d=config.embed_dim) if with_text else "",
-        opset=graph.OPSET,
-    )
+    return {
+        "vision_class": "SiglipVisionModel" if siglip else "CLIPVisionModelWithProjection",
+        "text_class": "SiglipTextModel" if siglip else "CLIPTextModelWithProjection",
+        "image": graph.output("image", config.family),
+        "text": graph.output("text", config.family),
+        # SigLIP's texts pool where their padding ends; CLIP's need none but for one another.
+        "padding": "max_length" if siglip else True,
+    }
+
+
+def _card(config: mofi.MofiConfig, towers: list[str]) -> str:
+    names = transformers_js(config) | {"c": config, "opset": graph.OPSET, "use": "", "row": ""}
+    names["classes"] = names["vision_class"]
+    if "text" in towers:
+        names["classes"] += f", {names['text_class']}"
+        names["padding"] = json.dumps(names["padding"])
+        names["length"] = stablehlo.text_shape(config)[1]
+        names |= {"use": _TEXT.format(**names), "row": _ROW.format(**names)}
+    return _CARD.format(**names)
 
 
 def _start(*arguments: os.PathLike | str) -> None:
