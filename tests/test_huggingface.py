@@ -321,8 +321,8 @@ def test_unknown_activation_is_refused(folder, tmp_path):
 
 
 def test_another_family_is_refused(folder, tmp_path):
-    copy = _change(folder, tmp_path, "config.json", lambda v: v.update(model_type="siglip"))
-    with pytest.raises(errors.BadInput, match="'siglip'"):
+    copy = _change(folder, tmp_path, "config.json", lambda v: v.update(model_type="blip"))
+    with pytest.raises(errors.BadInput, match="'blip'"):
         huggingface.read(copy)
 
 

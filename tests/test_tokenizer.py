@@ -169,6 +169,25 @@ def test_opt_like_names_one_token_for_both(tmp_path):
     np.testing.assert_array_equal(tokenizer(["a dog"]), [[4, 1, 3, 6, 5, 5]])
 
 
+@pytest.mark.parametrize(("pad", "pad_id"), [("</s>", 6), ("<pad>", 5)])
+def test_texts_without_bos_where_the_file_frames_them_so(tmp_path, pad, pad_id):
+    """As SigLIP's, whose first release pads with its EOS; its own BOS, if any, is never used."""
+    _foreign(tmp_path, ["<s>", "<pad>", "</s>"])
+    path = tmp_path / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", 6)]
+    )
+    backend.save(str(path))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_lib.Tokenizer(path, 5)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 6, pad_id)
+    texts = ["", "a dog", "a cat a dog a cat"]
+    rows = [[6, *[pad_id] * 4], [1, 3, 6, pad_id, pad_id], [1, 2, 1, 3, 6]]
+    np.testing.assert_array_equal(tokenizer(texts), rows)
+
+
 def test_names_of_its_own_need_a_config(tmp_path):
     names = ["<begin>", "<end>"]
     with pytest.raises(errors.BadInput, match="bos_token and eos_token"):

@@ -1,8 +1,10 @@
 """Text to token ids by any Hugging Face tokenizer.json (`data_prep.dataset.files` trains one).
 
-A row of ids is always ``bos, pieces..., eos, pad...``. The EOS appears exactly once, so that every
-pooling rule in use finds the same position: "first EOS" (ours, Hugging Face), "largest id" (OpenAI,
-open_clip; it needs an EOS with the highest id) and "last token that is no padding" (axlearn).
+A row of ids is ``bos, pieces..., eos, pad...``, or without the BOS where the tokenizer.json itself
+puts an EOS alone around a text (SigLIP's). The EOS appears exactly once, so that every pooling rule
+in use finds the same position: "first EOS" (ours, Hugging Face), "largest id" (OpenAI, open_clip;
+it needs an EOS with the highest id) and "last token that is no padding" (axlearn). Only a tokenizer
+without BOS may pad with its EOS: SigLIP's does, whose model reads the padding and has to get it.
 """
 
 import hashlib
@@ -43,11 +45,11 @@ class Tokenizer:
     The second is how transformers before version 5 saved CLIP's tokenizer if it was a slow one.
 
     Special tokens are those that a tokenizer_config.json beside the file names (`bos_token`,
-    `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer pads
-    with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal attention what
-    stands after the EOS changes nothing, and each row keeps exactly one EOS.
-    `vocab_size` is the highest id in use, plus one; `serialized` the tokenizer.json's text, and
-    `fingerprint` its sha256.
+    `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer with a
+    BOS pads with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal
+    attention what stands after the EOS changes nothing, and each row keeps exactly one EOS.
+    `bos_id` is None where texts begin with none; `vocab_size` is the highest id in use, plus one;
+    `serialized` the tokenizer.json's text, and `fingerprint` its sha256.
     """
 
     def __init__(self, path: epath.PathLike, context_length: int):
@@ -82,26 +84,42 @@ class Tokenizer:
             )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        try:
+            framed, pieces = (
+                self._tokenizer.encode("a", add_special_tokens=special).ids
+                for special in (True, False)
+            )
+        except Exception as error:  # as above
+            raise BadInput(
+                f"{self.path} reads no text ({error}): write it again or copy it anew."
+            ) from error
         # A caption that spells "<|endoftext|>" is text like any other, not a second EOS.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.bos_id, self.eos_id, self.pad_id = _special_ids(self.path, vocabulary)
+        ids = _named_ids(self.path, vocabulary)
+        if ids["eos"] is not None and framed == [*pieces, ids["eos"]]:
+            pad = ids["eos"] if ids["pad"] is None else ids["pad"]
+            self.bos_id, self.eos_id, self.pad_id = None, ids["eos"], pad
+        else:
+            self.bos_id, self.eos_id, self.pad_id = _distinct_ids(self.path, vocabulary, ids)
 
     def __reduce__(self):
         return Tokenizer, (str(self.path), self.context_length)
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n t"]:
-        """Rows ``bos, pieces, eos, pad...`` of `context_length` ids; long texts lose their end."""
+        """Rows ``pieces, eos, pad...`` behind a BOS, if any; long texts lose their end."""
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
         encodings = self._tokenizer.encode_batch_fast(
             [encodable(t) for t in texts], add_special_tokens=False
         )
         special = (self.bos_id, self.eos_id)
+        first = [] if self.bos_id is None else [self.bos_id]
+        room = self.context_length - len(first) - 1
         for row, encoding in zip(rows, encodings, strict=True):
             # A foreign model may spell its special tokens through merges; ours never does.
-            pieces = [i for i in encoding.ids if i not in special][: self.context_length - 2]
-            row[: len(pieces) + 2] = [self.bos_id, *pieces, self.eos_id]
+            pieces = [i for i in encoding.ids if i not in special][:room]
+            row[: len(first) + len(pieces) + 1] = [*first, *pieces, self.eos_id]
         return rows
 
     def token(self, token_id: int) -> str:
@@ -165,7 +183,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int, int]:
+def _named_ids(path: epath.Path, vocabulary: dict[str, int]) -> dict[str, int | None]:
     """BOS, EOS and PAD ids from tokenizer_config.json beside the file, else from known names."""
     config_path = path.parent / "tokenizer_config.json"
     config = {}
@@ -177,6 +195,13 @@ def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int
         name = name.get("content") if isinstance(name, dict) else name
         names = (name, *known) if isinstance(name, str) else known
         ids[kind] = next((vocabulary[n] for n in names if n in vocabulary), None)
+    return ids
+
+
+def _distinct_ids(
+    path: epath.Path, vocabulary: dict[str, int], ids: dict[str, int | None]
+) -> tuple[int, int, int]:
+    """BOS, EOS and PAD of a tokenizer whose texts begin with a BOS, EOS unlike the other two."""
     eos = ids["eos"]
     if eos is not None and ids["bos"] in (None, eos):
         # OPT and GPT-2 name one token for both; pooling at the first EOS needs two different ones.
@@ -185,7 +210,7 @@ def _special_ids(path: epath.Path, vocabulary: dict[str, int]) -> tuple[int, int
     if ids["bos"] is None or eos is None:
         raise BadInput(
             f"{path} has no distinct tokens for begin and end of text: name them as bos_token and "
-            f"eos_token in {config_path}."
+            f"eos_token in {path.parent / 'tokenizer_config.json'}."
         )
     if ids["pad"] in (None, eos):
         ids["pad"] = 0 if eos != 0 else ids["bos"]

@@ -83,7 +83,13 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer | None
     Raises BadInput for another model's tokenizer, or an EOS of id 2.
     """
     if tokenizer is not None:
-        _check_tokenizer(config, tokenizer)
+        check_tokenizer(config, tokenizer)
+        if config.eos_id == ARGMAX_EOS:
+            raise BadInput(
+                f"The EOS of {tokenizer.path} has the id 2, for which transformers pools texts at "
+                "another token than this model does: train with a tokenizer whose EOS has another "
+                "id."
+            )
 
     def tower(shape: mofi.TowerConfig) -> dict[str, Any]:
         return {
@@ -129,18 +135,14 @@ def to_config(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer | None
     }
 
 
-def _check_tokenizer(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> None:
+def check_tokenizer(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """Raises BadInput for a tokenizer that is another model's."""
     same_end = config.eos_id in (tokenizer.eos_id, text_lib.LARGEST_ID)
     if not same_end or tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
             f"The tokenizer {tokenizer.path} (EOS {tokenizer.eos_id}, {tokenizer.vocab_size} ids) "
             f"is not the model's (EOS {config.eos_id}, {config.vocab_size} ids): give the one it "
             "was trained with."
-        )
-    if config.eos_id == ARGMAX_EOS:
-        raise BadInput(
-            f"The EOS of {tokenizer.path} has the id 2, for which transformers pools texts at "
-            "another token than this model does: train with a tokenizer whose EOS has another id."
         )
 
 
@@ -150,23 +152,28 @@ def resolve(values: Mapping[str, Any], where: epath.PathLike) -> dict[str, Any]:
     Without `text_config` if it describes an image tower alone. Raises BadInput for what describes
     neither that nor a CLIPModel.
     """
-    kind = values.get("model_type")
+    kind, defaults = values.get("model_type"), DEFAULTS
     if kind == VISION_MODEL:
-        values = {
-            "model_type": kind,
-            "projection_dim": values.get("projection_dim"),
-            "vision_config": values,
-        }
+        values = {"projection_dim": values.get("projection_dim"), "vision_config": values}
+        defaults = {name: part for name, part in DEFAULTS.items() if name != "text_config"}
     elif kind != CLIP_MODEL:
         raise BadInput(
             f"{where} describes a model of type {kind!r}: give a folder of type {CLIP_MODEL!r} "
-            f"(CLIPModel) or {VISION_MODEL!r} (CLIPVisionModelWithProjection)."
+            f"(CLIPModel) or {VISION_MODEL!r} (CLIPVisionModelWithProjection), or of SigLIP."
         )
-    resolved: dict[str, Any] = {"model_type": kind}
+    return {"model_type": kind, **with_defaults(values, where, defaults)}
+
+
+def with_defaults(
+    values: Mapping[str, Any], where: epath.PathLike, defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The fields of a config.json that have `defaults`, by section, "" being the top.
+
+    Raises BadInput for a section that is no object.
+    """
+    resolved: dict[str, Any] = {}
     taken = []
-    for section, defaults in DEFAULTS.items():
-        if kind == VISION_MODEL and section == "text_config":
-            continue
+    for section, of_section in defaults.items():
         # The _dict is a whole configuration: what it leaves out is at its default, whatever the
         # section of that name says.
         override = values.get(f"{section}_dict")
@@ -178,11 +185,11 @@ def resolve(values: Mapping[str, Any], where: epath.PathLike) -> dict[str, Any]:
             )
         found = {
             key: default if part.get(key) is None else part[key]
-            for key, default in defaults.items()
+            for key, default in of_section.items()
         }
         taken += [
             f"{section}.{key}={default!r}".lstrip(".")
-            for key, default in defaults.items()
+            for key, default in of_section.items()
             if part.get(key) is None
         ]
         resolved |= {section: found} if section else found
@@ -201,24 +208,44 @@ def from_config(
     An image tower alone has `NO_TEXT` in place of a text tower. Raises BadInput: a value of another
     type, or one that our model cannot express.
     """
+    fields = shared_fields(values, where)
+    if "text_config" in values:
+        stated = field(values, where, "text_config", "eos_token_id")
+        fields["eos_id"] = _pooling_eos(stated, where, tokenizer)
+    return build({**fields, "embed_dim": field(values, where, "", "projection_dim")}, where)
+
+
+def build(fields: Mapping[str, Any], where: epath.PathLike) -> mofi.MofiConfig:
+    """The model of dtype float32 that a file describes; raises BadInput if there is none."""
+    try:
+        return mofi.MofiConfig(**fields, dtype="float32")
+    except (BadInput, OverflowError) as error:
+        raise BadInput(f"{where} describes no model that can be built: {error}") from error
+
+
+def _refuse(where: epath.PathLike, what: str) -> None:
+    raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
+
+
+def square(values: Mapping[str, Any], where: epath.PathLike, key: str) -> int:
+    """A side of vision_config; raises BadInput for one of two lengths."""
+    value = field(values, where, "vision_config", key)
+    sides = set(value) if isinstance(value, list) else {value}
+    if len(sides) != 1:
+        _refuse(where, f"vision_config.{key} {value}")
+    return sides.pop()
+
+
+def shared_fields(values: Mapping[str, Any], where: epath.PathLike) -> dict[str, Any]:
+    """The fields of MofiConfig that all families have under the same names; BadInput as above."""
     field_of = functools.partial(field, values, where)
     sections = [section for section in ("text_config", "vision_config") if section in values]
-
-    def refuse(what: str) -> None:
-        raise BadInput(f"{where} has {what}, which this model cannot express: use another model.")
 
     def same(key: str) -> Any:
         first, last = (field_of(section, key) for section in (sections[0], sections[-1]))
         if first != last:
-            refuse(f"{key} {first!r} for text and {last!r} for pictures")
+            _refuse(where, f"{key} {first!r} for text and {last!r} for pictures")
         return last
-
-    def square(key: str) -> int:
-        value = field_of("vision_config", key)
-        sides = set(value) if isinstance(value, list) else {value}
-        if len(sides) != 1:
-            refuse(f"vision_config.{key} {value}")
-        return sides.pop()
 
     def tower(section: str) -> mofi.TowerConfig:
         width = field_of(section, "hidden_size")
@@ -230,30 +257,28 @@ def from_config(
 
     activation = same("hidden_act")
     if activation not in ACTIVATION_FROM:
-        refuse(f"hidden_act {activation!r}")
-    fields = {
-        "image_size": square("image_size"),
-        "patch_size": square("patch_size"),
-        "image": tower("vision_config"),
-        "embed_dim": field_of("", "projection_dim"),
-        "activation": ACTIVATION_FROM[activation],
-    }
+        _refuse(where, f"hidden_act {activation!r}")
     if field_of("vision_config", "num_channels") != 3:
-        refuse("vision_config.num_channels other than 3")
+        _refuse(where, "vision_config.num_channels other than 3")
     text = NO_TEXT
     if "text_config" in sections:
-        stated = field_of("text_config", "eos_token_id")
         text = {
             "text": tower("text_config"),
             "vocab_size": field_of("text_config", "vocab_size"),
             "context_length": field_of("text_config", "max_position_embeddings"),
-            "eos_id": _pooling_eos(stated, where, tokenizer),
         }
-    epsilon = same("layer_norm_eps")
     try:
-        return mofi.MofiConfig(**fields, **text, layer_norm_eps=float(epsilon), dtype="float32")
-    except (BadInput, OverflowError) as error:
-        raise BadInput(f"{where} describes no model that can be built: {error}") from error
+        epsilon = float(same("layer_norm_eps"))
+    except OverflowError as error:
+        raise BadInput(f"{where} has a layer_norm_eps beyond all numbers: correct it.") from error
+    return {
+        "image_size": square(values, where, "image_size"),
+        "patch_size": square(values, where, "patch_size"),
+        "image": tower("vision_config"),
+        "activation": ACTIVATION_FROM[activation],
+        "layer_norm_eps": epsilon,
+        **text,
+    }
 
 
 def field(values: Mapping[str, Any], where: epath.PathLike, section: str, key: str) -> Any:

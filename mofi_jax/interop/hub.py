@@ -103,7 +103,8 @@ def _read_by_transformers(
         if hasattr(model, "get_image_features"):
             found["image"] = unit(model.get_image_features(**pixels))
         else:
-            found["image"] = unit(model(**pixels).image_embeds)
+            output = model(**pixels)  # SigLIP has no projection
+            found["image"] = unit(getattr(output, "image_embeds", output))
         if hasattr(model, "get_text_features"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             ids = tokenizer(

@@ -1,11 +1,13 @@
-"""Hugging Face CLIPModel folders, both directions: what each file holds and how it is read back.
+"""Hugging Face folders of CLIPModel and SiglipModel, both directions: what each file holds.
 
-Weights are mapped by `clip_weights`, config.json by `clip_config`, pixels and the arrays' files by
-`folder`. A model without text tower is a CLIPVisionModelWithProjection. Neither PyTorch nor
-transformers is needed in either direction, save for weights that PyTorch pickled.
+Weights are mapped by `clip_weights`, config.json by `clip_config`, or SigLIP's files of these
+kinds; pixels and the arrays' files by `folder`. A model without text tower is a
+CLIPVisionModelWithProjection or SiglipVisionModel. Neither PyTorch nor transformers is needed in
+either direction, save for weights that PyTorch pickled.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import tokenizers
@@ -17,7 +19,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import sharding
-from mofi_jax.interop import clip_config, clip_weights, model_card
+from mofi_jax.interop import clip_config, clip_weights, model_card, siglip_config, siglip_weights
 from mofi_jax.interop.folder import processor, weights
 from mofi_jax.losses import class_order, mapped_table
 from mofi_jax.model import mofi
@@ -41,8 +43,9 @@ class Clip:
 
 
 def read(folder: epath.PathLike) -> Clip:
-    """Reads a folder of CLIPModel, CLIPVisionModelWithProjection or CLIPVisionModel.
+    """Reads a folder of CLIPModel, CLIPVisionModelWithProjection or CLIPVisionModel, or of SigLIP.
 
+    SigLIP's are SiglipModel, SiglipVisionModel and, for square pictures, Siglip2Model (NaFlex).
     What config.json and the preprocessing file leave out is as transformers has it; another
     normalisation of pixels than the family's is folded into the weights. float16 and bfloat16
     weights become float32. CLIPVisionModel, which has no projection, gets the identity.
@@ -52,14 +55,17 @@ def read(folder: epath.PathLike) -> Clip:
     """
     folder = epath.Path(folder)
     path = folder / "config.json"
-    values = clip_config.resolve(files.read_json_object(path, COPY_AGAIN), path)
+    values = files.read_json_object(path, COPY_AGAIN)
+    siglip = values.get("model_type") in siglip_config.MODEL_TYPES
+    configs = siglip_config if siglip else clip_config
+    values = configs.resolve(values, path)
     has_text = "text_config" in values
     tokenizer = None
     tokenizer_path = tokenizer_lib.find(folder)
     if has_text and tokenizer_path is not None:
         length = clip_config.field(values, path, "text_config", "max_position_embeddings")
         tokenizer = tokenizer_lib.Tokenizer(tokenizer_path, length)
-    config = clip_config.from_config(values, path, tokenizer)
+    config = configs.from_config(values, path, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: "
@@ -67,12 +73,18 @@ def read(folder: epath.PathLike) -> Clip:
         )
     pixels = processor.read(folder, config.image_size, config.family)
     state = weights.open_folder(folder)
-    if not has_text and clip_weights.PROJECTION not in state:
+    table = _table(config)
+    if siglip:
+        naflex = "num_patches" in values["vision_config"]
+        table = functools.partial(table, naflex=naflex)
+        if not has_text:
+            state = state.below("vision_model.")
+    elif not has_text and clip_weights.PROJECTION not in state:
         logging.info("%s has no projection: embeddings are as wide as the tower.", folder)
         config = dataclasses.replace(config, embed_dim=config.image.width)
         state = state.with_array(clip_weights.PROJECTION, np.eye(config.embed_dim))
-    clip_weights.check_shapes(config, state.shapes, folder, text=has_text)
-    params = clip_weights.from_state_dict(config, state, text=has_text)
+    clip_weights.check_shapes(config, state.shapes, folder, text=has_text, table=table)
+    params = clip_weights.from_state_dict(config, state, text=has_text, table=table)
     fold(params["image"], pixels, config.family)
     entities = read_entities(folder, config, params)
     return Clip(config, params, tokenizer, entities, pixels.operations)
@@ -100,14 +112,22 @@ def fold(tower: mofi.Params, pixels: processor.Processor, family: str) -> None:
     """Makes the image tower take pixels as the family normalises them, in place of the folder's."""
     kernel, bias = pixels.folded(tower["patch_embedding"]["kernel"], family)
     tower["patch_embedding"]["kernel"] = kernel
-    # Every position but the class token's, which sees no pixels.
-    tower["position_embedding"][1:] += bias
+    if family == "siglip":
+        tower["patch_embedding"]["bias"] += bias
+    else:
+        # Every position but the class token's, which sees no pixels.
+        tower["position_embedding"][1:] += bias
+
+
+def _table(config: mofi.MofiConfig) -> clip_weights.Table:
+    return siglip_weights.weights if config.family == "siglip" else clip_weights.weights
 
 
 def write(folder: epath.PathLike, clip: Clip) -> None:
-    """Writes the folder that `transformers.CLIPModel.from_pretrained` and `read` load.
+    """Writes the folder that transformers' CLIPModel or SiglipModel and `read` load.
 
-    A model without text tower makes one for CLIPVisionModelWithProjection. Files:
+    A model without text tower makes one for CLIPVisionModelWithProjection or SiglipVisionModel.
+    Files:
     model.safetensors (float32), config.json, tokenizer files, preprocessor_config.json and
     preprocess.json, README.md (model card), and for a classified model entities.parquet with
     entity_table.safetensors (real rows only).
@@ -117,14 +137,15 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
         with the id 2.
     """
     folder = epath.Path(folder)
-    state = clip_weights.to_state_dict(clip.config, clip.params)
+    state = clip_weights.to_state_dict(clip.config, clip.params, _table(clip.config))
     tokenizer = clip.tokenizer if "text" in clip.params else None
     if tokenizer is None and "text" in clip.params:
         raise BadInput(
             "The model has no tokenizer, without which its text tower is of no use: put its "
             f"{records.TOKENIZER_FILE} into the folder of the model."
         )
-    config = clip_config.to_config(clip.config, tokenizer)
+    configs = siglip_config if clip.config.family == "siglip" else clip_config
+    config = configs.to_config(clip.config, tokenizer)
     preprocess = ops.expand(clip.preprocess, clip.config.image_size)
     folder.mkdir(parents=True, exist_ok=True)
     weights.save(folder / weights.WEIGHTS, state)
@@ -135,7 +156,7 @@ def write(folder: epath.PathLike, clip: Clip) -> None:
     )
     files.write_json(folder / processor.PREPROCESS, {"preprocess": preprocess})
     if tokenizer is not None:
-        write_tokenizer(folder, tokenizer)
+        write_tokenizer(folder, tokenizer, clip.config.family)
     write_entities(folder, clip)
     towers = [name for name in mofi.TOWERS if name in clip.params]
     card = model_card.text(clip.config, preprocess, clip.entities, towers=towers)
@@ -156,21 +177,25 @@ def write_entities(folder: epath.Path, clip: Clip) -> None:
     records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
 
 
-def write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """tokenizer.json as it is, unless it does not frame texts with BOS and EOS by itself."""
+def write_tokenizer(
+    folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer, family: str = "clip"
+) -> None:
+    """tokenizer.json as it is, unless it does not frame texts as `Tokenizer` does by itself."""
     text = tokenizer.serialized
     backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
-    names = {k: tokenizer.token(getattr(tokenizer, f"{k}_id")) for k in ("bos", "eos", "pad")}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    names = {kind: tokenizer.token(i) for kind, i in ids.items() if i is not None}
+    first = [] if tokenizer.bos_id is None else [names["bos"]]
     pieces = backend.encode("a", add_special_tokens=False).ids
-    if backend.encode("a").ids != [tokenizer.bos_id, *pieces, tokenizer.eos_id]:
+    framed = [*(ids["bos"] for _ in first), *pieces, tokenizer.eos_id]
+    if backend.encode("a").ids != framed:
         backend = tokenizers.Tokenizer.from_str(text)
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=[names["bos"], "$A", names["eos"]],
+            single=[*first, "$A", names["eos"]],
             special_tokens=[
-                (names["bos"], tokenizer.bos_id),
-                (names["eos"], tokenizer.eos_id),
+                (name, backend.token_to_id(name)) for name in dict.fromkeys([*first, names["eos"]])
             ],
         )
         text = backend.to_str(pretty=True)
@@ -189,6 +214,9 @@ def write_tokenizer(folder: epath.Path, tokenizer: tokenizer_lib.Tokenizer) -> N
             "clean_up_tokenization_spaces": False,
             # A caption that spells a special token stays text, as in `data.tokenizer`.
             "split_special_tokens": True,
-            "model_input_names": ["input_ids", "attention_mask"],
+            # SigLIP reads its padding: a mask would hide it.
+            "model_input_names": ["input_ids", "attention_mask"]
+            if family == "clip"
+            else ["input_ids"],
         },
     )

@@ -54,11 +54,24 @@ cosine = image @ image.T""",
     "mind": "",
 }
 
+# What a model of the family siglip has otherwise.
+_SIGLIP_NAMES = {
+    "CLIPModel": "SiglipModel",
+    "CLIPVisionModelWithProjection": "SiglipVisionModel",
+    ".image_embeds": ".pooler_output",
+}
+_SIGLIP_MIND = """- Texts pool at their last position and read their padding: pad them all to the
+  {c.context_length} tokens, with no attention mask. They are embedded with nothing but the file
+  `tokenizer.json` done to them.
+- `sigmoid(exp(logit_scale) * cosine + logit_bias)` of a picture and a text is the probability that
+  they belong together.
+"""
+
 _CARD = """---
 library_name: transformers
 pipeline_tag: {pipeline}
 tags:
-- clip
+- {c.family}
 - mofi
 - image-feature-extraction
 ---
@@ -81,7 +94,7 @@ from PIL import Image
 
 ## What to mind
 {mind}- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255
-  and normalised with CLIP's mean and deviation. `preprocessor_config.json` is the nearest form that
+  and normalised by {family}'s mean and deviation. `preprocessor_config.json` is the nearest form that
   transformers can express; its resampling differs slightly.
 - `result.json` holds the largest difference between this folder as read back and the original.
 """
@@ -99,7 +112,12 @@ def text(
     towers: Collection[str] = tuple(mofi.TOWERS),
 ) -> str:
     """The model card of one model; `entities` is the vocabulary of its class table, if any."""
-    parts = _BOTH if "text" in towers else _IMAGE
+    parts, siglip = _BOTH if "text" in towers else _IMAGE, config.family == "siglip"
+    if siglip:
+        use = parts["use"]
+        for name, other in _SIGLIP_NAMES.items():
+            use = use.replace(name, other)
+        parts = parts | {"use": use, "mind": _SIGLIP_MIND if "text" in towers else ""}
     shape = config.image
     facts = {
         "c": config,
@@ -112,6 +130,7 @@ def text(
     return _CARD.format(
         **filled,
         c=config,
+        family="SigLIP" if siglip else "CLIP",
         entities="no entity table" if entities is None else _ENTITIES.format(count=len(entities)),
         preprocess=preprocess,
     )

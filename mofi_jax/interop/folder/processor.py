@@ -51,6 +51,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP,
     "Bit": _CLIP,
     "Siglip": _SIGLIP,
+    # Of any shape, cut into no more than so many patches; the squares that a model takes here.
+    "Siglip2": _SIGLIP | {"resample": 2, "size": None},
     "ViT": _SIGLIP | {"resample": 2, "default_to_square": True},
 }
 OF_FAMILY = {"clip": "CLIP", "siglip": "Siglip"}
@@ -191,6 +193,9 @@ class _Resolver:
 
     def _operations(self, image_size: int) -> list[str]:
         steps, fits = [], False
+        if self._values["size"] is None:
+            self._values["size"] = {"height": image_size, "width": image_size}
+            logging.warning("%s keeps the shape of pictures, here they are squares.", self._path)
         if self._switch("do_resize"):
             size, method = self._size("size"), self._method()
             if size.keys() == {"shortest_edge"}:

@@ -61,6 +61,12 @@ class Arrays(Mapping):
         more = Stored(array.shape, "float32", epath.Path(), lambda: array)
         return Arrays({**self._stored, name: more})
 
+    def below(self, prefix: str) -> "Arrays":
+        """The same with a prefix before all names that lack it: a part saved as a whole model."""
+        return Arrays(
+            {prefix + name.removeprefix(prefix): array for name, array in self._stored.items()}
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
