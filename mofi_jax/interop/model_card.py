@@ -94,8 +94,8 @@ from PIL import Image
 
 ## What to mind
 {mind}- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255
-  and normalised by {family}'s mean and deviation. `preprocessor_config.json` is the nearest form that
-  transformers can express; its resampling differs slightly.
+  and normalised by {family}'s mean and deviation. `preprocessor_config.json` is the nearest form
+  that transformers can express; its resampling differs slightly.
 - `result.json` holds the largest difference between this folder as read back and the original.
 """
 
