@@ -359,6 +359,7 @@ def test_eos_2_without_proof_pools_at_the_largest_id(folder, tmp_path, config, p
     huggingface.write(tmp_path / "again", dataclasses.replace(clip, tokenizer=tokenizer))
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["text_config"]["eos_token_id"] == 2
+    assert "pool at their largest id" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_an_eos_of_2_is_not_written(config, params, tmp_path):

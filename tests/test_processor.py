@@ -223,6 +223,15 @@ def test_any_damage_is_one_sentence(changes, tmp_path_factory):
         ops.parse(processor.read(folder, SIZE, "clip").operations)
 
 
+def test_operations_beside_a_file_that_cannot_be_read(tmp_path):
+    """As its sentence says."""
+    _write(tmp_path, CLIP | {"crop_size": 32, "do_rescale": False})
+    (tmp_path / processor.PREPROCESS).write_text('{"preprocess": "clip_hf"}')
+    read = processor.read(tmp_path, SIZE, "clip")
+    assert read.operations == "clip_hf"
+    assert read.scale[0] > 1
+
+
 def test_pictures_that_would_keep_their_aspect_are_cropped(tmp_path, caplog):
     """transformers gives its model rectangles then, which that refuses."""
     read = processor.read(_write(tmp_path, CLIP | {"do_center_crop": False}), SIZE, "clip")
@@ -242,3 +251,6 @@ def test_pictures_that_would_keep_their_aspect_are_cropped(tmp_path, caplog):
 def test_what_is_written_reads_back_as_the_same_operations(operations, tmp_path):
     values = processor.to_config(operations, SIZE, "clip")
     assert processor.read(_write(tmp_path, values), SIZE, "clip").operations == operations
+    assert processor.expresses(operations, SIZE, "clip")
+    for other in ("bilinear", "area"):
+        assert not processor.expresses(f"decode|resize({SIZE}, {other!r})", SIZE, "clip")

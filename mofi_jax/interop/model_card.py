@@ -3,7 +3,9 @@
 from collections.abc import Collection
 
 from mofi_jax.data import records
+from mofi_jax.interop.folder import processor
 from mofi_jax.model import mofi
+from mofi_jax.model import text as text_lib
 
 # The sentences of a model with both towers, and of one that has none for texts.
 _BOTH = {
@@ -28,7 +30,7 @@ with torch.no_grad():
 # transformers 5 returns an object, transformers 4 the vectors; neither normalises.
 text, image = (getattr(x, "pooler_output", x) for x in (text, image))
 cosine = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T""",
-    "mind": """- Texts pool at the first `eos_token` (id {c.eos_id}). Every row holds exactly one,
+    "mind": """- Texts pool at {end}. Every row holds exactly one,
   the last token before the padding, also after truncation; the attention is causal, so no attention
   mask is needed.
 - Cosines between pictures and between a picture and a text have different ranges: do not share a
@@ -94,10 +96,14 @@ from PIL import Image
 
 ## What to mind
 {mind}- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255
-  and normalised by {family}'s mean and deviation. `preprocessor_config.json` is the nearest form
-  that transformers can express; its resampling differs slightly.
+  and normalised with the mean and deviation in `preprocessor_config.json`, which {nearness}.
 - `result.json` holds the largest difference between this folder as read back and the original.
 """
+
+_SAME = "says the same"
+_NEAREST = """is the nearest form
+  that transformers can express: `pixels` in `result.json` says how far its pixels are off, of 255,
+  and the cosines of embeddings with those of the right pixels"""
 
 _ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row for each of the
 {count:,} entities the model was trained to name: the cosine of a picture's embedding with a row
@@ -122,6 +128,9 @@ def text(
     facts = {
         "c": config,
         "image": f"{shape.layers} x {shape.width} / {shape.heads}",
+        "end": "their largest id"
+        if config.eos_id == text_lib.LARGEST_ID
+        else f"the first `eos_token` (id {config.eos_id})",
         "pixels": f"{config.image_size} x {config.image_size} pixels, patches of "
         f"{config.patch_size}",
         **{f"{name}_parameters": mofi.parameter_count(config, name) for name in towers},
@@ -130,7 +139,9 @@ def text(
     return _CARD.format(
         **filled,
         c=config,
-        family="SigLIP" if siglip else "CLIP",
         entities="no entity table" if entities is None else _ENTITIES.format(count=len(entities)),
         preprocess=preprocess,
+        nearness=_SAME
+        if processor.expresses(preprocess, config.image_size, config.family)
+        else _NEAREST,
     )

@@ -103,18 +103,19 @@ def read(folder: epath.PathLike, image_size: int, family: str) -> Processor:
     """
     folder = epath.Path(folder)
     values, path = _values(folder)
-    usual = {"clip": "clip_hf", "siglip": "siglip"}[family]
-    if values is None:
-        processor = Processor(ops.expand(usual, image_size))
-    else:
-        processor = _Resolver(values, path, family).processor(image_size)
+    fields = None if values is None else _Fields(values, path, family)
+    scale, shift = fields.affine() if fields else ((), ())
     if (folder / PREPROCESS).exists():
-        return dataclasses.replace(processor, operations=exact(folder / PREPROCESS, image_size))
-    if values is None:
+        operations = exact(folder / PREPROCESS, image_size)
+    elif fields:
+        operations = fields.operations(image_size)
+    else:
+        usual = {"clip": "clip_hf", "siglip": "siglip"}[family]
         logging.warning(
             "%s has no %s: pictures are preprocessed as %s does.", folder, PREPROCESSOR, usual
         )
-    return processor
+        operations = ops.expand(usual, image_size)
+    return Processor(operations, scale, shift)
 
 
 def to_config(preprocess: str, image_size: int, family: str) -> dict[str, Any]:
@@ -144,7 +145,14 @@ def to_config(preprocess: str, image_size: int, family: str) -> dict[str, Any]:
     }
 
 
+def expresses(preprocess: str, image_size: int, family: str) -> bool:
+    """Whether `to_config` says exactly these operations, or only something near them."""
+    values = to_config(preprocess, image_size, family)
+    return _Fields(values, epath.Path(), family).operations(image_size) == preprocess
+
+
 def exact(path: epath.Path, image_size: int) -> str:
+    """The operations that a preprocess.json holds; raises BadInput if it is damaged."""
     spec = files.read_json_object(path, "copy the whole folder again").get("preprocess")
     if not isinstance(spec, str):
         raise BadInput(f"{path} lacks the key preprocess: export the model again.")
@@ -164,7 +172,7 @@ def _values(folder: epath.Path) -> tuple[dict[str, Any] | None, epath.Path]:
     return (files.read_json_object(path, remedy) if path.exists() else None), path
 
 
-class _Resolver:
+class _Fields:
     """The fields of one file, with what transformers takes where they are missing or null."""
 
     def __init__(self, values: Mapping[str, Any], path: epath.Path, family: str):
@@ -180,7 +188,8 @@ class _Resolver:
             for key, default in defaults.items()
         }
 
-    def processor(self, image_size: int) -> Processor:
+    def affine(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Scale and shift of uint8, by channel."""
         scale = self._numbers("rescale_factor") if self._switch("do_rescale") else np.ones(3)
         shift = np.zeros(3)
         if self._switch("do_normalize"):
@@ -188,10 +197,13 @@ class _Resolver:
             if not std.all():
                 self._refuse("image_std")
             scale, shift = scale / std, -self._numbers("image_mean") / std
-        operations = "|".join(["decode", *self._operations(image_size)])
-        return Processor(operations, tuple(scale.tolist()), tuple(shift.tolist()))
+        return tuple(scale.tolist()), tuple(shift.tolist())
 
-    def _operations(self, image_size: int) -> list[str]:
+    def operations(self, image_size: int) -> str:
+        """What comes before that, ending in a square of `image_size`."""
+        return "|".join(["decode", *self._steps(image_size)])
+
+    def _steps(self, image_size: int) -> list[str]:
         steps, fits = [], False
         if self._values["size"] is None:
             self._values["size"] = {"height": image_size, "width": image_size}
