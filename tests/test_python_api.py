@@ -1,6 +1,7 @@
 """`mofi_jax.load` and what a Model does with whatever a user holds."""
 
 import io
+import pathlib
 import subprocess
 import sys
 
@@ -253,3 +254,18 @@ def test_eight_devices_and_one(folder):
     one, eight = ([[e.qid for e in row] for row in names] for _, names in found)
     assert one == eight
     assert inference.load(folder).towers.mesh.size == len(jax.local_devices())
+
+
+def test_the_notebook_runs(folder, monkeypatch):
+    """Every cell, on a tiny model and from the notebook's own folder."""
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    path = pathlib.Path(__file__).parent.parent / "docs" / "use_a_model.ipynb"
+    assert path.stat().st_size < 200_000
+    assert "/tmp/" not in path.read_text()
+    notebook = nbformat.read(path, 4)
+    monkeypatch.setenv("MODEL", str(folder))
+    where = {"metadata": {"path": path.parent}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 3
+    assert "cannot be decoded" in outputs[-1].text
