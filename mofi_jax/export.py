@@ -53,7 +53,7 @@ def main(model: str, out: str, format: str = "hf", step: str = "") -> None:
         raise BadInput(f"--format={format} is unknown: choose from {', '.join(FORMATS)}.")
     target = target_folder(out)
     jax.config.update("jax_platforms", "cpu")
-    write(inference.read(model, step), target, format, {"model": str(model)})
+    write(inference.read(model, step, by_rows=True), target, format, {"model": str(model)})
 
 
 def target_folder(out: str) -> epath.Path:

@@ -100,7 +100,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
 
     saved = inference.read(source)
     monkeypatch.setattr(huggingface, "read", wrong)
-    monkeypatch.setattr(inference, "read", lambda *_: saved)
+    monkeypatch.setattr(inference, "read", lambda *_, **__: saved)
     with pytest.raises(parity.ParityError, match="1e-04 is allowed"):
         export.main(str(source), str(tmp_path / "exported"), "hf")
     assert _names(tmp_path) == []
@@ -109,7 +109,7 @@ def test_difference_is_a_failure_and_leaves_nothing(source, tmp_path, monkeypatc
 def test_a_supervised_run_is_an_image_tower(source, tmp_path, monkeypatch):
     saved = inference.read(source)
     saved = dataclasses.replace(saved, params={"image": saved.params["image"]}, tokenizer=None)
-    monkeypatch.setattr(inference, "read", lambda *_: saved)
+    monkeypatch.setattr(inference, "read", lambda *_, **__: saved)
     export.main("supervised", str(tmp_path / "exported"), "hf")
     report = json.loads((tmp_path / "exported" / "result.json").read_text())
     assert {"mofi_jax", "transformers"} <= set(report["reader"])
@@ -153,7 +153,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
         return rename(path, target)
 
     monkeypatch.setattr(export, "export", write)
-    monkeypatch.setattr(export.inference, "read", lambda *_: object.__new__(huggingface.Clip))
+    monkeypatch.setattr(export.inference, "read", lambda *_, **__: object.__new__(huggingface.Clip))
     monkeypatch.setattr(type(out), "rename", refuse)
     with pytest.raises(OSError, match="no room"):
         export.main("run", str(out))

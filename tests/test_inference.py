@@ -151,7 +151,7 @@ def test_load_training_run(monkeypatch, tmp_path, mesh_of, config, params, token
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
-    monkeypatch.setattr(checkpoint, "restore_params", lambda path, step: params)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_, **__: params)
     model = inference.load(tmp_path, mesh=mesh_of["8x1x1"])
     assert model.towers.config == config
     assert model.towers.entities.names == NAMES
@@ -167,7 +167,7 @@ def test_a_class_table_in_another_order_is_refused(
     (tmp_path / "model.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     records.write_entities(tmp_path / "entities.parquet", entities)
-    monkeypatch.setattr(checkpoint, "restore_params", lambda path, step: params)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_, **__: params)
     with pytest.raises(errors.BadInput, match="trained by another version, whose class table"):
         inference.load(tmp_path, mesh=meshes.make_mesh())
 

@@ -14,6 +14,7 @@ from mofi_jax.distributed import hosts, meshes, sharding
 from mofi_jax.inference.model import Model
 from mofi_jax.inference.towers import Towers
 from mofi_jax.interop import huggingface, open_clip
+from mofi_jax.interop.folder import weights
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
 from mofi_jax.training import arrays, checkpoint, run_folder
@@ -41,16 +42,21 @@ def load(
     return Model(towers, towers.put(saved.params), f"{path}{of_step}")
 
 
-def read(path: epath.PathLike, step: str = "") -> huggingface.Clip:
-    """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does."""
+def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> huggingface.Clip:
+    """As `load`, whole in host memory; a run may lack a tower, which a CLIP folder never does.
+
+    With `by_rows` a run's class table stays on disk too, if not in a bucket, and is of use to
+    `huggingface.write_entities` alone.
+    """
     path = files.input_folder(path, "--model")
     found = kind(path)
     if found == "run":
-        saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step)
+        saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step, by_rows)
     else:
         folder = {"clip": huggingface, "open_clip": open_clip}[found]
         saved = hosts.all_or_none(lambda: folder.read(path))
-    arrays.check_finite(saved.params, path)
+    whole = {k: v for k, v in saved.params.items() if not isinstance(v, weights.Scattered)}
+    arrays.check_finite(whole, path)
     return saved
 
 
@@ -75,9 +81,12 @@ def kind(path: epath.PathLike) -> str:
     return hosts.agree(find)
 
 
-def _read_run(path: epath.Path, values: dict[str, Any], step: str) -> huggingface.Clip:
+def _read_run(
+    path: epath.Path, values: dict[str, Any], step: str, by_rows: bool
+) -> huggingface.Clip:
     config = run_folder.model_config(values)
-    params = checkpoint.restore_params(path, step)
+    apart = (sharding.ENTITY_TABLE,) if by_rows and not files.is_remote(path) else ()
+    params = checkpoint.restore_params(path, step, by_rows=apart)
     towers = tuple(name for name in mofi.TOWERS if name in params)
     wanted = jax.eval_shape(lambda key: mofi.create(config, key, towers=towers), jax.random.key(0))
     wrong = arrays.differences(
@@ -99,4 +108,8 @@ def _read_run(path: epath.Path, values: dict[str, Any], step: str) -> huggingfac
                 "order: use that version, or train again."
             )
         entities = records.read_entities(path / records.ENTITIES_FILE)
+        if apart:
+            rows = params[sharding.ENTITY_TABLE]
+            shape = (len(entities), config.embed_dim)
+            params[sharding.ENTITY_TABLE] = huggingface.by_entity(rows, shape)
     return huggingface.Clip(config, params, tokenizer, entities, values["preprocess"])

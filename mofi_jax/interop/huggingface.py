@@ -8,6 +8,7 @@ either direction, save for weights that PyTorch pickled.
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tokenizers
@@ -168,13 +169,38 @@ def write_entities(folder: epath.Path, clip: Clip) -> None:
     table = clip.params.get(sharding.ENTITY_TABLE)
     if table is None or clip.entities is None:
         return
-    # In the file row i is entity i, as in entities.parquet.
-    number = len(clip.entities)
-    rows = class_order.table_rows(np.arange(number), number)
-    blocks = (table[rows[i : i + TABLE_BLOCK]] for i in range(0, number, TABLE_BLOCK))
-    stream = weights.Rows((number, table.shape[1]), blocks)
-    weights.save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: stream})
+    if isinstance(table, mapped_table.MappedTable):
+        rows = weights.read_rows(table.path, sharding.ENTITY_TABLE)
+    elif isinstance(table, weights.Scattered):
+        rows = table
+    else:
+        blocks = ((i, table[i : i + TABLE_BLOCK]) for i in range(0, len(table), TABLE_BLOCK))
+        rows = by_entity(blocks, (len(clip.entities), table.shape[1]))
+    weights.save(folder / ENTITY_TABLE_FILE, {sharding.ENTITY_TABLE: rows})
     records.write_entities(folder / records.ENTITIES_FILE, clip.entities)
+
+
+def by_entity(
+    blocks: Iterable[tuple[int, np.ndarray]], shape: tuple[int, int]
+) -> weights.Scattered:
+    """The class table [e, d] as it lies in a folder, row i that of entity i.
+
+    Args:
+      blocks: (number of the first row, rows) in the order of `class_order`.
+    """
+
+    def scattered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first, rows in blocks:
+            # Rows after those of entities pad the table to a mesh.
+            numbers = np.arange(first, min(first + len(rows), shape[0]))
+            rows = rows[: len(numbers)]
+            if not np.isfinite(rows).all():
+                raise BadInput(
+                    "The class table holds values that are not finite: take an earlier checkpoint."
+                )
+            yield class_order.table_entities(numbers, shape[0]), rows
+
+    return weights.Scattered(shape, scattered)
 
 
 def write_tokenizer(

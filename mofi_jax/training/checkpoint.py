@@ -7,10 +7,9 @@ changed since.  The folder may lie in a bucket, where Orbax marks what is comple
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from mofi_jax.common import checksums, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.distributed import hosts
+from mofi_jax.distributed import hosts, stored
 from mofi_jax.training import arrays
 from mofi_jax.training.state import TrainState
 
@@ -172,7 +171,7 @@ def damage(workdir: epath.PathLike, step: int, *, verify: bool = True) -> str | 
     try:
         read_position(workdir, step)
         for item in ITEMS[:2]:
-            _saved_tree(folder / item)
+            stored.saved_tree(folder / item)
     except BadInput as error:
         return str(error)
     return None
@@ -288,7 +287,7 @@ def read_position(workdir: epath.PathLike, step: int) -> Position:
     """How far a run had come at a saved step; BadInput if that cannot be read."""
     folder = _step(workdir, step) / "position"
     handler = ocp.JsonCheckpointHandler()
-    with _reading(folder), ocp.Checkpointer(handler, **_single_host()) as checkpointer:
+    with stored.reading(folder), ocp.Checkpointer(handler, **stored.single_host()) as checkpointer:
         position = Position(**checkpointer.restore(folder))
         kinds = {"examples": int, "data_fingerprint": dict, "seconds": dict, "config": dict}
         wrong = [name for name, kind in kinds.items() if type(getattr(position, name)) is not kind]
@@ -312,7 +311,7 @@ def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainSt
         )
     items = {}
     for name, tree in _items(abstract).items():
-        with _reading(folder / name), ocp.StandardCheckpointer() as checkpointer:
+        with stored.reading(folder / name), ocp.StandardCheckpointer() as checkpointer:
             # Not strict: the class table's padding, which depends on the mesh, is cut or filled
             # with zeros.  Everything else has been compared.
             items[name] = checkpointer.restore(folder / name, tree, strict=False)
@@ -321,40 +320,15 @@ def restore(workdir: epath.PathLike, step: int, abstract: TrainState) -> TrainSt
     return TrainState(optimizer["step"], items["params"], optimizer["state"], items.get("ema"))
 
 
-def restore_params(workdir: epath.PathLike, step: str = "") -> Any:
+def restore_params(workdir: epath.PathLike, step: str = "", *, by_rows: Sequence[str] = ()) -> Any:
     """The parameters of a run's checkpoint (`chosen_step`) as numpy arrays, whole.
 
-    Their average where the run has one: it is what a run evaluates.  BadInput as of `chosen_step`.
+    Their average where the run has one: it is what a run evaluates.  Those named in `by_rows` come
+    as `stored.Rows`.  BadInput as of `chosen_step`.
     """
     folder = _step(workdir, hosts.agree(lambda: chosen_step(workdir, step)))
-    return hosts.all_or_none(
-        lambda: read_item(folder / "ema" if (folder / "ema").exists() else folder / "params")
-    )
-
-
-def read_item(item: epath.Path) -> Any:
-    """The tree in a folder of a checkpoint as numpy arrays, whole, on any number of devices."""
-    # An array of numpy's asks Orbax for one; these have no memory of their own.
-    abstract = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved_tree(item)
-    )
-    with _reading(item), ocp.StandardCheckpointer(**_single_host()) as checkpointer:
-        return checkpointer.restore(item, abstract)
-
-
-@contextlib.contextmanager
-def _reading(folder: epath.Path) -> Iterator[None]:
-    """Turns failures of reading into one sentence about the folder."""
-    try:
-        yield
-    except (BadInput, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # Orbax and tensorstore raise all kinds about damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"{folder} cannot be read ({type(error).__name__}: {reason}): restore it from a copy, "
-            "or move its step out of the folder, and the one before it is read."
-        ) from error
+    item = folder / "ema" if (folder / "ema").exists() else folder / "params"
+    return hosts.all_or_none(lambda: stored.read_item(item, by_rows))
 
 
 def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list[str]:
@@ -370,7 +344,7 @@ def mismatches(workdir: epath.PathLike, step: int, abstract: TrainState) -> list
         problems = [f"{article} average of the parameters is in it (config.ema.decay)"]
     named: set[str] = set()  # a parameter's moments and average are not named again
     for item, tree in expected.items():
-        for name, problem in arrays.differences(_saved_tree(folder / item), tree).items():
+        for name, problem in arrays.differences(stored.saved_tree(folder / item), tree).items():
             if any(name.endswith(f"/{parameter}") or name == parameter for parameter in named):
                 continue
             problems.append(f"{item}/{name} {problem}")
@@ -383,18 +357,3 @@ def _items(state: TrainState) -> dict[str, Any]:
     """A state's parts on disk; parameters and their average can be read on their own."""
     items = {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
     return items if state.ema is None else items | {"ema": state.ema}
-
-
-def _saved_tree(folder: epath.Path) -> Any:
-    """The tree of a saved item with ArrayMetadata leaves."""
-    # Not by a Checkpointer, which misses the metadata of a whole step here, and warns.
-    handler = ocp.StandardCheckpointHandler(**_single_host())
-    with _reading(folder), contextlib.closing(handler):
-        return handler.metadata(folder).tree
-
-
-def _single_host() -> dict[str, Any]:
-    """Options of a reader on one host; by default Orbax has all hosts meet after each read."""
-    own = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    return {"multiprocessing_options": options}

@@ -4,11 +4,13 @@ Nothing is read before its shape is known, and then an array at a time. A `pytor
 pickle, which can run anything: it is opened by PyTorch's loader of tensors alone, or not at all.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors
@@ -114,7 +116,15 @@ class Rows(NamedTuple):
     blocks: Iterable[np.ndarray]  # which make it up along the first axis
 
 
-def save(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Rows]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """An array whose rows are read when it is written, some at a time, in any order."""
+
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # numbers of rows, and the rows
+
+
+def save(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Rows | Scattered]) -> None:
     """Writes a safetensors file of float32.
 
     The library's own writer holds a copy of all arrays; this one of `BLOCK` bytes, and takes views
@@ -131,6 +141,9 @@ def save(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Rows]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
+            if isinstance(array, Scattered):
+                _scatter(file, array)
+                continue
             for block in array.blocks if isinstance(array, Rows) else [array]:
                 # A scalar has no rows.
                 block = block.reshape(block.shape or (1,))
@@ -139,6 +152,37 @@ def save(path: epath.PathLike, arrays: Mapping[str, np.ndarray | Rows]) -> None:
                     file.write(np.ascontiguousarray(block[i : i + rows], "<f4").data)
         if file.tell() != 8 + len(text) + end:
             raise ValueError(f"{path} has other rows than its arrays should have")
+
+
+def _scatter(file: BinaryIO, array: Scattered) -> None:
+    start, width = file.tell(), 4 * math.prod(array.shape[1:])
+    file.flush()
+    for numbers, rows in array.blocks():
+        for number, row in zip(numbers.tolist(), np.asarray(rows, "<f4"), strict=True):
+            os.pwrite(file.fileno(), row.data, start + number * width)
+    file.seek(start + array.shape[0] * width)
+
+
+def read_rows(path: epath.PathLike, name: str) -> Scattered:
+    """An array of a safetensors file that was opened before, as it is written again."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))[name]
+    if header["dtype"] != "F32":
+        array = open_files([epath.Path(path)])[name]
+        return Scattered(array.shape, lambda: [(np.arange(len(array)), array)])
+    shape = tuple(header["shape"])
+    width, start = math.prod(shape[1:]), 8 + length + header["data_offsets"][0]
+    size = max(1, BLOCK // max(1, 4 * width))
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, shape[0], size):
+            numbers = np.arange(first, min(first + size, shape[0]))
+            offset, count = start + 4 * width * first, width * len(numbers)
+            rows = np.fromfile(path, "<f4", count, offset=offset)
+            yield numbers, rows.reshape(len(numbers), *shape[1:])
+
+    return Scattered(shape, blocks)
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
