@@ -13,8 +13,9 @@ own pairs and knowledge base:
 PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders), of parquet with
 pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
 several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
-`.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Arguments: sample |
-folder=PATH,kb=PATH, dataset=i2e|i2t, labels=clip|text|given.
+`.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Pictures in a folder for each
+class are packed by `data_prep.class_folders`, into the PAIRS of classes=PAIRS. Arguments: sample |
+folder=PATH,kb=PATH | classes=PATH, dataset=i2e|i2t, labels=clip|text|given.
 """
 
 import os
@@ -23,6 +24,7 @@ import ml_collections
 
 from configs import common
 from configs import kb as kb_config
+from data_prep import class_folders
 from data_prep.kb import kinds
 from data_prep.linking import boilerplate
 from data_prep.pairs import files as source_files
@@ -35,7 +37,15 @@ UNSEEN = ("name", "time", "quantity", "wikimedia", "abstract")  # kinds that no 
 
 def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     """The configuration for the text after the colon; see the docstring of this file."""
-    args = common.parse_arg(arg, sample=False, folder="", kb="", dataset="i2e", labels="clip")
+    args = common.parse_arg(
+        arg, sample=False, folder="", classes="", kb="", dataset="i2e", labels="clip"
+    )
+    if args.classes and not (args.folder or args.kb):
+        args.update(
+            folder=args.classes,
+            kb=os.path.join(args.classes, class_folders.CLASSES_FILE),
+            labels="given",
+        )
     if args.sample == bool(args.folder):
         raise errors.BadInput(
             "configs/i2e.py takes either `sample` or `folder=PATH`: write for example"
@@ -89,6 +99,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     given = config.given = ml_collections.ConfigDict()
     # Column, or place in it, of Q42 or several.
     given.ids = ml_collections.config_dict.placeholder(str)
+    if args.classes:
+        given.ids = class_folders.CLASS
     given.titles = ml_collections.config_dict.placeholder(str)  # the same of Wikipedia's titles
     given.weights = ml_collections.config_dict.placeholder(str)  # beside them: 0..1, how sure it is
     given.where = ()  # of a list what meets all of these: PLACE=VALUE
@@ -123,7 +135,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
 
     # Fewer pictures than this and an entity is no class. 5 is the recalled value of the paper; the
     # sample has 5 drawings of each thing, of which about 4 are labelled.
-    config.min_images = 2 if args.sample else 5
+    config.min_images = 1 if args.classes else 2 if args.sample else 5
     config.min_images_feedback = "one_pass"  # as MOFI: count once. converge: until nothing changes
     config.rare_entity_drops = "label"  # of a picture. picture: with its other labels too
     # More pictures than this and a sample of them is kept (MetaCLIP's balancing). None: all.

@@ -50,7 +50,7 @@ DATA_FLOORS = (
     ("filters",),
     ("dataset",),
     ("card", "quality"),
-    ("build_anchors", "build_i2e", "build_kb", "label_quality", "remove_keys"),
+    ("build_anchors", "build_i2e", "build_kb", "class_folders", "label_quality", "remove_keys"),
 )
 HOUSES = {"mofi_jax": FLOORS, "data_prep": DATA_FLOORS}
 
