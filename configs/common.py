@@ -88,6 +88,35 @@ def model(
     )
 
 
+def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
+    """`config.model` of a trained model, for a run that begins with it, and its preprocessing.
+
+    A config is made before hosts know of one another: each reads the folder by itself.
+
+    Raises BadInput: a folder that is no model.
+    """
+    from mofi_jax.common import files
+    from mofi_jax.interop import huggingface, open_clip
+    from mofi_jax.model import mofi
+    from mofi_jax.training import run_folder
+
+    path = files.input_folder(folder, "model")
+    if (path / run_folder.MODEL_FILE).exists():
+        values = run_folder.read_model(path)
+        found, preprocess = run_folder.model_config(values).to_dict(), values["preprocess"]
+    else:
+        reader = open_clip if open_clip.is_folder(path) else huggingface
+        clip = reader.read(path)
+        found, preprocess = clip.config.to_dict() | {"dtype": "bfloat16"}, clip.preprocess
+        if "text" not in clip.params:  # for one that is trained on it
+            found |= {"text": dataclasses.asdict(mofi.VARIANTS["B/16"]["text"])}
+            found |= {"context_length": 77}
+    # Those are the data set's.
+    for name in ("vocab_size", "eos_id"):
+        del found[name]
+    return ml_collections.ConfigDict(found | {"remat": "dots"}), preprocess
+
+
 def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any]]:
     """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5).
 

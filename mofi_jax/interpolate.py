@@ -6,8 +6,8 @@ Between a model and what was fine-tuned from it lie models that keep much of wha
 beside what the second has learned; `mofi_jax.evaluate --models CLIP BETWEEN TUNED` shows them side
 by side.  A weight of 0 is the first model and 1 the second, to the bit.  Towers, class tables and
 scales that only one of the two has are taken over as they are: a classifier tuned from a CLIP model
-keeps that model's text tower.  BETWEEN is a Hugging Face folder, written and compared as by
-`mofi_jax.export`.
+keeps that model's text tower.  Of two vocabularies --entities takes one.  BETWEEN is a Hugging Face
+folder, written and compared as by `mofi_jax.export`.
 
 It runs on one host, on its CPU.
 """
@@ -29,15 +29,17 @@ from mofi_jax.model import mofi
 # What a model's config says of its text tower alone, and what decides no parameter.
 _OF_TEXT = ("text", "vocab_size", "context_length", "eos_id")
 _ANY = ("dtype", "remat", "attention")
+ORDER = ("first", "second")
 
 
-def main(out: str, models: tuple[str, ...] = (), weight: str = "0.5") -> None:
+def main(out: str, models: tuple[str, ...] = (), weight: str = "0.5", entities: str = "") -> None:
     """Writes the model between two.
 
     Args:
       out: the new folder.
       models: folders of two models of one shape, as `mofi_jax.evaluate` takes them.
       weight: of the second one, from 0 to 1.
+      entities: first or second, whose class table to take where vocabularies differ.
 
     Raises:
       BadInput: not two models; models of different shapes, tokenizers or vocabularies.
@@ -50,10 +52,16 @@ def main(out: str, models: tuple[str, ...] = (), weight: str = "0.5") -> None:
         share = -1.0
     if not 0 <= share <= 1:
         raise BadInput(f"--weight={weight} is not a number from 0 to 1: give the second's share.")
+    if entities not in ("", *ORDER):
+        raise BadInput(f"--entities={entities}: choose first or second.")
     target = export.target_folder(out)
     jax.config.update("jax_platforms", "cpu")
-    first, second = (inference.read(model) for model in models)
-    mean = interpolate(first, second, share)
+    pair = [inference.read(model) for model in models]
+    if entities:
+        place = 1 - ORDER.index(entities)
+        params = {k: v for k, v in pair[place].params.items() if k != sharding.ENTITY_TABLE}
+        pair[place] = dataclasses.replace(pair[place], params=params, entities=None)
+    mean = interpolate(*pair, share)
     export.write(mean, target, "hf", {"models": [str(m) for m in models], "weight": share})
 
 
@@ -76,7 +84,7 @@ def interpolate(
         problems.append("their tokenizers differ")
     vocabularies = [clip.entities for clip in (first, second) if clip.entities is not None]
     if len(vocabularies) == 2 and vocabularies[0].qids != vocabularies[1].qids:
-        problems.append("their vocabularies differ")
+        problems.append("their vocabularies differ, of which --entities=first or second takes one")
     if problems:
         raise BadInput(
             f"These models have no mean ({'; '.join(problems)}): name two of one shape, as a model "
@@ -119,7 +127,7 @@ def _without_padding(clip: huggingface.Clip) -> mofi.Params:
     table = clip.params.get(sharding.ENTITY_TABLE)
     if table is None:
         return clip.params
-    return clip.params | {sharding.ENTITY_TABLE: table[: len(clip.entities)]}
+    return clip.params | {sharding.ENTITY_TABLE: np.asarray(table)[: len(clip.entities)]}
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     warm = None
     if config.init.model and not resumed:
         folder, parts = config.init.model, tuple(config.init.parts)
-        warm = warm_start.read(folder, parts, structs.params, data.entities)
+        warm = warm_start.read(folder, parts, structs.params, data.entities, data.texts)
     if config.compile_cache:
         hosts.keep_programs(workdir / config.compile_cache)
     entities_path = data.entities_path if num_entities else None

@@ -28,6 +28,10 @@ def second(first):
     return dataclasses.replace(first, params=params)
 
 
+def table_in_memory(clip):
+    return clip.params | {sharding.ENTITY_TABLE: np.asarray(clip.params[sharding.ENTITY_TABLE])}
+
+
 def equal(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
@@ -49,12 +53,16 @@ def test_the_folder_is_one_that_others_open(trained, first, second, tmp_path):
     assert (result["models"], result["weight"]) == (list(models), 0.5)
     assert "transformers" in result["reader"]
     transformers.CLIPModel.from_pretrained(tmp_path / "mean")
+    # Of the first model's table no row is in it.
+    interpolate.main(str(tmp_path / "other"), models, "0.5", "second")
+    table = table_in_memory(inference.read(tmp_path / "other"))[sharding.ENTITY_TABLE]
+    np.testing.assert_array_equal(table, second.params[sharding.ENTITY_TABLE])
     found = inference.read(tmp_path / "mean")
     expected = interpolate.interpolate(first, second, 0.5)
-    equal(found.params, expected.params, atol=1e-6)
+    equal(table_in_memory(found), expected.params, atol=1e-6)
     assert found.entities.qids == first.entities.qids
     row = class_order.table_rows(np.arange(7), 7)[3]
-    tables = [clip.params[sharding.ENTITY_TABLE][row] for clip in (found, first, second)]
+    tables = [table_in_memory(c)[sharding.ENTITY_TABLE][row] for c in (found, first, second)]
     np.testing.assert_allclose(tables[0], (tables[1] + tables[2]) / 2, atol=1e-6)
 
 

@@ -113,7 +113,9 @@ def trained(mesh, microbatches=1, seed=0, sample_rate=1.0):
     return params | {"table": table}, float(metrics["loss"])
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("2x2x2", 1), ("1x8x1", 4)])
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [pytest.param("2x2x2", 1, marks=pytest.mark.slow), ("1x8x1", 4)]
+)
 def test_a_training_is_the_same_on_any_devices_and_in_any_parts(mesh_of, mesh, parts):
     params, loss = trained(mesh_of["1x1x1"])
     others, other_loss = trained(mesh_of[mesh], parts)
@@ -121,6 +123,7 @@ def test_a_training_is_the_same_on_any_devices_and_in_any_parts(mesh_of, mesh, p
     assert test_step.largest_difference(params, others) <= 2e-5
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_training(mesh_of):
     one, other = (trained(mesh_of["1x1x1"], seed=seed)[0] for seed in (0, 1))
     assert test_step.largest_difference(one, other) > 1e-4

@@ -1,6 +1,7 @@
 """A run that begins with another's parameters: parts, other resolution, other vocabulary."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,16 @@ def test_what_does_not_fit_is_told_at_once(world, tmp_path):
     ):
         assert part in told
     assert not (tmp_path / "warm").exists()
+
+
+def test_token_embeddings_of_another_tokenizer(world, tmp_path):
+    """They would have the right shape, and mean something else."""
+    data = shutil.copytree(world / "old", tmp_path / "data")
+    path = data / "i2e" / records.VERSION / records.TOKENIZER_FILE
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(BadInput, match=r"its tokens are not those of .*tokenizer.json, over which"):
+        start(world, tmp_path, data=data)
+    start(world, tmp_path, data=data, **{"init.parts": ("image",)})
 
 
 def test_a_folder_that_is_no_model(world, tmp_path):

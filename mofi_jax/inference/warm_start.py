@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from mofi_jax import inference
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data import records
+from mofi_jax.data import records, tokenizer
 from mofi_jax.distributed import sharding
 from mofi_jax.model import image
 from mofi_jax.training import class_table, optim
@@ -26,6 +26,7 @@ from mofi_jax.training.state import TrainState
 
 IMAGE_POSITIONS = "image/position_embedding"
 TEXT_POSITIONS = "text/position_embedding"
+TOKEN_EMBEDDING = "text/token_embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Source:
 
 
 def read(
-    folder: str, parts: Sequence[str], structs: Any, entities: records.Entities | None
+    folder: str,
+    parts: Sequence[str],
+    structs: Any,
+    entities: records.Entities | None,
+    texts: tokenizer.Tokenizer | None = None,
 ) -> Source:
     """Reads the parts and fits them to this run; nothing of it is on a device yet.
 
@@ -49,10 +54,11 @@ def read(
         everything that both models have.
       structs: this run's parameters, as ShapeDtypeStructs.
       entities: this run's vocabulary.
+      texts: this run's tokenizer.
 
     Raises:
       BadInput: a folder that is no model, a part that one of the two models does not have, arrays
-        of other shapes; names all of them at once.
+        of other shapes, token embeddings of another tokenizer; names all of them at once.
     """
     saved = inference.read(folder)
     other, own = (traverse_util.flatten_dict(tree, sep="/") for tree in (saved.params, structs))
@@ -63,6 +69,12 @@ def read(
         if not any(optim.in_parts(name, (part,)) for name in names)
     ]
     chosen = [name for name in own if (optim.in_parts(name, parts) if parts else name in other)]
+    theirs = saved.tokenizer if TOKEN_EMBEDDING in chosen else None
+    if texts and theirs and texts.fingerprint != theirs.fingerprint:
+        problems.append(
+            f"its tokens are not those of {texts.path}, over which its {theirs.path} may be "
+            "copied, as records hold texts"
+        )
     params: dict[str, np.ndarray] = {}
     table_rows = None
     for name in chosen:
