@@ -17,7 +17,9 @@ from mofi_jax import inference
 from mofi_jax.common import errors
 from mofi_jax.data import records, tokenizer
 from mofi_jax.distributed import meshes
+from mofi_jax.inference import towers
 from mofi_jax.interop import huggingface
+from mofi_jax.losses import mapped_table
 from mofi_jax.model import mofi
 
 SIZE = 16
@@ -254,6 +256,19 @@ def test_eight_devices_and_one(folder):
     one, eight = ([[e.qid for e in row] for row in names] for _, names in found)
     assert one == eight
     assert inference.load(folder).towers.mesh.size == len(jax.local_devices())
+
+
+def test_on_accelerators_the_table_lies_on_the_devices(folder, model, monkeypatch):
+    monkeypatch.setattr(towers, "_on_cpus", lambda mesh: False)
+    there = mofi_jax.load(folder, batch_size=8)
+    assert there.params["entity_table"].shape == (8, 8)  # five, padded to eight devices
+    assert isinstance(model.params["entity_table"], mapped_table.MappedTable)
+    pictures = [noise(20 + i, 30) for i in range(11)]
+    for ours, theirs in zip(
+        model.name_entities(pictures), there.name_entities(pictures), strict=True
+    ):
+        assert [e[:3] for e in ours] == [e[:3] for e in theirs]
+        np.testing.assert_allclose([e[3] for e in ours], [e[3] for e in theirs], atol=1e-6)
 
 
 def test_the_notebook_runs(folder, monkeypatch):

@@ -17,7 +17,8 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 
 _BYTES = (bytes, bytearray, memoryview)
-_LOADING = threading.Lock()  # the same Pillow picture may come twice, and reads its file once
+# A Pillow picture may come twice, and reads its file once: by its id, one of so many.
+_LOADING = tuple(threading.Lock() for _ in range(61))
 
 
 def several(pictures: Any) -> Iterable[Any]:
@@ -81,7 +82,7 @@ def _content(name: str, picture: Any) -> bytes | np.ndarray:
         # Its header is not yet its pixels.
         if picture.width * picture.height > ops.MAX_PIXELS:
             raise ops.UndecodableImage("too_many_pixels")
-        with _LOADING:
+        with _LOADING[id(picture) % len(_LOADING)]:
             return ops.to_rgb(picture)
     if not hasattr(picture, "__array__"):
         raise BadInput(_unknown(name, picture))

@@ -89,8 +89,7 @@ class Towers:
         """
         table = params.get(sharding.ENTITY_TABLE)
         mapped = isinstance(table, mapped_table.MappedTable)
-        on_cpus = all(device.platform == "cpu" for device in self.mesh.devices.flat)
-        if table is not None and not (mapped and on_cpus):
+        if table is not None and not (mapped and _on_cpus(self.mesh)):
             missing = class_order.padded_rows(table.shape[0], self.mesh) - table.shape[0]
             table = np.pad(np.asarray(table), ((0, missing), (0, 0)))
             params = params | {sharding.ENTITY_TABLE: table}
@@ -237,6 +236,10 @@ class RawPixels:
 
     def decode(self, data: bytes) -> UInt8[np.ndarray, "s s 3"]:
         return ops.decode_to(self.image_size, self.preprocess, data)
+
+
+def _on_cpus(mesh: Mesh) -> bool:
+    return all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def unit(embeddings: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
