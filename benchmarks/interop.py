@@ -10,12 +10,14 @@ machine slows both: ratios are medians over these turns.  --quick takes smaller 
 import argparse
 import sys
 
-from benchmarks import figures, python_api
+from benchmarks import collection, figures, python_api
 
 # A section is a function of the report and whether it is to be quick.
 SECTIONS = {
     "import": python_api.imports,
     "naming": python_api.naming,
+    "embed": collection.embed,
+    "search": collection.search,
 }
 
 

@@ -12,7 +12,8 @@ The bits are computed at the first search and kept beside the vectors, in ``inde
 
 import functools
 import os
-from typing import Any
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,12 @@ from mofi_jax.inference import embeddings
 
 FILE = "index.npy"
 _BITS = 512
+_FORMAT = 1  # of the file
+_THREADS = min(8, os.cpu_count() or 1)  # more wait for memory
 # Candidates, whose exact cosines are computed: so many, or this share of the pictures, or so many
 # times what is asked for.
 _CANDIDATES, _SHARE, _TIMES = 2048, 1 / 500, 100
-_FIRST = 8  # times as many after half of the bits
+_FIRST = 4  # times as many after half of the bits
 _SCALE = 32  # with so many times the candidates as pictures or fewer, all are compared
 _BLOCK = 32_768  # rows at a time: what belongs to them stays in the caches
 _SCORES = 1 << 22  # computed at a time where all are compared
@@ -107,7 +110,7 @@ class Index:
         mean, directions, bits = self._bits
         signs = _signs(queries, mean, directions)
         for i, query in enumerate(queries):
-            found = _candidates(bits, signs[i], wanted)
+            found = _candidates(bits, signs[i], wanted, self._threads)
             # Not a product: BLAS would wake its threads for two thousand rows.
             exact_cosines = np.einsum("nd,d->n", self.vectors[found], query)
             rows[i], cosines[i] = _best(found, exact_cosines, k)
@@ -151,44 +154,56 @@ class Index:
         return np.stack([rows for rows, _ in best]), np.stack([cosines for _, cosines in best])
 
     @functools.cached_property
-    def _bits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean [d], directions [d, 512], and bits [8, n], from the file or made for it."""
+    def _threads(self) -> futures.Executor:
+        return futures.ThreadPoolExecutor(_THREADS)
+
+    @functools.cached_property
+    def _bits(self) -> tuple[np.ndarray, np.ndarray, "_Bits"]:
+        """Mean [d], directions [d, 512] and bits, from the file or made for it."""
         path = self._folder / FILE
         stat = os.stat(self._folder / embeddings.VECTORS)
-        stamp = np.array([1, stat.st_size, stat.st_mtime_ns], np.int64)  # 1: of this format
+        stamp = np.array([_FORMAT, stat.st_size, stat.st_mtime_ns], np.int64)
         directions = _directions(self.vectors.shape[1])
         if (kept := _read(path, stamp)) is not None:
             return kept[0], directions, kept[1]
         logging.info("making the index of %d vectors, once: %s", len(self), path)
         mean = self.vectors[:: -(-len(self) // _MEAN_ROWS)].mean(axis=0)
-        bits = np.empty((_BITS // 64, len(self)), np.uint64)
+        shape = _BITS // 128, len(self)
+        bits = _Bits(np.empty(shape, np.uint64), np.empty(shape[::-1], np.uint64))
         for start in range(0, len(self), _BLOCK):
-            block = self.vectors[start : start + _BLOCK]
-            bits[:, start : start + _BLOCK] = _signs(block, mean, directions).T
+            part = slice(start, start + _BLOCK)
+            signs = _signs(self.vectors[part], mean, directions)
+            first, second = np.split(signs, 2, axis=1)
+            bits.first[:, part], bits.second[part] = first.T, second
         try:
-            _write(path, stamp, mean, bits)
+            with embeddings.appears(path.parent, path.name) as new, open(new, "wb") as file:
+                for array in (stamp, mean, *bits):  # one behind the other
+                    np.save(file, array)
         except OSError as error:
             logging.warning("%s cannot be written (%s): made anew each time", path, error.strerror)
         return mean, directions, bits
 
 
-def _write(path: epath.Path, stamp: np.ndarray, mean: np.ndarray, bits: np.ndarray) -> None:
-    """Three arrays, one behind the other; the file appears complete or not at all."""
-    with embeddings.appears(path.parent, path.name) as new, open(new, "wb") as file:
-        for array in (stamp, mean, bits):
-            np.save(file, array)
+class _Bits(NamedTuple):
+    """Each half as it is read: the first of all vectors, the second of some."""
+
+    first: UInt64[np.ndarray, "words n"]
+    second: UInt64[np.ndarray, "n words"]
 
 
-def _read(path: epath.Path, stamp: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _read(path: epath.Path, stamp: np.ndarray) -> tuple[np.ndarray, _Bits] | None:
     """Mean and memory-mapped bits; None where there are none for these vectors."""
     try:
         with open(path, "rb") as file:
             if not np.array_equal(np.load(file), stamp):
                 return None
-            mean = np.load(file)
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            return mean, np.memmap(path, dtype, "r", file.tell(), shape)
+            mean, mapped = np.load(file), []
+            for _ in _Bits._fields:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                mapped.append(np.memmap(path, dtype, "r", file.tell(), shape))
+                file.seek(mapped[-1].nbytes, os.SEEK_CUR)
+            return mean, _Bits(*mapped)
     except (OSError, ValueError, EOFError):  # not there, or damaged
         return None
 
@@ -203,36 +218,48 @@ def _directions(dim: int) -> Float32[np.ndarray, "d bits"]:
     return np.concatenate(sets, axis=1)[:, :_BITS].astype(np.float32)
 
 
-def _signs(vectors: np.ndarray, mean: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """uint64 [n, 8]."""
+def _signs(
+    vectors: np.ndarray, mean: np.ndarray, directions: np.ndarray
+) -> UInt64[np.ndarray, "n words"]:
     return np.packbits(vectors @ directions > mean @ directions, axis=1).view(np.uint64)
 
 
 def _candidates(
-    bits: UInt64[np.ndarray, "words n"], query: UInt64[np.ndarray, " words"], wanted: int
+    bits: _Bits, query: UInt64[np.ndarray, " words"], wanted: int, threads: futures.Executor
 ) -> Int64[np.ndarray, " m"]:
     """Rows whose bits differ from the query's in the fewest places, ascending."""
-    # The first half of the bits for all; the others only for what may be among the nearest.
-    half = len(bits) // 2
-    distances = _distances(bits[:half], query[:half])
+    half = len(query) // 2
+    distances = _distances(bits.first, query[:half], threads)
     found = _nearest(distances, _FIRST * wanted)
-    total = distances[found].astype(np.uint16) + _distances(bits[half:, found], query[half:])
+    # The other half only for what may be among the nearest.
+    others = np.bitwise_count(bits.second[found] ^ query[half:])
+    total = distances[found].astype(np.uint16) + others.sum(1, np.uint16)
     return np.sort(found[np.argpartition(total, wanted)[:wanted]])
 
 
-def _distances(bits: UInt64[np.ndarray, "words n"], query: np.ndarray) -> UInt8[np.ndarray, " n"]:
+def _distances(
+    bits: UInt64[np.ndarray, "words n"], query: np.ndarray, threads: futures.Executor
+) -> UInt8[np.ndarray, " n"]:
     """In how many of 256 bits each vector differs from the query; 0 for all of them, too."""
     found = np.empty(bits.shape[1], np.uint8)
-    different = np.empty(_BLOCK, np.uint64)
-    count = np.empty(_BLOCK, np.uint8)
-    for start in range(0, len(found), _BLOCK):
-        total = found[start : start + _BLOCK]
-        total[:] = 0
-        size = len(total)
-        for word, of_query in zip(bits, query, strict=True):
-            np.bitwise_xor(word[start : start + size], of_query, out=different[:size])
-            np.bitwise_count(different[:size], out=count[:size])
-            total += count[:size]
+
+    def count(rows: range) -> None:
+        different = np.empty(_BLOCK, np.uint64)
+        number = np.empty(_BLOCK, np.uint8)
+        for start in rows:
+            total = found[start : start + _BLOCK]
+            size = len(total)
+            total[:] = 0
+            for word, of_query in zip(bits, query, strict=True):
+                np.bitwise_xor(word[start : start + size], of_query, out=different[:size])
+                np.bitwise_count(different[:size], out=number[:size])
+                total += number[:size]
+
+    blocks = range(0, len(found), _BLOCK)
+    share = -(-len(blocks) // _THREADS)
+    parts = [blocks[i : i + share] for i in range(0, len(blocks), share)]
+    for _ in threads.map(count, parts):
+        pass
     return found
 
 
