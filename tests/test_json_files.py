@@ -121,7 +121,7 @@ def test_what_is_no_object_is_one_sentence(tmp_path, content):
         lambda: files.read_json_object(path, "copy it"),
         lambda: huggingface.read(tmp_path),
         lambda: grow.read_config(epath.Path(tmp_path)),
-        lambda: tokenizer_lib._named_ids(epath.Path(tmp_path / "tokenizer.json"), {}),
+        lambda: tokenizer_lib._config(epath.Path(tmp_path / "tokenizer.json")),
     ):
         with pytest.raises(BadInput, match=f"^{tmp_path}/.*"):
             read()

@@ -188,6 +188,32 @@ def test_texts_without_bos_where_the_file_frames_them_so(tmp_path, pad, pad_id):
     np.testing.assert_array_equal(tokenizer(texts), rows)
 
 
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [
+        ("SiglipTokenizer", "a cat dog"),
+        ("Siglip2Tokenizer", " a  cat, dog! "),
+        ("PreTrainedTokenizerFast", " A  Cat, Dog! "),
+    ],
+)
+def test_texts_are_prepared_as_in_training(tmp_path, path, kind, same):
+    """By transformers' class, and then in the tokenizer.json itself, for everyone to read."""
+    plain = tokenizers.Tokenizer.from_file(str(path))
+    plain.normalizer = None
+    plain.save(str(tmp_path / "tokenizer.json"))
+    before = tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", 16)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": kind}))
+    tokenizer = tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", 16)
+    text = " A  Cat, Dog! "
+    np.testing.assert_array_equal(tokenizer([text]), before([same]))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.serialized)
+    config.unlink()
+    again = tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", 16)
+    assert again.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(again([text]), before([same]))
+
+
 def test_names_of_its_own_need_a_config(tmp_path):
     names = ["<begin>", "<end>"]
     with pytest.raises(errors.BadInput, match="bos_token and eos_token"):

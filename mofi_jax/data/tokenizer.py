@@ -10,6 +10,8 @@ without BOS may pad with its EOS: SigLIP's does, whose model reads the padding a
 import hashlib
 import json
 import math
+import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,21 @@ KNOWN_NAMES = {
     "pad": (PAD, "<pad>", "[PAD]"),
 }
 
+# What was done to the texts that models were trained with, by the tokenizer_class of their
+# tokenizer_config.json: transformers' classes do it, a tokenizer.json of these models need not.
+# The hub's SigLIP 2 folders name Gemma's class.
+_LOWER = [tokenizers.normalizers.Lowercase()]
+_CANONICAL = [
+    *_LOWER,
+    tokenizers.normalizers.Replace(tokenizers.Regex(f"[{re.escape(string.punctuation)}]"), ""),
+    tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+    tokenizers.normalizers.Strip(),
+]
+PREPARATIONS = {
+    "SiglipTokenizer": _CANONICAL,
+    **dict.fromkeys(("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"), _LOWER),
+}
+
 
 class Tokenizer:
     """A tokenizer.json, or a vocab.json with merges.txt of CLIP's: texts -> rows of ids.
@@ -49,7 +66,8 @@ class Tokenizer:
     BOS pads with its EOS (OpenAI CLIP), id 0 is used instead, as open_clip does: with causal
     attention what stands after the EOS changes nothing, and each row keeps exactly one EOS.
     `bos_id` is None where texts begin with none; `vocab_size` is the highest id in use, plus one;
-    `serialized` the tokenizer.json's text, and `fingerprint` its sha256.
+    `serialized` the tokenizer.json's text, with the `PREPARATIONS` of its class if it has any, and
+    `fingerprint` its sha256.
     """
 
     def __init__(self, path: epath.PathLike, context_length: int):
@@ -75,13 +93,18 @@ class Tokenizer:
             raise BadInput(
                 f"{self.path} is not a tokenizer.json ({error}): write it again or copy it anew."
             ) from error
-        self.fingerprint = hashlib.sha256(self.serialized.encode()).hexdigest()
         normalizer = self._tokenizer.normalizer
         if normalizer is not None and _growth(json.loads(normalizer.__getstate__())) > MAX_GROWTH:
             raise BadInput(
                 f"The normalizer of {self.path} makes texts more than {MAX_GROWTH} times as long: "
                 "use another tokenizer."
             )
+        config = _config(self.path)
+        if preparation := PREPARATIONS.get(str(config.get("tokenizer_class"))):
+            steps = [*preparation, *([normalizer] if normalizer is not None else [])]
+            self._tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
+            self.serialized = self._tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(self.serialized.encode()).hexdigest()
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         try:
@@ -97,7 +120,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        ids = _named_ids(self.path, vocabulary)
+        ids = _named_ids(config, vocabulary)
         if ids["eos"] is not None and framed == [*pieces, ids["eos"]]:
             pad = ids["eos"] if ids["pad"] is None else ids["pad"]
             self.bos_id, self.eos_id, self.pad_id = None, ids["eos"], pad
@@ -183,12 +206,14 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _named_ids(path: epath.Path, vocabulary: dict[str, int]) -> dict[str, int | None]:
-    """BOS, EOS and PAD ids from tokenizer_config.json beside the file, else from known names."""
-    config_path = path.parent / "tokenizer_config.json"
-    config = {}
-    if config_path.exists():
-        config = files.read_json_object(config_path, "write it again, or remove it")
+def _config(path: epath.Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer, if any."""
+    path = path.parent / "tokenizer_config.json"
+    return files.read_json_object(path, "write it again, or remove it") if path.exists() else {}
+
+
+def _named_ids(config: Mapping[str, Any], vocabulary: dict[str, int]) -> dict[str, int | None]:
+    """BOS, EOS and PAD ids by the names of a tokenizer_config.json, else by known names."""
     ids = {}
     for kind, known in KNOWN_NAMES.items():
         name = config.get(f"{kind}_token")
