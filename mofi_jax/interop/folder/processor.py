@@ -52,7 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Bit": _CLIP,
     "Siglip": _SIGLIP,
     # Of any shape, cut into no more than so many patches; the squares that a model takes here.
-    "Siglip2": _SIGLIP | {"resample": 2, "size": None},
+    "Siglip2": _SIGLIP | {"resample": 2, "default_to_square": True, "size": None},
     "ViT": _SIGLIP | {"resample": 2, "default_to_square": True},
 }
 OF_FAMILY = {"clip": "CLIP", "siglip": "Siglip"}
