@@ -144,6 +144,21 @@ def test_other_activations(clip, activation, tmp_path):
 
 @installed
 @pytest.mark.slow
+def test_of_the_siglip_family(clip, tmp_path):
+    config = dataclasses.replace(
+        clip.config, family="siglip", embed_dim=16, activation="gelu_tanh", layer_norm_eps=1e-6
+    )
+    clip = dataclasses.replace(clip, config=config, params=params(config))
+    assert export.export(clip, tmp_path, "onnx")["max_abs_diff"] <= 1e-5
+    card = (tmp_path / "README.md").read_text()
+    assert "SiglipVisionModel, SiglipTextModel, RawImage" in card
+    # SigLIP's texts pool where their padding ends.
+    assert '{ padding: "max_length", truncation: true }' in card
+    assert "`input_ids` int64 [b, 12] | `pooler_output`" in card
+
+
+@installed
+@pytest.mark.slow
 def test_an_image_tower_alone(clip, tmp_path):
     clip = dataclasses.replace(clip, params={"image": clip.params["image"]})
     report = export.export(clip, tmp_path, "onnx")

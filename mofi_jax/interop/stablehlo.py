@@ -104,7 +104,7 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     preprocess = ops.expand(clip.preprocess, config.image_size)
     files.write_json(folder / processor.PREPROCESS, {"preprocess": preprocess})
     if "text" in towers:
-        huggingface.write_tokenizer(folder, clip.tokenizer)
+        huggingface.write_tokenizer(folder, clip.tokenizer, config.family)
     huggingface.write_entities(folder, clip)
     side = config.image_size
     inputs = {
