@@ -31,18 +31,27 @@ from etils import epath
 from mofi_jax import inference
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
-from mofi_jax.interop import hub, huggingface, onnx, open_clip, parity, stablehlo
+from mofi_jax.interop import hub, huggingface, model_card, onnx, open_clip, parity, stablehlo
 from mofi_jax.interop.onnx import web
 
 # A format: `write(folder, clip)`, and `readers(folder)`, who opens it, by name.
 FORMATS = {"hf": hub, "open_clip": open_clip, "onnx": onnx, "stablehlo": stablehlo, "web": web}
 
 
-def main(model: str, out: str, format: str = "hf", step: str = "") -> None:
+def main(
+    model: str,
+    out: str,
+    format: str = "hf",
+    step: str = "",
+    license: str = "",
+    data_card: str = "",
+) -> None:
     """Exports the model folder `model` to the new folder `out`.
 
     Args:
       step: of a training run, a saved step or best (config.checkpoint.keep_best); else the last.
+      license: of the model, by the hub's short names, as apache-2.0; for the model card.
+      data_card: of what it was trained on, as OWNER/NAME on the hub or an address; for the card.
 
     Raises:
       BadInput: unknown format, `out` taken by something else, or a model that the format cannot
@@ -51,9 +60,11 @@ def main(model: str, out: str, format: str = "hf", step: str = "") -> None:
     """
     if format not in FORMATS:
         raise BadInput(f"--format={format} is unknown: choose from {', '.join(FORMATS)}.")
+    origin = model_card.Origin(license, data_card, _scores(model, step))
     target = target_folder(out)
     jax.config.update("jax_platforms", "cpu")
-    write(inference.read(model, step, by_rows=True), target, format, {"model": str(model)})
+    saved = inference.read(model, step, by_rows=True)
+    write(saved, target, format, {"model": str(model)}, origin)
 
 
 def target_folder(out: str) -> epath.Path:
@@ -66,19 +77,30 @@ def target_folder(out: str) -> epath.Path:
     return target
 
 
-def write(saved: huggingface.Clip, target: epath.Path, format: str, origin: dict[str, Any]) -> None:
+def write(
+    saved: huggingface.Clip,
+    target: epath.Path,
+    format: str,
+    source: dict[str, Any],
+    origin: model_card.Origin | None = None,
+) -> None:
     """Exports to a folder, which appears, in place of an older export, once it has been compared.
 
     Args:
       target: by `target_folder`.
-      origin: what result.json says of where the model is from.
+      source: what result.json says of where the model is from.
+      origin: what the model card says of it.
 
     Raises BadInput, ParityError: as `export`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"
-        report = export(saved, new, format) | origin
+        report = export(saved, new, format) | source
+        card = new / "README.md"
+        if card.exists():
+            text = model_card.complete(card.read_text(), origin or model_card.Origin(), report)
+            card.write_text(text)
         files.write_json(new / "result.json", report)
         if target.exists():
             target.rename(old)
@@ -93,6 +115,19 @@ def write(saved: huggingface.Clip, target: epath.Path, format: str, origin: dict
         " and ".join(report["reader"]),
         report["max_abs_diff"],
     )
+
+
+def _scores(model: str, step: str) -> dict[str, Any]:
+    """What `mofi_jax.evaluate` has measured of a model, in MODEL/evaluation, if it has."""
+    path = epath.Path(model) / "evaluation" / "result.json"
+    if files.is_remote(path) or not path.exists():
+        return {}
+    remedy = "evaluate the model again, or move the folder away"
+    measured = files.read_json_object(path, remedy).get("models", [])
+    # `evaluate` names a model as it was named there: by another path to the same folder, perhaps.
+    of_step = f", step {step}" if step else ""
+    name = f"{epath.Path(model).name}{of_step}"
+    return next((m for m in measured if epath.Path(m["model"]).name == name), {})
 
 
 def _is_export(folder: epath.Path) -> bool:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import transformers
+import yaml
 from etils import epath
 
 from data_prep.dataset import files as dataset_files
@@ -159,3 +161,51 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
         export.main("run", str(out))
     assert [path.name for path in epath.Path(tmp_path).iterdir()] == ["out"]
     assert (out / "result.json").read_text() == '{"max_abs_diff": 0}'
+
+
+def test_card_says_licence_data_and_scores(source, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    measured = {
+        "model": "elsewhere/model",
+        "metrics": {"gpr1200": {"map": 0.71234}},
+        "intervals": {"gpr1200": {"map": [0.7, 0.725]}},
+        "protocols": {"gpr1200": {"protocol": "GPR1200 | full"}},
+    }
+    (tmp_path / "model" / "evaluation").mkdir()
+    (tmp_path / "model" / "evaluation" / "result.json").write_text(
+        json.dumps({"models": [measured]})
+    )
+    out = tmp_path / "out"
+    export.main(str(tmp_path / "model"), str(out), license="apache-2.0", data_card="me/i2e")
+    card = (out / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "zero-shot-image-classification",
+        "license": "apache-2.0",
+        "datasets": ["me/i2e"],
+        "tags": ["clip", "mofi", "image-feature-extraction"],
+    }
+    assert "[data card](https://huggingface.co/datasets/me/i2e)" in body
+    assert "| gpr1200 | map | 0.7123 | 0.7000 to 0.7250 | GPR1200 / full |" in body
+    assert "| sentence_transformers |" in body
+    export.main(str(tmp_path / "model"), str(out), "open_clip", data_card="https://a.b/c")
+    card = (out / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n", 2)[1])
+    assert head["library_name"] == "open_clip"
+    assert head.keys() & {"license", "datasets"} == set()
+    assert "[data card](https://a.b/c)" in card
+    assert "| timm | not run: cannot be imported: No module named 'timm' |" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"license": "Apache 2.0\nx: y"}, "is none of the hub's short names"),
+        ({"data_card": "javascript:alert(1)"}, "is neither OWNER/NAME"),
+    ],
+)
+def test_what_a_card_cannot_hold(source, tmp_path, flags, message):
+    with pytest.raises(errors.BadInput, match=message):
+        export.main(str(source), str(tmp_path / "out"), **flags)
+    assert _names(tmp_path) == []

@@ -1,11 +1,17 @@
 """The README.md of an exported model: what it is, how to use it, what to mind."""
 
-from collections.abc import Collection
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.interop.folder import processor
 from mofi_jax.model import mofi
 from mofi_jax.model import text as text_lib
+
+_HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 # The sentences of a model with both towers, and of one that has none for texts.
 _BOTH = {
@@ -69,8 +75,30 @@ _SIGLIP_MIND = """- Texts pool at their last position and read their padding: pa
   they belong together.
 """
 
+# What opens a model in another library: the imports and the lines of "use".
+_OPEN_CLIP = {
+    "library": "open_clip",
+    "imports": "import open_clip, torch",
+    "use": """model, processor = open_clip.create_model_from_pretrained("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+
+with torch.no_grad():
+    text = model.encode_text(tokenizer(["a photo of a cat"]), normalize=True)
+    image = model.encode_image(processor(Image.open("cat.jpg"))[None], normalize=True)
+cosine = image @ text.T
+
+# The image tower alone, in timm:
+tower = timm.create_model("local-dir:FOLDER", pretrained=True)""",
+    "mind": """- open_clip cleans texts before it reads them (HTML, Unicode, spaces), as in training
+  nothing did: `tokens` in `result.json` counts the probes that this changes.
+- On the hub, `hf_tokenizer_name` in `open_clip_config.json` has to be the name of the repository.
+- Cosines between pictures and between a picture and a text have different ranges: do not share a
+  threshold between them.
+""",
+}
+
 _CARD = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {pipeline}
 tags:
 - {c.family}
@@ -88,7 +116,7 @@ Embedding size {c.embed_dim}; activation {c.activation}; {entities}.
 
 ## Use
 ```python
-import torch, transformers
+{imports}
 from PIL import Image
 
 {use}
@@ -96,13 +124,13 @@ from PIL import Image
 
 ## What to mind
 {mind}- Pixels: the model was evaluated with `{preprocess}` (`preprocess.json`), then divided by 255
-  and normalised with the mean and deviation in `preprocessor_config.json`, which {nearness}.
+  and normalised with the mean and deviation in `{file}`, which {nearness}.
 - `result.json` holds the largest difference between this folder as read back and the original.
 """
 
 _SAME = "says the same"
 _NEAREST = """is the nearest form
-  that transformers can express: `pixels` in `result.json` says how far its pixels are off, of 255,
+  that it can express: `pixels` in `result.json` says how far its pixels are off, of 255,
   and the cosines of embeddings with those of the right pixels"""
 
 _ENTITIES = """`entities.parquet` and `entity_table.safetensors` hold one row for each of the
@@ -116,9 +144,17 @@ def text(
     entities: records.Entities | None,
     *,
     towers: Collection[str] = tuple(mofi.TOWERS),
+    library: str = "transformers",
 ) -> str:
-    """The model card of one model; `entities` is the vocabulary of its class table, if any."""
+    """The model card of one model; `entities` is the vocabulary of its class table, if any.
+
+    Args:
+      library: whose folder it is, transformers or open_clip.
+    """
     parts, siglip = _BOTH if "text" in towers else _IMAGE, config.family == "siglip"
+    parts = {"library": library, "imports": "import torch, transformers"} | parts
+    if library == "open_clip":
+        parts = parts | _OPEN_CLIP
     if siglip:
         use = parts["use"]
         for name, other in _SIGLIP_NAMES.items():
@@ -141,7 +177,88 @@ def text(
         c=config,
         entities="no entity table" if entities is None else _ENTITIES.format(count=len(entities)),
         preprocess=preprocess,
+        file="preprocessor_config.json" if library == "transformers" else "open_clip_config.json",
         nearness=_SAME
-        if processor.expresses(preprocess, config.image_size, config.family)
+        if library == "transformers"
+        and processor.expresses(preprocess, config.image_size, config.family)
         else _NEAREST,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a model's folder does not say of it; each may be empty."""
+
+    license: str = ""  # by the hub's short names, as apache-2.0
+    data_card: str = ""  # OWNER/NAME of a data set on the hub, or an address
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # a model of `evaluate`
+
+    def __post_init__(self):
+        """Raises BadInput for a license or a data card that a card cannot hold."""
+        if not re.fullmatch(r"[a-z0-9.+-]*", self.license):
+            raise BadInput(
+                f"--license={self.license} is none of the hub's short names: write it as in "
+                "apache-2.0, or other."
+            )
+        if not re.fullmatch(rf"({_HUB_NAME}|https?://[^\s()<>]+)?", self.data_card):
+            raise BadInput(
+                f"--data_card={self.data_card} is neither OWNER/NAME of a data set on the hub nor "
+                "an address that begins with https://: give one of them."
+            )
+
+
+def complete(card: str, origin: Origin, report: Mapping[str, Any]) -> str:
+    """A card with license, data card and scores, and what the parity report found.
+
+    Args:
+      report: as of `parity.report`.
+    """
+    head, sections, link = "", [], origin.data_card
+    if origin.license:
+        head += f"license: {origin.license}\n"
+    if link:
+        if re.fullmatch(_HUB_NAME, link):
+            head += f"datasets:\n- {link}\n"
+            link = f"https://huggingface.co/datasets/{link}"
+        sections.append(f"## Data\nThe [data card]({link}) says what the training data are.\n")
+    if rows := list(_scores(origin.scores)):
+        sections.append(_table("Scores", ("set", "metric", "value", "95 %", "protocol"), rows))
+    columns = ("reader", "image", "text", "texts with other tokens", "pixels of 255", "cosine")
+    rows = [_read(name, report) for name in report["differences"]]
+    rows += [(name, f"not run: {why}", *[""] * 4) for name, why in report["not_run"].items()]
+    read = _table("Read back", columns, rows)
+    sections.append(
+        f"{read}\nLargest differences between this folder, as each library read it, and the model "
+        "itself: of L2-normalised embeddings of the same pixels and ids; of pixels of pictures of "
+        "odd sizes, and the lowest cosine that this leaves between their embeddings.\n"
+    )
+    return "\n".join([card.replace("---\n", f"---\n{head}", 1), *sections])
+
+
+def _scores(model: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for evaluator, metrics in sorted(model.get("metrics", {}).items()):
+        protocol = model.get("protocols", {}).get(evaluator, {}).get("protocol", "")
+        intervals = model.get("intervals", {}).get(evaluator, {})
+        for metric, value in sorted(metrics.items()):
+            low, high = intervals.get(metric, (None, None))
+            interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+            yield evaluator, metric, f"{value:.4f}", interval, protocol
+
+
+def _read(name: str, report: Mapping[str, Any]) -> tuple[str, ...]:
+    differences, pixels = report["differences"][name], report["pixels"].get(name)
+    tokens = report["tokens"].get(name)
+    return (
+        name,
+        *(f"{differences[k]['max']:.1e}" if k in differences else "" for k in ("image", "text")),
+        f"{tokens['differing']} of {tokens['texts']}" if tokens else "",
+        str(pixels["max"]) if pixels else "",
+        f"{pixels['min_cosine']:.4f}" if pixels else "",
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # Reasons and names of sets may hold anything.
+    cells = [[" ".join(str(cell).replace("|", "/").split()) for cell in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return f"## {title}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -16,6 +16,7 @@ from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop.folder import processor
 from mofi_jax.model import image as image_lib
 from mofi_jax.model import mofi
+from mofi_jax.model import text as text_lib
 
 CONFIG = "open_clip_config.json"
 COPY_AGAIN = "copy the whole folder again"
@@ -40,6 +41,7 @@ def to_model(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> dic
         return values
 
     image = config.image
+    largest = config.eos_id in (text_lib.LARGEST_ID, tokenizer.vocab_size - 1)
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
@@ -57,7 +59,7 @@ def to_model(config: mofi.MofiConfig, tokenizer: tokenizer_lib.Tokenizer) -> dic
             # Any name: it is the folder's own tokenizer that is read.
             "hf_tokenizer_name": "tokenizer",
             # Every release pools at the largest id; at the first EOS only newer ones.
-            "pool_type": "argmax" if tokenizer.eos_id == tokenizer.vocab_size - 1 else "eos",
+            "pool_type": "argmax" if largest else "eos",
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
         },
@@ -193,7 +195,7 @@ def from_model(model: Fields, tokenizer: tokenizer_lib.Tokenizer | None) -> mofi
     if epsilons[0] != epsilons[1] or type(epsilons[0]) not in (int, float):
         raise text.refusal("norm_kwargs")
     vocabulary = text.number("vocab_size", 49_408)
-    eos_id = _pooling_eos(text, vocabulary, tokenizer)
+    eos_id = _pooling_eos(text, tokenizer)
     try:
         config = mofi.MofiConfig(
             image_size=image.number("image_size", 224),
@@ -215,20 +217,20 @@ def from_model(model: Fields, tokenizer: tokenizer_lib.Tokenizer | None) -> mofi
     return config
 
 
-def _pooling_eos(text: Fields, vocabulary: int, tokenizer: tokenizer_lib.Tokenizer | None) -> int:
-    """The id at which texts pool: of the first EOS, or the largest of a row."""
+def _pooling_eos(text: Fields, tokenizer: tokenizer_lib.Tokenizer | None) -> int:
+    """The id at whose first occurrence texts pool, or LARGEST_ID."""
     pool, stated = text.get("pool_type", "argmax"), text.number("eos_id", 2)
     if pool not in ("argmax", "eos"):
         raise text.refusal("pool_type")
-    if tokenizer is None:
-        return stated if pool == "eos" else vocabulary - 1
-    if tokenizer.eos_id != (stated if pool == "eos" else tokenizer.vocab_size - 1):
-        where = f"at id {stated}" if pool == "eos" else "at the largest id"
+    if pool == "argmax":
+        highest = tokenizer is not None and tokenizer.eos_id == tokenizer.vocab_size - 1
+        return tokenizer.eos_id if highest else text_lib.LARGEST_ID
+    if tokenizer is not None and tokenizer.eos_id != stated:
         raise BadInput(
-            f"{text.path} pools texts {where}, and the EOS of {tokenizer.path} is "
-            f"{tokenizer.eos_id} of {tokenizer.vocab_size}: put the tokenizer of this model there."
+            f"{text.path} pools texts at id {stated}, and the EOS of {tokenizer.path} is "
+            f"{tokenizer.eos_id}: put the tokenizer of this model there."
         )
-    return tokenizer.eos_id
+    return stated
 
 
 def from_preprocess(

@@ -49,7 +49,8 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     files.write_json(folder / processor.PREPROCESS, {"preprocess": preprocess})
     huggingface.write_tokenizer(folder, tokenizer)
     huggingface.write_entities(folder, clip)
-    (folder / "README.md").write_text(model_card.text(config, preprocess, clip.entities))
+    card = model_card.text(config, preprocess, clip.entities, library="open_clip")
+    (folder / "README.md").write_text(card)
 
 
 def is_folder(folder: epath.Path) -> bool:
