@@ -16,9 +16,11 @@ import jax
 import numpy as np
 import pytest
 
+import mofi_jax
 from data_prep.dataset import files as dataset_files
 from mofi_jax import export
 from mofi_jax.common import errors
+from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.interop import huggingface, parity
 from mofi_jax.interop.onnx import folder as folder_lib
@@ -44,8 +46,8 @@ async function drop(name) {
   const options = { dataTransfer: files, bubbles: true, cancelable: true };
   page.getElementById("drop").dispatchEvent(new frame.contentWindow.DragEvent("drop", options));
 }
-function rows() {
-  return [...page.querySelectorAll("#cosines li")].map(
+function rows(id = "cosines") {
+  return [...page.querySelectorAll(`#${id} li`)].map(
     (li) => [li.querySelector("span").textContent, Number(li.querySelector("b").textContent)]);
 }
 await until(() => !status().startsWith("Loading"));
@@ -56,6 +58,7 @@ found.refused = status();
 await drop("picture.png");
 await until(() => rows().length);
 found.first = rows();
+found.entities = rows("entities");
 const words = page.getElementById("words");
 words.value = "dogs <b>in</b> the snow\\n\\n a ";
 words.dispatchEvent(new Event("input"));
@@ -83,7 +86,10 @@ def clip(tmp_path_factory):
     shapes = jax.eval_shape(lambda key: mofi.create(config, key), jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes)
-    return huggingface.Clip(config, params, tokenizer, None, "decode|resize(16)")
+    params["entity_table"] = rng.normal(0, 2, (7, 8)).astype(np.float32)
+    names = [f"<i>{i}</i>" for i in range(7)]
+    known = records.Entities([f"Q{i}" for i in range(7)], names, ["", *"abcdef"], np.ones(7, int))
+    return huggingface.Clip(config, params, tokenizer, known, "decode|resize(16)")
 
 
 @pytest.mark.slow
@@ -108,6 +114,12 @@ def test_in_a_browser_without_network(clip, tmp_path):
 
     check(found["first"], web.WORDS)
     check(found["typed"], ("dogs <b>in</b> the snow", "a"))
+    huggingface.write(tmp_path / "hf", clip)
+    named = mofi_jax.load(tmp_path / "hf").name_entities(picture, 5)[0]
+    names = [f"{e.name}, {e.description}" if e.description else e.name for e in named]
+    assert [name for name, _ in found["entities"]] == names
+    scores = [entity.score for entity in named]
+    np.testing.assert_allclose([x for _, x in found["entities"]], scores, rtol=0, atol=2e-4)
 
 
 def _visit(folder, name):

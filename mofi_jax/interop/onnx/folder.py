@@ -121,7 +121,7 @@ def _start(*arguments: os.PathLike | str) -> None:
     """Runs `graph` where its packages are, in a process of its own."""
     paths = [str(EXPORTER), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", graph.__name__, *map(os.fspath, arguments)],
+        [sys.executable, "-P", "-m", graph.__name__, *map(os.fspath, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

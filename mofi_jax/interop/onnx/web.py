@@ -1,4 +1,4 @@
-"""A page that runs the model in the browser: pictures and words, and how alike they are.
+"""A page that runs the model in the browser: pictures, the nearest words and entities.
 
 A folder for any server of static files: index.html, the ONNX export in model/, and in vendor/
 transformers.js and the runtime of ONNX that it was built with, out of their npm packages.  Nothing
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.common.pages import page
 from mofi_jax.interop import huggingface, parity
@@ -28,6 +29,9 @@ FILES = {
     "@huggingface/transformers": ("LICENSE", "dist/transformers.min.js"),
     "onnxruntime-web": (f"dist/{RUNTIME}.mjs", f"dist/{RUNTIME}.wasm"),
 }
+# Bytes of a class table that the page names entities by: 32,768 of 512 numbers.
+LARGEST_TABLE = 64 * 2**20
+ENTITIES = "entities.json"
 WORDS = ("a photo of a cat", "a photo of a dog", "a drawing of a house", "a red car")
 
 
@@ -50,7 +54,17 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     (folder / "vendor").mkdir()
     for name, data in vendored.items():
         (folder / "vendor" / name).write_bytes(data)
-    values = folder_lib.transformers_js(clip.config) | {"words": WORDS, "runtime": RUNTIME}
+    table = folder / "model" / huggingface.ENTITY_TABLE_FILE
+    named = table.exists() and table.stat().length <= LARGEST_TABLE
+    if named:
+        known = clip.entities
+        words = [known.text(i, with_description=True) for i in range(len(known))]
+        files.write_json(folder / ENTITIES, words)
+    values = folder_lib.transformers_js(clip.config) | {
+        "words": WORDS,
+        "runtime": RUNTIME,
+        "entities": {"names": ENTITIES, "table": f"model/{table.name}"} if named else None,
+    }
     template = str(Path(__file__).parent / "web.html.j2")
     (folder / "index.html").write_text(page.fill(template, values))
 
