@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from benchmarks import figures, input_pipeline
-from mofi_jax import embed as embed_main
 from mofi_jax import inference
 from mofi_jax.data.pictures import containers
 from mofi_jax.distributed import meshes
-from mofi_jax.inference import embeddings
+from mofi_jax.inference import embeddings, piecework
 from mofi_jax.inference.index import Index
 from mofi_jax.model import mofi
 
@@ -78,7 +77,7 @@ def embed(report: figures.Report, quick: bool) -> None:
                 ready, jobs = jobs[:batch], jobs[batch:]
                 yield np.stack([job.result() for job in ready])
 
-        with futures.ThreadPoolExecutor(embed_main._THREADS) as pool:
+        with futures.ThreadPoolExecutor(piecework.THREADS) as pool:
             for _ in towers.embed_image_batches(model.params, batches()):
                 pass
 
@@ -95,7 +94,7 @@ def embed(report: figures.Report, quick: bool) -> None:
             found = containers.find(folder / "pictures.tar", collections.Counter())
             embeddings.write_listing(out, found, batch, {"passed_over": {}})
             pieces = embeddings.Pieces(out)
-            work = embed_main._Work(model, containers.Reader(folder), pieces, 0)
+            work = piecework.Work(model, containers.Reader(folder), pieces, 0)
             work.run(range(len(pieces)))
             assert pieces.assemble()["pictures"] == size
 

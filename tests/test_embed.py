@@ -21,7 +21,7 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 from mofi_jax.data.pictures import containers
 from mofi_jax.distributed import hosts
-from mofi_jax.inference import embeddings
+from mofi_jax.inference import embeddings, piecework
 from tests import datasets, processes
 
 FILES = ("embeddings.npy", "pictures.parquet", "undecodable.parquet")
@@ -69,7 +69,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(pictures, trained, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "E"
+    out = tmp_path_factory.mktemp("out") / "my [E] *"
     (out.parent / "lines.txt").write_text("a red circle\n\na blue square\n")
     lines = str(out.parent / "lines.txt")
     run(trained, pictures, out, entities="3", texts=lines)
@@ -257,7 +257,7 @@ def test_hosts_share_the_pieces(pictures, trained, finished, tmp_path, monkeypat
     monkeypatch.setattr(embeddings, "_PIECE", 8)
     run(trained, pictures, tmp_path / "one")
     did = {}
-    inner = embed._Work.run
+    inner = piecework.Work.run
     for index in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -265,7 +265,9 @@ def test_hosts_share_the_pieces(pictures, trained, finished, tmp_path, monkeypat
         monkeypatch.setattr(hosts, "all_or_none", lambda do: do())
         monkeypatch.setattr(embeddings.Pieces, "missing", lambda self: [*range(len(self))])
         monkeypatch.setattr(
-            embed._Work, "run", lambda self, own, i=index: did.update({i: own}) or inner(self, own)
+            piecework.Work,
+            "run",
+            lambda self, own, i=index: did.update({i: own}) or inner(self, own),
         )
         if index:
             monkeypatch.setattr(embed, "_finish", lambda *_: None)

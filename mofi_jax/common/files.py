@@ -32,19 +32,22 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
-def output_folder(text: epath.PathLike, flag: str, *, bucket: bool = False) -> epath.Path:
+def output_folder(
+    text: epath.PathLike, flag: str, *, bucket: bool = False, literal: bool = False
+) -> epath.Path:
     """The folder that a flag names, which need not exist; nothing stays written.
 
     Args:
       flag: as in "--workdir", for the error message.
       bucket: whether it may lie in one.
+      literal: whether no library that writes there takes names for patterns.
 
     Raises BadInput: a remote path, a file, a pattern to libraries, or where none can write.
     """
     path = input_folder(text, flag) if bucket else _local(text, flag)
     # Orbax and etils list folders by patterns with the folder's own name unescaped.
     whole = os.fspath(absolute(path))
-    if glob.has_magic(whole):
+    if not literal and glob.has_magic(whole):
         raise BadInput(
             f"{flag}={text} has one of the characters * ? [ in its path ({whole}), which libraries "
             "that write there take for a pattern: name a folder without them."

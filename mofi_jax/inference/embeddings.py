@@ -195,10 +195,14 @@ def _table(rows: Sequence[tuple], schema: pa.Schema) -> pa.Table:
 def appears(scratch: epath.Path, name: str, folder: epath.Path | None = None) -> Iterator[str]:
     """A path to write to; the file then appears, whole, in `folder`, else in `scratch`."""
     path = os.fspath(scratch / f".{name}.{uuid.uuid4().hex}")
-    yield path
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(path, (folder or scratch) / name)
+    try:
+        yield path
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, (folder or scratch) / name)
+    finally:
+        with contextlib.suppress(OSError):  # moved, as a rule
+            os.unlink(path)
 
 
 def read_result(folder: epath.PathLike) -> dict[str, Any]:

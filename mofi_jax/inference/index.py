@@ -12,6 +12,7 @@ The bits are computed at the first search and kept beside the vectors, in ``inde
 
 import functools
 import os
+import threading
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -42,10 +43,11 @@ _MEAN_ROWS = 65_536
 
 
 class Index:
-    """Pictures by their vectors; use `Index.open`."""
+    """Pictures by their vectors, for any number of threads; use `Index.open`."""
 
     def __init__(self, folder: epath.Path, root: epath.Path, vectors: np.ndarray, table: Any):
         self._folder, self._table = folder, table
+        self._lock = threading.Lock()
         self._reader = containers.Reader(containers.folder_of(root))
         self.vectors: Float32[np.ndarray, "n d"] = vectors  # memory-mapped
 
@@ -126,7 +128,9 @@ class Index:
         """The row of pictures.parquet of a picture."""
         group = int(np.searchsorted(self._ends, row, side="right"))
         start = self._ends[group - 1] if group else 0
-        return self._group(group).slice(row - start, 1).to_pylist()[0]
+        with self._lock:  # a ParquetFile is for one thread at a time
+            table = self._group(group)
+        return table.slice(row - start, 1).to_pylist()[0]
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:

@@ -13,7 +13,8 @@ import posixpath
 import re
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -32,6 +33,7 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z",
 # Of files without a suffix their first bytes tell: JPEG, PNG, GIF, WebP, TIFF.
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 _MOST = 1 << 30  # bytes read of a picture; more is none
+_LISTED_AHEAD = 16  # containers
 _OPEN = 8  # containers that stay open: threads work on one or two at a time
 
 
@@ -67,14 +69,30 @@ def find(root: epath.PathLike, passed_over: collections.Counter[str]) -> Iterato
         raise BadInput(f"There is nothing at {root}: give a folder, tar, parquet or shard.")
     folder = folder_of(root)
     names = [root.name] if root.is_file() else _walk(os.fspath(root))
-    for name in names:
-        found = _places(folder, name)
+    for name, found in _listed(folder, names):
         if found is None:
             lower = name.lower()
             suffix = next((s for s in ARCHIVES if lower.endswith(s)), posixpath.splitext(lower)[1])
             passed_over[_text(suffix)] += 1
         else:
             yield from found
+
+
+def _listed(folder: epath.Path, names: Iterable[str]) -> Iterator[tuple[str, list[Place] | None]]:
+    """Names with what lies in them; threads look into containers ahead, as file servers are far."""
+    ahead: collections.deque[tuple[str, futures.Future | None]] = collections.deque()
+
+    def first() -> tuple[str, list[Place] | None]:
+        name, job = ahead.popleft()
+        return name, job.result() if job else _places(folder, name)
+
+    with futures.ThreadPoolExecutor(_LISTED_AHEAD) as pool:
+        for name in names:
+            ahead.append((name, pool.submit(_places, folder, name) if _reader_of(name) else None))
+            while ahead and (ahead[0][1] is None or len(ahead) > _LISTED_AHEAD):
+                yield first()
+        while ahead:
+            yield first()
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -103,10 +121,8 @@ def _walk(root: str) -> Iterator[str]:
 
 def _places(folder: epath.Path, name: str) -> list[Place] | None:
     """Of one file; None for one that holds no pictures."""
-    path, base = os.path.join(folder, name), posixpath.basename(name)
-    suffix = posixpath.splitext(base)[1].lower()
-    read = {".tar": _in_tar, ".parquet": _in_parquet}.get(suffix)
-    read = _in_shard if ".array_record" in base else read
+    path, read = os.path.join(folder, name), _reader_of(name)
+    suffix = posixpath.splitext(name)[1].lower()
     loose = suffix in SUFFIXES or (not suffix and not read and _looks_like_a_picture(path))
     if not loose and read is None:
         return None
@@ -119,6 +135,14 @@ def _places(folder: epath.Path, name: str) -> list[Place] | None:
     except (BadInput, OSError) as error:
         logging.warning("%s is left out: %s", path, error)
         return [Place(name, name, reason="container_damaged")]
+
+
+def _reader_of(name: str) -> Callable[[str, str], list[Place] | None] | None:
+    """What reads a container of this name; None for what is none."""
+    if ".array_record" in posixpath.basename(name):
+        return _in_shard
+    suffix = posixpath.splitext(name)[1].lower()
+    return {".tar": _in_tar, ".parquet": _in_parquet}.get(suffix)
 
 
 def _in_tar(path: str, name: str) -> list[Place]:
