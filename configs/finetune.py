@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     task = {"classes": "supervised", "lit": "contrastive"}.get(arg.recipe, arg.task)
     model, preprocess = common.model_of(arg.model)
     size = arg.res or model.image_size
-    config = mofi.get_config(f"task={task}")
+    config = mofi.get_config(f"task={task},family={model.family}")
     config.model = model
     config.data.update({"dir": arg.data, "name": arg.name})
     config.data.eval_ops = at_size(preprocess, model.image_size, size)
