@@ -7,9 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
+from etils import epath
 from PIL import Image
 
 from data_prep.dataset import files as dataset_files
@@ -282,6 +284,70 @@ def test_fields_at_their_defaults_may_be_missing(theirs, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_diff_dict()))
     assert huggingface.read(tmp_path).config == expected
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """SigLIP's own tokenizer, over a small SentencePiece model; saved as transformers saves it."""
+    folder = tmp_path_factory.mktemp("slow")
+    captions = ["a photo of a cat", "a husky dog in the snow", "a red car of 2019, it's new"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions * 50),
+        model_prefix=str(folder / "trained"),
+        vocab_size=80,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    found = transformers.SiglipTokenizer(str(folder / "trained.model"), model_max_length=CONTEXT)
+    found.save_pretrained(folder / "saved")
+    return found, folder / "saved"
+
+
+def test_their_own_tokenizer_gives_its_ids(slow, tmp_path):
+    theirs, folder = slow
+    ours = tokenizer_lib.Tokenizer(tokenizer_lib.find(epath.Path(folder)), CONTEXT)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 1, 1)
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789  .,-'ÉéßﬁＡ½\t\n한국🤗")
+    texts = [
+        *TEXTS,
+        "A Photo, of\tA  CAT!",
+        *("".join(rng.choice(letters, n)) for n in rng.integers(0, 40, 500)),
+    ]
+    ids = theirs(texts, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(ours(texts), ids)
+    # And by its export, for everyone, without SentencePiece.
+    huggingface.write_tokenizer(epath.Path(tmp_path), ours, "siglip")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = exported(texts, padding="max_length", truncation=True, return_tensors="np")
+    assert ids.keys() == {"input_ids"}
+    np.testing.assert_array_equal(ours(texts), ids["input_ids"])
+    again = tokenizer_lib.Tokenizer(tmp_path / "tokenizer.json", CONTEXT)
+    assert again.fingerprint == ours.fingerprint
+
+
+def test_damaged_pieces_are_one_sentence(slow, tmp_path):
+    data = (slow[1] / "spiece.model").read_bytes()
+    path = tmp_path / "spiece.model"
+    rng = np.random.default_rng(0)
+    damaged = [data[: len(data) // 2], b"", b"\x80" * 100_000, b"\x0a" + b"\xff" * 9, bytes(99)]
+    for _ in range(30):
+        copy = bytearray(data)
+        for at in rng.integers(0, 2_000, 3):
+            copy[at] = rng.integers(256)
+        damaged.append(bytes(copy))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            tokenizer_lib.Tokenizer(path, CONTEXT)(["a cat"])
+        except errors.BadInput:
+            refused += 1
+    assert refused >= 5
 
 
 def test_opened_as_a_model(theirs, mesh_of):

@@ -12,7 +12,8 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
+PIECES = "spiece.model"
 # How CLIP splits a text into words, and each of them into bytes (openai/CLIP simple_tokenizer.py).
 CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -57,9 +59,9 @@ PREPARATIONS = {
 
 
 class Tokenizer:
-    """A tokenizer.json, or a vocab.json with merges.txt of CLIP's: texts -> rows of ids.
+    """A tokenizer.json, CLIP's vocab.json with merges.txt, or SigLIP's spiece.model: texts -> ids.
 
-    The second is how transformers before version 5 saved CLIP's tokenizer if it was a slow one.
+    The others are how transformers saves slow tokenizers: CLIP's before version 5, SigLIP's still.
 
     Special tokens are those that a tokenizer_config.json beside the file names (`bos_token`,
     `eos_token`, `pad_token`), else those of names in common use. Where a foreign tokenizer with a
@@ -112,7 +114,9 @@ class Tokenizer:
                 self._tokenizer.encode("a", add_special_tokens=special).ids
                 for special in (True, False)
             )
-        except Exception as error:  # as above
+        except BaseException as error:  # as above, or the panic of its Rust, which is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise BadInput(
                 f"{self.path} reads no text ({error}): write it again or copy it anew."
             ) from error
@@ -158,11 +162,13 @@ def find(folder: epath.Path) -> epath.Path | None:
         # GPT-2's, which other models have, lie in files of the same names.
         clip = b"</w>" in (folder / MERGES).read_bytes()
         return folder / VOCABULARY if clip else None
-    return None
+    return folder / PIECES if (folder / PIECES).exists() else None
 
 
 def _serialized(path: epath.Path) -> str:
-    """The text of a tokenizer.json, or the same made of CLIP's vocab.json and merges.txt."""
+    """The text of a tokenizer.json, or the same made of CLIP's or SigLIP's older files."""
+    if path.name == PIECES:
+        return _of_pieces(path.read_bytes()).to_str()
     text = path.read_bytes().decode()
     if path.name != VOCABULARY:
         return text
@@ -193,6 +199,64 @@ def _serialized(path: epath.Path) -> str:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS, EOS])
     return tokenizer.to_str()
+
+
+def _of_pieces(data: bytes) -> tokenizers.Tokenizer:
+    """A SentencePiece model, of which SigLIP's first release has one, with an EOS after each text.
+
+    Raises ValueError or IndexError for what is none, or no unigram model.
+    """
+    # Fields of sentencepiece_model.proto: pieces (spelling, score, kind), kind of model, normalizer
+    # (character map).
+    fields = list(_protobuf(data))
+    parts = [dict(_protobuf(value)) for number, value in fields if number == 1]
+    model, normalizer = (
+        dict(_protobuf(next((value for number, value in fields if number == i), b"")))
+        for i in (2, 3)
+    )
+    if not parts or model.get(3, 1) != 1:
+        raise ValueError("not the unigram model of SentencePiece")
+    unknown = next(i for i, part in enumerate(parts) if part.get(3) == 2)
+    vocabulary = [(part[1].decode(), *struct.unpack("<f", part.get(2, bytes(4)))) for part in parts]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown, False))
+    maps = [tokenizers.normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []
+    spaces = tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([*maps, spaces])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens([part[1].decode() for part in parts if part.get(3) == 3])
+    eos = KNOWN_NAMES["eos"][1]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["$A", eos], special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+    return tokenizer
+
+
+def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of the fields of a message: whole numbers, or bytes."""
+    at = 0
+
+    def whole() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("a damaged SentencePiece model")
+
+    while at < len(data):
+        number, kind = divmod(whole(), 8)
+        if kind == 0:
+            yield number, whole()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or whole()
+        if kind not in (1, 2, 5) or at + size > len(data):
+            raise ValueError("a damaged SentencePiece model")
+        yield number, data[at : at + size]
+        at += size
 
 
 def _growth(normalizer: Mapping[str, Any]) -> int:
