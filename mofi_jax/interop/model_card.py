@@ -78,7 +78,7 @@ _SIGLIP_MIND = """- Texts pool at their last position and read their padding: pa
 # What opens a model in another library: the imports and the lines of "use".
 _OPEN_CLIP = {
     "library": "open_clip",
-    "imports": "import open_clip, torch",
+    "imports": "import open_clip, timm, torch",
     "use": """model, processor = open_clip.create_model_from_pretrained("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 

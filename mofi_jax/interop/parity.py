@@ -109,16 +109,19 @@ def _bytes(pixels: np.ndarray, config: mofi.MofiConfig) -> UInt8[np.ndarray, "n 
 def embedder(clip: huggingface.Clip) -> Reader:
     """The model's own functions in float32, also on accelerators that would round products."""
     config = dataclasses.replace(clip.config, dtype="float32", remat="none")
-    towers = {name: clip.params[name] for name in mofi.TOWERS if name in clip.params}
+    embed = {"image": mofi.embed_images, "text": mofi.embed_texts}
+
+    def run(tower: str, inputs: np.ndarray) -> np.ndarray:
+        # Alone, since jax copies what it is given, and one tower may be most of the memory.
+        params = {tower: clip.params[tower]}
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.jit(embed[tower], static_argnums=0)(config, params, inputs))
 
     def read(pictures: np.ndarray, texts: tuple[str, ...]) -> dict[str, np.ndarray]:
-        with jax.default_matmul_precision("highest"):
-            image = jax.jit(mofi.embed_images, static_argnums=0)(config, towers, pictures)
-            found = {"image": np.asarray(image)}
-            if texts and "text" in towers:
-                found["tokens"] = clip.tokenizer(list(texts))
-                text = jax.jit(mofi.embed_texts, static_argnums=0)(config, towers, found["tokens"])
-                found["text"] = np.asarray(text)
+        found = {"image": run("image", pictures)}
+        if texts and "text" in clip.params:
+            tokens = clip.tokenizer(list(texts))
+            found |= {"tokens": tokens, "text": run("text", tokens)}
         return found
 
     return read
