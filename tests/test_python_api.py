@@ -147,6 +147,8 @@ def test_mixed_many_and_lazy(model, tmp_path):
     same = [Image.open(tmp_path / "0.png")] * 20  # one picture, which reads its file once
     found = model.embed_images(same)
     np.testing.assert_allclose(found, expected[:1].repeat(20, 0), atol=1e-6)
+    column = np.array([str(tmp_path / f"{i}.png") for i in (0, 3)], object)
+    np.testing.assert_allclose(model.embed_images(column), expected[[0, 3]], atol=1e-6)
     block = np.stack([arrays[0]] * 3)
     np.testing.assert_allclose(model.embed_images(block), expected[:1].repeat(3, 0), atol=1e-6)
 
@@ -201,8 +203,9 @@ def test_a_wrong_picture_is_named(model, tmp_path):
             model.embed_images([fine, one, fine])
         assert str(caught.value).startswith(f"Picture 1{message}"), caught.value
         assert ". " not in str(caught.value)
-    with pytest.raises(errors.BadInput, match="The picture is of type int"):
-        model.embed_images(3)
+    for alone in (3, np.float32(3)):
+        with pytest.raises(errors.BadInput, match=r"icture (0 )?is (of type int|an array \[\])"):
+            model.embed_images(alone)
 
 
 def test_similarity(model):

@@ -24,7 +24,8 @@ _LOADING = tuple(threading.Lock() for _ in range(61))
 def several(pictures: Any) -> Iterable[Any]:
     """One picture alone as a list of it; BadInput for what is neither a picture nor holds some."""
     one = isinstance(pictures, (str, os.PathLike, Image.Image, *_BYTES))
-    if one or (hasattr(pictures, "ndim") and pictures.ndim < 4):
+    # Arrays of one dimension, and columns of tables, hold paths or the like.
+    if one or getattr(pictures, "ndim", 4) in (0, 2, 3):
         return [pictures]
     if not isinstance(pictures, Iterable):
         raise BadInput(_unknown("The picture", pictures))
