@@ -1,5 +1,6 @@
 """The search index over embeddings, and `mofi_jax.search` with its page."""
 
+import importlib.util
 import json
 import os
 import re
@@ -87,6 +88,39 @@ def test_the_index_is_kept_and_made_anew_for_other_vectors(large, tmp_path, capl
     write(folder, other)
     rows, _ = index.Index.open(folder).search(other[7:8], 1)
     assert rows.tolist() == [[7]]
+
+
+_GRAPH = """
+import sys
+import numpy as np
+from mofi_jax.inference import index
+of = index.Index.open(sys.argv[1], kind="usearch")
+queries = np.array(of.vectors[::7000])
+for turn in range(2):
+    rows, cosines = of.search(queries, 5)
+    expected, _ = of.search(queries, 5, exact=True)
+    assert np.mean(rows == expected) > 0.9
+    assert (rows[:, 0] == np.arange(0, len(of), 7000)).all()
+    of = index.Index.open(sys.argv[1], kind="usearch")
+"""
+
+
+@pytest.mark.slow
+def test_a_graph(large, tmp_path):
+    """In a process of its own: onnxruntime, imported after usearch 2.26, crashes."""
+    if importlib.util.find_spec("usearch") is None:
+        pytest.skip("usearch is not installed")
+    folder = tmp_path / "E"
+    shutil.copytree(large, folder)
+    write(folder, np.load(folder / "embeddings.npy")[:66_000])
+    done = subprocess.run(
+        [sys.executable, "-c", _GRAPH, str(folder)],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": False},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "index.usearch").stat().st_size > 66_000 * 96 * 2
+    with pytest.raises(BadInput, match="no kind of index"):
+        index.Index.open(folder, kind="tree")
 
 
 @pytest.mark.parametrize("vectors", ["copies", "few", "one", "none"])

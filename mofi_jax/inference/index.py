@@ -25,7 +25,7 @@ from jaxtyping import Float, Float32, Int64, UInt8, UInt64
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import containers
-from mofi_jax.inference import embeddings
+from mofi_jax.inference import embeddings, graph
 
 FILE = "index.npy"
 _BITS = 512
@@ -36,6 +36,7 @@ _THREADS = min(8, os.cpu_count() or 1)  # more wait for memory
 _CANDIDATES, _SHARE, _TIMES = 2048, 1 / 500, 100
 _FIRST = 4  # times as many after half of the bits
 _SCALE = 32  # with so many times the candidates as pictures or fewer, all are compared
+_FROM_GRAPH = 4  # times as many as are asked for are looked at exactly
 _BLOCK = 32_768  # rows at a time: what belongs to them stays in the caches
 _SCORES = 1 << 22  # computed at a time where all are compared
 _SAMPLE = 16  # of so many distances one is looked at to find how near candidates are
@@ -45,18 +46,23 @@ _MEAN_ROWS = 65_536
 class Index:
     """Pictures by their vectors, for any number of threads; use `Index.open`."""
 
-    def __init__(self, folder: epath.Path, root: epath.Path, vectors: np.ndarray, table: Any):
-        self._folder, self._table = folder, table
+    def __init__(
+        self, folder: epath.Path, root: epath.Path, vectors: np.ndarray, table: Any, of_graph: Any
+    ):
+        self._folder, self._table, self._graph = folder, table, of_graph
         self._lock = threading.Lock()
         self._reader = containers.Reader(containers.folder_of(root))
         self.vectors: Float32[np.ndarray, "n d"] = vectors  # memory-mapped
 
     @classmethod
-    def open(cls, folder: epath.PathLike, *, images: epath.PathLike = "") -> "Index":
+    def open(
+        cls, folder: epath.PathLike, *, images: epath.PathLike = "", kind: str = "bits"
+    ) -> "Index":
         """Opens a folder that `mofi_jax.embed` has written.
 
         Args:
           images: where its pictures lie now, if they were moved.
+          kind: "bits", or "usearch" (`graph`, an extra) for very many queries.
 
         Raises BadInput: it is none, is not finished or is damaged.
         """
@@ -77,7 +83,12 @@ class Index:
                 f"{path} holds {list(vectors.shape)} of {vectors.dtype}, and {embeddings.PICTURES} "
                 f"{rows} rows: copy both again, or embed the pictures again."
             )
-        return cls(folder, epath.Path(images or result.get("images", "")), vectors, table)
+        if kind not in ("bits", "usearch"):
+            raise BadInput(f"There is no kind of index {kind!r}: take bits or usearch.")
+        root = epath.Path(images or result.get("images", ""))
+        return cls(
+            folder, root, vectors, table, graph.load(folder, vectors) if kind == "usearch" else None
+        )
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -109,10 +120,14 @@ class Index:
                 part = slice(start, start + 64)
                 rows[part], cosines[part] = self._compare_all(queries[part], k)
             return rows, cosines
-        mean, directions, bits = self._bits
-        signs = _signs(queries, mean, directions)
+        if self._graph is None:
+            mean, directions, bits = self._bits
+            signs = _signs(queries, mean, directions)
         for i, query in enumerate(queries):
-            found = _candidates(bits, signs[i], wanted, self._threads)
+            if self._graph is None:
+                found = _candidates(bits, signs[i], wanted, self._threads)
+            else:
+                found = self._graph.search(query, _FROM_GRAPH * k).keys.astype(np.int64)
             # Not a product: BLAS would wake its threads for two thousand rows.
             exact_cosines = np.einsum("nd,d->n", self.vectors[found], query)
             rows[i], cosines[i] = _best(found, exact_cosines, k)
