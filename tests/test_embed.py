@@ -61,6 +61,8 @@ def pictures(tmp_path_factory):
     table = {"image": [{"bytes": jpeg(30 + i), "path": f"p{i}.jpg"} for i in range(4)]}
     table["image"].append({"bytes": None, "path": "none.jpg"})
     pq.write_table(pa.table(table), root / "train-00000-of-00001.parquet", row_group_size=2)
+    numbers = pa.table({"image": [{"bytes": [1, 2]}]})
+    pq.write_table(numbers, root / "numbers.parquet")
     pq.write_table(pa.table({"url": ["u"]}), root / "00000.parquet")  # beside the tar
     (root / "damaged.tar").write_bytes(b"no tar" * 300)
     datasets.write(root / "shards", examples=9, shards=2)
@@ -129,6 +131,7 @@ def test_what_cannot_be_decoded_is_named_and_counted(finished):
     assert (result["pictures"], result["undecodable"], result["dimension"]) == (26, 5, 12)
     assert sum(result["reasons"].values()) == 5
     assert result["passed_over"][".txt"] == 1
+    assert result["passed_over"][".parquet"] == 3  # a table, numbers, and the shards' vocabulary
     assert sorted(os.listdir(finished)) == sorted((*FILES, "result.json", "texts.npy"))
 
 

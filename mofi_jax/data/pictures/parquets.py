@@ -104,8 +104,13 @@ def picture_columns(schema: Any) -> list[str]:
     """Columns of a pyarrow schema that hold pictures."""
     import pyarrow as pa
 
-    structs = [field for field in schema if pa.types.is_struct(field.type)]
-    return [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
+    def holds(kind: pa.DataType) -> bool:
+        at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+        return at >= 0 and (
+            pa.types.is_binary(kind.field(at).type) or pa.types.is_large_binary(kind.field(at).type)
+        )
+
+    return [field.name for field in schema if holds(field.type)]
 
 
 def pick(
