@@ -69,6 +69,11 @@ def train_and_evaluate(folder, name, mesh, **where):
     config.mesh.update(mesh)
     config.evaluators = {kind: {**e, "every": "3 steps"} for kind, e in evaluators.items()}
     config.total = "3 steps"
+    # All hosts change their input at the same step.
+    config.stages = (
+        {"length": "1 step", "image_size": 8},
+        {"length": "1 step", "patch_dropout": 0.5},
+    )
     train.main(config, str(folder / name), **where)
     config.total = "7 steps"
     train.main(config, str(folder / name))
