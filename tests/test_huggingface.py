@@ -207,6 +207,13 @@ def test_auto_tokenizer_on_the_edges(their_tokenizer, tokenizer):
     np.testing.assert_array_equal(_their_ids(their_tokenizer, TEXTS), tokenizer(TEXTS))
 
 
+def test_the_first_word_has_a_space_before_it_in_transformers_4_too(folder):
+    """Which overwrites what the tokenizer.json says by what tokenizer_config.json does."""
+    said = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["add_prefix_space"]
+    assert said is True
+    assert json.loads((folder / "tokenizer_config.json").read_text())["add_prefix_space"] is said
+
+
 def test_generic_class_gives_our_ids(folder, tokenizer):
     generic = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     np.testing.assert_array_equal(_their_ids(generic, TEXTS), tokenizer(TEXTS))

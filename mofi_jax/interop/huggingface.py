@@ -8,6 +8,7 @@ either direction, save for weights that PyTorch pickled.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -238,6 +239,10 @@ def write_tokenizer(
             "padding_side": "right",
             "truncation_side": "right",
             "clean_up_tokenization_spaces": False,
+            # transformers 4 gives the pre-tokenizer this, False where nothing is said.
+            "add_prefix_space": (json.loads(text)["pre_tokenizer"] or {}).get(
+                "add_prefix_space", False
+            ),
             # A caption that spells a special token stays text, as in `data.tokenizer`.
             "split_special_tokens": True,
             # SigLIP reads its padding: a mask would hide it.
