@@ -21,6 +21,7 @@ It runs on one host, on its CPU: what is written and compared are whole arrays i
 accelerators of a pod would wait for all of their hosts.
 """
 
+import signal
 import tempfile
 from typing import Any
 
@@ -155,4 +156,6 @@ def export(saved: huggingface.Clip, folder: epath.PathLike, format: str = "hf") 
 
 
 if __name__ == "__main__":
+    # What is half written goes away when a scheduler stops the process, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cli.run(main)

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -208,4 +211,22 @@ def test_card_says_licence_data_and_scores(source, tmp_path):
 def test_what_a_card_cannot_hold(source, tmp_path, flags, message):
     with pytest.raises(errors.BadInput, match=message):
         export.main(str(source), str(tmp_path / "out"), **flags)
+    assert _names(tmp_path) == []
+
+
+def test_a_scheduler_that_stops_it_leaves_nothing(source, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mofi_jax.export",
+        "--model",
+        source,
+        "--out",
+        tmp_path / "out",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not _names(tmp_path):
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait() != 0
     assert _names(tmp_path) == []
