@@ -54,7 +54,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Stages of the run, one after the other, each a dictionary: `length`; `image_size`, in pixels;
     # `patch_dropout`, the share of a picture's patches that a step does not look at (FLIP); and
     # `learning_rate_multiplier`.  What they leave of the run is trained as the model is, and it is
-    # at the model's size that a run is evaluated and saved at any time.
+    # at the model's size that a run is evaluated and saved at any time.  Percentages are of
+    # `total`: where that is raised later, the stages change later.
     config.stages = common.stages(arg.stages)
 
     config.data = {
