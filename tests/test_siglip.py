@@ -19,8 +19,8 @@ SIZE, BATCH = 24, 16
 CONFIG = mofi.MofiConfig(
     image_size=SIZE,
     patch_size=8,
-    image=mofi.TowerConfig(24, 2, 2, mlp_width=40),  # heads of 12 dimensions
-    text=mofi.TowerConfig(16, 2, 4),
+    image=mofi.TowerConfig(24, 1, 2, mlp_width=40),  # heads of 12 dimensions
+    text=mofi.TowerConfig(16, 1, 4),
     vocab_size=40,
     context_length=7,
     eos_id=1,
@@ -86,7 +86,7 @@ def test_parameters_of_the_head_are_split_and_decay_as_those_of_blocks(mesh_of):
     scaled, _ = optim.scale_by_depth(0.5).update(ones, optim.scale_by_depth(0.5).init(ones))
     scaled = sharding.named_leaves(scaled)
     assert all(np.all(scaled[name] == 1) for name in head)
-    assert np.all(scaled["image/patch_embedding/bias"] == 0.5**3)
+    assert np.all(scaled["image/patch_embedding/bias"] == 0.5**2)
 
 
 def test_scales_of_siglip_have_no_cap():

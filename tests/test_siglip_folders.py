@@ -120,15 +120,17 @@ def pictures_of(config):
     return np.random.default_rng(1).integers(0, 256, (3, *2 * [config.image_size], 3), np.uint8)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def theirs(request, tmp_path_factory, tokenizer):
-    model = siglip(request.param, tokenizer)
-    size = model.config.vision_config.image_size
-    return model, saved(tmp_path_factory.mktemp("theirs"), model, tokenizer, size)
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, tokenizer):
+    """A model of theirs and its folder."""
+    model = siglip("towers that differ", tokenizer)
+    return model, saved(tmp_path_factory.mktemp("theirs"), model, tokenizer, 24)
 
 
-def test_their_model_gives_its_embeddings_here(theirs, tmp_path):
-    model, folder = theirs
+@pytest.mark.parametrize("shape", SHAPES)
+def test_their_model_gives_its_embeddings_here(shape, tokenizer, tmp_path):
+    model, folder = siglip(shape, tokenizer), tmp_path / "theirs"
+    saved(folder, model, tokenizer, model.config.vision_config.image_size)
     clip = huggingface.read(folder)
     size = clip.config.image_size
     assert clip.config.family == "siglip"
@@ -140,13 +142,14 @@ def test_their_model_gives_its_embeddings_here(theirs, tmp_path):
     for kind in ("image", "text"):
         np.testing.assert_allclose(ours[kind], expected[kind], atol=1e-5)
     # There and back: the same arrays under the same names.
-    huggingface.write(tmp_path, clip)
-    again, loading = transformers.SiglipModel.from_pretrained(tmp_path, output_loading_info=True)
+    ours = tmp_path / "ours"
+    huggingface.write(ours, clip)
+    again, loading = transformers.SiglipModel.from_pretrained(ours, output_loading_info=True)
     assert not any(loading.values())
     state = again.state_dict()
     for name, weight in model.state_dict().items():
         np.testing.assert_array_equal(state[name], weight, err_msg=name)
-    back = huggingface.read(tmp_path)
+    back = huggingface.read(ours)
     assert back.config == clip.config
     assert back.preprocess == clip.preprocess
     assert back.tokenizer.fingerprint == clip.tokenizer.fingerprint
