@@ -87,6 +87,8 @@ def write(
 ) -> None:
     """Exports to a folder, which appears, in place of an older export, once it has been compared.
 
+    The model is used up: see `keep` of `parity.report`.
+
     Args:
       target: by `target_folder`.
       source: what result.json says of where the model is from.
@@ -97,7 +99,7 @@ def write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         new, old = epath.Path(scratch) / "new", epath.Path(scratch) / "old"
-        report = export(saved, new, format) | source
+        report = export(saved, new, format, keep=False) | source
         card = new / "README.md"
         if card.exists():
             text = model_card.complete(card.read_text(), origin or model_card.Origin(), report)
@@ -139,15 +141,17 @@ def _is_export(folder: epath.Path) -> bool:
     return "max_abs_diff" in files.read_json_object(folder / "result.json", remedy)
 
 
-def export(saved: huggingface.Clip, folder: epath.PathLike, format: str = "hf") -> dict[str, Any]:
-    """Writes the folder and compares; returns the parity report.
+def export(
+    saved: huggingface.Clip, folder: epath.PathLike, format: str = "hf", *, keep: bool = True
+) -> dict[str, Any]:
+    """Writes the folder and compares; returns the parity report. `keep` is as for `parity.report`.
 
     Raises:
       BadInput: a model that the format cannot express.
       ParityError: a reader differs by more than `parity.MAX_ABS_DIFF`.
     """
     FORMATS[format].write(epath.Path(folder), saved)
-    report = parity.report(saved, FORMATS[format].readers(folder))
+    report = parity.report(saved, FORMATS[format].readers(folder), keep=keep)
     return report | {
         "format": format,
         "tokenizer": saved.tokenizer and saved.tokenizer.fingerprint,

@@ -146,7 +146,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
     out.mkdir()
     (out / "result.json").write_text('{"max_abs_diff": 0}')
 
-    def write(saved, folder, format):
+    def write(saved, folder, format, *, keep):
         folder.mkdir()
         return {"reader": ["none"], "max_abs_diff": 0.0}
 
