@@ -40,6 +40,7 @@ from mofi_jax.training import run_lock
 
 _START_TIMEOUT = 300  # seconds to wait for the other hosts
 _PROBE = "probe.npy"
+_TEXTS = "texts.npy"
 
 
 def main(
@@ -136,16 +137,21 @@ def _prepare(folder: epath.Path, root: epath.Path, settings: dict[str, Any], bat
     """Lists the pictures, unless that was done; whether everything is."""
     finished = (folder / embeddings.RESULT).exists()
     if finished or embeddings.is_listed(folder):
-        old = embeddings.read_result(folder) if finished else embeddings.Pieces(folder).facts
-        for name, value in settings.items():
-            if old.get(name) != value:
-                raise BadInput(
-                    f"--out={folder} holds embeddings with {name}={old.get(name)}, not {value}: "
-                    "give the same command as before, or name another folder."
-                )
-        if finished:
-            embeddings.finish(folder)  # a run may have been killed right before it
-        return finished
+        pieces = None if finished else embeddings.Pieces(folder)
+        old = embeddings.read_result(folder) if finished else pieces.facts
+        wrong = [name for name, value in settings.items() if old.get(name) != value]
+        if wrong and (finished or len(pieces.missing()) < len(pieces)):
+            raise BadInput(
+                f"--out={folder} holds embeddings with {wrong[0]}={old.get(wrong[0])}, not "
+                f"{settings[wrong[0]]}: give the same command as before, or name another folder."
+            )
+        if finished or wrong:
+            # A run may have been killed right before it; or a mistaken command has embedded
+            # nothing, and this is the corrected one.
+            embeddings.finish(folder)
+        if not wrong:
+            return finished
+        (folder / _TEXTS).unlink(missing_ok=True)
     if (folder / embeddings.VECTORS).exists():
         raise BadInput(
             f"--out={folder} holds an {embeddings.VECTORS} that this command has not finished: "
@@ -173,7 +179,7 @@ def _prepare(folder: epath.Path, root: epath.Path, settings: dict[str, Any], bat
 
 
 def _embed_texts(loaded: inference.Model, lines: list[str], folder: epath.Path) -> None:
-    with embeddings.appears(folder, "texts.npy") as path, open(path, "wb") as file:
+    with embeddings.appears(folder, _TEXTS) as path, open(path, "wb") as file:
         np.save(file, loaded.embed_texts(lines))
 
 
@@ -201,6 +207,7 @@ def _finish(pieces: embeddings.Pieces, folder: epath.Path, facts: dict[str, Any]
     result = facts | counts | {"passed_over": pieces.facts["passed_over"]}
     reasons = ", ".join(f"{count} {name}" for name, count in counts["reasons"].items())
     if not counts["pictures"]:
+        embeddings.discard(folder)
         raise BadInput(
             f"None of the {counts['undecodable']} pictures of --images={facts['images']} can be "
             f"decoded ({reasons}): {folder / embeddings.UNDECODABLE} names them."

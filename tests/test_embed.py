@@ -245,6 +245,25 @@ def test_bad_input(pictures, trained, finished, tmp_path):
         run(trained, tmp_path / "nothing", tmp_path / "broken")
 
 
+def test_a_mistake_can_be_corrected_in_the_same_folder(pictures, trained, tmp_path):
+    """Nothing was embedded with it: no other folder is needed for other flags or pictures."""
+    (tmp_path / "lines.txt").write_text("a red circle")
+    with pytest.raises(BadInput, match="8"):
+        run(trained, pictures, tmp_path / "E", entities="8", texts=str(tmp_path / "lines.txt"))
+    run(trained, pictures, tmp_path / "E", entities="3")
+    run(trained, pictures, tmp_path / "whole", entities="3")
+    assert digests(tmp_path / "E") == digests(tmp_path / "whole")
+    assert not (tmp_path / "E/texts.npy").exists()  # of the mistaken command
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.jpg").write_bytes(b"broken")
+    with pytest.raises(BadInput, match="None of the 1 pictures"):
+        run(trained, tmp_path / "mine", tmp_path / "mended")
+    assert os.listdir(tmp_path / "mended") == ["undecodable.parquet"]
+    (tmp_path / "mine/a.jpg").write_bytes(jpeg(0))
+    run(trained, tmp_path / "mine", tmp_path / "mended")
+    assert len(rows(tmp_path / "mended")) == 1
+
+
 def test_a_model_that_was_trained_further_is_told(pictures, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings.Pieces, "assemble", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):

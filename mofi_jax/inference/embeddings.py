@@ -177,6 +177,13 @@ def finish(folder: epath.Path) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
+def discard(folder: epath.Path) -> None:
+    """As if nothing had been embedded; what cannot be decoded stays named."""
+    finish(folder)
+    for name in (VECTORS, PICTURES):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _name(piece: int) -> str:
     return f"{piece:06d}.parquet"
 
