@@ -1,5 +1,6 @@
 """The page of a model: what it answers, and what nobody can make it do."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import shutil
@@ -97,6 +98,27 @@ def test_a_picture_bomb_is_refused(client):
     )
     answer = client.post("/search/picture", content=header + b"\x00" * 100)
     assert answer.status_code == 422
+
+
+def test_who_leaves_in_the_middle_of_an_upload_is_no_error(client):
+    messages = iter(
+        [
+            {"type": "http.request", "body": b"half of", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+    sent = []
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/search/picture", "query_string": b""}
+    scope |= {"headers": [(b"host", b"localhost")], "http_version": "1.1"}
+    asyncio.run(client.app(scope, receive, send))  # raises what a server would print
+    assert sent[0]["status"] == 499
 
 
 def test_nothing_of_the_machine_can_be_asked_for(client):

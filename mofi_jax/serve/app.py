@@ -16,6 +16,7 @@ from fastapi import responses
 from fastapi.concurrency import run_in_threadpool
 from jaxtyping import Float32
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.common.pages import page
@@ -96,6 +97,12 @@ def create(model: Model, index: Index | None, *, local: bool = True) -> fastapi.
     async def tell(request: fastapi.Request, error: BadInput) -> fastapi.Response:
         del request
         return responses.JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: fastapi.Request, error: ClientDisconnect) -> fastapi.Response:
+        """Nobody reads it, and who leaves in the middle of an upload is no error of the server."""
+        del request, error
+        return fastapi.Response(status_code=499)
 
     @app.get("/")
     async def main_page() -> fastapi.Response:
