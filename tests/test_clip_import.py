@@ -282,10 +282,13 @@ def whole(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.parametrize("of_clip", [True, False], ids=["of a CLIPModel", "made alone"])
 @pytest.mark.parametrize("name", ["CLIPVisionModelWithProjection", "CLIPVisionModel"])
-def test_an_image_tower_alone_is_read(name, whole, tmp_path):
-    values = whole[0].config.vision_config
-    theirs = getattr(transformers, name).from_pretrained(whole[1], config=values).eval()
+def test_an_image_tower_alone_is_read(name, of_clip, whole, tmp_path):
+    """Made alone, CLIPVisionModel has names without a prefix."""
+    values, kind = whole[0].config.vision_config, getattr(transformers, name)
+    theirs = kind.from_pretrained(whole[1], config=values) if of_clip else kind(values)
+    theirs.eval()
     theirs.save_pretrained(tmp_path)
     clip = huggingface.read(tmp_path)
     assert set(clip.params) == {"image"}

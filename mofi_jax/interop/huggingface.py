@@ -84,6 +84,7 @@ def read(folder: epath.PathLike) -> Clip:
     elif not has_text and clip_weights.PROJECTION not in state:
         logging.info("%s has no projection: embeddings are as wide as the tower.", folder)
         config = dataclasses.replace(config, embed_dim=config.image.width)
+        state = state.below("vision_model.")  # which one that was made alone is saved without
         state = state.with_array(clip_weights.PROJECTION, np.eye(config.embed_dim))
     clip_weights.check_shapes(config, state.shapes, folder, text=has_text, table=table)
     params = clip_weights.from_state_dict(config, state, text=has_text, table=table)
