@@ -43,8 +43,9 @@ class Model:
             bytes of files, Pillow pictures, arrays uint8 [h, w, 3], [h, w, 4] or [h, w]. The EXIF
             orientation is applied and alpha is blended with white, as in training.
           preprocessed: `images` is float [n, s, s, 3] at the model's size, RGB, after the division
-            by 255, the mean and the standard deviation, as image processors of transformers give
-            it (but with channels last).
+            by 255, the mean and the standard deviation of the model's family
+            (`model.image.pixel_statistics`): CLIP's also where a folder's image processor has
+            others, which its weights have taken in.
 
         Raises BadInput: with the number and path of a picture that cannot be used.
         """
