@@ -10,6 +10,9 @@ RUN = $(VENV)/bin/python
 # Each process takes neighbouring tests, so that files share what they set up, and steals at the end.
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal
 
+# What tests start in processes of their own, each from a folder of its own.
+INSTALLED = $(addprefix $(VENV)/,.tpu_compiler .readers .transformers4 .onnx_exporter)
+
 .PHONY: quickstart compare test test-all lint smoke format clean
 
 quickstart: $(VENV)/.core
@@ -18,11 +21,11 @@ quickstart: $(VENV)/.core
 compare: $(VENV)/.core
 	$(RUN) -m quickstart --compare
 
-test: lint $(VENV)/.tpu_compiler $(VENV)/.readers $(VENV)/.onnx_exporter
+test: lint $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
 # Without the flags that conftest.py sets, programs are compiled as users compile them.
-test-all: lint $(VENV)/.tpu_compiler $(VENV)/.readers $(VENV)/.onnx_exporter
+test-all: lint $(INSTALLED)
 	XLA_FLAGS= $(PYTEST)
 
 lint: $(VENV)/.test
@@ -65,6 +68,10 @@ $(VENV)/.tpu_compiler: $(VENV)/.test
 # Other people's readers of exports, in a folder that only the tests of them look into.
 $(VENV)/.readers: $(VENV)/.test requirements-readers.txt
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/readers -r requirements-readers.txt
+	touch $@
+
+$(VENV)/.transformers4: $(VENV)/.test requirements-transformers4.txt
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/transformers4 -r requirements-transformers4.txt
 	touch $@
 
 # What the ONNX export starts in a process of its own.

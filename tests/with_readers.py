@@ -6,14 +6,19 @@ import sys
 
 import pytest
 
-READERS = pathlib.Path(sys.prefix) / "readers"
+READERS = pathlib.Path(sys.prefix) / "readers"  # open_clip and timm
+# What begins a process that can import what lies in these folders of the environment.
+_BEGIN = {
+    "readers": "from tests import with_readers; with_readers.find()",
+    "transformers4": "import sys; sys.path.insert(0, sys.prefix + '/transformers4')",
+}
 
 
-def run(code: str) -> str:
+def run(code: str, folder: str = "readers") -> str:
     """Runs Python code in a process that can import them; returns what it prints."""
-    if not (READERS / "open_clip").is_dir():
-        pytest.skip(f"{READERS} is not installed: make {READERS.parent.name}/.readers")
-    code = f"from tests import with_readers\nwith_readers.find()\n{code}"
+    if not (READERS.parent / folder).is_dir():
+        pytest.skip(f"{folder} is not installed: make {READERS.parent.name}/.{folder}")
+    code = f"{_BEGIN[folder]}\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
