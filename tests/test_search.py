@@ -149,6 +149,10 @@ def test_folders_that_are_no_embeddings(large, tmp_path):
     with pytest.raises(BadInput, match="copy both again"):
         index.Index.open(folder)
     np.save(folder / "embeddings.npy", np.zeros((150, 16), np.float32))
+    with pytest.raises(BadInput, match="k=0 nearest"):
+        index.Index.open(large).search(np.ones((1, 96)), 0)
+    with pytest.raises(BadInput, match="not finite"):
+        index.Index.open(large).search(np.full((1, 96), np.nan), 3)
     with pytest.raises(BadInput, match="do not fit vectors of 16 numbers"):
         index.Index.open(folder).search(np.zeros((1, 8)), 3)
 

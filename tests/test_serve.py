@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 import mofi_jax
 from mofi_jax import embed
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 from mofi_jax.inference.index import Index
 from mofi_jax.serve import app
@@ -131,6 +132,23 @@ def test_nothing_of_the_machine_can_be_asked_for(client):
     assert page.headers["x-content-type-options"] == "nosniff"
     for method, path in (("GET", "/openapi.json"), ("GET", "/docs"), ("DELETE", "/picture/0")):
         assert client.request(method, path).status_code in (404, 405)
+
+
+def test_an_index_of_another_model_is_refused(found, tmp_path, monkeypatch, caplog):
+    model, index = mofi_jax.load(found[0], batch_size=1), Index.open(found[1])
+    inner = mofi_jax.inference.Model.embed_images
+    for change in (lambda v: -v, lambda v: np.pad(v, ((0, 0), (0, 3)))):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                mofi_jax.inference.Model,
+                "embed_images",
+                lambda self, x, f=change: f(inner(self, x)),
+            )
+            with pytest.raises(BadInput, match="is not the model that made"):
+                app.create(model, index)
+    # Where the pictures are gone nothing can be told by them, and the page works without.
+    app.create(model, Index.open(found[1], images=tmp_path))
+    assert "--images" in caplog.text
 
 
 def test_a_hundred_questions_at_once(client):

@@ -39,6 +39,7 @@ _SCALE = 32  # with so many times the candidates as pictures or fewer, all are c
 _FROM_GRAPH = 4  # times as many as are asked for are looked at exactly
 _BLOCK = 32_768  # rows at a time: what belongs to them stays in the caches
 _SCORES = 1 << 22  # computed at a time where all are compared
+_SAME = 0.9  # cosine of a picture's embeddings by the same model on other devices, at least
 _SAMPLE = 16  # of so many distances one is looked at to find how near candidates are
 _MEAN_ROWS = 65_536
 
@@ -102,14 +103,18 @@ class Index:
           queries: embeddings by the same model, of any length.
           exact: compares every vector, ten times slower.
 
-        Raises BadInput: vectors of another size than the pictures'.
+        Raises BadInput: vectors of another size than the pictures', or not finite; k below 1.
         """
         queries = np.asarray(queries, np.float32)
+        if k < 1:
+            raise BadInput(f"k={k} nearest pictures: choose 1 or more.")
         if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
             raise BadInput(
                 f"Queries of {list(queries.shape)} do not fit vectors of {self.vectors.shape[1]} "
                 f"numbers in {self._folder}: embed both by the same model."
             )
+        if not np.isfinite(queries).all():
+            raise BadInput("Queries hold values that are not finite, which are near to nothing.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
         k = min(k, len(self))
         rows = np.zeros((len(queries), k), np.int64)
@@ -132,6 +137,11 @@ class Index:
             exact_cosines = np.einsum("nd,d->n", self.vectors[found], query)
             rows[i], cosines[i] = _best(found, exact_cosines, k)
         return rows, cosines
+
+    def made_by(self, first: Float32[np.ndarray, " d"]) -> bool:
+        """Whether a model whose embedding of the first picture this is has made the vectors."""
+        fits = first.shape == self.vectors.shape[1:]
+        return fits and bool(first @ self.vectors[0] >= _SAME)
 
     def picture(self, row: int) -> bytes:
         """The file of a picture; raises `containers.Unreadable` where it is gone."""

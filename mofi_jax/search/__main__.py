@@ -28,7 +28,6 @@ from mofi_jax.inference.index import Index
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "page.html.j2")
 _THUMBNAIL = 240  # pixels, more than are shown: screens have several for each
 _MOST = 1000  # pictures on a page for each query
-_SAME = 0.9  # cosine of a picture's embeddings by the same model on other devices, at least
 
 
 class Found(NamedTuple):
@@ -125,14 +124,14 @@ def _embed(
 ) -> np.ndarray:
     """Embeddings of pictures, then texts; BadInput where the model is not the index's."""
     try:
-        known, row = [index.picture(0)] if len(index) else [], np.array(index.vectors[:1])
+        known = [index.picture(0)] if len(index) else []
     except (containers.Unreadable, OSError):
         known = []
         logging.warning("the pictures are not where they were: name their place in --images")
     parts = []
     if pictures or known:
         found = loaded.embed_images([*pictures, *known])
-        if found.shape[1] != index.vectors.shape[1] or (known and found[-1] @ row[0] < _SAME):
+        if found.shape[1] != index.vectors.shape[1] or (known and not index.made_by(found[-1])):
             raise BadInput(
                 f"{loaded.description} is not the model that made {embeddings}: name that one in "
                 "--model, or embed the pictures again."

@@ -12,6 +12,7 @@ from typing import Any
 
 import fastapi
 import numpy as np
+from absl import logging
 from fastapi import responses
 from fastapi.concurrency import run_in_threadpool
 from jaxtyping import Float32
@@ -62,6 +63,8 @@ def create(model: Model, index: Index | None, *, local: bool = True) -> fastapi.
             ]
         return {"neighbours": found, "entities": [entity._asdict() for entity in entities]}
 
+    if index is not None:
+        _check_model(model, index)
     blank = np.zeros((model.towers.image_size, model.towers.image_size, 3), np.uint8)
     look(lambda: model.embed_images([blank]), named=True)
     if reads:
@@ -135,6 +138,19 @@ def create(model: Model, index: Index | None, *, local: bool = True) -> fastapi.
         return fastapi.Response(jpeg, media_type="image/jpeg")
 
     return app
+
+
+def _check_model(model: Model, index: Index) -> None:
+    try:
+        known = [ops.decode_rgb(index.picture(0))] if len(index) else []
+    except (ops.UndecodableImage, containers.Unreadable, OSError):
+        known = []
+        logging.warning("the pictures are not where they were: name their place in --images")
+    if known and not index.made_by(model.embed_images(known)[0]):
+        raise BadInput(
+            f"{model.description} is not the model that made the embeddings: name that one in "
+            "--model, or embed the pictures again."
+        )
 
 
 async def _body(request: fastapi.Request, most: int) -> bytes:
