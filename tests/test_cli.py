@@ -28,6 +28,10 @@ TRAIN = ("mofi_jax.train", "--config", "configs/quickstart.py")
         (("mofi_jax.train", "--config", "configs/none.py"), "no config file 'configs/none.py'"),
         (("mofi_jax.train", "--config", "configs/quickstart.py:task=x"), "Unknown task 'x'"),
         (("mofi_jax.train", "--config", "configs/quickstart.py:size=3"), "config argument 'size'"),
+        (
+            ("mofi_jax.train", "--config", "configs/finetune.py:model=no/where"),
+            "no/where/config.json cannot be read",
+        ),
         (("mofi_jax.train",), "--config is missing"),
     ],
 )

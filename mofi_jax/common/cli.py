@@ -160,15 +160,16 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         for a, b in zip(argv, [*argv[1:], ""], strict=True)
         if a.partition("=")[0].strip("-") == "config"
     ]
+    # config_flags raises the type that the config file raised, with the whole traceback as message.
+    last, mark = str(error).strip().splitlines()[-1], f"{BadInput.__name__}: "
+    # What it says itself comes first: its own files may be missing, and the traceback says so.
+    if isinstance(error, BadInput) or mark in last:
+        return last.rpartition(mark)[2]
     if isinstance(error, FileNotFoundError) or "No such file" in str(error):
         path = paths[0].partition(":")[0]
         return f"There is no config file {path!r}: check the path of --config."
     if paths and (told := _unknown_key(_with_home(paths[0]), argv)):
         return told
-    # config_flags raises the type that the config file raised, with the whole traceback as message.
-    last, mark = str(error).strip().splitlines()[-1], f"{BadInput.__name__}: "
-    if isinstance(error, BadInput) or mark in last:
-        return last.rpartition(mark)[2]
     return f"{last.removesuffix('.')}: see --help."
 
 
