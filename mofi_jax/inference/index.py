@@ -33,11 +33,12 @@ _FORMAT = 1  # of the file
 _THREADS = min(8, os.cpu_count() or 1)  # more wait for memory
 # Candidates, whose exact cosines are computed: so many, or this share of the pictures, or so many
 # times what is asked for.
-_CANDIDATES, _SHARE, _TIMES = 2048, 1 / 500, 100
+_CANDIDATES, _SHARE, _TIMES = 1280, 1 / 800, 100
 _FIRST = 4  # times as many after half of the bits
 _SCALE = 32  # with so many times the candidates as pictures or fewer, all are compared
 _FROM_GRAPH = 4  # times as many as are asked for are looked at exactly
 _BLOCK = 32_768  # rows at a time: what belongs to them stays in the caches
+_SCANNED = 65_536  # the same of the bits, of which one word a row is read at a time
 _SCORES = 1 << 22  # computed at a time where all are compared
 _SAME = 0.9  # cosine of a picture's embeddings by the same model on other devices, at least
 _SAMPLE = 16  # of so many distances one is looked at to find how near candidates are
@@ -273,10 +274,10 @@ def _distances(
     found = np.empty(bits.shape[1], np.uint8)
 
     def count(rows: range) -> None:
-        different = np.empty(_BLOCK, np.uint64)
-        number = np.empty(_BLOCK, np.uint8)
+        different = np.empty(_SCANNED, np.uint64)
+        number = np.empty(_SCANNED, np.uint8)
         for start in rows:
-            total = found[start : start + _BLOCK]
+            total = found[start : start + _SCANNED]
             size = len(total)
             total[:] = 0
             for word, of_query in zip(bits, query, strict=True):
@@ -284,7 +285,7 @@ def _distances(
                 np.bitwise_count(different[:size], out=number[:size])
                 total += number[:size]
 
-    blocks = range(0, len(found), _BLOCK)
+    blocks = range(0, len(found), _SCANNED)
     share = -(-len(blocks) // _THREADS)
     parts = [blocks[i : i + share] for i in range(0, len(blocks), share)]
     for _ in threads.map(count, parts):
