@@ -240,12 +240,11 @@ def parameters(folder: pathlib.Path, workdir: str) -> list[np.ndarray]:
     """Everything of the last checkpoint: parameters, optimizer, average."""
     import jax
 
+    from mofi_jax.distributed import stored
     from mofi_jax.training import checkpoint
 
     last = folder.absolute() / workdir / checkpoint.FOLDER / str(saved(folder, workdir)[-1])
-    trees = [
-        checkpoint.read_item(epath.Path(last / item)) for item in ("params", "optimizer", "ema")
-    ]
+    trees = [stored.read_item(epath.Path(last / item)) for item in ("params", "optimizer", "ema")]
     return jax.tree.leaves(trees)
 
 
