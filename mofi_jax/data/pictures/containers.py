@@ -95,17 +95,21 @@ def _listed(folder: epath.Path, names: Iterable[str]) -> Iterator[tuple[str, lis
             yield first()
 
 
+def entries(folder: str) -> list[os.DirEntry]:
+    """What lies in a folder, by name; BadInput for one that cannot be read."""
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise BadInput(
+            f"The folder {folder} cannot be read ({error.strerror}): correct its permissions."
+        ) from error
+
+
 def _walk(root: str) -> Iterator[str]:
     """Files below a folder by their paths from it; links are followed, hidden names are not."""
 
     def visit(folder: str, inside: str, above: frozenset[str]) -> Iterator[str]:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise BadInput(
-                f"The folder {folder} cannot be read ({error.strerror}): correct its permissions."
-            ) from error
-        for entry in entries:
+        for entry in entries(folder):
             name = posixpath.join(inside, entry.name)
             if entry.name.startswith((".", "__MACOSX")):
                 continue

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data.pictures import containers
 from mofi_jax.evaluators.sets import listing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -113,14 +114,8 @@ def _walk(path: epath.Path) -> _Content:
     pictures, empty = {}, []
 
     def visit(folder: str, inside: str, above: frozenset[str]) -> Iterator[str]:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise BadInput(
-                f"The folder {folder} cannot be read ({error.strerror}): correct its permissions."
-            ) from error
         found = False
-        for entry in entries:
+        for entry in containers.entries(folder):
             name = posixpath.join(inside, entry.name)
             if entry.is_dir() and not entry.name.startswith("."):
                 real = os.path.realpath(entry.path)
