@@ -26,7 +26,7 @@ def fill(template: str, values: Mapping, *filters: Callable) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    known = (count, decimal, even_top, flat, percent, *filters)
+    known = (count, decimal, even_top, fixed, flat, percent, *filters)
     environment.filters |= {function.__name__: function for function in known}
     return environment.get_template(name).render(values)
 
@@ -39,6 +39,11 @@ def count(number: float | int) -> str:
 def decimal(number: float | int) -> str:
     """A number of at most three digits with a true minus sign."""
     return f"{number:.3g}".replace("-", "\u2212")
+
+
+def fixed(number: float, digits: int = 3) -> str:
+    """So many digits after the point: scores, and whatever else is compared down a column."""
+    return f"{number:.{digits}f}".replace("-", "\u2212")
 
 
 def percent(part: float | int, whole: float | int) -> str:
