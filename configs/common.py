@@ -65,18 +65,19 @@ def model(
     shape, siglip = mofi.VARIANTS[variant], family == "siglip"
     return ml_collections.ConfigDict(
         {
-            "family": family,
-            "image_size": image_size,
-            "patch_size": shape["patch_size"],
-            "image": dataclasses.asdict(shape["image"]),
-            "text": dataclasses.asdict(shape["text"]),
+            "family": family,  # clip or siglip, whose arithmetic the towers have
+            "image_size": image_size,  # pixels of a side, a multiple of patch_size
+            "patch_size": shape["patch_size"],  # pixels of a side
+            "image": tower(shape["image"]),  # the image tower
+            "text": tower(shape["text"]),  # the text tower
+            # Length of an embedding; SigLIP's is the width of its image tower.
             "embed_dim": shape["image"].width if siglip else shape["embed_dim"],
-            "context_length": context_length,
-            # axlearn vision/clip.py: LayerNorm epsilon 1e-5; exact GELU as OpenCLIP's H/14.  Both
-            # of SigLIP as in its release.
+            "context_length": context_length,  # tokens of a text; what is longer is cut
+            # gelu (exact), gelu_tanh or quick_gelu.  OpenCLIP's H/14: gelu; SigLIP: gelu_tanh.
             "activation": "gelu_tanh" if siglip else "gelu",
+            # Added to the variance in a LayerNorm.  axlearn vision/clip.py: 1e-5; SigLIP: 1e-6.
             "layer_norm_eps": 1e-6 if siglip else 1e-5,
-            "dtype": "bfloat16",
+            "dtype": "bfloat16",  # of matrix products, or float32; parameters are always float32
             # What each block keeps for its backward pass: none everything, dots the results of its
             # matrix products (attention is computed again, 1.4 %), full its input alone (a third
             # of it is).  dots needs 9 times the memory of full: 128 pictures a chip take 5 GiB for
@@ -86,6 +87,16 @@ def model(
             "attention": "auto",
         }
     )
+
+
+def tower(shape: Any) -> dict[str, int]:
+    """The keys of a tower of this shape, a `mofi.TowerConfig`."""
+    return {
+        "width": shape.width,  # of the residual stream
+        "layers": shape.layers,  # transformer blocks
+        "heads": shape.heads,  # of attention; they divide the width
+        "mlp_width": shape.mlp_width,  # hidden width of the MLPs; 0: four times the width
+    }
 
 
 def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
@@ -118,27 +129,25 @@ def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
 
 
 def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any]]:
-    """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5).
-
-    entity: ``scale`` of the cosines, the start of a learned one with ``learn_scale``; ``margin``
-    with its ``margin_kind``, cosface or arcface; ``sample_rate``, the share of the classes that a
-    step sees, 1 for the exact softmax; ``block_size``, classes a block, 0 to choose it from the
-    shapes.  contrastive: ``kind``, softmax (CLIP) or sigmoid (SigLIP); ``same_entity``, what texts
-    about an entity that the picture shows are to it beside its own: off (negatives like all
-    others), masked (no negatives) or positive.
-    """
+    """Task name -> weighted losses; multitask weighs both equally (the sum with lambda 0.5)."""
     if task not in TASKS:
         raise BadInput(f"Unknown task {task!r}: choose from {', '.join(TASKS)}.")
     entity = {
-        "weight": 1.0,
-        "scale": scale,
+        "weight": 1.0,  # in the sum of the losses
+        "scale": scale,  # of the cosines; where it is learned, at the start
         "learn_scale": False,
-        "margin": margin,
-        "margin_kind": "cosface",
-        "sample_rate": 1.0,
-        "block_size": 0,
+        "margin": margin,  # that a picture's own entity has to be ahead
+        "margin_kind": "cosface",  # taken off the cosine; arcface: added to the angle
+        "sample_rate": 1.0,  # share of the classes that a step sees; 1: the exact softmax
+        "block_size": 0,  # classes at a time; 0: chosen from the shapes
     }
-    contrastive = {"weight": 1.0, "kind": "softmax", "same_entity": "masked"}
+    contrastive = {
+        "weight": 1.0,  # in the sum of the losses
+        "kind": "softmax",  # as CLIP; sigmoid: as SigLIP
+        # What texts about an entity that the picture shows are to it beside its own: off (negatives
+        # like all others), masked (no negatives) or positive.
+        "same_entity": "masked",
+    }
     if task == "supervised":
         return {"entity": entity}
     if task == "contrastive":
@@ -148,7 +157,13 @@ def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any
 
 def mesh() -> dict[str, int]:
     """Parameters split over all devices of a slice (`mofi_jax.distributed.meshes.make_mesh`)."""
-    return {"replica": -1, "fsdp": -1, "tensor": 1}
+    return {
+        # Whole copies of the parameters, of which each sees a part of the batch; -1: what the
+        # others leave, or where that is fsdp one for each TPU slice.
+        "replica": -1,
+        "fsdp": -1,  # devices that share the parameters and a copy's batch; -1: all that are left
+        "tensor": 1,  # devices that share each wide matrix product
+    }
 
 
 def extra_sets(text: str) -> dict[str, dict[str, Any]]:

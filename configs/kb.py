@@ -43,8 +43,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.reject_budget = 0.5
 
     # Priors: (sitelinks + 1) ** alpha, times the factor for an alias.
-    config.alpha = 1.0
-    config.alias_factor = 0.5
+
+    config.alpha = 1.0  # how much the better known of two entities is ahead
+    config.alias_factor = 0.5  # of a name that is an alias
 
     # How often each text is the anchor of a link to each entity: parquet or TSV (.tsv, .tsv.gz)
     # with the columns anchor, qid, count and perhaps seen (how often the text stands in articles,

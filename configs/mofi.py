@@ -36,17 +36,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         stages="",
     )
     config = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of parameters, order of the examples and what is drawn
     config.distributed = False  # True on pods: one process a host, jax.distributed
     # Folder of compiled programs inside the workdir, so that the next start is fast; "" for none.
     config.compile_cache = "programs"
     config.start_timeout = 300  # seconds to wait for the other processes of a run
-    config.mesh = common.mesh()
+    config.mesh = common.mesh()  # of all devices
 
-    config.batch_size = 32_768  # CLOC Table A
-    config.total = "439087 steps"  # CLOC Table A: about 14 billion samples
+    # Pictures of a step, on all devices together; 32,768 in CLOC Table A.
+    config.batch_size = 32_768
+    # How long to train: "N steps", "N examples" or "N epochs".  CLOC Table A: 439,087 steps of
+    # 32,768, about 14 billion pictures.
+    config.total = "439087 steps"
 
-    # 77 tokens: CLOC Table A; it also reproduces the published text tower sizes.
+    # The two towers.  77 tokens: CLOC Table A; it also reproduces the published text tower sizes.
     config.model = common.model(
         arg.variant, image_size=arg.res, context_length=77, family=arg.family
     )
@@ -60,35 +63,41 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = {
         "dir": "data",  # holds i2e/1.0.0/, as data_prep.build_i2e writes it
-        "name": "i2e",
+        "name": "i2e",  # or i2t, the raw pairs
         # Sets that are mixed in, NAME -> {dir, name, weight}; the weight of the set above is 1.  It
         # alone defines vocabulary, tokenizer and epoch (each of its examples once); labels of the
         # others are matched by QID, and dropped where its vocabulary lacks them.
         "extra": common.extra_sets(arg.extra),
-        # axlearn vision/input_image.py: random crop, flip, no RandAugment ("|randaugment(2, 9)").
-        # {size} is the model's, or the stage's.
+        # What happens to a picture, one operation after the other (`mofi_jax.data.ops`); {size} is
+        # the model's, or the stage's.  axlearn vision/input_image.py: random crop, flip, no
+        # RandAugment ("|randaugment(2, 9)").
         "train_ops": "decode|random_resized_crop({size})|flip",
-        # apple/ml-mofi eval/utils.py: short side, bilinear without antialiasing, centre crop.
+        # The same where pictures are embedded: evaluation, search, export.  apple/ml-mofi
+        # eval/utils.py: short side, bilinear without antialiasing, centre crop.
         "eval_ops": f"decode|resize_short({arg.res}, 'bilinear')|center_crop({arg.res})",
-        # Alt-text or entity text, drawn per example; the paper's mixing rule is not public.
+        # Text of an example: its alt-text or one of an entity's, drawn each time with these
+        # weights; the paper's mixing rule is not public.
         "text_sources": {"alt_text": 0.5, "name_and_description": 0.5, "name": 0.0},
-        "max_labels": 4,
+        "max_labels": 4,  # entities of a picture that are learned; further ones are left out
         # Consecutive records that are shuffled as one, so that up to 32 examples are one request to
         # a bucket: 32 to 40 requests for 1,000 examples, with blocks of 32 up to 62, and no loss of
         # accuracy that shows (benchmarks/block_order.py).  1 shuffles single records.
         "block": 128,
-        "threads": 16,
-        "workers": 8,
+        "threads": 16,  # that read and decode, of each worker
+        "workers": 8,  # processes that prepare pictures, on each host; 0 for none beside the main
         "prefetch": 2,  # batches that wait on the devices, so that no step waits for their way
     }
 
-    # CosFace margin 0.3 at scale 32, as UNICOM on a million noisy web clusters; the "pfc" pair of
-    # Partial FC at two million clean classes is 0.4 at 64.  Exact (sample_rate 1): with 2 million
-    # entities that is 8 % of a B/16 image tower's arithmetic.
-    # A run or a Hugging Face CLIP folder to begin with, and the parts to take, as ("image",); none
-    # named takes all that fit.  Positions are resampled, entities matched by QID.
-    config.init = {"model": "", "parts": ()}
+    # What a run begins with in place of random weights.  Positions are resampled, entities matched
+    # by QID.
+    config.init = {
+        "model": "",  # a run, or a folder that Hugging Face or open_clip loads
+        "parts": (),  # of it, as ("image",); none named takes all that fit
+    }
 
+    # The losses of the task.  CosFace margin 0.3 at scale 32, as UNICOM on a million noisy web
+    # clusters; the "pfc" pair of Partial FC at two million clean classes is 0.4 at 64.  Exact
+    # (sample_rate 1): with 2 million entities that is 8 % of a B/16 image tower's arithmetic.
     config.losses = common.losses(arg.task, scale=32.0, margin=0.3)
     if arg.family == "siglip" and "contrastive" in config.losses:
         config.losses.contrastive.kind = "sigmoid"
@@ -98,28 +107,36 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.optimizer = {
         "kind": "adamw",  # or "adafactor": second moments take next to no memory
-        "learning_rate": 5e-4,  # CLOC Table A
-        "warmup": "2000 steps",  # CLOC Table A
-        "final_fraction": 0.0,
-        "b1": 0.9,
-        "b2": 0.98,  # CLOC Table A
-        "eps": 1e-6,  # SuperClass
-        "weight_decay": 0.2,  # CLOC Table A; times the learning rate, not on norms and biases
-        "clip_norm": 5.0,  # Partial FC train_v2.py; 0 for none
-        # Halves the first moment's memory; the class table is most of it.
+        "learning_rate": 5e-4,  # the highest; CLOC Table A: 5e-4
+        # Rises to it linearly in this time, then falls by a cosine; CLOC Table A: 2,000 steps.
+        "warmup": "2000 steps",
+        "final_fraction": 0.0,  # of the highest rate, at the last step
+        "b1": 0.9,  # decay of the first moment, the mean of gradients
+        "b2": 0.98,  # decay of the second moment, the mean of their squares; CLOC Table A: 0.98
+        "eps": 1e-6,  # added to the root of the second moment; SuperClass: 1e-6
+        # Times the learning rate, not on norms, biases and class table; CLOC Table A: 0.2.
+        "weight_decay": 0.2,
+        # Longest gradient of the towers, longer ones are scaled; 0: any.  Partial FC: 5.
+        "clip_norm": 5.0,
+        # or "float32": twice the memory of the first moment, most of which is the class table's.
         "first_moment_dtype": "bfloat16",
         # Below 1: smaller steps for lower blocks, for fine-tuning.
         "layer_decay": 1.0,
         # Parts that stay as they are, by the beginning of their path: ("image",) is LiT.
         "frozen": (),
-        # From scratch the table learns at the towers' rate (UNICOM: 5x when fine-tuning).
-        # second_moment "row" keeps one value for each entity in place of one for each weight.
-        "table": {"learning_rate_multiplier": 1.0, "clip_norm": 5.0, "second_moment": "full"},
+        # The class table's own AdamW, without weight decay.
+        "table": {
+            "learning_rate_multiplier": 1.0,  # times the towers'; UNICOM: 5 when fine-tuning
+            "clip_norm": 5.0,  # longest gradient of the table; 0: any
+            "second_moment": "full",  # row: one value for each entity, not one for each weight
+        },
     }
 
     # The moving average of the parameters, which is then evaluated and exported; 0 for none.
     config.ema = {"decay": 0.0}
 
+    # What is measured while it trains, NAME -> {kind, every, ...}: `kind` is a file of
+    # mofi_jax/evaluators, whose class has the other keys as arguments; `every` as "2 percent".
     config.evaluators = {}
     if arg.gpr1200:
         config.evaluators.gpr1200 = {
@@ -127,18 +144,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "images": arg.gpr1200,
             "every": "2 percent",
         }
-    config.log_every = "50 steps"
-    # The last `keep` checkpoints stay, and for ever one every `keep_every`, a multiple of `every`.
-    # The end of the run is saved in any case.
-    # `keep_best`: a metric, as "gpr1200/map"; when an evaluation gives more than all before it, the
-    # run is saved and that checkpoint stays (`--step=best`).  "" for none.
-    # `verify`: host 0 reads what was saved once more to write its checksums, and a run that goes on
-    # checks them; False where that takes longer than it is worth.
+    config.log_every = "50 steps"  # a row of metrics.jsonl
+    # Checkpoints.  The end of the run is saved in any case.
     config.checkpoint = {
-        "every": "2000 steps",
-        "keep": 3,
-        "keep_every": "0 steps",
+        "every": "2000 steps",  # "0 steps" for none before the end
+        "keep": 3,  # so many of the last stay
+        "keep_every": "0 steps",  # and these for ever: a multiple of `every`
+        # A metric, as "gpr1200/map"; when an evaluation gives more than all before it, the run is
+        # saved and that checkpoint stays (`--step=best`).  "" for none.
         "keep_best": "",
+        # Host 0 reads what was saved once more to write its checksums, and a run that goes on
+        # checks them; False where that takes longer than it is worth.
         "verify": True,
     }
     config.telemetry = {

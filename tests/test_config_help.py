@@ -3,7 +3,11 @@
 import importlib.util
 
 import ml_collections
+import pytest
 
+from configs import claim, common, finetune, i2e, kb, mofi, quickstart
+from configs import eval as eval_config
+from configs.sweeps import learning_rate
 from mofi_jax.common import config_help
 
 OWN = """
@@ -58,8 +62,8 @@ def test_comments_are_found_wherever_keys_come_from(tmp_path):
     spec.loader.exec_module(module)
     config = module.get_config()
     told = {key.name: (key.default, key.comment) for key in config_help.describe(str(path), config)}
-    assert told["batch_size"] == (7, "not many")
-    assert told["total"] == ("3 steps", "Heading of a paragraph, whose second line this is.")
+    assert told["batch_size"][1].endswith(" in CLOC Table A. Here: not many")
+    assert told["total"][1].endswith(". Here: Heading of a paragraph, whose second line this is.")
     assert told["inner.one"] == (1, "Of inner.")
     assert "inner.two" not in told
     assert told["group.a"] == (1, "the group's")
@@ -70,7 +74,10 @@ def test_comments_are_found_wherever_keys_come_from(tmp_path):
     assert told["with.z"] == (0, "beside all of it")
     assert told["bare"] == ("# no comment", "")
     # Of another file, and of the file that one takes it from.
-    assert told["data.block"] == (1, "the sample is small and on the local disk")
+    block, text = told["data.block"]
+    assert block == 1
+    assert text.startswith("Consecutive records that are shuffled as one")
+    assert text.endswith(". Here: the sample is small and on the local disk")
     assert told["microbatches"][1].startswith("Parts in which the towers see a batch")
 
 
@@ -81,3 +88,25 @@ def test_no_file_has_no_comments(tmp_path):
         ("a", config.a, ""),
         ("b.c", None, ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "arg"),
+    [
+        (mofi, "task=multitask,gpr1200=PATH"),
+        (quickstart, ""),
+        (claim, ""),
+        (i2e, "sample"),
+        (i2e, "classes=PATH"),
+        (kb, ""),
+        (eval_config, "sample"),
+        (eval_config, "gpr1200=PATH,classes=FILE"),
+        (finetune, "recipe=classes,model=MODEL,retrieval=PATH"),
+        (learning_rate, ""),
+    ],
+)
+def test_every_key_of_every_config_is_explained(module, arg, monkeypatch):
+    model = common.model("S/16", image_size=64, context_length=16)
+    monkeypatch.setattr(common, "model_of", lambda folder: (model, "decode"))
+    keys = config_help.describe(module.__file__, module.get_config(arg))
+    assert [key.name for key in keys if not key.comment] == []

@@ -2,7 +2,7 @@
 
 A key's comment stands beside it, or above where it has none beside; a key without either takes its
 group's.  Comments are followed to where a file takes its keys from: `mofi.get_config()` of another
-config, `common.model(...)`, a dictionary with a name.  What the nearer file says wins.
+config, `common.model(...)`, a dictionary with a name.  What the nearer file says comes behind it.
 """
 
 import ast
@@ -165,7 +165,10 @@ class _Body:
 
     def _put(self, place: tuple[str, Path], shape: Mapping[Path, str]) -> None:
         name, path = place
-        self._of.setdefault(name, {}).update({path + inner: text for inner, text in shape.items()})
+        mine = self._of.setdefault(name, {})
+        for inner, text in shape.items():
+            before = mine.get(path + inner)
+            mine[path + inner] = f"{before.rstrip('.')}. Here: {text}" if before else text
 
     def _place(self, node: ast.expr) -> tuple[str, Path] | None:
         """``config.data["dir"]`` -> ("config", ("data", "dir"))."""
