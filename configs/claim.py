@@ -14,7 +14,7 @@ from configs import common, quickstart
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """data=DIR that holds i2e/, seen=SET, unseen=SET; by default those of `make quickstart`."""
-    sample = {name: f"{quickstart.SAMPLE}/{name}.tar" for name in ("seen", "unseen")}
+    sample = {name: f"{common.SAMPLE}/{name}.tar" for name in ("seen", "unseen")}
     arg = common.parse_arg(arg, data="runs/quickstart/data", **sample)
     config = quickstart.get_config("task=multitask")
     config.batch_size = 256

@@ -2,11 +2,15 @@
 
 import ast
 import dataclasses
+import os
 from typing import Any
 
 import ml_collections
 
 from mofi_jax.common.errors import BadInput
+
+# The pairs, evaluation sets and knowledge base that come with the project.
+SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:

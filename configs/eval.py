@@ -31,8 +31,6 @@ from etils import epath
 from configs import common
 from mofi_jax.common.errors import BadInput
 
-SAMPLE = "data_prep/sample"
-
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """sample | gpr1200=PATH[,classes=FILE] | sets=FOLDER[+FOLDER...]."""
@@ -59,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.gpr1200:
         config.evaluators = _gpr1200(arg.gpr1200, arg.classes)
     else:
-        config.evaluators = _folders((SAMPLE if arg.sample else arg.sets).split("+"))
+        config.evaluators = _folders((common.SAMPLE if arg.sample else arg.sets).split("+"))
     return config
 
 

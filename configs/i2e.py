@@ -30,8 +30,6 @@ from data_prep.linking import boilerplate
 from data_prep.pairs import files as source_files
 from mofi_jax.common import errors
 
-SAMPLE = os.path.normpath(os.path.join(os.path.dirname(__file__), "..", "data_prep", "sample"))
-
 UNSEEN = ("name", "time", "quantity", "wikimedia", "abstract")  # kinds that no picture shows
 
 
@@ -54,11 +52,11 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.dataset = args.dataset  # i2e: labelled pairs. i2t: the raw pairs, all of them
     config.sources = (  # NAME=PATTERN: a folder, a glob, a file or tfds:NAME (data_prep.pairs)
-        (f"sample={SAMPLE}/pairs",) if args.sample else source_files.shorthand(args.folder)
+        (f"sample={common.SAMPLE}/pairs",) if args.sample else source_files.shorthand(args.folder)
     )
     # A file .jsonl or .jsonl.gz, or a folder of data_prep.build_kb.
     config.knowledge_base = (
-        os.path.join(SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
+        os.path.join(common.SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
     config.workers = 2  # processes; the result does not depend on it
     config.kb = kb_config.get_config()  # how a knowledge base that is no folder yet is built

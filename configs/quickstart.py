@@ -11,8 +11,6 @@ import ml_collections
 
 from configs import common, mofi
 
-SAMPLE = "data_prep/sample"
-
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """task=supervised|contrastive|multitask, data=i2e|i2t."""
@@ -61,12 +59,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.losses.entity.update({"scale": 16.0, "margin": 0.1})
         config.optimizer.table.learning_rate_multiplier = 5.0
 
-    classes = f"{SAMPLE}/classes.jsonl"
+    classes = f"{common.SAMPLE}/classes.jsonl"
     every = "25 percent"
     config.evaluators = {
         f"retrieval_{name}": {
             "kind": "retrieval",
-            "images": f"{SAMPLE}/{name}.tar",
+            "images": f"{common.SAMPLE}/{name}.tar",
             "every": every,
         }
         for name in ("seen", "unseen")
@@ -74,14 +72,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if "entity" in config.losses:
         config.evaluators.entity_seen = {
             "kind": "classification",
-            "images": f"{SAMPLE}/seen.tar",
+            "images": f"{common.SAMPLE}/seen.tar",
             "classes": classes,
             "every": every,
         }
     if "contrastive" in config.losses:
         config.evaluators.zeroshot_unseen = {
             "kind": "zeroshot",
-            "images": f"{SAMPLE}/unseen.tar",
+            "images": f"{common.SAMPLE}/unseen.tar",
             "classes": classes,
             "every": every,
         }

@@ -11,7 +11,6 @@ their numbers and reasons are in kb/rejects.parquet.
 """
 
 import json
-import os
 import sys
 
 import ml_collections
@@ -21,8 +20,6 @@ from etils import epath
 from data_prep import engine
 from data_prep.kb import build as kb_build
 from mofi_jax.common import cli, files
-
-_CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "kb.py")
 
 
 def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
@@ -41,5 +38,5 @@ def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
 
 if __name__ == "__main__":
     if not any(arg.lstrip("-").partition("=")[0] == "config" for arg in sys.argv[1:]):
-        sys.argv.insert(1, f"--config={os.path.normpath(_CONFIG)}")  # the defaults
+        sys.argv.insert(1, "--config=kb")  # the defaults
     cli.run(main)

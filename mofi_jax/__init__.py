@@ -6,7 +6,8 @@
     model.embed_images(["cat.jpg", "dog.png"])          # float32 [2, d]
     model.name_entities("cat.jpg", k=3)                 # [[Entity(qid, name, description, score)]]
 
-What `load` needs is imported when it is called.
+`load` opens a model, and imports what it needs when it is called; `__version__` is the package's
+version, as text.  The command of the same package is ``mofi`` (`mofi_jax.__main__`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import jax
 
     from mofi_jax.inference import Model
+
+__all__ = ("__version__", "load")
+__version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout knows it too
 
 
 def load(

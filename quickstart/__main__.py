@@ -1,14 +1,13 @@
 """The whole recipe on the bundled sample: noisy pairs in, retrieval score and exported model out.
 
-    make quickstart            everything, in runs/quickstart/
-    make compare               supervised and contrastive training on the same labels, beside it
+    mofi quickstart            everything, in runs/quickstart/ of the current folder
+    mofi quickstart --compare  supervised and contrastive training on the same labels, beside it
 
 Each stage is one of the project's commands, printed as it runs, so that any of them can be copied
 and changed.  A stage whose product is there is not run again; delete a folder and only what is
 missing is made.  The figures end up in runs/quickstart/result.json, the report in index.html.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -24,10 +23,12 @@ from typing import Any
 
 import psutil
 
+from configs.common import SAMPLE
+from mofi_jax.common import cli, packages
 from quickstart import report
 
 OUT = "runs/quickstart"
-SAMPLE = "data_prep/sample"
+MOFI = (sys.executable, "-m", "mofi_jax")  # also where the command itself is not installed
 MODELS = ("contrastive_alt_text", "multitask")
 COMPARED = ("supervised_entities", "contrastive_entities")
 
@@ -49,8 +50,8 @@ class Stage:
 
 
 def train(name: str, arguments: str) -> tuple[str, ...]:
-    config = f"configs/quickstart.py:{arguments}"
-    return ("mofi_jax.train", "--config", config, "--workdir", f"{OUT}/{name}")
+    config = f"quickstart:{arguments}"
+    return ("train", "--config", config, "--workdir", f"{OUT}/{name}")
 
 
 # By default glibc hands the buffers of a training step back to the kernel and asks for them again
@@ -61,13 +62,13 @@ ALLOCATOR = {
 }
 
 DATA = f"{OUT}/data"
-PREPARE = ("data_prep.build_i2e", "--workdir", DATA, "--config")
+PREPARE = ("labels", "--workdir", DATA, "--config")
 STAGES = (
     Stage(
         "pairs",
         "image-text pairs out of the tars, as a data set without labels",
         "data/i2t/1.0.0/dataset_info.json",
-        (*PREPARE, "configs/i2e.py:sample,dataset=i2t"),
+        (*PREPARE, "i2e:sample,dataset=i2t"),
     ),
     Stage(
         "contrastive_alt_text",
@@ -81,7 +82,7 @@ STAGES = (
         "labels",
         "entities found in the captions, chosen by that model, written as I2E shards",
         "data/i2e/1.0.0/dataset_info.json",
-        (*PREPARE, "configs/i2e.py:sample", f"--config.clip={OUT}/contrastive_alt_text"),
+        (*PREPARE, "i2e:sample", f"--config.clip={OUT}/contrastive_alt_text"),
         needs=("contrastive_alt_text",),
     ),
     Stage(
@@ -89,7 +90,7 @@ STAGES = (
         "the labels against the sample's truth, which nothing else reads",
         "data/label_quality.json",
         (
-            *("data_prep.label_quality", "--workdir", DATA),
+            *("label-quality", "--workdir", DATA),
             *("--truth", f"{SAMPLE}/truth.jsonl.gz", "--classes", f"{SAMPLE}/classes.jsonl"),
         ),
         needs=("labels",),
@@ -107,7 +108,7 @@ STAGES = (
         "retrieval, entity and zero-shot scores beside raw pixels, with galleries and maps",
         "evaluation/result.json",
         (
-            *("mofi_jax.evaluate", "--config", "configs/eval.py:sample"),
+            *("evaluate", "--config", "eval:sample"),
             *("--models", f"{OUT}/multitask", "raw_pixels", "--out", f"{OUT}/evaluation"),
         ),
         needs=("multitask",),
@@ -118,7 +119,7 @@ STAGES = (
         "a folder that transformers.CLIPModel loads",
         "export/result.json",
         (
-            "mofi_jax.export",
+            "export",
             "--model",
             f"{OUT}/multitask",
             "--format",
@@ -187,7 +188,7 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
         if current and (pathlib.Path(OUT) / stage.product).exists():
             print(f"{title} (done)", flush=True)
             continue
-        print(f"\n{title}\n    python -m {' '.join(stage.command)}", flush=True)
+        print(f"\n{title}\n    mofi {' '.join(stage.command)}", flush=True)
         if not current and stage.folder:
             shutil.rmtree(pathlib.Path(OUT) / stage.folder, ignore_errors=True)
         ran.add(stage.name)
@@ -212,7 +213,9 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
         note(finished=False)
         try:
             status = subprocess.run(
-                [sys.executable, "-m", *stage.command], env={**os.environ, **ALLOCATOR}, check=False
+                [*MOFI, *stage.command],
+                env={**os.environ, **ALLOCATOR},
+                check=False,
             ).returncode
         finally:
             memory.stop()
@@ -227,7 +230,7 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
 def fingerprint(stage: Stage) -> str:
     """Hash of what decides a stage's product here: its command and the configs."""
     digest = hashlib.sha256(" ".join(stage.command).encode())
-    for path in sorted(pathlib.Path("configs").glob("*.py")):
+    for path in sorted((packages.ROOT / "configs").glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -280,15 +283,14 @@ def scores_of(scores: Mapping[str, float]) -> dict[str, float]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--compare", action="store_true", help="also train each task alone on the chosen labels"
-    )
-    arguments = parser.parse_args()
-    os.chdir(pathlib.Path(__file__).resolve().parent.parent)
+def main(compare: bool = False) -> None:
+    """Runs the stages that are missing; shows the figures.
+
+    Args:
+      compare: also trains each task alone on the chosen labels.
+    """
     start = time.monotonic()
-    compared = arguments.compare or all(
+    compared = compare or all(
         (pathlib.Path(OUT) / stage.product).exists() for stage in COMPARE_STAGES
     )
     stages = run_stages(STAGES + (COMPARE_STAGES if compared else ()))
@@ -311,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -71,7 +71,7 @@ def test_help_shows_the_flags_of_the_command_and_where_its_keys_are_explained():
     assert done.returncode == 0
     said = " ".join(done.stdout.split())
     assert "--workdir: all that is written; " in said
-    assert "the file says what its keys do, and --config.KEY=VALUE sets one" in said
+    assert "NAME or NAME:ARGUMENTS, or a file of yours" in said
     assert "helpfull" not in said
 
 

@@ -34,7 +34,7 @@ FLOORS = (
             "interpolate",
             "make_eval_sets",
         ),
-        *("plan", "search", "serve", "sweep", "train"),
+        *("plan", "search", "serve", "sweep", "train", "__main__"),
     ),
 )
 

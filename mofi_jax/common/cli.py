@@ -11,7 +11,6 @@ flag's or a config key's text is the home folder: shells leave it alone behind `
 import difflib
 import inspect
 import os
-import pathlib
 import re
 import sys
 import traceback
@@ -22,12 +21,12 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mofi_jax.common import config_files, packages
 from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CONFIG_HELP = (
-    "FILE.py or FILE.py:ARGUMENTS, see configs/; the file says what its keys do, and"
-    " --config.KEY=VALUE sets one"
+    "a config that comes with the project, NAME or NAME:ARGUMENTS, or a file of yours, FILE.py or"
+    " FILE.py:ARGUMENTS; --config.KEY=VALUE sets a key"
 )
 
 
@@ -62,6 +61,8 @@ def run(main: Callable[..., Any]) -> None:
         if {"--help", "-h"} & {*argv}:
             app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         try:
+            # The values of keys are read out of sys.argv.
+            sys.argv[:] = argv = _spelled_out(argv)
             rest = flags.FLAGS([_with_home(argument) for argument in _repeated(argv, several)])
             if positional and len(rest) == 1:
                 raise BadInput(f"No {positional} given: write one or more without a flag.")
@@ -72,7 +73,10 @@ def run(main: Callable[..., Any]) -> None:
                 )
             if has_config:
                 if flags.FLAGS["config"].value is None:
-                    raise BadInput("--config is missing: write --config path/to/file.py:arguments.")
+                    raise BadInput(
+                        "--config is missing: write --config NAME:ARGUMENTS, as mofi, or --config"
+                        " FILE.py:ARGUMENTS."
+                    )
                 # A file that could not be loaded raises only here.
                 _with_home(flags.FLAGS.config).lock()
             missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
@@ -102,6 +106,7 @@ def run(main: Callable[..., Any]) -> None:
                 "file for it, see configs/."
             )
 
+    packages.prefer_ours()
     for stream in (sys.stdout, sys.stderr):
         # Characters that a terminal or log cannot show are replaced.
         if stream is not None:
@@ -110,6 +115,20 @@ def run(main: Callable[..., Any]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_from_here)
     app.run(call, flags_parser=parse)
+
+
+def _spelled_out(argv: Sequence[str]) -> list[str]:
+    """The same with the path of the config that --config names."""
+    before, found = "", []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if equals and flag.strip("-") == "config":
+            argument = f"{flag}={config_files.find(value)}"
+        elif before.strip("-") == "config" and before.startswith("-"):
+            argument = config_files.find(argument)
+        before = argument
+        found.append(argument)
+    return found
 
 
 def _repeated(argv: Sequence[str], several: set[str]) -> Iterator[str]:
@@ -146,7 +165,7 @@ def _from_here(record: Any) -> bool:
 
     Without tracebacks: what fails in their threads is raised again in ours, or does not matter.
     """
-    own = tuple(str(_ROOT / name) for name in ("mofi_jax", "data_prep", "quickstart"))
+    own = tuple(str(packages.ROOT / name) for name in ("mofi_jax", "data_prep", "quickstart"))
     if record.pathname.startswith(own):
         return True
     record.exc_info = record.exc_text = None

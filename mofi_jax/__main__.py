@@ -1,0 +1,88 @@
+"""The command ``mofi``: each of its subcommands is a module that ``python -m`` runs as well.
+
+mofi train --config mofi:variant=B/16 --workdir RUN
+python -m mofi_jax train --config mofi:variant=B/16 --workdir RUN
+"""
+
+import ast
+import difflib
+import pathlib
+import runpy
+import sys
+
+import mofi_jax
+from mofi_jax.common import packages
+
+# In the order in which they are needed.
+COMMANDS = {
+    "quickstart": "quickstart",
+    "kb": "data_prep.build_kb",
+    "anchors": "data_prep.build_anchors",
+    "class-folders": "data_prep.class_folders",
+    "labels": "data_prep.build_i2e",
+    "label-quality": "data_prep.label_quality",
+    "remove": "data_prep.remove_keys",
+    "plan": "mofi_jax.plan",
+    "doctor": "mofi_jax.doctor",
+    "train": "mofi_jax.train",
+    "sweep": "mofi_jax.sweep",
+    "curves": "mofi_jax.curves",
+    "grow": "mofi_jax.grow",
+    "interpolate": "mofi_jax.interpolate",
+    "eval-sets": "mofi_jax.make_eval_sets",
+    "evaluate": "mofi_jax.evaluate",
+    "export": "mofi_jax.export",
+    "embed": "mofi_jax.embed",
+    "search": "mofi_jax.search",
+    "serve": "mofi_jax.serve",
+}
+
+
+def main() -> None:
+    """Runs the subcommand that ``sys.argv`` names, as ``python -m`` would run its module."""
+    name, rest = (sys.argv[1] if sys.argv[1:] else "--help"), sys.argv[2:]
+    if name in ("--help", "-h", "help"):
+        print(usage())
+    elif name == "--version":
+        print(f"mofi_jax {mofi_jax.__version__}")
+    elif name in COMMANDS:
+        packages.prefer_ours()
+        sys.argv[:] = [f"mofi {name}", *rest]
+        runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        remedy = f"did you mean `mofi {close[0]}`?" if close else "`mofi --help` lists them."
+        print(f"error: There is no command {name!a}: {remedy}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    """All subcommands with a line each, without the import of any."""
+    wide = max(map(len, COMMANDS))
+    lines = [f"  {name:<{wide}}  {summary(name)}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "mofi COMMAND [--flag=value ...]: image embeddings from noisy web pictures.",
+            "",
+            *lines,
+            "",
+            "`mofi COMMAND --help` shows the flags and config keys of one, `mofi --version` the"
+            " version.",
+        ]
+    )
+
+
+def source(name: str) -> pathlib.Path:
+    """The file that holds a subcommand."""
+    path = packages.ROOT.joinpath(*COMMANDS[name].split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def summary(name: str) -> str:
+    """The first line of its docstring."""
+    docstring = ast.get_docstring(ast.parse(source(name).read_text("utf-8")))
+    return docstring.partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main()
