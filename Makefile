@@ -2,6 +2,7 @@
 # make compare      trains each task alone on the same labels, for the table of results
 # make test         lint and the tests, those marked slow left out
 # make test-all     lint and every test
+# make docs         docs/ as a site, in runs/site/; make reference writes its generated pages anew
 # make smoke        imports everything and trains one step (used for other Python versions)
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ RUN = $(VENV)/bin/python
 # Each process takes neighbouring tests, so that files share what they set up, and steals at the end.
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal
 
-# What tests start in processes of their own, each from a folder of its own.
-INSTALLED = $(addprefix $(VENV)/,.tpu_compiler .readers .transformers4 .onnx_exporter)
+# What tests start in processes of their own, most of it from a folder of its own.
+INSTALLED = $(addprefix $(VENV)/,.docs .tpu_compiler .readers .transformers4 .onnx_exporter)
 
-.PHONY: quickstart compare test test-all lint smoke format clean
+.PHONY: quickstart compare test test-all lint docs reference smoke format clean
 
 quickstart: $(VENV)/.core
 	$(RUN) -m quickstart
@@ -32,6 +33,12 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(VENV)/.docs
+	$(RUN) -m zensical build --strict
+
+reference: $(VENV)/.test
+	$(RUN) -m tests.reference
+
 smoke: $(VENV)/.core
 	$(RUN) -m pip install -q pytest beartype
 	$(RUN) -m pytest tests/test_imports.py tests/test_train.py -k "import or one_step"
@@ -41,7 +48,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs .cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp a kind of install, so that a changed requirements file is installed again.
 $(VENV)/.core: requirements.txt
@@ -57,6 +64,10 @@ $(VENV)/.test: requirements.txt requirements-test.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@ $(VENV)/.core
+
+$(VENV)/.docs: $(VENV)/.test requirements-docs.txt
+	$(RUN) -m pip install -q -r requirements-docs.txt
+	touch $@
 
 # The TPU compiler that this jax names, in a folder of its own: beside jax itself it would make every
 # start look for a TPU.

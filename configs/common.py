@@ -139,7 +139,7 @@ def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any
     entity = {
         "weight": 1.0,  # in the sum of the losses
         "scale": scale,  # of the cosines; where it is learned, at the start
-        "learn_scale": False,
+        "learn_scale": False,  # True: `scale` is learned, up to 100
         "margin": margin,  # that a picture's own entity has to be ahead
         "margin_kind": "cosface",  # taken off the cosine; arcface: added to the angle
         "sample_rate": 1.0,  # share of the classes that a step sees; 1: the exact softmax

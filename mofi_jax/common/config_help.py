@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_collections
 
+_HERE = "Here: "
 ANY = "*"  # in a path: a name that only the running config knows
 Path = tuple[str, ...]
 
@@ -37,7 +38,7 @@ def describe(path: str, config: ml_collections.ConfigDict) -> list[Key]:
       config: what its `get_config` gave; defaults are its values, references resolved.
     """
     found = comments(path)
-    return [Key(".".join(name), value, _nearest(found, name)) for name, value in _leaves(config)]
+    return [Key(".".join(name), value, _nearest(found, name)) for name, value in leaves(config)]
 
 
 def comments(path: str) -> dict[Path, str]:
@@ -59,15 +60,21 @@ def own(found: Mapping[Path, str], name: Path) -> str:
     return next(fits, "")
 
 
+def added(text: str) -> str:
+    """Of a comment what the nearer file adds to that of the file it takes the key from."""
+    return text.partition(_HERE)[2]
+
+
 def _nearest(found: Mapping[Path, str], name: Path) -> str:
     texts = (own(found, name[:length]) for length in range(len(name), 0, -1))
     return next(filter(None, texts), "")
 
 
-def _leaves(config: Any, before: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(config: Any, before: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Path and value of each key, without groups but for empty ones."""
     for name, value in config.items():
         if hasattr(value, "items") and len(value):
-            yield from _leaves(value, (*before, name))
+            yield from leaves(value, (*before, name))
         else:
             yield (*before, name), value
 
@@ -167,8 +174,10 @@ class _Body:
         name, path = place
         mine = self._of.setdefault(name, {})
         for inner, text in shape.items():
-            before = mine.get(path + inner)
-            mine[path + inner] = f"{before.rstrip('.')}. Here: {text}" if before else text
+            if before := mine.get(path + inner, ""):
+                here = "" if _HERE in before else _HERE
+                text = f"{before.rstrip('.')}. {here}{text}"
+            mine[path + inner] = text
 
     def _place(self, node: ast.expr) -> tuple[str, Path] | None:
         """``config.data["dir"]`` -> ("config", ("data", "dir"))."""
