@@ -32,11 +32,13 @@ class Truth(NamedTuple):
       right: the entities that count as right.
       says: those that its caption names.
       wrong_caption: whether the caption is another picture's.
+      entity: the one that is the likeliest of `right`.
     """
 
     right: frozenset[str]
     says: frozenset[str]
     wrong_caption: bool
+    entity: str = ""
 
     @property
     def named(self) -> bool:
@@ -69,7 +71,7 @@ def read(truth: epath.PathLike, classes: epath.PathLike | None = None) -> dict[s
             )
         # Of a class whose sense is not sure, the caption names the thing where it names its id.
         says = says - right if entity not in says else says
-        found[row["key"]] = Truth(right, says, row.get("kind") == "wrong")
+        found[row["key"]] = Truth(right, says, row.get("kind") == "wrong", entity)
     return found
 
 

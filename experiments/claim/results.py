@@ -1,0 +1,156 @@
+"""What the finished runs say: result.json, claim.md and claim.svg."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from experiments.claim import runs, statistics
+from experiments.claim.statistics import Interval
+from mofi_jax.common import files
+
+BASELINE = "raw_pixels"
+HEADLINE = "unseen_no_self"
+# Metrics of the tables, in their order, and their heads.
+METRICS = {
+    "unseen_no_self": "unseen mAP, without self",
+    "unseen": "unseen mAP",
+    "seen_no_self": "seen mAP, without self",
+    "seen": "seen mAP",
+    "knn_unseen/dino_best": "k-NN, unseen",
+    "zeroshot_seen/top1": "zero-shot, seen",
+    "entity_seen/top1": "entity",
+    "entity_seen/top1_5_to_19": "entity, 5 pictures or more",
+    "entity_seen/top1_under_5": "entity, fewer",
+}
+Lines = Mapping[tuple[str, int], dict]
+
+
+def write(out: epath.Path, lines: Lines, classes: Mapping[str, Int[np.ndarray, " q"]]) -> str:
+    """Writes the files of the runs that are finished; returns the tables."""
+    seeds = {}
+    for name, seed in sorted(lines):
+        seeds.setdefault(name, []).append(seed)
+    scores = {
+        name: {
+            metric: statistics.over_seeds(np.array(values))
+            for metric in METRICS
+            if (values := [v for s in own if (v := score(lines[name, s], metric)) is not None])
+        }
+        for name, own in seeds.items()
+    }
+    compared = [*runs.COMPARED]
+    compared += [
+        (f"multitask@{share:g}", f"{other}@{share:g}")
+        for share in runs.SHARES
+        for other in ("clip", "multitask_text")
+    ]
+    differences = {
+        f"{more} - {less}": difference(lines, more, less, both, classes["unseen"])
+        for more, less in compared
+        if (both := sorted({*seeds.get(more, ())} & {*seeds.get(less, ())}))
+    }
+    files.write_json(
+        out / "result.json",
+        {
+            "devices": sorted({line["device"] for line in lines.values()}),
+            "minutes": round(sum(line["seconds"] for line in lines.values()) / 60, 1),
+            "labels": {k: line["labels"] for (k, _), line in sorted(lines.items())},
+            "seeds": seeds,
+            "scores": {k: {m: [*i] for m, i in v.items()} for k, v in scores.items()},
+            "differences": differences,
+        },
+    )
+    text = "\n\n".join(filter(None, tables(seeds, scores, differences)))
+    files.write_text(out / "claim.md", text + "\n")
+    return text
+
+
+def score(line: Mapping[str, Any], metric: str) -> float | None:
+    """One metric of one run, None where the run has not got it."""
+    if metric in line["precision"]:
+        return float(np.nanmean(precision(line, metric)))
+    return line["scores"].get(metric)
+
+
+def precision(line: Mapping[str, Any], metric: str) -> Float[np.ndarray, " q"]:
+    return np.array(line["precision"][metric], np.float64)
+
+
+def difference(
+    lines: Lines, more: str, less: str, seeds: Sequence[int], classes: Int[np.ndarray, " q"]
+) -> dict[str, Any]:
+    """Of the headline metric: mean, interval over classes and seeds, t test over seeds, wins."""
+    by_query = np.array(
+        [precision(lines[more, s], HEADLINE) - precision(lines[less, s], HEADLINE) for s in seeds]
+    )
+    by_seed = np.nanmean(by_query, axis=1)
+    return {
+        "interval": [*statistics.bootstrap(by_query, classes)],
+        "p": statistics.p_value(by_seed),
+        "seeds": len(seeds),
+        "seeds_ahead": int((by_seed > 0).sum()),
+    }
+
+
+def tables(
+    seeds: Mapping[str, Sequence[int]],
+    scores: Mapping[str, Mapping[str, Interval]],
+    differences: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """Markdown: the main runs, what differs, noise, ablations."""
+    says = {BASELINE: "raw pixels"} | {
+        name: run.says for part in runs.PARTS.values() for name, run in part.items()
+    }
+
+    def of(names: Sequence[str], metrics: Sequence[str]) -> str:
+        present = [name for name in names if name in scores]
+        if not present:
+            return ""
+        rows = [["", "seeds", *(METRICS[m] for m in metrics)]]
+        for name in present:
+            cells = [show(scores[name].get(m)) for m in metrics]
+            rows.append([says[name], str(len(seeds[name])), *cells])
+        return markdown(rows)
+
+    main, ablations = of((BASELINE, *runs.MAIN), tuple(METRICS)), ""
+    if any(name in scores for name in runs.ABLATIONS):
+        names = ("supervised", "multitask", *runs.ABLATIONS)
+        ablations = of(names, ("unseen_no_self", "seen_no_self", "entity_seen/top1"))
+    told = ""
+    if shown := [pair for pair in differences if "@" not in pair]:
+        rows = [["unseen mAP without self, difference", "95 % interval", "p", "seeds ahead"]]
+        for pair in shown:
+            more, less = (says[name] for name in pair.split(" - "))
+            rows.append([f"{more} − {less}", *show_difference(differences[pair])])
+        told = markdown(rows)
+    noise = ""
+    shares = [f"{share:g}" for share in runs.SHARES if f"clip@{share:g}" in scores]
+    if shares:
+        rows = [["wrong captions", *(f"{float(share):.0%}" for share in shares)]]
+        for name in ("clip", "multitask_text", "multitask"):
+            at = [scores.get(f"{name}@{share}", {}).get(HEADLINE) for share in shares]
+            rows.append([says[name], *map(show, at)])
+        for other in ("clip", "multitask_text"):
+            pairs = [f"multitask@{s} - {other}@{s}" for s in shares]
+            at = [show_difference(differences[p])[0] if p in differences else "" for p in pairs]
+            rows.append([f"multi-task, I2E − {says[other]}", *at])
+        noise = markdown(rows)
+    return [main, told, noise, ablations]
+
+
+def show(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"
+
+
+def show_difference(of: Mapping[str, Any]) -> list[str]:
+    mean, low, high = of["interval"]
+    p = "< 0.001" if of["p"] < 0.001 else f"{of['p']:.3f}"
+    return [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", p, f"{of['seeds_ahead']} of {of['seeds']}"]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
