@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from data_prep.quality import truth as ground_truth
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
@@ -47,9 +48,10 @@ def read_pairs(folder: str, truth: str, classes: str | None) -> list[Pair]:
     """
     known = ground_truth.read(truth, classes)
     pairs = []
-    for path in sorted(epath.Path(folder).iterdir()):
-        if not path.name.endswith((".tar", ".tar.gz")):
+    for name in sorted(files.list_files(folder)):
+        if not name.endswith((".tar", ".tar.gz")):
             continue
+        path = epath.Path(folder) / name
         with tarfile.open(path) as tar:
             parts: dict[str, dict[str, bytes]] = {}
             for member in tar:
