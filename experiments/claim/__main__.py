@@ -17,6 +17,7 @@ others, k-NN, zero-shot by name, and the entity's place in the class table.  O g
 
     runs.jsonl   a line for each run, once it is finished
     claim.md     the tables: means over seeds with 95 % intervals, and differences pair by pair
+    claim.svg    the drawing of it, and claim.png
     result.json  the same figures
 
 The same command goes on behind the last finished run, and prints the tables when there is none

@@ -1,4 +1,4 @@
-"""What the finished runs say: result.json, claim.md and claim.svg."""
+"""What the finished runs say: result.json, claim.md, and claim.svg and claim.png."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from experiments.claim import runs, statistics
 from experiments.claim.statistics import Interval
 from mofi_jax.common import files
+from mofi_jax.common.pages import plots
 
 BASELINE = "raw_pixels"
 HEADLINE = "unseen_no_self"
@@ -24,6 +25,9 @@ METRICS = {
     "entity_seen/top1": "entity",
     "entity_seen/top1_5_to_19": "entity, 5 pictures or more",
     "entity_seen/top1_under_5": "entity, fewer",
+}
+SAYS = {BASELINE: "raw pixels"} | {
+    name: run.says for part in runs.PARTS.values() for name, run in part.items()
 }
 Lines = Mapping[tuple[str, int], dict]
 
@@ -65,6 +69,9 @@ def write(out: epath.Path, lines: Lines, classes: Mapping[str, Int[np.ndarray, "
     )
     text = "\n\n".join(filter(None, tables(seeds, scores, differences)))
     files.write_text(out / "claim.md", text + "\n")
+    figure = plots.intervals(panels(lines, scores, differences))
+    files.write_text(out / "claim.svg", plots.svg(figure))
+    (out / "claim.png").write_bytes(plots.png(figure))
     return text
 
 
@@ -95,15 +102,42 @@ def difference(
     }
 
 
+def panels(
+    lines: Lines,
+    scores: Mapping[str, Mapping[str, Interval]],
+    differences: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[plots.Estimate]]:
+    """The drawing: the main runs with their seeds, and what the labels bring where captions err."""
+    drawn = {
+        METRICS[HEADLINE]: [
+            plots.Estimate(
+                SAYS[name],
+                *scores[name][HEADLINE],
+                single=[score(line, HEADLINE) for (of, _), line in lines.items() if of == name],
+                bold=name == "multitask",
+            )
+            for name in (BASELINE, *runs.MAIN)
+            if name in scores
+        ]
+    }
+    for other in ("clip", "multitask_text"):
+        rows = [
+            plots.Estimate(f"{share:.0%} wrong", *differences[pair]["interval"], bold=True)
+            for share in runs.SHARES
+            if (pair := f"multitask@{share:g} - {other}@{share:g}") in differences
+        ]
+        if rows:
+            title = f"{SAYS['multitask']}, minus {SAYS[other]}, by share of wrong captions"
+            drawn[title] = rows
+    return drawn
+
+
 def tables(
     seeds: Mapping[str, Sequence[int]],
     scores: Mapping[str, Mapping[str, Interval]],
     differences: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     """Markdown: the main runs, what differs, noise, ablations."""
-    says = {BASELINE: "raw pixels"} | {
-        name: run.says for part in runs.PARTS.values() for name, run in part.items()
-    }
 
     def of(names: Sequence[str], metrics: Sequence[str]) -> str:
         present = [name for name in names if name in scores]
@@ -112,7 +146,7 @@ def tables(
         rows = [["", "seeds", *(METRICS[m] for m in metrics)]]
         for name in present:
             cells = [show(scores[name].get(m)) for m in metrics]
-            rows.append([says[name], str(len(seeds[name])), *cells])
+            rows.append([SAYS[name], str(len(seeds[name])), *cells])
         return markdown(rows)
 
     main, ablations = of((BASELINE, *runs.MAIN), tuple(METRICS)), ""
@@ -123,7 +157,7 @@ def tables(
     if shown := [pair for pair in differences if "@" not in pair]:
         rows = [["unseen mAP without self, difference", "95 % interval", "p", "seeds ahead"]]
         for pair in shown:
-            more, less = (says[name] for name in pair.split(" - "))
+            more, less = (SAYS[name] for name in pair.split(" - "))
             rows.append([f"{more} − {less}", *show_difference(differences[pair])])
         told = markdown(rows)
     noise = ""
@@ -132,11 +166,11 @@ def tables(
         rows = [["wrong captions", *(f"{float(share):.0%}" for share in shares)]]
         for name in ("clip", "multitask_text", "multitask"):
             at = [scores.get(f"{name}@{share}", {}).get(HEADLINE) for share in shares]
-            rows.append([says[name], *map(show, at)])
+            rows.append([SAYS[name], *map(show, at)])
         for other in ("clip", "multitask_text"):
             pairs = [f"multitask@{s} - {other}@{s}" for s in shares]
             at = [show_difference(differences[p])[0] if p in differences else "" for p in pairs]
-            rows.append([f"multi-task, I2E − {says[other]}", *at])
+            rows.append([f"multi-task, I2E − {SAYS[other]}", *at])
         noise = markdown(rows)
     return [main, told, noise, ablations]
 
