@@ -17,21 +17,24 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """photos=DIR,kb=KB; by default the sample."""
     arg = common.parse_arg(arg, photos="", kb="")
     config = ml_collections.ConfigDict()
-    config.train = quickstart.get_config("task=multitask")  # has both losses; runs take of them
+    # The recipe: it has both losses, of which the runs take one or both.
+    config.train = quickstart.get_config("task=multitask")
     config.train.total = "500 steps"
     config.train.log_every = "50 steps"
     config.train.checkpoint.every = "100 percent"
     config.train.checkpoint.verify = False
-    config.train.evaluators = {}  # what is finished is measured, by config.evaluators
+    config.train.evaluators = {}
     sample = common.SAMPLE
-    # Folder of img2dataset's tars of noisy pairs; their truth; what the numbers of its classes are,
-    # where the truth has such; and the knowledge base.
-    config.pairs = os.path.join(arg.photos or sample, "train" if arg.photos else "pairs")
-    config.truth = os.path.join(arg.photos or sample, "truth.jsonl.gz")
+    config.pairs = os.path.join(
+        arg.photos or sample, "train" if arg.photos else "pairs"
+    )  # folder of img2dataset's tars of noisy pairs
+    config.truth = os.path.join(arg.photos or sample, "truth.jsonl.gz")  # of the pairs
+    # What the numbers of the truth's classes are, where it has such.
     config.classes = None if arg.photos else os.path.join(sample, "classes.jsonl")
-    config.knowledge_base = arg.kb or os.path.join(sample, "knowledge_base.jsonl.gz")
-    # Of configs/i2e.py.
+    config.knowledge_base = arg.kb or os.path.join(sample, "knowledge_base.jsonl.gz")  # of both
+    # Keys of configs/i2e.py for the data sets.
     config.i2e = {"min_images": 2, "max_side": 128, "shard_examples": 500, "vocab_size": 2_000}
+    # What finished runs are measured by.
     config.evaluators = {
         name: {"kind": "retrieval", "images": os.path.join(arg.photos or sample, f"{name}.tar")}
         for name in ("unseen", "seen")

@@ -29,7 +29,7 @@ CONFIGS = {
     "mofi": ("task=multitask", ""),
     "quickstart": ("task=multitask", "mofi"),
     "finetune": ("recipe=classes,model=MODEL,retrieval=PATH", "mofi"),
-    "claim": ("", "quickstart"),
+    "claim": ("", ""),
     "sweeps/learning_rate": ("", "quickstart"),
     "i2e": ("folder=PAIRS,kb=KB", ""),
     "kb": ("", ""),

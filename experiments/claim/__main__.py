@@ -1,7 +1,7 @@
 """The paper's claim, measured: entities and captions together embed better than captions alone.
 
-    python -m experiments.claim --config configs/claim.py --out O
-    python -m experiments.claim --config configs/claim.py:photos=DIR,kb=KB --out O
+    python -m experiments.claim --config claim --out O
+    python -m experiments.claim --config claim:photos=DIR,kb=KB --out O
 
 Data sets are made of noisy pairs (`experiments.claim.data`), and on each a model is trained by one
 loss or both, several seeds each, all with as many pictures (`experiments.claim.runs`).  Labels are
