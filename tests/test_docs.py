@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from mofi_jax.__main__ import COMMANDS
 from mofi_jax.common import config_files, config_help
@@ -181,3 +182,22 @@ def all_keys():
 
 def arguments_of(name):
     return reference.config_of(name)[2]
+
+
+def test_ci_and_pre_commit_run_what_developers_run():
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    runs = [step["run"] for step in steps if "run" in step]
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in ("test", "smoke"):
+        assert any(run.startswith(f"make {target} ") for run in runs)
+        assert f"\n{target}:" in makefile
+    [build] = [run for run in runs if "zensical" in run]
+    assert build.removeprefix("python ") in makefile
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0][
+        "hooks"
+    ]
+    [ruff] = {name for hook in hooks for name in hook["additional_dependencies"]}
+    assert re.search(
+        rf"^{re.escape(ruff)} ", (REPOSITORY / "requirements-test.txt").read_text(), re.MULTILINE
+    )
