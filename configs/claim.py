@@ -25,9 +25,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.checkpoint.verify = False
     config.train.evaluators = {}
     sample = common.SAMPLE
-    config.pairs = os.path.join(
-        arg.photos or sample, "train" if arg.photos else "pairs"
-    )  # folder of img2dataset's tars of noisy pairs
+    # Folder of img2dataset's tars of noisy pairs.
+    config.pairs = os.path.join(arg.photos or sample, "train" if arg.photos else "pairs")
     config.truth = os.path.join(arg.photos or sample, "truth.jsonl.gz")  # of the pairs
     # What the numbers of the truth's classes are, where it has such.
     config.classes = None if arg.photos else os.path.join(sample, "classes.jsonl")
