@@ -53,7 +53,7 @@ def test_defaults_are_the_cited_ones():
     config = mofi.get_config()
     assert (config.batch_size, config.optimizer.learning_rate) == (32_768, 5e-4)
     assert (config.losses.entity.scale, config.losses.entity.margin) == (32.0, 0.3)
-    assert config.losses.entity.weight == config.losses.contrastive.weight == 0.5
+    assert (config.losses.entity.weight, config.losses.contrastive.weight) == (0.9, 0.1)
 
 
 def keys_of(config, prefix=""):

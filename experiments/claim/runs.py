@@ -71,7 +71,7 @@ ABLATIONS = {
     for name, says, losses, changes in (
         *(
             (f"contrastive_{w:g}", f"multi-task, contrastive weight {w:g}", MULTITASK, _weighed(w))
-            for w in (0.1, 0.25, 0.75)
+            for w in (0.25, 0.5, 0.75)
         ),
         *(
             (
