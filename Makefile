@@ -86,6 +86,6 @@ $(VENV)/.transformers4: $(VENV)/.test requirements-transformers4.txt
 	touch $@
 
 # What the ONNX export starts in a process of its own.
-$(VENV)/.onnx_exporter: $(VENV)/.test requirements-onnx.txt
-	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/onnx_exporter -r requirements-onnx.txt
+$(VENV)/.onnx_exporter: $(VENV)/.test mofi_jax/interop/onnx/requirements.txt
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(VENV)/onnx_exporter -r mofi_jax/interop/onnx/requirements.txt
 	touch $@

@@ -23,7 +23,8 @@ from mofi_jax.interop.folder import processor, weights
 from mofi_jax.interop.onnx import graph
 from mofi_jax.model import mofi
 
-EXPORTER = Path(sys.prefix) / "onnx_exporter"  # where requirements-onnx.txt is installed
+EXPORTER = Path(sys.prefix) / "onnx_exporter"  # where REQUIREMENTS are installed
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 ROOT = Path(mofi_jax.__file__).parents[1]
 
 # Files of protocol buffers end at 2 GiB; some bytes are left for the graph itself.
@@ -77,7 +78,7 @@ def write(folder: epath.PathLike, clip: huggingface.Clip) -> None:
     if not (EXPORTER / "jax2onnx").is_dir():
         raise BadInput(
             "The ONNX export runs jax2onnx from a folder of its own: run `python -m pip install "
-            f"--no-deps --target {EXPORTER} -r {ROOT / 'requirements-onnx.txt'}`."
+            f"--no-deps --target {EXPORTER} -r {REQUIREMENTS}`."
         )
     towers = [name for name in mofi.TOWERS if name in clip.params]
     for name in towers:
