@@ -81,7 +81,9 @@ def model(
             "activation": "gelu_tanh" if siglip else "gelu",
             # Added to the variance in a LayerNorm.  axlearn vision/clip.py: 1e-5; SigLIP: 1e-6.
             "layer_norm_eps": 1e-6 if siglip else 1e-5,
-            "dtype": "bfloat16",  # of matrix products, or float32; parameters are always float32
+            # Of matrix products, bfloat16 or float32; parameters are always float32.  auto: float32 on
+            # CPUs, which multiply bfloat16 slowly, bfloat16 on accelerators.
+            "dtype": "auto",
             # What each block keeps for its backward pass: none everything, dots the results of its
             # matrix products (attention is computed again, 1.4 %), full its input alone (a third
             # of it is).  dots needs 9 times the memory of full: 128 pictures a chip take 5 GiB for
@@ -122,14 +124,14 @@ def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
     else:
         reader = open_clip if open_clip.is_folder(path) else huggingface
         clip = reader.read(path)
-        found, preprocess = clip.config.to_dict() | {"dtype": "bfloat16"}, clip.preprocess
+        found, preprocess = clip.config.to_dict(), clip.preprocess
         if "text" not in clip.params:  # for one that is trained on it
             found |= {"text": dataclasses.asdict(mofi.VARIANTS["B/16"]["text"])}
             found |= {"context_length": 77}
     # Those are the data set's.
     for name in ("vocab_size", "eos_id"):
         del found[name]
-    return ml_collections.ConfigDict(found | {"remat": "dots"}), preprocess
+    return ml_collections.ConfigDict(found | {"dtype": "auto", "remat": "dots"}), preprocess
 
 
 def losses(task: str, *, scale: float, margin: float) -> dict[str, dict[str, Any]]:

@@ -13,9 +13,12 @@ own pairs and knowledge base:
 PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders), of parquet with
 pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
 several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
-`.jsonl` or `.jsonl.gz`, or a folder made by `data_prep.build_kb`. Pictures in a folder for each
-class are packed by `data_prep.class_folders`, into the PAIRS of classes=PAIRS. Arguments: sample |
-folder=PATH,kb=PATH | classes=PATH, dataset=i2e|i2t, labels=clip|text|given.
+`.jsonl` or `.jsonl.gz`, a folder made by `data_prep.build_kb`, or `wordnet`: WordNet's 82,115 nouns
+come along, for things and not for people or brands. Pictures in a folder for each class are packed
+by `data_prep.class_folders`, into the PAIRS of classes=PAIRS. `small` is for some thousands of
+pairs, as `configs/small.py` is: a tenth of them is held out to measure on, pictures are kept at 128
+pixels, and two pictures make an entity a class. Arguments: sample | folder=PATH,kb=PATH |
+classes=PATH, small, dataset=i2e|i2t, labels=clip|text|given.
 """
 
 import os
@@ -28,7 +31,9 @@ from data_prep import class_folders
 from data_prep.kb import kinds
 from data_prep.linking import boilerplate
 from data_prep.pairs import files as source_files
-from mofi_jax.common import errors
+from mofi_jax.common import errors, processes
+
+WORDNET = os.path.normpath(os.path.join(common.SAMPLE, "..", "kb", "wordnet", "nouns.jsonl.gz"))
 
 UNSEEN = ("name", "time", "quantity", "wikimedia", "abstract")  # kinds that no picture shows
 
@@ -36,8 +41,17 @@ UNSEEN = ("name", "time", "quantity", "wikimedia", "abstract")  # kinds that no 
 def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     """The configuration for the text after the colon; see the docstring of this file."""
     args = common.parse_arg(
-        arg, sample=False, folder="", classes="", kb="", dataset="i2e", labels="clip"
+        arg,
+        sample=False,
+        small=False,
+        folder="",
+        classes="",
+        kb="",
+        dataset="i2e",
+        labels="clip",
     )
+    small = args.sample or args.small
+    args.kb = WORDNET if args.kb == "wordnet" else args.kb
     if args.classes and not (args.folder or args.kb):
         args.update(
             folder=args.classes,
@@ -58,7 +72,8 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.knowledge_base = (
         os.path.join(common.SAMPLE, "knowledge_base.jsonl.gz") if args.sample else args.kb
     )
-    config.workers = 2  # processes; the result does not depend on it
+    # Processes: by default as many as this machine has cores; the result does not depend on it.
+    config.workers = processes.cores()
     config.kb = kb_config.get_config()  # how a knowledge base that is no folder yet is built
     config.kb.workers = config.get_ref("workers")
     # Of the shards of a stage, the share that may fail and is left out; see W/quarantine.
@@ -138,12 +153,16 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
 
     # Fewer pictures than this and an entity is no class. 5 is the recalled value of the paper; the
     # sample has 5 drawings of each thing, of which about 4 are labelled.
-    config.min_images = 1 if args.classes else 2 if args.sample else 5
+    config.min_images = 1 if args.classes else 2 if small else 5
     config.min_images_feedback = "one_pass"  # as MOFI: count once. converge: until nothing changes
     config.rare_entity_drops = "label"  # of a picture. picture: with its other labels too
     # More pictures than this and a sample of them is kept (MetaCLIP's balancing). None: all.
     config.max_images = ml_collections.config_dict.placeholder(int)
 
+    # Pictures held out to measure on, at most a tenth of all: those with a label become the set
+    # W/evaluation (`configs/eval.py:sets=W/evaluation`). By a hash of picture and seed: the same
+    # ones for dataset=i2t, and where pairs are added later none that was trained on. 0: none.
+    config.held_out = 5_000 if args.small else 0
     # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
     config.removed = ()
     config.filters = ml_collections.ConfigDict()
@@ -166,7 +185,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Shards.
 
     config.jpeg_quality = 95  # of pictures that are written again, 1 to 100
-    config.max_side = 128 if args.sample else 512  # px of the shorter side; larger is shrunk
+    config.max_side = 128 if small else 512  # px of the shorter side; larger is shrunk
     config.shard_examples = 500 if args.sample else 10_000  # of each file of the data set
     config.vocab_size = 2_000 if args.sample else 32_000  # of the tokenizer trained on the captions
     config.seed = 0  # of the global order of the examples

@@ -11,7 +11,7 @@ every language, comes last where it is not named: labels that are the same every
 import ml_collections
 
 from configs import common
-from mofi_jax.common import errors
+from mofi_jax.common import errors, processes
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -58,7 +58,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.redirects = ml_collections.config_dict.placeholder(str)
 
     # How it is built; never part of the result.
-    config.workers = 2  # processes that parse; a third reads and decompresses
+    # Processes that parse, beside one that reads and decompresses: this machine's cores.
+    config.workers = processes.cores()
     config.chunk_lines = 5_000  # of a process at a time; about 60 MB of Wikidata
     config.memory_gb = 4.0  # for the sort; what needs more spills to disk
     return config

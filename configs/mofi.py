@@ -15,6 +15,7 @@ about 137 ms a step for B/16 at half of peak.
 import ml_collections
 
 from configs import common
+from mofi_jax.common import processes
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -35,6 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         extra="",
         stages="",
     )
+    cores = processes.cores()
     config = ml_collections.ConfigDict()
     config.seed = 0  # of parameters, order of the examples and what is drawn
     config.distributed = False  # True on pods: one process a host, jax.distributed
@@ -83,8 +85,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # a bucket: 32 to 40 requests for 1,000 examples, with blocks of 32 up to 62, and no loss of
         # accuracy that shows (benchmarks/block_order.py).  1 shuffles single records.
         "block": 128,
-        "threads": 16,  # that read and decode, of each worker
-        "workers": 8,  # processes that prepare pictures, on each host; 0 for none beside the main
+        # Threads that read and decode, in each process; by default as this machine has cores, to 16.
+        "threads": min(cores, 16),
+        # Processes that prepare pictures, on each host; 0 for none beside the main one.  By default
+        # one for 16 of this machine's cores.
+        "workers": cores // 16,
         "prefetch": 2,  # batches that wait on the devices, so that no step waits for their way
     }
 

@@ -27,7 +27,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "embed_dim": 128,
             "context_length": 16,
             "activation": "quick_gelu",  # the cheapest of the three on a CPU
-            "dtype": "float32",  # CPUs multiply bfloat16 slowly
             "remat": "none",
         }
     )
@@ -43,8 +42,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "text_sources": {"alt_text": 0.5, "name_and_description": 0.25, "name": 0.25},
             "max_labels": 2,
             "block": 1,  # the sample is small and on the local disk
-            "threads": 2,
-            "workers": 0,
         }
     )
     config.optimizer.update(

@@ -22,7 +22,7 @@ from absl import logging
 
 from data_prep import engine
 from data_prep.card import stage as card_stage
-from data_prep.dataset import publish, shards, vocabulary
+from data_prep.dataset import evaluation, publish, shards, vocabulary
 from data_prep.engine import executors
 from data_prep.engine import slurm as slurm_jobs
 from data_prep.filters import stage as filters_stage
@@ -115,6 +115,7 @@ def build(
         written = shards.run(config, work, config.dataset)
         stages["shards"] = engine.total_counts(written)
         if config.dataset == "i2e":
+            stages["evaluation"] = engine.total_counts(evaluation.run(config, work))
             card_stage.run(config, work)
         if config.publish:
             publish.run(config, work, config.dataset)

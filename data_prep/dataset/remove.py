@@ -11,8 +11,8 @@ hidden folder beside its final name until it is complete, so that a kill leaves 
     result.json        what this run did, also keys that the data set does not hold
 
 In the work directory that made the version (W/i2e/1.0.0) the same pictures under other keys go too,
-and W/removed/ notes all of it, so that the next build leaves it out. The data card is taken away
-until then: it may show what was removed.
+and W/removed/ notes all of it, so that the next build leaves it out. Data card and held-out set are
+taken away until then: they may show what was removed.
 """
 
 import errno
@@ -28,8 +28,8 @@ import numpy as np
 from etils import epath
 
 from data_prep import engine
+from data_prep.dataset import evaluation, versions
 from data_prep.dataset import files as dataset_files
-from data_prep.dataset import versions
 from data_prep.engine import manifests
 from data_prep.filters import removed
 from data_prep.pairs import pictures
@@ -128,11 +128,12 @@ class _Wanted(NamedTuple):
     workdir: epath.Path | None
 
     def note(self) -> None:
-        """Writes W/removed/, and takes away the data card, until the next build."""
+        """Writes W/removed/; takes away data card and held-out set, until the next build."""
         if self.workdir:
             # The keys too: copies that were farther away than the next build looks.
             removed.add(self.workdir, self.known | removed.Removed(self.keys))
             manifests.Ledger(self.workdir, "report").remove("card")
+            manifests.Ledger(self.workdir, evaluation.FOLDER).remove(evaluation.TASK)
 
 
 def _resolve(

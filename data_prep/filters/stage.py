@@ -4,15 +4,16 @@ In this order, each counting what those before have left:
 
     dropped-DATASET/  NNNNN.parquet  key, reason. What is on the removal list (`removed`), pictures
                                      of evaluation sets (`decontaminate`), unsafe pairs (`safety`),
-                                     copies of other pictures (`copies`). Of the labelled pairs, or
-                                     of all pairs where there are no labels.
+                                     copies of other pictures (`copies`), what is to be measured on
+                                     (`held_out`). Of the labelled pairs, or of all pairs where
+                                     there are no labels.
     capped/           NNNNN.parquet  key: pictures over the cap of their entities (`frequency`)
     frequent/                        entities with enough pictures (`frequency`)
     labels_final/     NNNNN.parquet  columns of labels/, labelled rows that are left
 
 A stage whose filters are off does not run, and what an earlier run wrote for it is removed. Every
 pair that goes stands in rejects/ once, with the first reason of: removed, eval_duplicate:SET, those
-of `safety`, duplicate, over_cap, rare_entity.
+of `safety`, duplicate, held_out, over_cap, rare_entity.
 """
 
 import os
@@ -24,7 +25,16 @@ from absl import logging
 from etils import epath
 
 from data_prep import engine
-from data_prep.filters import copies, decontaminate, eval_sets, frequency, nearest, removed, safety
+from data_prep.filters import (
+    copies,
+    decontaminate,
+    eval_sets,
+    frequency,
+    held_out,
+    nearest,
+    removed,
+    safety,
+)
 from data_prep.selection import embed
 from mofi_jax.common import errors
 
@@ -40,6 +50,7 @@ _REMEDIES = {
     "unsafe": "config.filters.safety",
     "blocked": "config.filters.safety",
     "rare_entity": "config.min_images",
+    "held_out": "config.held_out",
     "barred": "config.label_kinds and never_labels",
     "no_": "that config.knowledge_base fits the captions, or config.given",
 }
@@ -55,6 +66,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     filters = config.filters
     removed.read(config.removed, "config.removed")
     eval_sets.find(filters.eval_sets.to_dict())
+    _need(config.held_out >= 0, "held_out", config.held_out, "give 0 (none) or more")
     _need(0 <= filters.max_hamming <= 6, "filters.max_hamming", filters.max_hamming, "give 0 to 6")
     most, share = nearest.MOST_FALSE_POSITIVES, filters.eval_false_positives
     remedy = f"give a share from 0 (cosines are not compared) to {most}"
@@ -164,9 +176,10 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
     """Writes dropped-DATASET/: pictures that go whatever their labels are.
 
     Args:
-      config: `removed`: see `removed`; `filters`: see `decontaminate.match_sets` and `safety.run`;
-        `filters.duplicates`, "keep" or "exact": of equal pictures the one with the smallest key
-        stays. `dataset`: "i2e", of the pairs with a label in labels/, or "i2t", of all.
+      config: `held_out` and `seed`: see `held_out`; `removed`: see `removed`; `filters`: see
+        `decontaminate.match_sets` and `safety.run`; `filters.duplicates`, "keep" or "exact": of
+        equal pictures the one with the smallest key stays. `dataset`: "i2e", of the pairs with a
+        label in labels/, or "i2t", of all.
       work: the engine; its work directory holds pairs/ and, for i2e, labels/ and embeddings/;
         perhaps removed/.
 
@@ -192,10 +205,14 @@ def drop_pictures(config: ml_collections.ConfigDict, work: engine.Engine) -> lis
         shards = [files[0].stem for files in engine.aligned(work.workdir, first, *stages)]
         copies.run(work, shards, labelled, stages)
         stages.append("copies")
+    if config.held_out:
+        held_out.run(work, shards, config.held_out, config.seed)
+        stages.append("held_out")
     made_for = {"eval_matches": ["eval_hashes"], "eval_cosines": ["eval_embeddings"]}
     made_for["eval_cosines"] += ["eval_nearest", "eval_spread", "eval_limits"]
     made_for |= {"takedowns": [], "unsafe": []}
     made_for["copies"] = ["copy_rows", "copy_found", "copy_shards"]
+    made_for["held_out"] = ["held_out_rows"]
     off = [
         folder for stage in made_for if stage not in stages for folder in (stage, *made_for[stage])
     ]
