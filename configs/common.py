@@ -81,8 +81,8 @@ def model(
             "activation": "gelu_tanh" if siglip else "gelu",
             # Added to the variance in a LayerNorm.  axlearn vision/clip.py: 1e-5; SigLIP: 1e-6.
             "layer_norm_eps": 1e-6 if siglip else 1e-5,
-            # Of matrix products, bfloat16 or float32; parameters are always float32.  auto: float32 on
-            # CPUs, which multiply bfloat16 slowly, bfloat16 on accelerators.
+            # Of matrix products, bfloat16 or float32; parameters are always float32.  auto: float32
+            # on CPUs, which multiply bfloat16 slowly, bfloat16 on accelerators.
             "dtype": "auto",
             # What each block keeps for its backward pass: none everything, dots the results of its
             # matrix products (attention is computed again, 1.4 %), full its input alone (a third

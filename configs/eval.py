@@ -21,8 +21,9 @@ gallery, retrieval by the names of categories and zero-shot classification.
 that is there, all that is published of it: retrieval, captions, zero-shot, k-NN and linear probes.
 ImageNet's names of classes are those of its devkit: published zero-shot scores have OpenAI's list.
 Tars right in FOLDER are sets of one's own, whose class numbers FOLDER/classes.jsonl may name, as in
-the sample: retrieval, zero-shot, and entity top-k where classes have ids.  FOLDER+MORE measures
-several folders, which are then part of the names.
+the sample: retrieval, zero-shot, and entity top-k where classes have ids; with captions of its
+pictures in NAME.captions.jsonl (`mofi_jax.evaluators.sets.captions`) also image-text retrieval.
+FOLDER+MORE measures several folders, which are then part of the names.
 """
 
 import ml_collections
@@ -99,6 +100,10 @@ def _own(before: str, folder: epath.Path) -> dict:
         if with_ids and path != unseen:
             others = {"unseen": str(unseen)} if unseen.exists() else {}
             evaluators[f"entity_{name}"] = {"kind": "classification", **named, **others}
+        captions = folder / f"{path.stem}.captions.jsonl"
+        if captions.exists():
+            pair = {"images": str(path), "captions": str(captions)}
+            evaluators[f"captions_{name}"] = {"kind": "image_text", **pair}
     return evaluators
 
 

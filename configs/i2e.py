@@ -159,9 +159,9 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # More pictures than this and a sample of them is kept (MetaCLIP's balancing). None: all.
     config.max_images = ml_collections.config_dict.placeholder(int)
 
-    # Pictures held out to measure on, at most a tenth of all: those with a label become the set
-    # W/evaluation (`configs/eval.py:sets=W/evaluation`). By a hash of picture and seed: the same
-    # ones for dataset=i2t, and where pairs are added later none that was trained on. 0: none.
+    # Pictures held out to measure on, at most, and about a tenth of all; 0: none. Those with a
+    # label become the set W/evaluation (configs/eval.py:sets=W/evaluation). By a hash of picture
+    # and seed: the same ones for i2t, and where pairs are added later none that was trained on.
     config.held_out = 5_000 if args.small else 0
     # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
     config.removed = ()

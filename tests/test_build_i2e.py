@@ -5,19 +5,24 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import synthetic
+from configs import eval as eval_config
 from configs import i2e as i2e_config
 from data_prep import build_i2e, engine
 from mofi_jax.common import errors
-from tests import inputs
+from mofi_jax.evaluators.sets import captions as captions_file
+from mofi_jax.evaluators.sets import pictures as picture_sets
+from tests import inputs, label_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "data_prep/sample"
@@ -97,6 +102,34 @@ def test_any_number_of_workers_writes_the_same_bytes(reference, folder, tmp_path
     again = build_i2e.build(make_config(folder, workers=workers), str(tmp_path))
     assert again["shards_sha256"] == result["shards_sha256"]
     assert digests(tmp_path) == digests(workdir)
+
+
+def test_held_out_pairs_are_in_no_data_set_and_become_a_set_to_measure_on(
+    reference, folder, tmp_path
+):
+    workdir, before = reference
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    config = make_config(folder, held_out=5_000)
+    result = build_i2e.build(config, str(tmp_path))
+    count = result["stages"]["labels_final"]["held_out"]
+    assert count > 1
+    assert result["stages"]["shards"]["records"] == before["stages"]["shards"]["records"] - count
+    pictures = picture_sets.read_set(tmp_path / "evaluation/held_out.tar")
+    table = picture_sets.read_classes(tmp_path / "evaluation/classes.jsonl", pictures)
+    texts = captions_file.read_captions(tmp_path / "evaluation/held_out.captions.jsonl", pictures)
+    assert len(pictures) == len(texts.picture_things) == count  # no two have the same bytes
+    assert all(entry.qid and entry.label for entry in table.values())
+    trained = pq.read_table(tmp_path / "i2e/1.0.0/keys.parquet")["key"].to_pylist()
+    rejects = label_tables.read(tmp_path, "rejects/dropped-i2e*")
+    assert len(rejects) == count
+    assert not {row["key"] for row in rejects} & {*trained}
+    sets = eval_config.get_config(f"sets={tmp_path}/evaluation").evaluators
+    kinds = {options["kind"] for options in sets.values()}
+    assert kinds == {"retrieval", "zeroshot", "classification", "image_text"}
+
+    config.held_out = 0
+    assert build_i2e.build(config, str(tmp_path))["shards_sha256"] == before["shards_sha256"]
+    assert not [*tmp_path.glob("evaluation/*.tar")]
 
 
 def command(folder, workdir, arguments, *flags):

@@ -60,6 +60,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "min_images_feedback": "one_pass",
         "rare_entity_drops": "label",
         "max_images": None,
+        "held_out": 0,
         "removed": (),
         "filters": {
             "eval_sets": {},

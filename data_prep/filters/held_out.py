@@ -1,8 +1,8 @@
 """Held-out pairs: pictures of one's own to measure on, which no data set gets. pairs/ -> held_out/.
 
-Held out are the `config.held_out` pictures, at most one in `SHARE`, whose sha256 come first in an
-order by seed: all pairs of a picture or none, the same pairs for i2t and for i2e, and where pairs
-are added later none that was trained on.
+Held out are pictures of which a hash of seed and sha256 falls into the lowest tenth, at most the
+first `config.held_out` by this hash: all pairs of a picture or none, the same pairs for i2t and for
+i2e, and where pairs are added later none that was trained on.
 
     held_out_rows/  rows.parquet   key, shard of the pairs held out
     held_out/       NNNNN.parquet  key, reason ("held_out"), of all pairs, labelled or not
@@ -12,18 +12,17 @@ from collections.abc import Sequence
 
 from data_prep import engine
 
-SHARE = 10
 REASON = "held_out"
+_BELOW = f"{2**32 // 10:08x}"  # of the first digits of the hash
 
 _ROWS = """
     SELECT key, shard FROM (
         SELECT key, parse_filename(filename, true) AS shard,
-               dense_rank() OVER (ORDER BY md5(concat($seed, '/', sha256)), sha256) AS place
+               dense_rank() OVER (ORDER BY md5(concat($seed, '/', sha256))) AS place
         FROM read_parquet($pairs, filename = true)
+        WHERE md5(concat($seed, '/', sha256)) < $below
     )
-    WHERE place <= least(
-        $count, (SELECT count(DISTINCT sha256) // $share FROM read_parquet($pairs))
-    )
+    WHERE place <= $count
     ORDER BY key
 """
 
@@ -38,7 +37,7 @@ def run(work: engine.Engine, shards: Sequence[str], count: int, seed: int) -> No
       seed: of the order.
     """
     tables = {"pairs": engine.listed(work.workdir / "pairs")}
-    parameters = {"count": count, "seed": seed, "share": SHARE}
+    parameters = {"count": count, "seed": seed, "below": _BELOW}
     rows = "held_out_rows/rows.parquet"
     work.aggregate("held_out_rows", {rows: _ROWS}, tables, parameters)
     tasks = [engine.Task(shard, (work.workdir / rows,)) for shard in shards]
