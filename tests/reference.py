@@ -18,7 +18,7 @@ import ml_collections
 
 from configs import common
 from mofi_jax.__main__ import COMMANDS, source
-from mofi_jax.common import config_help
+from mofi_jax.common import config_help, processes
 from mofi_jax.model import mofi as model
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -30,6 +30,7 @@ CONFIGS = {
     "quickstart": ("task=multitask", "mofi"),
     "finetune": ("recipe=classes,model=MODEL,retrieval=PATH", "mofi"),
     "claim": ("", ""),
+    "small": ("", "quickstart"),
     "sweeps/learning_rate": ("", "quickstart"),
     "i2e": ("folder=PAIRS,kb=KB", ""),
     "kb": ("", ""),
@@ -91,6 +92,7 @@ def config_of(name: str) -> tuple[pathlib.Path, ml_collections.ConfigDict, dict[
     with (
         mock.patch.object(common, "parse_arg", seen),
         mock.patch.object(common, "model_of", return_value=(shape, "decode")),
+        mock.patch.object(processes, "cores", return_value=16),  # not those of this machine
     ):
         config = module.get_config(CONFIGS[name][0])
     return pathlib.Path(module.__file__), config, arguments["of"] if arguments else {}
@@ -104,6 +106,7 @@ def _config(name: str, base: str) -> Iterator[str]:
     yield from map(_text, _paragraphs(ast.get_docstring(source)))
     if arguments:
         shown = ", ".join(f"`{key}={value}`" for key, value in arguments.items())
+        shown = shown.replace(f"{REPOSITORY}/", "")
         yield f"Arguments, with what they are when left out: {shown}."
     said = ast.get_docstring(function)
     if "docstring of this file" not in said:

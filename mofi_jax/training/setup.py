@@ -56,18 +56,14 @@ def make(
 
     Args:
       config: a training config that `settings.validate` has passed.
-      mesh: its devices decide what ``model.dtype="auto"`` is: float32 on CPUs, which multiply
-        bfloat16 slowly, and bfloat16 elsewhere.
       vocab_size, eos_id: of the tokenizer.
       num_entities: ignored without the entity loss.
 
     Raises BadInput: a duration or a size of the model that does not fit the others.
     """
     sizes = {"vocab_size": vocab_size, "eos_id": eos_id}
-    values = config.model.to_dict()
-    if values["dtype"] == "auto":
-        values["dtype"] = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    model = mofi.MofiConfig.from_dict(values | sizes)
+    sizes["dtype"] = dtype_on(config.model.dtype, mesh.devices.flat[0])
+    model = mofi.MofiConfig.from_dict(config.model.to_dict() | sizes)
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
     )
@@ -114,6 +110,11 @@ def make(
             config.optimizer, clock, stages, entity_loss=entity_loss
         ),
     )
+
+
+def dtype_on(wanted: str, device: Any) -> str:
+    """`config.model.dtype`; auto is float32 on CPUs, which are slow at bfloat16, and else that."""
+    return wanted if wanted != "auto" else "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def check_batch(config: Any, mesh: Mesh) -> None:
