@@ -209,7 +209,14 @@ def example(text: str = "thing", **changes) -> dict:
     }
     entity = {"qid": text, "name": text, "description": text, "images": 1, "keys": [text]}
     steps = ("read", "valid", "with_mention", "with_candidate", "labelled", "final", "entities")
-    types = {"type": "t", "name": text, "text_labels": 2, "labels": 1, "entities": 1}
+    types = {
+        "type": "t",
+        "name": text,
+        "text_labels": 2,
+        "labels": 1,
+        "entities": 1,
+        "examples": [text],
+    }
     source = {"source": text, **dict.fromkeys(steps[1:-1], 1)}
     return {
         "name": text,
@@ -285,9 +292,12 @@ def test_kinds_that_are_no_labels_are_marked_and_the_mark_is_told():
 
 def test_a_type_without_a_name_is_told_from_names():
     types = example()["entity_types"]
-    unnamed = {**types["types"][0], "type": "Q9", "name": None}
-    text = _text(entity_types={**types, "types": [unnamed]})
-    assert "Q9 (unnamed)" in text
+    unnamed = {**types["types"][0], "type": "Q9", "name": None, "examples": ["cat", "dog"]}
+    nothing = {**unnamed, "examples": []}
+    text = _text(entity_types={**types, "types": [unnamed, nothing]})
+    assert "kind of cat, dog" in text
+    assert "unnamed" in text
+    assert "Q9" not in text
     assert "no type" not in text
     untyped = {**types["untyped"], "text_labels": 1}
     assert "no type" in _text(entity_types={**types, "untyped": untyped})

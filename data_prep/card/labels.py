@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
 
 PROBABILITY_BIN = 0.05  # and the step between the thresholds that are tried
 _SHOWN_TYPES = 15
+_EXAMPLES = 2  # of a type
 
 
 def labels_per_picture(connection: duckdb.DuckDBPyConnection, files: Files) -> dict[str, int]:
@@ -182,8 +183,8 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
 
     Returns:
       text_labels and labels, the totals; types: {type, name (None: the knowledge base has none),
-      text_labels, labels, entities (final ones)} of the types with most final labels; others, the
-      number of types that are not listed;
+      text_labels, labels, entities (final ones), examples: names of those with most labels} of the
+      types with most final labels; others, the number of types that are not listed;
       untyped: {text_labels, labels, entities}; kinds: {kind (None: unknown), text_labels, labels,
       entities, guessed: how many of the text's labels have a guessed kind}, by text_labels.
     """
@@ -202,7 +203,8 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
         connection,
         f"""
         CREATE OR REPLACE TEMP TABLE typed AS
-        SELECT {types} AS types, {kind} AS kind, {came} AS came, before, after
+        SELECT {types} AS types, {kind} AS kind, {came} AS came, before, after, label,
+               file_row_number AS row
         FROM read_parquet($kb, file_row_number = true) AS kb JOIN (
             SELECT entity, coalesce(before, 0)::BIGINT AS before, coalesce(n, 0)::BIGINT AS after
             FROM (SELECT entity, sum(n) AS before FROM text_labels GROUP BY entity)
@@ -224,18 +226,21 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
     rows = ask(
         connection,
         f"""
-        SELECT type, any_value(label), before, after, entities, total FROM (
+        SELECT type, any_value(label), before, after, entities, most, total FROM (
             SELECT *, count(*) OVER () AS total FROM (
-                SELECT type, {sums} FROM (SELECT unnest(types) AS type, before, after FROM typed)
+                SELECT type, {sums},
+                       coalesce(arg_max(label, after * {2**32} - row, {_EXAMPLES})
+                           FILTER (after > 0), []) AS most
+                FROM (SELECT unnest(types) AS type, before, after, label, row FROM typed)
                 GROUP BY type
             ) ORDER BY after DESC, before DESC, type LIMIT {_SHOWN_TYPES}
         ) LEFT JOIN (SELECT qid, label FROM read_parquet($kb)) ON qid = type
-        GROUP BY type, before, after, entities, total
+        GROUP BY type, before, after, entities, most, total
         ORDER BY after DESC, before DESC, type
         """,
         **files,
     )
-    names = ("type", "name", "text_labels", "labels", "entities")
+    names = ("type", "name", "text_labels", "labels", "entities", "examples")
     kinds = ask(
         connection,
         f"""
@@ -249,7 +254,7 @@ def entity_types(connection: duckdb.DuckDBPyConnection, files: Files) -> dict:
         "kinds": [dict(zip(of_kind, row, strict=True)) for row in kinds],
         "text_labels": totals[0],
         "labels": totals[1],
-        "types": [dict(zip(names, row[:5], strict=True)) for row in rows],
-        "others": rows[0][5] - len(rows) if rows else 0,
-        "untyped": dict(zip(names[2:], untyped, strict=True)),
+        "types": [dict(zip(names, row[:-1], strict=True)) for row in rows],
+        "others": rows[0][-1] - len(rows) if rows else 0,
+        "untyped": dict(zip(names[2:5], untyped, strict=True)),
     }

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mofi_jax.common.pages import page
+from mofi_jax.common.pages import numbers, page
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "page.html.j2")
 _BINS = 32  # of a histogram
@@ -24,7 +24,12 @@ def render(report: Mapping, thumbnails: Mapping[str, str]) -> str:
       thumbnails: JPEG in base64 by key; a picture without one is left out.
     """
     values = {**report, "thumbnails": thumbnails}
-    return page.fill(_TEMPLATE, values, doubling, histogram, pieces)
+    return page.fill(_TEMPLATE, values, at, doubling, histogram, pieces)
+
+
+def at(point: Mapping, what: str) -> tuple[float, float]:
+    """A threshold that was tried, and how many of `what` it would leave."""
+    return point["value"], point[what]
 
 
 def pieces(picture: Mapping) -> list[tuple[str, bool]]:
@@ -40,10 +45,7 @@ def pieces(picture: Mapping) -> list[tuple[str, bool]]:
 def doubling(bins: Sequence[Mapping], what: str) -> list[tuple[str, int]]:
     """Columns of bins that double, named by range; of many only some, by where they start."""
 
-    def short(number: int) -> str:
-        return f"{number / 1e6:.3g}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
-
-    names = [[str(n) if n < 10_000 else short(n) for n in (b["from"], b["to"])] for b in bins]
+    names = [[numbers.short(b["from"]), numbers.short(b["to"])] for b in bins]
     every = 1 + len(bins) // 12
     names = [
         ("" if i % every else name[0]) if len(bins) > 7 else "–".join(dict.fromkeys(name))
@@ -53,13 +55,13 @@ def doubling(bins: Sequence[Mapping], what: str) -> list[tuple[str, int]]:
 
 
 def histogram(bins: Sequence[Mapping], width: float, threshold: float) -> dict:
-    """Chosen candidates below the others: `rows`, and where the threshold lies among them.
+    """Chosen candidates below the others: `rows`, their `axis`, the threshold's place among them.
 
     At most about `_BINS` equal bins, empty ones too. What lies in the outermost thousandth at
     either end joins the outermost bins.
     """
     if not bins:
-        return {"rows": [], "mark": None}
+        return {"rows": [], "axis": None, "mark": None}
     heights = np.array([(b["chosen"], b["others"]) for b in bins])
     places = np.array([round(b["from"] / width) for b in bins])
     reached = np.cumsum(heights.sum(1))
@@ -69,9 +71,10 @@ def histogram(bins: Sequence[Mapping], width: float, threshold: float) -> dict:
     low, high = (places[ends] // joined).tolist()
     columns = np.zeros((high - low + 1, 2), int)
     np.add.at(columns, np.clip(places // joined, low, high) - low, heights)
-    every, width = 1 + (high - low) // 8, width * joined
-    # Names at round values where these are bins: counted from zero.
-    names = ["" if i % every else page.decimal(i * width) for i in range(low, high + 1)]
+    width *= joined
     mark = threshold / width - low
-    rows = [(name, *column) for name, column in zip(names, columns.tolist(), strict=True)]
-    return {"rows": rows, "mark": mark if 0 <= mark <= len(rows) else None}
+    return {
+        "rows": [("", *column) for column in columns.tolist()],
+        "axis": numbers.scale((low * width, (high + 1) * width), "tight"),
+        "mark": mark if 0 <= mark <= len(columns) else None,
+    }

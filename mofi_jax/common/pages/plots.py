@@ -17,7 +17,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mofi_jax.common.pages import page
+from mofi_jax.common.pages import numbers
 
 _COLOURS_FILE = os.path.join(os.path.dirname(__file__), "colours.css")
 with open(_COLOURS_FILE, encoding="utf-8") as _file:
@@ -97,7 +97,7 @@ def _draw_rows(axes: Axes, rows: Sequence[Estimate], mark: float | None) -> None
         axes.plot(one.single, np.full(len(one.single), y), "|", color=colour, alpha=0.6, ms=7)
         axes.plot([one.mean], [y], "o", color=colour, markersize=6, markeredgecolor=CARD)
         axes.annotate(
-            page.fixed(one.mean, digits),
+            numbers.fixed(one.mean, digits),
             (1.01, y),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -113,12 +113,20 @@ def _draw_rows(axes: Axes, rows: Sequence[Estimate], mark: float | None) -> None
     scale(axes.xaxis, 5)
 
 
+class _Words(ticker.Formatter):
+    """Ticks as all pages write them."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return numbers.decimal(value)
+
+    def format_ticks(self, values: np.ndarray | Sequence[float]) -> list[str]:
+        return numbers.words([float(value) for value in values])
+
+
 def scale(axis: mpl.axis.Axis, most: int) -> None:
-    """At most so many ticks, at steps of 1, 2 or 5, all with as many digits."""
+    """At most about so many ticks, at steps of 1, 2 or 5; written as everywhere on the pages."""
     axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10]))
-    written = ticker.ScalarFormatter(useOffset=False)  # as many digits for all
-    written.set_scientific(False)
-    axis.set_major_formatter(written)
+    axis.set_major_formatter(_Words())
 
 
 def svg(figure: Figure, alone: bool = True) -> str:

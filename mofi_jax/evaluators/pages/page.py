@@ -1,7 +1,4 @@
-"""An evaluation as one self-contained HTML file: its scores, galleries, maps and protocols.
-
-Each picture is in it once, however often and for however many models it is shown.
-"""
+"""An evaluation as one self-contained HTML file: its scores, galleries, maps and protocols."""
 
 import base64
 import contextlib
@@ -105,14 +102,14 @@ def _rows(galleries: Sequence[gallery.Gallery]) -> set[int]:
 
 
 class _Thumbnails:
-    """Pictures of a page by the names of their classes in its style, each of them once."""
+    """Pictures of a page by their sets and rows, each read once for however many models."""
 
     def __init__(self):
         self.found: dict[str, str] = {}  # JPEG in base64
         self._sets: dict[Any, int] = {}
 
     def add(self, pictures: PictureSet, rows: set[int]) -> str:
-        """What the names of this set's pictures begin with; their row numbers follow."""
+        """What the keys of this set's pictures begin with; their row numbers follow."""
         prefix = f"p{self._sets.setdefault(pictures.key, len(self._sets))}-"
         new = {row for row in rows if f"{prefix}{row}" not in self.found}
         self.found |= {f"{prefix}{row}": jpeg for row, jpeg in _thumbnails(pictures, new)}

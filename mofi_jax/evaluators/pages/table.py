@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mofi_jax.common.pages import numbers
+
 # Metrics that say something of the set or of what was tuned, and are no better for being larger.
 FACTS = re.compile(r"left_out|coverage|_(C|weight_decay|validation)$")
 # Errors: the smallest is the best.
@@ -55,15 +57,15 @@ def rows(models: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def shown(value: float) -> str:
-    """Four digits after the point; counts as they are, and what is far from 0..1 by its digits."""
+    """Three digits after the point; counts as they are, and what is far from 0..1 by its digits."""
     if abs(value) > 1 or 0 < abs(value) < 5e-4:
-        return f"{value:.0f}" if value == round(value) else f"{value:.3g}"
-    return f"{value:.4f}"
+        return numbers.decimal(value)
+    return numbers.fixed(value)
 
 
 def _interval(model: Mapping[str, Any], evaluator: str, metric: str) -> str:
     ends = model["intervals"].get(evaluator, {}).get(metric)
-    return f"{ends[0]:.3f}–{ends[1]:.3f}" if ends and ends[0] <= ends[1] else ""
+    return "–".join(map(numbers.fixed, ends)) if ends and ends[0] <= ends[1] else ""
 
 
 def labels(models: Sequence[str]) -> list[str]:
