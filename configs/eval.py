@@ -1,8 +1,8 @@
 """What to measure on finished models.
 
-    python -m mofi_jax.evaluate --config configs/eval.py:sample --model W
-    python -m mofi_jax.evaluate --config configs/eval.py:gpr1200=PATH --model W
-    python -m mofi_jax.evaluate --config configs/eval.py:sets=FOLDER --models W raw_pixels --out D
+    mofi evaluate --config eval:sample --model W
+    mofi evaluate --config eval:gpr1200=PATH --model W
+    mofi evaluate --config eval:sets=FOLDER --models W raw_pixels --out D
 
 ``sample``: the two picture sets of data_prep/sample, new views of things that were trained on
 (`seen`) and of others (`unseen`), with entity top-k and zero-shot by name; 20 s on two CPU cores.
@@ -17,7 +17,7 @@ non-commercial research).  The released MOFI models reach 0.834 (B/16), 0.861 (L
 Add ``,classes=FILE`` with the GPR1200_categoryNumber_to_text.json of its authors for names in the
 gallery, retrieval by the names of categories and zero-shot classification.
 
-``sets=FOLDER``: FOLDER/NAME is what ``python -m mofi_jax.make_eval_sets NAME`` wrote; of each set
+``sets=FOLDER``: FOLDER/NAME is what ``mofi eval-sets NAME`` wrote; of each set
 that is there, all that is published of it: retrieval, captions, zero-shot, k-NN and linear probes.
 ImageNet's names of classes are those of its devkit: published zero-shot scores have OpenAI's list.
 Tars right in FOLDER are sets of one's own, whose class numbers FOLDER/classes.jsonl may name, as in
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if [arg.sample, bool(arg.gpr1200), bool(arg.sets)].count(True) != 1:
         raise BadInput(
             "configs/eval.py needs one of `sample`, `gpr1200=PATH` and `sets=FOLDER` behind the "
-            "colon: write --config configs/eval.py:sample."
+            "colon: write --config eval:sample."
         )
     config = ml_collections.ConfigDict()
     config.distributed = False  # True on pods: one process a host, jax.distributed
@@ -74,7 +74,7 @@ def _folders(names: list[str]) -> dict:
         if not found:
             raise BadInput(
                 f"{folder} has no evaluation set: name the folder of those that "
-                "`python -m mofi_jax.make_eval_sets` wrote, each under its own name, or one with "
+                "`mofi eval-sets` wrote, each under its own name, or one with "
                 "tars of {class}_{name}.jpg."
             )
         if double := evaluators.keys() & found.keys():

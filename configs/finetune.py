@@ -1,6 +1,6 @@
 """Trainings that begin with a model: own classes, another resolution, texts, new entities.
 
-    python -m mofi_jax.train --config configs/finetune.py:recipe=classes,model=MODEL,data=W \\
+    mofi train --config finetune:recipe=classes,model=MODEL,data=W \\
         --workdir TUNED
 
 MODEL is a run or a folder of the Hugging Face hub or of open_clip, W holds i2e/ as

@@ -1,13 +1,13 @@
 """Data preparation: image-text pairs in, I2E shards and their data card out.
 
-    python -m data_prep.build_i2e --config configs/i2e.py:sample,dataset=i2t --workdir W
-    python -m data_prep.build_i2e --config configs/i2e.py:sample --workdir W --config.clip=RUN
+    mofi labels --config i2e:sample,dataset=i2t --workdir W
+    mofi labels --config i2e:sample --workdir W --config.clip=RUN
 
 prepare the bundled sample: first its raw pairs (seconds), on which a CLIP model is trained (see
 `configs/quickstart.py`), then the labelled set with that model (under a minute on 2 cores). One's
 own pairs and knowledge base:
 
-    python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,kb=KB --workdir W \\
+    mofi labels --config i2e:folder=PAIRS,kb=KB --workdir W \\
         --config.clip=RUN
 
 PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders), of parquet with
@@ -61,7 +61,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     if args.sample == bool(args.folder):
         raise errors.BadInput(
             "configs/i2e.py takes either `sample` or `folder=PATH`: write for example"
-            " --config configs/i2e.py:folder=pairs,kb=knowledge_base.jsonl.gz."
+            " --config i2e:folder=pairs,kb=knowledge_base.jsonl.gz."
         )
     config = ml_collections.ConfigDict()
     config.dataset = args.dataset  # i2e: labelled pairs. i2t: the raw pairs, all of them

@@ -1,8 +1,8 @@
 """The knowledge base: what is kept of Wikidata and how names are weighed.
 
-    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/
-    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ \\
-        --config configs/kb.py:languages=en+de --config.anchors=anchors.parquet
+    mofi kb --dump latest-all.json.bz2 --out kb/
+    mofi kb --dump latest-all.json.bz2 --out kb/ \\
+        --config kb:languages=en+de --config.anchors=anchors.parquet
 
 Argument: languages=CODE+CODE..., the preferred first. "mul", Wikidata's code for what holds in
 every language, comes last where it is not named: labels that are the same everywhere move there.

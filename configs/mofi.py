@@ -1,6 +1,6 @@
 """MOFI on web-scale I2E shards: supervised, contrastive or multi-task; B/16, L/14 or H/14.
 
-    python -m mofi_jax.train --config configs/mofi.py:task=multitask,variant=B/16,res=224 \\
+    mofi train --config mofi:task=multitask,variant=B/16,res=224 \\
         --config.data.dir=DATA --workdir W
 
 The paper does not publish its optimisation settings.  Each number below names the public source it

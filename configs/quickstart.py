@@ -1,6 +1,6 @@
 """The whole recipe at a size that trains in minutes on a laptop's CPU, on the bundled sample.
 
-    python -m mofi_jax.train --config configs/quickstart.py:task=multitask --workdir W
+    mofi train --config quickstart:task=multitask --workdir W
 
 `make quickstart` runs it twice: ``task=contrastive,data=i2t`` is the CLIP model that chooses labels
 (trained on the raw pairs), ``task=multitask`` the MOFI model (trained on the chosen labels).  The

@@ -1,7 +1,8 @@
-"""Counts the links of the English Wikipedia: a table of anchors for `config.anchors` of build_kb.
+"""Counts the links of the English Wikipedia, which tell what names mean.
 
-    python -m data_prep.build_anchors --dump enwiki-latest-pages-articles.xml.bz2 \\
-        --kb kb/ --out anchors.parquet [--workers 16]
+    mofi anchors --dump enwiki-latest-pages-articles.xml.bz2 \\
+        --kb kb/ --out anchors.parquet --workers 16
+    mofi kb --dump latest-all.json.bz2 --out kb2/ --config.anchors=anchors.parquet
 
 `kb` is a knowledge base built from Wikidata, whose entities have titles; the table says how often
 each text links to each entity (anchor, qid, count), titles that redirect to it among them, and how

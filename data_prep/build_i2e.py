@@ -1,7 +1,7 @@
 """Prepares data: image-text pairs in, ArrayRecord shards and a data card out.
 
-    python -m data_prep.build_i2e --config configs/i2e.py:sample,dataset=i2t --workdir W
-    python -m data_prep.build_i2e --config configs/i2e.py:sample --workdir W --config.clip=RUN
+    mofi labels --config i2e:sample,dataset=i2t --workdir W
+    mofi labels --config i2e:sample --workdir W --config.clip=RUN
 
 dataset=i2t writes the raw pairs, i2t/; dataset=i2e finds and chooses entities and writes the
 labelled pairs, i2e/. The stages below read top to bottom; each skips what is finished, so the same

@@ -1,9 +1,9 @@
-"""Builds a knowledge base from a dump of Wikidata, JSONL or WordNet (see `data_prep.kb.build`).
+"""Builds a knowledge base from a dump of Wikidata, JSONL or WordNet.
 
-    python -m data_prep.build_kb --dump latest-all.json.bz2 --out kb/ [--config configs/kb.py:...]
-    python -m data_prep.build_kb --dump rows.jsonl.gz --out kb/
-    python -m data_prep.build_kb --dump WordNet-3.0/dict --out kb/
-    lbzip2 -dc latest-all.json.bz2 | python -m data_prep.build_kb --dump - --out kb/
+    mofi kb --dump latest-all.json.bz2 --out kb/ --config kb:languages=en+de
+    mofi kb --dump rows.jsonl.gz --out kb/
+    mofi kb --dump WordNet-3.0/dict --out kb/
+    lbzip2 -dc latest-all.json.bz2 | mofi kb --dump - --out kb/
 
 The same command after a kill parses only what is not parsed yet; a finished folder is left alone.
 The counts are in kb/result.json, what was dropped with its reasons among them; unusable lines with
@@ -11,7 +11,6 @@ their numbers and reasons are in kb/rejects.parquet.
 """
 
 import json
-import sys
 
 import ml_collections
 from absl import logging
@@ -23,7 +22,11 @@ from mofi_jax.common import cli, files
 
 
 def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
-    """Builds `out` from `dump`.
+    """Builds `out` from `dump`, see `data_prep.kb.build`.
+
+    Args:
+      dump: the file, or for WordNet the folder; - for what comes in by a pipe.
+      out: folder of the knowledge base; the same command with it goes on.
 
     Raises:
       BadInput: `dump` is missing, damaged, of another format or without a usable entity.
@@ -37,6 +40,4 @@ def main(config: ml_collections.ConfigDict, dump: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    if not any(arg.lstrip("-").partition("=")[0] == "config" for arg in sys.argv[1:]):
-        sys.argv.insert(1, "--config=kb")  # the defaults
-    cli.run(main)
+    cli.run(main, config="kb")

@@ -1,7 +1,7 @@
-"""Packs a folder of pictures in a folder for each class, so that they become training data.
+"""Packs pictures in a folder for each class, so that they become training data.
 
-    python -m data_prep.class_folders --pictures PICTURES --out PAIRS
-    python -m data_prep.build_i2e --config configs/i2e.py:classes=PAIRS --workdir W
+    mofi class-folders --pictures PICTURES --out PAIRS
+    mofi labels --config i2e:classes=PAIRS --workdir W
 
 PICTURES/CLASS/**/*.jpg (png, webp, gif) are of the entity `class:CLASS`, by whose name, CLASS
 without underscores, their captions go.  PAIRS gets tars of pairs as img2dataset writes them, in the

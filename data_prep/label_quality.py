@@ -1,8 +1,10 @@
-"""Label quality: measures labels against ground truth. With `quality`, all that ever reads truth.
+"""Measures labels against ground truth.
 
-    python -m data_prep.label_quality --workdir W --truth truth.jsonl.gz --classes classes.jsonl
+    mofi label-quality --workdir W --truth truth.jsonl.gz --classes classes.jsonl
+    mofi label-quality --workdir W --truth truth.jsonl
 
-prints tables, writes W/label_quality.json and draws W/label_quality.png. `quality.truth` says what
+prints tables, writes W/label_quality.json and draws W/label_quality.png. With `quality`, it
+is all that ever reads truth, and `quality.truth` says what
 the files hold. Measured are:
 
     text_only   what the caption alone makes likeliest (`choose.choose_by_text`)
@@ -45,7 +47,13 @@ _SHARES = np.linspace(0, 0.95, 20)  # of the pictures that a threshold leaves wi
 
 
 def main(workdir: str, truth: str, classes: str | None = None) -> None:
-    """The command: `measure_workdir`, and its tables."""
+    """The command: `measure_workdir`, and its tables.
+
+    Args:
+      workdir: that of the labels.
+      truth: the file that says what each picture shows.
+      classes: the entity of each class number, where the truth is given in these.
+    """
     print(table(measure_workdir(workdir, truth, classes)))
 
 

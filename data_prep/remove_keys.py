@@ -1,6 +1,7 @@
 """Removes records from a published data set: the next patch version, without them.
 
-    python -m data_prep.remove_keys --dataset W/i2e/1.0.0 --keys KEYS.txt [--out W/i2e/1.0.1]
+    mofi remove --dataset W/i2e/1.0.0 --keys KEYS.txt
+    mofi remove --dataset W/i2e/1.0.0 --keys KEYS.txt --max_hamming 0 --out W/i2e/1.0.1
 
 KEYS.txt has one key in each line; in the work directory that made the data set also sha256:HEX or
 phash:HEX of pictures. There copies of the pictures go too (`--max_hamming`: by how many bits of the
@@ -20,7 +21,14 @@ from mofi_jax.common import cli, errors
 
 
 def main(dataset: str, keys: str, out: str | None = None, max_hamming: str = "4") -> None:
-    """The command: `remove`, and what it did for people to read."""
+    """The command: `remove`, and what it did for people to read.
+
+    Args:
+      dataset: folder of the published version.
+      keys: the file of what is removed, a line each.
+      out: folder of the new version; by default the next one beside `dataset`.
+      max_hamming: bits of the perceptual hash by which copies may differ, 0 to 6.
+    """
     if max_hamming not in [*"0123456"]:
         raise errors.BadInput(f"--max_hamming={max_hamming} cannot be used: give 0 to 6.")
     result = remove.remove(dataset, keys, out, int(max_hamming))

@@ -5,13 +5,13 @@ python -m mofi_jax train --config mofi:variant=B/16 --workdir RUN
 """
 
 import ast
-import difflib
 import pathlib
 import runpy
 import sys
 
 import mofi_jax
-from mofi_jax.common import packages
+from mofi_jax.common import command_help, packages
+from mofi_jax.common.errors import BadInput, nearest
 
 # In the order in which they are needed.
 COMMANDS = {
@@ -41,18 +41,22 @@ COMMANDS = {
 def main() -> None:
     """Runs the subcommand that ``sys.argv`` names, as ``python -m`` would run its module."""
     name, rest = (sys.argv[1] if sys.argv[1:] else "--help"), sys.argv[2:]
-    if name in ("--help", "-h", "help"):
-        print(usage())
-    elif name == "--version":
-        print(f"mofi_jax {mofi_jax.__version__}")
-    elif name in COMMANDS:
-        packages.prefer_ours()
-        sys.argv[:] = [f"mofi {name}", *rest]
-        runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
-    else:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        remedy = f"did you mean `mofi {close[0]}`?" if close else "`mofi --help` lists them."
-        print(f"error: There is no command {name!a}: {remedy}", file=sys.stderr)
+    try:
+        if name in ("--help", "-h", "help"):
+            command_help.write(usage())
+        elif name == "--version":
+            print(f"mofi_jax {mofi_jax.__version__}")
+        elif name not in COMMANDS:
+            remedy = nearest(name, COMMANDS, "`mofi {}`") or "`mofi --help` lists them."
+            raise BadInput(f"There is no command {name!a}: {remedy}")
+        elif command_help.is_asked(rest):
+            command_help.show(source(name), rest)
+        else:
+            packages.prefer_ours()
+            sys.argv[:] = [f"mofi {name}", *rest]
+            runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

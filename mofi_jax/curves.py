@@ -1,6 +1,7 @@
-"""Draws the curves of one run, or of several over each other, from their metrics files.
+"""Draws the curves of one run, or of several over each other.
 
-    python -m mofi_jax.curves W [W2 ...] [--out curves.png]
+    mofi curves W
+    mofi curves W W2 W3 --out curves.html
 
 Without ``--out`` the picture is ``W/curves.png``.  A name that ends in ``.html`` gives one page,
 which needs no other file: the same curves, and a table of the latest values.  Noisy curves are
@@ -75,7 +76,12 @@ class Run:
 
 
 def main(*workdirs: str, out: str = "") -> None:
-    """Draws the runs of `workdirs` to the file `out`."""
+    """Draws the runs of `workdirs` to the file `out`.
+
+    Args:
+      workdirs: folders of training runs, one or more.
+      out: the picture, .png, or page, .html; by default curves.png in the first of them.
+    """
     path = files.output_file(out or epath.Path(workdirs[0]) / "curves.png", "--out")
     if path.suffix not in (".png", ".html"):
         raise BadInput(f"--out={out} must end in .png or .html: rename it.")

@@ -1,6 +1,7 @@
-"""Embeds pictures: all of a folder, a tar, parquet or shards, whatever they are called.
+"""Embeds pictures: all of a folder, a tar, parquet or shards.
 
-    python -m mofi_jax.embed --model M --images D --out E [--entities 3] [--texts LINES.txt]
+    mofi embed --model M --images D --out E
+    mofi embed --model M --images D --out E --entities 3 --texts LINES.txt
 
 D is a folder of any depth, with pictures, uncompressed tars (img2dataset's among them), Hugging
 Face parquet or our I2E shards in it, or one such file.  E receives
@@ -60,6 +61,8 @@ def main(
 
     Args:
       model: a training run, or a Hugging Face CLIP folder.
+      images: the pictures: a folder of any depth, or one file that holds them.
+      out: the folder of the embeddings; the same command with it goes on.
       step: of a training run, a saved step or best (config.checkpoint.keep_best); else the last.
       entities: how many of the nearest entities are named for each picture.
       texts: a text file whose lines are embedded too.

@@ -1,7 +1,7 @@
-"""Measures finished models: one table, protocol cards, and a page with what they find near to what.
+"""Measures finished models: a table, protocols, and a page with what they find.
 
-    python -m mofi_jax.evaluate --config configs/eval.py:sample --model W [--step best]
-    python -m mofi_jax.evaluate --config configs/eval.py:sample --models W CLIP raw_pixels --out D
+    mofi evaluate --config eval:sample --model W
+    mofi evaluate --config eval:sample --models W CLIP raw_pixels --out D
 
 A model is a training run, a Hugging Face CLIP folder, exported or anybody's, or ``raw_pixels``, the
 baseline that compares pictures by their pixels.  On several hosts, start it on all of them with the
@@ -55,6 +55,7 @@ def main(
     Args:
       model: a training run, a Hugging Face CLIP folder or raw_pixels.
       models: several of them, in one table.
+      out: the folder of the results; by default evaluation/ in that of the only model.
       step: of training runs, a saved step or best (config.checkpoint.keep_best); else the last.
       coordinator, processes, process: HOST:PORT of process 0, how many there are, and which one
         this is, counted from 0; left out where jax finds them by itself.

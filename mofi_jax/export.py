@@ -1,6 +1,7 @@
 """Exports a model and proves that what was written reads back the same.
 
-    python -m mofi_jax.export --model runs/quickstart/multitask --format hf --out exported
+    mofi export --model runs/quickstart/multitask --format hf --out exported
+    mofi export --model RUN --step best --format onnx --out exported
 
 writes a folder that others open, and in it result.json, the parity report: the largest and mean
 difference of L2-normalised embeddings, for pictures and texts, between the model and each reader of
@@ -50,6 +51,9 @@ def main(
     """Exports the model folder `model` to the new folder `out`.
 
     Args:
+      model: a training run, or a Hugging Face CLIP folder.
+      out: the new folder.
+      format: hf, open_clip, onnx, stablehlo or web.
       step: of a training run, a saved step or best (config.checkpoint.keep_best); else the last.
       license: of the model, by the hub's short names, as apache-2.0; for the model card.
       data_card: of what it was trained on, as OWNER/NAME on the hub or an address; for the card.

@@ -1,7 +1,9 @@
-"""Carries a training run over to a larger vocabulary, so that it goes on instead of starting over.
+"""Carries a training run over to a larger vocabulary, where it goes on.
 
-    python -m mofi_jax.grow --model RUN --data NEW_DATA --workdir GROWN
-    python -m mofi_jax.train --config ... --config.data.dir=NEW_DATA --workdir GROWN
+    mofi grow --model RUN --data NEW_DATA --workdir GROWN
+    mofi grow --model RUN --data NEW_DATA --workdir GROWN --missing drop
+    mofi train --config finetune:recipe=entities,model=GROWN,data=NEW_DATA,total="99 epochs" \\
+        --workdir GROWN
 
 Entities are matched by QID: those that RUN knows keep their row of the class table and its moments
 to the bit, whatever their new ids; new ones start at the embedding of their name and description by

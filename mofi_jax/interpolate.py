@@ -1,13 +1,14 @@
-"""The weighted mean of two models' parameters, in float32 (WiSE-FT, arXiv 2109.01903).
+"""The weighted mean of two models' parameters, between which good ones lie.
 
-    python -m mofi_jax.interpolate --models CLIP TUNED --weight 0.5 --out BETWEEN
+    mofi interpolate --models CLIP TUNED --out BETWEEN
+    mofi interpolate --models CLIP TUNED --weight 0.3 --entities second --out BETWEEN
 
 Between a model and what was fine-tuned from it lie models that keep much of what the first can do
-beside what the second has learned; `mofi_jax.evaluate --models CLIP BETWEEN TUNED` shows them side
-by side.  A weight of 0 is the first model and 1 the second, to the bit.  Towers, class tables and
-scales that only one of the two has are taken over as they are: a classifier tuned from a CLIP model
-keeps that model's text tower.  Of two vocabularies --entities takes one.  BETWEEN is a Hugging Face
-folder, written and compared as by `mofi_jax.export`.
+beside what the second has learned (WiSE-FT, arXiv 2109.01903); `mofi evaluate --models CLIP BETWEEN
+TUNED` shows them side by side.  The mean is in float32: a weight of 0 is the first model and 1 the
+second, to the bit.  Towers, class tables and scales that only one of the two has are taken over as
+they are: a classifier tuned from a CLIP model keeps that model's text tower.  Of two vocabularies
+--entities takes one.  BETWEEN is a Hugging Face folder, written and compared as by `mofi export`.
 
 It runs on one host, on its CPU.
 """

@@ -1,7 +1,7 @@
-"""Turns a download of a public evaluation set into the files that the evaluators read.
+"""Makes evaluation sets out of the downloads of public ones.
 
-    python -m mofi_jax.make_eval_sets list
-    python -m mofi_jax.make_eval_sets cub --source CUB_200_2011.tgz --out sets/cub
+    mofi eval-sets list
+    mofi eval-sets cub --source CUB_200_2011.tgz --out sets/cub
 
 ``list`` says of each set where it is to be had, its size and licence; nothing is downloaded.
 SOURCE is what was downloaded, an archive or a folder of files and archives.
@@ -45,6 +45,7 @@ def main(*name: str, source: str = "", out: str = "") -> None:
     """Makes the evaluation set `name`, or lists those that there are.
 
     Args:
+      name: of the set, or list for those that there are.
       source: what was downloaded: an archive, or a folder of files and archives.
       out: the folder of the set, which must not exist.
     """

@@ -1,6 +1,7 @@
 """Trains every point of a sweep and compares them.
 
-    python -m mofi_jax.sweep --config configs/sweeps/learning_rate.py:... --workdir S
+    mofi sweep --config sweeps/learning_rate --workdir S --list
+    mofi sweep --config sweeps/learning_rate:short --workdir S --config.total="50 steps"
 
 Beside ``get_config`` the config file has ``get_hyper(arg)``, the ordered list of points, each a
 dict {dotted config key: value}, and ``METRIC``, the score that ranks them (higher is better).
@@ -17,7 +18,6 @@ command resumes), 2 bad input, 1 a point crashed.
 """
 
 import copy
-import importlib.util
 import os
 import re
 import signal
@@ -26,12 +26,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import logging
 from etils import epath
-from ml_collections import config_flags
 
 from mofi_jax import telemetry
-from mofi_jax.common import cli, files
+from mofi_jax.common import cli, config_files, config_keys, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.training import run_folder, settings
 
@@ -42,6 +41,7 @@ NAME_LENGTH = 120  # a folder's name has room for 255 bytes
 
 def main(
     config: Any,
+    config_source: config_files.Source,
     workdir: str,
     index: str = "",
     list: bool = False,
@@ -54,18 +54,17 @@ def main(
     Args:
       config: the base of all points, with the flags' values.
       workdir: folder of the sweep; one that all hosts share.
+      index: the point to train, counted from 0; all of them if left out.
+      list: shows the points and which are trained, and trains none.
       coordinator, processes, process: passed on to every training.
     """
-    flag = flags.FLAGS["config"]
-    filename = config_flags.get_config_filename(flag)
-    overrides = config_flags.get_override_values(flag)
-    points, metric = load(filename)
+    points, metric = load(config_source)
     if metric.partition("/")[0] not in config.evaluators:
         raise BadInput(
-            f"METRIC={metric!r} in {filename} is of no evaluator of the config: choose "
+            f"METRIC={metric!r} in {config_source.given} is of no evaluator of the config: choose "
             f"EVALUATOR/SCORE of {', '.join(config.evaluators) or 'config.evaluators, now empty'}."
         )
-    names = check(points, config, overrides)
+    names = check(points, config, config_source.overrides)
     if index and not (index.isdecimal() and int(index) < len(points)):
         raise BadInput(f"--index={index}: the points are 0 to {len(points) - 1}, see --list.")
     chosen = [int(index)] if index else range(len(points))
@@ -77,7 +76,8 @@ def main(
     workdir.mkdir(parents=True, exist_ok=True)
     lead = process in ("", "0")
     hosts = {"coordinator": coordinator, "processes": processes, "process": process}
-    train = [sys.executable, "-m", "mofi_jax.train", f"--config={filename}", *as_flags(overrides)]
+    train = [sys.executable, "-m", "mofi_jax.train", f"--config={config_source.given}"]
+    train += as_flags(config_source.overrides)
     train += [f"--{name}={value}" for name, value in hosts.items() if value]
     trainings = []
     for i in chosen:
@@ -89,18 +89,15 @@ def main(
     return code
 
 
-def load(filename: str) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The points and the metric of a config file, FILE or FILE:ARGUMENT."""
-    path, _, arg = filename.partition(":")
-    spec = importlib.util.spec_from_file_location("sweep_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load(source: config_files.Source) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The points and the metric of a config file."""
+    module = config_files.module(source.path)
     for name, what in (("get_hyper", "the points of a sweep"), ("METRIC", "what ranks them")):
         if not hasattr(module, name):
             raise BadInput(
-                f"{path} has no {name}, {what}: see configs/sweeps/learning_rate.py for one."
+                f"{source.path} has no {name}, {what}: see configs/sweeps/learning_rate.py for one."
             )
-    return module.get_hyper(arg or None), module.METRIC
+    return module.get_hyper(source.arguments or None), module.METRIC
 
 
 def check(
@@ -118,6 +115,8 @@ def check(
             raise BadInput(f"--config.{clash[0]} is swept by get_hyper: remove the flag.")
         if point in points[:i]:
             raise BadInput(f"Points {points.index(point)} and {i} of get_hyper are the same.")
+        for key in point:
+            config_keys.find(config, key, "the config", config_keys.open_groups(config))
         try:
             settings.validate(point_config(config, point))
         except (KeyError, AttributeError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Trains MOFI: supervised, contrastive or both at once.
 
-    python -m mofi_jax.train --config configs/mofi.py:task=multitask,variant=B/16 --workdir W
+    mofi train --config mofi:task=multitask,variant=B/16 --workdir W
+    mofi train --config quickstart:task=supervised --config.optimizer.learning_rate=3e-4 --workdir W
 
 Reads from top to bottom: devices, data, model, evaluators, checkpoint, logging, input, loop.  The
 same command with the same ``--workdir`` resumes; a run killed at any moment ends in the parameters

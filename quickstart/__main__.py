@@ -1,4 +1,4 @@
-"""The whole recipe on the bundled sample: noisy pairs in, retrieval score and exported model out.
+"""The whole recipe on the bundled sample: noisy pairs in, scores and a model out.
 
     mofi quickstart            everything, in runs/quickstart/ of the current folder
     mofi quickstart --compare  supervised and contrastive training on the same labels, beside it

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-import types
 
 import ml_collections
 import pytest
@@ -15,6 +14,7 @@ from etils import epath
 from configs import quickstart
 from configs.sweeps import learning_rate
 from mofi_jax import sweep
+from mofi_jax.common import config_files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
 from mofi_jax.training import settings
@@ -45,7 +45,7 @@ def test_the_bundled_sweep_fits_its_config():
     ("points", "overrides", "sentence"),
     [
         ([], {}, "returns no points"),
-        ([{"optimizer.rate": 1.0}], {}, '"rate" does not exist .* is locked.$'),
+        ([{"optimizer.rate": 1.0}], {}, r"no key --config.optimizer.rate in the config"),
         ([{"batch_size": 64}, {"batch_size": "many"}], {}, "Point 1 of get_hyper"),
         ([{"losses.entity.margin": 2.0}], {}, "config.losses.entity.margin must be"),
         ([{"seed": 1}, {"seed": 2}, {"seed": 1}], {}, "Points 0 and 2"),
@@ -235,7 +235,7 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
 
 def test_config_without_points():
     with pytest.raises(BadInput, match=r"configs/quickstart.py has no get_hyper"):
-        sweep.load(str(REPOSITORY / "configs/quickstart.py"))
+        sweep.load(config_files.Source("", str(REPOSITORY / "configs/quickstart.py"), None, {}))
 
 
 @pytest.mark.parametrize(
@@ -246,13 +246,10 @@ def test_config_without_points():
     ],
 )
 def test_metric_of_no_evaluator_and_index_outside(metric, index, sentence, monkeypatch, tmp_path):
-    flag = types.SimpleNamespace()
-    monkeypatch.setattr(sweep, "flags", types.SimpleNamespace(FLAGS={"config": flag}))
-    monkeypatch.setattr(sweep.config_flags, "get_config_filename", lambda _: "file.py:short")
-    monkeypatch.setattr(sweep.config_flags, "get_override_values", lambda _: {})
+    source = config_files.Source("file.py:short", "file.py", "short", {})
     monkeypatch.setattr(sweep, "load", lambda _: ([{"seed": 1}], metric))
     with pytest.raises(BadInput, match=sentence):
-        sweep.main(learning_rate.get_config().lock(), str(tmp_path / "sweep"), index=index)
+        sweep.main(learning_rate.get_config().lock(), source, str(tmp_path / "sweep"), index=index)
     assert not (tmp_path / "sweep").exists()
 
 

@@ -1,6 +1,6 @@
-"""Learning rate and margin of the quick start's recipe, for `python -m mofi_jax.sweep`.
+"""Learning rate and margin of the quick start's recipe, for `mofi sweep`.
 
-    python -m mofi_jax.sweep --config configs/sweeps/learning_rate.py --workdir SWEEP
+    mofi sweep --config sweeps/learning_rate --workdir SWEEP
 
 Needs the data of `make quickstart` (runs/quickstart/data).  Nine trainings, each as long as the
 quick start's own: about 25 minutes on two CPU cores; ``short`` takes a tenth of the steps.

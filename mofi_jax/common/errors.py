@@ -1,8 +1,10 @@
 """The exceptions meant for people, each one sentence with its exit code."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 
 class BadInput(ValueError):
@@ -33,6 +35,12 @@ class Preempted(Exception):
     """
 
     exit_code = 75
+
+
+def nearest(name: str, known: Iterable[str], shown: str = "{}") -> str:
+    """Asks for the known name that is most like this one, as `shown` has it; "" where none is."""
+    close = difflib.get_close_matches(name, [*known], 1)
+    return f"did you mean {shown.format(close[0])}?" if close else ""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # can only be about writing

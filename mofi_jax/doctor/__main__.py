@@ -1,6 +1,7 @@
 """Checks whether a training can run here, before a pod is spent on finding out.
 
-    python -m mofi_jax.doctor --config configs/mofi.py:... --workdir W [--coordinator ...]
+    mofi doctor --config mofi:variant=B/16 --config.data.dir=DATA --workdir W
+    mofi doctor --config quickstart --workdir W --json
 
 Takes the flags of `mofi_jax.train` and is started like it: on every host of a pod at once.  Prints
 a line for each check (ok, warning or problem, with the remedy), with ``--json`` an object {"check",
@@ -39,7 +40,13 @@ def main(
     process: str = "",
     json: bool = False,
 ) -> int:
-    """Prints the report, with `json` as JSON lines; returns the exit code."""
+    """Prints the report; returns the exit code.
+
+    Args:
+      workdir: folder of the training to come.
+      coordinator, processes, process: as `mofi train` takes them.
+      json: a line of JSON for each check.
+    """
     # The devices belong to the process that looks at them; this one needs shapes alone.
     jax.config.update("jax_platforms", "cpu")
     report = examine(config, workdir, coordinator=coordinator, processes=processes, process=process)

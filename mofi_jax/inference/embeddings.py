@@ -218,4 +218,4 @@ def read_result(folder: epath.PathLike) -> dict[str, Any]:
     Raises BadInput: none there.
     """
     path = epath.Path(folder) / RESULT
-    return files.read_json_object(path, "name a folder that `python -m mofi_jax.embed` has written")
+    return files.read_json_object(path, "name a folder that `mofi embed` has written")

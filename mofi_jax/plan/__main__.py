@@ -1,6 +1,7 @@
 """What a training config costs on a TPU slice, from a machine without one.
 
-    python -m mofi_jax.plan --config configs/mofi.py:variant=H/14 --topology v5p:8x8x8
+    mofi plan --config mofi:variant=H/14 --topology v5p:8x8x8
+    mofi plan --config mofi:variant=B/16 --topology v6e:16x16 --largest=yes --out PLAN
 
 Compiles the real training step for the named slice (``--slices`` of them) and reads what the
 compiler made of it: memory of a chip by kind, what goes over the links, the bound that these and
@@ -113,7 +114,16 @@ def main(
     largest: str = "no",
     out: str = "",
 ) -> None:
-    """Plans, prints and writes."""
+    """Plans, prints and writes.
+
+    Args:
+      topology: the slice, as v5p:8x8x8.
+      slices: how many of them.
+      entities: of the data set's vocabulary.
+      vocab_size: of its tokenizer.
+      largest: yes to look for the largest batch that fits.
+      out: folder of result.json; without it nothing is written.
+    """
     settings.validate(config)
     folder = files.output_folder(out, "--out") if out else None
     if largest not in ("yes", "no"):

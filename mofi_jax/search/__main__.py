@@ -1,7 +1,7 @@
-"""Finds pictures by pictures and by words, in what `mofi_jax.embed` has written.
+"""Finds pictures by pictures and by words, in what `mofi embed` has written.
 
-    python -m mofi_jax.search --embeddings E --text "a red car" "a boat" --out found.html
-    python -m mofi_jax.search --embeddings E --image my.jpg --k 48 --out found.html
+    mofi search --embeddings E --text "a red car" "a boat" --out found.html
+    mofi search --embeddings E --image my.jpg --k 48 --out found.html
 
 PAGE is one HTML file with the pictures in it; keys and cosines are printed too.  The model is the
 one that made E.  The first search of a large collection makes its index, E/index.npy, in seconds.
@@ -59,6 +59,8 @@ def main(
     """Searches the folder `embeddings` and writes the page `out`.
 
     Args:
+      embeddings: what `mofi embed` has written.
+      out: the page, .html.
       image: picture files to search by, one or more.
       text: words to search by, in quotes, one or more.
       k: how many pictures to find for each.

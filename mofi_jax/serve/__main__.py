@@ -1,7 +1,7 @@
-"""A page for a model: drop a picture or type words, see what is near to it and what it shows.
+"""A page for a model: drop a picture or type words, see what is near to it.
 
-    python -m mofi_jax.embed --model RUN --images PICTURES --out E
-    python -m mofi_jax.serve --model RUN --embeddings E        # http://127.0.0.1:8000
+    mofi embed --model RUN --images PICTURES --out E
+    mofi serve --model RUN --embeddings E        # http://127.0.0.1:8000
 
 Without --embeddings it names entities alone.  It answers this machine only; ``--host=0.0.0.0`` lets
 others in, who may then see every picture of E and ask the model, and nothing else.
