@@ -160,8 +160,9 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     config.max_images = ml_collections.config_dict.placeholder(int)
 
     # Pictures held out to measure on, at most, and about a tenth of all; 0: none. Those with a
-    # label become the set W/evaluation (configs/eval.py:sets=W/evaluation). By a hash of picture
-    # and seed: the same ones for i2t, and where pairs are added later none that was trained on.
+    # label become the set W/evaluation (`mofi evaluate --config eval:sets=W/evaluation`). By a hash
+    # of picture and seed: the same ones for i2t, and where pairs are added later none that was
+    # trained on.
     config.held_out = 5_000 if args.small else 0
     # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
     config.removed = ()

@@ -1,10 +1,10 @@
 """Some thousands of pairs of one's own, on a laptop: 5,000 on two CPU cores in ten minutes.
 
-    python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,small,dataset=i2t --workdir W
-    python -m mofi_jax.train --config configs/small.py:task=contrastive,data=W --workdir CLIP
-    python -m data_prep.build_i2e --config configs/i2e.py:folder=PAIRS,small,kb=wordnet \\
+    mofi labels --config i2e:folder=PAIRS,small,dataset=i2t --workdir W
+    mofi train --config small:task=contrastive,data=W --workdir CLIP
+    mofi labels --config i2e:folder=PAIRS,small,kb=wordnet \\
         --workdir W --config.clip=CLIP
-    python -m mofi_jax.train --config configs/small.py:data=W --workdir RUN
+    mofi train --config small:data=W --workdir RUN
 
 W/evaluation then holds pairs that were held out, to measure RUN on.  Towers, losses, texts and
 optimizer are the quick start's, the length follows from the size of the data set, and dtype,

@@ -18,7 +18,7 @@ import ml_collections
 
 from configs import common
 from mofi_jax.__main__ import COMMANDS, source
-from mofi_jax.common import config_help, processes
+from mofi_jax.common import command_help, config_help, processes
 from mofi_jax.model import mofi as model
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -159,30 +159,15 @@ def _docstring(command: str) -> str:
 
 
 def flags(command: str) -> Iterator[tuple[str, str, str]]:
-    """Flag, default and meaning, as `cli.run` makes them of the signature of `main`."""
-    body = ast.parse(source(command).read_text()).body
-    mains = [node for node in body if getattr(node, "name", "") == "main"]
-    if not mains:
-        return
-    said = ast.get_docstring(mains[0]) or ""
-    entries = re.findall(r"^  ([\w, ]+): (.+(?:\n    .+)*)", said, re.MULTILINE)
-    described = {name: text for names, text in entries for name in names.split(", ")}
-    given = mains[0].args
-    if given.vararg:
-        name = given.vararg.arg
-        yield f"{name.upper()} ...", "", _text(described.get(name, ""))
-    named = [*given.args, *given.kwonlyargs]
-    defaults = [*given.defaults, *given.kw_defaults]
-    for argument, default in zip(
-        named, [None] * (len(named) - len(defaults)) + defaults, strict=True
-    ):
-        value = None if default is None else ast.literal_eval(default)
-        shown = "required" if default is None else _code(value) if value else ""
-        meaning = described.get(argument.arg, "")
-        if argument.arg == "config":
-            shown = _code("kb") if command == "kb" else "required"
-            meaning = "a config: NAME:ARGUMENTS or FILE.py:ARGUMENTS"
-        yield f"--{argument.arg}", shown, _text(meaning)
+    """Flag, default and meaning, as `--help` shows them."""
+    for flag in command_help.read(source(command)).flags:
+        shown = "required" if flag.required else _code(flag.default) if flag.default else ""
+        if flag.written.startswith("--"):
+            if flag.name == "config" and command == "kb":
+                shown = _code("kb")
+            yield f"--{flag.name}", shown, _text(flag.says)
+        else:
+            yield flag.written, "", _text(flag.says)
 
 
 def _paragraphs(docstring: str | None) -> list[str]:

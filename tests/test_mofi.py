@@ -69,7 +69,7 @@ def test_help_of_a_command(name, monkeypatch, capsys):
     assert any(f"mofi {name}" in example for example in command.examples)
     for flag in command.flags:
         assert flag.written in said
-        assert flag.says not in ("", "must be given"), flag
+        assert flag.says, flag
     assert ("--config=NAME" in said) == bool(command.config)
     if command.config:
         path, arguments = config_files.find(command.config)

@@ -33,6 +33,8 @@ class Flag(NamedTuple):
 
     name: str
     written: str  # as on a command line
+    required: bool
+    default: object
     says: str
 
 
@@ -100,14 +102,10 @@ def read(file: str | os.PathLike) -> Command:
             written = f"--{name} A [B ...]"
         else:
             written = f"--{name}={name.upper() if name != 'config' else 'NAME'}"
-        if default is None and name != "config":
-            says = f"{says.removesuffix('.')} (must be given)" if says else "must be given"
-        elif value:
-            says = f"{says.removesuffix('.')} (default: {value})"
-        flags.append(Flag(name, written, says))
+        flags.append(Flag(name, written, default is None, value, says))
     if arguments.vararg:
         name = arguments.vararg.arg
-        flags.insert(0, Flag(name, f"{name.upper()} ...", said.get(name, "one or more")))
+        flags.insert(0, Flag(name, f"{name.upper()} ...", True, None, said.get(name, "")))
     docstring, examples = _split(ast.get_docstring(tree) or "")
     named = re.search(r"--config[ =](\S+)", " ".join(examples))
     config = named[1] if named and "config" in names else ""
@@ -129,7 +127,7 @@ def _split(docstring: str) -> tuple[str, list[str]]:
 
 
 def _all(command: Command, argv: Sequence[str], default: str, wide: int) -> str:
-    flags = _rows([(flag.written, flag.says) for flag in command.flags], wide)
+    flags = _rows([(flag.written, _told(flag)) for flag in command.flags], wide)
     parts = [command.docstring, f"Flags:\n{flags}"]
     if command.config:
         try:
@@ -159,7 +157,7 @@ def _keys(
 def _one(command: Command, name: str, argv: Sequence[str], default: str, wide: int) -> str:
     for flag in command.flags:
         if flag.name == name:
-            return _rows([(flag.written, flag.says)], wide)
+            return _rows([(flag.written, _told(flag))], wide)
     names, where = [flag.name for flag in command.flags], "this command"
     if command.config:
         where, keys = _keys(command, argv, default)
@@ -171,6 +169,12 @@ def _one(command: Command, name: str, argv: Sequence[str], default: str, wide: i
         names += {key.name.rpartition(".")[0] for key in keys} - {""}
     remedy = nearest(name, names, "--help={}") or "--help shows all."
     raise BadInput(f"There is no flag or key {name!r} in {where.partition(':')[0]}: {remedy}")
+
+
+def _told(flag: Flag) -> str:
+    if flag.required and flag.name != "config":
+        return f"{flag.says.removesuffix('.')} (must be given)"
+    return f"{flag.says.removesuffix('.')} (default: {flag.default})" if flag.default else flag.says
 
 
 def _value(value: object, most: int | None = None) -> str:
