@@ -69,7 +69,14 @@ class Loop:
             tokens_per_step=batch_size * config.model.context_length,
             peak_flops=1e12,
         )
-        self.console = telemetry.Console(10_000, batch_size)
+        self.progress = telemetry.Progress(
+            self.goodput,
+            first=0,
+            total=10_000,
+            batch_size=batch_size,
+            work=lambda start, end: 1e12 * (end - start),
+            pauses={"checkpoint": [1000]},
+        )
         self.checkpointer = checkpoint.Checkpointer(workdir, keep=2)
 
     def run(self, steps: int, *, reporting: bool, saving: bool = False) -> float:
@@ -101,9 +108,10 @@ class Loop:
 
     def report(self) -> None:
         """What the training loop does after each step."""
+        self.progress.at(self.step - 1)
         self.watchdog.progress()
         self.metrics.watch(self.step, self.values)
-        self.console.show(self.step - 1, self.metrics.flush())
+        self.progress.show(self.step - 1, self.metrics.flush())
         if self.step % LOG_EVERY == 0:
             measured = {
                 **self.learning_rates(self.step),

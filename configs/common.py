@@ -123,6 +123,11 @@ def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
         found, preprocess = run_folder.model_config(values).to_dict(), values["preprocess"]
     else:
         reader = open_clip if open_clip.is_folder(path) else huggingface
+        if reader is huggingface and not (path / "config.json").exists():
+            raise BadInput(
+                f"model={folder} is neither a training run ({run_folder.MODEL_FILE}) nor a folder "
+                "of the Hugging Face hub (config.json) or of open_clip: name the folder of one."
+            )
         clip = reader.read(path)
         found, preprocess = clip.config.to_dict(), clip.preprocess
         if "text" not in clip.params:  # for one that is trained on it

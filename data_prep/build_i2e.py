@@ -9,6 +9,11 @@ command run again, after a kill too, does only what is missing and ends in the s
 W/result.json holds the counts of every stage, the sha256 of all shards and the seconds of this run.
 """
 
+from mofi_jax.common import console
+
+if __name__ == "__main__":
+    console.begin("labels: loading the libraries for data")
+
 import collections
 import functools
 import hashlib

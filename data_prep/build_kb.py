@@ -10,6 +10,11 @@ The counts are in kb/result.json, what was dropped with its reasons among them; 
 their numbers and reasons are in kb/rejects.parquet.
 """
 
+from mofi_jax.common import console
+
+if __name__ == "__main__":
+    console.begin("knowledge base: loading the libraries for data")
+
 import json
 
 import ml_collections

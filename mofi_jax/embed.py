@@ -19,6 +19,11 @@ used; on several hosts, start it on all of them with the flags of `mofi_jax.trai
 a file system that all of them see: each takes its share.  `mofi_jax.search` finds pictures in E.
 """
 
+from mofi_jax.common import console
+
+if __name__ == "__main__":
+    console.begin("embedding: loading jax")
+
 import collections
 import contextlib
 import time
@@ -96,6 +101,7 @@ def main(
         pieces = None if done else embeddings.Pieces(folder)
         # Few pictures are no reason to compute a whole batch of zeros.
         batch = batch if done else min(batch, pieces.pictures)
+        console.now("opening the model, and trying it")
         loaded = inference.load(model, step=step, batch_size=batch)
         if lines:
             hosts.agree(lambda: _embed_texts(loaded, lines, folder))
@@ -107,6 +113,7 @@ def main(
         hosts.agree(lambda: _check_probe(loaded, folder, model))
 
         # -------------------------------------------------------------------------------- pieces
+        console.close()
         missing = hosts.agree(pieces.missing)
         own = missing[jax.process_index() :: jax.process_count()]
         reader = containers.Reader(containers.folder_of(root))

@@ -16,6 +16,11 @@ flags of `mofi_jax.train`.  D (by default W/evaluation) receives
     index.html   the same; queries with neighbours, worst queries, confused classes, maps; protocols
 """
 
+from mofi_jax.common import console
+
+if __name__ == "__main__":
+    console.begin("evaluation: loading jax")
+
 import dataclasses
 import os
 import time
@@ -93,6 +98,7 @@ def main(
     for name in models:
         start = time.monotonic()
         logging.info("model %d of %d: %s", len(measured) + 1, len(models), name)
+        console.now("opening the model and the evaluation sets")
         if name == RAW_PIXELS:
             towers = inference.RawPixels(config.raw_pixels_size, mesh)
             params, description = {}, "raw pixels"
@@ -115,6 +121,7 @@ def main(
             seen = shown.setdefault(key, page.Shown(search, {}))
             if description not in seen.looks:
                 seen.looks[description] = page.look(seen.search, *of.features(embedder))
+        console.close()
         result["seconds"] = round(time.monotonic() - start, 1)
         measured.append({"model": description, **result})
 
@@ -145,6 +152,7 @@ def measure(suite: evaluation.Suite, embedder: embedding.Embedder) -> dict[str, 
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for name, evaluator in suite.evaluators.items():
         start = time.monotonic()
+        console.now(f"evaluator {name}")
         for key, value in evaluation.run_all({name: evaluator}, embedder).items():
             metric = key.removeprefix(f"{name}/")
             metrics.setdefault(name, {})[metric] = float(value)

@@ -22,6 +22,12 @@ It runs on one host, on its CPU: what is written and compared are whole arrays i
 accelerators of a pod would wait for all of their hosts.
 """
 
+from mofi_jax.common import console
+
+if __name__ == "__main__":
+    console.begin("export: loading jax")
+
+import os
 import signal
 import tempfile
 from typing import Any
@@ -68,8 +74,10 @@ def main(
     origin = model_card.Origin(license, data_card, _scores(model, step))
     target = target_folder(out)
     jax.config.update("jax_platforms", "cpu")
+    console.now("reading the model")
     saved = inference.read(model, step, by_rows=True)
-    write(saved, target, format, {"model": str(model)}, origin)
+    # Its name: where it lies on this machine is nobody's business.
+    write(saved, target, format, {"model": epath.Path(model).name or str(model)}, origin)
 
 
 def target_folder(out: str) -> epath.Path:
@@ -116,6 +124,7 @@ def write(
         finally:
             if old.exists() and not target.exists():
                 old.rename(target)
+    console.close()
     logging.info(
         "wrote %s, read back by %s with a largest difference of %.1e",
         target,
@@ -154,7 +163,9 @@ def export(
       BadInput: a model that the format cannot express.
       ParityError: a reader differs by more than `parity.MAX_ABS_DIFF`.
     """
+    console.now(f"writing {format}")
     FORMATS[format].write(epath.Path(folder), saved)
+    console.now("comparing what its readers make of it")
     report = parity.report(saved, FORMATS[format].readers(folder), keep=keep)
     return report | {
         "format": format,
@@ -166,4 +177,6 @@ def export(
 if __name__ == "__main__":
     # What is half written goes away when a scheduler stops the process, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The bars of other people's readers, each of which loads the model.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     cli.run(main)

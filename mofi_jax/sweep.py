@@ -14,7 +14,7 @@ in a SLURM array.  S holds
     sweep.md    the same as a table, best first
 
 Exit codes: 0 all points are done (one that diverged counts), 75 preempted and saved (the same
-command resumes), 2 bad input, 1 a point crashed.
+command resumes), 130 the same by Ctrl-C, 2 bad input, 1 a point crashed.
 """
 
 import copy
@@ -31,6 +31,7 @@ from etils import epath
 
 from mofi_jax import telemetry
 from mofi_jax.common import cli, config_files, config_keys, files
+from mofi_jax.common.console import interrupts
 from mofi_jax.common.errors import BadInput
 from mofi_jax.training import run_folder, settings
 
@@ -146,24 +147,25 @@ def run(
 ) -> int:
     """Runs (name, command, config) one after the other; returns the sweep's exit code."""
     child: subprocess.Popen | None = None
-    stopping = False
+    stopping = 0  # the exit code of a sweep that is to stop
 
     def stop(number: int, frame: Any) -> None:
         nonlocal stopping
-        stopping = True
+        stopping = interrupts.EXIT_CODE if number == signal.SIGINT else os.EX_TEMPFAIL
         # A terminal sends Ctrl-C to the training as well, and two of them would kill it.
         if child and number == signal.SIGTERM:
             child.send_signal(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    codes = []
+    interrupts.expect("the sweep stops when its training has; once more stops both at once")
+    codes, left = [], (os.EX_TEMPFAIL, interrupts.EXIT_CODE)
     try:
         for name, command, config in trainings:
             if is_done(workdir / name, config):
                 logging.info("%s is done", name)
                 continue
             if stopping:
-                return os.EX_TEMPFAIL
+                return stopping
             logging.info("%s starts", name)
             child = subprocess.Popen(command)
             if stopping:
@@ -172,17 +174,18 @@ def run(
             code = code if code >= 0 else 128 - code  # as a shell has it: 128 + N for signal N
             child = None
             failed = workdir / name / FAILED_FILE
-            if lead and code not in (0, os.EX_TEMPFAIL):
+            if lead and code not in (0, *left):
                 failed.parent.mkdir(exist_ok=True)
                 files.write_json(failed, {"exit_code": code, "config": run_folder.as_json(config)})
             elif lead:
                 failed.unlink(missing_ok=True)
-            if code == os.EX_TEMPFAIL or (code and stopping):
-                return os.EX_TEMPFAIL
+            if code in left or (code and stopping):
+                return stopping or code
             logging.info("%s ended with exit code %d", name, code)
             # Diverged: the loss is no longer finite, which for a sweep is a result.
             codes.append(0 if is_done(workdir / name, config) else code)
     finally:
+        interrupts.expect()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 1 if set(codes) - {0, 2} else max(codes, default=0)

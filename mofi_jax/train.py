@@ -8,11 +8,13 @@ same command with the same ``--workdir`` resumes; a run killed at any moment end
 of an uninterrupted one, bit for bit.  For what the folder W holds, see `training.run_folder`.
 """
 
+from mofi_jax.common import console
 from mofi_jax.distributed import preemption
 
 if __name__ == "__main__":
     # A machine may be taken away during the imports that follow, which take seconds.
     preemption.exit_on_sigterm()
+    console.begin("training: loading jax and the libraries for data")
 
 import contextlib
 import dataclasses
@@ -26,7 +28,7 @@ from etils import epath
 
 from mofi_jax import inference, telemetry
 from mofi_jax.common import cli, files, processes
-from mofi_jax.common.errors import BadInput, Preempted
+from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
 from mofi_jax.evaluators import suite as evaluation
@@ -69,6 +71,7 @@ def main(
     settings.validate(config)
     telemetry.require_wandb(config.telemetry.wandb)
     workdir = files.output_folder(workdir, "--workdir", bucket=True)
+    console.now("opening the devices")
     hosts.start(config.distributed, coordinator, processes, process, config.start_timeout)
     with run_folder.storage_errors(workdir), contextlib.ExitStack() as cleanup:
         train(config, workdir, profile, cleanup)
@@ -78,6 +81,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     # As a program, the process and its imports are this run's; elsewhere it begins here.
     goodput = telemetry.Goodput(telemetry.process_start() if __name__ == "__main__" else None)
     cleanup.callback(goodput.close)
+    cleanup.callback(console.close)
     guard = cleanup.enter_context(preemption.guard_preemption())
 
     # ---------------------------------------------------------------------- hosts and devices
@@ -87,9 +91,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     setup.check_batch(config, mesh)
     watchdog = telemetry.Watchdog(config.telemetry.hang_minutes)
     cleanup.callback(watchdog.close)
-    logging.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, jax.devices()[0].device_kind)
+    logging.info("devices: %s", meshes.in_words(mesh))
 
     # ---------------------------------------------------------------------- data
+    console.now("opening the data")
     data = hosts.all_or_none(lambda: open_data(config))
     builder = pipeline.ExampleBuilder(
         image_ops=ops.expand(config.data.train_ops, config.model.image_size),
@@ -100,17 +105,22 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         max_labels=config.data.max_labels,
     )
     fingerprint = run_folder.agreed_fingerprint(config, data.parts, data.texts)
+    logging.info("data: %s", data.in_words())
 
     # ---------------------------------------------------------------------- model
+    console.now("shaping the model")
     train_setup = setup.make(config, mesh, **data.sizes)
     structs, shardings = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)
     slices = meshes.count_slices(mesh.devices.flat)
     memory = accelerators.memory_of(jax.local_devices()[0])
     lies, much = sharding.layout(mesh, structs, slices=slices, memory=memory)
-    logging.log(logging.WARNING if much else logging.INFO, "%s", lies)
     context, clock = train_setup.context, train_setup.clock
     model, num_entities = context.model, context.num_entities
+    parameters = telemetry.parts_of(structs.params, {sharding.ENTITY_TABLE: "class table"})
+    logging.info("model: %s; %s", model.in_words(), parameters)
+    logging.log(logging.WARNING if much else logging.INFO, "memory: %s", lies)
+    logging.info("run: %s", train_setup.in_words())
     for stage in train_setup.stages if config.stages else ():
         logging.info("stage of %s", stage)
     for sentence in settings.warnings(config, clock, eos_id=model.eos_id):
@@ -119,6 +129,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     cleanup.callback(profiler.close)
 
     # ---------------------------------------------------------------------- evaluators
+    console.now("opening the evaluation sets")
     towers = inference.Towers(
         config=model,
         tokenizer=data.texts if "contrastive" in config.losses else None,
@@ -137,6 +148,8 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     for name in sorted(evaluators.keys() - suite.evaluators.keys()):
         reason = suite.skipped.get(name, "its `every` is 0")
         logging.info("config.evaluators.%s is left out: %s", name, reason)
+    running = {name: eval_every[name] for name in suite.evaluators}
+    logging.info("evaluators: %s", telemetry.periods_in_words(running) or "none")
     keep_best = config.checkpoint.keep_best
     if keep_best and keep_best.partition("/")[0] not in suite.evaluators:
         raise BadInput(
@@ -145,6 +158,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         )
 
     # ---------------------------------------------------------------------- checkpoint
+    console.now("looking at the workdir")
     description = run_folder.describe_model(model, config.data.eval_ops, num_entities > 0)
     start = checkpoint.Position(0, fingerprint, {}, run_folder.as_json(config))
     verify = config.checkpoint.verify
@@ -171,6 +185,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         workdir, keep=config.checkpoint.keep, keep_every=train_setup.keep_every, verify=verify
     )
     cleanup.callback(checkpointer.close)
+    console.now("reading the checkpoint" if resumed else "making the first state")
     if resumed:
         train_state = checkpoint.restore(workdir, first, structs)
         logging.info("resumed at step %d, %d examples", first, position.examples)
@@ -194,20 +209,44 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
     )
     cleanup.callback(metrics.abandon)
     chip = accelerators.chip_of(jax.devices()[0])
+    peak_flops = chip.device_flops * mesh.size if chip else None
     contrasted = batch_size if "contrastive" in config.losses else 0
     meter = telemetry.Meter(
         goodput,
         images_per_step=batch_size,
         tokens_per_step=contrasted * config.model.context_length,
-        peak_flops=chip.device_flops * mesh.size if chip else None,
+        peak_flops=peak_flops,
     )
-    console = telemetry.Console(clock.total_steps, batch_size)
+
+    costs = {
+        stage: sum(flops.of_step(train_setup.context_of(stage), batch_size=batch_size).values())
+        for stage in train_setup.stages
+    }
+
+    def work(start: int, end: int) -> float:
+        """Model FLOPs of the steps from one up to another."""
+        return sum(
+            cost * max(0, min(end, stage.end) - max(start, stage.first))
+            for stage, cost in costs.items()
+        )
+
+    progress = telemetry.Progress(
+        goodput,
+        first=first,
+        total=clock.total_steps,
+        batch_size=batch_size,
+        work=work,
+        pauses={"eval": [*running.values()], "checkpoint": [train_setup.save_every]},
+        peak_flops=peak_flops,
+    )
 
     # ---------------------------------------------------------------------- input
+    console.now("starting the input")
+
     def begin(
         stage: cadence.Stage,
-    ) -> tuple[Callable[..., Any], float, Iterator[dict[str, jax.Array]]]:
-        """A stage's update, its model FLOPs, and its batches from the next example on."""
+    ) -> tuple[Callable[..., Any], Iterator[dict[str, jax.Array]]]:
+        """A stage's update, and its batches from the next example on."""
         of_stage = train_setup.context_of(stage)
         image_ops = ops.expand(config.data.train_ops, stage.image_size)
         stream = hosts.all_or_none(
@@ -225,11 +264,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         )
         batches = prefetch.DeviceBatches(stream, mesh, config.data.prefetch)
         cleanup.callback(batches.close)
-        update = step_lib.make_train_step(of_stage, train_setup.tx, shardings)
-        return update, sum(flops.of_step(of_stage, batch_size=batch_size).values()), batches
+        return step_lib.make_train_step(of_stage, train_setup.tx, shardings), batches
 
-    stage, spent_flops = train_setup.stage_at(first), 0.0
-    train_step, step_flops, batches = begin(stage)
+    stage = train_setup.stage_at(first)
+    train_step, batches = begin(stage)
 
     # ---------------------------------------------------------------------- loop
     scores: dict[str, float] = {}
@@ -253,9 +291,9 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         saving = step != first and (preempted or scheduled)
         if due or saving:
             jax.block_until_ready(values)  # a step in flight is no part of what follows
-            console.show(step, metrics.flush())
+            progress.show(step, metrics.flush())
         if due and not preempted:
-            with goodput.phase("eval"):
+            with progress.pause(f"evaluating {', '.join(due)}"), goodput.phase("eval"):
                 embedder = embedding.Embedder(towers, train_state.evaluated)
                 scores = evaluation.run_all(due, embedder, watchdog.progress)
             metrics.write(step, scores)
@@ -268,7 +306,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         if saving:
             metrics.require_finite(step, values)
             metrics.store()
-            with goodput.phase("checkpoint"):
+            with progress.pause(f"saving step {step}"), goodput.phase("checkpoint"):
                 reached = dataclasses.replace(
                     start,
                     examples=examples,
@@ -280,7 +318,7 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         if preempted:
             with goodput.phase("checkpoint"):
                 checkpointer.wait()
-            raise Preempted(
+            raise guard.preempted(
                 f"{workdir} is saved at step {step}: the same command resumes from there."
             )
         with goodput.phase("profile"):
@@ -291,8 +329,10 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
             with goodput.phase("input"):
                 stage = train_setup.stage_at(step)
                 batches.close()
-                train_step, step_flops, batches = begin(stage)
+                train_step, batches = begin(stage)
             logging.info("stage of %s", stage)
+        if step == first:
+            console.now("compiling the training step")
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             with goodput.phase("input"):
                 batch = next(batches)
@@ -304,16 +344,20 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
         # memory, and waiting for them would look like waiting for input.
         jax.block_until_ready(previous)
         previous = values
+        progress.at(step)
         watchdog.progress()
         checkpointer.check()
         metrics.watch(step + 1, values)
-        console.show(step, metrics.flush())
+        progress.show(step, metrics.flush())
         if clock.due(step + 1, train_setup.log_every):
-            measured = {**train_setup.learning_rates(step), **meter.read(step - first, spent_flops)}
+            measured = {
+                **train_setup.learning_rates(step),
+                **meter.read(step - first, work(first, step)),
+            }
             metrics.push(step + 1, {**values, **measured})
             goodput.heartbeat()
-        spent_flops += step_flops
-    console.show(total, metrics.flush())
+    console.now("saving")
+    progress.show(total, metrics.flush())
     metrics.close()
     with goodput.phase("checkpoint"):
         checkpointer.wait()

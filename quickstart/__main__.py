@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,8 @@ from typing import Any
 import psutil
 
 from configs.common import SAMPLE
-from mofi_jax.common import cli, packages
+from mofi_jax.common import cli, packages, processes
+from mofi_jax.common.console import interrupts
 from quickstart import report
 
 OUT = "runs/quickstart"
@@ -212,14 +212,12 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
 
         note(finished=False)
         try:
-            status = subprocess.run(
-                [*MOFI, *stage.command],
-                env={**os.environ, **ALLOCATOR},
-                check=False,
-            ).returncode
+            status = processes.wait_for([*MOFI, *stage.command], {**os.environ, **ALLOCATOR})
         finally:
             memory.stop()
             note(finished=False)
+        if status == interrupts.EXIT_CODE:
+            cli.stopped()
         if status:
             print(f"\nstage {stage.name} failed; the same command resumes there", file=sys.stderr)
             sys.exit(status)

@@ -25,7 +25,7 @@ from mofi_jax.common.errors import BadInput, Preempted, StorageFailed
 from mofi_jax.data import records
 from mofi_jax.distributed import meshes
 from mofi_jax.doctor import __main__ as doctor
-from mofi_jax.doctor import machine
+from mofi_jax.doctor import machine, pace
 from mofi_jax.telemetry import metrics_file
 from mofi_jax.training import checkpoint, run_folder, run_lock, state
 from tests import buckets, datasets
@@ -193,7 +193,8 @@ def test_parts_that_were_copied_to_a_disk_are_read_and_gone_on_with(tmp_path):
 def test_the_doctor_on_a_bucket(folder, tmp_path, monkeypatch):
     datasets.write(tmp_path, examples=32, shards=1)
     mesh = {"replica": 1, "fsdp": 1, "tensor": 1}
-    found = {"platform": "tpu", "processes": 1, "memory": None, "slices": 1, "mesh": mesh}
+    found = {"platform": "tpu", "processes": 1, "memory": 2**34, "slices": 1, "mesh": mesh}
+    monkeypatch.setattr(pace, "rate", lambda *_: (1e12, "as a test has it"))
     monkeypatch.setattr(machine, "devices", lambda *_, **__: found)
     report = doctor.examine(datasets.tiny_config(tmp_path, "task=supervised"), os.fspath(folder))
     assert [check for check in report.checks if check[1] == "problem"] == []

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from mofi_jax.common import cli, errors
+from mofi_jax.common.console import lines
 
 REPOSITORY = epath.Path(__file__).parent.parent
 
@@ -127,7 +128,7 @@ def test_libraries_are_heard_without_tracebacks():
         ("/lib/orbax/save.py", logging.INFO, False, False),
     ):
         record = logging.LogRecord("absl", level, name, 1, "failed", (), error)
-        assert cli._from_here(record) is heard
+        assert lines._from_here(record) is heard
         assert bool(record.exc_info) is traced
 
 

@@ -11,14 +11,16 @@ import threading
 
 import pytest
 
+from configs import mofi as mofi_config
+from configs import quickstart
 from mofi_jax import train
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, records
 from mofi_jax.doctor import __main__ as doctor
-from mofi_jax.doctor import machine
+from mofi_jax.doctor import machine, pace
 from mofi_jax.doctor.__main__ import GIB
 from mofi_jax.doctor.machine import Report
-from mofi_jax.training import checkpoint
+from mofi_jax.training import checkpoint, run_folder, setup, state, step
 from tests import datasets
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -41,6 +43,7 @@ def devices(monkeypatch):
         **{"memory": 16 * GIB, "slices": 1, "mesh": dict(EIGHT)},
     }
     monkeypatch.setattr(machine, "devices", lambda report, **_: found)
+    monkeypatch.setattr(pace, "rate", lambda *_: (1e12, "as a test has it"))
     return found
 
 
@@ -58,7 +61,7 @@ def test_healthy_set_up_has_no_problem_and_leaves_nothing_behind(data, tmp_path,
     assert told(report) == {}
     assert "saves nothing before the run ends" in told(report, "warning")["config"]
     looked_at = {"packages", "workdir", "data", "first record", "model", "device memory", "disk"}
-    assert looked_at | {"sharding"} <= told(report, "ok").keys()
+    assert looked_at | {"sharding", "time"} <= told(report, "ok").keys()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,6 +124,55 @@ def test_state_that_does_not_fit_a_device(data, tmp_path, devices):
     report = doctor.examine(datasets.tiny_config(data), str(tmp_path / "run"))
     assert list(told(report)) == ["device memory"]
     assert "GiB of state on each of 8 devices" in told(report, "warning")["sharding"]
+
+
+def test_a_batch_of_a_pod_on_two_cores(data, tmp_path, devices, monkeypatch):
+    """As the issue of a newcomer: configs/mofi.py as it is, on a laptop."""
+    devices.update({"platform": "cpu", "memory": None, "devices": 1, "local": 1})
+    devices["mesh"] = {"replica": 1, "fsdp": 1, "tensor": 1}
+    monkeypatch.setattr(machine, "unseen", lambda _: None)
+    monkeypatch.setattr(pace, "rate", lambda *_: (2e11, "as a test has it"))
+    config = mofi_config.get_config("variant=B/16")
+    config.data.dir = str(data)
+    problems = told(doctor.examine(config, str(tmp_path / "run")))
+    assert problems.keys() == {"memory", "time"}
+    assert "of a batch of 32,768: take a smaller --config.batch_size" in problems["memory"]
+    # 14.4e9 pictures of 140 GFLOP, most of them the image tower's three passes of 35 GFLOP.
+    years = float(problems["time"].removeprefix("about ").split(" years")[0].replace(",", ""))
+    assert 200 < years < 500
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_what_a_batch_needs_is_no_more_than_the_compiler_finds(remat, mesh_of):
+    """For which it is the least: a refusal has to be right."""
+    config = quickstart.get_config()
+    config.model.remat = remat
+    config.model.image.layers = 2
+    sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 7, "examples_per_epoch": 1000}
+    made = setup.make(config, mesh_of["1x1x1"], **sizes)
+    structs, shardings = state.abstract(made.init, mesh_of["1x1x1"])
+    update = step.make_train_step(made.context, made.tx, shardings)
+    batch = setup.batch_structs(config, mesh_of["1x1x1"])
+    found = update.lower(structs, batch).compile().memory_analysis().temp_size_in_bytes
+    least = pace.batch_bytes(made.context.model, config.batch_size, texts=True, microbatches=1)
+    assert 0.1 * found < least < found
+
+
+@pytest.mark.slow
+def test_the_speed_is_measured_on_a_piece_of_the_model():
+    config = quickstart.get_config()
+    config.model.image.layers = 8
+    sizes = {"vocab_size": 100, "eos_id": 99, "num_entities": 7, "examples_per_epoch": 1000}
+    found = {"processes": 1, "kind": "cpu", "devices": 1}
+    rate, how = pace.rate(run_folder.as_json(config), sizes, found)
+    assert rate > 1e8
+    assert how.startswith("measured on steps of ")
+
+
+def test_the_speed_of_several_hosts_is_assumed():
+    pod = {"processes": 8, "kind": "TPU v5 lite", "devices": 64}
+    assert pace.rate({}, {}, pod)[0] == 0.4 * 197e12 * 64
+    assert pace.rate({}, {}, {"processes": 8, "kind": "abacus", "devices": 1})[0] == 0
 
 
 def test_fewer_shards_than_hosts(data, tmp_path, devices):

@@ -186,7 +186,7 @@ def test_a_killed_worker_costs_its_shard_alone(tmp_path):
 
 @pytest.mark.parametrize("accelerator", [False, True])
 def test_a_worker_that_dies_as_it_starts_costs_its_shard(tmp_path, monkeypatch, accelerator):
-    monkeypatch.setattr(processes, "die_with_parent", functools.partial(os._exit, 1))
+    monkeypatch.setattr(processes, "begin_worker", functools.partial(os._exit, 1))
     tasks = make_tasks(tmp_path, ["one"])
     work = engine.Engine(tmp_path / "w", workers=2)
     with work, pytest.raises(engine.ShardError, match="shard 00000: its worker process died twice"):

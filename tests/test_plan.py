@@ -262,6 +262,16 @@ def test_bounds_and_mfu():
     assert plan.run_hours(config, on_v5e)[1] == round(1e9 / config.batch_size) * 4 / 3600
 
 
+def test_a_price_is_a_number_with_or_without_a_currency():
+    assert plan.read_price("") == (0.0, "")
+    assert plan.read_price("4.20") == (4.2, "")
+    assert plan.read_price("4.20 USD") == (4.2, " USD")
+    assert plan.read_price("3€") == (3.0, " €")
+    for wrong in ("USD", "-1", "0", "1e3 USD", "4 20"):
+        with pytest.raises(BadInput, match="is no price"):
+            plan.read_price(wrong)
+
+
 def test_what_is_larger_than_the_chip_does_not_fit_though_it_compiled():
     config = quickstart.get_config()
     assert planned(config, needed=16).fits

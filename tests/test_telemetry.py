@@ -1,5 +1,6 @@
 """Metrics a step late, the batch to blame, rates, console, profile, W&B; files whole or not."""
 
+import itertools
 import json
 import logging
 import math
@@ -13,9 +14,10 @@ import pytest
 from etils import epath
 
 from mofi_jax import telemetry
-from mofi_jax.common import files
+from mofi_jax.common import console, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.telemetry import meter as meter_module
+from mofi_jax.telemetry import progress as progress_module
 
 
 class Clock:
@@ -158,31 +160,67 @@ def test_what_is_not_known_is_not_logged(clock, goodput, monkeypatch):
 # ---------------------------------------------------------------------------------------- console
 
 
-def test_the_log_gets_a_line_for_each_logged_step(caplog):
+@pytest.fixture
+def progress(goodput, monkeypatch, clock):
+    """Of a run of 2000 steps in two stages, the second of which takes twice as long a step."""
+    monkeypatch.setattr(progress_module, "time", types.SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(console, "now", lambda *_, **__: None)
+
+    def work(start, end):
+        return sum(1e9 if step < 1000 else 2e9 for step in range(start, end))
+
+    sizes = {"first": 0, "total": 2000, "batch_size": 10, "work": work}
+    pauses = {"eval": [500], "checkpoint": [1000]}
+    return telemetry.Progress(goodput, **sizes, pauses=pauses, peak_flops=1e12)
+
+
+def messages(caplog):
+    return [record.message for record in caplog.records]
+
+
+def test_the_first_step_gives_the_first_estimate(progress, clock, goodput, caplog):
     caplog.set_level(logging.INFO, logger="absl")
-    values = {
-        "loss": 5.25,
-        "entity_accuracy": 0.125,
-        "speed/images_per_second": 100.0,
-        "speed/data_wait": 0.021,
-        "speed/mfu": 0.432,
-    }
-    console = telemetry.Console(2000, batch_size=10)
-    console.show(500, {})
-    console.show(500, values)
-    console.show(550, {"loss": 5.0})
-    assert [record.message for record in caplog.records] == [
-        "step 500/2000 (25.0 %)  loss 5.25  entity_accuracy 0.125  100.0 img/s  data wait 2.1 %  "
-        "MFU 43.2 %  ETA 0:02:30",
-        "step 550/2000 (27.5 %)  loss 5",
+    goodput.enter("step")
+    progress.at(0)
+    clock.now += 0.5
+    progress.at(1)
+    # 999 steps of half a second and 1000 of one.
+    assert messages(caplog) == [
+        "the first step took 0.5 s (20.0 img/s, MFU 0.2 %): about 25 min to the end"
     ]
 
 
-def test_other_hosts_are_silent(caplog, monkeypatch):
+def test_the_estimate_is_corrected_by_steps_and_evaluations(progress, clock, goodput, caplog):
     caplog.set_level(logging.INFO, logger="absl")
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    telemetry.Console(20, batch_size=10).show(5, {"loss": 5.25})
-    assert not caplog.records
+    with goodput.phase("eval"):
+        clock.now += 100
+    goodput.enter("step")
+    for step in range(3):
+        progress.at(step)
+        clock.now += 9.0 if step == 0 else 0.5
+    clock.now += 60
+    values = {"loss": 5.25, "entity_accuracy": 0.125, "speed/images_per_second": 100.0}
+    progress.show(3, values | {"speed/data_wait": 0.021, "speed/mfu": 0.432})
+    # The first step is forgotten; four evaluations of 100 s are ahead.
+    left = (997 * 0.5 + 1000 * 1.0 + 4 * 100) / 60
+    assert messages(caplog)[-1] == (
+        "step 3/2,000 (0.1 %)  loss 5.25  entity_accuracy 0.125  100.0 img/s  data wait 2.1 %  "
+        f"MFU 43.2 %  {left:.0f} min left"
+    )
+
+
+def test_a_log_has_a_line_a_minute_and_the_last(progress, clock, caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    for step in range(0, 2001, 10):
+        clock.now += 10.0
+        progress.show(step, {"loss": 1.0})
+        progress.show(step, {})
+    steps = [
+        int(text.split("/")[0].removeprefix("step ").replace(",", "")) for text in messages(caplog)
+    ]
+    assert steps[:4] == [0, 10, 20, 30]  # ten seconds, while the run is young
+    assert steps[-1] == 2000
+    assert max(b - a for a, b in itertools.pairwise(steps)) == 60
 
 
 # ---------------------------------------------------------------------------------------- profile

@@ -88,6 +88,9 @@ class Local:
                     )
                     for job in suspects:
                         yield job, self._alone(job)
+        except KeyboardInterrupt:
+            running.clear()  # they end with this process, and are done again
+            raise
         finally:
             for future in running:
                 future.cancel()
@@ -132,7 +135,7 @@ def spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=processes.die_with_parent,
+        initializer=processes.begin_worker,
     )
 
 
@@ -145,7 +148,7 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
         address, context = ("127.0.0.1", 0), multiprocessing.get_context("spawn")
         self._manager = _Manager(address, ctx=context)
         try:
-            self._manager.start(processes.die_with_parent)
+            self._manager.start(processes.begin_worker)
         except EOFError as error:
             raise concurrent.futures.process.BrokenProcessPool("died as it started") from error
         self._accelerator = self._manager.accelerator()

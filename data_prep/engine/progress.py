@@ -1,4 +1,4 @@
-"""What a person sees of a stage: a bar on a terminal, lines in a log."""
+"""What a person sees of a stage: a line that moves on a terminal, a line a minute in a log."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 
-import tqdm
 from absl import logging
 
-_UPDATE = 60.0  # seconds between the lines of a stage in a log
+from mofi_jax.common import console
+
+_SHORT = 1.0  # seconds; stages that take less are many, and get no line of their own
 
 
 @contextlib.contextmanager
@@ -18,27 +19,41 @@ def show(name: str, total: int, done: int) -> Iterator:
 
     Yields:
       A function that takes the counts of one more finished shard; the first of them is what the
-      stage counts its rows by.
+      stage counts its speed by.
     """
-    started = told = time.monotonic()
-    rows, here = 0, 0
-    # disable=None: no bar where standard error is no terminal.
-    with tqdm.tqdm(desc=name, total=total, initial=done, unit="shard", disable=None) as bar:
+    started = time.monotonic()
+    amount, here, unit = 0, 0, "rows"
 
-        def rate() -> float:
-            return rows / max(time.monotonic() - started, 1e-9)
+    def rate() -> str:
+        return f"{amount / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s"
 
-        def advance(counts: Mapping[str, int]) -> None:
-            nonlocal rows, here, told
-            here += 1
-            rows += next(iter(counts.values()), 0)
-            bar.set_postfix_str(f"{rate():,.0f} rows/s", refresh=False)
-            bar.update()
-            if bar.disable and time.monotonic() - told >= _UPDATE:
-                told = time.monotonic()
-                logging.info("%s: %d of %d shards, %.0f rows/s", name, done + here, total, rate())
+    def line() -> str:
+        seconds = time.monotonic() - started
+        text = f"{name}: {done + here} of {total} shards"
+        if not here:
+            return f"{text}, {console.duration(seconds)}"
+        left = seconds / here * (total - done - here)
+        return f"{text}, {rate()}, {console.duration(left)} left"
 
+    def advance(counts: Mapping[str, int]) -> None:
+        nonlocal amount, here, unit
+        first = next(iter(counts), "rows")
+        # What SQL has made is counted by its files.
+        unit = "rows" if "/" in first else first.replace("_", " ")
+        amount, here = amount + counts.get(first, 0), here + 1
+
+    console.now(line, silence=console.WORKING)
+    try:
         yield advance
-        if bar.disable and total > done:
-            seconds = time.monotonic() - started
-            logging.info("%s: %d shards in %.1f s, %.0f rows/s", name, total, seconds, rate())
+    finally:
+        console.close()
+    seconds = time.monotonic() - started
+    if seconds >= _SHORT:
+        logging.info(
+            "%s: %d %s in %s, %s",
+            name,
+            total,
+            "shard" if total == 1 else "shards",
+            console.duration(seconds),
+            rate(),
+        )

@@ -66,13 +66,17 @@ class Engine:
         self.quarantined: dict[str, int] = {}
         self._executor = executor or executors.Local(workers)
         self._failure_budget = failure_budget
+        self._done = 0  # stages in a row that were finished
         self._rejects: list[str] = []  # files of this run, later stages of an earlier run excepted
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *error) -> None:
-        self.close()
+    def __exit__(self, kind, *error) -> None:
+        # Workers end with this process; after Ctrl-C nobody waits for their shards.
+        if kind is not KeyboardInterrupt:
+            self._tell_done(finished=False)
+            self.close()
 
     def forget_rejects(self) -> None:
         """What was rejected so far is no pair: the key of one may be that of a pair."""
@@ -81,6 +85,14 @@ class Engine:
     def close(self) -> None:
         """Ends worker processes; the next stage would start new ones."""
         self._executor.close()
+
+    def _tell_done(self, *, finished: bool) -> None:
+        """Counts stages that an earlier run finished, and says so before one that it did not."""
+        self._done += finished
+        if self._done and not finished:
+            stages = "1 stage is" if self._done == 1 else f"{self._done} stages are"
+            logging.info("%s done already", stages)
+            self._done = 0
 
     def map_shards(
         self,
@@ -145,8 +157,7 @@ class Engine:
                 job = Job(os.fspath(self.workdir), stage, function, task, settings, seen)
                 job = dataclasses.replace(job, before=before, times=times, cpus=cpus, memory=memory)
                 todo.append(job)
-            if tasks and not todo:
-                logging.info("%s: all %d shards are done already", stage, len(tasks))
+            self._tell_done(finished=bool(tasks) and not todo)
             allowed = math.ceil(self._failure_budget * len(tasks))
             allowed = min(allowed, len(tasks) - 1) if keys else 0
             with progress.show(stage, len(tasks), len(found)) as advance:

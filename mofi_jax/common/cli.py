@@ -20,7 +20,8 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from mofi_jax.common import command_help, config_files, packages
+from mofi_jax.common import command_help, config_files, console, packages
+from mofi_jax.common.console import interrupts
 from mofi_jax.common.errors import BadInput, Preempted, StorageFailed, nearest
 
 
@@ -28,7 +29,7 @@ def run(main: Callable[..., Any], config: str = "") -> None:
     """Parses the command line, calls ``main`` and exits.
 
     Exit codes: 0 done, 2 `BadInput` (1 for a workdir in a bucket that has failed), 75 `Preempted`,
-    1 any other exception.
+    130 Ctrl-C, 1 any other exception.
 
     Args:
       config: the one that is read where ``--config`` is left out; "" where it may not be.
@@ -80,13 +81,17 @@ def run(main: Callable[..., Any], config: str = "") -> None:
         return rest
 
     def call(argv: Sequence[str]) -> Any:
+        console.close()
         kwargs = {name: flags.FLAGS[name].value for name in named} | configured
         try:
             return main(*argv[1:], **kwargs)
         except BadInput as error:
             complain(error)
         except Preempted as preempted:
+            console.close()
             logging.warning("%s", preempted)
+            if preempted.exit_code == interrupts.EXIT_CODE:
+                stopped()
             sys.exit(preempted.exit_code)
         except (KeyError, AttributeError) as error:
             # Of the config itself, where it is that of another command.
@@ -102,10 +107,15 @@ def run(main: Callable[..., Any], config: str = "") -> None:
         # Characters that a terminal or log cannot show are replaced.
         if stream is not None:
             stream.reconfigure(errors="replace")
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
-    logging.get_absl_handler().addFilter(_from_here)
-    app.run(call, flags_parser=parse)
+    console.start_logging()
+    interrupts.install()
+    interrupts.expect()
+    try:
+        app.run(call, flags_parser=parse)
+    except KeyboardInterrupt:
+        stopped()
+    finally:
+        interrupts.uninstall()
 
 
 def _repeated(argv: Sequence[str], several: set[str]) -> Iterator[str]:
@@ -137,18 +147,6 @@ def _with_home(value: Any) -> Any:
     return value
 
 
-def _from_here(record: Any) -> bool:
-    """Libraries log from warnings on, as Orbax writes ten lines about every checkpoint.
-
-    Without tracebacks: what fails in their threads is raised again in ours, or does not matter.
-    """
-    own = tuple(str(packages.ROOT / name) for name in ("mofi_jax", "data_prep", "quickstart"))
-    if record.pathname.startswith(own):
-        return True
-    record.exc_info = record.exc_text = None
-    return record.levelno >= 30
-
-
 def _key(error: BaseException) -> str:
     """The key that an ml_collections config did not find."""
     return " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
@@ -170,8 +168,19 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def stopped() -> None:
+    """Says after Ctrl-C how to go on, and exits."""
+    console.close()
+    print(f"stopped; to go on: {printable(interrupts.command())}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Python would wait for workers, which end with this process and are in the middle of something.
+    os._exit(interrupts.EXIT_CODE)
+
+
 def complain(error: BaseException | str) -> None:
     """Prints one line on stderr and exits with code 2; what it quotes cannot steer a terminal."""
+    console.close()
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     if isinstance(error, StorageFailed):
         os._exit(error.exit_code)

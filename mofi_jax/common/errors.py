@@ -31,7 +31,7 @@ class Preempted(Exception):
     """Raised after a preemption checkpoint: the same command resumes from it.
 
     The mains exit with code 75, the EX_TEMPFAIL of sysexits.h, which tells a launcher to run the
-    same command again.
+    same command again; after Ctrl-C with 130, as a person has stopped it.
     """
 
     exit_code = 75

@@ -1,19 +1,31 @@
-"""What processes ask of their machine, and workers of the process that started them."""
+"""What processes ask of their machine; workers, and commands whose end this one waits for."""
 
 import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import signal
+import subprocess
 import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mofi_jax.common import console
+from mofi_jax.common.console import interrupts
 
 
-def die_with_parent() -> None:
-    """Ends this worker when the parent is gone.
+def begin_worker() -> None:
+    """For a worker process as it starts: its log is like the parent's, and Ctrl-C is the parent's.
+
+    It ends when the parent is gone.
 
     A worker waits on a queue whose writing end it holds itself, so after kill -9 of the parent it
     would wait for ever.
     """
+    console.start_logging()
+    # A terminal sends it to all processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -67,3 +79,26 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, an int
+
+
+def wait_for(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Runs a command of this project, and returns its exit code.
+
+    A terminal sends Ctrl-C to both: the command does what it does then, and this process waits for
+    it.  SIGTERM is passed on.
+    """
+    child: subprocess.Popen | None = None
+
+    def stop(number: int, frame: Any) -> None:
+        if child and number == signal.SIGTERM:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    interrupts.expect("waiting for the command above to stop; once more stops both at once")
+    try:
+        child = subprocess.Popen(command, env=env)
+        return child.wait()
+    finally:
+        interrupts.expect()
+        for number, handler in before.items():
+            signal.signal(number, handler)

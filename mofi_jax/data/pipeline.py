@@ -375,4 +375,4 @@ def training_stream(
 def _start_worker(worker: int, workers: int) -> None:
     del worker, workers
     preemption.ignore_signals()
-    processes.die_with_parent()
+    processes.begin_worker()

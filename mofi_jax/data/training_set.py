@@ -1,12 +1,14 @@
 """A training config's data, opened: the sets of the mixture, their vocabulary and tokenizer."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import limits, ops, pipeline, records, tokenizer
 
@@ -37,6 +39,29 @@ class TrainingSet:
             "num_entities": len(self.entities) if self.entities else 0,
             "examples_per_epoch": pipeline.examples_per_epoch(self.parts),
         }
+
+    def in_words(self) -> str:
+        """Examples, entities, shards, and where they lie; of each set of the mixture."""
+        told = []
+        for part in self.parts:
+            source = part.source
+            words = [f"{len(source):,} examples"]
+            if part is self.parts[0] and self.entities:
+                words.append(f"{len(self.entities):,} entities")
+            size = ""
+            if not files.is_remote(source.directory):
+                size = f" ({_bytes(sum(os.path.getsize(file) for file in source.files))})"
+            words.append(f"{len(source.files):,} shards{size}")
+            weight = f", weight {part.weight:g}" if len(self.parts) > 1 else ""
+            told.append(f"{', '.join(words)} in {source.directory}{weight}")
+        return "; ".join(told)
+
+
+def _bytes(size: int) -> str:
+    for limit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= limit:
+            return f"{size / limit:,.1f} {name}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def open_training_set(config: Any) -> TrainingSet:

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mofi_jax.common import files
+from mofi_jax.common import console, files
 from mofi_jax.common.errors import BadInput
 
 _SENTENCE = 1024  # bytes of a failure that the other hosts get to see
@@ -61,7 +61,8 @@ def start(distributed: bool, coordinator: str, processes: str, process: str, tim
         roll_call(address, count, own, timeout=timeout)
     jax.distributed.initialize(*explicit, initialization_timeout=timeout)
     devices()
-    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    console.speak_first(jax.process_index())
+    logging.info("%d processes have joined", jax.process_count())
 
 
 def devices() -> list[jax.Device]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from mofi_jax.common import processes
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts
 
@@ -62,6 +63,15 @@ def make_mesh(
     ]
     # Auto axes, spelled out once for the whole project: jax's default is Explicit axes.
     return Mesh(np.concatenate(arranged), ALL_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def in_words(mesh: Mesh) -> str:
+    """As ``8 x TPU v5 lite, mesh replica 1 x fsdp 8``; of a CPU with the cores that it may use."""
+    device = mesh.devices.flat[0]
+    kind, axes = device.device_kind, [f"{axis} {size}" for axis, size in mesh.shape.items() if size]
+    if device.platform == "cpu":
+        kind = f"CPU with {processes.cores()} cores"
+    return f"{mesh.size} x {kind}, mesh {' x '.join(axes)}"
 
 
 def count_slices(devices: Iterable[Any]) -> int:

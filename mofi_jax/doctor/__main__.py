@@ -5,12 +5,14 @@
 
 Takes the flags of `mofi_jax.train` and is started like it: on every host of a pod at once.  Prints
 a line for each check (ok, warning or problem, with the remedy), with ``--json`` an object {"check",
-"level", "text"} each.  Nothing stays written and no array is made.  Exit codes: 0 no problem, 1 at
+"level", "text"} each.  Nothing stays written.  How long the run takes is measured on a few steps of
+a piece of the model, which takes some ten seconds.  Exit codes: 0 no problem, 1 at
 least one, 2 bad flags.
 """
 
 import importlib.metadata
 import json as json_lib
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -20,15 +22,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh
 
-from mofi_jax.common import cli, files
+from mofi_jax.common import cli, console, files
 from mofi_jax.data import limits, pipeline, records, training_set
-from mofi_jax.distributed import meshes, sharding
-from mofi_jax.doctor import machine
+from mofi_jax.distributed import global_batch, meshes, sharding
+from mofi_jax.doctor import machine, pace
 from mofi_jax.doctor.machine import Report
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.training import checkpoint, optim, run_folder, settings, setup, state
 
-GIB = 2**30
+GIB, DAY = 2**30, 86_400
+# Days from which on a run is no use on a machine, and from which on one should know.
+TOO_LONG = ((365, "problem"), (30, "warning"))
 REQUIREMENTS = pathlib.Path(__file__).parents[2] / "requirements.txt"
 
 
@@ -153,19 +157,9 @@ def check_run(
     slices, memory = (found["slices"], found["memory"]) if found else (1, None)
     lies, much = sharding.layout(mesh, structs, slices=slices, memory=memory)
     report.add("sharding", "warning" if much else "ok", lies)
-    if found and found["memory"]:
-        # Gradients are as large as the parameters; activations come on top.
-        needed = sum(
-            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in leaves + parameters
-        )
-        fits = needed <= found["memory"]
-        text = (
-            f"{needed / GIB:.2f} GiB of state and gradients on each device of "
-            f"{found['memory'] / GIB:.1f} GiB; mofi_jax.plan computes the rest"
-        )
-        remedy = "" if fits else ": use more devices, or a smaller model."
-        report.add("device memory", "ok" if fits else "problem", text + remedy)
+    if found:
+        check_memory(report, config, train_setup, leaves + parameters, found)
+        check_time(report, config, train_setup, data, found)
     if place is None:
         return
     with report.about("workdir"):
@@ -190,6 +184,62 @@ def check_run(
     text = f"{count} checkpoints of {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free or replaceable"
     remedy = "" if level == "ok" else ": make room, or lower config.checkpoint.keep."
     report.add("disk", level, text + remedy)
+
+
+def check_memory(
+    report: Report, config: Any, made: setup.TrainSetup, leaves: list[Any], found: dict[str, Any]
+) -> None:
+    """The least that a step needs, of a device's memory or of the host's where it is the device.
+
+    Args:
+      leaves: of the state, and those of the parameters again for their gradients.
+    """
+    device = "device memory" if found["memory"] else "memory"
+    available = found["memory"] or pace.host_memory() // found["local"]
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    rows = config.batch_size // global_batch.batch_shards(made.context.mesh)
+    batch = pace.batch_bytes(
+        made.context.model,
+        rows,
+        texts="contrastive" in config.losses,
+        microbatches=config.microbatches,
+    )
+    text = (
+        f"at least {(held + batch) / GIB:.2f} GiB of {available / GIB:.1f} GiB on each device: "
+        f"{held / GIB:.2f} of state and gradients, {batch / GIB:.2f} of a batch of {rows:,}"
+    )
+    fits = held + batch <= available
+    few = "--config.batch_size or more --config.microbatches"
+    remedy = "" if fits else f": take a smaller {few}, a smaller model, or more devices."
+    report.add(device, "ok" if fits else "problem", text + remedy)
+
+
+def check_time(
+    report: Report,
+    config: Any,
+    made: setup.TrainSetup,
+    data: training_set.TrainingSet,
+    found: dict[str, Any],
+) -> None:
+    """How long the steps of the run take on these devices."""
+    problems = {name for name, level, _ in report.checks if level == "problem"}
+    if problems - {"memory", "device memory"}:
+        return  # which may well be why a probe would fail
+    rate, how = pace.rate(run_folder.as_json(config), data.sizes, found)
+    if not rate:
+        report.add("time", "warning", f"how long the run takes is not known: {how}.")
+        return
+    seconds = pace.run_seconds(made, rate)
+    level = next((level for limit, level in TOO_LONG if seconds > limit * DAY), "ok")
+    remedy = ": use more devices, a smaller model, or a smaller --config.total."
+    pictures = made.clock.total_steps * config.batch_size / seconds
+    text = (
+        f"about {console.duration(seconds)} for {made.clock.total_steps:,} steps "
+        f"({pictures:,.1f} img/s), without evaluations and saves; {how}"
+    )
+    report.add("time", level, text + (remedy if level == "problem" else ""))
 
 
 if __name__ == "__main__":

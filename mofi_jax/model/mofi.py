@@ -143,6 +143,15 @@ class MofiConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def in_words(self) -> str:
+        """As ``ViT of 12 layers, width 768, patches of 16 in 224 pixels``, and of the texts."""
+        image, text = self.image, self.text
+        return (
+            f"pictures of {self.image_size} pixels by a ViT of {image.layers} layers, width "
+            f"{image.width}, patch {self.patch_size}; texts of {self.context_length} tokens by "
+            f"{text.layers} layers, width {text.width}"
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MofiConfig":
         """Raises BadInput for a field that is missing, unknown, of another type or out of range."""

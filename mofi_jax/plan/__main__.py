@@ -8,6 +8,7 @@ compiler made of it: memory of a chip by kind, what goes over the links, the bou
 the model FLOPs put on the speed, and how long it takes by the compiler's own clock, on what.
 Nothing runs.
 ``--entities`` and ``--vocab_size`` are the sizes of the data set's vocabulary and tokenizer.
+``--price="4.20 USD"``, of a chip for an hour, adds what the run costs.
 ``--largest=yes`` compiles for larger batches too, until one fits that is near the limit.  With
 ``--out`` the folder gets ``result.json``.  Exits with code 1 when the step does not fit.
 """
@@ -112,6 +113,7 @@ def main(
     entities: str = "2000000",
     vocab_size: str = "50272",
     largest: str = "no",
+    price: str = "",
     out: str = "",
 ) -> None:
     """Plans, prints and writes.
@@ -122,6 +124,7 @@ def main(
       entities: of the data set's vocabulary.
       vocab_size: of its tokenizer.
       largest: yes to look for the largest batch that fits.
+      price: of one chip for an hour, with or without a currency, as 4.20 or "4.20 USD".
       out: folder of result.json; without it nothing is written.
     """
     settings.validate(config)
@@ -131,6 +134,7 @@ def main(
     for flag, text in {"entities": entities, "vocab_size": vocab_size, "slices": slices}.items():
         if not text.replace("_", "").isdigit() or not int(text):
             raise BadInput(f"--{flag}={text} is not a whole number above 0.")
+    per_hour, currency = read_price(price)
     sizes = {"num_entities": int(entities), "vocab_size": int(vocab_size)}
     mesh = meshes.make_mesh(**config.mesh, devices=tpu_topology.devices(topology, int(slices)))
     setup.check_batch(config, mesh)
@@ -139,6 +143,11 @@ def main(
     result = {"config": config.to_dict(), "topology": topology, **sizes, **planned.to_dict()}
     if planned.fits:
         result["hours_of"], result["hours"] = run_hours(config, planned)
+        result["chip_hours"] = result["hours"] * planned.chips
+        page += f"\n{result['chip_hours']:,.0f} chip-hours"
+        if price:
+            result["cost"] = result["chip_hours"] * per_hour
+            page += f", {result['cost']:,.0f}{currency} at {price} a chip-hour"
     if largest == "yes":
         batch = result["largest_batch"] = largest_batch(config, mesh, planned, sizes)
         page += f"\nlargest batch that compiled and fits: {f'{batch:,}' if batch else 'none'}"
@@ -148,6 +157,17 @@ def main(
     print(page)
     if not planned.fits:
         sys.exit(1)
+
+
+def read_price(text: str) -> tuple[float, str]:
+    """The number of ``--price``, and its currency with a space before it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([^\d\s]*)", text or "0")
+    if found is None or (text and not float(found[1])):
+        raise BadInput(
+            f"--price={text!r} is no price: write what a chip costs for an hour, as --price=4.20 "
+            "or --price='4.20 USD'."
+        )
+    return float(found[1]), found[2] and f" {found[2]}"
 
 
 def plan(config: Any, mesh: Any, *, num_entities: int, vocab_size: int) -> Plan:

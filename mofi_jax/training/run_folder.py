@@ -35,6 +35,7 @@ MODEL_FILE = "model.json"
 # Of a model's config, what only training uses, and what readers, on other devices, take instead.
 TRAINING_ONLY = {"remat": "none", "attention": "auto"}
 
+_LONG, _MANY = 80, 12  # characters of a value, and keys, in a sentence about differences
 _BLOCK = 65_536  # of ArrayRecord, in bytes
 _READERS = 16  # a bucket answers in tens of milliseconds, a set may have 10,000 shards
 
@@ -141,11 +142,15 @@ def as_json(config: Any) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Every key whose value differs, in words; empty if none does."""
     saved, current = _flat(saved), _flat(current)
-    return "; ".join(
-        f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    )
+
+    def told(values: Mapping[str, Any], key: str) -> str:
+        text = repr(values[key]) if key in values else "not set"
+        return text if len(text) <= _LONG else f"{text[: _LONG - 3]}..."
+
+    keys = [k for k in sorted(saved.keys() | current.keys()) if saved.get(k) != current.get(k)]
+    parts = [f"{key} was {told(saved, key)} and is {told(current, key)}" for key in keys[:_MANY]]
+    rest = [f"and {len(keys) - _MANY} more"] if len(keys) > _MANY else []
+    return "; ".join(parts + rest)
 
 
 def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
@@ -159,7 +164,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots, as flags name them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = isinstance(value, Mapping) and value
+        inner = isinstance(value, Mapping)  # of an empty one there is nothing to tell
         flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 

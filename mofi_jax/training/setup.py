@@ -33,6 +33,15 @@ class TrainSetup:
     keep_every: int
     learning_rates: Callable[[int], dict[str, jax.Array]]  # by step, as they are logged
 
+    def in_words(self) -> str:
+        """How long the run is, and what a step sees."""
+        batch, epoch = self.clock.batch_size, self.clock.examples_per_epoch
+        losses = " and ".join(self.context.losses)
+        return (
+            f"{self.clock.total_steps:,} steps of {batch:,} pictures, "
+            f"{self.clock.total_steps * batch / epoch:.3g} epochs; losses: {losses}"
+        )
+
     def stage_at(self, step: int) -> cadence.Stage:
         """The stage of the update from a step on; at the end of the run, its last."""
         return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
