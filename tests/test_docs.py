@@ -26,7 +26,6 @@ PAGES = [
 ]
 # Of older states of the project, which it names as they were.
 HISTORY = REPOSITORY / "CHANGELOG.md"
-SOON = {"small"}
 IDS = {"ids": lambda path: str(path.relative_to(REPOSITORY))}
 
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -152,7 +151,7 @@ def check_flags(command, words, told):
         if flag == "--config" and flag in flags:
             name, _, arguments = (value if equals else following).strip("[]").partition(":")
             name = name.removeprefix("configs/").removesuffix(".py")
-            if name in SOON or name == "..." or name.isupper():
+            if name == "..." or name.isupper():
                 continue
             assert name in config_files.shipped() or name == "my", told
             known = keys_of(name)
