@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model = model
     config.data.update({"dir": arg.data, "name": arg.name})
     config.data.eval_ops = at_size(preprocess, model.image_size, size)
-    config.data.block = 1  # small sets on local disks
+    config.data.update({"block": 1, "workers": 0})  # small sets on local disks
     config.model.image_size = size
     config.batch_size = 256
     config.optimizer.warmup = "5 percent"

@@ -85,11 +85,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # a bucket: 32 to 40 requests for 1,000 examples, with blocks of 32 up to 62, and no loss of
         # accuracy that shows (benchmarks/block_order.py).  1 shuffles single records.
         "block": 128,
-        # Threads that read and decode, of each worker; by default one for each core, up to 16.
-        "threads": min(cores, 16),
+        # Threads that read and decode, of each worker; by default one for each core, up to 8: more
+        # wait for one another, since an eighth of a picture's time is Python's.
+        "threads": min(cores, 8),
         # Processes that prepare pictures, on each host; 0 for none beside the main one.  By default
-        # one for 16 cores of the machine.
-        "workers": cores // 16,
+        # one for 8 cores of the machine.
+        "workers": cores // 8,
         "prefetch": 2,  # batches that wait on the devices, so that no step waits for their way
     }
 

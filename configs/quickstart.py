@@ -42,6 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "text_sources": {"alt_text": 0.5, "name_and_description": 0.25, "name": 0.25},
             "max_labels": 2,
             "block": 1,  # the sample is small and on the local disk
+            "workers": 0,  # its pictures are small
         }
     )
     config.optimizer.update(

@@ -70,6 +70,7 @@ from data_prep.kb.sources import tables, wikidata
 from mofi_jax.common import errors
 
 _PARTS = ".parts"
+_CPUS = 16  # to ask of a cluster at most, whose machines may have fewer cores than this one
 
 
 def check_source(source: str) -> None:
@@ -142,9 +143,8 @@ def build(
     stage = os.path.basename(out)
     task = engine.Task("manifest", inputs)
     memory = math.ceil(config.memory_gb) + 2  # GiB
-    (manifest,) = work.map_shards(
-        stage, run, [task], settings, keys=None, cpus=config.workers, memory=memory
-    )
+    cpus = min(config.workers, _CPUS)
+    (manifest,) = work.map_shards(stage, run, [task], settings, keys=None, cpus=cpus, memory=memory)
     # What makes the folder a knowledge base to others, who know nothing of stages.
     path, text = epath.Path(out) / "manifest.json", json.dumps(manifest, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
