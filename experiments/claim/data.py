@@ -3,8 +3,8 @@
     raw        i2t: all pairs, no labels
     clip       i2e: labels that the model trained on `raw` with the first seed chose
     text       i2e: the likeliest meaning of each mention in the caption
-    true       i2e: the truth, of every pair
-    shuffled   i2e: the labels of `clip`, each at another picture
+    true       i2e: the pictures of `clip` with what they truly show
+    shuffled   i2e: the pictures of `clip`, each with the labels of another
 
 and, as NAME@SHARE, the same after so many of the captions have been made another thing's.
 """
@@ -124,10 +124,9 @@ class DataSets:
             flags = (f"--config.clip={scorer()}",) if labels == "clip" else ()
             self._build(group, workdir, source, f"labels={labels}", *flags)
         else:
-            if labels == "shuffled":
-                unshuffled, _ = self.get(name.replace("shuffled", "clip"), scorer)
-                with locked(group / "lock"):
-                    source = shuffle_labels(epath.Path(unshuffled), source, workdir)
+            labelled, _ = self.get(name.replace(labels, "clip"), scorer)
+            with locked(group / "lock"):
+                source = relabel(epath.Path(labelled), source, workdir, labels == "shuffled")
             self._build(group, workdir, source, "labels=given", "--config.given.ids=entities")
         return str(workdir), kind
 
@@ -177,20 +176,21 @@ def write_table(path: epath.Path, rows: Sequence[tuple[str, bytes, str, list[str
     unfinished.rename(path)
 
 
-def shuffle_labels(labelled: epath.Path, pairs: epath.Path, workdir: epath.Path) -> epath.Path:
-    """A table of the labelled pairs of `labelled`/i2e, whose labels have changed places."""
+def relabel(
+    labelled: epath.Path, pairs: epath.Path, workdir: epath.Path, shuffled: bool
+) -> epath.Path:
+    """A table of the pairs that have labels in `labelled`/i2e: shuffled ones, or the true ones."""
     labels = labels_of(labelled)
     keys = sorted(labels)
     moved = np.random.default_rng(SEED).permutation(len(keys))
-    shuffled = {key: labels[keys[at]] for key, at in zip(keys, moved, strict=True)}
-    rows = pq.read_table(pairs).to_pylist()
+    other = {key: labels[keys[at]] for key, at in zip(keys, moved, strict=True)}
+    rows = [row for row in pq.read_table(pairs).to_pylist() if row["key"] in labels]
     path = workdir / "pairs.parquet"
     write_table(
         path,
         [
-            (r["key"], r["image"], r["text"], shuffled[r["key"]])
+            (r["key"], r["image"], r["text"], other[r["key"]] if shuffled else r["entities"])
             for r in rows
-            if r["key"] in shuffled
         ],
     )
     return path

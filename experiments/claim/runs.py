@@ -36,8 +36,8 @@ MAIN = {
     "supervised": Run("supervised, I2E", "clip", SUPERVISED),
     "multitask": Run("multi-task, I2E", "clip", MULTITASK),
     "multitask_text": Run("multi-task, labels by text alone", "text", MULTITASK),
-    "multitask_true": Run("multi-task, true labels (ceiling)", "true", MULTITASK),
-    "multitask_shuffled": Run("multi-task, shuffled labels (floor)", "shuffled", MULTITASK),
+    "multitask_true": Run("multi-task, true labels", "true", MULTITASK),
+    "multitask_shuffled": Run("multi-task, shuffled labels", "shuffled", MULTITASK),
 }
 COMPARED = (
     ("multitask", "clip"),  # the claim
