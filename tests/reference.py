@@ -45,7 +45,9 @@ def configuration() -> str:
         WRITTEN_BY,
         "Every key of every shipped config, with its value there and the comment beside it in the "
         "source. `--config NAME:ARGUMENTS` finds a config by name, `--config.KEY=VALUE` sets one "
-        "key, with dots into groups: `--config.data.dir=W`. [Commands](commands.md) says which "
+        "key, with dots into groups: `--config.data.dir=W`. Groups of names of your choice take "
+        "new ones: `--config.filters.eval_sets.NAME=PATH`, `--config.evaluators.NAME.kind=knn`. "
+        "`mofi COMMAND --help=KEY` explains a key. [Commands](commands.md) says which "
         "command takes which. A config of your own is a Python file with such a `get_config`, as "
         "`--config my.py:ARGUMENTS`.",
         "Durations are texts: `20 epochs`, `2000 steps`, `1e6 examples`, `5 percent` of the run.",

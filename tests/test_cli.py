@@ -120,6 +120,24 @@ def test_what_is_written_without_a_flag(arguments, sentence):
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {sentence}")
 
 
+@pytest.mark.parametrize(
+    ("ask", "key"),
+    [
+        (lambda config: config.sed, "sed"),
+        (lambda config: config["data.blok"], "blok"),
+        (lambda config: config.zzz, "zzz"),
+        (lambda config: setattr(config, "new", 3), "new"),
+        (lambda config: config.update({"data": {"blk": 3}}), "blk"),
+    ],
+)
+def test_the_key_that_a_config_lacks(ask, key):
+    """Its own errors quote the key, then quote that, and suggest others."""
+    config = ml_collections.ConfigDict({"data": {"dir": "d", "block": 2}, "seed": 1}).lock()
+    with pytest.raises((KeyError, AttributeError)) as raised:
+        ask(config)
+    assert cli._key(raised.value) == key
+
+
 def test_libraries_are_heard_without_tracebacks():
     error = (ValueError, ValueError("full"), None)
     for name, level, heard, traced in (

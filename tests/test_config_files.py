@@ -132,6 +132,7 @@ def test_a_config_is_found_by_its_name(monkeypatch, tmp_path):
     [
         ("moffi:a=b", "There is no config 'moffi': did you mean mofi?"),
         ("common", "There is no config 'common'"),
+        ("mine:a", "There is no config 'mine': did you mean the file mine.py?"),
         ("../configs/mofi", "There is no config"),
         ("configs/mofi.py", "write --config mofi for the one that comes with the project."),
         ("none.py:a", "There is no config file 'none.py': check the path of --config."),
@@ -142,6 +143,7 @@ def test_a_config_is_found_by_its_name(monkeypatch, tmp_path):
 )
 def test_a_config_that_cannot_be_read_is_one_sentence(given, sentence, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
     with pytest.raises(BadInput, match=sentence.replace("?", r"\?")):
         read(given)
 

@@ -148,8 +148,9 @@ def _with_home(value: Any) -> Any:
 
 
 def _key(error: BaseException) -> str:
-    """The key that an ml_collections config did not find."""
-    return " ".join(str(error.args[0] if error.args else error).split()).strip("'\"")
+    """The key that an ml_collections config did not find: the first of what its error quotes."""
+    quoted = re.search(r"""['"]([\w.-]+)\\?['"]""", str(error))
+    return quoted[1] if quoted else str(error)
 
 
 def whole(flag: str, text: str, least: int = 0) -> int:

@@ -137,7 +137,9 @@ def _all(command: Command, argv: Sequence[str], default: str, wide: int) -> str:
         except BadInput as error:
             parts.append(f"Its keys cannot be shown: {error}")
         parts.append("--help=NAME explains one flag, key or group of keys.")
-    return "\n\n".join([*parts, "Examples:\n" + "\n".join(f"  {e}" for e in command.examples)])
+    if command.examples:
+        parts.append("Examples:\n" + "\n".join(f"  {example}" for example in command.examples))
+    return "\n\n".join(parts)
 
 
 def _keys(

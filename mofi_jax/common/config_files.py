@@ -94,6 +94,8 @@ def find(given: str) -> tuple[str, str | None]:
     if not name.endswith(SUFFIX):
         if name not in known:
             remedy = nearest(name, known) or f"choose {', '.join(known)}, or a file FILE.py."
+            if os.path.isfile(f"{path}{SUFFIX}"):
+                remedy = f"did you mean the file {name}{SUFFIX}?"
             raise BadInput(f"There is no config {name!r}: {remedy}")
         path = f"{packages.ROOT / 'configs' / name}{SUFFIX}"
     if not os.path.isfile(path):
