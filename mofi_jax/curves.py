@@ -9,9 +9,8 @@ smoothed, with the raw values faint behind them.
 """
 
 import dataclasses
-import html
-import io
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +18,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from etils import epath
-from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mofi_jax import telemetry
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
+from mofi_jax.common.pages import numbers, plots
+from mofi_jax.common.pages import page as pages
 
 # (pattern, title): metrics of one run that share a panel, by title.  What is learned comes first; a
 # metric belongs to the first pattern that fits.
@@ -43,17 +44,8 @@ _GROUPS = (
 )
 _FROM_ZERO = re.compile("speed/|memory/|goodput/|learning_rate")
 _LOGARITHMIC = re.compile("(gradient|update)_norm")
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
-_INK = "#333334"  # of text and axes; on a page that of its own text, which is light in a dark one
-_STYLE = {
-    **{"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "svg.fonttype": "none"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
-    **{"grid.color": "#80808040", "legend.framealpha": 0.0, "legend.edgecolor": "none"},
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
-    "path.simplify_threshold": 0.5,  # pixels: a page of long runs stays small
-}
+# Most are Okabe and Ito's, which people with any colour vision tell apart.
+_COLOURS = (plots.ACCENT, "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#888888")
 _PANEL_INCHES = (4.2, 2.7)
 
 
@@ -72,7 +64,7 @@ class Run:
 
     @property
     def heading(self) -> str:
-        return f"{self.name}: {self.lines[-1]['step']:,} steps"
+        return f"{self.name}: {numbers.count(self.lines[-1]['step'])} steps"
 
 
 def main(*workdirs: str, out: str = "") -> None:
@@ -88,13 +80,11 @@ def main(*workdirs: str, out: str = "") -> None:
     runs = read_runs(workdirs)
     if not path.parent.exists():
         raise BadInput(f"--out={out} lies in a folder that does not exist: create {path.parent}.")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(plots.STYLE):
         if path.suffix == ".html":
             files.write_text(path, page(runs))
         else:
-            picture = io.BytesIO()
-            draw(runs).savefig(picture, format="png", dpi=150)
-            path.write_bytes(picture.getvalue())
+            path.write_bytes(plots.png(draw(runs), dpi=150))
     print(path)
 
 
@@ -118,7 +108,23 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
                 "training run."
             )
         runs.append(Run("/".join(path.parts[-depth:]), lines))
-    return runs
+    names = _as_points([run.name for run in runs])
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _as_points(names: Sequence[str]) -> list[str]:
+    """Of points of a sweep, 000-KEY=VALUE,..., what tells them apart; else the names."""
+    points = [re.fullmatch(r"(?:.*/)?\d{3,}-(.+=.+)", name) for name in names]
+    if len(names) < 2 or not all(points):
+        return list(names)
+    # Of a key only its last part.
+    values = [
+        [re.sub(r"^[\w.]*\.(?=\w+=)", "", part) for part in re.split(r",(?=[\w.]+=)", point[1])]
+        for point in points
+    ]
+    common = set(values[0]).intersection(*values)
+    short = [", ".join(part for part in of if part not in common) for of in values]
+    return short if len(set(short)) == len(names) else list(names)
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
@@ -154,11 +160,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw_panel(axes: Axes, title: str, metrics: Sequence[str], runs: Sequence[Run]) -> None:
     """One panel: colours tell the runs apart or, in a single run, the metrics."""
     shown = [np.zeros(0)]
+    colours = _colours(len(runs) * len(metrics))
     for i, (run, metric) in enumerate((run, metric) for run in runs for metric in metrics):
         steps, values = run.series(metric)
         if not np.isfinite(values).any():
             continue
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = colours[i]
         # A hiccup far outside must neither bend the curve nor flatten the rest.
         usual = np.clip(values, *np.nanpercentile(values, (1, 99)))
         # Smoothed is what goes up and down so often that its course is hard to see.
@@ -171,12 +178,13 @@ def draw_panel(axes: Axes, title: str, metrics: Sequence[str], runs: Sequence[Ru
         marker = "o" if len(values) <= 25 else ""
         axes.plot(steps, values, color=colour, marker=marker, markersize=3, label=metric)
     axes.set(title=title if len(metrics) > 1 else metrics[0], xlabel="step")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    plots.scale(axes.xaxis, 5)
     shown = np.concatenate(shown)
     if _LOGARITHMIC.match(metrics[0]):
         axes.set_yscale("log", nonpositive="mask")
+        plots.log_scale(axes.yaxis)
     elif len(shown):
+        plots.scale(axes.yaxis, 5)
         low, high = np.nanmin(shown), np.nanmax(shown)
         margin = 0.06 * (high - low or abs(high) or 1.0)
         axes.set_ylim(0 if _FROM_ZERO.match(metrics[0]) else low - margin, high + margin)
@@ -195,71 +203,55 @@ def draw(runs: Sequence[Run]) -> Figure:
     if len(runs) == 1:
         figure.suptitle(runs[0].heading, x=0.01, ha="left")
         return figure
-    lines = [Line2D([], [], color=_COLOURS[r % len(_COLOURS)]) for r in range(len(runs))]
+    lines = [Line2D([], [], color=colour) for colour in _colours(len(runs))]
     headings = [run.heading for run in runs]
-    figure.legend(lines, headings, loc="outside upper left", ncols=4)
+    # As many columns as have room for the longest name.
+    columns = max(1, min(len(runs), 130 // (max(map(len, headings)) + 6)))
+    figure.legend(lines, headings, loc="outside upper left", ncols=columns)
     return figure
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}
-body {{ margin: 0 auto; padding: 1rem; max-width: 84rem; }}
-.panels {{ display: grid; gap: 1rem;
-           grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }}
-svg {{ width: 100%; height: auto; }}
-.table {{ overflow-x: auto; margin-top: 2rem; }}
-th, td {{ padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{runs}</p>
-<div class="panels">
-{panels}
-</div>
-<div class="table"><table>
-{table}
-</table></div>
-</body></html>
-"""
+def _colours(number: int) -> list[str]:
+    """Of so many lines; of more than there are names for, from dark to light in their order."""
+    if number <= len(_COLOURS):
+        return list(_COLOURS[:number])
+    return [to_hex(mpl.colormaps["viridis"](i / number)) for i in range(number)]
 
 
 def page(runs: Sequence[Run]) -> str:
     """One page with the curves as vector graphics and a table of the latest values."""
     drawings = []
     for title, metrics in panels(runs).items():
-        figure, file = Figure(figsize=_PANEL_INCHES, layout="constrained"), io.StringIO()
-        draw_panel(figure.add_subplot(), title, metrics, runs)
-        figure.savefig(file, format="svg", transparent=True)
-        svg = file.getvalue()
-        drawings.append(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
-    keys = [
-        f'<b style="color: {_COLOURS[r % len(_COLOURS)]}">&#9632;</b> {html.escape(run.heading)}'
-        for r, run in enumerate(runs)
-    ]
-    return _PAGE.format(
-        title=html.escape(runs[0].heading if len(runs) == 1 else f"{len(runs)} training runs"),
-        runs="<br>".join(keys) if len(runs) > 1 else "",
-        panels="\n".join(drawings),
-        table=table(runs),
-    )
+        figure = Figure(figsize=_PANEL_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        draw_panel(axes, title, metrics, runs)
+        axes.set(title="", xlabel="")  # said on the page, as text
+        heading = title if len(metrics) > 1 else metrics[0]
+        drawings.append((heading, plots.svg(figure, alone=False)))
+    colours = _colours(len(runs))
+    values = {
+        "title": runs[0].heading if len(runs) == 1 else f"{len(runs)} training runs",
+        "runs": [
+            {"name": run.name, "heading": run.heading, "colour": plots.named(colour)}
+            for run, colour in zip(runs, colours, strict=True)
+        ],
+        "drawings": drawings,
+        "table": table(runs),
+    }
+    return pages.fill(os.path.join(os.path.dirname(__file__), "curves.html.j2"), values)
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Rows of a table: the last value of every metric and the step at which it was taken."""
-    heads = "".join(f"<th>{html.escape(run.name)}</th><th>at step</th>" for run in runs)
-    rows = [f"<tr><th>metric</th>{heads}</tr>"]
+def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Of every metric its last value and the step at which it was taken, run by run."""
+    rows = []
     for name in metrics_of(runs):
-        cells = ""
+        cells = []
         for run in runs:
             steps, values = run.series(name)
-            latest = (f"{values[-1]:.5g}", f"{steps[-1]:,.0f}") if len(values) else ("", "")
-            cells += "<td>{}</td><td>{}</td>".format(*latest)
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return "\n".join(rows)
+            known = len(values) > 0
+            cells += [numbers.decimal(values[-1]), numbers.count(steps[-1])] if known else ["", ""]
+        rows.append((name, cells))
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ in a SLURM array.  S holds
 
     sweep.json  {"metric", "best", "points": [{"name", "values", "state", "score", ...}]}
     sweep.md    the same as a table, best first
+    index.html  the same as a page, with the score drawn over each key that has numbers
 
 Exit codes: 0 all points are done (one that diverged counts), 75 preempted and saved (the same
 command resumes), 130 the same by Ctrl-C, 2 bad input, 1 a point crashed.
 """
 
 import copy
+import itertools
 import os
 import re
 import signal
@@ -33,6 +35,8 @@ from mofi_jax import telemetry
 from mofi_jax.common import cli, config_files, config_keys, files
 from mofi_jax.common.console import interrupts
 from mofi_jax.common.errors import BadInput
+from mofi_jax.common.pages import numbers
+from mofi_jax.common.pages import page as pages
 from mofi_jax.training import run_folder, settings
 
 FAILED_FILE = "failed.json"
@@ -205,7 +209,7 @@ def is_done(folder: epath.Path, config: Any) -> bool:
 def write_table(
     workdir: epath.Path, names: Sequence[str], points: Sequence[Mapping[str, Any]], metric: str
 ) -> str:
-    """Writes sweep.json and sweep.md, ranked by the score `metric`; returns the Markdown table."""
+    """Writes sweep.json, sweep.md and index.html, ranked by `metric`; returns the table."""
     rows = [
         table_row(workdir / name, point, metric) for name, point in zip(names, points, strict=True)
     ]
@@ -221,7 +225,52 @@ def write_table(
         lines.append([*values, score, r["state"], r["name"]])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     files.write_text(workdir / "sweep.md", table + "\n")
+    files.write_text(workdir / "index.html", page(ranked, keys, metric))
     return table
+
+
+def page(ranked: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str) -> str:
+    """The table as a page, with a chart for each key that has several numbers.
+
+    Args:
+      ranked: rows of `table_row`, the best first.
+      keys: all that are swept.
+    """
+    charts = []
+    for key in keys:
+        points = [
+            (float(r["values"][key]), r["score"], f"{r['name']}: {numbers.fixed(r['score'])}")
+            for r in ranked
+            if r["score"] is not None and isinstance(r["values"].get(key), int | float)
+        ]
+        best = {value: point for point in reversed(points) for value in point[:1]}
+        values = sorted(best)
+        if len(values) < 2:
+            continue
+        # Powers are swept on a logarithmic axis, steps on an even one.
+        ratios = values[0] > 0 and values[-1] >= 8 * values[0]
+        axis = numbers.scale(values, "log" if ratios else "tight")
+        places = [axis.at(value) for value in values]
+        if min(b - a for a, b in itertools.pairwise(places)) > 0.15:
+            axis = axis._replace(ticks=[(value, numbers.decimal(value)) for value in values])
+        charts.append(
+            {
+                **{"key": key, "name": key.rpartition(".")[2], "x": axis, "dots": points},
+                **{"y": numbers.scale([point[1] for point in points])},
+                "best": [best[value] for value in values],
+            }
+        )
+    return pages.fill(
+        os.path.join(os.path.dirname(__file__), "sweep.html.j2"),
+        {"points": ranked, "keys": keys, "metric": metric, "charts": charts},
+        written,
+    )
+
+
+def written(value: Any) -> str:
+    """A value of a key, numbers as pages write them."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return numbers.decimal(value) if number else str(value)
 
 
 def table_row(folder: epath.Path, point: Mapping[str, Any], metric: str) -> dict[str, Any]:

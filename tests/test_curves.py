@@ -12,6 +12,7 @@ from etils import epath
 
 from mofi_jax import curves, telemetry
 from mofi_jax.common.errors import BadInput
+from mofi_jax.common.pages import plots
 
 
 def run(lines, name="run"):
@@ -54,17 +55,16 @@ def test_two_real_runs_as_a_page_that_needs_no_other_file(runs, tmp_path):
     assert "loss_entity" in text
     assert "long: 20 steps" in text
     assert "short: 4 steps" in text
-    for reference in ("<script", "<link", "<img", "url(http", "@import"):
+    for reference in ("<script", "<link", "<img", "url(http", "@import", "src="):
         assert reference not in text
     last = telemetry.read_metrics(runs[1])[-1]
-    assert f"<td>{last['loss']:.5g}</td><td>4</td>" in text
+    assert f"<td>{last['loss']:.3g}</td>\n<td>4</td>" in text
     drawings = text.split("<svg")[1:]
     assert len(drawings) == len(curves.panels(curves.read_runs(list(map(str, runs)))))
     for drawing in drawings:
         svg = xml.etree.ElementTree.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>")
         assert "viewBox" in svg.attrib  # without which it could not shrink to a phone's width
-        assert "currentColor" in drawing
-        assert curves._INK not in drawing  # dark on a dark page
+        assert "var(--soft, " in drawing  # what is dark on a light page is light on a dark one
 
 
 def test_groups_of_one_run_and_single_metrics_of_several():
@@ -128,7 +128,7 @@ def test_only_noise_is_smoothed(values, lines):
 
 def test_a_page_of_a_long_run_stays_small():
     lines = [{"step": i, "loss": value} for i, value in enumerate(noise(50_000))]
-    with mpl.rc_context(curves._STYLE):
+    with mpl.rc_context(plots.STYLE):
         assert len(curves.page([run(lines)])) < 1e6
 
 
@@ -160,6 +160,14 @@ def test_names_tell_runs_apart(tmp_path):
         curves.main(str(folders[0]), out="no/where/curves.png")
     with pytest.raises(BadInput, match="is given twice"):
         curves.read_runs([str(folders[0])] * 2)
+
+
+def test_points_of_a_sweep_are_named_by_what_tells_them_apart():
+    names = [f"s/00{i}-optimizer.learning_rate={v},losses.margin=0.1" for i, v in enumerate("12")]
+    assert curves._as_points(names) == ["learning_rate=1", "learning_rate=2"]
+    assert curves._as_points(names[:1]) == names[:1]
+    assert curves._as_points([*names, "run"]) == [*names, "run"]
+    assert len(set(curves._colours(9))) == 9
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -170,6 +171,16 @@ def test_table_ranks_by_the_metric(tmp_path):
     written = json.loads((folder / "sweep.json").read_text())
     assert written["best"] == "1"
     assert [p["name"] for p in written["points"]] == ["1", "3", "0", "2", "4", "5"]
+    page = (folder / "index.html").read_text()
+    assert page.count('class="soft" cx=') == 2 * 4  # a dot for each score by each key
+    ticks = re.findall(r">\s*(10⁻⁴|0.001|0.01)</text>", page)
+    assert ticks == ["10⁻⁴", "0.001"]  # where something was swept and has a score, no 0.01
+
+
+def test_a_sweep_without_scores_is_a_page_too(tmp_path):
+    folder = epath.Path(tmp_path)
+    sweep.write_table(folder, ["0"], [{"data.train_ops": "a|<b>"}], "a/map")
+    assert "a|&lt;b&gt;" in (folder / "index.html").read_text()
 
 
 # ------------------------------------------------------------------------- as a command

@@ -120,13 +120,22 @@ class _Words(ticker.Formatter):
         return numbers.decimal(value)
 
     def format_ticks(self, values: np.ndarray | Sequence[float]) -> list[str]:
-        return numbers.words([float(value) for value in values])
+        values = [float(value) for value in values]
+        evenly = np.allclose(np.diff(values, 2), 0.0)
+        return numbers.words(values) if evenly else [numbers.short(value) for value in values]
 
 
 def scale(axis: mpl.axis.Axis, most: int) -> None:
     """At most about so many ticks, at steps of 1, 2 or 5; written as everywhere on the pages."""
     axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(_Words())
+
+
+def log_scale(axis: mpl.axis.Axis) -> None:
+    """Few ticks on a logarithmic axis, at powers of ten or also between them."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
+    axis.set_major_formatter(_Words())
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def svg(figure: Figure, alone: bool = True) -> str:
@@ -142,13 +151,19 @@ def svg(figure: Figure, alone: bool = True) -> str:
     drawn = file.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, sans-serif", drawn)
-    for name, colour in _BY_NAME.items():
-        drawn = re.sub(rf"{colour}\b", f"var(--{name}, {colour})", drawn)
+    drawn = named(drawn)
     if alone:
         start = drawn.index(">") + 1
         style = f"<style>{_COLOURS} svg {{ background: var(--card); }}</style>"
         drawn = f"{drawn[:start]}\n{style}{drawn[start:]}"
     return drawn
+
+
+def named(style: str) -> str:
+    """A style with colours of the pages written by name, so that they follow light and dark."""
+    for name, colour in _BY_NAME.items():
+        style = re.sub(rf"{colour}\b", f"var(--{name}, {colour})", style)
+    return style
 
 
 def png(figure: Figure, dpi: int = 200) -> bytes:
