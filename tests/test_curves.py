@@ -58,7 +58,7 @@ def test_two_real_runs_as_a_page_that_needs_no_other_file(runs, tmp_path):
     for reference in ("<script", "<link", "<img", "url(http", "@import", "src="):
         assert reference not in text
     last = telemetry.read_metrics(runs[1])[-1]
-    assert f"<td>{last['loss']:.3g}</td>\n<td>4</td>" in text
+    assert f"<td>{last['loss']:.3g}</td><td>4</td>" in text
     drawings = text.split("<svg")[1:]
     assert len(drawings) == len(curves.panels(curves.read_runs(list(map(str, runs)))))
     for drawing in drawings:
