@@ -228,7 +228,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       BadInput: naming the first key that cannot be used.
     """
     _check(config.dataset in ("i2e", "i2t"), config, "dataset", "choose i2e or i2t")
-    pairs_stage.find(config.sources)
+    pairs_stage.find(config.sources, logging.debug)  # what is left out, the stage tells
     least = {
         "workers": 1,
         "min_side": 1,

@@ -4,25 +4,32 @@
     mofi labels --config i2e:classes=PAIRS --workdir W
 
 PICTURES/CLASS/**/*.jpg (png, webp, gif) are of the entity `class:CLASS`, by whose name, CLASS
-without underscores, their captions go.  PAIRS gets tars of pairs as img2dataset writes them, in the
-order of the files' names, and the knowledge base of the classes, `classes.jsonl`; more may be said
-there of a class (`description`, `aliases`) before the second command.  The pictures' bytes stay as
-they are; those that cannot be read are rejected, with a reason, by the second command.
+without underscores, their captions go.  PICTURES may also be parquet or Arrow with a column of
+labels, as Hugging Face has them, a tar, or `tfds:NAME:SPLIT`.  Of train/ and val/ or test/ the
+first is taken; PICTURES/val names another.  PAIRS gets tars of pairs as img2dataset writes them, in
+the order of the files' names, and the knowledge base of the classes, `classes.jsonl`; more may be
+said there of a class (`description`, `aliases`) before the second command.  The pictures' bytes
+stay as they are; those that cannot be read are rejected, with a reason, by the second command.
 """
 
+import functools
 import io
 import json
 import os
 import tarfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from absl import logging
 from etils import epath
 
-from data_prep.pairs.formats import tars
+from data_prep.pairs.formats.folders import PICTURE_SUFFIXES as SUFFIXES
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data.pictures import tree
+from mofi_jax.evaluators.sets import folders, parquets, shards, tables
+from mofi_jax.evaluators.sets import pictures as picture_sets
 
 CLASSES_FILE = "classes.jsonl"
 CLASS = "class"  # of a pair's JSON: the id of its class
@@ -32,14 +39,14 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
     """The command: writes PAIRS; does nothing where it is there already.
 
     Args:
-      pictures: a folder of folders.
+      pictures: a folder of folders, or rows with labels (`evaluators.sets.pictures.read_set`).
       out: the new folder.
       per_tar: pictures of a tar, which is read by one process.
 
     Raises:
       BadInput: no folder of classes with pictures in them, or an `out` that holds something else.
     """
-    folder, target = files.input_folder(pictures, "--pictures"), files.replaced_folder(out, "--out")
+    target = files.replaced_folder(out, "--out")
     if not per_tar.isdecimal() or not int(per_tar):
         raise BadInput(f"--per_tar={per_tar} is not a whole number above 0.")
     if (target / "result.json").exists():
@@ -47,10 +54,8 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
         return
     if target.exists() and any(target.iterdir()):
         raise BadInput(f"--out={out} is not empty: name a new folder.")
-    if not folder.is_dir():
-        raise BadInput(f"--pictures={pictures} is no folder: name one with a folder a class.")
-    found = list(_pictures(os.fspath(folder)))
-    names = sorted({name for name, _ in found})
+    found = _pictures(pictures)
+    names = sorted({picture.label for picture in found})
     if not names:
         raise BadInput(
             f"--pictures={pictures} holds no pictures in folders (.{', .'.join(SUFFIXES)}): name a "
@@ -63,8 +68,8 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
     part.mkdir(parents=True)
     for number, start in enumerate(range(0, len(found), int(per_tar))):
         with tarfile.open(part / f"{number:05d}.tar", "w") as tar:
-            for index, (name, path) in enumerate(found[start : start + int(per_tar)], start):
-                _add(tar, f"{index:08d}", name, path, os.path.relpath(path, folder))
+            for index, picture in enumerate(found[start : start + int(per_tar)], start):
+                _add(tar, f"{index:08d}", picture)
     lines = ({"id": identity(name), "label": label(name)} for name in names)
     files.write_text(part / CLASSES_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))
     result = {"classes": len(names), "pictures": len(found)}
@@ -73,9 +78,6 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
         target.rmdir()  # it is empty
     part.rename(target)
     logging.info("%s: %d pictures of %d classes", target, len(found), len(names))
-
-
-SUFFIXES = tars.PICTURE_SUFFIXES
 
 
 def identity(name: str) -> str:
@@ -87,29 +89,49 @@ def label(name: str) -> str:
     return name.replace("_", " ").strip() or name
 
 
-def _pictures(folder: str) -> Iterator[tuple[str, str]]:
-    """(class, path) of each picture, in the order of their names."""
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if name.startswith(".") or not os.path.isdir(path):
-            continue
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise BadInput(f"--pictures: the name of {path!r} is not UTF-8: rename it.") from None
-        for inside, folders, members in os.walk(path):
-            folders.sort()
-            for member in sorted(members):
-                suffix = member.rpartition(".")[2].lower()
-                if suffix in SUFFIXES and not member.startswith("."):
-                    yield name, os.path.join(inside, member)
+class _Picture(NamedTuple):
+    label: str
+    where: str  # for people
+    read: Callable[[], bytes]
 
 
-def _add(tar: tarfile.TarFile, key: str, name: str, path: str, where: str) -> None:
+def _pictures(path: str) -> list[_Picture]:
+    """What there is to learn from, in the order of names or of rows."""
+    folder = files.local_input(path, "the pictures")
+    if not path.startswith(shards.PREFIX) and not folder.exists() and not folder.parent.is_dir():
+        raise BadInput(f"There is nothing at --pictures={path}: name a folder with one a class.")
+    if folder.is_dir() and not parquets.files_of(folder, tree.TO_LEARN)[1]:
+        folder = folders.of_split(folder, tree.TO_LEARN)
+        if not tables.find(folder):
+            return list(_in_folders(os.fspath(folder)))
+    found = picture_sets.read_set(path, tree.TO_LEARN)
+    return [
+        _Picture(found.labels.get(number, str(number)), name, functools.partial(found.read, i))
+        for i, (number, name) in enumerate(zip(found.classes.tolist(), found.names, strict=True))
+    ]
+
+
+def _in_folders(folder: str) -> Iterator[_Picture]:
+    for name in tree.walk(folder):
+        label, inside, _ = name.partition("/")
+        if inside and name.rpartition(".")[2].lower() in SUFFIXES:
+            try:
+                label.encode()
+            except UnicodeEncodeError:
+                raise BadInput(
+                    f"--pictures: the name of {label!r} in {folder} is not UTF-8: rename it."
+                ) from None
+            yield _Picture(label, name, epath.Path(folder, name).read_bytes)
+
+
+def _add(tar: tarfile.TarFile, key: str, picture: _Picture) -> None:
     """The three files of a pair."""
-    data = epath.Path(path).read_bytes()
-    about = {CLASS: identity(name), "file": where.encode("utf-8", "replace").decode()}
-    suffix = path.rpartition(".")[2].lower()
+    data, where = picture.read(), picture.where.encode("utf-8", "replace").decode()
+    about = {CLASS: identity(picture.label), "file": where}
+    suffix = where.rpartition(".")[2].lower()
+    if suffix not in SUFFIXES:  # a row; whatever it is called, readers look at the bytes
+        suffix = "jpg"
+    name = picture.label
     contents = {suffix: data, "txt": label(name).encode(), "json": json.dumps(about).encode()}
     for kind, content in contents.items():
         member = tarfile.TarInfo(f"{key}.{kind}")

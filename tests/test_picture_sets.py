@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops
-from mofi_jax.data.pictures import parquets
+from mofi_jax.data.pictures import parquets, tree
 from mofi_jax.evaluators.sets import pictures as picture_sets
 from tests import datasets
 
@@ -152,11 +152,17 @@ def test_hugging_face_parquet(tmp_path):
     assert len(one) == 2
 
     hugging_face(data / "train-00000-of-00001.parquet", [1])
+    # Of a set of splits the one to measure on; it can be named from above data/ as well.
+    assert picture_sets.read_set(data).path == data / "test"
+    assert picture_sets.read_set(tmp_path).path == data / "test"
+    assert len(picture_sets.read_set(tmp_path, tree.TO_LEARN)) == 1
+    for path in (data, tmp_path):
+        assert len(picture_sets.read_set(path / "train")) == 1
+    hugging_face(data / "test_b.parquet", [1])
     with pytest.raises(
-        BadInput, match=r"holds the splits test, train: name one, as in .*/data/test"
+        BadInput, match=r"holds the splits test, test_b: name one, as in .*/data/test"
     ):
         picture_sets.read_set(data)
-    assert len(picture_sets.read_set(data / "train")) == 1
     (data / "test-00001-of-00002.parquet").unlink()
     with pytest.raises(BadInput, match="is one of 2 files and 1 of them"):
         picture_sets.read_set(data / "test")

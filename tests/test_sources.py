@@ -235,11 +235,13 @@ def test_sources_that_are_written_wrongly_are_told(entries, words):
 
 
 def test_two_packed_files_of_one_name_are_told(tmp_path):
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "0.tar.gz").touch()
-    with pytest.raises(errors.BadInput, match=r"would be unpacked to 0\.tar: rename"):
-        pairs_stage.find([f"x={tmp_path}/*/0.tar.gz"])
+    for path in ("a/0.tar.gz", "b/0.tar.gz", "b/c-0.tar.gz", "b/c/0.tar.gz"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    found = pairs_stage.find([f"x={tmp_path}/*/0.tar.gz"])
+    assert [file.unpacked for file in found] == ["a-0.tar", "b-0.tar"]
+    with pytest.raises(errors.BadInput, match=r"would be unpacked to b-c-0\.tar: rename"):
+        pairs_stage.find([f"x={tmp_path}"])
 
 
 def test_sources_in_short(tmp_path):
@@ -370,7 +372,7 @@ def test_names_that_look_like_patterns_are_names(tmp_path, name):
         return [os.path.relpath(f.path, folder) for f in pairs_stage.find([f"s={pattern}"])]
 
     assert found(f"{folder}/*.tar") == ["0.tar", "1.tar"]
-    assert found(folder) == ["0.tar", "1.tar"]
+    assert found(folder) == ["0.tar", "1.tar", "sub/2.tar"]
     assert found(f"{folder}/1.tar") == ["1.tar"]
     assert found(f"{folder}/**/*.tar") == ["0.tar", "1.tar", "sub/2.tar"]
 

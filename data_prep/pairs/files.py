@@ -1,4 +1,10 @@
-"""Which files `config.sources` means: names, patterns, formats. Opens no file but TFDS metadata."""
+"""Which files `config.sources` means: names, patterns, formats. Opens no file but TFDS metadata.
+
+A folder means all that is below it, at any depth. In each folder one kind is read: tars, or what
+img2dataset wrote as `files`, or parquet and Arrow, or tables, which speak for the folders below
+them too, or else the pictures themselves with their captions beside them. What names of files and
+folders say is for validation or test is left out where there is something else to train on.
+"""
 
 import collections
 import glob
@@ -6,21 +12,40 @@ import hashlib
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from absl import logging
 
 from data_prep.pairs import samples
+from data_prep.pairs.formats import folders as folder_files
 from data_prep.pairs.formats import tables, tars, tfds_sets
 from mofi_jax.common import errors
+from mofi_jax.data.pictures import arrow_files, containers, tree
 
-# Formats by the end of the name. Where a pattern finds several kinds, the first of them is read:
-# beside tars and folders lie their own tables, beside parquet may lie the list it was made from.
-_KINDS = {"tar": (".tar",), "folder": (), "parquet": (".parquet",), "table": tables.SUFFIXES}
+# Formats by the end of the name.
+_KINDS = {"tar": (".tar",), "parquet": (".parquet", ".arrow"), "table": tables.SUFFIXES}
 _LONGEST = 100  # characters of a shard's name
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _WANTED = (
-    "what img2dataset writes (.tar, .tar.gz, .tgz, folders with their _stats.json beside them),"
-    " .parquet, .csv, .tsv, .jsonl (.gz)"
+    "what img2dataset writes (.tar, .tar.gz, .tgz, folders of pictures with .txt or .json beside"
+    " them), .parquet, .arrow, .csv, .tsv, .jsonl (.gz)"
 )
+# What is told where it is found, with what to do about it.
+_PICTURES = tuple(f".{suffix}" for suffix in folder_files.PICTURE_SUFFIXES)
+_NOT_READ = {
+    ".tfrecord": "is TFRecord, which is not read: run img2dataset with --output_format webdataset",
+    **dict.fromkeys(containers.ARCHIVES, "is packed as a whole: unpack it"),
+    **dict.fromkeys(
+        (".part", ".partial", ".crdownload", ".incomplete", ".aria2", ".download"),
+        "is a download that is not complete: fetch it again",
+    ),
+    **dict.fromkeys(
+        _PICTURES,
+        "is a picture without a caption: put one beside it as .txt, write a metadata.csv with"
+        " the columns file_name and text, or, where folders are classes, pack them with"
+        " `python -m data_prep.class_folders`",
+    ),
+}
 
 
 class Found(typing.NamedTuple):
@@ -28,9 +53,11 @@ class Found(typing.NamedTuple):
 
     Attributes:
       source: the name of its source.
-      prefix: what its keys begin with: "" for the only source, else "NAME/", so that two sets that
-        number their pairs alike do not clash.
-      kind: "tar", "folder" (of img2dataset's format `files`), "parquet", "table" or "tfds".
+      prefix: what its keys begin with: "NAME/" where there are several sources, and then the folder
+        it lies in below that of its source, as in "cc3m/part1/", so that two sets that number their
+        pairs alike do not clash.
+      kind: "tar", "folder" (pictures and captions in files of their own), "parquet" (Arrow as
+        well), "table" or "tfds".
       path: absolute.
       stem: what the keys of a table without keys begin with, after the prefix.
       unpacked: the name under which it is to be unpacked; None where it is not packed.
@@ -49,12 +76,13 @@ class Found(typing.NamedTuple):
     span: tuple[int, int] = (0, 0)
 
 
-def find(sources: Sequence[str]) -> list[Found]:
+def find(sources: Sequence[str], warn: Callable[..., None] = logging.warning) -> list[Found]:
     """The files of all sources, source by source, sorted by path.
 
     Args:
       sources: "NAME=PATTERN" each; a pattern is a folder, a glob pattern (`**` for any depth), a
         file, or `tfds:NAME[:SPLIT][@DATA_DIR]`.
+      warn: is told what is left out, as `logging.warning` is.
 
     Raises:
       BadInput: a source that is not written so, twice one name, or nothing that could be read.
@@ -86,7 +114,7 @@ def find(sources: Sequence[str]) -> list[Found]:
                 at = os.path.basename(shard.path)
                 found.append(Found(name, prefix, "tfds", shard.path, shard=at, span=span))
         else:
-            found += _find_files(name, prefix, pattern)
+            found += _find_files(name, prefix, pattern, warn)
     found = _named(found)
     packed = collections.Counter(file.unpacked for file in found if file.unpacked)
     for name, count in packed.items():
@@ -151,11 +179,11 @@ def _call(pattern: str) -> str:
 
 
 def _kind(path: str) -> str | None:
-    if path.endswith(".parquet.gz") or os.path.basename(path).startswith("._"):
+    if path.endswith(".parquet.gz") or tree.is_hidden(os.path.basename(path)):
         return None  # parquet is packed inside; what macOS says of the file NAME is in ._NAME
-    if not os.path.isfile(path):
-        return "folder" if tars.is_folder(path) else None
     plain = _plain(path)
+    if plain.endswith(arrow_files.SUFFIX) and not arrow_files.is_data(os.path.basename(path)):
+        return None
     return next((kind for kind, ends in _KINDS.items() if plain.endswith(ends)), None)
 
 
@@ -164,10 +192,58 @@ def _plain(path: str) -> str:
     return re.sub(r"\.tgz$", ".tar", path).removesuffix(".gz")
 
 
-def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
-    if os.path.isdir(pattern) and not tars.is_folder(pattern):
-        listed = [os.path.join(pattern, entry) for entry in os.listdir(pattern)]
-    elif os.path.exists(pattern):
+class _Kept(typing.NamedTuple):
+    """What is to be read: a file, or a folder for the files in it."""
+
+    kind: str
+    path: str
+    inside: str  # the folder by which its keys are told from those of others
+
+
+def _find_files(name: str, prefix: str, pattern: str, warn: Callable[..., None]) -> list[Found]:
+    passed_over: dict[str, str] = {}
+    kept = _kept(pattern, passed_over)
+    told = {suffix: f"{path} {_NOT_READ[suffix]}" for suffix, path in passed_over.items()}
+    if not kept and told:
+        raise errors.BadInput(
+            f"config.sources: {pattern} holds nothing that can be read: {next(iter(told.values()))}"
+            "."
+        )
+    if not kept:
+        what = "holds nothing that is known" if os.path.exists(pattern) else "does not exist"
+        raise errors.BadInput(
+            f"config.sources: {pattern} {what}: name a folder, a glob pattern or a file of"
+            f" {_WANTED}, or tfds:NAME."
+        )
+    for end in told.keys() - {*_PICTURES}:  # those may be of a README
+        warn("config.sources: left out: %s", told[end])
+    base = os.path.abspath(pattern)
+    while not os.path.isdir(base) or folder_files.is_shard(
+        base
+    ):  # the last folder that is no pattern
+        base = os.path.dirname(base)
+    found = []
+    for one in _to_train_on(kept, base, warn):
+        if samples.encodable(one.path) != one.path:
+            raise errors.BadInput(
+                f"config.sources: the name of {samples.encodable(one.path)} is not UTF-8: rename"
+                " it."
+            )
+        plain, within = _plain(one.path), os.path.relpath(one.inside, base)
+        before = prefix if within == "." else f"{prefix}{within}/"
+        shard = os.path.basename(plain) if plain == base else os.path.relpath(plain, base)
+        shard = shard if one.kind == "folder" else shard.rpartition(".")[0]
+        unpacked = None
+        if one.path != plain:
+            unpacked = (before + os.path.basename(plain)).replace("/", "-")
+        stem = os.path.basename(plain).rpartition(".")[0]
+        found.append(Found(name, before, one.kind, one.path, stem, unpacked, shard))
+    return found
+
+
+def _kept(pattern: str, passed_over: dict[str, str]) -> list[_Kept]:
+    """What a pattern means, by path; `passed_over` gets a file for each end in `_NOT_READ`."""
+    if os.path.exists(pattern):
         listed = [pattern]
     else:
         folder, rest = pattern, ""
@@ -176,41 +252,65 @@ def _find_files(name: str, prefix: str, pattern: str) -> list[Found]:
             rest = os.path.join(last, rest) if rest else last
         # What exists is a name, whatever characters are in it; only the rest is a pattern.
         listed = glob.glob(os.path.join(glob.escape(folder), rest), recursive=True)
-    by_kind: dict[str, set[str]] = {kind: set() for kind in _KINDS}
-    for path in listed:
-        kind = _kind(path)
-        if kind:
-            by_kind[kind].add(os.path.abspath(path))
-    kind = next((kind for kind, paths in by_kind.items() if paths), None)
-    if kind is None:
-        here = os.path.isdir(pattern) or bool(listed)
-        what = "holds nothing that is known" if here else "does not exist"
-        raise errors.BadInput(
-            f"config.sources: {pattern} {what}: name a folder, a glob pattern or a file of"
-            f" {_WANTED}, or tfds:NAME."
-        )
+    found: dict[str, _Kept] = {}
+
+    def visit(folder: str, folders: set[str], names: set[str], above: frozenset[str]) -> None:
+        kept, further = _choose(folder, folders, names)
+        for one in kept:  # a shard is told from its parent, which comes first
+            found.setdefault(one.path, one)
+        for name in sorted(names if kept[:1] != [_Kept("folder", folder, folder)] else ()):
+            if end := next((end for end in _NOT_READ if name.lower().endswith(end)), None):
+                passed_over.setdefault(end, os.path.join(folder, name))
+        for name in sorted(further):
+            path = os.path.join(folder, name)
+            if (beyond := tree.within(path, above)) is not None:
+                entries = [e for e in tree.entries(path) if not tree.is_hidden(e.name)]
+                inner = {entry.name for entry in entries if tree.is_folder(entry)}
+                visit(path, inner, {entry.name for entry in entries} - inner, beyond)
+
+    groups: dict[str, tuple[set[str], set[str]]] = {}
+    for path in map(os.path.abspath, listed):
+        folder, name = os.path.split(path)
+        groups.setdefault(folder, (set(), set()))[not os.path.isdir(path)].add(name)
+    for folder, (folders, names) in sorted(groups.items()):
+        visit(folder, folders, names, frozenset())
+    return sorted(found.values(), key=lambda one: one.path)
+
+
+def _choose(folder: str, folders: set[str], names: set[str]) -> tuple[list[_Kept], set[str]]:
+    """What is read in a folder, by the names in it, and the folders to look into."""
+    by_kind = {kind: {name for name in names if _kind(name) == kind} for kind in _KINDS}
+    shards = {name for name in folders if folder_files.is_shard(os.path.join(folder, name))}
+    if shards:  # what a download that was killed has not described yet is one as well
+        shards |= {name for name in folders if name.isdigit()}
+    # What lies beside describes it.
+    described = {tars.stem(name) for name in by_kind["tar"]}
+    if any(name.endswith(".tfrecord") for name in names):
+        by_kind["parquet"] = set()
+    by_kind["parquet"] = {n for n in by_kind["parquet"] if tars.stem(n) not in described | folders}
+    kind = next((kind for kind, chosen in by_kind.items() if chosen), "")
+    further = set() if kind == "table" and not shards else folders - shards - described
+    if shards and kind != "tar":
+        return [_Kept("folder", os.path.join(folder, name), folder) for name in shards], further
+    if not kind and folder_files.has_pairs(names):
+        return [_Kept("folder", folder, folder)], further
     # Where both `a.tar` and `a.tar.gz` are there, the former is the latter unpacked.
-    chosen = by_kind[kind]
-    if kind == "folder":  # what a download that was killed has not described yet is one as well
-        numbered = (path for path in listed if os.path.basename(path).isdigit())
-        chosen |= {os.path.abspath(path) for path in numbered if os.path.isdir(path)}
-    paths = sorted(path for path in chosen if _plain(path) not in chosen - {path})
-    base = os.path.abspath(pattern)
-    while not os.path.isdir(base) or base in chosen:  # the last folder that is no pattern
-        base = os.path.dirname(base)
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    found = []
-    for path in paths:
-        if samples.encodable(path) != path:
-            raise errors.BadInput(
-                f"config.sources: the name of {samples.encodable(path)} is not UTF-8: rename it."
-            )
-        inside = os.path.relpath(_plain(path), root)
-        shard = os.path.relpath(_plain(path), base)
-        shard = shard if kind == "folder" else shard.rpartition(".")[0]
-        unpacked = None
-        if path != _plain(path):
-            unpacked = (prefix + os.path.basename(inside)).replace("/", "-")
-        stem = inside.rpartition(".")[0]
-        found.append(Found(name, prefix, kind, path, stem, unpacked, shard))
-    return found
+    chosen = by_kind.get(kind, set())
+    paths = [os.path.join(folder, name) for name in chosen if _plain(name) not in chosen - {name}]
+    return [_Kept(kind, path, folder) for path in paths], further
+
+
+def _to_train_on(kept: list[_Kept], base: str, warn: Callable[..., None]) -> list[_Kept]:
+    """Without what is for validation or test by its name, if anything is left then."""
+    held: dict[str, list[_Kept]] = {}
+    for one in kept:
+        held.setdefault(tree.split_of(os.path.relpath(one.path, base)) or "train", []).append(one)
+    if "train" not in held:
+        return kept
+    for split in sorted(held.keys() - {"train"}):
+        warn(
+            "config.sources: %d of %d files are left out as the split %s, %s the first of them:"
+            " name them alone to train on them",
+            *(len(held[split]), len(kept), split, held[split][0].path),
+        )
+    return held["train"]

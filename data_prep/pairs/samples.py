@@ -15,9 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from data_prep import engine
 
 # Columns by their usual names, the likeliest first; letter case does not matter.
-TEXT_COLUMNS = ("text", "caption", "alt_text", "alttext", "alt", "title", "sentence", "prompt")
+TEXT_COLUMNS = (
+    *("text", "caption", "alt_text", "alttext", "alt", "title", "sentence", "prompt"),
+    *("txt", "captions", "sentences", "image_caption", "description"),
+)
 KEY_COLUMNS = ("key", "__key__", "uid")
 URL_COLUMNS = ("url", "image_url")
+FAILED = ("failed_to_download", "failed_to_resize")  # `status` by img2dataset
 MAX_TEXT = 1 << 20  # bytes of a caption or its .json, a thousand times what people write
 
 # Directional marks, embeddings, overrides and isolates, soft hyphens, spaces of no width and stray

@@ -1,10 +1,10 @@
 """Sources: image-text pairs in whatever form -> pairs/ (key, text, pointer to the picture's bytes).
 
-`config.sources` names them, "NAME=PATTERN" each: a folder, a glob pattern or a file of img2dataset
-tars or folders, of parquet with pictures in it, or of tables beside pictures; or a data set of TFDS
-(see `data_prep.pairs.formats`). Everything is read once: each sample's place is noted, each picture
-is decoded in full and dropped again. Later stages fetch bytes by pointer (path, offset, length; see
-`read_pictures`).
+`config.sources` names them, "NAME=PATTERN" each: a folder, a glob pattern or a file of what
+img2dataset wrote, of parquet or Arrow with pictures in it, of tables beside pictures, or of
+pictures with captions beside them; or a data set of TFDS (see `data_prep.pairs.files` and
+`formats`). Everything is read once: each sample's place is noted, each picture is decoded in full
+and dropped again. Later stages fetch bytes by pointer (path, offset, length; see `read_pictures`).
 
     unpacked/  what was packed (.gz, and the pictures in parquet), in which nothing can be found by
                its place
@@ -47,7 +47,7 @@ from etils import epath
 from data_prep import engine
 from data_prep.pairs import ahead, pictures, samples, unique
 from data_prep.pairs.files import Found, find
-from data_prep.pairs.formats import parquets, tables, tars, tfds_sets
+from data_prep.pairs.formats import folders, parquets, tables, tars, tfds_sets
 from data_prep.pairs.samples import Rejected
 from mofi_jax.common import errors
 
@@ -216,7 +216,7 @@ def _plan(
         else:
             part |= {"stem": file.stem, "table": file.path}
         if file.kind == "folder":
-            parts[file.shard] = (inputs[1:], part | {"listed": tars.listed(path)})
+            parts[file.shard] = (inputs[1:], part | {"listed": folders.fingerprint(path)})
         elif file.kind == "tfds":
             inputs = (path, *tfds_sets.described_in(path))
             for number, start in enumerate(range(*file.span, rows)):
@@ -256,7 +256,7 @@ def _scan(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[st
     if path.endswith(".tar"):
         plan = tars.scan(path, settings["rows"], outputs.path(f"scanned/{task.name}.members"))
     else:
-        reader = parquets if path.endswith(".parquet") else tables
+        reader = parquets if path.endswith((".parquet", ".arrow")) else tables
         texts = samples.TEXT_COLUMNS + (None,) * ("optional_captions" in settings)
         texts = [settings["text"].lower()] if "text" in settings else texts
         plan = reader.scan(path, settings["rows"], texts)

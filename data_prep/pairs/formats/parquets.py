@@ -1,11 +1,12 @@
-"""Hugging Face-style parquet: the pictures' bytes and their captions in columns of one file.
+"""Hugging Face-style parquet and Arrow: pictures' bytes and captions in columns of one file.
 
 The picture is a column `struct<bytes, path>`, as the library `datasets` writes it, or of plain
 bytes; a caption a string or its bytes, or the first that is not empty in a list of such; either in
-any of Arrow's encodings. Row groups are the smallest piece that parquet reads, so that one is never
-split between two shards; within it rows are streamed. For the same reason pictures cannot be
-fetched from here one by one: the samples come without a pointer, and `sources` unpacks their
-pictures.
+any of Arrow's encodings. Where no column holds pictures, one of paths names their files as in
+other tables (`formats.tables`). Row groups are the smallest piece that parquet reads, so that one
+is never split between two shards; within it rows are streamed. For the same reason pictures cannot
+be fetched from here one by one: the samples come without a pointer, and `sources` unpacks their
+pictures. Rows that img2dataset could not download are counted and are no samples.
 """
 
 import collections
@@ -14,10 +15,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from data_prep.pairs import pictures, samples
-from data_prep.pairs.samples import Sample
+from data_prep.pairs.formats import tables
+from data_prep.pairs.samples import Rejected, Sample
 from mofi_jax.common import errors
+from mofi_jax.data.pictures import arrow_files
+from mofi_jax.data.pictures.parquets import PICTURES
 
-PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
+PICTURE_COLUMNS = PICTURES  # as whoever embeds or evaluates them knows them
 _BATCH = 32  # rows; pictures of a few megabytes each should not fill the memory
 _LARGE = 256 << 20  # bytes of a column in a row group, below which nothing is suspected
 _WIDEST = samples.MAX_TEXT  # bytes of a cell of fixed width
@@ -34,8 +38,8 @@ def scan(path: str, rows: int, texts: Sequence[str | None] = samples.TEXT_COLUMN
         be one.
 
     Returns:
-      `image` (the column of bytes), `text`, `columns` and `ranges`: for each piece its first row,
-      first row group and the row group after its last.
+      `image` (the column of bytes, or with `beside` of paths), `text`, `columns` and `ranges`: for
+      each piece its first row, first row group and the row group after its last.
 
     Raises:
       BadInput: unreadable, without the columns needed, or larger unpacked than such files are.
@@ -61,17 +65,18 @@ def read(
 
     Args:
       inputs: the file.
-      part: what `scan` returned, with `range` instead of `ranges`, and `stem`, with which the keys
-        begin where no column holds them.
+      part: what `scan` returned, with `range` instead of `ranges`, `stem`, with which the keys
+        begin where no column holds them, and `table`, from whose folder paths start.
       keep: further columns to read, or parts of them (see `samples.at`).
-      counts: `members` is counted up.
+      counts: `members` and `not_downloaded` are counted up.
     """
     import pyarrow as pa
 
     path, (first, start, stop) = inputs[0], part["range"]
     names = part["columns"]
     named = (samples.pick(names, some) for some in (samples.KEY_COLUMNS, samples.URL_COLUMNS))
-    wanted = samples.columns_of((*filter(None, (part["text"], *named)), *keep), names)
+    wanted = samples.columns_of((*filter(None, (part["text"], *named)), "status", *keep), names)
+    beside = tables.folders_of(part["table"]) if part.get("beside") else None
     with open_file(path) as file, told(path):
         leaves = [part["image"], *_leaves(file.schema_arrow, wanted, keep)]
         batches = file.iter_batches(_BATCH, row_groups=range(start, stop), columns=leaves)
@@ -85,7 +90,17 @@ def read(
                 row = {name: samples.cell(column, i) for name, column in others}
                 key, url = samples.key_and_url(row, f"{part['stem']}/{number:08d}")
                 text = samples.first_text(text.as_py())  # bytes, not taken for UTF-8 yet
-                if not blob.is_valid:
+                if beside:
+                    name = samples.text_of(blob.as_py())
+                    try:
+                        found, data = tables.fetch(name, *beside)
+                    except Rejected as rejected:
+                        yield Sample(key, reason=str(rejected))
+                    else:
+                        yield Sample(key, text, data, found, 0, len(data), url, row)
+                elif not blob.is_valid and row.get("status") in samples.FAILED:
+                    counts["not_downloaded"] = counts.get("not_downloaded", 0) + 1
+                elif not blob.is_valid:
                     yield Sample(key, reason="picture_missing")
                 elif (
                     blob.as_buffer().size > pictures.MAX_BYTES
@@ -110,7 +125,7 @@ def _leaves(schema, columns: Iterable[str], keep: Sequence[str]) -> list[str]:
     return found
 
 
-def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str]:
+def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str | bool | None]:
     import pyarrow as pa
 
     kinds = pa.types
@@ -138,6 +153,9 @@ def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str]:
     picture = samples.pick(leaves, PICTURE_COLUMNS)
     if picture is None and len(leaves) == 1:
         [picture] = leaves  # under whatever name, there is no other that it could be
+    files = samples.pick(strings, tables.PATH_COLUMNS)
+    if picture is None and files is not None and text is not None:
+        return {"image": files, "text": text, "beside": True}
     if picture is None or (text is None and None not in texts):
         shown = (samples.spell_key(f"{field.name} ({field.type})") for field in list(schema)[:30])
         listed = ", ".join(words[:200] for words in shown)
@@ -147,11 +165,16 @@ def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str]:
             else ("captions (strings)", texts)
         )
         named = ", or name it in config.caption_column" * (wanted is texts)
+        how = f"rename it to one of {', '.join(wanted)}{named}"
+        if picture is None and samples.pick(schema.names, samples.URL_COLUMNS):
+            how = "where it lists addresses, download their pictures with img2dataset"
+        elif picture is not None and any(kinds.is_integer(field.type) for field in schema):
+            how += "; or, where it has classes, pack them with `python -m data_prep.class_folders`"
         raise errors.BadInput(
             f"sources: {path} has no column of {what} that is known by its name (columns found:"
-            f" {listed}): rename it to one of {', '.join(wanted)}{named}."
+            f" {listed}): {how}."
         )
-    return {"image": leaves[picture], "text": text}
+    return {"image": leaves[picture], "text": text, "beside": False}
 
 
 def _check_sizes(path: str, footer) -> None:
@@ -194,7 +217,8 @@ def _cast(column):
 
 
 def open_file(path: str):
-    """A `pyarrow.parquet.ParquetFile` of which a column of one row group is held, at most `_LARGE`.
+    """A `pyarrow.parquet.ParquetFile`, or what is like it, of which one column of
+    a row group is held, at most `_LARGE`.
 
     Of a larger file it is no more than a buffer; such a stream believes what a page says of its
     size, which costs gigabytes where it lies.
@@ -205,6 +229,8 @@ def open_file(path: str):
     import pyarrow.parquet as pq
 
     with told(path):
+        if str(path).endswith(arrow_files.SUFFIX):
+            return arrow_files.ArrowFile(path)
         buffer_size = 1 << 20 if os.path.getsize(path) > _LARGE else 0
         file = pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=False)
         _check_sizes(path, file.metadata)
@@ -241,6 +267,7 @@ def told(path: str) -> Iterator[None]:
         if getattr(error, "errno", None):
             raise  # the disk or the network: the file may be sound
         reason = str(error).partition("\n")[0].rstrip(".")
+        kind = "Arrow" if str(path).endswith(arrow_files.SUFFIX) else "parquet"
         raise errors.BadInput(
-            f"sources: {path} cannot be read as parquet ({reason}): fetch it again or remove it."
+            f"sources: {path} cannot be read as {kind} ({reason}): fetch it again or remove it."
         ) from error

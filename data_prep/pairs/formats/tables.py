@@ -1,5 +1,7 @@
 """Tables of captions beside a folder of pictures: CSV, TSV and JSON Lines, one row for each pair.
 
+Parquet may be such a table too (`formats.parquets`).
+
 A CSV has a header; `.tsv` is CSV with tabs and without quotes, as captions on the web hold quotes
 of their own; a `.csv` may be separated by commas, tabs or semicolons. Of a list of captions the
 first that says something is taken. A column names the picture's
@@ -26,7 +28,16 @@ from mofi_jax.common import errors
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = (
-    *("file_name", "filename", "filepath", "file_path", "image_path", "img_path", "image_file"),
+    *(
+        "file_name",
+        "image_file_name",
+        "filename",
+        "filepath",
+        "file_path",
+        "image_path",
+        "img_path",
+        "image_file",
+    ),
     *("image", "img", "picture", "path", "file"),
 )
 _MAX_LINE = samples.MAX_TEXT
@@ -89,36 +100,39 @@ def read(
       counts: `members` is counted up.
     """
     first, start, stop = part["range"]
-    folder = os.path.dirname(part["table"])
-    beside = (os.path.realpath(folder), os.path.dirname(os.path.realpath(part["table"])))
-    roots = tuple(os.path.join(root, "") for root in beside)
+    beside = folders_of(part["table"])
     with open(inputs[0], "rb") as file:
         for number, row in enumerate(_rows(file, part, start, stop), first):
             counts["members"] += 1
             key, url = samples.key_and_url(row.cells, f"{part['stem']}/{number:08d}")
             try:
-                yield _sample(key, url, row, part, folder, roots)
+                yield _sample(key, url, row, part, beside)
             except Rejected as rejected:
                 yield Sample(key, reason=str(rejected))
 
 
 def _sample(
-    key: str, url: str | None, row: Row, part: dict, folder: str, roots: tuple[str, ...]
+    key: str, url: str | None, row: Row, part: dict, beside: tuple[str, tuple[str, ...]]
 ) -> Sample:
     if row.reason:
         raise Rejected(row.reason)
     text = samples.first_text(row.cells.get(part["text"]))
     if text is not None and not isinstance(text, str):
         raise Rejected("no_text")
-    path, length = _locate(row.cells.get(part["image"]), folder, roots)
-    with open(path, "rb") as file:
-        data = file.read()
+    path, data = fetch(row.cells.get(part["image"]), *beside)
     extras = {name: _value(value) for name, value in row.cells.items()}
-    return Sample(key, text, data, path, 0, length, url, extras)
+    return Sample(key, text, data, path, 0, len(data), url, extras)
 
 
-def _locate(name: typing.Any, folder: str, roots: tuple[str, ...]) -> tuple[str, int]:
-    """The path of a picture that is there, and its size in bytes.
+def folders_of(table: str) -> tuple[str, tuple[str, ...]]:
+    """The folder from which a table's paths start, and what their real paths begin with."""
+    folder = os.path.dirname(table)
+    beside = (os.path.realpath(folder), os.path.dirname(os.path.realpath(table)))
+    return folder, tuple(os.path.join(root, "") for root in beside)
+
+
+def fetch(name: typing.Any, folder: str, roots: tuple[str, ...]) -> tuple[str, bytes]:
+    """The path of a picture that a table names, and its bytes.
 
     Raises:
       Rejected: "no_picture", "picture_is_a_url", "picture_outside", "picture_missing" or
@@ -140,10 +154,10 @@ def _locate(name: typing.Any, folder: str, roots: tuple[str, ...]) -> tuple[str,
         raise Rejected("picture_outside")
     if not (os.path.isfile(real) and os.access(real, os.R_OK)):
         raise Rejected("picture_missing")
-    size = os.path.getsize(real)
-    if size > pictures.MAX_BYTES:
+    if os.path.getsize(real) > pictures.MAX_BYTES:
         raise Rejected("too_many_bytes")
-    return path, size
+    with open(path, "rb") as file:
+        return path, file.read()
 
 
 def _value(value: typing.Any) -> typing.Any:
@@ -215,10 +229,13 @@ def _detect(path: str, names: Sequence[str], texts: Sequence[str]) -> dict[str, 
     for kind, (what, wanted) in words.items():
         if found[kind] is None and None not in wanted:
             listed = ", ".join(samples.spell_key(name)[:100] for name in names[:30]) or "none"
+            how = f"rename it to one of {', '.join(wanted)}"
+            how += ", or name it in config.caption_column" * (kind == "text")
+            if kind == "image" and samples.pick(names, samples.URL_COLUMNS):
+                how = "where it lists addresses, download their pictures with img2dataset"
             raise errors.BadInput(
                 f"sources: {path} has no column of the {what} that is known by its name (columns"
-                f" found: {listed}): rename it to one of {', '.join(wanted)}"
-                f"{', or name it in config.caption_column' * (kind == 'text')}."
+                f" found: {listed}): {how}."
             )
         if (count := names.count(found[kind])) > 1:
             raise errors.BadInput(

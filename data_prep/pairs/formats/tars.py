@@ -10,7 +10,7 @@ downloaded, and `00000_stats.json`, which says how many pairs the tar should hol
 nothing is ever written under them. What macOS puts beside files (`._NAME`, `__MACOSX/`) is ignored.
 
 Of a large tar `scan` lists the samples once, so that each piece of it is a shard of its own. A
-folder that img2dataset wrote (its format `files`) is read as the tar that it would have made.
+folder of such files is read as the tar that would hold them (`formats.folders`).
 
 Damage costs what it covers: a tar that was cut short gives what lies before the cut, one damaged in
 the middle also what lies behind, and a file that is no tar is one reject.
@@ -18,7 +18,6 @@ the middle also what lies behind, and a file that is no tar is one reject.
 
 import collections
 import contextlib
-import hashlib
 import json
 import os
 import typing
@@ -29,18 +28,16 @@ from absl import logging
 
 from data_prep import engine
 from data_prep.pairs import pictures, samples
-from data_prep.pairs.formats import parquets
+from data_prep.pairs.formats import folders, parquets
 from data_prep.pairs.samples import Sample
 from mofi_jax.common import errors
 from mofi_jax.data.pictures.tar_headers import Listing, Member, list_members
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _TINY = 1_000  # bytes; one pixel takes 70 as PNG, 630 as JPEG
 # Pictures can hardly be packed any further. What grows more than this was made to fill the disk.
 _MAX_RATIO, _ALWAYS_FINE = 100, 64 << 20
 # Fewer than pairs have on average: a tar of fewer bytes is one shard, and nobody lists it before.
 _BYTES_OF_PAIR = 8_000
-_STATUSES = ("failed_to_download", "failed_to_resize")
 
 
 def stem(path: str) -> str:
@@ -48,20 +45,9 @@ def stem(path: str) -> str:
     return os.path.basename(path).removesuffix(".gz").rpartition(".")[0]
 
 
-def is_folder(path: str) -> bool:
-    """Whether a path is a shard of img2dataset's format `files`."""
-    return os.path.isdir(path) and os.path.isfile(f"{os.path.abspath(path)}_stats.json")
-
-
 def is_large(path: str, rows: int) -> bool:
     """Whether a tar may hold many more than so many pairs; only its size is looked at."""
     return path.endswith(".tar") and os.path.getsize(path) > rows * _BYTES_OF_PAIR
-
-
-def listed(path: str) -> str:
-    """A hash of the names in a folder. What a file of a name holds is taken for granted."""
-    names = b"\0".join(sorted(os.listdir(os.fsencode(path))))
-    return hashlib.md5(names).hexdigest()
 
 
 def sidecars(path: str) -> tuple[str, ...]:
@@ -203,7 +189,7 @@ def read(
 
 def _look(path: str) -> tuple[dict, list[tuple[str, dict[str, Member] | None]]]:
     """What is known of a tar or folder as a whole; its samples, None for one of a key once more."""
-    listing = _list_folder(path) if os.path.isdir(path) else list_members(path)
+    listing = folders.list_files(path) if os.path.isdir(path) else list_members(path)
     members, damaged, complete = listing or Listing([], [], True)
     groups = _group(members)
     head = {
@@ -216,16 +202,6 @@ def _look(path: str) -> tuple[dict, list[tuple[str, dict[str, Member] | None]]]:
     seen: set[str] = set()
     # A set's `add` returns None, which is false.
     return head, [(key, None if key in seen or seen.add(key) else parts) for key, parts in groups]
-
-
-def _list_folder(path: str) -> Listing:
-    members = []
-    for name in sorted(os.listdir(path)):
-        at = os.path.join(path, name)
-        is_file = os.path.isfile(at) and not os.path.islink(at) and samples.encodable(at) == at
-        length = os.path.getsize(at) if is_file else 0
-        members.append(Member(name, 0, length, None if is_file else "not_a_file"))
-    return Listing(members, [], True)
 
 
 def _lines(path: str, start: int, stop: int) -> list[tuple[str, dict[str, Member] | None]]:
@@ -293,20 +269,13 @@ def _fields(data: bytes) -> tuple[dict, str | None]:
     return (fields if isinstance(fields, dict) else {}), None
 
 
-def _split(name: str) -> tuple[str, str]:
-    """("folder/000001", "jpg") from "folder/000001.JPG"."""
-    folder, base = os.path.split(name)
-    stem, _, suffix = base.rpartition(".")
-    return os.path.join(folder, stem or base), suffix.lower() if stem else ""
-
-
 def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
     """Members by key and kind ("picture", "txt", "json"), keys in order of first appearance."""
     groups: list[tuple[str, dict[str, Member]]] = []
     by_key: dict[str, list[dict[str, Member]]] = {}
     for member in members:
-        key, suffix = _split(member.name)
-        kind = "picture" if suffix in PICTURE_SUFFIXES else suffix
+        key, suffix = folders.split(member.name)
+        kind = "picture" if suffix in folders.PICTURE_SUFFIXES else suffix
         if suffix == "" or "__MACOSX" in key.split("/") or os.path.basename(key).startswith("._"):
             continue
         of_key = by_key.setdefault(key, [])
@@ -329,7 +298,7 @@ def _group(members: Sequence[Member]) -> list[tuple[str, dict[str, Member]]]:
 
 def _keeps_place(one: Member | None, other: Member) -> bool:
     """Whether these are pictures of two formats, one of which is too small to be meant."""
-    if not one or _split(one.name)[1] == _split(other.name)[1]:
+    if not one or folders.split(one.name)[1] == folders.split(other.name)[1]:
         return False
     return min(one.length, other.length) < _TINY
 
@@ -369,7 +338,7 @@ def _read_parquet(
                 row = {name: samples.cell(batch.column(name), i) for name in names}
                 key, status = row.pop("key"), row.pop("status", "success")
                 if status != "success":
-                    failures[status if status in _STATUSES else "other"] += 1
+                    failures[status if status in samples.FAILED else "other"] += 1
                 elif key is not None and not (numbers and key % 1):
                     key = str(int(key)) if numbers else key
                     if key in asked:
@@ -386,7 +355,7 @@ def _read_stats(path: str) -> tuple[int, dict[str, int]]:
     try:
         with open(path, encoding="utf-8") as file:
             stats = json.loads(file.read(samples.MAX_TEXT))
-        counts = {name: int(stats.get(name) or 0) for name in ("successes", *_STATUSES)}
+        counts = {name: int(stats.get(name) or 0) for name in ("successes", *samples.FAILED)}
         if not all(0 <= count < 1 << 40 for count in counts.values()):
             raise ValueError(counts)
     except (ValueError, OverflowError, RecursionError, TypeError, AttributeError):

@@ -1,7 +1,8 @@
 """Finds the pictures below a path, whatever they lie in and are called, and reads one by its place.
 
 Pictures lie in folders of any depth, in uncompressed tars (img2dataset's among them), in parquet
-with a column of ``struct<bytes, path>`` as the Hugging Face hub has it, and in ArrayRecord shards
+and Arrow files with a column of ``struct<bytes, path>`` as the Hugging Face hub and
+`Dataset.save_to_disk` have it (or of bytes as img2dataset's), and in ArrayRecord shards
 of `tf.train.Example`, ours and those of TFDS; all of them may lie in one folder.  What cannot be
 used is told with a reason and costs nothing else: a tar that was cut short gives what lies before
 the cut.  No name is a pattern.
@@ -22,7 +23,7 @@ from etils import epath
 
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
-from mofi_jax.data.pictures import examples, parquets, tar_headers
+from mofi_jax.data.pictures import arrow_files, examples, parquets, tar_headers, tree
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
@@ -68,7 +69,7 @@ def find(root: epath.PathLike, passed_over: collections.Counter[str]) -> Iterato
     if not root.exists():
         raise BadInput(f"There is nothing at {root}: give a folder, tar, parquet or shard.")
     folder = folder_of(root)
-    names = [root.name] if root.is_file() else _walk(os.fspath(root))
+    names = [root.name] if root.is_file() else tree.walk(os.fspath(root))
     for name, found in _listed(folder, names):
         if found is None:
             lower = name.lower()
@@ -95,34 +96,6 @@ def _listed(folder: epath.Path, names: Iterable[str]) -> Iterator[tuple[str, lis
             yield first()
 
 
-def entries(folder: str) -> list[os.DirEntry]:
-    """What lies in a folder, by name; BadInput for one that cannot be read."""
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise BadInput(
-            f"The folder {folder} cannot be read ({error.strerror}): correct its permissions."
-        ) from error
-
-
-def _walk(root: str) -> Iterator[str]:
-    """Files below a folder by their paths from it; links are followed, hidden names are not."""
-
-    def visit(folder: str, inside: str, above: frozenset[str]) -> Iterator[str]:
-        for entry in entries(folder):
-            name = posixpath.join(inside, entry.name)
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            if not entry.is_dir():
-                yield name
-            elif (real := os.path.realpath(entry.path)) in above:
-                logging.warning("%s links to a folder that it lies in: not followed", entry.path)
-            else:
-                yield from visit(entry.path, name, above | {real})
-
-    return visit(root, "", frozenset([os.path.realpath(root)]))
-
-
 def _places(folder: epath.Path, name: str) -> list[Place] | None:
     """Of one file; None for one that holds no pictures."""
     path, read = os.path.join(folder, name), _reader_of(name)
@@ -146,7 +119,10 @@ def _reader_of(name: str) -> Callable[[str, str], list[Place] | None] | None:
     if ".array_record" in posixpath.basename(name):
         return _in_shard
     suffix = posixpath.splitext(name)[1].lower()
-    return {".tar": _in_tar, ".parquet": _in_parquet}.get(suffix)
+    readers = {".tar": _in_tar, ".parquet": _in_parquet}
+    if arrow_files.is_data(posixpath.basename(name)):
+        return _in_parquet
+    return readers.get(suffix)
 
 
 def _in_tar(path: str, name: str) -> list[Place]:
@@ -215,7 +191,7 @@ class Reader:
             raise Unreadable("missing") from error
 
     def _row(self, place: Place) -> tuple[str, bytes]:
-        if not place.container.lower().endswith(".parquet"):
+        if not place.container.lower().endswith((".parquet", arrow_files.SUFFIX)):
             reader = self._opened(place.container, _open_shard)
             try:
                 [record] = reader.read(place.row, place.row + 1)

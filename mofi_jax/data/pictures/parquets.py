@@ -1,4 +1,6 @@
-"""Pictures in Hugging Face's parquet: a column of ``struct<bytes, path>``.
+"""Pictures in Hugging Face's parquet and Arrow files, or img2dataset's: a column of pictures.
+
+It is ``struct<bytes, path>``, or of bytes under a name that says so.
 
 A row group is the smallest piece that parquet reads, so that reading picture by picture in another
 order than that of the file would unpack a hundred pictures for each.
@@ -14,8 +16,9 @@ from typing import Any
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data.pictures import arrow_files
 
-PICTURES = ("image", "img", "jpg", "picture", "photo")
+PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
 _GROUP_BYTES = 1 << 30  # as they lie unpacked in memory
 _KEPT_BYTES = 1 << 30  # of those used last: each device's part of a batch lies in another one
 
@@ -47,7 +50,9 @@ class Rows:
         self.picture = pick(
             *(paths[0], self.schema.names, picture_columns(self.schema), PICTURES, "pictures")
         )
-        self.has_paths = self.schema.field(self.picture).type.get_field_index("path") >= 0
+        kind = self.schema.field(self.picture).type
+        self.has_paths = _member(kind, "path") >= 0
+        self._leaf = f"{self.picture}.bytes" if _member(kind, "bytes") >= 0 else self.picture
 
     def column(self, name: str) -> list[Any]:
         """All values of a column or ``struct.member``; read without the pictures."""
@@ -78,16 +83,19 @@ class Rows:
 
         file, group, path = self._groups[number]
         with _damage_told(path):
-            table = file.read_row_group(group, columns=[f"{self.picture}.bytes"])
-        return compute.struct_field(table.column(self.picture), "bytes").combine_chunks()
+            column = file.read_row_group(group, columns=[self._leaf]).column(self.picture)
+        if self._leaf != self.picture:
+            column = compute.struct_field(column, "bytes")
+        return column.combine_chunks()
 
 
 def open_file(path: epath.Path) -> Any:
-    """`pyarrow.parquet.ParquetFile`; raises BadInput where it is none."""
+    """`pyarrow.parquet.ParquetFile`, or what of an Arrow file is like it; BadInput where none."""
     import pyarrow.parquet as pq
 
     with _damage_told(path):
-        return pq.ParquetFile(str(path))
+        is_arrow = path.suffix == arrow_files.SUFFIX
+        return arrow_files.ArrowFile(path) if is_arrow else pq.ParquetFile(str(path))
 
 
 @contextlib.contextmanager
@@ -97,20 +105,30 @@ def _damage_told(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path} cannot be read as parquet ({error}): fetch it again.") from error
+        kind = "Arrow" if path.suffix == arrow_files.SUFFIX else "parquet"
+        raise BadInput(f"{path} cannot be read as {kind} ({error}): fetch it again.") from error
 
 
 def picture_columns(schema: Any) -> list[str]:
     """Columns of a pyarrow schema that hold pictures."""
     import pyarrow as pa
 
-    def holds(kind: pa.DataType) -> bool:
-        at = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
-        return at >= 0 and (
-            pa.types.is_binary(kind.field(at).type) or pa.types.is_large_binary(kind.field(at).type)
-        )
+    def is_bytes(kind: pa.DataType) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    return [field.name for field in schema if holds(field.type)]
+    def holds(field: pa.Field) -> bool:
+        at = _member(field.type, "bytes")
+        inner = is_bytes(field.type.field(at).type) if at >= 0 else False
+        return inner or (is_bytes(field.type) and field.name in PICTURES)
+
+    return [field.name for field in schema if holds(field)]
+
+
+def _member(kind: Any, name: str) -> int:
+    """Where in a struct it is; -1 for what has none of this name."""
+    import pyarrow as pa
+
+    return kind.get_field_index(name) if pa.types.is_struct(kind) else -1
 
 
 def pick(

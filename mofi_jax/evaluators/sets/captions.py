@@ -4,11 +4,15 @@
     {"class": 3, "captions": ["Eiffel Tower", "wrought-iron lattice tower in Paris"]}
 
 A line is about one picture, by its name in the set, or about all pictures of a class; all lines of
-a file are of one kind, and every picture of the set has its line.
+a file are of one kind, and every picture of the set has its line. ``metadata.csv`` and
+``metadata.jsonl`` of an ImageFolder (`sets.tables`) will do as well.
 """
 
 import dataclasses
 import json
+import posixpath
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -16,6 +20,7 @@ from jaxtyping import Int
 
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
+from mofi_jax.evaluators.sets import tables
 from mofi_jax.evaluators.sets.pictures import PictureSet
 
 FIRST = 5  # captions of a picture that count: some of COCO's have six (Karpathy's protocol)
@@ -30,6 +35,18 @@ class Captions:
     picture_things: Int[np.ndarray, " n"]  # of each picture of the set, in its order
 
 
+def _lines(path: epath.Path) -> Iterator[dict[str, Any] | None]:
+    if path.name in tables.FILES:
+        for row in tables.read(path):
+            texts = tables.value(row, tables.TEXTS)
+            texts = [texts] if isinstance(texts, str) else texts
+            yield {"image": posixpath.normpath(row[tables.FILE]), "captions": texts}
+        return
+    # Not splitlines, which also breaks at what texts may hold.
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        yield json.loads(line) if line.strip() else None
+
+
 def read_captions(path: epath.PathLike, pictures: PictureSet) -> Captions:
     """Reads the texts of a picture set; of each line the first `FIRST`.
 
@@ -42,12 +59,10 @@ def read_captions(path: epath.PathLike, pictures: PictureSet) -> Captions:
         raise BadInput(f"There are no captions at {path}: correct `captions` (JSON lines).")
     texts, number, by = {}, 0, set()
     try:
-        # Not splitlines, which also breaks at what texts may hold.
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for row in _lines(path):
             number += 1
-            if not line.strip():
+            if row is None:
                 continue
-            row = json.loads(line)
             thing = int(row["class"]) if "class" in row else str(row["image"])
             by.add("class" if "class" in row else "image")
             captions = row["captions"]

@@ -9,17 +9,19 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data.pictures import containers
-from mofi_jax.evaluators.sets import listing
+from mofi_jax.data.pictures import tree
+from mofi_jax.evaluators.sets import listing, tables
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # A class number is one that fits int64, in ASCII digits.
+_NUMBER = re.compile("[0-9]{1,18}")
 _NUMBERED = re.compile(r"([0-9]{1,18})_.+")
 
 
@@ -38,12 +40,18 @@ def read(path: epath.Path) -> listing.Listing:
     the directory listing, here it is by (int, name), so that numbers and neighbours repeat.  In
     several folders, each is a class, whatever its pictures are called; classes are numbered in the
     order of their names, and pictures come by (class, name).  Folders around all of them count for
-    nothing, and files that are no pictures are passed over.
+    nothing, and files that are no pictures are passed over.  A folder's ``metadata.csv`` or
+    ``metadata.jsonl`` tells its pictures and maybe their labels, without which each is a class of
+    its own, for what is measured by captions.
 
     Raises:
       BadInput: nothing to read or no pictures, a picture that fits neither layout, two of one name,
         an empty class, a link to nothing.
     """
+    if path.is_dir() and (table := tables.find(path)):
+        return _by_table(path, table)
+    if path.is_dir():
+        _check_classes(path)
     content = _walk(path) if path.is_dir() else _members(path)
     if not content.pictures:
         raise BadInput(
@@ -54,6 +62,36 @@ def read(path: epath.Path) -> listing.Listing:
     if len(folders) == 1:
         return _by_number(path, content)
     return _by_folder(path, content, posixpath.commonpath(folders))
+
+
+def of_split(path: epath.Path, wanted: Sequence[str]) -> epath.Path:
+    """Of a folder of splits (``train/CLASS``) the first of the `wanted`; of any other itself.
+
+    It is one if all its folders are called as splits are, or two; those without folders in them,
+    as ImageNet's test pictures, whose classes nobody knows, do not count.
+    """
+    inner = {}
+    for entry in tree.entries(os.fspath(path)):
+        if tree.is_hidden(entry.name):
+            continue
+        if not tree.is_folder(entry):
+            return path
+        inner[entry.name] = entry.path
+    named = [name for name in inner if tree.is_split(name)]
+    if not named or len(named) < min(2, len(inner)):
+        return path
+    with_classes = [
+        name
+        for name in named
+        if any(tree.is_folder(entry) for entry in tree.entries(inner[name]))
+        or tables.find(path / name)
+    ]
+    chosen = tree.of_split(with_classes, wanted)
+    if len(chosen) != 1:
+        return path
+    if len(inner) > 1:
+        logging.info("of %s this is taken: %s (of %s)", path, chosen[0], ", ".join(inner))
+    return path / chosen[0]
 
 
 def _by_number(path: epath.Path, content: _Content) -> listing.Listing:
@@ -91,6 +129,42 @@ def _by_folder(path: epath.Path, content: _Content, above: str) -> listing.Listi
     return listing.Listing(names, classes.astype(np.int64), labels, reader)
 
 
+def _check_classes(path: epath.Path) -> None:
+    """Raises BadInput for a folder of what img2dataset wrote, whose folders are no classes."""
+    if any(entry.name.endswith("_stats.json") for entry in tree.entries(os.fspath(path))):
+        raise BadInput(
+            f"{path} holds pairs that img2dataset wrote, of which nothing says what shows the same:"
+            " give a set with classes."
+        )
+
+
+def _by_table(path: epath.Path, table: epath.Path) -> listing.Listing:
+    rows = tables.read(table)
+    names = [posixpath.normpath(row[tables.FILE]) for row in rows]
+    for name in names:
+        # A table from elsewhere shall not name files it was not given.
+        if name.startswith(("/", "../")) or not (path / name).is_file():
+            raise BadInput(
+                f"{table} names {name}, which is not in {path}: put it there, or take out its row."
+            )
+    if not rows:
+        raise BadInput(f"{table} has no rows: name a folder of pictures with some.")
+    labels = [tables.value(row, listing.LABELS) for row in rows]
+    content = _Content(dict.fromkeys(names), [])
+    reader = _reader(path, content, names)
+    if all(label is None for label in labels):
+        return listing.Listing(names, np.arange(len(names), dtype=np.int64), {}, reader)
+    if None in labels:
+        raise BadInput(
+            f"Row {labels.index(None) + 1} of {table} has no label: give it one, or take it out."
+        )
+    texts, classes = np.unique([str(label) for label in labels], return_inverse=True)
+    named = {i: str(text) for i, text in enumerate(texts)}
+    if all(_NUMBER.fullmatch(text) for text in texts):
+        classes, named = np.array([int(label) for label in labels]), {}
+    return listing.Listing(names, classes.astype(np.int64), named, reader)
+
+
 def _reader(path: epath.Path, content: _Content, names: list[str]) -> listing.Reader:
     spans = [content.pictures[name] for name in names]
 
@@ -115,9 +189,9 @@ def _walk(path: epath.Path) -> _Content:
 
     def visit(folder: str, inside: str, above: frozenset[str]) -> Iterator[str]:
         found = False
-        for entry in containers.entries(folder):
+        for entry in tree.entries(folder):
             name = posixpath.join(inside, entry.name)
-            if entry.is_dir() and not entry.name.startswith("."):
+            if entry.is_dir() and not tree.is_hidden(entry.name):
                 real = os.path.realpath(entry.path)
                 if real in above:
                     raise BadInput(
@@ -130,7 +204,7 @@ def _walk(path: epath.Path) -> _Content:
                     raise _nowhere(path, name)
                 yield name
                 found = True
-            elif not entry.name.startswith("."):
+            elif not tree.is_hidden(entry.name):
                 found = True
         if not found:
             empty.append(inside)

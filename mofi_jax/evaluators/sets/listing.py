@@ -9,6 +9,10 @@ from jaxtyping import Int
 Reader = Callable[[int], bytes]  # the file of picture i; safe to call from several threads
 
 
+# Columns of class labels, the likeliest first.
+LABELS = ("label", "labels", "fine_label", "class", "category")
+
+
 class Listing(NamedTuple):
     """The pictures of a set in its order."""
 

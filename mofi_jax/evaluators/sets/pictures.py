@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -15,9 +15,11 @@ from jaxtyping import Int
 from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import metadata
+from mofi_jax.data.pictures import tree
 from mofi_jax.evaluators.sets import folders, listing, parquets, shards
 
 _THREADS = 8
+_SAVED = "state.json"  # beside what `datasets` saved, which has an info file as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +59,34 @@ class PictureSet:
         self.known["sha256"] = total.hexdigest()
 
 
-def read_set(path: epath.PathLike) -> PictureSet:
+def read_set(path: epath.PathLike, wanted: Sequence[str] = tree.TO_MEASURE) -> PictureSet:
     """Lists a picture set, whose layout is told by what is there:
 
     * a folder or uncompressed tar of pictures named ``{class}_{name}.jpg``, or with a folder for
       each class (`folders.read`), in the order of classes and names;
-    * Hugging Face parquet: a file, a folder of one split, or FOLDER/SPLIT (`parquets.read`);
+    * Hugging Face parquet, or Arrow as of `Dataset.save_to_disk`: a file, a folder, or FOLDER/SPLIT
+      (`parquets.files_of`);
     * our own shards, entities as classes: the folder of their version, or FOLDER/SPLIT;
     * ``tfds:NAME:SPLIT[@DATA_DIR]``: what TFDS has prepared as ArrayRecord (`shards.find`); these
       three in the order in which they are stored.
 
-    No path is a pattern, and nothing is downloaded.
+    Of a set that has splits, by the names of its files or folders, one is taken and told: the first
+    of the `wanted`.  No path is a pattern, and nothing is downloaded.
 
     Raises BadInput: missing or unreadable set, one without pictures or in none of these layouts.
     """
     path = files.local_input(path, "the picture set")
     if str(path).startswith(shards.PREFIX):
         found = shards.read(*shards.find(str(path)))
-    elif (path / metadata.INFO_FILE).is_file():
+    elif (path / metadata.INFO_FILE).is_file() and not (path / _SAVED).is_file():
         found = shards.read(path, "train")
     elif (path.parent / metadata.INFO_FILE).is_file() and not path.exists():
         found = shards.read(path.parent, path.name)
-    elif parquet := parquets.files_of(path):
-        found = parquets.read(parquet)
+    elif (data := parquets.files_of(path, wanted))[1]:
+        path, found = data[0], parquets.read(data[1])
+    elif path.is_dir():
+        path = folders.of_split(path, wanted)
+        found = folders.read(path)
     elif path.exists():
         found = folders.read(path)
     else:

@@ -7,6 +7,7 @@ from etils import epath
 from jaxtyping import Int, Int32
 
 from mofi_jax.common.errors import BadInput
+from mofi_jax.data.pictures import tree
 from mofi_jax.evaluators.sets import pictures
 from mofi_jax.evaluators.sets.pictures import PictureSet
 
@@ -34,12 +35,12 @@ def read_split(train: epath.PathLike, test: epath.PathLike) -> Split:
     Raises BadInput: unusable sets, one and the same set, a single class, or a class of the test set
     without training pictures, none of whose pictures could be right.
     """
-    if epath.Path(train).resolve() == epath.Path(test).resolve():
+    sets = pictures.read_set(train, tree.TO_LEARN), pictures.read_set(test)
+    if sets[0].path.resolve() == sets[1].path.resolve():
         raise BadInput(
-            f"`train` and `images` are both {test}, where every picture would find itself: give "
-            "two sets without common pictures."
+            f"`train` and `images` are both {sets[1].path}, where every picture would find itself:"
+            " give two sets without common pictures."
         )
-    sets = pictures.read_set(train), pictures.read_set(test)
     named = all(part.labels for part in sets)
     keys = [_keys(part, named) for part in sets]
     known, train_labels = np.unique(keys[0], return_inverse=True)
