@@ -10,13 +10,14 @@ own pairs and knowledge base:
     mofi labels --config i2e:folder=PAIRS,kb=KB --workdir W \\
         --config.clip=RUN
 
-PAIRS is a folder or a glob pattern of what img2dataset writes (tars or folders), of parquet with
-pictures in it or of tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or `tfds:NAME@DATA_DIR`;
-several are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file
-`.jsonl` or `.jsonl.gz`, a folder made by `data_prep.build_kb`, or `wordnet`: WordNet's 82,115 nouns
-come along, for things and not for people or brands. Pictures in a folder for each class are packed
-by `data_prep.class_folders`, into the PAIRS of classes=PAIRS. `small` is for some thousands of
-pairs, as `configs/small.py` is: a tenth of them is held out to measure on, pictures are kept at 128
+PAIRS is a folder, at any depth below which lies what img2dataset writes, parquet or Arrow with
+pictures in it, tables (`.csv`, `.tsv`, `.jsonl`) beside pictures, or pictures with captions beside
+them; or a glob pattern, `tfds:NAME@DATA_DIR` or, of the Hugging Face hub, `hf:OWNER/NAME`. Several
+are mixed by folder=A+B, with names of one's choice by folder=cc3m@A+laion@B. KB is a file `.jsonl`
+or `.jsonl.gz`, a folder made by `data_prep.build_kb`, or `wordnet`: WordNet's 82,115 nouns come
+along, for things and not for people or brands. Pictures in a folder for each class are packed by
+`data_prep.class_folders`, into the PAIRS of classes=PAIRS. `small` is for some thousands of pairs,
+as `configs/small.py` is: a tenth of them is held out to measure on, pictures are kept at 128
 pixels, and two pictures make an entity a class. Arguments: sample | folder=PATH,kb=PATH |
 classes=PATH, small, dataset=i2e|i2t, labels=clip|text|given.
 """

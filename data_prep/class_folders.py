@@ -25,10 +25,10 @@ from absl import logging
 from etils import epath
 
 from data_prep.pairs.formats.folders import PICTURE_SUFFIXES as SUFFIXES
-from mofi_jax.common import cli, files
+from mofi_jax.common import cli, files, hub
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import tree
-from mofi_jax.evaluators.sets import folders, parquets, shards, tables
+from mofi_jax.evaluators.sets import folders, parquets, tables
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
 CLASSES_FILE = "classes.jsonl"
@@ -97,9 +97,8 @@ class _Picture(NamedTuple):
 
 def _pictures(path: str) -> list[_Picture]:
     """What there is to learn from, in the order of names or of rows."""
+    path = hub.data(path)
     folder = files.local_input(path, "the pictures")
-    if not path.startswith(shards.PREFIX) and not folder.exists() and not folder.parent.is_dir():
-        raise BadInput(f"There is nothing at --pictures={path}: name a folder with one a class.")
     if folder.is_dir() and not parquets.files_of(folder, tree.TO_LEARN)[1]:
         folder = folders.of_split(folder, tree.TO_LEARN)
         if not tables.find(folder):

@@ -37,7 +37,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import inference
-from mofi_jax.common import cli, errors, files, versions
+from mofi_jax.common import cli, errors, files, hub, versions
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import containers
 from mofi_jax.distributed import hosts
@@ -78,7 +78,8 @@ def main(
     """
     number, of_device = cli.whole("--entities", entities), cli.whole("--batch_size", batch_size, 1)
     folder = files.output_folder(out, "--out", literal=True)
-    root = files.absolute(files.local_input(images, "the pictures"))
+    root = files.absolute(files.local_input(hub.data(images), "the pictures"))
+    model = hub.model(model)
     files.input_folder(model, "--model")
     jax.config.update("jax_enable_preemption_service", False)
     hosts.start(distributed, coordinator, processes, process, _START_TIMEOUT)

@@ -32,7 +32,7 @@ import ml_collections
 from absl import logging
 
 from mofi_jax import inference
-from mofi_jax.common import cli, files
+from mofi_jax.common import cli, files, hub
 from mofi_jax.common import versions as version_numbers
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
@@ -76,7 +76,10 @@ def main(
     if len(models) > 1 and not out:
         raise BadInput("--out is missing: several models need a folder for their table.")
     for name in models:
-        files.input_folder(name, "--model")
+        folder = name if name == RAW_PIXELS else hub.model(name)
+        if folder != name and not out:
+            raise BadInput("--out is missing: a model of the hub needs a folder for its table.")
+        files.input_folder(folder, "--model")
     out = files.output_folder(out or default or f"{models[0]}/evaluation", "--out", bucket=True)
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)

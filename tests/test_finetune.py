@@ -77,7 +77,7 @@ def test_packing_again_does_nothing_and_takes_no_others_folder(pictures, data, t
     for folder, out, words in (
         (pictures, data, "is not empty"),
         (pictures / "red_circle/more", tmp_path / "x", "holds no pictures in folders"),
-        (pictures / "loose.jpg", tmp_path / "x", "is no folder"),
+        (pictures / "loose.jpg", tmp_path / "x", "cannot be read as an uncompressed .tar"),
     ):
         with pytest.raises(BadInput, match=words):
             class_folders.main(str(folder), str(out))

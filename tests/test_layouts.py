@@ -244,7 +244,7 @@ def test_arrow_files_that_cannot_be_used_are_told(tmp_path):
         ("00000.tfrecord", r"00000\.tfrecord is TFRecord, .* --output_format webdataset\."),
         ("a/pictures.zip", r"a/pictures\.zip is packed as a whole: unpack it\."),
         ("0.tar.part", r"is a download that is not complete: fetch it again\."),
-        ("cat/1.jpg", r"cat/1\.jpg is a picture without a caption: .*data_prep\.class_folders"),
+        ("cat/1.jpg", r"cat/1\.jpg is a picture without a caption: .*mofi class-folders"),
         ("cache-1.arrow", "holds nothing that is known: name a folder"),
     ],
 )

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mofi_jax.common import files
+from mofi_jax.common import files, hub
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
@@ -25,6 +25,9 @@ def load(
 ) -> Model:
     """Opens a training run folder (model.json), a Hugging Face CLIP folder or one of open_clip.
 
+    Where there is no such folder, ``OWNER/NAME`` is fetched from the hub (`common.hub`), as
+    ``hf:OWNER/NAME@REVISION`` is in any case.
+
     Args:
       step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.
       mesh: the devices to use; all of this process without one.
@@ -32,6 +35,7 @@ def load(
 
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
+    name, path = path, hub.model(path)
     saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
@@ -39,7 +43,9 @@ def load(
         batch_size=batch_size,
     )
     of_step = f", step {step}" if step and kind(path) == "run" else ""
-    return Model(towers, towers.put(saved.params), f"{path}{of_step}")
+    if path != name:  # of the hub
+        of_step = f", revision {hub.revisions()[name]}"
+    return Model(towers, towers.put(saved.params), f"{name}{of_step}")
 
 
 def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> huggingface.Clip:
@@ -48,7 +54,7 @@ def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> hugg
     With `by_rows` a run's class table stays on disk too, if not in a bucket, and is of use to
     `huggingface.write_entities` alone.
     """
-    path = files.input_folder(path, "--model")
+    path = files.input_folder(hosts.all_or_none(lambda: hub.model(path)), "--model")
     found = kind(path)
     if found == "run":
         saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step, by_rows)
@@ -62,7 +68,7 @@ def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> hugg
 
 def kind(path: epath.PathLike) -> str:
     """What a folder is: "run", "clip" or "open_clip"; BadInput for a folder that is none."""
-    path = epath.Path(path)
+    path = epath.Path(hosts.all_or_none(lambda: hub.model(path)))
 
     # It decides what hosts ask one another next: host 0 looks for all.
     def find() -> str:
@@ -75,7 +81,7 @@ def kind(path: epath.PathLike) -> str:
         raise BadInput(
             f"{path} is neither a training run ({run_folder.MODEL_FILE}) nor a Hugging Face CLIP "
             "folder (config.json) nor open_clip's (open_clip_config.json): give the folder of one "
-            "of them; `hf download NAME --local-dir FOLDER` fetches one from the hub."
+            "of them, or of a model on the hub its name, hf:OWNER/NAME."
         )
 
     return hosts.agree(find)

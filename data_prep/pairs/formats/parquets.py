@@ -169,7 +169,7 @@ def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str | bool | N
         if picture is None and samples.pick(schema.names, samples.URL_COLUMNS):
             how = "where it lists addresses, download their pictures with img2dataset"
         elif picture is not None and any(kinds.is_integer(field.type) for field in schema):
-            how += "; or, where it has classes, pack them with `python -m data_prep.class_folders`"
+            how += "; or, where it has classes, pack them with `mofi class-folders`"
         raise errors.BadInput(
             f"sources: {path} has no column of {what} that is known by its name (columns found:"
             f" {listed}): {how}."
