@@ -112,12 +112,12 @@ def model_of(folder: str) -> tuple[ml_collections.ConfigDict, str]:
 
     Raises BadInput: a folder that is no model.
     """
-    from mofi_jax.common import files, hub
-    from mofi_jax.interop import huggingface, open_clip
+    from mofi_jax.common import files
+    from mofi_jax.interop import from_hub, huggingface, open_clip
     from mofi_jax.model import mofi
     from mofi_jax.training import run_folder
 
-    path = files.input_folder(hub.model(folder), "model")
+    path = files.input_folder(from_hub.model(folder), "model")
     if (path / run_folder.MODEL_FILE).exists():
         values = run_folder.read_model(path)
         found, preprocess = run_folder.model_config(values).to_dict(), values["preprocess"]

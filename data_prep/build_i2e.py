@@ -36,8 +36,9 @@ from data_prep.linking import given
 from data_prep.linking import stage as linking_stage
 from data_prep.pairs import stage as pairs_stage
 from data_prep.selection import choose, embed
-from mofi_jax.common import cli, errors, files, hub
+from mofi_jax.common import cli, errors, files
 from mofi_jax.data import ops
+from mofi_jax.interop import from_hub
 
 
 def main(
@@ -92,7 +93,7 @@ def build(
     started = time.monotonic()
     files.output_folder(workdir, "--workdir")
     if config.clip:
-        config.clip = hub.model(config.clip)
+        config.clip = from_hub.model(config.clip)
     validate(config)
     stages: dict[str, dict[str, int]] = {}
     with engine.Engine(
@@ -133,7 +134,7 @@ def build(
             "quarantined": work.quarantined,
             "lost_to_damage": lost_to_damage(stages["pairs"], work.quarantined),
             "shards_sha256": digest(written),
-            "revisions": hub.revisions(),  # of what the Hugging Face hub was asked for
+            "revisions": from_hub.revisions(),  # of what the Hugging Face hub was asked for
             "seconds": round(time.monotonic() - started, 1),
         }
         text = json.dumps(result, indent=1) + "\n"

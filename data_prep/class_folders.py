@@ -25,11 +25,12 @@ from absl import logging
 from etils import epath
 
 from data_prep.pairs.formats.folders import PICTURE_SUFFIXES as SUFFIXES
-from mofi_jax.common import cli, files, hub
+from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import tree
 from mofi_jax.evaluators.sets import folders, parquets, tables
 from mofi_jax.evaluators.sets import pictures as picture_sets
+from mofi_jax.interop import from_hub
 
 CLASSES_FILE = "classes.jsonl"
 CLASS = "class"  # of a pair's JSON: the id of its class
@@ -97,7 +98,7 @@ class _Picture(NamedTuple):
 
 def _pictures(path: str) -> list[_Picture]:
     """What there is to learn from, in the order of names or of rows."""
-    path = hub.data(path)
+    path = from_hub.data(path)
     folder = files.local_input(path, "the pictures")
     if folder.is_dir() and not parquets.files_of(folder, tree.TO_LEARN)[1]:
         folder = folders.of_split(folder, tree.TO_LEARN)

@@ -37,11 +37,12 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import inference
-from mofi_jax.common import cli, errors, files, hub, versions
+from mofi_jax.common import cli, errors, files, versions
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import containers
 from mofi_jax.distributed import hosts
 from mofi_jax.inference import embeddings, piecework
+from mofi_jax.interop import from_hub
 from mofi_jax.training import run_lock
 
 _START_TIMEOUT = 300  # seconds to wait for the other hosts
@@ -78,8 +79,8 @@ def main(
     """
     number, of_device = cli.whole("--entities", entities), cli.whole("--batch_size", batch_size, 1)
     folder = files.output_folder(out, "--out", literal=True)
-    root = files.absolute(files.local_input(hub.data(images), "the pictures"))
-    model = hub.model(model)
+    root = files.absolute(files.local_input(from_hub.data(images), "the pictures"))
+    model = from_hub.model(model)
     files.input_folder(model, "--model")
     jax.config.update("jax_enable_preemption_service", False)
     hosts.start(distributed, coordinator, processes, process, _START_TIMEOUT)

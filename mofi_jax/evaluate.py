@@ -32,13 +32,14 @@ import ml_collections
 from absl import logging
 
 from mofi_jax import inference
-from mofi_jax.common import cli, files, hub
+from mofi_jax.common import cli, files
 from mofi_jax.common import versions as version_numbers
 from mofi_jax.common.errors import BadInput
 from mofi_jax.distributed import hosts, meshes
 from mofi_jax.evaluators import suite as evaluation
 from mofi_jax.evaluators.features import embedding
 from mofi_jax.evaluators.pages import page, table
+from mofi_jax.interop import from_hub
 
 RAW_PIXELS = "raw_pixels"
 # What decides pixels, features and scores beside this code.
@@ -76,7 +77,7 @@ def main(
     if len(models) > 1 and not out:
         raise BadInput("--out is missing: several models need a folder for their table.")
     for name in models:
-        folder = name if name == RAW_PIXELS else hub.model(name)
+        folder = name if name == RAW_PIXELS else from_hub.model(name)
         if folder != name and not out:
             raise BadInput("--out is missing: a model of the hub needs a folder for its table.")
         files.input_folder(folder, "--model")

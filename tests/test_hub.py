@@ -11,8 +11,8 @@ from data_prep import build_i2e, class_folders
 from data_prep.pairs import files as source_files
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax import evaluate, inference
-from mofi_jax.common import hub
 from mofi_jax.common.errors import BadInput
+from mofi_jax.interop import from_hub
 from tests.inputs import make_config, picture, tar_bytes
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -55,10 +55,10 @@ def hub_folder(tmp_path, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(hub, "_FETCHED", {})
-    hub.fetch.cache_clear()
+    monkeypatch.setattr(from_hub, "_FETCHED", {})
+    from_hub.fetch.cache_clear()
     yield tmp_path / "hub", asked
-    hub.fetch.cache_clear()
+    from_hub.fetch.cache_clear()
 
 
 def put(path, data):
@@ -79,7 +79,7 @@ def test_pairs_by_name_and_the_commit_they_are_of(hub_folder, tmp_path):
     [folder] = pairs_stage.find([f"s=hf://datasets/me/pairs@{COMMIT}/en"])
     assert folder.path.endswith(f"{COMMIT}/en")
     names = ("hf:me/pairs", f"hf://datasets/me/pairs@{COMMIT}/en")
-    assert hub.revisions() == dict.fromkeys(sorted(names), COMMIT)
+    assert from_hub.revisions() == dict.fromkeys(sorted(names), COMMIT)
     assert source_files.shorthand("hf:me/pairs@main/en+x@hf:me/b") == (
         "en=hf:me/pairs@main/en",
         "x=hf:me/b",
@@ -121,7 +121,7 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     put(root / "models/me/safe/pytorch_model.bin", b"?")
     assert inference.kind("me/clip") == "clip"
     assert inference.kind("hf:me/safe") == "clip"
-    assert [sorted(os.listdir(hub.model(f"me/{name}"))) for name in ("clip", "safe")] == [
+    assert [sorted(os.listdir(from_hub.model(f"me/{name}"))) for name in ("clip", "safe")] == [
         ["config.json", "pytorch_model.bin"],  # for want of anything safer
         ["config.json", "model.safetensors"],
     ]
@@ -130,7 +130,7 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     before = len(asked)
     with pytest.raises(BadInput, match="me/here is neither a training run"):
         inference.kind("me/here")
-    assert hub.model("/no/such") == "/no/such"
+    assert from_hub.model("/no/such") == "/no/such"
     assert len(asked) == before
     with pytest.raises(BadInput, match="--out is missing: a model of the hub needs"):
         evaluate.main(ml_collections.ConfigDict(), model="me/clip")
@@ -149,7 +149,7 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
 def test_names_that_cannot_be_used_are_told(hub_folder, name, words):
     put(hub_folder[0] / "models/me/clip/config.json", b"{}")
     with pytest.raises(BadInput, match=words):
-        hub.model(name)
+        from_hub.model(name)
 
 
 def test_without_a_network_or_the_library_the_remedy_is_told(hub_folder, monkeypatch):
@@ -160,7 +160,7 @@ def test_without_a_network_or_the_library_the_remedy_is_told(hub_folder, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
     with pytest.raises(BadInput, match=r"\(\[Errno 111\] Connection refused\): connect .* FOLDER"):
-        hub.data("hf:me/pairs")
+        from_hub.data("hf:me/pairs")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(BadInput, match=r"needs huggingface_hub: pip install .*--repo-type dataset"):
-        hub.data("hf:me/pairs")
+        from_hub.data("hf:me/pairs")

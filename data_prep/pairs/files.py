@@ -19,8 +19,9 @@ from absl import logging
 from data_prep.pairs import samples
 from data_prep.pairs.formats import folders as folder_files
 from data_prep.pairs.formats import tables, tars, tfds_sets
-from mofi_jax.common import errors, hub
+from mofi_jax.common import errors
 from mofi_jax.data.pictures import arrow_files, containers, tree
+from mofi_jax.interop import from_hub
 
 # Formats by the end of the name.
 _KINDS = {"tar": (".tar",), "parquet": (".parquet", ".arrow"), "table": tables.SUFFIXES}
@@ -81,7 +82,7 @@ def find(sources: Sequence[str], warn: Callable[..., None] = logging.warning) ->
 
     Args:
       sources: "NAME=PATTERN" each; a pattern is a folder, a glob pattern (`**` for any depth), a
-        file, `tfds:NAME[:SPLIT][@DATA_DIR]`, or of the hub (`mofi_jax.common.hub`).
+        file, `tfds:NAME[:SPLIT][@DATA_DIR]`, or of the hub (`mofi_jax.interop.from_hub`).
       warn: is told what is left out, as `logging.warning` is.
 
     Raises:
@@ -114,7 +115,7 @@ def find(sources: Sequence[str], warn: Callable[..., None] = logging.warning) ->
                 at = os.path.basename(shard.path)
                 found.append(Found(name, prefix, "tfds", shard.path, shard=at, span=span))
         else:
-            found += _find_files(name, prefix, hub.data(pattern), warn)
+            found += _find_files(name, prefix, from_hub.data(pattern), warn)
     found = _named(found)
     packed = collections.Counter(file.unpacked for file in found if file.unpacked)
     for name, count in packed.items():
@@ -162,7 +163,7 @@ def _source(entry: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str) -> bool:
-    if hub.is_address(pattern):
+    if from_hub.is_address(pattern):
         return "+" not in pattern
     if pattern.startswith(tfds_sets.PREFIX):
         name, _, pattern = pattern.partition("@")
@@ -174,7 +175,7 @@ def _matches(pattern: str) -> bool:
 def _call(pattern: str) -> str:
     if pattern.startswith(tfds_sets.PREFIX):
         words = [re.split("[:@]", pattern.removeprefix(tfds_sets.PREFIX))[0]]
-    elif hub.is_address(pattern):
+    elif from_hub.is_address(pattern):
         words = [re.sub("@[^/]*", "", pattern).rpartition("/")[2]]
     else:
         words = [word for word in os.path.normpath(pattern).split("/") if not glob.has_magic(word)]

@@ -6,14 +6,14 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mofi_jax.common import files, hub
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.data import tokenizer as tokenizer_lib
 from mofi_jax.distributed import hosts, meshes, sharding
 from mofi_jax.inference.model import Model
 from mofi_jax.inference.towers import Towers
-from mofi_jax.interop import huggingface, open_clip
+from mofi_jax.interop import from_hub, huggingface, open_clip
 from mofi_jax.interop.folder import weights
 from mofi_jax.losses import class_order
 from mofi_jax.model import mofi
@@ -25,7 +25,7 @@ def load(
 ) -> Model:
     """Opens a training run folder (model.json), a Hugging Face CLIP folder or one of open_clip.
 
-    Where there is no such folder, ``OWNER/NAME`` is fetched from the hub (`common.hub`), as
+    Where there is no such folder, ``OWNER/NAME`` is fetched from the hub (`interop.from_hub`), as
     ``hf:OWNER/NAME@REVISION`` is in any case.
 
     Args:
@@ -35,7 +35,7 @@ def load(
 
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
-    name, path = path, hub.model(path)
+    name, path = path, from_hub.model(path)
     saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
@@ -44,7 +44,7 @@ def load(
     )
     of_step = f", step {step}" if step and kind(path) == "run" else ""
     if path != name:  # of the hub
-        of_step = f", revision {hub.revisions()[name]}"
+        of_step = f", revision {from_hub.revisions()[name]}"
     return Model(towers, towers.put(saved.params), f"{name}{of_step}")
 
 
@@ -54,7 +54,7 @@ def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> hugg
     With `by_rows` a run's class table stays on disk too, if not in a bucket, and is of use to
     `huggingface.write_entities` alone.
     """
-    path = files.input_folder(hosts.all_or_none(lambda: hub.model(path)), "--model")
+    path = files.input_folder(hosts.all_or_none(lambda: from_hub.model(path)), "--model")
     found = kind(path)
     if found == "run":
         saved = _read_run(path, hosts.agree(lambda: run_folder.read_model(path)), step, by_rows)
@@ -68,7 +68,7 @@ def read(path: epath.PathLike, step: str = "", *, by_rows: bool = False) -> hugg
 
 def kind(path: epath.PathLike) -> str:
     """What a folder is: "run", "clip" or "open_clip"; BadInput for a folder that is none."""
-    path = epath.Path(hosts.all_or_none(lambda: hub.model(path)))
+    path = epath.Path(hosts.all_or_none(lambda: from_hub.model(path)))
 
     # It decides what hosts ask one another next: host 0 looks for all.
     def find() -> str:

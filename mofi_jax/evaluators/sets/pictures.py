@@ -12,11 +12,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from mofi_jax.common import files, hub
+from mofi_jax.common import files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import metadata
 from mofi_jax.data.pictures import tree
 from mofi_jax.evaluators.sets import folders, listing, parquets, shards
+from mofi_jax.interop import from_hub
 
 _THREADS = 8
 _SAVED = "state.json"  # beside what `datasets` saved, which has an info file as well
@@ -72,11 +73,11 @@ def read_set(path: epath.PathLike, wanted: Sequence[str] = tree.TO_MEASURE) -> P
 
     Of a set that has splits, by the names of its files or folders, one is taken and told: the first
     of the `wanted`.  No path is a pattern, and nothing but ``hf:OWNER/NAME`` is downloaded
-    (`common.hub`).
+    (`interop.from_hub`).
 
     Raises BadInput: missing or unreadable set, one without pictures or in none of these layouts.
     """
-    path = files.local_input(hub.data(path), "the picture set")
+    path = files.local_input(from_hub.data(path), "the picture set")
     if str(path).startswith(shards.PREFIX):
         found = shards.read(*shards.find(str(path)))
     elif (path / metadata.INFO_FILE).is_file() and not (path / _SAVED).is_file():

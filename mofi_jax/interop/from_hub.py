@@ -1,4 +1,4 @@
-"""Data sets and models of the Hugging Face hub by name, where `huggingface_hub` is installed.
+"""Fetches data sets and models of the Hugging Face hub by name, with `huggingface_hub`.
 
     hf:OWNER/NAME   hf:OWNER/NAME@REVISION   hf:OWNER/NAME@REVISION/SUBFOLDER
 
