@@ -89,7 +89,7 @@ def at_size(operations: str, old: int, new: int) -> str:
 
 def _entities(arg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config that a run was trained with, for the data that `mofi_jax.grow` took it to."""
-    remedy = "name a run that mofi_jax.grow has grown"
+    remedy = "name a run that `mofi grow` has grown"
     values = files.read_json_object(files.local_input(arg.model, "the run") / "config.json", remedy)
     config = mofi.get_config("task=multitask")
     with config.ignore_type():

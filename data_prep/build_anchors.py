@@ -34,7 +34,7 @@ def main(dump: str, kb: str, out: str, workers: str = "2", memory_gb: str = "4")
     """
     wikipedia.check(dump)
     if not kb_dump.is_finished(kb):
-        raise errors.BadInput(f"--kb={kb} is no knowledge base: make it with data_prep.build_kb.")
+        raise errors.BadInput(f"--kb={kb} is no knowledge base: make it with `mofi kb`.")
     lookup.check(kb)
     if not out.endswith(".parquet"):
         raise errors.BadInput(f"--out={out} cannot be used: name a .parquet file.")

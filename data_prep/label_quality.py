@@ -75,7 +75,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
     shards = engine.listed(root / "labels")
     if not shards:
         raise errors.BadInput(
-            f"--workdir={os.fspath(workdir)} holds no labels/: run data_prep.build_i2e first."
+            f"--workdir={os.fspath(workdir)} holds no labels/: run `mofi labels` first."
         )
     # barred/, which is made again before labels/, is what tells of another knowledge base.
     changed = [*engine.outdated(root, "barred"), *engine.outdated(root, "labels")]
@@ -86,7 +86,7 @@ def measure_workdir(workdir: str, truth: str, classes: str | None = None) -> dic
         raise errors.BadInput(
             f"--workdir={os.fspath(workdir)} holds labels/ that were not made from its"
             f" {changed[0]}: a later run has not come as far, or a copy is not whole, so run its"
-            " data_prep.build_i2e again to the end."
+            " `mofi labels` again to the end."
         )
     columns = ["qid", "kind", "types", "hypernyms"]
     entities = engine.read_table(root / "kb/entities.parquet", columns)

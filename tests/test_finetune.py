@@ -155,7 +155,7 @@ def test_recipes_that_cannot_be(trained, tmp_path):
         ("recipe=everything,model=x", "Unknown recipe 'everything': choose from classes"),
         ("recipe=lit", "no model to begin with: write model=FOLDER"),
         (f"recipe=lit,model={tmp_path}", "config.json"),
-        (f"recipe=entities,model={tmp_path}", "name a run that mofi_jax.grow has grown"),
+        (f"recipe=entities,model={tmp_path}", "name a run that `mofi grow` has grown"),
     ):
         with pytest.raises(BadInput, match=words):
             finetune.get_config(text)

@@ -83,7 +83,7 @@ def check(folder: epath.PathLike) -> None:
         version = None
     if version != VERSION:
         raise errors.BadInput(
-            f"knowledge_base: {folder} was built by another version of data_prep.build_kb (its"
+            f"knowledge_base: {folder} was built by another version of `mofi kb` (its"
             f" manifest says version {version}, needed is {VERSION}): build it again."
         )
 

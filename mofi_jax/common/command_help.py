@@ -192,7 +192,9 @@ def _rows(rows: Sequence[tuple[str, str]], wide: int) -> str:
         told = textwrap.wrap("as above" if says and says == before else says, wide - _COLUMN)
         before = says
         if len(written) > _COLUMN - 4 or not told:
-            lines += textwrap.wrap(f"  {written}", wide, subsequent_indent="    ")
+            # Paths stay whole, to be copied.
+            whole = {"break_long_words": False, "break_on_hyphens": False}
+            lines += textwrap.wrap(f"  {written}", wide, subsequent_indent="    ", **whole)
         else:
             lines.append(f"  {written}".ljust(_COLUMN) + told.pop(0))
         lines += [" " * _COLUMN + line for line in told]

@@ -28,7 +28,7 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
     """
     root = files.local_input(data_dir, "the data set") / name  # ArrayRecord opens no others
     if not root.is_dir():
-        remedy = "check the path, or write it with data_prep.build_i2e"
+        remedy = "check the path, or write it with `mofi labels`"
         for folder in (root.parent, root.parent.parent):  # the set's own folder, or its version
             if folder.name == name and folder.is_dir():
                 remedy = f"give {folder.parent}, which holds it"
@@ -43,7 +43,7 @@ def find_directory(data_dir: epath.PathLike, name: str) -> epath.Path:
     if not versions:
         raise BadInput(
             f"{root} holds no finished version (a folder such as 1.0.0/ with {INFO_FILE}); run "
-            "data_prep.build_i2e again, which resumes where it stopped."
+            "`mofi labels` again, which resumes where it stopped."
         )
     return max(versions)[1]
 

@@ -260,7 +260,7 @@ def _check_shard(path: epath.Path, length: int) -> None:
             return
     raise errors.BadInput(
         f"Shard {path} {state}, where {metadata.INFO_FILE} promises {length} records; copy it "
-        f"again, or delete {path.parent} and run data_prep.build_i2e again."
+        f"again, or delete {path.parent} and run `mofi labels` again."
     )
 
 
@@ -359,10 +359,10 @@ def read_entities(path: epath.PathLike) -> Entities:
     except (pa.ArrowException, KeyError, OSError) as error:
         raise errors.BadInput(
             f"{path} is not a vocabulary with the columns {', '.join(columns)} "
-            f"({str(error).partition(chr(10))[0]}); write it with data_prep.build_i2e."
+            f"({str(error).partition(chr(10))[0]}); write it with `mofi labels`."
         ) from error
     if not np.array_equal(ids, np.arange(len(ids))):
         raise errors.BadInput(
-            f"The ids of {path} are not its row numbers; write it with data_prep.build_i2e."
+            f"The ids of {path} are not its row numbers; write it with `mofi labels`."
         )
     return Entities(*(Strings(table[c]) for c in ("qid", "name", "description")), counts)

@@ -218,7 +218,7 @@ def check(
             before, now = (p.data_fingerprint.get("examples", 0) for p in (saved, position))
             if before < now:
                 remedy = ", or, if its data have grown, " + (
-                    "take the run to them with mofi_jax.grow"
+                    "take the run to them with `mofi grow`"
                     if (workdir / records.ENTITIES_FILE).exists()
                     else f"begin a new run with --config.init.model={workdir}"
                 )

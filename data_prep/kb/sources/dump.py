@@ -41,7 +41,7 @@ MAX_LINE = 8 << 20  # bytes; Wikidata itself takes entities of 3 MB
 _MAX_CHUNK = 64 << 20  # bytes, or one line more
 _REMEDY = (
     "name a .jsonl or .jsonl.gz file, a Wikidata dump (.json, .json.gz, .json.bz2), WordNet's dict"
-    " folder, or a folder made by data_prep.build_kb"
+    " folder, or a folder made by `mofi kb`"
 )
 
 
@@ -134,7 +134,7 @@ def check(source: str) -> None:
         if not is_finished(source) and not wordnet.is_folder(source):
             raise errors.BadInput(
                 f"knowledge_base: {source} is no finished knowledge base: make it with python -m"
-                " data_prep.build_kb."
+                " `mofi kb`."
             )
     elif not os.path.isfile(source):
         raise errors.BadInput(f"knowledge_base: {source} does not exist: {_REMEDY}.")
