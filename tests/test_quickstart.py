@@ -3,11 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from mofi_jax import __main__ as commands
+from mofi_jax.data import ops
 from quickstart import __main__ as driver
-from quickstart import report
+from quickstart import neighbours, report
 
 
 @pytest.fixture
@@ -145,3 +147,24 @@ def test_the_page_holds_all_figures_and_escapes_what_it_shows(tmp_path):
     assert 'href="evaluation/index.html"' in text
     assert "58.0,26.0 410.0,134.0" in " ".join(text.split())  # a loss of 3 and of 1, from 0 to 3
     assert "supervised, chosen labels" not in text
+
+
+def test_the_picture_of_neighbours_shows_the_upper_half_of_things_evenly():
+    """Ten things of three pictures each: of each the best stands for it, the first of equals."""
+    classes = np.repeat(np.arange(10), 3)
+    right = np.zeros(30, int)
+    right[1::3] = [0, 3, 0, 2, 2, 0, 1, 3, 1, 0]  # the second picture of each
+    chosen = neighbours.choose(classes, right)
+    assert [classes[i] for i in chosen] == [1, 7, 3, 4, 6]
+    assert all(i % 3 == 1 for i in chosen)
+
+
+def test_the_picture_of_neighbours_tells_right_from_wrong():
+    drawing = ops.encode_jpeg(np.full((24, 24, 3), 128, np.uint8), 90)
+    right = np.array([[True, True, True], [False, False, False]])
+    image = np.asarray(neighbours.draw([[drawing] * 4] * 2, right))
+    assert image.shape[2] == 4
+    assert (image[0, 0] == 0).all()  # nothing of a background
+    first, second = np.split(image, 2)
+    assert (first != second).mean() > 0.05  # the frames and marks
+    assert (first[:, : first.shape[1] // 5] == second[:, : first.shape[1] // 5]).mean() > 0.8
