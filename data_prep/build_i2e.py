@@ -71,7 +71,8 @@ def main(
             raise errors.BadInput(f"--{flag} is for --engine={flag.split('_')[0]}: give both.")
     result = build(config, workdir, start[engine])
     for stage, counts in result["stages"].items():
-        logging.info("%s: %s", stage, ", ".join(f"{v} {k}" for k, v in counts.items()))
+        told = [f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n]
+        logging.info("%s: %s", stage, ", ".join(told) or "none")
     print(funnel(result))
 
 

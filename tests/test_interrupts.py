@@ -1,5 +1,6 @@
 """Ctrl-C: a sentence and exit code 130, wherever the main thread is; twice ends at once."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def interrupted(times, *, imports="pass", work="time.sleep(60)", unwinding=0, af
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # Ignored where the tests themselves run in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -48,7 +50,7 @@ def interrupted(times, *, imports="pass", work="time.sleep(60)", unwinding=0, af
         if line.strip().endswith(after):
             break
     for _ in range(times):
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         lines.append(process.stderr.readline().strip())
         time.sleep(0.1)
     lines += [line.strip() for line in process.stderr.read().splitlines()]
@@ -80,3 +82,28 @@ def test_twice_ends_at_once(case):
         "Ctrl-C: stopping; once more stops at once",
         "Ctrl-C: again: stopped at once",
     ]
+
+
+CHILD = """
+import sys, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved", file=sys.stderr)
+    sys.exit(130)
+"""
+
+
+def test_a_command_is_waited_for():
+    """Both hear of Ctrl-C: what was started ends first, and nothing is left behind."""
+    waits = (
+        "from mofi_jax.common import processes; "
+        f"print(processes.wait_for([sys.executable, '-c', {CHILD!r}]), file=sys.stderr)"
+    )
+    code, lines = interrupted(1, work=waits)
+    assert code == 0
+    assert lines[-1] == "130"
+    assert {
+        "saved",
+        "Ctrl-C: waiting for the command above to stop; once more stops both at once",
+    } < {*lines}

@@ -81,7 +81,7 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, an int
 
 
-def wait_for(command: Sequence[str], env: Mapping[str, str]) -> int:
+def wait_for(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
     """Runs a command of this project, and returns its exit code.
 
     A terminal sends Ctrl-C to both: the command does what it does then, and this process waits for

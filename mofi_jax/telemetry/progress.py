@@ -88,7 +88,7 @@ class Progress:
             logging.info(
                 "the first step took %.3g s (%s img/s%s): about %s to the end",
                 spent,
-                f"{self._batch / spent:,.1f}",
+                _rate(self._batch / spent),
                 mfu,
                 console.duration(self._left(step, seconds)),
             )
@@ -105,7 +105,7 @@ class Progress:
         parts = [f"{name} {values[name]:.4g}" for name in _SHOWN if name in values]
         if rate := values.get("speed/images_per_second"):
             shares = [f"{k} {100 * values[v]:.1f} %" for k, v in _SHARES.items() if v in values]
-            parts += [f"{rate:,.1f} img/s", *shares]
+            parts += [f"{_rate(rate)} img/s", *shares]
         if step < self._total and len(self._seen) > 1:
             parts.append(f"{console.duration(self._left(step, self._goodput.seconds()))} left")
         logging.info("%s  %s", self._head(step), "  ".join(parts))
@@ -117,7 +117,7 @@ class Progress:
         (before, start), (after, end) = self._seen[0], self._seen[-1]
         rate = (after - before) * self._batch / max(end - start, 1e-9)
         left = console.duration(self._left(step, seconds))
-        return f"{self._head(step)}  {rate:,.1f} img/s  {left} left"
+        return f"{self._head(step)}  {_rate(rate)} img/s  {left} left"
 
     def _left(self, step: int, seconds: Mapping[str, float]) -> float:
         """Seconds to the end: steps as of late, evaluations and saves as they were on average."""
@@ -131,6 +131,10 @@ class Progress:
             ahead = sum(_times(self._total - 1, n) - _times(step, n) + 1 for n in periods)
             left += ahead * spent / times if times else 0.0
         return left
+
+
+def _rate(pictures: float) -> str:
+    return f"{pictures:,.1f}" if pictures >= 10 else f"{pictures:.2g}"
 
 
 def _times(step: int, every: int) -> int:
