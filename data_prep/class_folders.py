@@ -19,7 +19,7 @@ import os
 import tarfile
 import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
@@ -73,7 +73,9 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
                 _add(tar, f"{index:08d}", picture)
     lines = ({"id": identity(name), "label": label(name)} for name in names)
     files.write_text(part / CLASSES_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))
-    result = {"classes": len(names), "pictures": len(found)}
+    result: dict[str, Any] = {"classes": len(names), "pictures": len(found)}
+    if fetched := from_hub.revisions():
+        result["revisions"] = fetched
     files.write_json(part / "result.json", result)
     if target.exists():
         target.rmdir()  # it is empty

@@ -128,7 +128,7 @@ def test_captions_beside_pictures_in_folders_of_any_depth(tmp_path):
     data = tmp_path / "in"
     for path in ("a.png", "sub/a.png", "sub/deeper/b.jpg", "sub/deeper/alone.png"):
         put(data / path, picture(kind="jpeg" if path.endswith("jpg") else "png"))
-    for path in ("a.txt", "sub/a.txt"):
+    for path in ("a.txt", "sub/a.TXT"):
         put(data / path, "in a file")
     put(data / "sub/deeper/b.json", '{"caption": "in its json"}')
     put(data / "sub/deeper/._b.json", "what macOS says")
@@ -286,6 +286,9 @@ def test_image_folders_with_splits(tmp_path):
     assert (pictures.path, pictures.names) == (tmp_path / "in/val", ("cat/1.png", "dog/4.png"))
     class_folders.main(str(tmp_path / "in"), str(tmp_path / "pairs"))
     assert json.loads((tmp_path / "pairs/result.json").read_text()) == {"classes": 2, "pictures": 3}
+    (tmp_path / "around/it").mkdir(parents=True)
+    (tmp_path / "in").rename(tmp_path / "around/it/in")
+    assert len(picture_sets.read_set(tmp_path / "around")) == 2
     # Classes that are called like splits beside others are classes.
     for name in ("train", "bus", "car"):
         put(tmp_path / f"vehicles/{name}/0.png", shown(1))

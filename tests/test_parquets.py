@@ -82,7 +82,7 @@ def test_columns_are_known_by_name_and_type(tmp_path, columns):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"url": ["http://a"], "text": ["x"]}, r"no column of pictures .*with img2dataset"),
+        ({"url": ["http://a"], "text": ["x"]}, r"no column of pictures .*to which img2dataset"),
         ({"a": structs(1), "b": structs(1), "text": ["x"]}, "no column of pictures"),
         ({"image": structs(1), "label": [3]}, r"no column of captions .*label \(int64\)"),
         ({"image": structs(1), "text": [[["x", "y"]]]}, "no column of captions"),

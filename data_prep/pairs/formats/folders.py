@@ -30,9 +30,10 @@ def is_shard(path: str) -> bool:
 
 def has_pairs(names: Collection[str]) -> bool:
     """Whether among the names in a folder is a picture with something said of it beside it."""
+    parts = {split(name) for name in names}
     return any(
-        suffix in PICTURE_SUFFIXES and (f"{key}.txt" in names or f"{key}.json" in names)
-        for key, suffix in map(split, names)
+        suffix in PICTURE_SUFFIXES and not parts.isdisjoint({(key, "txt"), (key, "json")})
+        for key, suffix in parts
     )
 
 

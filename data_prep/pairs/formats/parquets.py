@@ -167,7 +167,7 @@ def _detect(path: str, schema, texts: Sequence[str]) -> dict[str, str | bool | N
         named = ", or name it in config.caption_column" * (wanted is texts)
         how = f"rename it to one of {', '.join(wanted)}{named}"
         if picture is None and samples.pick(schema.names, samples.URL_COLUMNS):
-            how = "where it lists addresses, download their pictures with img2dataset"
+            how = "where it lists addresses, name the folder to which img2dataset downloaded them"
         elif picture is not None and any(kinds.is_integer(field.type) for field in schema):
             how += "; or, where it has classes, pack them with `mofi class-folders`"
         raise errors.BadInput(

@@ -232,7 +232,9 @@ def _detect(path: str, names: Sequence[str], texts: Sequence[str]) -> dict[str, 
             how = f"rename it to one of {', '.join(wanted)}"
             how += ", or name it in config.caption_column" * (kind == "text")
             if kind == "image" and samples.pick(names, samples.URL_COLUMNS):
-                how = "where it lists addresses, download their pictures with img2dataset"
+                how = (
+                    "where it lists addresses, name the folder to which img2dataset downloaded them"
+                )
             raise errors.BadInput(
                 f"sources: {path} has no column of the {what} that is known by its name (columns"
                 f" found: {listed}): {how}."

@@ -67,17 +67,21 @@ def read(path: epath.Path) -> listing.Listing:
 def of_split(path: epath.Path, wanted: Sequence[str]) -> epath.Path:
     """Of a folder of splits (``train/CLASS``) the first of the `wanted`; of any other itself.
 
-    It is one if all its folders are called as splits are, or two; those without folders in them,
-    as ImageNet's test pictures, whose classes nobody knows, do not count.
+    It is one if all its folders are called as splits are, or two, and it has no pictures right in
+    it; folders around such a one count for nothing.  Splits without folders in them, as ImageNet's
+    test pictures, whose classes nobody knows, do not count.
     """
     inner = {}
     for entry in tree.entries(os.fspath(path)):
-        if tree.is_hidden(entry.name):
-            continue
-        if not tree.is_folder(entry):
+        if tree.is_folder(entry) and not tree.is_hidden(entry.name):
+            inner[entry.name] = entry.path
+        elif _is_picture(entry.name):
             return path
-        inner[entry.name] = entry.path
     named = [name for name in inner if tree.is_split(name)]
+    if len(inner) == 1 and not named:
+        [below] = inner
+        found = of_split(path / below, wanted)
+        return path if found == path / below else found
     if not named or len(named) < min(2, len(inner)):
         return path
     with_classes = [
