@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import class_folders, engine
+from data_prep.filters import eval_sets
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import containers, tree
@@ -359,3 +360,17 @@ def test_embedding_finds_the_pictures_of_all_of_them(tmp_path):
             read_[place.key.partition("/")[0]] += 1
     assert read_ == {"files": 4, "webdataset": 4, "parquet": 4, "disk": 3}
     assert gone == 2
+
+
+def test_pictures_of_evaluation_sets_are_known_in_rows_too(tmp_path):
+    saved(tmp_path / "disk", columns())
+    arrow(tmp_path / "disk/cache-0.arrow", columns())
+    img2dataset(tmp_path / "parquet", "parquet")
+    found = eval_sets.find({"a": str(tmp_path)})["a"]
+    assert [name.rpartition("/")[2] for name, _ in eval_sets.read(found)] == [
+        *("0.png", "1.png", "2.png"),
+        *("0", "2", "0", "2"),
+    ]
+    put(tmp_path / "broken.parquet", b"PAR1")
+    with pytest.raises(BadInput, match=r"broken\.parquet cannot be read \(container_damaged\)"):
+        list(eval_sets.read(eval_sets.find({"a": str(tmp_path / "broken.parquet")})["a"]))

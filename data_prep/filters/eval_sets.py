@@ -6,7 +6,9 @@
 Knows nothing of pairs; `duplicates` looks for these pictures among them.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -23,17 +25,20 @@ from data_prep.pairs import pictures
 from data_prep.selection import embed as selection_embed
 from mofi_jax.common import errors
 from mofi_jax.data import ops
+from mofi_jax.data.pictures import arrow_files, containers
+from mofi_jax.interop import from_hub
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TARS = (".tar", ".tar.gz", ".tgz")
+_ROWS = (".parquet", arrow_files.SUFFIX)
 _FILES_PER_TASK = 4096
 
 
 def find(eval_sets: Mapping[str, str]) -> dict[str, list[str]]:
-    """The files of evaluation sets: pictures and tars of pictures, absolute, in order.
+    """The files of evaluation sets: pictures, tars and parquet of them, absolute, in order.
 
     Args:
-      eval_sets: name to a folder, searched in depth, or to one tar or picture.
+      eval_sets: name to a folder, searched in depth, or to one file; or to a set on the hub.
 
     Raises:
       BadInput: a name that is no file name, a path that does not exist or holds no pictures.
@@ -43,6 +48,7 @@ def find(eval_sets: Mapping[str, str]) -> dict[str, list[str]]:
         where = f"config.filters.eval_sets.{name}={path!r}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise errors.BadInput(f"{where}: name the set in letters, digits, `_`, `.` and `-`.")
+        path = from_hub.data(path) if isinstance(path, str) else path
         if not isinstance(path, str) or not os.path.exists(path):
             raise errors.BadInput(
                 f"{where} does not exist: name a folder of pictures or a tar of them."
@@ -53,7 +59,7 @@ def find(eval_sets: Mapping[str, str]) -> dict[str, list[str]]:
                 os.path.abspath(os.path.join(folder, file))
                 for folder, _, inside in os.walk(path)
                 for file in inside
-                if file.lower().endswith((*_PICTURES, *_TARS)) and not file.startswith(".")
+                if file.lower().endswith((*_PICTURES, *_TARS, *_ROWS)) and not file.startswith(".")
             )
         if not files:
             raise errors.BadInput(f"{where} holds no pictures: name the folder that does.")
@@ -110,6 +116,9 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
             with open(path, "rb") as file:
                 yield "/".join(path.split(os.sep)[-2:]), file.read()
             continue
+        if path.lower().endswith(_ROWS):
+            yield from _read_rows(path)
+            continue
         try:
             with tarfile.open(path) as tar:
                 for info in tar:
@@ -120,6 +129,18 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
                 f"The evaluation set {path} cannot be read as a tar of pictures ({error}): fetch"
                 " it again, or name a folder of pictures."
             ) from error
+
+
+def _read_rows(path: str) -> Iterator[tuple[str, bytes]]:
+    """The pictures of a parquet or Arrow file, none of a table without any."""
+    reader = containers.Reader(containers.folder_of(path))
+    for place in containers.find(path, collections.Counter()):
+        if place.reason:
+            raise errors.BadInput(
+                f"The evaluation set {path} cannot be read ({place.reason}): fetch it again."
+            )
+        with contextlib.suppress(containers.Unreadable):  # a row without a picture
+            yield reader.read(place)
 
 
 def _set_of(shard: str) -> str:
