@@ -168,7 +168,7 @@ def get_config(arg: str = "sample") -> ml_collections.ConfigDict:
     # Files of what must stay away, beside W/removed/: a key, sha256:HEX or phash:HEX in each line.
     config.removed = ()
     config.filters = ml_collections.ConfigDict()
-    # Pictures of evaluation sets are not for training: NAME = a folder or a tar of them.
+    # Pictures of evaluation sets are not for training: NAME = a folder, tar or parquet of them.
     config.filters.eval_sets = ml_collections.ConfigDict()
     # Bits of 64 of the perceptual hash by which copies differ, there and in `removed`; 0 to 6.
     config.filters.max_hamming = 4
