@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Those of the pairs that were held out, where there are any.
     config.evaluators = {}
     held_out = files.local_input(arg.data, "the data set") / "evaluation"
-    if held_out.is_dir():
+    if (held_out / "held_out.tar").exists():
         config.evaluators = eval_config.get_config(f"sets={held_out}").evaluators
         for options in config.evaluators.values():
             options.every = "25 percent"

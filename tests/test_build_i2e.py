@@ -127,6 +127,9 @@ def test_held_out_pairs_are_in_no_data_set_and_become_a_set_to_measure_on(
     kinds = {options["kind"] for options in sets.values()}
     assert kinds == {"retrieval", "zeroshot", "classification", "image_text"}
 
+    config.held_out = 1  # nothing to look for
+    build_i2e.build(config, str(tmp_path))
+    assert not [*tmp_path.glob("evaluation/*.tar")]
     config.held_out = 0
     assert build_i2e.build(config, str(tmp_path))["shards_sha256"] == before["shards_sha256"]
     assert not [*tmp_path.glob("evaluation/*.tar")]

@@ -5,9 +5,10 @@
                       held_out.captions.jsonl  of each picture its captions
                       classes.jsonl            class, id, label
 
-The layout is that of sets of one's own (`configs/eval.py`).  Only labelled pairs, as in the data
-set: a caption that tells nothing of its picture measures nothing.  The classes are as right as the
-labels are, which is the same for all models that are compared.
+There is none where no two pictures would be of one entity.  The layout is that of sets of one's own
+(`configs/eval.py`).  Only labelled pairs, as in the data set: a caption that tells nothing of its
+picture measures nothing.  The classes are as right as the labels are, which is the same for all
+models that are compared.
 """
 
 import io
@@ -16,6 +17,7 @@ import os
 import tarfile
 
 import ml_collections
+from absl import logging
 
 from data_prep import engine
 from data_prep.dataset import shards
@@ -69,6 +71,11 @@ def _write(task: engine.Task, outputs: engine.Outputs, settings: dict) -> dict[s
     for row in rows:
         captions[row["sha256"]].append(row["text"])
     kept = list(first.values())
+    if len({row["entity"] for row in kept}) == len(kept):
+        logging.warning(
+            "no two of %d held-out pictures are of one entity: no set of them", len(kept)
+        )
+        return {"pictures": 0, "classes": 0}
     pointers = ([row[name] for row in kept] for name in ("path", "offset", "length"))
     read = dict(pairs_stage.read_pictures(outputs.workdir, *pointers))
     lines = []
