@@ -297,7 +297,7 @@ def test_the_sweep_is_what_the_stage_would_do(swept):
 
 def test_files_that_cannot_be_used_are_told(tmp_path, truth_files):
     truth, classes = truth_files
-    with pytest.raises(errors.BadInput, match=r"holds no labels/: run data_prep\.build_i2e first"):
+    with pytest.raises(errors.BadInput, match="holds no labels/: run `mofi labels` first"):
         label_quality.main(str(tmp_path / "nothing"), truth, classes)
     with pytest.raises(errors.BadInput, match=r"no\.jsonl does not exist: name a"):
         ground_truth.read(str(tmp_path / "no.jsonl"), classes)

@@ -133,8 +133,7 @@ def check(source: str) -> None:
     if os.path.isdir(source):
         if not is_finished(source) and not wordnet.is_folder(source):
             raise errors.BadInput(
-                f"knowledge_base: {source} is no finished knowledge base: make it with python -m"
-                " `mofi kb`."
+                f"knowledge_base: {source} is no finished knowledge base: make it with `mofi kb`."
             )
     elif not os.path.isfile(source):
         raise errors.BadInput(f"knowledge_base: {source} does not exist: {_REMEDY}.")
