@@ -135,7 +135,7 @@ def test_missing_shard_is_named(tmp_path):
 
 
 def test_missing_data_set_split_and_remote_path(tmp_path):
-    with pytest.raises(errors.BadInput, match=r"no data set 'i2t'.*build_i2e"):
+    with pytest.raises(errors.BadInput, match=r"no data set 'i2t'.*mofi labels"):
         records.open_source(tmp_path, "i2t")
     (tmp_path / "i2t").mkdir()
     with pytest.raises(errors.BadInput, match="no finished version"):
