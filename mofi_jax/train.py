@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax import inference, telemetry
-from mofi_jax.common import cli, files, processes
+from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data import ops, pipeline, prefetch, training_set
 from mofi_jax.distributed import global_batch, hosts, meshes, sharding
@@ -86,8 +86,6 @@ def train(config: Any, workdir: epath.Path, profile: str, cleanup: contextlib.Ex
 
     # ---------------------------------------------------------------------- hosts and devices
     mesh = meshes.make_mesh(**config.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        processes.keep_freed_memory()
     setup.check_batch(config, mesh)
     watchdog = telemetry.Watchdog(config.telemetry.hang_minutes)
     cleanup.callback(watchdog.close)

@@ -11,7 +11,6 @@ missing is made.  The figures end up in runs/quickstart/result.json, the report 
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -53,13 +52,6 @@ def train(name: str, arguments: str) -> tuple[str, ...]:
     config = f"quickstart:{arguments}"
     return ("train", "--config", config, "--workdir", f"{OUT}/{name}")
 
-
-# By default glibc hands the buffers of a training step back to the kernel and asks for them again
-# at the next: on a CPU that costs an eighth of the step in page faults.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-}
 
 DATA = f"{OUT}/data"
 PREPARE = ("labels", "--workdir", DATA, "--config")
@@ -212,7 +204,7 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
 
         note(finished=False)
         try:
-            status = processes.wait_for([*MOFI, *stage.command], {**os.environ, **ALLOCATOR})
+            status = processes.wait_for([*MOFI, *stage.command])
         finally:
             memory.stop()
             note(finished=False)

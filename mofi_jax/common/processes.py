@@ -1,6 +1,5 @@
 """What processes ask of their machine; workers, and commands whose end this one waits for."""
 
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -8,7 +7,7 @@ import pathlib
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mofi_jax.common import console
@@ -69,19 +68,7 @@ def _cgroups(root: pathlib.Path, own: str) -> list[pathlib.Path]:
     return found
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep the large buffers that are freed, for the next that are asked for.
-
-    By default it hands them back to the kernel and asks for them again: a training step on a CPU
-    spends an eighth of its time in page faults.  Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, an int
-
-
-def wait_for(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+def wait_for(command: Sequence[str]) -> int:
     """Runs a command of this project, and returns its exit code.
 
     A terminal sends Ctrl-C to both: the command does what it does then, and this process waits for
@@ -96,7 +83,7 @@ def wait_for(command: Sequence[str], env: Mapping[str, str] | None = None) -> in
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     interrupts.expect("waiting for the command above to stop; once more stops both at once")
     try:
-        child = subprocess.Popen(command, env=env)
+        child = subprocess.Popen(command)
         return child.wait()
     finally:
         interrupts.expect()
