@@ -12,6 +12,7 @@ from data_prep.pairs import files as source_files
 from data_prep.pairs import stage as pairs_stage
 from mofi_jax import evaluate, inference
 from mofi_jax.common.errors import BadInput
+from mofi_jax.evaluators.sets import pictures as picture_sets
 from mofi_jax.interop import from_hub
 from tests.inputs import make_config, picture, tar_bytes
 
@@ -105,10 +106,12 @@ def test_the_result_says_which_commit_it_is_of(hub_folder, tmp_path):
 
 def test_classes_by_name(hub_folder, tmp_path):
     root, _ = hub_folder
-    for path in ("train/cat/1", "train/dog/2", "val/cat/3"):
+    for path in ("train/cat/1", "train/dog/2", "val/cat/3", "val/dog/4"):
         put(root / f"datasets/me/classes/{path}.png", picture())
     class_folders.main("hf:me/classes", str(tmp_path / "out"))
-    assert '"pictures": 2' in (tmp_path / "out/result.json").read_text()
+    assert COMMIT in (tmp_path / "out/result.json").read_text()
+    pictures = picture_sets.read_set("hf:me/classes")
+    assert pictures.origin == {"part": "val", "revision": COMMIT}
 
 
 def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkeypatch):

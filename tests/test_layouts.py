@@ -285,6 +285,7 @@ def test_image_folders_with_splits(tmp_path):
         put(tmp_path / f"in/{name}.png", shown(int(name[-1])))
     pictures = picture_sets.read_set(tmp_path / "in")  # nobody knows the classes of test/
     assert (pictures.path, pictures.names) == (tmp_path / "in/val", ("cat/1.png", "dog/4.png"))
+    assert pictures.origin == {"part": "val"}  # results say it
     class_folders.main(str(tmp_path / "in"), str(tmp_path / "pairs"))
     assert json.loads((tmp_path / "pairs/result.json").read_text()) == {"classes": 2, "pictures": 3}
     (tmp_path / "around/it").mkdir(parents=True)

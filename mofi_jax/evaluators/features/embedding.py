@@ -315,6 +315,7 @@ def picture_card(towers: Any, pictures: PictureSet) -> dict[str, Any]:
         "pictures": len(pictures),
         "classes": len(np.unique(pictures.classes)),
         "sha256": pictures.sha256(),
+        **pictures.origin,
         "preprocessing": towers.preprocess,
         "feature": f"{type(towers).__name__}.embed_images (towers: after the projection), float32",
         "normalisation": "L2",

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from typing import Any
@@ -33,6 +34,8 @@ class PictureSet:
     read: listing.Reader  # the file of picture i; safe to call from several threads
     labels: dict[int, str] = dataclasses.field(default_factory=dict)  # where the layout has them
     sources: tuple[epath.Path, ...] = ()  # where it was put together, the sets that it is of
+    # What of the path it was named by: "part", the split; "revision", the commit on the hub.
+    origin: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
     known: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def __len__(self) -> int:
@@ -77,7 +80,8 @@ def read_set(path: epath.PathLike, wanted: Sequence[str] = tree.TO_MEASURE) -> P
 
     Raises BadInput: missing or unreadable set, one without pictures or in none of these layouts.
     """
-    path = files.local_input(from_hub.data(path), "the picture set")
+    name = os.fspath(path)
+    named = path = files.local_input(from_hub.data(path), "the picture set")
     if str(path).startswith(shards.PREFIX):
         found = shards.read(*shards.find(str(path)))
     elif (path / metadata.INFO_FILE).is_file() and not (path / _SAVED).is_file():
@@ -96,10 +100,15 @@ def read_set(path: epath.PathLike, wanted: Sequence[str] = tree.TO_MEASURE) -> P
             f"There is no picture set at {path}: give a folder or .tar of {{class}}_{{name}}.jpg "
             "or with a folder for each class, parquet, shards, or tfds:NAME:SPLIT."
         )
-    [(name, times)] = collections.Counter(found.names).most_common(1) or [("", 0)]
+    [(picture, times)] = collections.Counter(found.names).most_common(1) or [("", 0)]
     if times != 1:
-        raise BadInput(f"{path} holds {name} {times} times: each picture needs its own name.")
-    return PictureSet(path, tuple(found.names), found.classes, found.read, found.labels)
+        raise BadInput(f"{path} holds {picture} {times} times: each picture needs its own name.")
+    origin = {} if path == named else {"part": os.path.relpath(path, named)}
+    if from_hub.is_address(name):
+        origin["revision"] = from_hub.revisions()[name]
+    return PictureSet(
+        *(path, tuple(found.names), found.classes, found.read, found.labels), origin=origin
+    )
 
 
 @dataclasses.dataclass(frozen=True)
