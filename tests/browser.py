@@ -64,7 +64,7 @@ class Page:
 
     def look(self, width: int, dark: bool, height: int = 900) -> None:
         """The screen's CSS pixels, a phone's too, which a window is too wide for; its colours."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

@@ -231,7 +231,11 @@ class _Parser(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("set")
+    return render(tmp_path_factory.mktemp("set"))
+
+
+def render(folder):
+    """The page of two models on twelve pictures and twelve texts, all names of which are evil."""
     for i in range(12):
         rgb = np.full((40, 30, 3), 20 * i, np.uint8)
         (folder / f"{i // 3}_{i}.jpg").write_bytes(ops.encode_jpeg(rgb, 90))
