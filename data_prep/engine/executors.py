@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import logging
 
 from data_prep.engine import jobs
-from mofi_jax.common import errors, processes
+from mofi_jax.common import errors
+from mofi_jax.common import processes as worker_processes
 
 Outcome = tuple[jobs.Job, jobs.Made | jobs.Failure]
 
@@ -108,9 +109,10 @@ class Local:
         self, job: jobs.Job, accelerator: bool, processes: int
     ) -> concurrent.futures.Future:
         try:
-            if accelerator not in self._pools:
-                self._pools[accelerator] = _Owner() if accelerator else spawned(processes)
-            return self._pools[accelerator].submit(jobs.attempt, job)
+            with worker_processes.deaf_to_interrupts():
+                if accelerator not in self._pools:
+                    self._pools[accelerator] = _Owner() if accelerator else spawned(processes)
+                return self._pools[accelerator].submit(jobs.attempt, job)
         except concurrent.futures.process.BrokenProcessPool as error:  # died idle
             future: concurrent.futures.Future = concurrent.futures.Future()
             future.set_exception(error)
@@ -119,7 +121,9 @@ class Local:
     def _alone(self, job: jobs.Job) -> jobs.Made | jobs.Failure:
         with spawned(1) as pool:
             try:
-                return pool.submit(jobs.attempt, job).result()
+                with worker_processes.deaf_to_interrupts():
+                    future = pool.submit(jobs.attempt, job)
+                return future.result()
             except concurrent.futures.process.BrokenProcessPool:
                 return jobs.Failure(
                     jobs.ShardError(
@@ -135,7 +139,7 @@ def spawned(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=processes.begin_worker,
+        initializer=worker_processes.begin_worker,
     )
 
 
@@ -148,7 +152,7 @@ class _Owner(concurrent.futures.ThreadPoolExecutor):
         address, context = ("127.0.0.1", 0), multiprocessing.get_context("spawn")
         self._manager = _Manager(address, ctx=context)
         try:
-            self._manager.start(processes.begin_worker)
+            self._manager.start(worker_processes.begin_worker)
         except EOFError as error:
             raise concurrent.futures.process.BrokenProcessPool("died as it started") from error
         self._accelerator = self._manager.accelerator()

@@ -1,5 +1,6 @@
 """What processes ask of their machine; workers, and commands whose end this one waits for."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
@@ -8,7 +9,8 @@ import pathlib
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 from mofi_jax.common import console
@@ -17,17 +19,27 @@ from mofi_jax.common.console import interrupts
 _FEW = 8  # cores: where there are more, threads would wait for one another
 
 
-def begin_worker() -> None:
-    """For a worker process as it starts: its log is like the parent's, and Ctrl-C is the parent's.
+@contextlib.contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that this thread starts inside never hear of Ctrl-C, not even in their imports.
 
-    It ends when the parent is gone.
+    A terminal sends it to all of them, and it is for the one that has started them.
+    """
+    resource_tracker.ensure_running()  # as it starts it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker() -> None:
+    """For a worker process as it starts: its log is like the parent's, and it ends with it.
 
     A worker waits on a queue whose writing end it holds itself, so after kill -9 of the parent it
     would wait for ever.
     """
     console.start_logging()
-    # A terminal sends it to all processes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -6,6 +6,7 @@ the example r places behind its position, whichever host feeds it; so any number
 exactly where any other stopped.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -369,7 +370,8 @@ def training_stream(
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers), _start_worker
         )
-    return _batches(iter(stream), len(rows))
+    with processes.deaf_to_interrupts() if workers else contextlib.nullcontext():
+        return _batches(iter(stream), len(rows))
 
 
 def _start_worker(worker: int, workers: int) -> None:
