@@ -77,6 +77,7 @@ def main(
     if len(models) > 1 and not out:
         raise BadInput("--out is missing: several models need a folder for their table.")
     for name in models:
+        name = os.fspath(name)
         folder = name if name == RAW_PIXELS else from_hub.model(name)
         if folder != name and not out:
             raise BadInput("--out is missing: a model of the hub needs a folder for its table.")

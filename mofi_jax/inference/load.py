@@ -1,5 +1,6 @@
 """Opens what a model was saved as: a training run, a Hugging Face CLIP folder, or open_clip's."""
 
+import os
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ def load(
 
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
-    name, path = path, from_hub.model(path)
+    name = os.fspath(path)
+    path = from_hub.model(name)
     saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),
