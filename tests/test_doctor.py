@@ -127,7 +127,7 @@ def test_state_that_does_not_fit_a_device(data, tmp_path, devices):
 
 
 def test_a_batch_of_a_pod_on_two_cores(data, tmp_path, devices, monkeypatch):
-    """As the issue of a newcomer: configs/mofi.py as it is, on a laptop."""
+    """configs/mofi.py as it is, on a laptop."""
     devices.update({"platform": "cpu", "memory": None, "devices": 1, "local": 1})
     devices["mesh"] = {"replica": 1, "fsdp": 1, "tensor": 1}
     monkeypatch.setattr(machine, "unseen", lambda _: None)
@@ -140,6 +140,20 @@ def test_a_batch_of_a_pod_on_two_cores(data, tmp_path, devices, monkeypatch):
     # 14.4e9 pictures of 140 GFLOP, most of them the image tower's three passes of 35 GFLOP.
     years = float(problems["time"].removeprefix("about ").split(" years")[0].replace(",", ""))
     assert 200 < years < 500
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16")])
+def test_the_memory_of_a_batch_is_that_of_the_devices_dtype(
+    platform, dtype, data, tmp_path, devices, monkeypatch
+):
+    devices["platform"] = platform
+    monkeypatch.setattr(machine, "unseen", lambda _: None)
+    seen = []
+    monkeypatch.setattr(pace, "batch_bytes", lambda model, *_, **__: seen.append(model.dtype) or 0)
+    config = datasets.tiny_config(data)
+    config.model.dtype = "auto"
+    doctor.examine(config, str(tmp_path / "run"))
+    assert seen == [dtype]
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])

@@ -46,10 +46,10 @@ def test_without_control_groups_the_affinity_counts(many, tmp_path):
 
 
 def test_a_dtype_of_ones_own_stays_and_auto_is_that_of_the_device():
-    cpu, tpu = (types.SimpleNamespace(platform=name) for name in ("cpu", "tpu"))
-    assert [setup.dtype_on("auto", device) for device in (cpu, tpu)] == ["float32", "bfloat16"]
-    assert setup.dtype_on("bfloat16", cpu) == "bfloat16"
-    assert setup.dtype_on("float32", tpu) == "float32"
+    found = [setup.dtype_on("auto", platform) for platform in ("cpu", "gpu", "tpu")]
+    assert found == ["float32", "bfloat16", "bfloat16"]
+    assert setup.dtype_on("bfloat16", "cpu") == "bfloat16"
+    assert setup.dtype_on("float32", "tpu") == "float32"
 
 
 @pytest.mark.parametrize(("count", "options"), [(2, {-8, -3, -1}), (200, set())])

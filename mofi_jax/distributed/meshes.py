@@ -68,7 +68,7 @@ def make_mesh(
 def in_words(mesh: Mesh) -> str:
     """As ``8 x TPU v5 lite, mesh replica 1 x fsdp 8``; of a CPU with the cores that it may use."""
     device = mesh.devices.flat[0]
-    kind, axes = device.device_kind, [f"{axis} {size}" for axis, size in mesh.shape.items() if size]
+    kind, axes = device.device_kind, [f"{axis} {size}" for axis, size in mesh.shape.items()]
     if device.platform == "cpu":
         kind = f"CPU with {processes.cores()} cores"
     return f"{mesh.size} x {kind}, mesh {' x '.join(axes)}"

@@ -10,6 +10,7 @@ a piece of the model, which takes some ten seconds.  Exit codes: 0 no problem, 1
 least one, 2 bad flags.
 """
 
+import copy
 import importlib.metadata
 import json as json_lib
 import math
@@ -144,7 +145,10 @@ def check_run(
     mesh = Mesh(stand_ins, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with report.about("batch"):
         setup.check_batch(config, mesh)
-    train_setup = setup.make(config, mesh, **data.sizes)
+    own = copy.deepcopy(config)
+    if found:  # the stand-ins are CPUs, whose dtype may be another
+        own.model.dtype = setup.dtype_on(config.model.dtype, found["platform"])
+    train_setup = setup.make(own, mesh, **data.sizes)
     model, clock = train_setup.context.model, train_setup.clock
     structs, _ = state.abstract(train_setup.init, mesh)
     optim.check_frozen(structs.params, config.optimizer.frozen)

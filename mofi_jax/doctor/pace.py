@@ -57,7 +57,6 @@ def rate(config: dict[str, Any], sizes: dict[str, int], found: dict[str, Any]) -
     Returns (0, why) where they cannot be known.
     """
     if found["processes"] == 1:
-        why = "the probe failed"
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "mofi_jax.doctor.pace"],

@@ -71,7 +71,7 @@ def make(
     Raises BadInput: a duration or a size of the model that does not fit the others.
     """
     sizes = {"vocab_size": vocab_size, "eos_id": eos_id}
-    sizes["dtype"] = dtype_on(config.model.dtype, mesh.devices.flat[0])
+    sizes["dtype"] = dtype_on(config.model.dtype, mesh.devices.flat[0].platform)
     model = mofi.MofiConfig.from_dict(config.model.to_dict() | sizes)
     clock = cadence.make_clock(
         config.total, batch_size=config.batch_size, examples_per_epoch=examples_per_epoch
@@ -121,9 +121,9 @@ def make(
     )
 
 
-def dtype_on(wanted: str, device: Any) -> str:
+def dtype_on(wanted: str, platform: str) -> str:
     """`config.model.dtype`; auto is float32 on CPUs, which are slow at bfloat16, and else that."""
-    return wanted if wanted != "auto" else "float32" if device.platform == "cpu" else "bfloat16"
+    return wanted if wanted != "auto" else "float32" if platform == "cpu" else "bfloat16"
 
 
 def check_batch(config: Any, mesh: Mesh) -> None:
