@@ -119,6 +119,9 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     put(root / "models/me/clip/config.json", b"{}")
     put(root / "models/me/clip/pytorch_model.bin", b"?")
+    for name in ("config.json", "pytorch_model.bin"):
+        put(root / "models/me/two/inner" / name, b"{}")
+    put(root / "models/me/two/model.safetensors", b"?")
     put(root / "models/me/safe/config.json", b"{}")
     put(root / "models/me/safe/model.safetensors", b"?")
     put(root / "models/me/safe/pytorch_model.bin", b"?")
@@ -127,6 +130,9 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     assert [sorted(os.listdir(from_hub.model(f"me/{name}"))) for name in ("clip", "safe")] == [
         ["config.json", "pytorch_model.bin"],  # for want of anything safer
         ["config.json", "model.safetensors"],
+    ]
+    assert sorted(os.listdir(from_hub.model("hf:me/two/inner"))) == [
+        *("config.json", "pytorch_model.bin")
     ]
     # Of a folder that is here nobody is asked.
     (tmp_path / "me/here").mkdir(parents=True)
@@ -147,6 +153,8 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
         ("hf:me/clip@old", "correct the revision, or show who you are"),
         ("hf://datasets/me/clip", r"is no address of models: write hf:OWNER/NAME or hf://OWNER"),
         ("hf:clip", "is no address of models"),
+        ("hf:me/clip/../../secret", "is no address of models"),
+        ("hf:me/clip//etc", "is no address of models"),
     ],
 )
 def test_names_that_cannot_be_used_are_told(hub_folder, name, words):

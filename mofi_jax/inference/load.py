@@ -37,7 +37,7 @@ def load(
     Raises BadInput: a folder that is neither, or one that is damaged.
     """
     name = os.fspath(path)
-    path = from_hub.model(name)
+    path = hosts.all_or_none(lambda: from_hub.model(name))
     saved = read(path, step)
     towers = Towers(
         *(saved.config, saved.tokenizer, saved.entities, saved.preprocess),

@@ -10,6 +10,7 @@ is run as code.
 import functools
 import glob
 import os
+import posixpath
 import re
 from typing import NamedTuple
 
@@ -77,10 +78,11 @@ def fetch(text: str, kind: str) -> Snapshot:
     address = text if is_address(text) else PREFIX + text
     found = _ADDRESS.fullmatch(address)
     of_kind = found and (found["kind"] or ("models" if address.startswith("hf://") else kind))
-    if not found or of_kind != kind:
+    name, inside = (found["name"], found["inside"] or "") if found else ("", "")
+    outside = inside and not {"", ".", ".."}.isdisjoint(inside.split("/"))
+    if not found or of_kind != kind or outside:
         owner = "OWNER/NAME" if kind == "models" else "datasets/OWNER/NAME"
         raise BadInput(f"{text} is no address of {kind}: write hf:OWNER/NAME or hf://{owner}.")
-    name, inside = found["name"], found["inside"]
     by_hand = f"hf download {name} --local-dir FOLDER" + " --repo-type dataset" * (
         kind == "datasets"
     )
@@ -95,15 +97,16 @@ def fetch(text: str, kind: str) -> Snapshot:
             f"(`{by_hand}`) and name its folder."
         ) from None
     options = {"repo_type": kind.removesuffix("s"), "revision": found["revision"]}
+    literal = glob.escape(inside)
     if inside:
-        literal = glob.escape(inside)
         options["allow_patterns"] = [literal, f"{literal}/*"]
     try:
         if kind == "models":
             folder = huggingface_hub.snapshot_download(name, **options, ignore_patterns=_NOT_OURS)
-            if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            files = next(os.walk(os.path.join(folder, inside)), ("", [], []))[2]
+            if not any(file.endswith(".safetensors") for file in files):
                 options["revision"] = _revision(folder)
-                options["allow_patterns"] = list(_PICKLED)
+                options["allow_patterns"] = [posixpath.join(literal, one) for one in _PICKLED]
                 huggingface_hub.snapshot_download(name, **options)
         else:
             folder = huggingface_hub.snapshot_download(name, **options)
@@ -119,7 +122,7 @@ def fetch(text: str, kind: str) -> Snapshot:
             f"{start}cannot be fetched ({reason}): connect this machine to the network, or run "
             f"`{by_hand}` on one that is and name FOLDER."
         ) from error
-    path = os.path.join(folder, inside) if inside else folder
+    path = os.path.join(folder, inside) if inside else folder  # no slash behind it
     if not os.path.exists(path):
         raise BadInput(f"{text} has no {inside} in it: correct what is behind the name.")
     _FETCHED[text] = _revision(folder)
