@@ -5,6 +5,7 @@ A row has ``file_name``, from the table's folder on, and maybe a label and texts
 """
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,13 +29,14 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     """The rows of a table; BadInput for one that is none, or a row without ``file_name``."""
     rows: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.suffix != ".parquet" else ""
-        if not text:
+        if path.suffix == ".parquet":
             found = parquets.open_file(path).read().to_pylist()
         elif path.suffix == ".csv":
-            found = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            text = io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")
+            found = csv.DictReader(text, strict=True)
         else:
-            found = (json.loads(line) for line in text.split("\n") if line.strip())
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            found = (json.loads(line) for line in lines if line.strip())
         for row in found:
             if not isinstance(row[FILE], str) or not row[FILE]:
                 raise ValueError(f"no {FILE}")
