@@ -4,10 +4,19 @@ mofi train --config mofi:variant=B/16 --workdir RUN
 python -m mofi_jax train --config mofi:variant=B/16 --workdir RUN
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "mofi":
+    # Until a subcommand sees to Ctrl-C itself (`common.console`), there is no traceback; where the
+    # shell has turned it off, it stays so.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_DFL if ours else signal.SIG_IGN)
+
 import ast
 import pathlib
 import runpy
-import sys
 
 import mofi_jax
 from mofi_jax.common import command_help, packages

@@ -12,6 +12,7 @@ home folder: shells leave it alone behind ``--flag=``.
 import inspect
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,14 @@ from mofi_jax.common import command_help, config_files, console, packages
 from mofi_jax.common.console import interrupts
 from mofi_jax.common.errors import BadInput, Preempted, StorageFailed, nearest
 
+_UNREAD = 128 + 13  # SIGPIPE, of which programs die whose output nobody reads any more
+
 
 def run(main: Callable[..., Any], config: str = "") -> None:
     """Parses the command line, calls ``main`` and exits.
 
     Exit codes: 0 done, 2 `BadInput` (1 for a workdir in a bucket that has failed), 75 `Preempted`,
-    130 Ctrl-C, 1 any other exception.
+    130 Ctrl-C, 141 nobody reads what is printed any more, 1 any other exception.
 
     Args:
       config: the one that is read where ``--config`` is left out; "" where it may not be.
@@ -84,7 +87,10 @@ def run(main: Callable[..., Any], config: str = "") -> None:
         console.close()
         kwargs = {name: flags.FLAGS[name].value for name in named} | configured
         try:
-            return main(*argv[1:], **kwargs)
+            code = main(*argv[1:], **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a reader that has gone is no surprise
+            return code
         except BadInput as error:
             complain(error)
         except Preempted as preempted:
@@ -114,8 +120,19 @@ def run(main: Callable[..., Any], config: str = "") -> None:
         app.run(call, flags_parser=parse)
     except KeyboardInterrupt:
         stopped()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os._exit(_UNREAD)
     finally:
         interrupts.uninstall()
+
+
+def _unread() -> bool:
+    """Whether the reader of what is printed has gone, as `head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always told
+    return bool(poll.poll(0))
 
 
 def _repeated(argv: Sequence[str], several: set[str]) -> Iterator[str]:
@@ -172,6 +189,7 @@ def printable(text: str) -> str:
 def stopped() -> None:
     """Says after Ctrl-C how to go on, and exits."""
     console.close()
+    interrupts.wait()
     print(f"stopped; to go on: {printable(interrupts.command())}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

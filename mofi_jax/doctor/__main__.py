@@ -6,8 +6,7 @@
 Takes the flags of `mofi_jax.train` and is started like it: on every host of a pod at once.  Prints
 a line for each check (ok, warning or problem, with the remedy), with ``--json`` an object {"check",
 "level", "text"} each.  Nothing stays written.  How long the run takes is measured on a few steps of
-a piece of the model, which takes some ten seconds.  Exit codes: 0 no problem, 1 at
-least one, 2 bad flags.
+a piece of the model.  Exit codes: 0 no problem, 1 at least one, 2 bad flags.
 """
 
 import copy
@@ -231,7 +230,9 @@ def check_time(
     problems = {name for name, level, _ in report.checks if level == "problem"}
     if problems - {"memory", "device memory"}:
         return  # which may well be why a probe would fail
+    console.now("timing steps of a piece of the model", silence=console.WORKING)
     rate, how = pace.rate(run_folder.as_json(config), data.sizes, found)
+    console.close()
     if not rate:
         report.add("time", "warning", f"how long the run takes is not known: {how}.")
         return

@@ -52,6 +52,9 @@ class Metrics:
         self._keys = keys
         self._wandb = wandb
         self._tensorboard: futures.Future[Any] | None = None
+        self._scalars: collections.deque[tuple[int, float, Mapping[str, float]]] = (
+            collections.deque()
+        )
         self._folder = epath.Path(workdir)
         self._events = files.stage(self._folder / "tensorboard")
         self._active = jax.process_index() == 0
@@ -62,8 +65,6 @@ class Metrics:
         """Keeps a step's loss on the device, to find later which step's was not finite first."""
         watched = {name: metrics[name] for name in _MUST_BE_FINITE if name in metrics}
         self._unchecked.append((step, watched))
-        # The devices are busy now, and the host has time for an import.
-        self._open_tensorboard()
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Takes a step's device metrics; writes and returns those pushed before."""
@@ -79,6 +80,8 @@ class Metrics:
         self._pending = None
         values = {k: float(np.asarray(v)) for k, v in jax.device_get(dict(metrics)).items()}
         self.write(step, values)
+        # From here on, as its import may keep other threads from telling how a first step goes.
+        self._open_tensorboard()
         self.require_finite(step, values)
         return values
 
@@ -119,20 +122,27 @@ class Metrics:
         """Writes host values."""
         if not self._active:
             return
-        self._file.append({"step": step, "time": round(time.time(), 3), **values})
-        tensorboard = self._open_tensorboard().result()
-        for name, value in values.items():
-            tensorboard.add_scalar(name, value, step)
+        now = time.time()
+        self._file.append({"step": step, "time": round(now, 3), **values})
+        self._scalars.append((step, now, dict(values)))
+        if self._tensorboard is not None and self._tensorboard.done():
+            self._write_scalars()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def _open_tensorboard(self) -> futures.Future[Any] | None:
-        """Its writer, opened in another thread; None on hosts that write nothing."""
+    def _open_tensorboard(self) -> None:
+        """Opens its writer in another thread; what is written until then waits for it."""
         if self._tensorboard is None and self._active:
             opener = futures.ThreadPoolExecutor(1)
             self._tensorboard = opener.submit(_tensorboard_writer, self._events)
             opener.shutdown(wait=False)
-        return self._tensorboard
+
+    def _write_scalars(self) -> None:
+        writer = self._tensorboard.result()
+        while self._scalars:
+            step, when, values = self._scalars.popleft()
+            for name, value in values.items():
+                writer.add_scalar(name, value, step, when)
 
     def close(self) -> None:
         """Writes what is pending and closes the files of a run that has finished."""
@@ -145,7 +155,10 @@ class Metrics:
 
     def _finish(self, exit_code: int) -> None:
         if self._active:
+            if self._scalars:
+                self._open_tensorboard()
             if self._tensorboard is not None:
+                self._write_scalars()
                 self._tensorboard.result().close()
             self.store()
             self._active = False

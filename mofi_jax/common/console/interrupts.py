@@ -21,6 +21,7 @@ _watching = _raised = False
 _grace: float | None = None
 _sentence = _STOPPING
 _leaving = threading.Lock()
+_said = threading.Event()  # the sentence of the first
 
 
 def install() -> None:
@@ -30,7 +31,8 @@ def install() -> None:
     for what runs in the background.
     """
     global _watching, _raised
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Python's own, or that of the command ``mofi`` until now.
+    default = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL)
     if _watching or not default or threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGINT, interrupt)
@@ -59,6 +61,12 @@ def expect(sentence: str = _STOPPING, *, grace: float | None = None) -> None:
     """
     global _grace, _sentence
     _sentence, _grace = sentence if grace is None else _NOTHING, grace
+
+
+def wait() -> None:
+    """Until the first Ctrl-C has been answered, which on a busy machine takes a moment."""
+    if _watching:
+        _said.wait(2.0)
 
 
 def command() -> str:
@@ -91,6 +99,7 @@ def _watch(pipe: int) -> None:
             if _grace == 0:
                 _leave(_sentence)
             _say(_sentence)
+            _said.set()
             if _grace is not None:
                 threading.Timer(_grace, os._exit, (EXIT_CODE,)).start()
 
