@@ -65,7 +65,7 @@ def commands() -> str:
         "`mofi NAME` and `python -m MODULE` are the same. Every command takes `--help`; one that "
         "takes `--config` takes `--config.KEY=VALUE` for each key of "
         "[that config](configuration.md) as well. Exit codes: 0 done, 2 bad input, told in one "
-        "sentence, 75 stopped by a signal after a checkpoint, 1 anything else.",
+        "sentence, 75 stopped by a signal after a checkpoint, 130 by Ctrl-C, 1 anything else.",
         "| command | module | what it does |\n|---|---|---|\n" + "\n".join(map(_line, COMMANDS)),
     ]
     for name in COMMANDS:
