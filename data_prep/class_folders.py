@@ -48,8 +48,7 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
       BadInput: no folder of classes with pictures in them, or an `out` that holds something else.
     """
     target = files.replaced_folder(out, "--out")
-    if not per_tar.isdecimal() or not int(per_tar):
-        raise BadInput(f"--per_tar={per_tar} is not a whole number above 0.")
+    size = cli.whole("--per_tar", per_tar, 1)
     if (target / "result.json").exists():
         logging.info("%s is there already", target)
         return
@@ -67,9 +66,9 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
     if part.exists():
         part.rmtree()
     part.mkdir(parents=True)
-    for number, start in enumerate(range(0, len(found), int(per_tar))):
+    for number, start in enumerate(range(0, len(found), size)):
         with tarfile.open(part / f"{number:05d}.tar", "w") as tar:
-            for index, picture in enumerate(found[start : start + int(per_tar)], start):
+            for index, picture in enumerate(found[start : start + size], start):
                 _add(tar, f"{index:08d}", picture)
     lines = ({"id": identity(name), "label": label(name)} for name in names)
     files.write_text(part / CLASSES_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))

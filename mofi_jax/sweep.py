@@ -120,8 +120,9 @@ def check(
             raise BadInput(f"--config.{clash[0]} is swept by get_hyper: remove the flag.")
         if point in points[:i]:
             raise BadInput(f"Points {points.index(point)} and {i} of get_hyper are the same.")
+        made, opened = copy.deepcopy(config), config_keys.open_groups(config)
         for key in point:
-            config_keys.find(config, key, "the config", config_keys.open_groups(config))
+            config_keys.find(made, key, "the config", opened)  # which makes groups
         try:
             settings.validate(point_config(config, point))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -243,7 +244,7 @@ def page(ranked: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str) 
             for r in ranked
             if r["score"] is not None and isinstance(r["values"].get(key), int | float)
         ]
-        best = {value: point for point in reversed(points) for value in point[:1]}
+        best = {point[0]: point for point in reversed(points)}
         values = sorted(best)
         if len(values) < 2:
             continue

@@ -223,9 +223,8 @@ def _find_files(name: str, prefix: str, pattern: str, warn: Callable[..., None])
     for end in told.keys() - {*_PICTURES}:  # those may be of a README
         warn("config.sources: left out: %s", told[end])
     base = os.path.abspath(pattern)
-    while not os.path.isdir(base) or folder_files.is_shard(
-        base
-    ):  # the last folder that is no pattern
+    # The last folder that is no pattern.
+    while not os.path.isdir(base) or folder_files.is_shard(base):
         base = os.path.dirname(base)
     found = []
     for one in _to_train_on(kept, base, warn):

@@ -19,9 +19,8 @@ from data_prep.pairs.formats import tables
 from data_prep.pairs.samples import Rejected, Sample
 from mofi_jax.common import errors
 from mofi_jax.data.pictures import arrow_files
-from mofi_jax.data.pictures.parquets import PICTURES
+from mofi_jax.data.pictures.parquets import PICTURES as PICTURE_COLUMNS
 
-PICTURE_COLUMNS = PICTURES  # as whoever embeds or evaluates them knows them
 _BATCH = 32  # rows; pictures of a few megabytes each should not fill the memory
 _LARGE = 256 << 20  # bytes of a column in a row group, below which nothing is suspected
 _WIDEST = samples.MAX_TEXT  # bytes of a cell of fixed width
@@ -217,11 +216,11 @@ def _cast(column):
 
 
 def open_file(path: str):
-    """A `pyarrow.parquet.ParquetFile`, or what is like it, of which one column of
-    a row group is held, at most `_LARGE`.
+    """A `pyarrow.parquet.ParquetFile`, or what is like it for Arrow.
 
-    Of a larger file it is no more than a buffer; such a stream believes what a page says of its
-    size, which costs gigabytes where it lies.
+    A column of one row group is held, at most `_LARGE`. Of a larger file it is no more than a
+    buffer; such a stream believes what a page says of its size, which costs gigabytes where it
+    lies.
 
     Raises:
       BadInput: unreadable, columns of one name, or larger unpacked than such files are.

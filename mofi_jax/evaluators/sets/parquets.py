@@ -18,7 +18,6 @@ from mofi_jax.data.pictures import arrow_files, containers, tree
 from mofi_jax.data.pictures.parquets import Rows, pick
 from mofi_jax.evaluators.sets import listing
 
-LABELS = listing.LABELS
 _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})")
 
 
@@ -127,8 +126,8 @@ def _classes(rows: Rows) -> tuple[np.ndarray, dict[int, str]]:
     ]
     path = rows.paths[0]
     # An unnamed integer may be a height: only a column of class labels is taken for its kind.
-    known = [name for name in fitting if name in LABELS or name in fields]
-    name = pick(path, rows.schema.names, known, LABELS, "labels")
+    known = [name for name in fitting if name in listing.LABELS or name in fields]
+    name = pick(path, rows.schema.names, known, listing.LABELS, "labels")
     values = rows.column(name)
     without = next((i for i, value in enumerate(values) if value is None or value == -1), None)
     if without is not None:
