@@ -27,6 +27,7 @@ from data_prep.pairs import stage as pairs_stage
 from mofi_jax.data import ops
 
 FOLDER, TASK = "evaluation", "held_out"  # in the work directory
+_ROWS = "held_out_labels"
 
 _LABELLED = """
     SELECT pairs.path, pairs."offset", pairs.length, pairs.sha256, pairs.text,
@@ -51,13 +52,16 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
     Returns:
       The one manifest, if any; counts `pictures`, `classes`.
     """
-    if not config.held_out:  # and what an earlier run wrote goes
-        return work.map_shards(FOLDER, _write, [], {}) if (work.workdir / FOLDER).exists() else []
+    if not config.held_out:  # what an earlier run wrote goes
+        for stage in (_ROWS, FOLDER):
+            if (work.workdir / stage).exists():
+                work.map_shards(stage, _write, [], {})
+        return []
     names = {"pairs": "pairs", "dropped": "dropped-i2e", "labels": "labels"}
     tables = {name: engine.listed(work.workdir / folder) for name, folder in names.items()}
     tables["kb"] = [work.workdir / "kb/entities.parquet"]
-    rows = "held_out_labels/rows.parquet"
-    work.aggregate("held_out_labels", {rows: _LABELLED}, tables, {"reason": held_out.REASON})
+    rows = f"{_ROWS}/rows.parquet"
+    work.aggregate(_ROWS, {rows: _LABELLED}, tables, {"reason": held_out.REASON})
     settings = {key: config[key] for key in ("jpeg_quality", "max_side")}
     settings["decoders"] = pictures.DECODERS
     task = engine.Task(TASK, (work.workdir / rows,))
