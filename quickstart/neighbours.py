@@ -11,7 +11,6 @@ right ones over all queries is printed beside, for the caption.
 import io
 import json
 import pathlib
-import tarfile
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 import mofi_jax
 from mofi_jax.common.pages import plots
 from mofi_jax.evaluators.pages import gallery
+from mofi_jax.evaluators.sets import pictures as picture_sets
 
 MODEL, OUT = "runs/quickstart/multitask", "docs/neighbours.png"
 SAMPLE = pathlib.Path("data_prep/sample")
@@ -30,7 +30,8 @@ _FINER = 2  # drawn so many times larger, for smooth edges
 
 def main() -> None:
     """Writes the picture and prints what its caption says."""
-    classes, pictures = read(SAMPLE / "unseen.tar")
+    found = picture_sets.read_set(SAMPLE / "unseen.tar")
+    classes, pictures = found.classes, list(map(found.read, range(len(found))))
     vectors = mofi_jax.load(MODEL).embed_images(pictures)
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -np.inf)
@@ -47,15 +48,6 @@ def main() -> None:
         f"right: {right[queries].sum()} of the {right[queries].size} shown, "
         f"{100 * right.mean():.0f} % of the {NEAREST} nearest of all {len(right)} queries"
     )
-
-
-def read(path: pathlib.Path) -> tuple[np.ndarray, list[bytes]]:
-    """Class numbers, int [n], and files of pictures named {class}_{number}.jpg in a tar."""
-    with tarfile.open(path) as tar:
-        found = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-    names = sorted(found)
-    classes = [int(name.rpartition("/")[2].partition("_")[0]) for name in names]
-    return np.array(classes), [found[name] for name in names]
 
 
 def choose(classes: np.ndarray, right: np.ndarray) -> list[int]:

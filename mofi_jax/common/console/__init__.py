@@ -6,7 +6,6 @@ from mofi_jax.common.console.lines import (
     begin,
     close,
     duration,
-    is_terminal,
     now,
     speak_first,
     start_logging,

@@ -28,7 +28,7 @@ _BY_NAME = {
     for name, colour in re.findall(r"--([\w-]+): (#\w+);", _COLOURS.partition("@media")[0])
 }
 INK, SOFT, LINE, CARD = (_BY_NAME[name] for name in ("ink", "soft", "line", "card"))
-ACCENT, BAR, RED = (_BY_NAME[name] for name in ("accent", "bar", "red"))
+ACCENT, RED = _BY_NAME["accent"], _BY_NAME["red"]
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "svg.fonttype": "none"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"},
@@ -38,8 +38,6 @@ STYLE = {
     **{"legend.framealpha": 0.0, "legend.edgecolor": "none", "svg.hashsalt": "pages"},
     "path.simplify_threshold": 0.5,  # pixels: a page of long curves stays small
 }
-
-
 _NAME = 26  # letters of a name in one line
 
 
