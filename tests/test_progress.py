@@ -54,7 +54,7 @@ def test_a_terminal_shows_every_stage_with_its_shards(tmp_path, take_terminal, m
         work.map_shards("second", slowly, TASKS[:2], {})
     shown = terminal.getvalue()
     assert "count: 0 of 3 shards" in shown
-    assert re.search(r"count: 2 of 3 shards, [\d,]+ pairs found/s, 0 s left", shown)
+    assert re.search(r"count: 2 of 3 shards, [\d,]+ pairs found/s, \d+ s left", shown)
     assert "second: 1 of 2 shards" in shown
 
 
@@ -77,7 +77,7 @@ def test_a_log_has_a_line_for_each_long_stage_and_for_silence(tmp_path, monkeypa
         work.map_shards("count", slowly, TASKS, {})
     lines = [record.getMessage() for record in caplog.records]
     assert sum("of 3 shards, " in line for line in lines) >= 2
-    assert sum(line.startswith("count: 3 shards in 0 s, ") for line in lines) == 1
+    assert sum(line.startswith("count: 3 shards in ") for line in lines) == 1
 
 
 def test_what_is_done_is_told_once(tmp_path, caplog):
