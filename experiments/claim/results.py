@@ -14,18 +14,21 @@ from mofi_jax.common.pages import plots
 
 BASELINE = "raw_pixels"
 HEADLINE = "unseen_no_self"
-# Metrics of the tables, in their order, and their heads.
-METRICS = {
+# Metrics of the two tables, in their order, and their heads.
+RETRIEVAL = {
     "unseen_no_self": "unseen mAP, without self",
     "unseen": "unseen mAP",
     "seen_no_self": "seen mAP, without self",
     "seen": "seen mAP",
+}
+OTHERS = {
     "knn_unseen/dino_best": "k-NN, unseen",
     "zeroshot_seen/top1": "zero-shot, seen",
     "entity_seen/top1": "entity",
     "entity_seen/top1_5_to_19": "entity, 5 pictures or more",
     "entity_seen/top1_under_5": "entity, fewer",
 }
+METRICS = RETRIEVAL | OTHERS
 SAYS = {BASELINE: "raw pixels"} | {
     name: run.says for part in runs.PARTS.values() for name, run in part.items()
 }
@@ -45,11 +48,14 @@ def write(out: epath.Path, lines: Lines, classes: Mapping[str, Int[np.ndarray, "
         }
         for name, own in seeds.items()
     }
-    compared = [*runs.COMPARED]
-    compared += [
-        (f"multitask@{share:g}", f"{other}@{share:g}")
-        for share in runs.SHARES
-        for other in ("clip", "multitask_text")
+    compared = [
+        *runs.COMPARED,
+        *(
+            (f"multitask@{share:g}", f"{other}@{share:g}")
+            for share in runs.SHARES
+            for other in ("clip", "multitask_text")
+        ),
+        *((name, default_of(name)) for name in runs.ABLATIONS),
     ]
     differences = {
         f"{more} - {less}": difference(lines, more, less, both, classes["unseen"])
@@ -73,6 +79,11 @@ def write(out: epath.Path, lines: Lines, classes: Mapping[str, Int[np.ndarray, "
     files.write_text(out / "claim.svg", plots.svg(figure))
     (out / "claim.png").write_bytes(plots.png(figure))
     return text
+
+
+def default_of(name: str) -> str:
+    """The run that an ablation changes one thing of."""
+    return "supervised" if runs.ABLATIONS[name].losses == runs.SUPERVISED else "multitask"
 
 
 def score(line: Mapping[str, Any], metric: str) -> float | None:
@@ -137,7 +148,7 @@ def tables(
     scores: Mapping[str, Mapping[str, Interval]],
     differences: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Markdown: the main runs, what differs, noise, ablations."""
+    """Markdown: the main runs, first retrieval, what differs, noise, ablations."""
 
     def of(names: Sequence[str], metrics: Sequence[str]) -> str:
         present = [name for name in names if name in scores]
@@ -149,17 +160,18 @@ def tables(
             rows.append([SAYS[name], str(len(seeds[name])), *cells])
         return markdown(rows)
 
-    main, ablations = of((BASELINE, *runs.MAIN), tuple(METRICS)), ""
-    if any(name in scores for name in runs.ABLATIONS):
-        names = ("supervised", "multitask", *runs.ABLATIONS)
-        ablations = of(names, ("unseen_no_self", "seen_no_self", "entity_seen/top1"))
-    told = ""
-    if shown := [pair for pair in differences if "@" not in pair]:
-        rows = [["unseen mAP without self, difference", "95 % interval", "p", "seeds ahead"]]
-        for pair in shown:
-            more, less = (SAYS[name] for name in pair.split(" - "))
-            rows.append([f"{more} − {less}", *show_difference(differences[pair])])
-        told = markdown(rows)
+    def compare(head: str, pairs: Sequence[tuple[str, str]]) -> str:
+        shown = [(m, o, differences[f"{m} - {o}"]) for m, o in pairs if f"{m} - {o}" in differences]
+        rows = [[head, "unseen mAP without self", "p", "seeds ahead"]]
+        rows += [[f"{SAYS[m]} − {SAYS[o]}", *show_difference(of)] for m, o, of in shown]
+        return markdown(rows) if shown else ""
+
+    main, others = (of((BASELINE, *runs.MAIN), tuple(part)) for part in (RETRIEVAL, OTHERS))
+    told = compare("difference [95 % interval]", runs.COMPARED)
+    ablations = compare(
+        "difference [95 % interval] on the same seeds",
+        [(name, default_of(name)) for name in runs.ABLATIONS],
+    )
     noise = ""
     shares = [f"{share:g}" for share in runs.SHARES if f"clip@{share:g}" in scores]
     if shares:
@@ -172,16 +184,19 @@ def tables(
             at = [show_difference(differences[p])[0] if p in differences else "" for p in pairs]
             rows.append([f"multi-task, I2E − {SAYS[other]}", *at])
         noise = markdown(rows)
-    return [main, told, noise, ablations]
+    return [main, others, told, noise, ablations]
 
 
 def show(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"
+    if interval is None:
+        return ""
+    half = interval.high - interval.mean
+    return f"{interval.mean:.3f} ± {half:.3f}" if half else f"{interval.mean:.3f}"
 
 
 def show_difference(of: Mapping[str, Any]) -> list[str]:
     mean, low, high = of["interval"]
-    p = "< 0.001" if of["p"] < 0.001 else f"{of['p']:.3f}"
+    p = "" if of["seeds"] < 2 else "< 0.001" if of["p"] < 0.001 else f"{of['p']:.3f}"
     return [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", p, f"{of['seeds_ahead']} of {of['seeds']}"]
 
 

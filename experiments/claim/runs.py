@@ -43,6 +43,7 @@ COMPARED = (
     ("multitask", "clip"),  # the claim
     ("multitask", "clip_same"),  # on the same pictures
     ("supervised", "clip"),
+    ("clip_same", "clip"),
     ("clip_i2e", "clip_same"),
     ("multitask", "clip_i2e"),
     ("multitask", "supervised"),
