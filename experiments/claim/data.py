@@ -12,7 +12,6 @@ and, as NAME@SHARE, the same after so many of the captions have been made anothe
 import contextlib
 import fcntl
 import os
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from data_prep.quality import truth as ground_truth
-from mofi_jax.common import files
+from mofi_jax.common import cli, files, processes
+from mofi_jax.common.console import interrupts
 from mofi_jax.common.errors import BadInput
 from mofi_jax.evaluators.sets import pictures as picture_sets
 
@@ -155,15 +155,17 @@ class DataSets:
     ) -> None:
         """Runs the command; like every run of it, one that was cut goes on."""
         of = self.config
-        config = f"configs/i2e.py:folder={source},kb={of.knowledge_base},{argument}"
-        options = (f"--config.{key}={value}" for key, value in of.i2e.items())
-        command = ("data_prep.build_i2e", "--config", config, "--workdir", workdir)
+        config = f"i2e:folder={source},kb={of.knowledge_base},{argument}"
+        options = [f"--config.{key}={value}" for key, value in of.i2e.items()]
+        mofi = (sys.executable, "-m", "mofi_jax", "labels")
         with locked(group / "lock"):
-            done = subprocess.run(
-                [sys.executable, "-m", *map(os.fspath, command), *options, *flags], check=False
+            status = processes.wait_for(
+                [*mofi, "--config", config, "--workdir", os.fspath(workdir), *options, *flags]
             )
-        if done.returncode:
-            raise BadInput(f"data_prep.build_i2e for {workdir} has failed: see its lines above.")
+        if status == interrupts.EXIT_CODE:
+            cli.stopped()
+        if status:
+            raise BadInput(f"mofi labels for {workdir} has failed: see its lines above.")
 
 
 def write_table(path: epath.Path, rows: Sequence[tuple[str, bytes, str, list[str]]]) -> None:
