@@ -17,9 +17,10 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "mofi":
 import ast
 import pathlib
 import runpy
+from collections.abc import Sequence
 
 import mofi_jax
-from mofi_jax.common import command_help, packages
+from mofi_jax.common import command_help, config_files, packages
 from mofi_jax.common.errors import BadInput, nearest
 
 # In the order in which they are needed.
@@ -62,11 +63,23 @@ def main() -> None:
             command_help.show(source(name), rest)
         else:
             packages.prefer_ours()
+            check_config(name, rest)
             sys.argv[:] = [f"mofi {name}", *rest]
             runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_config(name: str, argv: Sequence[str]) -> None:
+    """Tells of a mistyped config, key or value before the imports of the command, which take long.
+
+    Raises:
+      BadInput: what `mofi_jax.common.cli` would raise after them.
+    """
+    given = any(argument.partition("=")[0] == "--config" for argument in argv)
+    if given and any(flag.name == "config" for flag in command_help.read(source(name)).flags):
+        config_files.read(argv)
 
 
 def usage() -> str:

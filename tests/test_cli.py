@@ -2,6 +2,7 @@
 
 import logging
 import os
+import runpy
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import ml_collections
 import pytest
 from etils import epath
 
+from mofi_jax import __main__
 from mofi_jax.common import cli, errors
 from mofi_jax.common.console import lines
 
@@ -37,6 +39,13 @@ def test_one_sentence(arguments, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not workdir.exists()
+
+
+def test_a_mistyped_config_is_told_before_a_command_is_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mofi", "train", "--config", "mofi", "--config.totl=3"])
+    monkeypatch.setattr(runpy, "run_module", lambda *_, **__: pytest.fail("imported"))
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
 
 
 def test_flags_that_are_not_there_or_missing(tmp_path):

@@ -90,6 +90,8 @@ def test_keys_take_values_of_their_type(flags, values, own):
     [
         ("--config.numbr=7", "no key --config.numbr in .*: did you mean --config.number?"),
         ("--config.group.iner=7", "did you mean --config.group.inner?"),
+        ("--config.group.nr=7", "--help=group shows those of group."),
+        ("--config.number.inner=7", "did you mean --config.group.inner?"),
         ("--config.zzz=7", "no key --config.zzz in .*: --help shows which it has."),
         ("--config.number.deep=7", "no key --config.number.deep"),
         ("--config.evaluatrs.a.kind=b", "no key --config.evaluatrs.a.kind"),

@@ -123,7 +123,17 @@ def assign(
 
 def unknown(config: ml_collections.ConfigDict, key: str, given: str) -> BadInput:
     """The error of a key that is not there."""
-    remedy = nearest(key, names(config), "--config.{}") or "--help shows which it has."
+    known, (group, _, last) = names(config), key.rpartition(".")
+    # Of the same group, then of the same name in another: abbreviations are like neither.
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
+    elsewhere = [name for name in known if name.endswith(f".{last}")]
+    remedy = (
+        nearest(last, beside, f"--config.{key.removesuffix(last)}{{}}")
+        or nearest(key, elsewhere, "--config.{}")
+        or (f"--help={group} shows those of {group}." if group and beside else "")
+        or nearest(key, known, "--config.{}")
+        or "--help shows which it has."
+    )
     return BadInput(f"There is no key --config.{key} in {given.partition(':')[0]}: {remedy}")
 
 
