@@ -383,3 +383,14 @@ def test_pictures_of_evaluation_sets_are_known_in_rows_too(tmp_path):
     put(tmp_path / "broken.parquet", b"PAR1")
     with pytest.raises(BadInput, match=r"broken\.parquet cannot be read \(container_damaged\)"):
         list(eval_sets.read(eval_sets.find({"a": str(tmp_path / "broken.parquet")})["a"]))
+
+
+def test_damaged_rows_of_evaluation_sets_are_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": columns(8)["image"]})
+    pq.write_table(table, path, compression="zstd", row_group_size=4)
+    data = bytearray(path.read_bytes())
+    data[4:24] = b"\xff" * 20  # of the pictures themselves; the paths behind them are whole
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=r"a\.parquet cannot be read \(.*_damaged\): fetch it"):
+        list(eval_sets.read([str(path)]))

@@ -8,7 +8,6 @@ Knows nothing of pairs; `duplicates` looks for these pictures among them.
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -79,7 +78,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
       The names of the shards of both stages.
 
     Raises:
-      BadInput: a set without pictures, or a damaged tar.
+      BadInput: a set without pictures, or a damaged file.
     """
     tasks = []
     for name, files in find(config.filters.eval_sets.to_dict()).items():
@@ -109,7 +108,7 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """The pictures of an evaluation set: (name with its folder, bytes), in order.
 
     Raises:
-      BadInput: a file called tar that is none, or is damaged.
+      BadInput: a file called tar that is none, or a file that is damaged.
     """
     for path in files:
         if path.lower().endswith(_PICTURES):
@@ -135,12 +134,16 @@ def _read_rows(path: str) -> Iterator[tuple[str, bytes]]:
     """The pictures of a parquet or Arrow file, none of a table without any."""
     reader = containers.Reader(containers.folder_of(path))
     for place in containers.find(path, collections.Counter()):
-        if place.reason:
-            raise errors.BadInput(
-                f"The evaluation set {path} cannot be read ({place.reason}): fetch it again."
-            )
-        with contextlib.suppress(containers.Unreadable):  # a row without a picture
+        try:
+            if place.reason:
+                raise containers.Unreadable(place.reason)
             yield reader.read(place)
+        except containers.NoPicture:
+            continue
+        except containers.Unreadable as error:
+            raise errors.BadInput(
+                f"The evaluation set {path} cannot be read ({error}): fetch it again."
+            ) from error
 
 
 def _set_of(shard: str) -> str:

@@ -161,6 +161,10 @@ class Unreadable(ValueError):
     """A picture that is not where it was found; the message is one short word for counters."""
 
 
+class NoPicture(Unreadable):
+    """A row that is there and holds none."""
+
+
 class Reader:
     """Reads pictures of a collection; for any number of threads."""
 
@@ -173,7 +177,8 @@ class Reader:
         """Key and file of a picture.
 
         Raises:
-          Unreadable: it is gone, or has no bytes.
+          NoPicture: its row has no bytes.
+          Unreadable: it is gone, or damaged.
           OSError: storage fails, which may go better the next time.
         """
         try:
@@ -201,13 +206,16 @@ class Reader:
             name, data = (examples.first(record, of) for of in (examples.NAMES, examples.PICTURES))
             name = name.decode(errors="replace") if isinstance(name, bytes) else name
             if not isinstance(data, bytes):
-                raise Unreadable("missing")
+                raise NoPicture("missing")
             return f"{place.container}/{place.row if name is None else name}", data
         rows = self._opened(place.container, lambda path: parquets.Rows([epath.Path(path)]))
         try:
-            return place.key, rows.picture_bytes(place.row)
+            data = rows.bytes_or_none(place.row)
         except BadInput as error:
-            raise Unreadable("missing") from error
+            raise Unreadable("record_damaged") from error
+        if data is None:
+            raise NoPicture("missing")
+        return place.key, data
 
     def _opened(self, name: str, open_container: Any) -> Any:
         with self._lock:

@@ -66,6 +66,13 @@ class Rows:
         return values
 
     def picture_bytes(self, i: int) -> bytes:
+        """The file of a row's picture; BadInput where there is none, or the rows are damaged."""
+        data = self.bytes_or_none(i)
+        if data is None:
+            raise BadInput(f"Row {i} of {self.paths[0]} has no picture in it: fetch it again.")
+        return data
+
+    def bytes_or_none(self, i: int) -> bytes | None:
         number = bisect.bisect_right(self._ends, i)
         with self._lock:  # a group is read once, by the first thread that asks for it
             group = self._kept.pop(number, None)
@@ -73,10 +80,7 @@ class Rows:
             self._kept[number] = group
             while len(self._kept) > 1 and sum(g.nbytes for g in self._kept.values()) > _KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
-        data = group[i - self._ends[number]].as_py()  # counted from the end of the group
-        if data is None:
-            raise BadInput(f"Row {i} of {self.paths[0]} has no picture in it: fetch it again.")
-        return data
+        return group[i - self._ends[number]].as_py()  # counted from the end of the group
 
     def _read_group(self, number: int) -> Any:
         from pyarrow import compute
