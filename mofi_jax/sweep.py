@@ -102,7 +102,9 @@ def load(source: config_files.Source) -> tuple[Sequence[Mapping[str, Any]], str]
             raise BadInput(
                 f"{source.path} has no {name}, {what}: see configs/sweeps/learning_rate.py for one."
             )
-    return module.get_hyper(source.arguments or None), module.METRIC
+    with config_files.failures_told(source.path):
+        points = module.get_hyper(source.arguments or None)
+    return points, module.METRIC
 
 
 def check(

@@ -188,3 +188,14 @@ def test_ours_come_before_folders_of_the_same_name(monkeypatch, tmp_path):
         monkeypatch.setattr(packages.sys, "path", [*before])
         packages.prefer_ours()
         assert packages.sys.path == [root, str(tmp_path)]
+
+
+def test_a_folder_that_was_deleted_stands_in_no_one_s_way(monkeypatch, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    root = str(packages.ROOT)
+    monkeypatch.setattr(packages.sys, "path", ["", root])
+    packages.prefer_ours()
+    assert packages.sys.path == [root]

@@ -244,6 +244,15 @@ def test_a_real_sweep_trains_ranks_and_does_nothing_twice(tmp_path):
     assert sweep.run(again, epath.Path(workdir), lead=True) == 0
 
 
+def test_points_that_fail_say_where(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "METRIC='a/b'\ndef get_config():\n pass\ndef get_hyper(arg):\n return {}['a']\n"
+    )
+    with pytest.raises(BadInput, match=r"own\.py fails in line 5 .KeyError: 'a'"):
+        sweep.load(config_files.Source("", str(path), None, {}))
+
+
 def test_config_without_points():
     with pytest.raises(BadInput, match=r"configs/quickstart.py has no get_hyper"):
         sweep.load(config_files.Source("", str(REPOSITORY / "configs/quickstart.py"), None, {}))

@@ -130,7 +130,7 @@ def module(path: str) -> types.ModuleType:
     """
     spec = importlib.util.spec_from_file_location("config_file", path)
     loaded = importlib.util.module_from_spec(spec)
-    with _told(path):
+    with failures_told(path):
         spec.loader.exec_module(loaded)
     if not callable(getattr(loaded, "get_config", None)):
         raise BadInput(f"{path} is no config file: it has no function get_config.")
@@ -144,7 +144,7 @@ def load(path: str, arguments: str | None) -> ml_collections.ConfigDict:
       BadInput: what it raises itself, or the line in which it fails.
     """
     made = module(path)
-    with _told(path):
+    with failures_told(path):
         config = made.get_config(*([] if arguments is None else [arguments]))
     if isinstance(config, dict):
         return ml_collections.ConfigDict(config)
@@ -157,7 +157,7 @@ def load(path: str, arguments: str | None) -> ml_collections.ConfigDict:
 
 
 @contextlib.contextmanager
-def _told(path: str) -> Iterator[None]:
+def failures_told(path: str) -> Iterator[None]:
     """Whatever a config file raises, in one sentence."""
     try:
         yield

@@ -18,11 +18,15 @@ def prefer_ours() -> None:
 
     The processes that this one starts by multiprocessing take over its ``sys.path``.
     """
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # deleted, so that nothing of the user's is in it
+        here = ""
     sys.path[:] = [path for path in sys.path if path not in ("", here)]
     if not all(map(_is_ours, BESIDE)):
         sys.path.insert(0, str(ROOT))
-    sys.path.append(here)
+    if here:
+        sys.path.append(here)
 
 
 def _is_ours(name: str) -> bool:
