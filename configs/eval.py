@@ -26,6 +26,8 @@ pictures in NAME.captions.jsonl (`mofi_jax.evaluators.sets.captions`) also image
 FOLDER+MORE measures several folders, which are then part of the names.
 """
 
+from collections.abc import Sequence
+
 import ml_collections
 from etils import epath
 
@@ -58,12 +60,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.gpr1200:
         config.evaluators = _gpr1200(arg.gpr1200, arg.classes)
     else:
-        config.evaluators = _folders((common.SAMPLE if arg.sample else arg.sets).split("+"))
+        config.evaluators = of_folders((common.SAMPLE if arg.sample else arg.sets).split("+"))
     return config
 
 
-def _folders(names: list[str]) -> dict:
-    """All sets in some folders."""
+def of_folders(names: Sequence[epath.PathLike]) -> dict[str, dict]:
+    """Evaluators of all sets in some folders."""
     evaluators: dict[str, dict] = {}
     for folder in map(epath.Path, names):
         if not folder.is_dir():
@@ -78,7 +80,8 @@ def _folders(names: list[str]) -> dict:
                 "tars of {class}_{name}.jpg."
             )
         if double := evaluators.keys() & found.keys():
-            raise BadInput(f"{min(double)} comes twice in sets={'+'.join(names)}: rename a folder.")
+            given = "+".join(map(str, names))
+            raise BadInput(f"{min(double)} comes twice in sets={given}: rename a folder.")
         evaluators |= found
     return evaluators
 

@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluators = {}
     held_out = files.local_input(arg.data, "the data set") / "evaluation"
     if (held_out / "held_out.tar").exists():
-        config.evaluators = eval_config.get_config(f"sets={held_out}").evaluators
+        config.evaluators = eval_config.of_folders([held_out])
         for options in config.evaluators.values():
             options.every = "25 percent"
     return config

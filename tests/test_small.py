@@ -25,12 +25,12 @@ def test_the_length_follows_from_the_pairs(tmp_path):
 
 def test_a_run_is_measured_on_the_pairs_that_were_held_out(tmp_path):
     assert not small.get_config(f"data={tmp_path}").evaluators
-    folder = tmp_path / "evaluation"
-    folder.mkdir()
+    folder = tmp_path / "c++ (1)/evaluation"  # a `,` would end the argument data=
+    folder.mkdir(parents=True)
     for name in ("held_out.tar", "held_out.captions.jsonl"):
         (folder / name).touch()
     (folder / "classes.jsonl").write_text('{"class": 1, "id": "n1", "label": "dog"}\n')
-    evaluators = small.get_config(f"data={tmp_path}").evaluators
+    evaluators = small.get_config(f"data={folder.parent}").evaluators
     names = {"retrieval", "zeroshot", "entity", "captions"}
     assert set(evaluators) == {f"{name}_held_out" for name in names}
     assert {options.every for options in evaluators.values()} == {"25 percent"}
