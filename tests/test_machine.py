@@ -1,6 +1,7 @@
 """What is chosen from the machine: cores, within what its container may use, and the dtype."""
 
 import os
+import sys
 import types
 
 import pytest
@@ -43,6 +44,20 @@ def test_version_1_of_control_groups(many, tmp_path, quota, expected):
 
 def test_without_control_groups_the_affinity_counts(many, tmp_path):
     assert processes.cores(str(tmp_path), str(tmp_path / "none")) == 200
+
+
+def test_of_memory_the_smallest_limit_around_the_process_counts(tmp_path):
+    (tmp_path / "pod/box").mkdir(parents=True)
+    own = tmp_path / "own"
+    own.write_text("0::/pod/box\n")
+    assert processes.memory_limit(str(tmp_path), str(own)) == sys.maxsize
+    (tmp_path / "pod/box/memory.max").write_text("max\n")
+    (tmp_path / "pod/memory.max").write_text("3000\n")
+    assert processes.memory_limit(str(tmp_path), str(own)) == 3000
+    own.write_text("4:memory:/docker\n2:cpu:/pod\n")
+    (tmp_path / "memory/docker").mkdir(parents=True)
+    (tmp_path / "memory/docker/memory.limit_in_bytes").write_text("2000\n")
+    assert processes.memory_limit(str(tmp_path), str(own)) == 2000
 
 
 def test_a_dtype_of_ones_own_stays_and_auto_is_that_of_the_device():

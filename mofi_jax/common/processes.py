@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -53,7 +54,7 @@ def cores(cgroups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> in
     """CPU cores that this process may use: by its affinity, and by the quota of its container."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for folder in _cgroups(pathlib.Path(cgroups), own):
+    for folder in _cgroups(pathlib.Path(cgroups), own, "cpu"):
         try:
             if (folder / "cpu.max").exists():  # version 2
                 quota, period = (folder / "cpu.max").read_text().split()
@@ -67,7 +68,17 @@ def cores(cgroups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> in
     return max(allowed, 1)
 
 
-def _cgroups(root: pathlib.Path, own: str) -> list[pathlib.Path]:
+def memory_limit(cgroups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Bytes that the container of this process may have; `sys.maxsize` without a limit."""
+    limit = sys.maxsize
+    for folder in _cgroups(pathlib.Path(cgroups), own, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of versions 2 and 1
+            with contextlib.suppress(OSError, ValueError):  # "max" is none
+                limit = min(limit, int((folder / name).read_text()))
+    return limit
+
+
+def _cgroups(root: pathlib.Path, own: str, controller: str) -> list[pathlib.Path]:
     """The folders of this process's control groups and of those around them."""
     try:
         lines = pathlib.Path(own).read_text().splitlines()
@@ -76,7 +87,7 @@ def _cgroups(root: pathlib.Path, own: str) -> list[pathlib.Path]:
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         inner = (root / controllers if controllers else root) / path.lstrip("/")
         found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]

@@ -8,8 +8,6 @@ itself, it is a share of what the chips can do at most.
 
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import numpy as np
 import psutil
 from absl import flags
 
+from mofi_jax.common import processes
 from mofi_jax.distributed import meshes
 from mofi_jax.model import mofi
 from mofi_jax.telemetry import accelerators, flops
@@ -83,11 +82,7 @@ def rate(config: dict[str, Any], sizes: dict[str, int], found: dict[str, Any]) -
 
 def host_memory() -> int:
     """Bytes that this process may have: of the machine, or of its container."""
-    limits = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.exists(path) and (text := pathlib.Path(path).read_text().strip()).isdecimal():
-            limits.append(int(text))
-    return min(limits)
+    return min(psutil.virtual_memory().total, processes.memory_limit())
 
 
 def batch_bytes(model: mofi.MofiConfig, rows: int, *, texts: bool, microbatches: int) -> int:
