@@ -76,6 +76,8 @@ def main(
     default = f"runs/evaluation/{RAW_PIXELS}" if models[0] == RAW_PIXELS else None
     if len(models) > 1 and not out:
         raise BadInput("--out is missing: several models need a folder for their table.")
+    if out:  # before anything is fetched
+        files.output_folder(out, "--out", bucket=True)
     for name in models:
         name = os.fspath(name)
         folder = name if name == RAW_PIXELS else from_hub.model(name)

@@ -202,7 +202,7 @@ def test_resume_on_other_data_is_refused(data, tmp_path):
     config.seed, config.data.block = 0, 1
     datasets.write(tmp_path / "more", examples=50)
     config.data.dir = str(tmp_path / "more")
-    with pytest.raises(BadInput, match=r"examples was 48 and is 50.*with mofi_jax\.grow"):
+    with pytest.raises(BadInput, match=r"examples was 48 and is 50.*with `mofi grow`"):
         train.main(config, str(tmp_path))
     (tmp_path / records.ENTITIES_FILE).unlink()
     with pytest.raises(BadInput, match=f"a new run with --config.init.model={tmp_path}"):

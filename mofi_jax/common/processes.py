@@ -110,7 +110,7 @@ def keep_freed_memory() -> None:
 
 
 def wait_for(command: Sequence[str]) -> int:
-    """Runs a command of this project, and returns its exit code.
+    """Runs a command of this project, and returns its exit code; 130 also where SIGINT ended it.
 
     A terminal sends Ctrl-C to both: the command does what it does then, and this process waits for
     it.  SIGTERM is passed on.
@@ -125,7 +125,8 @@ def wait_for(command: Sequence[str]) -> int:
     interrupts.expect("waiting for the command above to stop; once more stops both at once")
     try:
         child = subprocess.Popen(command)
-        return child.wait()
+        code = child.wait()
+        return interrupts.EXIT_CODE if code == -signal.SIGINT else code
     finally:
         interrupts.expect()
         for number, handler in before.items():

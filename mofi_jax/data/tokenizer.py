@@ -7,6 +7,7 @@ it needs an EOS with the highest id) and "last token that is no padding" (axlear
 without BOS may pad with its EOS: SigLIP's does, whose model reads the padding and has to get it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -109,17 +110,11 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self.serialized.encode()).hexdigest()
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        try:
+        with _told(self.path):
             framed, pieces = (
                 self._tokenizer.encode("a", add_special_tokens=special).ids
                 for special in (True, False)
             )
-        except BaseException as error:  # as above, or the panic of its Rust, which is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise BadInput(
-                f"{self.path} reads no text ({error}): write it again or copy it anew."
-            ) from error
         # A caption that spells "<|endoftext|>" is text like any other, not a second EOS.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
@@ -137,9 +132,10 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n t"]:
         """Rows ``pieces, eos, pad...`` behind a BOS, if any; long texts lose their end."""
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
-        encodings = self._tokenizer.encode_batch_fast(
-            [encodable(t) for t in texts], add_special_tokens=False
-        )
+        with _told(self.path):
+            encodings = self._tokenizer.encode_batch_fast(
+                [encodable(t) for t in texts], add_special_tokens=False
+            )
         special = (self.bos_id, self.eos_id)
         first = [] if self.bos_id is None else [self.bos_id]
         room = self.context_length - len(first) - 1
@@ -152,6 +148,19 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The spelling of one id, e.g. of `eos_id`."""
         return self._tokenizer.id_to_token(token_id)
+
+
+@contextlib.contextmanager
+def _told(path: epath.Path) -> Iterator[None]:
+    """What a damaged tokenizer makes of a text, in one sentence."""
+    try:
+        yield
+    except BaseException as error:  # as plain Exception, or the panic of its Rust, which is none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise BadInput(
+            f"{path} reads no text ({error}): write it again or copy it anew."
+        ) from error
 
 
 def find(folder: epath.Path) -> epath.Path | None:
