@@ -1,8 +1,10 @@
 """Names of the Hugging Face hub; what answers for it is a folder, as no hub can be reached here."""
 
+import errno
 import os
 import shutil
 import sys
+import unittest.mock
 
 import ml_collections
 import pytest
@@ -171,6 +173,10 @@ def test_without_a_network_or_the_library_the_remedy_is_told(hub_folder, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
     with pytest.raises(BadInput, match=r"\(\[Errno 111\] Connection refused\): connect .* FOLDER"):
+        from_hub.data("hf:me/pairs")
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unittest.mock.Mock(side_effect=full))
+    with pytest.raises(BadInput, match=r"\(no space left on device at /cache/blob\): make room"):
         from_hub.data("hf:me/pairs")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(BadInput, match=r"needs huggingface_hub: pip install .*--repo-type dataset"):

@@ -27,6 +27,8 @@ _ADDRESS = re.compile(
 # Of models the weights of other libraries, and those that tensors alone are not sure to be.
 _NOT_OURS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.onnx*")
 _PICKLED = ("pytorch_model*", "open_clip_pytorch_model.bin")  # for where there is nothing else
+# What the file system answers: a client's errors are OSErrors of other kinds.
+_LOCAL = (OSError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 class Snapshot(NamedTuple):
@@ -117,6 +119,12 @@ def fetch(text: str, kind: str) -> Snapshot:
             "show who you are by `hf auth login`."
         ) from error
     except Exception as error:  # of its HTTP client, which changes
+        if type(error) in _LOCAL and error.errno:
+            at = f" at {error.filename}" if error.filename else ""
+            raise BadInput(
+                f"{start}cannot be kept on this machine ({os.strerror(error.errno).lower()}{at}): "
+                "make room, or name another folder as HF_HOME."
+            ) from error
         reason = str(error).partition("\n")[0][:150].strip(" .") or type(error).__name__
         raise BadInput(
             f"{start}cannot be fetched ({reason}): connect this machine to the network, or run "
