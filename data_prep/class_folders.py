@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from absl import logging
 from etils import epath
 
-from data_prep.pairs.formats.folders import PICTURE_SUFFIXES as SUFFIXES
 from mofi_jax.common import cli, files
 from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import tree
@@ -58,8 +57,8 @@ def main(pictures: str, out: str, per_tar: str = "1000") -> None:
     names = sorted({picture.label for picture in found})
     if not names:
         raise BadInput(
-            f"--pictures={pictures} holds no pictures in folders (.{', .'.join(SUFFIXES)}): name a "
-            "folder that holds one for each class."
+            f"--pictures={pictures} holds no pictures in folders ({', '.join(tree.PICTURES)}): "
+            "name a folder that holds one for each class."
         )
     # Under another name until it is complete.
     part = target.parent / f"{target.name}.partial"
@@ -115,7 +114,7 @@ def _pictures(path: str) -> list[_Picture]:
 def _in_folders(folder: str) -> Iterator[_Picture]:
     for name in tree.walk(folder):
         label, inside, _ = name.partition("/")
-        if inside and name.rpartition(".")[2].lower() in SUFFIXES:
+        if inside and name.lower().endswith(tree.PICTURES):
             try:
                 label.encode()
             except UnicodeEncodeError:
@@ -129,13 +128,13 @@ def _add(tar: tarfile.TarFile, key: str, picture: _Picture) -> None:
     """The three files of a pair."""
     data, where = picture.read(), picture.where.encode("utf-8", "replace").decode()
     about = {CLASS: identity(picture.label), "file": where}
-    suffix = where.rpartition(".")[2].lower()
-    if suffix not in SUFFIXES:  # a row; whatever it is called, readers look at the bytes
-        suffix = "jpg"
+    suffix = os.path.splitext(where)[1].lower()
+    if suffix not in tree.PICTURES:  # a row; whatever it is called, readers look at the bytes
+        suffix = ".jpg"
     name = picture.label
-    contents = {suffix: data, "txt": label(name).encode(), "json": json.dumps(about).encode()}
+    contents = {suffix: data, ".txt": label(name).encode(), ".json": json.dumps(about).encode()}
     for kind, content in contents.items():
-        member = tarfile.TarInfo(f"{key}.{kind}")
+        member = tarfile.TarInfo(f"{key}{kind}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
 

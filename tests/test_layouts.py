@@ -394,3 +394,12 @@ def test_damaged_rows_of_evaluation_sets_are_told(tmp_path):
     path.write_bytes(data)
     with pytest.raises(BadInput, match=r"a\.parquet cannot be read \(.*_damaged\): fetch it"):
         list(eval_sets.read([str(path)]))
+
+
+def test_an_avif_picture_is_measured_and_kept_out(tmp_path):
+    put(tmp_path / "set/1_a.AVIF", b"?")
+    tar = put(tmp_path / "set.tar", tar_bytes([("1_a.avif", b"?")]))
+    for path in (tmp_path / "set", tar):
+        [(name, _)] = eval_sets.read(eval_sets.find({"a": str(path)})["a"])
+        assert name.lower().endswith("1_a.avif")
+        assert len(picture_sets.read_set(path).names) == 1

@@ -24,10 +24,9 @@ from data_prep.pairs import pictures
 from data_prep.selection import embed as selection_embed
 from mofi_jax.common import errors
 from mofi_jax.data import ops
-from mofi_jax.data.pictures import arrow_files, containers
+from mofi_jax.data.pictures import arrow_files, containers, tree
 from mofi_jax.interop import from_hub
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TARS = (".tar", ".tar.gz", ".tgz")
 _ROWS = (".parquet", arrow_files.SUFFIX)
 _FILES_PER_TASK = 4096
@@ -58,7 +57,8 @@ def find(eval_sets: Mapping[str, str]) -> dict[str, list[str]]:
                 os.path.abspath(os.path.join(folder, file))
                 for folder, _, inside in os.walk(path)
                 for file in inside
-                if file.lower().endswith((*_PICTURES, *_TARS, *_ROWS)) and not file.startswith(".")
+                if file.lower().endswith((*tree.PICTURES, *_TARS, *_ROWS))
+                and not file.startswith(".")
             )
         if not files:
             raise errors.BadInput(f"{where} holds no pictures: name the folder that does.")
@@ -82,8 +82,8 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine, embed: bool) -> 
     """
     tasks = []
     for name, files in find(config.filters.eval_sets.to_dict()).items():
-        loose = [file for file in files if file.lower().endswith(_PICTURES)]
-        parts = [[file] for file in files if not file.lower().endswith(_PICTURES)]
+        loose = [file for file in files if file.lower().endswith(tree.PICTURES)]
+        parts = [[file] for file in files if not file.lower().endswith(tree.PICTURES)]
         parts += [loose[i : i + _FILES_PER_TASK] for i in range(0, len(loose), _FILES_PER_TASK)]
         tasks += [engine.Task(f"{name}-{i:05d}", tuple(part)) for i, part in enumerate(parts)]
     # A shard of pairs may be left out; of an evaluation set, what is left out would be missed.
@@ -111,7 +111,7 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
       BadInput: a file called tar that is none, or a file that is damaged.
     """
     for path in files:
-        if path.lower().endswith(_PICTURES):
+        if path.lower().endswith(tree.PICTURES):
             with open(path, "rb") as file:
                 yield "/".join(path.split(os.sep)[-2:]), file.read()
             continue
@@ -121,7 +121,7 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         try:
             with tarfile.open(path) as tar:
                 for info in tar:
-                    if info.isreg() and info.name.lower().endswith(_PICTURES):
+                    if info.isreg() and info.name.lower().endswith(tree.PICTURES):
                         yield info.name, tar.extractfile(info).read()
         except (tarfile.TarError, EOFError) as error:
             raise errors.BadInput(

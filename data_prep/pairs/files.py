@@ -32,7 +32,6 @@ _WANTED = (
     " them), .parquet, .arrow, .csv, .tsv, .jsonl (.gz)"
 )
 # What is told where it is found, with what to do about it.
-_PICTURES = tuple(f".{suffix}" for suffix in folder_files.PICTURE_SUFFIXES)
 _NOT_READ = {
     ".tfrecord": "is TFRecord, which is not read: run img2dataset with --output_format webdataset",
     **dict.fromkeys(containers.ARCHIVES, "is packed as a whole: unpack it"),
@@ -41,7 +40,7 @@ _NOT_READ = {
         "is a download that is not complete: fetch it again",
     ),
     **dict.fromkeys(
-        _PICTURES,
+        tree.PICTURES,
         "is a picture without a caption: put one beside it as .txt, write a metadata.csv with"
         " the columns file_name and text, or, where folders are classes, pack them with"
         " `mofi class-folders`",
@@ -220,7 +219,7 @@ def _find_files(name: str, prefix: str, pattern: str, warn: Callable[..., None])
             f"config.sources: {pattern} {what}: name a folder, a glob pattern or a file of"
             f" {_WANTED}, or tfds:NAME."
         )
-    for end in told.keys() - {*_PICTURES}:  # those may be of a README
+    for end in told.keys() - {*tree.PICTURES}:  # those may be of a README
         warn("config.sources: left out: %s", told[end])
     base = os.path.abspath(pattern)
     # The last folder that is no pattern.

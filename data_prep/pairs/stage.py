@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, work: engine.Engine) -> list[dict]:
         *(find(config.sources), config.rows_per_shard, config.caption_column, optional, work)
     )
     names = ("min_side", "max_aspect", "max_pixels", "max_caption_chars")
-    settings = {"version": 9, "decoders": pictures.DECODERS, **optional}
+    settings = {"version": 10, "decoders": pictures.DECODERS, **optional}
     settings |= {name: config[name] for name in names}
     columns = (*config.keep_columns, *given_columns(config.given), *config.context_columns)
     settings["keep_columns"] = list(columns)

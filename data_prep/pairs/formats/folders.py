@@ -13,7 +13,7 @@ from data_prep.pairs import samples
 from mofi_jax.data.pictures import tree
 from mofi_jax.data.pictures.tar_headers import Listing, Member
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+PICTURE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in tree.PICTURES)
 
 
 def split(name: str) -> tuple[str, str]:

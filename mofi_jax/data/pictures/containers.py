@@ -25,10 +25,6 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data import records
 from mofi_jax.data.pictures import arrow_files, examples, parquets, tar_headers, tree
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
-    *(".avif", ".gif", ".bmp", ".tif", ".tiff"),
-)
 # Packed as a whole: no picture in them has a place.
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 # Of files without a suffix their first bytes tell: JPEG, PNG, GIF, WebP, TIFF.
@@ -100,7 +96,7 @@ def _places(folder: epath.Path, name: str) -> list[Place] | None:
     """Of one file; None for one that holds no pictures."""
     path, read = os.path.join(folder, name), _reader_of(name)
     suffix = posixpath.splitext(name)[1].lower()
-    loose = suffix in SUFFIXES or (not suffix and not read and _looks_like_a_picture(path))
+    loose = suffix in tree.PICTURES or (not suffix and not read and _looks_like_a_picture(path))
     if not loose and read is None:
         return None
     if _text(name) != name:
@@ -134,7 +130,7 @@ def _in_tar(path: str, name: str) -> list[Place]:
     found = []
     for member in listing.members:
         base = posixpath.basename(member.name)
-        if base.lower().endswith(SUFFIXES) and not base.startswith("."):
+        if base.lower().endswith(tree.PICTURES) and not base.startswith("."):
             key = f"{name}/{_text(member.name)}"
             found.append(Place(key, name, member.offset, member.length, reason=member.reason))
     return found

@@ -15,6 +15,11 @@ _WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# How names of pictures end, in small letters; `data.decoding` says what can be decoded.
+PICTURES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
+    *(".avif", ".gif", ".bmp", ".tif", ".tiff"),
+)
 # In the order in which pictures to measure on are looked for, and to learn from.
 TO_MEASURE, TO_LEARN = ("test", "validation", "train"), ("train",)
 _SPLIT = re.compile(rf"(?<![^/._\- 0-9])({'|'.join(_WORDS)})(?![^/._\- 0-9])", re.IGNORECASE)

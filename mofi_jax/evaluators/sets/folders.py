@@ -19,7 +19,6 @@ from mofi_jax.common.errors import BadInput
 from mofi_jax.data.pictures import tree
 from mofi_jax.evaluators.sets import listing, tables
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # A class number is one that fits int64, in ASCII digits.
 _NUMBER = re.compile("[0-9]{1,18}")
 _NUMBERED = re.compile(r"([0-9]{1,18})_.+")
@@ -185,7 +184,7 @@ def _reader(path: epath.Path, content: _Content, names: list[str]) -> listing.Re
 
 def _is_picture(name: str) -> bool:
     # macOS leaves resource forks named ._picture.jpg in the archives it makes.
-    return name.lower().endswith(SUFFIXES) and not posixpath.basename(name).startswith(".")
+    return name.lower().endswith(tree.PICTURES) and not posixpath.basename(name).startswith(".")
 
 
 def _walk(path: epath.Path) -> _Content:

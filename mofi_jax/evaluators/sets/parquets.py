@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.data.pictures import arrow_files, containers, tree
+from mofi_jax.data.pictures import arrow_files, tree
 from mofi_jax.data.pictures.parquets import Rows, pick
 from mofi_jax.evaluators.sets import listing
 
@@ -38,7 +38,7 @@ def files_of(
     found: dict[str, list[epath.Path]] = {}
     listed = _names(folder, whole=split is None)
     for inside, names in sorted(listed.items()):
-        if inside and any(name.lower().endswith(containers.SUFFIXES) for name in names):
+        if inside and any(name.lower().endswith(tree.PICTURES) for name in names):
             continue  # tables beside pictures
         for name in filter(_is_data, sorted(names)):
             stem = posixpath.splitext(name)[0]
