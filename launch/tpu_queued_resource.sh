@@ -7,7 +7,7 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also when called by a lin
 
 usage() {
   cat <<'TEXT'
-usage: launch/tpu_queued_resource.sh [options] -- --config FILE:ARGS --workdir DIR [train flags]
+usage: launch/tpu_queued_resource.sh [options] -- --config NAME:ARGS --workdir DIR [train flags]
 
 Requests TPU slices as a queued resource, waits for them, installs this commit on every host, starts
 `python -m mofi_jax.train` with the flags after -- on all of them and follows the log of the first.

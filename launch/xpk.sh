@@ -7,7 +7,7 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also when called by a lin
 
 usage() {
   cat <<'TEXT'
-usage: launch/xpk.sh [options] -- --config FILE:ARGS --workdir DIR [train flags]
+usage: launch/xpk.sh [options] -- --config NAME:ARGS --workdir DIR [train flags]
 
 Submits `python -m mofi_jax.train` with the flags after -- as an xpk workload and waits for its end.
 The cluster restarts it after a preemption (exit code 75), a lost machine or a crash, and not after
