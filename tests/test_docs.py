@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 
+import mofi_jax
 from mofi_jax.__main__ import COMMANDS
 from mofi_jax.common import config_files, config_help
 from tests import reference
@@ -200,3 +201,8 @@ def test_ci_and_pre_commit_run_what_developers_run():
     assert re.search(
         rf"^{re.escape(ruff)} ", (REPOSITORY / "requirements-test.txt").read_text(), re.MULTILINE
     )
+
+
+def test_the_version_to_cite_is_the_package_s():
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert str(cited["version"]) == mofi_jax.__version__
