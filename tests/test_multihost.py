@@ -12,8 +12,8 @@ from tests import processes
 
 LAYOUTS = {
     # Nodes that jaxlib takes for slices, and a mesh in which their devices alternate.
-    "scattered": {"mesh": {}, "permuted": True, "preempt": True},
-    "slices": {"mesh": {"replica": 2}, "slices": True},
+    "scattered": {"mesh": {}, "permuted": True},
+    "slices": {"mesh": {"replica": 2}, "slices": True, "preempt": True},
 }
 
 
@@ -55,12 +55,17 @@ def test_two_processes_equal_one(tmp_path, layout):
     assert max(map(len, shares)) <= total * 0.52
 
 
-def test_a_run_moves_from_two_processes_to_one_of_other_devices(tmp_path):
-    """2 x 4 devices -> 1 x 8 -> 1 x 2, preempted by SIGTERM in between; nothing is lost."""
+@pytest.mark.parametrize(
+    "devices", [[(2, 4), (1, 2)], pytest.param([(2, 4), (1, 8), (1, 2)], marks=pytest.mark.slow)]
+)
+def test_a_run_moves_from_two_processes_to_one_of_other_devices(devices, tmp_path):
+    """Processes x devices, preempted by SIGTERM in one process in between; nothing is lost."""
     kill_and_resume.prepare(tmp_path)
-    moved = kill_and_resume.moves(tmp_path, steps=9)
-    assert moved["codes"] == [[75, 75], [75], [0]]
-    assert moved["steps"] == 9
+    clusters, steps = [kill_and_resume.Cluster(*sizes) for sizes in devices], 3 * len(devices)
+    moved = kill_and_resume.moves(tmp_path, clusters, steps=steps)
+    *left, finished = devices
+    assert moved["codes"] == [*([75] * processes for processes, _ in left), [0] * finished[0]]
+    assert moved["steps"] == steps
     assert moved["difference"] <= 1e-5
     assert moved["each_once"]
     assert moved["same_steps"]
