@@ -9,11 +9,9 @@ of an uninterrupted one, bit for bit.  For what the folder W holds, see `trainin
 """
 
 from mofi_jax.common import console
-from mofi_jax.common import processes as own_process
 from mofi_jax.distributed import preemption
 
 if __name__ == "__main__":
-    own_process.keep_freed_memory()
     # A machine may be taken away during the imports that follow, which take seconds.
     preemption.exit_on_sigterm()
     console.begin("training: loading jax and the libraries for data")

@@ -169,7 +169,9 @@ def test_what_a_batch_needs_is_no_more_than_the_compiler_finds(remat, mesh_of):
     batch = setup.batch_structs(config, mesh_of["1x1x1"])
     found = update.lower(structs, batch).compile().memory_analysis().temp_size_in_bytes
     least = pace.batch_bytes(made.context.model, config.batch_size, texts=True, microbatches=1)
-    assert 0.1 * found < least < found
+    assert least < found
+    if remat == "none":  # with full the inputs of the blocks are the smaller part
+        assert least > 0.1 * found
 
 
 @pytest.mark.slow

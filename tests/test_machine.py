@@ -2,7 +2,6 @@
 
 import os
 import sys
-import types
 
 import pytest
 
@@ -65,15 +64,3 @@ def test_a_dtype_of_ones_own_stays_and_auto_is_that_of_the_device():
     assert found == ["float32", "bfloat16", "bfloat16"]
     assert setup.dtype_on("bfloat16", "cpu") == "bfloat16"
     assert setup.dtype_on("float32", "tpu") == "float32"
-
-
-@pytest.mark.parametrize(("count", "options"), [(2, {-8, -3, -1}), (200, set())])
-def test_freed_memory_is_kept_where_cores_are_few(monkeypatch, count, options):
-    asked = []
-    library = types.SimpleNamespace(mallopt=lambda option, value: asked.append(option))
-    monkeypatch.setattr(processes, "cores", lambda: count)
-    monkeypatch.setattr(processes.ctypes, "CDLL", lambda _: library)
-    processes.keep_freed_memory()
-    assert set(asked) == options
-    monkeypatch.setattr(processes.ctypes, "CDLL", lambda _: object())  # no glibc
-    processes.keep_freed_memory()

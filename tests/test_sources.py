@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from configs import common
 from data_prep import engine
 from data_prep.pairs import files as source_files
 from data_prep.pairs import samples, unique
@@ -389,3 +390,12 @@ def test_a_file_name_that_is_not_utf_8_is_told(tmp_path):
     (tmp_path / "caf\udce9.tar").touch()
     with pytest.raises(errors.BadInput, match=r"caf\\udce9\.tar is not UTF-8: rename it"):
         pairs_stage.find([f"s={tmp_path}"])
+
+
+def test_what_is_read_is_not_told_as_left_out():
+    """Packed tars are archives of others, but the sample's are read."""
+    told = []
+    found = source_files.find(
+        (f"sample={common.SAMPLE}/pairs",), warn=lambda *args: told.append(args)
+    )
+    assert (len(found), told) == (4, [])

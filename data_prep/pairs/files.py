@@ -261,7 +261,8 @@ def _kept(pattern: str, passed_over: dict[str, str]) -> list[_Kept]:
         kept, further = _choose(folder, folders, names)
         for one in kept:  # a shard is told from its parent, which comes first
             found.setdefault(one.path, one)
-        for name in sorted(names if kept[:1] != [_Kept("folder", folder, folder)] else ()):
+        read = {os.path.basename(one.path) for one in kept}
+        for name in sorted(names - read if kept[:1] != [_Kept("folder", folder, folder)] else ()):
             if end := next((end for end in _NOT_READ if name.lower().endswith(end)), None):
                 passed_over.setdefault(end, os.path.join(folder, name))
         for name in sorted(further):

@@ -133,7 +133,7 @@ def panels(
     }
     for other in ("clip", "multitask_text"):
         rows = [
-            plots.Estimate(f"{share:.0%} wrong", *differences[pair]["interval"], bold=True)
+            plots.Estimate(f"{100 * share:.0f} % wrong", *differences[pair]["interval"], bold=True)
             for share in runs.SHARES
             if (pair := f"multitask@{share:g} - {other}@{share:g}") in differences
         ]
@@ -175,7 +175,7 @@ def tables(
     noise = ""
     shares = [f"{share:g}" for share in runs.SHARES if f"clip@{share:g}" in scores]
     if shares:
-        rows = [["wrong captions", *(f"{float(share):.0%}" for share in shares)]]
+        rows = [["wrong captions", *(f"{100 * float(share):.0f} %" for share in shares)]]
         for name in ("clip", "multitask_text", "multitask"):
             at = [scores.get(f"{name}@{share}", {}).get(HEADLINE) for share in shares]
             rows.append([SAYS[name], *map(show, at)])

@@ -1,7 +1,6 @@
 """What processes ask of their machine; workers, and commands whose end this one waits for."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,8 +15,6 @@ from typing import Any
 
 from mofi_jax.common import console
 from mofi_jax.common.console import interrupts
-
-_FEW = 8  # cores: where there are more, threads would wait for one another
 
 
 @contextlib.contextmanager
@@ -92,21 +89,6 @@ def _cgroups(root: pathlib.Path, own: str, controller: str) -> list[pathlib.Path
         inner = (root / controllers if controllers else root) / path.lstrip("/")
         found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
     return found
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed buffers for the next that are asked for; before any thread is started.
-
-    By default it gives them back to the kernel: of 0.21 CPU seconds, a training step of the quick
-    start spends 0.06 in 37,000 page faults.  So there are 2,500 (0.16 seconds), for a quarter more
-    memory.  Large buffers can stay in the first arena alone, for which threads of many cores would
-    wait.  Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and cores() <= _FEW:
-        mallopt(-8, 1)  # M_ARENA_MAX
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, an int
 
 
 def wait_for(command: Sequence[str]) -> int:
