@@ -20,7 +20,7 @@ import runpy
 from collections.abc import Sequence
 
 import mofi_jax
-from mofi_jax.common import command_help, config_files, packages
+from mofi_jax.common import command_help, packages
 from mofi_jax.common.errors import BadInput, nearest
 
 # In the order in which they are needed.
@@ -79,6 +79,8 @@ def check_config(name: str, argv: Sequence[str]) -> None:
     """
     given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if given and any(flag.name == "config" for flag in command_help.read(source(name)).flags):
+        from mofi_jax.common import config_files  # here: the list of commands needs no library
+
         config_files.read(argv)
 
 
