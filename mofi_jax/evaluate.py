@@ -76,14 +76,11 @@ def main(
     default = f"runs/evaluation/{RAW_PIXELS}" if models[0] == RAW_PIXELS else None
     if len(models) > 1 and not out:
         raise BadInput("--out is missing: several models need a folder for their table.")
-    if out:  # before anything is fetched
-        files.output_folder(out, "--out", bucket=True)
     for name in models:
-        name = os.fspath(name)
-        folder = name if name == RAW_PIXELS else from_hub.model(name)
-        if folder != name and not out:
+        if not from_hub.is_address(name):
+            files.input_folder(name, "--model")
+        elif not out:
             raise BadInput("--out is missing: a model of the hub needs a folder for its table.")
-        files.input_folder(folder, "--model")
     out = files.output_folder(out or default or f"{models[0]}/evaluation", "--out", bucket=True)
     # It saves nothing that a signal should wait for.
     jax.config.update("jax_enable_preemption_service", False)

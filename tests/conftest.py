@@ -15,6 +15,7 @@ if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free >= 4 << 30:
 
 # Before jax is imported; child processes of a test inherit the platform, not the device count.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a host of others
 # Many tests train the same tiny model: each of its programs is compiled once in a session, for all
 # processes of it: with a limit to its size jax locks the folder.  It is new each time, so that
 # nothing stale is ever read.

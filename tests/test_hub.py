@@ -127,9 +127,9 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     put(root / "models/me/safe/config.json", b"{}")
     put(root / "models/me/safe/model.safetensors", b"?")
     put(root / "models/me/safe/pytorch_model.bin", b"?")
-    assert inference.kind("me/clip") == "clip"
+    assert inference.kind("hf:me/clip") == "clip"
     assert inference.kind("hf:me/safe") == "clip"
-    assert [sorted(os.listdir(from_hub.model(f"me/{name}"))) for name in ("clip", "safe")] == [
+    assert [sorted(os.listdir(from_hub.model(f"hf:me/{name}"))) for name in ("clip", "safe")] == [
         ["config.json", "pytorch_model.bin"],  # for want of anything safer
         ["config.json", "model.safetensors"],
     ]
@@ -141,17 +141,18 @@ def test_models_by_name_where_nothing_of_it_is_here(hub_folder, tmp_path, monkey
     before = len(asked)
     with pytest.raises(BadInput, match="me/here is neither a training run"):
         inference.kind("me/here")
-    assert from_hub.model("/no/such") == "/no/such"
+    # What is no address is a path, and a mistyped one asks nobody.
+    assert [from_hub.model(name) for name in ("/no/such", "me/clip")] == ["/no/such", "me/clip"]
     assert len(asked) == before
     with pytest.raises(BadInput, match="--out is missing: a model of the hub needs"):
-        evaluate.main(ml_collections.ConfigDict(), model="me/clip")
+        evaluate.main(ml_collections.ConfigDict(), model="hf:me/clip")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("hf:me/none", "hf:me/none is not among the hub's models, .*correct the name"),
-        ("me/none", "There is no folder me/none, and as a name on the hub it is not among"),
+        ("hf:me/none", "hf:me/none is not among the hub"),
         ("hf:me/clip@old", "correct the revision, or show who you are"),
         ("hf://datasets/me/clip", r"is no address of models: write hf:OWNER/NAME or hf://OWNER"),
         ("hf:clip", "is no address of models"),

@@ -26,8 +26,7 @@ def load(
 ) -> Model:
     """Opens a training run folder (model.json), a Hugging Face CLIP folder or one of open_clip.
 
-    Where there is no such folder, ``OWNER/NAME`` is fetched from the hub (`interop.from_hub`), as
-    ``hf:OWNER/NAME@REVISION`` is in any case.
+    ``hf:OWNER/NAME`` is fetched from the hub (`interop.from_hub`).
 
     Args:
       step: of a run: a saved step, "best" (config.checkpoint.keep_best), or "" for the last.

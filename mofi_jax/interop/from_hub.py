@@ -19,9 +19,8 @@ from etils import epath
 from mofi_jax.common.errors import BadInput
 
 PREFIX = "hf:"
-_REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 _ADDRESS = re.compile(
-    rf"hf:(?://)?(?:(?P<kind>datasets|models)/)?(?P<name>{_REPOSITORY})"
+    r"hf:(?://)?(?:(?P<kind>datasets|models)/)?(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)"
     r"(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>.+?)/?)?"
 )
 # Of models the weights of other libraries, and those that tensors alone are not sure to be.
@@ -57,13 +56,9 @@ def data(path: epath.PathLike) -> str:
 
 
 def model(path: epath.PathLike) -> str:
-    """The local path of a model; ``OWNER/NAME`` is the hub's where nothing of this name is here."""
+    """The same of a model; a mistyped path is never the name of a stranger's."""
     text = os.fspath(path)
-    if is_address(text):
-        return fetch(text, "models").path
-    if re.fullmatch(_REPOSITORY, text) and not os.path.exists(text):
-        return fetch(text, "models").path
-    return text
+    return fetch(text, "models").path if is_address(text) else text
 
 
 @functools.cache  # asked more than once, all of a process should see one revision
@@ -71,15 +66,14 @@ def fetch(text: str, kind: str) -> Snapshot:
     """Fetches a data set or model.
 
     Args:
-      text: its address, or for models ``OWNER/NAME``.
+      text: its address.
       kind: "datasets" or "models".
 
     Raises:
       BadInput: no such address, something of the other kind, or it cannot be fetched.
     """
-    address = text if is_address(text) else PREFIX + text
-    found = _ADDRESS.fullmatch(address)
-    of_kind = found and (found["kind"] or ("models" if address.startswith("hf://") else kind))
+    found = _ADDRESS.fullmatch(text)
+    of_kind = found and (found["kind"] or ("models" if text.startswith("hf://") else kind))
     name, inside = (found["name"], found["inside"] or "") if found else ("", "")
     outside = inside and not {"", ".", ".."}.isdisjoint(inside.split("/"))
     if not found or of_kind != kind or outside:
@@ -88,14 +82,12 @@ def fetch(text: str, kind: str) -> Snapshot:
     by_hand = f"hf download {name} --local-dir FOLDER" + " --repo-type dataset" * (
         kind == "datasets"
     )
-    here = "" if is_address(text) else f"There is no folder {text}, and as a name on the hub it "
-    start = here or f"{text} "
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
         raise BadInput(
-            f"{start}needs huggingface_hub: pip install huggingface_hub, or fetch it elsewhere "
+            f"{text} needs huggingface_hub: pip install huggingface_hub, or fetch it elsewhere "
             f"(`{by_hand}`) and name its folder."
         ) from None
     options = {"repo_type": kind.removesuffix("s"), "revision": found["revision"]}
@@ -115,19 +107,19 @@ def fetch(text: str, kind: str) -> Snapshot:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         what = "revision" if isinstance(error, errors.RevisionNotFoundError) else "name"
         raise BadInput(
-            f"{start}is not among the hub's {kind}, or not for everybody: correct the {what}, or "
+            f"{text} is not among the hub's {kind}, or not for everybody: correct the {what}, or "
             "show who you are by `hf auth login`."
         ) from error
     except Exception as error:  # of its HTTP client, which changes
         if type(error) in _LOCAL and error.errno:
             at = f" at {error.filename}" if error.filename else ""
             raise BadInput(
-                f"{start}cannot be kept on this machine ({os.strerror(error.errno).lower()}{at}): "
+                f"{text} cannot be kept on this machine ({os.strerror(error.errno).lower()}{at}): "
                 "make room, or name another folder as HF_HOME."
             ) from error
         reason = str(error).partition("\n")[0][:150].strip(" .") or type(error).__name__
         raise BadInput(
-            f"{start}cannot be fetched ({reason}): connect this machine to the network, or run "
+            f"{text} cannot be fetched ({reason}): connect this machine to the network, or run "
             f"`{by_hand}` on one that is and name FOLDER."
         ) from error
     path = os.path.join(folder, inside) if inside else folder  # no slash behind it

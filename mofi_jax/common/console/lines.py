@@ -32,6 +32,7 @@ _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETI
 
 def start_logging() -> None:
     """Sends the log to stderr as `Formatter` writes it; again without effect."""
+    flags.FLAGS.mark_as_parsed()  # or absl says that it logs before they are
     absl_logging.set_verbosity(absl_logging.INFO)
     absl_logging.use_absl_handler()
     handler = absl_logging.get_absl_handler()
@@ -44,7 +45,6 @@ def begin(text: str) -> None:
     """First line of a main, before its imports; of several processes the first speaks alone."""
     interrupts.install()
     interrupts.expect(grace=0)
-    flags.FLAGS.mark_as_parsed()  # or absl says that it logs before they are
     start_logging()
     ranks = [found[1] for a in sys.argv if (found := re.fullmatch(r"--?process=(\d+)", a))]
     ranks += [os.environ[name] for name in _RANKS if name in os.environ]
