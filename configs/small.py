@@ -1,4 +1,4 @@
-"""Some thousands of pairs of one's own, on a laptop: 5,000 on two CPU cores in ten minutes.
+"""Some thousands of pairs of one's own, on a laptop: 5,000 on two CPU cores in five minutes.
 
     mofi labels --config i2e:folder=PAIRS,small,dataset=i2t --workdir W
     mofi train --config small:task=contrastive,data=W --workdir CLIP
