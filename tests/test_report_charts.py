@@ -96,6 +96,9 @@ def test_ticks_are_at_steps_of_1_2_or_5_with_as_many_digits_each(values, kind, w
     hypothesis.strategies.lists(hypothesis.strategies.floats(-1e9, 1e9), min_size=1),
     hypothesis.strategies.sampled_from(["whole", "zero", "tight"]),
 )
+@hypothesis.example([5e-324], "whole")
+@hypothesis.example([-5e-324, 0.0], "tight")
+@hypothesis.example([1e9, 1e9 + 1.2e-7], "whole")
 def test_axes_hold_all_values_and_few_ticks(values, kind):
     axis = numbers.scale(values, kind)
     for value in (*values, *(tick for tick, _ in axis.ticks)):

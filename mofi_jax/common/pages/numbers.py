@@ -85,8 +85,9 @@ def scale(values: Iterable[float | int], kind: str = "whole", most: int = 5) -> 
         if low == high:
             low, high = low / 2, high * 2
         return Scale(low, high, True, [(v, short(v)) for v in _log_ticks(low, high, most)])
-    if low == high:
-        low, high = (0.0, high or 1.0) if high >= 0 else (low, 0.0)
+    # Where digits would not tell them apart the axis begins at zero, and so small numbers are zero.
+    if high - low <= max(1e-9 * max(-low, high), 1e-99):
+        low, high = (low, 0.0) if low < -1e-99 else (0.0, high if high > 1e-99 else 1.0)
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(power * n for n in (1, 2, 5, 10) if power * n * most >= (high - low) * 0.999)
     if kind == "tight":
