@@ -141,6 +141,32 @@ def test_runs_differ_in_losses_texts_and_data_alone():
     assert len({*changed}) == len(changed)
 
 
+def test_parts_and_single_runs_are_planned_seed_by_seed():
+    planned = experiment.plan(["noise", "supervised", "margin_0", "clip"], "")
+    noise = [(name, seed) for seed in range(3) for name in runs.NOISE]
+    assert planned[: len(noise)] == noise
+    assert planned[len(noise) :] == [
+        (name, seed)
+        for seed in range(5)
+        for name in ("supervised", "margin_0", "clip")
+        if seed < 3 or name != "margin_0"
+    ]
+    assert experiment.plan(["scale_8"], "7") == [("scale_8", 7)]
+
+
+def test_an_unknown_part_is_told(config, tmp_path):
+    with pytest.raises(BadInput, match="--parts has 'clap': choose from main, noise, ablations, c"):
+        experiment.main(config, str(tmp_path / "out"), parts="main,clap")
+
+
+@pytest.mark.parametrize("towers", ["", ",gpu"])
+def test_towers_for_photos(towers):
+    made = claim.get_config(f"photos=P,kb=wordnet{towers}")
+    settings.validate(made.train)
+    assert made.train.model.image.width == (384 if towers else 128)
+    assert (made.pairs, made.evaluators.unseen.images) == ("P/train", "P/unseen.tar")
+
+
 def made_pairs(number=60, things=12):
     return [
         data.Pair(f"{i:03d}", b"", f"a {i % things} of {i}", f"Q{i % things}", i % 10 == 0)

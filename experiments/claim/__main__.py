@@ -1,7 +1,7 @@
 """The paper's claim, measured: entities and captions together embed better than captions alone.
 
     python -m experiments.claim --config claim --out O
-    python -m experiments.claim --config claim:photos=DIR,kb=KB --out O
+    python -m experiments.claim --config claim:photos=DIR,kb=KB,gpu --out O
 
 Data sets are made of noisy pairs (`experiments.claim.data`), and on each a model is trained by one
 loss or both, several seeds each, all with as many pictures (`experiments.claim.runs`).  Labels are
@@ -11,6 +11,8 @@ the initial weights and in the order of the examples.  The parts:
     main       captions against entities against both, beside true and shuffled labels
     noise      the same where 0, 20, 40 and 60 % of the captions are another thing's
     ablations  loss weights, texts, margin and scale
+
+or some runs of them, such as ``--parts clip,clip_i2e,supervised,multitask``.
 
 Measured are retrieval by the GPR1200 protocol, query by query, of things trained on (`seen`) and of
 others, k-NN, zero-shot by name, and the entity's place in the class table.  O gets
@@ -55,13 +57,14 @@ def main(config: Any, out: str, parts: str = "main,noise,ablations", seeds: str 
 
     Args:
       out: folder of the results.
-      parts: some of the parts.
+      parts: some of the parts, or names of runs.
       seeds: of each run; by default 0 to 4, of noise and ablations 0 to 2.
     """
     if not all(map(str.isdecimal, seeds.split(","))) and seeds:
         raise BadInput(f"--seeds={seeds}: write whole numbers with commas between them.")
-    if unknown := {*parts.split(",")} - {*runs.PARTS}:
-        raise BadInput(f"--parts has {min(unknown)!r}: choose from {', '.join(runs.PARTS)}.")
+    if unknown := {*parts.split(",")} - {*runs.PARTS, *results.SAYS}:
+        choose = ", ".join((*runs.PARTS, *runs.MAIN))
+        raise BadInput(f"--parts has {min(unknown)!r}: choose from {choose}.")
     if missing := {*SETS} - {*config.evaluators}:
         raise BadInput(f"config.evaluators has no {min(missing)!r}: see configs/claim.py.")
     settings.validate(config.train)
@@ -71,11 +74,12 @@ def main(config: Any, out: str, parts: str = "main,noise,ablations", seeds: str 
 
 def plan(parts: list[str], seeds: str) -> list[tuple[str, int]]:
     """Names and seeds in the order in which they run: of a part, a seed after the other."""
+    whole = {part: runs.PARTS[part] for part in parts if part in runs.PARTS}
+    single = [name for name in parts if name not in whole]
     planned = []
-    for part in parts:
-        default = range(5 if part == "main" else 3)
-        for seed in map(int, seeds.split(",")) if seeds else default:
-            planned += [(name, seed) for name in runs.PARTS[part]]
+    for names in (*whole.values(), single):
+        for seed in map(int, seeds.split(",")) if seeds else range(5):
+            planned += [(n, seed) for n in names if seeds or seed < 3 or n in runs.MAIN]
     return planned
 
 
