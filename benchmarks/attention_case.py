@@ -86,9 +86,11 @@ def measure(case: Case) -> dict[str, Any]:
     }
     results: dict[str, Any] = {}
     runs = {}
-    for name in ("xla", "cudnn", "pallas"):
+    for name in ("xla", "cudnn", "split", "pallas"):
         try:
-            run = gradients(attention.choose(name, **what), jnp.dtype(case.dtype))
+            if attention.choose(name, **what) != name:  # there is nothing to split
+                continue
+            run = gradients(name, jnp.dtype(case.dtype))
             error = difference(run(*some), exact)
             jax.block_until_ready(run(params, x, direction))
         except (BadInput, jax.errors.JaxRuntimeError, NotImplementedError) as reason:

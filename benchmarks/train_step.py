@@ -1,8 +1,8 @@
 """Pictures a second of the whole training step, beside the same model in PyTorch.
 
     python -m benchmarks.train_step [--quick] [--only SECTION] [--minutes N] [--variants B/16,L/14]
-        [--remat dots,none,full] [--attention auto,xla] [--tasks contrastive,multitask] [--batch N]
-        [--entities N] [--unroll N]
+        [--remat dots,none,full] [--attention auto,split,xla] [--tasks contrastive,multitask]
+        [--batch N] [--entities N] [--unroll N]
 
 Prints a table for people and then one JSON object per figure; exits 1 when a figure that was
 asked for does not hold.  Sections:
@@ -44,7 +44,7 @@ SECTIONS = ("speed", "torch", "patch_dropout", "attention")
 # Halved where they do not fit.
 BATCH = {"B/16": 1024, "L/14": 256, "H/14": 128, "Ti/16": 16}
 ASKED = {"B/16": 3750, "L/14": 813, "H/14": 394}  # img/s on one H200, supervised
-ASKED_OVER_TORCH = 1.1
+ASKED_OVER_TORCH = {"B/16": 1.13, "L/14": 1.10, "H/14": 1.10}  # times its img/s, likewise
 ASKED_OF_PATCH_DROPOUT = 1.7  # times the img/s at 0.5, ViT-B/16
 
 Result = dict[str, Any]
@@ -221,7 +221,8 @@ def add_best(
     same = {c: r for c, r in supervised.items() if c.batch == batch}
     best = max(same, key=lambda case: per_second(case, same[case]))
     ratio = other["seconds"] / same[best]["seconds"]
-    asked = f">= {ASKED_OVER_TORCH}" if on_h200(result) and other["compiled"] else None
+    over = ASKED_OVER_TORCH.get(best.variant)
+    asked = f">= {over}" if over and on_h200(result) and other["compiled"] else None
     report.add(f"fastest of this batch / PyTorch: {best}", ratio, "x", device(result), asked)
 
 
@@ -283,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", default=list(ASKED), **names)
     parser.add_argument("--tasks", default=["multitask", "contrastive"], **names)
     parser.add_argument("--remat", default=["dots", "none", "full"], **names)
-    parser.add_argument("--attention", default=["auto", "xla"], **names)
+    parser.add_argument("--attention", default=["auto", "split", "xla"], **names)
     parser.add_argument("--batch", type=int, help="instead of one for each variant")
     parser.add_argument("--entities", type=int, default=100_000)
     parser.add_argument("--unroll", type=int, default=Case.unroll, help="layers without a loop")

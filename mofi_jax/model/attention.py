@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mofi_jax.common.errors import BadInput
-from mofi_jax.model import attention_kernel
+from mofi_jax.model import attention_kernel, attention_split
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "split", "pallas")
 
 # What "auto" means on each platform; where it does not run "auto" is "xla".
 # gpu: forward and backward of B/16's attention layer, 197 tokens, batch 1,024, took 8.5 ms by cuDNN
@@ -35,6 +35,8 @@ def attend(
     implementation: str,
 ) -> Float[Array, "b n e"]:
     """softmax(query key^T / sqrt(d)) value for each head of d = e / heads dimensions.
+
+    "split" and "pallas" have functions of their own (`attention_split`, `attention_kernel`).
 
     Args:
       length: positions from here on are padding (`padding`): no other position attends to them or
@@ -100,21 +102,26 @@ def choose(
 ) -> str:
     """One of IMPLEMENTATIONS other than "auto", for sequences and a device it will run on.
 
+    Where "split" has nothing to split, in B/16's image tower and all text towers, it is "cudnn".
+
     Raises BadInput: one on a device, or for a length, head dimension or dtype that it does not run
     on.
     """
     runs = {
         "xla": True,
-        "cudnn": _cudnn_runs(device, head_dim, dtype),
+        **dict.fromkeys(("cudnn", "split"), _cudnn_runs(device, head_dim, dtype)),
         "pallas": device.platform == "tpu" and length <= attention_kernel.LONGEST,
     }
     if implementation == "auto":
         preferred = AUTO.get(device.platform, "xla")
         return preferred if runs[preferred] else "xla"
     if not runs[implementation]:
+        cudnn = (
+            "an NVIDIA GPU from Ampere on, bfloat16, and heads of a multiple of 8 up to 128 "
+            "dimensions (256 from Hopper on)"
+        )
         needs = {
-            "cudnn": "an NVIDIA GPU from Ampere on, bfloat16, and heads of a multiple of 8 up to "
-            "128 dimensions (256 from Hopper on)",
+            **dict.fromkeys(("cudnn", "split"), cudnn),
             "pallas": f"a TPU, and sequences of at most {attention_kernel.LONGEST} positions",
         }
         raise BadInput(
@@ -122,6 +129,8 @@ def choose(
             f"heads of {head_dim} dimensions in {jnp.dtype(dtype).name} and sequences of {length}: "
             f"it needs {needs[implementation]}; choose auto or xla."
         )
+    if implementation == "split" and not attention_split.splits(length):
+        return "cudnn"
     return implementation
 
 

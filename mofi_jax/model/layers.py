@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mofi_jax.distributed import global_batch
-from mofi_jax.model import activations, attention, attention_kernel, norms
+from mofi_jax.model import activations, attention, attention_kernel, attention_split, norms
 
 # Stacks of up to so many layers run without a loop.  A few layers compile quickly anyway, and a
 # loop makes a CPU copy each layer's activations (a step of three layers takes 1.25 times as long in
@@ -154,6 +154,8 @@ class AttentionWeights(NamedTuple):
             qkv = unit @ _with_whole_gradient(kernel)
             qkv = qkv.reshape(-1, sequence, qkv.shape[1])
             attended = attention_kernel.attend(qkv, self.query_bias, mesh=mesh, **options)
+        elif implementation == "split":
+            return self._split(unit.reshape(-1, sequence, unit.shape[1]), options["heads"])
         else:
             query = unit @ self.query + self.query_bias
             arrays = (
@@ -162,6 +164,24 @@ class AttentionWeights(NamedTuple):
             )
             attended = attention.attend(*arrays, implementation=implementation, **options)
         return _add_bias(attended.reshape(unit.shape[0], -1) @ self.out, self.out_bias, platform)
+
+    def _split(self, unit: Float[Array, "b n w"], heads: int) -> Float[Array, "r w"]:
+        """By `attention_split`, for which the first position is apart in all products.
+
+        Cut out of the results of one product for all, the others' would be copied.
+        """
+
+        def projected(rows: Array, *shape: int) -> tuple[Array, Array, Array]:
+            arrays = rows @ self.query + self.query_bias, rows @ self.key, rows @ self.value
+            return tuple(x.reshape(len(unit), *shape, heads, -1) for x in arrays)
+
+        others = unit[:, 1:].reshape(-1, unit.shape[2])
+        first, others = attention_split.attend(
+            projected(unit[:, 0]), projected(others, unit.shape[1] - 1)
+        )
+        parts = (x.reshape(-1, len(self.out)) @ self.out for x in (first, others))
+        parts = [x.reshape(len(unit), -1, x.shape[1]) for x in parts]
+        return jnp.concatenate(parts, 1).reshape(-1, parts[0].shape[2]) + self.out_bias
 
 
 class Attention(nnx.Module):
