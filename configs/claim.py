@@ -48,11 +48,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _photos(config: ml_collections.ConfigDict, gpu: bool) -> None:
-    """Some epochs of 35,000 pictures, which are not turned as drawings are."""
+    """Four epochs of 35,000 pictures, which are not turned as drawings are."""
     config.i2e.update({"min_images": 5, "shard_examples": 5_000, "vocab_size": 8_000})
     train = config.train
     train.data.train_ops = "decode|random_resized_crop({size}, (0.5, 1.0))|flip"
-    train.total = "1500 steps"
+    train.total = "1200 steps"
     if gpu:
         train.batch_size, train.total = 256, "800 steps"
         train.model = common.model("S/16", image_size=64, context_length=16)
