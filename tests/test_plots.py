@@ -4,8 +4,10 @@ import re
 import xml.etree.ElementTree
 
 import cv2
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends import backend_agg
 
 from mofi_jax.common.pages import plots
 
@@ -36,6 +38,22 @@ def test_intervals_show_each_row_with_its_mean_in_figures():
     assert len(steps) == 1
     assert f"{steps.pop():e}"[0] in "125"
     assert len({len(tick) for tick in ticks(figure)}) == 1  # as many digits each
+
+
+def test_long_titles_and_names_stay_inside():
+    title = "multi-task on the chosen labels, minus contrastive on the captions of all pairs"
+    row = plots.Estimate("a name that is longer than what one line of the drawing holds", 1, 0, 2)
+    figure = plots.intervals({title: [row], "seen": ROWS})
+    canvas = backend_agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    # Of x ticks some lie beyond the ends of the axis, and are not drawn.
+    x_ticks = {tick for axes in figure.axes for tick in axes.get_xticklabels()}
+    texts = {*figure.findobj(mpl.text.Text)} - x_ticks
+    assert title in {text.get_text().replace("\n", " ") for text in texts}
+    for text in texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
 
 
 def test_small_differences_keep_digits_and_their_sign():

@@ -38,7 +38,7 @@ STYLE = {
     **{"legend.framealpha": 0.0, "legend.edgecolor": "none", "svg.hashsalt": "pages"},
     "path.simplify_threshold": 0.5,  # pixels: a page of long curves stays small
 }
-_NAME = 26  # letters of a name in one line
+_NAME, _TITLE = 26, 34  # letters of a name and of a title in one line
 
 
 class Estimate(NamedTuple):
@@ -75,7 +75,7 @@ def intervals(panels: Mapping[str, Sequence[Estimate]], mark: float | None = Non
         for i, (title, estimates) in enumerate(rows.items()):
             axes = figure.add_subplot(grid[i])
             _draw_rows(axes, estimates, mark)
-            axes.set_title(title)
+            axes.set_title(textwrap.fill(title, _TITLE))
     return figure
 
 
