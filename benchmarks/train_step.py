@@ -181,11 +181,11 @@ def add_step(report: figures.Report, case: Case, result: Result) -> None:
     report.add("  compile time", result["compile_seconds"], "s", where)
 
 
-def add_torch(report: figures.Report, runner: Runner, case: Case, result: Result) -> Result | None:
-    """The same in PyTorch."""
+def torch_case(case: Case) -> dict[str, Any]:
+    """What `benchmarks.torch_vit` wants to know."""
     model = mofi.VARIANTS[case.variant]
-    shape = {
-        **dataclasses.asdict(model["image"]),
+    return {
+        **{name: getattr(model["image"], name) for name in ("width", "layers", "heads")},
         "patch_size": model["patch_size"],
         "embed_dim": model["embed_dim"],
         **{
@@ -193,6 +193,11 @@ def add_torch(report: figures.Report, runner: Runner, case: Case, result: Result
             for name in ("image_size", "batch", "entities", "dtype", "groups", "steps")
         },
     }
+
+
+def add_torch(report: figures.Report, runner: Runner, case: Case, result: Result) -> Result | None:
+    """The same in PyTorch."""
+    shape = torch_case(case)
     found = runner.told(
         f"PyTorch, {case.variant} B={case.batch:,}", runner.run("benchmarks.torch_vit", shape)
     )

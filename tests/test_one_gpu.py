@@ -1,8 +1,10 @@
-"""The choice between attentions by the figures of a GPU."""
+"""What is measured on a GPU: the choice between attentions, and the model that PyTorch gets."""
 
 import pytest
 
-from benchmarks import one_gpu
+from benchmarks import one_gpu, torch_vit, train_step
+from benchmarks.step_case import Case
+from mofi_jax.model import mofi
 
 
 def of(variant, **milliseconds):
@@ -29,3 +31,12 @@ def of(variant, **milliseconds):
 )
 def test_the_faster_attention_of_the_image_tower(figures, chosen):
     assert one_gpu.faster(figures, "L/14") == chosen
+
+
+@pytest.mark.parametrize("variant", one_gpu.VARIANTS)
+def test_pytorch_gets_the_same_tower(variant):
+    case = Case(variant=variant, task="supervised", batch=8, entities=9)
+    given = torch_vit.Case(**train_step.torch_case(case))
+    tower = mofi.VARIANTS[variant]["image"]
+    assert (given.width, given.layers, given.heads) == (tower.width, tower.layers, tower.heads)
+    assert tower.hidden_width == 4 * given.width  # as its blocks have it
