@@ -80,6 +80,7 @@ def measure(case: Case) -> dict[str, Any]:
         exact = gradients("xla", jnp.float32)(*some)
     what = {
         "length": case.length,
+        "causal": case.causal,
         "head_dim": case.head_dim,
         "dtype": jnp.dtype(case.dtype),
         "device": device,

@@ -178,6 +178,7 @@ def measure(case: Case) -> dict[str, Any]:
             case.attention,
             length=1
             + image.kept_count((case.image_size // model.patch_size) ** 2, case.patch_dropout),
+            causal=False,
             head_dim=model.image.width // model.image.heads,
             dtype=jax.numpy.dtype(model.dtype),
             device=device,

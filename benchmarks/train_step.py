@@ -1,7 +1,7 @@
 """Pictures a second of the whole training step, beside the same model in PyTorch.
 
     python -m benchmarks.train_step [--quick] [--only SECTION] [--minutes N] [--variants B/16,L/14]
-        [--remat dots,none,full] [--attention auto,split,xla] [--tasks contrastive,multitask]
+        [--remat dots,none,full] [--attention auto,xla] [--tasks contrastive,multitask]
         [--batch N] [--entities N] [--unroll N]
 
 Prints a table for people and then one JSON object per figure; exits 1 when a figure that was
@@ -289,7 +289,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", default=list(ASKED), **names)
     parser.add_argument("--tasks", default=["multitask", "contrastive"], **names)
     parser.add_argument("--remat", default=["dots", "none", "full"], **names)
-    parser.add_argument("--attention", default=["auto", "split", "xla"], **names)
+    parser.add_argument("--attention", default=["auto", "xla"], **names)
     parser.add_argument("--batch", type=int, help="instead of one for each variant")
     parser.add_argument("--entities", type=int, default=100_000)
     parser.add_argument("--unroll", type=int, default=Case.unroll, help="layers without a loop")

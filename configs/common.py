@@ -90,8 +90,8 @@ def model(
             # B/16 with its texts, 15 for L/14 and 27 for H/14, too much for a v6e.
             "remat": "full" if variant == "H/14" else "dots",
             # auto: cudnn on NVIDIA GPUs, pallas on TPUs, else xla (`mofi_jax.model.attention`).
-            # split: for NVIDIA GPUs too, cudnn with the class token apart where the patches fill
-            # tiles of 128, as in L/14 and H/14 at 224 pixels; exact, its speed not measured yet.
+            # split: on NVIDIA GPUs too, cudnn with the class token apart where the patches fill
+            # tiles of 128, as in L/14 and H/14 at 224 pixels; no GPU has run it yet.
             "attention": "auto",
         }
     )

@@ -122,36 +122,59 @@ def test_the_image_tower_is_the_same(stand_in, monkeypatch, remat):
 
 
 @pytest.mark.parametrize(
-    ("length", "found"),
-    [(257, "split"), (129, "split"), (197, "cudnn"), (77, "cudnn"), (1, "cudnn")],
+    ("length", "causal", "found"),
+    [
+        (257, False, "split"),
+        (129, False, "split"),
+        (197, False, "cudnn"),
+        (77, True, "cudnn"),
+        (257, True, "cudnn"),  # it has no causal mask
+        (1, False, "cudnn"),
+    ],
 )
-def test_where_it_is_cudnn_as_a_whole(length, found):
-    what = {"length": length, "head_dim": 64, "dtype": jnp.dtype("bfloat16"), "device": H100}
-    assert attention.choose("split", **what) == found
+def test_where_it_is_cudnn_as_a_whole(length, causal, found):
+    what = {"length": length, "causal": causal, "head_dim": 64, "device": H100}
+    assert attention.choose("split", **what, dtype=jnp.dtype("bfloat16")) == found
+
+
+def test_a_text_tower_stays_causal(monkeypatch):
+    """Of as many tokens as would be split, without the causal mask, in an image tower."""
+    monkeypatch.setattr(attention_split, "TILE", 4)
+    monkeypatch.setattr(attention, "_cudnn_runs", lambda *_: True)
+    of_jax = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *arrays, implementation, **options: of_jax(*arrays, **options),
+    )
+    config = dataclasses.replace(test_model.CONFIG, context_length=5)
+    params = mofi.create(config, jax.random.key(0))
+    tokens = test_model.TOKENS[:, :5]
+    expected, found = (
+        mofi.embed_texts(dataclasses.replace(config, attention=name), params, tokens)
+        for name in ("xla", "split")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_what_cudnn_is_given(monkeypatch):
-    """Jax's own functions for it, in the program for a GPU: 256 positions, and the sums of 257."""
+    """In the program for a GPU, in the order that XLA's operations have them."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_300)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
-    x = jax.ShapeDtypeStruct((2, 257, 3, 64), jnp.bfloat16)
-    gradient = jax.grad(lambda *arrays: split(*arrays).astype(jnp.float32).sum(), (0, 1, 2))
-    text = jax.jit(gradient).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    [ahead] = re.findall(r"custom_call @__cudnn\$fmhaSoftmax\((.*?)\)", text)
-    [back] = re.findall(r"custom_call @__cudnn\$fmhaSoftmaxBackward\((.*?)\)", text)
-    ahead, back = ahead.split(", "), back.split(", ")
-    assert back[:3] == ahead  # query, key and value
 
-    def type_of(name):
-        [found] = re.findall(
-            rf"{name} = .* -> tensor<(.*?)>$|{name} = .* tensor<(.*?)>$", text, re.M
-        )
-        return "".join(found)
+    def operands(function, target, *inputs):
+        program = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+        [found] = re.findall(rf"custom_call @__cudnn\${target}\((.*?)\)", program)
+        # What an operand was before it was transposed.
+        before = dict(re.findall(r"(%\w+) = stablehlo.transpose (%\w+),", program))
+        return [before.get(name, name) for name in found.split(", ")]
 
-    log_sum, _, result = back[3:]
-    assert type_of(ahead[0]) == "2x256x3x64xbf16"
-    assert (type_of(log_sum), type_of(result)) == ("2x3x256xf32", "2x256x3x64xbf16")
-    # Not the kernel's own, but those of all positions.
-    kernels = re.search(r"(%\d+):3 = stablehlo.custom_call @__cudnn\$fmhaSoftmax\(", text)[1]
-    assert not {log_sum, result} & {f"{kernels}#0", f"{kernels}#1"}
+    x = jax.ShapeDtypeStruct((2, 256, 3, 64), jnp.bfloat16)
+    log_sum = jax.ShapeDtypeStruct((2, 256, 3), jnp.float32)
+    ahead = operands(attention_split._kernel, "fmhaSoftmax", x, x, x)
+    assert ahead == ["%arg0", "%arg1", "%arg2"]
+    # query, key, value, result, log_sum, gradient -> ..., log_sum, gradient, result
+    inputs = (x, x, x, x, log_sum, x)
+    back = operands(attention_split._kernel_gradient, "fmhaSoftmaxBackward", *inputs)
+    assert back == ["%arg0", "%arg1", "%arg2", "%arg4", "%arg5", "%arg3"]

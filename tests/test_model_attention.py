@@ -38,6 +38,7 @@ def test_cudnn_where_it_runs(monkeypatch, device, head_dim, dtype, runs):
     monkeypatch.setitem(attention.AUTO, "gpu", "cudnn")
     what = {
         "length": 197,
+        "causal": False,
         "head_dim": head_dim,
         "dtype": jnp.dtype(dtype),
         "device": device,

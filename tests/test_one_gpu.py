@@ -1,5 +1,8 @@
 """What is measured on a GPU: the choice between attentions, and the model that PyTorch gets."""
 
+import json
+import time
+
 import pytest
 
 from benchmarks import one_gpu, torch_vit, train_step
@@ -31,6 +34,27 @@ def of(variant, **milliseconds):
 )
 def test_the_faster_attention_of_the_image_tower(figures, chosen):
     assert one_gpu.faster(figures, "L/14") == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "well"),
+    [
+        ({"rate": 2, "time": 1}, 0, True),
+        ({"rate": 3}, 0, False),  # one is missing
+        ({"speed": 1}, 0, False),
+        ({"rate": 2}, 1, False),  # one does not hold
+    ],
+)
+def test_a_part_ends_well_with_all_its_figures(monkeypatch, tmp_path, capsys, wanted, code, well):
+    lines = [json.dumps({"bar": name}) for name in ("rate of a", "rate of b", "time")]
+    (tmp_path / "a_part.py").write_text(
+        f"import sys\nprint('a table', *{lines}, sep='\\n')\nsys.exit({code})"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    figures, found = one_gpu.run(time.monotonic() + 60, wanted, "a_part")
+    assert [figure["bar"] for figure in figures] == ["rate of a", "rate of b", "time"]
+    assert found is well
+    assert "a table" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variant", one_gpu.VARIANTS)

@@ -98,11 +98,12 @@ _cut_gradient.defvjp(lambda x, length: (x, None), _cut_gradient_backward)
 
 
 def choose(
-    implementation: str, *, length: int, head_dim: int, dtype: jnp.dtype, device: Any
+    implementation: str, *, length: int, causal: bool, head_dim: int, dtype: jnp.dtype, device: Any
 ) -> str:
     """One of IMPLEMENTATIONS other than "auto", for sequences and a device it will run on.
 
-    Where "split" has nothing to split, in B/16's image tower and all text towers, it is "cudnn".
+    "split" is "cudnn" where it saves no tile, as in B/16's image tower, and where attention is
+    causal, which it has no mask for.
 
     Raises BadInput: one on a device, or for a length, head dimension or dtype that it does not run
     on.
@@ -129,7 +130,7 @@ def choose(
             f"heads of {head_dim} dimensions in {jnp.dtype(dtype).name} and sequences of {length}: "
             f"it needs {needs[implementation]}; choose auto or xla."
         )
-    if implementation == "split" and not attention_split.splits(length):
+    if implementation == "split" and (causal or not attention_split.splits(length)):
         return "cudnn"
     return implementation
 

@@ -21,6 +21,9 @@ from jaxtyping import Array, Float
 
 TILE = 128
 
+First = Float[Array, "b h d"]
+Others = Float[Array, "b n h d"]
+
 
 def splits(length: int) -> bool:
     """Whether the positions of a sequence fill whole tiles without the first one."""
@@ -28,9 +31,8 @@ def splits(length: int) -> bool:
 
 
 def attend(
-    first: tuple[Float[Array, "b h d"], Float[Array, "b h d"], Float[Array, "b h d"]],
-    others: tuple[Float[Array, "b n h d"], Float[Array, "b n h d"], Float[Array, "b n h d"]],
-) -> tuple[Float[Array, "b h d"], Float[Array, "b n h d"]]:
+    first: tuple[First, First, First], others: tuple[Others, Others, Others]
+) -> tuple[First, Others]:
     """softmax(query key^T / sqrt(d)) value over the first and the n other positions.
 
     Args:
@@ -44,13 +46,7 @@ def attend(
     return of_first, _others(*others, *first[1:])
 
 
-def _first(
-    query: Float[Array, "b h d"],
-    first_key: Float[Array, "b h d"],
-    first_value: Float[Array, "b h d"],
-    key: Float[Array, "b n h d"],
-    value: Float[Array, "b n h d"],
-) -> Float[Array, "b h d"]:
+def _first(query: First, first_key: First, first_value: First, key: Others, value: Others) -> First:
     """The first position's result."""
     own = _inner(query[:, None], first_key[:, None])
     weights = jax.nn.softmax(jnp.concatenate([own, _inner(query[:, None], key)], 1), axis=1)
@@ -70,12 +66,8 @@ def _float32(x: Array) -> Array:
 
 @jax.custom_vjp
 def _others(
-    query: Float[Array, "b n h d"],
-    key: Float[Array, "b n h d"],
-    value: Float[Array, "b n h d"],
-    first_key: Float[Array, "b h d"],
-    first_value: Float[Array, "b h d"],
-) -> Float[Array, "b n h d"]:
+    query: Others, key: Others, value: Others, first_key: First, first_value: First
+) -> Others:
     """The other positions' results."""
     return _others_forward(query, key, value, first_key, first_value)[0]
 
@@ -107,22 +99,20 @@ def _others_backward(residuals, gradient):
 _others.defvjp(_others_forward, _others_backward)
 
 
-def _kernel(
-    query: Float[Array, "b n h d"], key: Float[Array, "b n h d"], value: Float[Array, "b n h d"]
-) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+def _kernel(query: Others, key: Others, value: Others) -> tuple[Others, Float[Array, "b n h"]]:
     """cuDNN's attention, and the logarithm of the sum of each softmax, float32."""
     result, log_sum = _operation("fwd", query, key, value)
     return result, log_sum.transpose(0, 2, 1)
 
 
 def _kernel_gradient(
-    query: Float[Array, "b n h d"],
-    key: Float[Array, "b n h d"],
-    value: Float[Array, "b n h d"],
-    result: Float[Array, "b n h d"],
+    query: Others,
+    key: Others,
+    value: Others,
+    result: Others,
     log_sum: Float[Array, "b n h"],
-    gradient: Float[Array, "b n h d"],
-) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h d"], Float[Array, "b n h d"]]:
+    gradient: Others,
+) -> tuple[Others, Others, Others]:
     """Gradients of queries, keys and values by cuDNN."""
     log_sum = log_sum.transpose(0, 2, 1)
     d_query, d_key, d_value = _operation("bwd", query, key, value, log_sum, result, gradient)

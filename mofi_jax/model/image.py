@@ -94,7 +94,8 @@ class ImageTower(nnx.Module):
         # The class token and padding are patches of zeros: concatenated to their embeddings, they
         # would cost a copy of these, forward and backward.
         length = before + patches.shape[1]
-        after = layers.padded_length(length, config.image, config, mesh) - length
+        padded = layers.padded_length(length, config.image, config, causal=False, mesh=mesh)
+        after = padded - length
         patches = jnp.pad(patches, ((0, 0), (before, after), (0, 0), (0, 0), (0, 0)))
         if clip:
             positions = positions.at[0].add(self.class_embedding[...])

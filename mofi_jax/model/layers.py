@@ -333,7 +333,7 @@ def run_stack(
         "causal": causal,
         "heads": heads,
         "sequence": x.shape[1],
-        "implementation": _implementation(config, length, head_dim, device),
+        "implementation": _implementation(config, length, causal, head_dim, device),
         "mesh": mesh,
         "platform": device.platform,
     }
@@ -364,12 +364,13 @@ def run_stack(
     return jax.lax.scan(body, rows, weights, unroll=depth if unrolled else 1)[0].reshape(x.shape)
 
 
-def padded_length(length: int, tower: Any, config: Any, mesh: Mesh | None) -> int:
+def padded_length(length: int, tower: Any, config: Any, *, causal: bool, mesh: Mesh | None) -> int:
     """Positions that `run_stack` wants of sequences of ``length`` for the device at hand.
 
     Once for all layers: padding in each of them would cost a copy of its input and its output.
     """
-    chosen = _implementation(config, length, tower.width // tower.heads, _device(mesh))
+    head_dim = tower.width // tower.heads
+    chosen = _implementation(config, length, causal, head_dim, _device(mesh))
     return length + attention.padding(length, chosen)
 
 
@@ -377,6 +378,6 @@ def _device(mesh: Mesh | None) -> Any:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
-def _implementation(config: Any, length: int, head_dim: int, device: Any) -> str:
-    what = {"length": length, "head_dim": head_dim, "dtype": jnp.dtype(config.dtype)}
-    return attention.choose(config.attention, **what, device=device)
+def _implementation(config: Any, length: int, causal: bool, head_dim: int, device: Any) -> str:
+    what = {"length": length, "causal": causal, "head_dim": head_dim, "device": device}
+    return attention.choose(config.attention, **what, dtype=jnp.dtype(config.dtype))

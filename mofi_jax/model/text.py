@@ -41,12 +41,13 @@ class TextTower(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"], mesh: Mesh | None = None) -> Float[Array, "b d"]:
         config = self.config
         length = tokens.shape[1]
-        after = layers.padded_length(length, config.text, config, mesh) - length
+        causal = config.family == "clip"
+        padded = layers.padded_length(length, config.text, config, causal=causal, mesh=mesh)
+        after = padded - length
         positions = jnp.pad(self.position_embedding[...][:length], ((0, after), (0, 0)))
         with jax.named_scope("token_embedding"):
             x = self.token_embedding[...][jnp.pad(tokens, ((0, 0), (0, after)))] + positions
         x = x.astype(jnp.dtype(config.dtype))
-        causal = config.family == "clip"
         x = layers.run_stack(self.blocks, x, config, length=length, causal=causal, mesh=mesh)
         if causal:
             # What follows the end-of-text token cannot reach it through the causal mask, so padding
